@@ -1,0 +1,115 @@
+# `make help` lists the targets. Nothing has to be set; what can be:
+#   PYTHON              the interpreter to start from                  python3
+#   VENV                where the development environment goes         .venv
+#   DIFFCORE_CUDA       AUTO | ON | OFF: build the CUDA kernels        AUTO: when nvcc is found
+#   DIFFCORE_CUDA_ARCHS architectures of the development build         this machine's GPU, else 80-real
+#   PYTEST_ARGS, DEMO_ARGS, BENCH_ARGS, OUT                            passed on
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-builtin-rules
+.SUFFIXES:
+.DELETE_ON_ERROR:
+
+PYTHON ?= python3
+VENV ?= .venv
+OUT ?= gpu-check-out
+DEMO_OUT ?= demo-out
+PYTEST_ARGS ?=
+DEMO_ARGS ?=
+BENCH_ARGS ?=
+SANITIZER ?= compute-sanitizer
+
+# A development build is for one architecture, to keep it quick; `make wheel` builds the release list.
+HAS_GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
+DEV_CUDA_ARCHS := $(or $(DIFFCORE_CUDA_ARCHS),$(if $(HAS_GPU),native,80-real))
+
+PY := $(VENV)/bin/python
+# The constraint goes with every install: without it pip takes the newest torch and gigabytes of CUDA libraries with it.
+PIP_INSTALL := $(PY) -m pip install --disable-pip-version-check --quiet -c constraints-dev.txt
+BUILD_DIR := build/dev
+
+NATIVE_SOURCES := $(shell find csrc -type f 2>/dev/null) CMakeLists.txt pyproject.toml
+CLANG_FORMATTED := $(shell find csrc -type f \( -name '*.h' -o -name '*.cc' -o -name '*.cu' -o -name '*.cuh' \) 2>/dev/null)
+
+.PHONY: help
+help:  ## this list
+	@sed -n 's/^\([a-z-]*\):.*##  *\(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
+
+# ---- the environment -----------------------------------------------------------------------------------------------
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "diffcore needs Python 3.10 or newer; name one with: make PYTHON=python3.12 ..." >&2; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || \
+	  { echo "$(PYTHON) cannot make virtual environments. On Debian and Ubuntu: apt-get install python3-venv" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.requirements: requirements-dev.txt constraints-dev.txt | $(VENV)/bin/python
+	$(PIP_INSTALL) -r requirements-dev.txt
+	@touch $@
+
+# Editable, so Python edits need no install; with a build folder that stays, so only changed C++ and CUDA files are compiled.
+$(VENV)/.installed: $(NATIVE_SOURCES) $(VENV)/.requirements
+	@command -v "$${CXX:-c++}" >/dev/null || \
+	  { echo "no C++ compiler found. On Debian and Ubuntu: apt-get install g++" >&2; exit 1; }
+	PATH="$(abspath $(VENV))/bin:$$PATH" DIFFCORE_CUDA_ARCHS='$(DEV_CUDA_ARCHS)' \
+	  $(PIP_INSTALL) --no-build-isolation -Cbuild-dir=$(BUILD_DIR) -e '.[cli,demo,test,bench]'
+	@touch $@
+
+.PHONY: build
+build: $(VENV)/.installed  ## the development environment, with the compiled package in it
+
+# ---- the two commands ----------------------------------------------------------------------------------------------
+
+.PHONY: demo test
+demo: $(VENV)/.installed  ## train the VAE and the diffusion model on real digits, and draw
+	$(PY) -m diffcore demo --output $(DEMO_OUT) $(DEMO_ARGS)
+
+test: $(VENV)/.installed  ## build and run every test that this machine can run
+	$(PY) -m pytest $(PYTEST_ARGS)
+
+# ---- checks --------------------------------------------------------------------------------------------------------
+
+.PHONY: lint format
+lint: $(VENV)/.installed  ## ruff, mypy --strict, clang-format
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+	$(if $(CLANG_FORMATTED),$(VENV)/bin/clang-format --dry-run -Werror $(CLANG_FORMATTED))
+
+format: $(VENV)/.requirements  ## rewrite the files as `make lint` wants them
+	$(PY) -m ruff check --fix-only .
+	$(PY) -m ruff format .
+	$(if $(CLANG_FORMATTED),$(VENV)/bin/clang-format -i $(CLANG_FORMATTED))
+
+.PHONY: wheel
+wheel: $(VENV)/.requirements  ## wheel and sdist in dist/, then a smoke test of the wheel in a throw-away environment
+	rm -rf dist
+	PIP_CONSTRAINT='$(CURDIR)/constraints-dev.txt' $(PY) -m build --outdir dist .
+	$(PY) tools/check_wheel.py dist
+
+.PHONY: bench
+bench: $(VENV)/.installed  ## time every op against eager, torch.compile and a copy of the same bytes
+	$(PY) benchmarks/bench_ops.py $(BENCH_ARGS)
+
+.PHONY: docs
+docs: $(VENV)/.requirements  ## the documentation site, in site/
+	$(PIP_INSTALL) mkdocs mkdocs-material
+	$(PY) -m mkdocs build --strict
+
+# For a machine that already has torch, the build tools and a GPU, and maybe no network: no virtual environment, no registry.
+.PHONY: gpu-check
+gpu-check:  ## on a GPU machine: build into PYTHON's environment, CUDA tests, compute-sanitizer, benchmarks into OUT
+	@mkdir -p '$(OUT)'
+	DIFFCORE_CUDA=ON DIFFCORE_CUDA_ARCHS='$(or $(DIFFCORE_CUDA_ARCHS),native)' \
+	  $(PYTHON) -m pip install --no-build-isolation --no-deps --no-index -Cbuild-dir=build/gpu .
+	$(PYTHON) -m pytest -m cuda --require-cuda $(PYTEST_ARGS)
+	$(if $(SANITIZER),PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(SANITIZER) --tool memcheck --error-exitcode 9 \
+	  $(PYTHON) tools/sanitizer_run.py,@echo 'compute-sanitizer left out, because SANITIZER is empty')
+	$(PYTHON) benchmarks/bench_ops.py --device cuda --output '$(OUT)' $(BENCH_ARGS)
+
+.PHONY: clean
+clean:  ## everything that make made, the environment included
+	rm -rf $(VENV) build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
