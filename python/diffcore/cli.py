@@ -1,0 +1,149 @@
+"""The ``diffcore`` command. It needs typer and rich: ``pip install "diffcore[cli]"``."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+app = typer.Typer(
+    name="diffcore",
+    help="Fused diffusion and VAE mathematics for PyTorch.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+
+
+def _fail(message: str, code: int = 1) -> typer.Exit:
+    # A plain print: rich would take "[demo]" for a style and wrap long paths.
+    print(message, file=sys.stderr)
+    return typer.Exit(code)
+
+
+@app.command()
+def info(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, not a table.")] = False,
+) -> None:
+    """Show version, build flags, CUDA architectures, driver, instruction set, threads, devices."""
+    from diffcore._info import collect_info
+
+    facts = collect_info()
+    if as_json:
+        print(json.dumps(facts, indent=2))
+        return
+    table = Table(title="diffcore", show_header=False, title_justify="left")
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    for name, value in facts.items():
+        table.add_row(name.replace("_", " "), _cell(value))
+    Console().print(table, markup=False)
+
+
+def _cell(value: object) -> str:
+    from rich.markup import escape
+
+    if isinstance(value, list):
+        return escape("\n".join(str(item) for item in value)) if value else "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return "none" if value is None else escape(str(value))
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for pictures, checkpoints, report.")] = Path(
+        "demo-output"
+    ),
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Optimiser steps of the DDPM. [default: 1500]")
+    ] = None,
+    vae_steps: Annotated[
+        int | None, typer.Option(min=1, help="Optimiser steps of the VAE. [default: 3000]")
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="auto, mnist, fashion or digits. auto is Fashion-MNIST where Debian's "
+            "dataset-fashion-mnist is installed, else MNIST. [default: auto]"
+        ),
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Governs everything. [default: 0]")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
+    quick: Annotated[
+        bool, typer.Option("--quick", help="8x8 digits and few steps: a smoke run of seconds.")
+    ] = False,
+) -> None:
+    """Train a small VAE and a small DDPM on real images, and draw what they made."""
+    from diffcore.demo import MissingExtraError, check_extra
+
+    try:
+        check_extra()
+    except MissingExtraError as error:
+        raise _fail(str(error)) from None
+    from diffcore.demo.run import run_demo
+    from diffcore.demo.training import Interrupted
+
+    command = f"diffcore demo --resume --out {out}"
+    if device != "auto":
+        command += f" --device {device}"
+    try:
+        run_demo(
+            out,
+            data=data,
+            steps=steps,
+            vae_steps=vae_steps,
+            seed=seed,
+            quick=quick,
+            resume=resume,
+            device=device,
+            log=print,
+        )
+    except (ValueError, FileNotFoundError) as error:
+        raise _fail(f"diffcore demo: {error}", 2) from None
+    except Interrupted as stop:
+        raise _fail(f"\n{stop}. Go on with:\n  {command}", 130) from None
+    except KeyboardInterrupt:
+        raise _fail(f"\nStopped; the training is saved. Go on with:\n  {command}", 130) from None
+
+
+def benchmarks_folder(start: Path, package: Path = Path(__file__)) -> Path | None:
+    """Find the benchmarks of a checkout.
+
+    Args:
+        start: A folder inside the checkout, perhaps.
+        package: A file of the package, which lies in the checkout when installed editable.
+
+    Returns:
+        The folder that holds ``bench_ops.py``, or None.
+    """
+    for folder in (start, *start.parents, *package.resolve().parents):
+        if (folder / "benchmarks" / "bench_ops.py").exists():
+            return folder / "benchmarks"
+    return None
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def bench(
+    context: typer.Context,
+    name: Annotated[str, typer.Argument(help="Which: ops, training, sampling.")] = "ops",
+) -> None:
+    """Run the benchmarks of a checkout; what follows the name is passed on to them."""
+    folder = benchmarks_folder(Path.cwd())
+    if folder is None:
+        raise _fail(
+            "The benchmarks are in the repository, not in the wheel. Clone it, and there run\n"
+            "  make bench        or        diffcore bench ops"
+        )
+    script = folder / f"bench_{name}.py"
+    if not script.exists():
+        known = sorted(path.stem.removeprefix("bench_") for path in folder.glob("bench_*.py"))
+        raise _fail(f"diffcore bench: name must be one of {', '.join(known)}, got {name!r}", 2)
+    raise typer.Exit(subprocess.call([sys.executable, str(script), *context.args]))

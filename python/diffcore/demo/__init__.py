@@ -1,0 +1,31 @@
+"""The bundled demo: a small VAE and a small DDPM trained on real images through the public API.
+
+Run it with ``diffcore demo``. It needs the packages of the extra: ``pip install "diffcore[demo]"``.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+
+DEMO_PACKAGES = ("matplotlib", "PIL", "safetensors", "tqdm", "sklearn", "mlxtend")
+INSTALL_HINT = 'pip install "diffcore[demo]"'
+
+
+class MissingExtraError(RuntimeError):
+    """Packages of the ``demo`` extra are not installed."""
+
+
+def check_extra(packages: tuple[str, ...] = DEMO_PACKAGES) -> None:
+    """Check that the packages of the extra can be found, without importing them.
+
+    Args:
+        packages: Top-level module names.
+
+    Raises:
+        MissingExtraError: If any is missing; the message says what to install.
+    """
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    if missing:
+        raise MissingExtraError(
+            f"the demo needs {', '.join(missing)}, which this Python does not have: {INSTALL_HINT}"
+        )

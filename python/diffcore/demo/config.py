@@ -1,0 +1,108 @@
+"""What a demo run does: every number that decides the result, in one frozen record."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class DemoConfig:
+    """Settings of a demo run, written beside the results and read back by ``--resume``.
+
+    Attributes:
+        data: Data set name, ``mnist``, ``fashion`` or ``digits``.
+        seed: Governs initial weights, batches, timesteps, noise and samples.
+        steps: Optimiser steps of the DDPM.
+        vae_steps: Optimiser steps of the VAE.
+        batch_size: Images a step.
+        learning_rate: Peak AdamW learning rate of the DDPM.
+        vae_learning_rate: Peak AdamW learning rate of the VAE.
+        warmup_steps: Linear warm-up before the cosine decay.
+        ema_decay: Decay of the averaged weights, from which samples are drawn.
+        num_timesteps: T of the diffusion; linear betas scaled by 1000/T.
+        ddim_steps: Steps of the DDIM sampler.
+        patch: Side of the ``pixel_unshuffle`` before the U-Net.
+        width: Channels of the U-Net's upper level; the lower has twice as many.
+        vae_width: Channels of the VAE's upper level; the lower has twice as many.
+        latent_dim: Latent dimensions of the VAE.
+        decoder_std: Standard deviation s of the VAE's Gaussian decoder N(D(z), s^2 I), for pixels
+            in [-1, 1].
+        samples: Images in a sample grid.
+        checkpoint_every: Steps between two saves of the training state.
+    """
+
+    data: str
+    seed: int = 0
+    steps: int = 1500
+    vae_steps: int = 3000
+    batch_size: int = 64
+    learning_rate: float = 3e-3
+    vae_learning_rate: float = 1e-3
+    warmup_steps: int = 200
+    ema_decay: float = 0.99
+    num_timesteps: int = 200
+    ddim_steps: int = 50
+    patch: int = 2
+    width: int = 32
+    vae_width: int = 32
+    latent_dim: int = 16
+    decoder_std: float = 0.25
+    samples: int = 64
+    checkpoint_every: int = 250
+
+    def __post_init__(self) -> None:
+        """Refuse counts that cannot be run."""
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.name not in ("data", "seed") and value <= 0:
+                raise ValueError(f"{field.name} must be positive, got {value}")
+
+    def save(self, path: Path) -> None:
+        """Write the settings as JSON.
+
+        Args:
+            path: File to write.
+        """
+        path.write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n")
+
+    @classmethod
+    def load(cls, path: Path) -> DemoConfig:
+        """Read settings written by `save`.
+
+        Args:
+            path: File to read.
+
+        Returns:
+            The settings.
+
+        Raises:
+            ValueError: If the file is not one of ours.
+        """
+        try:
+            return cls(**json.loads(path.read_text()))
+        except (TypeError, json.JSONDecodeError) as error:
+            raise ValueError(f"{path} does not hold the settings of a demo run: {error}") from error
+
+
+def full_config(data: str) -> DemoConfig:
+    """Return the settings for 28x28 images: a few minutes on two cores."""
+    return DemoConfig(data=data)
+
+
+def quick_config(data: str) -> DemoConfig:
+    """Return the settings for the smoke run on 8x8 digits: seconds, and only digit-like samples."""
+    return DemoConfig(
+        data=data,
+        steps=400,
+        vae_steps=400,
+        warmup_steps=40,
+        num_timesteps=100,
+        ddim_steps=20,
+        patch=1,
+        width=16,
+        vae_width=16,
+        latent_dim=8,
+    )

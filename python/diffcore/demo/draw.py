@@ -1,0 +1,211 @@
+"""From trained models to pictures and measured numbers."""
+
+from __future__ import annotations
+
+import math
+import time
+from pathlib import Path
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from diffcore.demo import ddpm, pictures, vae
+from diffcore.demo.config import DemoConfig
+from diffcore.demo.data import ImageData
+from diffcore.demo.networks import ConvVAE
+from diffcore.demo.training import Trainer
+
+_STRIP_COLUMNS = 9
+_STRIP_ROWS = 6
+
+
+def _grid(images: Tensor) -> Tensor:
+    """Reshape ``[N, 1, H, W]`` to ``[rows, columns, H, W]``, nearly square and full."""
+    columns = math.ceil(math.sqrt(len(images)))
+    while len(images) % columns:
+        columns += 1
+    return images.reshape(-1, columns, *images.shape[-2:])
+
+
+def _training_summary(trainer: Trainer) -> dict[str, object]:
+    history = trainer.history.cpu()
+    tail = max(1, len(history) // 20)
+    return {
+        "steps": trainer.step,
+        "parameters": sum(p.numel() for p in trainer.model.parameters()),
+        "train_seconds": round(trainer.seconds, 2),
+        "ms_per_step": round(1000 * trainer.seconds / trainer.step, 3),
+        "first_loss": history[0, 0].item(),
+        **{
+            f"final_{name}": history[-tail:, i].mean().item()
+            for i, name in enumerate(trainer.metrics)
+        },
+        "final_is_mean_of_steps": tail,
+    }
+
+
+def draw_vae(
+    out: Path,
+    config: DemoConfig,
+    images: ImageData,
+    trainer: Trainer,
+    *,
+    sample_seed: int,
+    evaluation_seed: int,
+) -> dict[str, object]:
+    """Draw the VAE's curves, samples and reconstructions, and measure it on held-out images.
+
+    Args:
+        out: Folder for the pictures.
+        config: Settings of the run.
+        images: The data.
+        trainer: The trained VAE.
+        sample_seed: Governs the samples.
+        evaluation_seed: Governs the latent draws of the bound.
+
+    Returns:
+        What was measured.
+    """
+    model = cast(ConvVAE, trainer.averaged_model)
+    device = trainer.device
+    test = images.test.to(device)
+    bound = vae.held_out_elbo(model, test, decoder_std=config.decoder_std, seed=evaluation_seed)
+    samples = vae.sample(model, config.samples, seed=sample_seed, device=device)
+    pictures.save_mosaic(
+        out / "vae_samples.png",
+        _grid(samples),
+        title=f"VAE samples: D(z), z ~ N(0, I), {config.latent_dim} latents",
+    )
+    shown = test[torch.linspace(0, len(test) - 1, 20).long().to(device)]
+    pairs = torch.stack([shown, vae.reconstruct(model, shown)]).squeeze(2)
+    pictures.save_mosaic(
+        out / "vae_reconstructions.png",
+        torch.cat([pairs[:, :10], pairs[:, 10:]]),
+        title="VAE reconstructions of held-out images",
+        row_labels=["real", "decoded"] * 2,
+    )
+    history = trainer.history.cpu()
+    pictures.save_curves(
+        out / "vae_training.png",
+        [
+            pictures.Curves(
+                "VAE: reconstruction, L1",
+                f"|x - D(z)|²/2s², s = {config.decoder_std} (nats an image)",
+                {"L1": history[:, 1]},
+                {},
+                log=True,
+            ),
+            pictures.Curves(
+                "VAE: KL to the prior, L2",
+                "KL (nats an image)",
+                {"L2": history[:, 2]},
+                {"held out": bound["kl_nats"]},
+            ),
+        ],
+    )
+    return {
+        **_training_summary(trainer),
+        "decoder_std": config.decoder_std,
+        "latent_dim": config.latent_dim,
+        "held_out": bound,
+        "elbo_is": "log-density of pixels in [-1, 1] under N(D(z), decoder_std^2 I) minus KL, "
+        "in nats, constants included, one latent draw an image, averaged weights",
+    }
+
+
+def draw_ddpm(
+    out: Path,
+    config: DemoConfig,
+    images: ImageData,
+    trainer: Trainer,
+    *,
+    sample_seed: int,
+    evaluation_seed: int,
+    progress: bool,
+) -> dict[str, object]:
+    """Draw the DDPM's curve, samples and strips, and measure it on held-out images.
+
+    Args:
+        out: Folder for the pictures.
+        config: Settings of the run.
+        images: The data.
+        trainer: The trained DDPM.
+        sample_seed: Governs the samples.
+        evaluation_seed: Governs timesteps and noise of the held-out loss.
+        progress: Whether to show bars while sampling.
+
+    Returns:
+        What was measured.
+    """
+    diffusion = ddpm.build_diffusion(config)
+    model = trainer.averaged_model
+    device = trainer.device
+    test = images.test.to(device)
+    held_out = ddpm.held_out_loss(diffusion, model, test, seed=evaluation_seed)
+    x_T = ddpm.initial_noise((config.samples, *images.image_shape), sample_seed, device)
+    started = time.perf_counter()
+    ancestral = ddpm.sample_ddpm(diffusion, model, x_T, seed=sample_seed + 1, progress=progress)
+    ancestral = ancestral.cpu()  # waits for the device
+    between = time.perf_counter()
+    ddim = ddpm.sample_ddim(
+        diffusion, model, x_T, num_steps=config.ddim_steps, progress=progress
+    ).cpu()
+    finished = time.perf_counter()
+    pictures.save_mosaic(
+        out / "ddpm_samples.png",
+        _grid(ancestral),
+        title=f"DDPM samples, {config.num_timesteps} steps",
+    )
+    pictures.save_mosaic(
+        out / "ddim_samples.png",
+        _grid(ddim),
+        title=f"The same network and x_T, DDIM, {config.ddim_steps} steps, η = 0",
+    )
+    _draw_strips(out, config, test, trainer, x_T, sample_seed)
+    pictures.save_curves(
+        out / "ddpm_training.png",
+        [
+            pictures.Curves(
+                "DDPM: |ε − ε_θ(x_t, t)|², mean over pixels",
+                "loss (predicting 0 gives 1)",
+                {"training": trainer.history.cpu()[:, 0]},
+                {"held out, averaged weights": held_out},
+                log=True,
+            )
+        ],
+    )
+    return {
+        **_training_summary(trainer),
+        "held_out_loss": held_out,
+        "samples": config.samples,
+        "ddpm_steps": config.num_timesteps,
+        "ddpm_sampling_seconds": round(between - started, 3),
+        "ddim_steps": config.ddim_steps,
+        "ddim_sampling_seconds": round(finished - between, 3),
+    }
+
+
+def _draw_strips(
+    out: Path, config: DemoConfig, test: Tensor, trainer: Trainer, x_T: Tensor, seed: int
+) -> None:
+    diffusion = ddpm.build_diffusion(config)
+    falling = ddpm.strip_timesteps(config.num_timesteps, _STRIP_COLUMNS)
+    rising = falling[::-1]
+    shown = test[torch.linspace(0, len(test) - 1, _STRIP_ROWS).long().to(test.device)]
+    noised = ddpm.forward_strip(diffusion, shown, rising, seed=seed + 2)
+    pictures.save_mosaic(
+        out / "forward_noising.png",
+        torch.cat([shown, noised], dim=1),
+        title="Forward: x_t = √ᾱ_t x_0 + √(1−ᾱ_t) ε",
+        column_labels=["x_0", *(f"t = {t}" for t in rising)],
+    )
+    strip = ddpm.reverse_strip(
+        diffusion, trainer.averaged_model, x_T[:_STRIP_ROWS], falling, seed=seed + 3
+    )
+    pictures.save_mosaic(
+        out / "reverse.png",
+        strip,
+        title="Reverse: from x_T ~ N(0, I) to a sample, by Algorithm 2",
+        column_labels=[*(f"t = {t}" for t in falling), "x_0"],
+    )

@@ -1,0 +1,219 @@
+"""The demo's two networks: a U-Net of 0.3 M parameters and a convolutional VAE."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+
+def timestep_embedding(t: Tensor, dim: int, max_period: float = 10_000.0) -> Tensor:
+    """Embed timesteps as cosines and sines of geometrically spaced frequencies.
+
+    ``[cos(w_k t), sin(w_k t)]`` with ``w_k = max_period^(-k / (dim/2))``.
+
+    Args:
+        t: Timesteps ``[B]``, any real dtype.
+        dim: Width of the embedding, even.
+        max_period: Longest period over 2 pi.
+
+    Returns:
+        ``[B, dim]`` float32.
+
+    Raises:
+        ValueError: If `dim` is odd.
+
+    Source: Vaswani et al., "Attention Is All You Need", 2017; Ho et al., 2020.
+    """
+    if dim % 2:
+        raise ValueError(f"dim must be even, got {dim}")
+    half = dim // 2
+    steps = torch.arange(half, device=t.device, dtype=torch.float32)
+    frequencies = torch.exp(-math.log(max_period) * steps / half)
+    angles = t.float()[:, None] * frequencies
+    return torch.cat([angles.cos(), angles.sin()], dim=1)
+
+
+def _zeroed(layer: nn.Conv2d) -> nn.Conv2d:
+    nn.init.zeros_(layer.weight)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
+    return layer
+
+
+class ResBlock(nn.Module):
+    """Two 3x3 convolutions with the timestep added between, and a skip around them."""
+
+    def __init__(self, channels: int, out_channels: int, embedding_dim: int) -> None:
+        """Build the block.
+
+        Args:
+            channels: Channels that come in.
+            out_channels: Channels that go out.
+            embedding_dim: Width of the timestep embedding.
+        """
+        super().__init__()
+        self.norm1 = nn.GroupNorm(8, channels)
+        self.conv1 = nn.Conv2d(channels, out_channels, 3, padding=1)
+        self.embedding = nn.Linear(embedding_dim, out_channels)
+        self.norm2 = nn.GroupNorm(8, out_channels)
+        self.conv2 = _zeroed(nn.Conv2d(out_channels, out_channels, 3, padding=1))
+        self.skip: nn.Module = (
+            nn.Conv2d(channels, out_channels, 1) if channels != out_channels else nn.Identity()
+        )
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        """Map ``[B, channels, H, W]`` to ``[B, out_channels, H, W]``."""
+        h = self.conv1(functional.silu(self.norm1(x)))
+        h = h + self.embedding(embedding)[:, :, None, None]
+        h = self.conv2(functional.silu(self.norm2(h)))
+        out: Tensor = self.skip(x) + h
+        return out
+
+
+class SelfAttention(nn.Module):
+    """Attention among all pixels, with a skip around it."""
+
+    def __init__(self, channels: int, heads: int = 2) -> None:
+        """Build the layer.
+
+        Args:
+            channels: Channels in and out.
+            heads: Attention heads; divides `channels`.
+        """
+        super().__init__()
+        self.heads = heads
+        self.norm = nn.GroupNorm(8, channels)
+        self.qkv = nn.Conv2d(channels, 3 * channels, 1)
+        self.out = _zeroed(nn.Conv2d(channels, channels, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``[B, C, H, W]`` to the same shape."""
+        batch, channels, height, width = x.shape
+        qkv = self.qkv(self.norm(x)).reshape(batch, 3, self.heads, -1, height * width)
+        q, k, v = qkv.transpose(-1, -2).unbind(1)
+        h = functional.scaled_dot_product_attention(q, k, v)
+        out: Tensor = x + self.out(h.transpose(-1, -2).reshape(batch, channels, height, width))
+        return out
+
+
+class UNet(nn.Module):
+    """U-Net of two levels on ``pixel_unshuffle``d images: 28x28x1 becomes 14x14x4, then 7x7.
+
+    Source: Ho et al., "Denoising Diffusion Probabilistic Models", 2020, made small.
+    """
+
+    def __init__(
+        self, *, channels: int = 1, width: int = 32, patch: int = 2, num_timesteps: int = 200
+    ) -> None:
+        """Build the network; its output is zero before training.
+
+        Args:
+            channels: Image channels.
+            width: Channels of the upper level; a multiple of 8. The lower has twice as many.
+            patch: Side of the ``pixel_unshuffle``; 1 for none.
+            num_timesteps: T of the diffusion. Timesteps are embedded as if T were 1000.
+        """
+        super().__init__()
+        self.patch = patch
+        self.width = width
+        self.time_scale = 1000.0 / num_timesteps
+        pixels, dim = channels * patch * patch, 4 * width
+        self.time_mlp = nn.Sequential(nn.Linear(width, dim), nn.SiLU(), nn.Linear(dim, dim))
+        self.stem = nn.Conv2d(pixels, width, 3, padding=1)
+        self.down1 = ResBlock(width, width, dim)
+        self.downsample = nn.Conv2d(width, 2 * width, 3, stride=2, padding=1)
+        self.down2 = ResBlock(2 * width, 2 * width, dim)
+        self.attention = SelfAttention(2 * width)
+        self.mid = ResBlock(2 * width, 2 * width, dim)
+        self.upsample = nn.Conv2d(2 * width, width, 3, padding=1)
+        self.up1 = ResBlock(2 * width, width, dim)
+        self.up2 = ResBlock(width, width, dim)
+        self.norm = nn.GroupNorm(8, width)
+        self.out = _zeroed(nn.Conv2d(width, pixels, 3, padding=1))
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        """Predict the noise.
+
+        Args:
+            x: Noisy images ``[B, C, H, W]``.
+            t: Timesteps ``[B]``.
+
+        Returns:
+            ``[B, C, H, W]``.
+        """
+        embedding = self.time_mlp(timestep_embedding(t * self.time_scale, self.width))
+        embedding = functional.silu(embedding)
+        h = self.stem(functional.pixel_unshuffle(x, self.patch))
+        skip = self.down1(h, embedding)
+        h = self.down2(self.downsample(skip), embedding)
+        h = self.mid(self.attention(h), embedding)
+        h = self.upsample(functional.interpolate(h, scale_factor=2.0))
+        h = self.up1(torch.cat([h, skip], dim=1), embedding)
+        h = self.up2(h, embedding)
+        h = self.out(functional.silu(self.norm(h)))
+        return functional.pixel_shuffle(h, self.patch).contiguous()
+
+
+class ConvVAE(nn.Module):
+    """Convolutional VAE: two halvings to a diagonal Gaussian over the latents, and back.
+
+    Source: Kingma and Welling, "Auto-Encoding Variational Bayes", 2014.
+    """
+
+    def __init__(self, image_shape: tuple[int, int, int], *, width: int, latent_dim: int) -> None:
+        """Build encoder and decoder.
+
+        Args:
+            image_shape: Channels, height and width; the sides are multiples of 4.
+            width: Channels after the first halving; twice as many after the second.
+            latent_dim: Latent dimensions.
+
+        Raises:
+            ValueError: If a side is not a multiple of 4.
+        """
+        super().__init__()
+        channels, height, side = image_shape
+        if height % 4 or side % 4:
+            raise ValueError(f"image_shape must have sides that 4 divides, got {image_shape}")
+        self.latent_dim = latent_dim
+        bottom = (2 * width, height // 4, side // 4)
+        flat, hidden = math.prod(bottom), 8 * width
+        self.encoder = nn.Sequential(
+            nn.Conv2d(channels, width, 4, stride=2, padding=1),
+            nn.SiLU(),
+            nn.Conv2d(width, 2 * width, 4, stride=2, padding=1),
+            nn.SiLU(),
+            nn.Flatten(),
+            nn.Linear(flat, hidden),
+            nn.SiLU(),
+            nn.Linear(hidden, 2 * latent_dim),
+        )
+        self.decoder = nn.Sequential(
+            nn.Linear(latent_dim, hidden),
+            nn.SiLU(),
+            nn.Linear(hidden, flat),
+            nn.SiLU(),
+            nn.Unflatten(1, bottom),
+            nn.ConvTranspose2d(2 * width, width, 4, stride=2, padding=1),
+            nn.SiLU(),
+            nn.ConvTranspose2d(width, width, 4, stride=2, padding=1),
+            nn.SiLU(),
+            nn.Conv2d(width, channels, 3, padding=1),
+        )
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Return the posterior's parameters ``[B, 2 latent_dim]``: mean, then log-variance."""
+        parameters: Tensor = self.encoder(x)
+        return parameters
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Return the decoder's mean image ``[B, C, H, W]`` for latents ``[B, latent_dim]``."""
+        image: Tensor = self.decoder(z)
+        return image.contiguous()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Reconstruct images from the posterior's mean."""
+        return self.decode(self.encode(x)[:, : self.latent_dim])

@@ -1,0 +1,153 @@
+"""The pictures of a demo run: mosaics of images, and training curves."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+_GAP = 2
+_DPI = 150
+_COLOURS = ("#1f5fa8", "#c8501e", "#2f7d4f")
+
+
+def mosaic(images: Tensor) -> np.ndarray:
+    """Lay out images in rows and columns with white gaps between.
+
+    Args:
+        images: ``[rows, columns, H, W]``, pixels in [-1, 1]; what is outside is clipped.
+
+    Returns:
+        Grey picture, float32 in [0, 1].
+
+    Raises:
+        ValueError: If `images` is not four-dimensional.
+    """
+    if images.ndim != 4:
+        raise ValueError(f"images must be [rows, columns, H, W], got {tuple(images.shape)}")
+    rows, columns, height, width = images.shape
+    canvas = torch.ones(rows, height + _GAP, columns, width + _GAP)
+    grey = images.detach().float().cpu().clamp(-1, 1).add(1).mul(0.5)
+    canvas[:, :height, :, :width] = grey.transpose(1, 2)
+    canvas = canvas.reshape(rows * (height + _GAP), columns * (width + _GAP))
+    return canvas[:-_GAP, :-_GAP].numpy()
+
+
+def save_mosaic(
+    path: Path,
+    images: Tensor,
+    *,
+    title: str,
+    column_labels: Sequence[str] = (),
+    row_labels: Sequence[str] = (),
+    caption: str = "",
+) -> None:
+    """Save images in rows and columns as a PNG.
+
+    Args:
+        path: File to write.
+        images: ``[rows, columns, H, W]``, pixels in [-1, 1].
+        title: Above the picture.
+        column_labels: Above each column, or none.
+        row_labels: Left of each row, or none.
+        caption: Below the picture.
+    """
+    rows, columns, height, width = images.shape
+    cell = 0.75
+    left, right = (1.15 if row_labels else 0.15), 0.15
+    top, bottom = (0.7 if column_labels else 0.45), (0.35 if caption else 0.12)
+    figure_width = max(left + columns * cell + right, 4.6)
+    figure_height = top + rows * cell + bottom
+    figure = Figure(figsize=(figure_width, figure_height), dpi=_DPI)
+    spare = (figure_width - left - columns * cell - right) / 2
+    axes = figure.add_axes(
+        (
+            (left + spare) / figure_width,
+            bottom / figure_height,
+            columns * cell / figure_width,
+            rows * cell / figure_height,
+        )
+    )
+    axes.imshow(mosaic(images), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+    axes.spines[:].set_visible(False)
+    axes.tick_params(length=0, labelsize=8, top=False, labeltop=bool(column_labels))
+    axes.tick_params(labelbottom=False, labelleft=bool(row_labels))
+    if column_labels:
+        axes.set_xticks([i * (width + _GAP) + width / 2 for i in range(columns)], column_labels)
+    if row_labels:
+        axes.set_yticks([i * (height + _GAP) + height / 2 for i in range(rows)], row_labels)
+    figure.text(0.5, 1 - 0.22 / figure_height, title, ha="center", va="center", fontsize=10)
+    if caption:
+        figure.text(
+            0.5, 0.16 / figure_height, caption, ha="center", va="center", fontsize=7.5, color="0.35"
+        )
+    figure.savefig(path, facecolor="white")
+
+
+@dataclass(frozen=True)
+class Curves:
+    """One panel of training curves.
+
+    Attributes:
+        title: Above the panel.
+        ylabel: What is drawn, with its unit.
+        lines: Values per step, by name.
+        levels: Horizontal marks, by name, such as a held-out value.
+        log: Whether the vertical axis is logarithmic.
+    """
+
+    title: str
+    ylabel: str
+    lines: Mapping[str, Tensor]
+    levels: Mapping[str, float]
+    log: bool = False
+
+
+def running_mean(values: Tensor, window: int) -> Tensor:
+    """Average each value with those before it, at most `window` in all.
+
+    Args:
+        values: ``[N]``.
+        window: How many.
+
+    Returns:
+        ``[N]`` float64.
+    """
+    total = torch.cat([values.new_zeros(1, dtype=torch.float64), values.double().cumsum(0)])
+    last = torch.arange(1, len(values) + 1)
+    first = (last - window).clamp(min=0)
+    return (total[last] - total[first]) / (last - first)
+
+
+def save_curves(path: Path, panels: Sequence[Curves]) -> None:
+    """Save training curves side by side: each step pale, their running mean strong.
+
+    Args:
+        path: File to write.
+        panels: What to draw.
+    """
+    figure = Figure(figsize=(5.2 * len(panels), 3.6), dpi=_DPI, layout="constrained")
+    for axes, panel in zip(np.atleast_1d(figure.subplots(1, len(panels))), panels, strict=True):
+        for colour, (name, values) in zip(_COLOURS, panel.lines.items(), strict=False):
+            values = values.detach().float().cpu()
+            window = max(1, len(values) // 50)
+            steps = np.arange(1, len(values) + 1)
+            axes.plot(steps, values.numpy(), color=colour, alpha=0.22, linewidth=0.6)
+            mean = running_mean(values, window).numpy()
+            label = f"{name}, mean of {window} steps" if window > 1 else name
+            axes.plot(steps, mean, color=colour, linewidth=1.6, label=label)
+        for style, (name, level) in zip(("--", ":", "-."), panel.levels.items(), strict=False):
+            label = f"{name}: {level:.3g}"
+            axes.axhline(level, color="0.25", linestyle=style, linewidth=1, label=label)
+        if panel.log:
+            axes.set_yscale("log")
+        axes.set(title=panel.title, xlabel="optimiser step", ylabel=panel.ylabel)
+        axes.grid(alpha=0.25, linewidth=0.5)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False, fontsize=8)
+    figure.savefig(path, facecolor="white")

@@ -1,0 +1,120 @@
+"""The demo's VAE: loss, samples and reconstructions, each a call into diffcore."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from diffcore import ops
+from diffcore.demo.config import DemoConfig
+from diffcore.demo.networks import ConvVAE
+from diffcore.demo.training import LossFunction
+from diffcore.vae import DiagonalGaussianDistribution
+
+METRICS = ("loss", "reconstruction", "kl")
+_CHUNK = 250
+
+
+def build_network(config: DemoConfig, image_shape: tuple[int, int, int]) -> ConvVAE:
+    """Return the convolutional VAE."""
+    return ConvVAE(image_shape, width=config.vae_width, latent_dim=config.latent_dim)
+
+
+def training_loss(decoder_std: float) -> LossFunction:
+    """Return the lecture's loss, L1 + L2, for a Gaussian decoder N(D(z), s^2 I).
+
+    ``L1 = |x - D(z)|^2 / (2 s^2)`` and ``L2 = KL(N(mean, var) || N(0, I))``, in nats, summed over
+    one image and averaged over the batch. L1 leaves out the constant ``n/2 log(2 pi s^2)``.
+
+    Args:
+        decoder_std: s.
+
+    Returns:
+        A loss for `Trainer`.
+    """
+
+    def loss(model: nn.Module, x: Tensor, generator: torch.Generator) -> Tensor:
+        assert isinstance(model, ConvVAE)
+        mean, logvar = model.encode(x).chunk(2, dim=1)
+        noise = torch.randn(mean.shape, generator=generator).to(x.device)
+        z, kl = ops.reparameterize_kl(mean, logvar, noise)
+        error = (x - model.decode(z)).square().flatten(1).sum(1)
+        reconstruction = (error / (2 * decoder_std**2)).mean()
+        kl = kl.mean()
+        return torch.stack([reconstruction + kl, reconstruction, kl])
+
+    return loss
+
+
+@torch.inference_mode()
+def held_out_elbo(
+    model: ConvVAE, images: Tensor, *, decoder_std: float, seed: int
+) -> dict[str, float]:
+    """Estimate the evidence lower bound on unseen images, one latent draw an image.
+
+    ``ELBO = E[log N(x; D(z), s^2 I)] - KL``, a density over pixels in [-1, 1], constant included.
+
+    Args:
+        model: The VAE.
+        images: ``[N, C, H, W]`` in [-1, 1].
+        decoder_std: s.
+        seed: Governs the draws.
+
+    Returns:
+        Means over the images: ``elbo_nats``, ``elbo_nats_per_dim``, ``log_likelihood_nats``,
+        ``kl_nats``, and ``mse`` a pixel.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    totals = torch.zeros(3, dtype=torch.float64)
+    pixels = math.prod(images.shape[1:])
+    for x in images.split(_CHUNK):
+        posterior = DiagonalGaussianDistribution(model.encode(x))
+        noise = torch.randn(posterior.mean.shape, generator=generator).to(x.device)
+        z, kl = ops.reparameterize_kl(posterior.mean, posterior.logvar, noise)
+        decoded = model.decode(z)
+        logvar = torch.full_like(x, 2 * math.log(decoder_std))
+        nll = ops.gaussian_nll(x, decoded, logvar, reduction="sample")
+        error = (x - decoded).square().flatten(1).mean(1)
+        totals += torch.stack([v.double().sum().cpu() for v in (nll, kl, error)])
+    nll_mean, kl_mean, mse = (totals / len(images)).tolist()
+    elbo = -(nll_mean + kl_mean)
+    return {
+        "elbo_nats": elbo,
+        "elbo_nats_per_dim": elbo / pixels,
+        "log_likelihood_nats": -nll_mean,
+        "kl_nats": kl_mean,
+        "mse": mse,
+    }
+
+
+@torch.inference_mode()
+def sample(model: ConvVAE, count: int, *, seed: int, device: torch.device) -> Tensor:
+    """Draw images: ``z ~ N(0, I)``, then the decoder's mean D(z).
+
+    Args:
+        model: The VAE.
+        count: How many.
+        seed: Governs z.
+        device: Where the model is.
+
+    Returns:
+        ``[count, C, H, W]``.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    return model.decode(torch.randn(count, model.latent_dim, generator=generator).to(device))
+
+
+@torch.inference_mode()
+def reconstruct(model: ConvVAE, images: Tensor) -> Tensor:
+    """Encode images, take the posterior's mode, and decode it.
+
+    Args:
+        model: The VAE.
+        images: ``[B, C, H, W]``.
+
+    Returns:
+        ``[B, C, H, W]``.
+    """
+    return model.decode(DiagonalGaussianDistribution(model.encode(images)).mode())
