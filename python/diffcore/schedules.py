@@ -75,8 +75,8 @@ def make_betas(
         betas = betas * (_REFERENCE_STEPS / num_timesteps)
     if betas.max() > 1:
         raise ValueError(
-            f"betas reach {betas.max():.4g} > 1 with beta_end={beta_end}, num_timesteps="
-            f"{num_timesteps}, scale_to_1000={scale_to_1000}: use more timesteps or a smaller beta_end"
+            f"betas reach {betas.max():.4g} > 1 with beta_end={beta_end}, scale_to_1000="
+            f"{scale_to_1000}: use more than {num_timesteps} timesteps or a smaller beta_end"
         )
     return betas
 
