@@ -14,7 +14,7 @@ MAKEFLAGS += --no-builtin-rules
 PYTHON ?= python3
 VENV ?= .venv
 OUT ?= gpu-check-out
-DEMO_OUT ?= demo-out
+DEMO_OUT ?= demo-output
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
 BENCH_ARGS ?=
@@ -64,7 +64,7 @@ build: $(VENV)/.installed  ## the development environment, with the compiled pac
 
 .PHONY: demo test
 demo: $(VENV)/.installed  ## train the VAE and the diffusion model on real digits, and draw
-	$(PY) -m diffcore demo --output $(DEMO_OUT) $(DEMO_ARGS)
+	$(PY) -m diffcore demo --out $(DEMO_OUT) $(DEMO_ARGS)
 
 test: $(VENV)/.installed  ## build and run every test that this machine can run
 	$(PY) -m pytest $(PYTEST_ARGS)

@@ -14,6 +14,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 FENCE = re.compile(r"^( *)```python[^\n]*\n(.*?)^\1```", re.MULTILINE | re.DOTALL)
+EXCERPT = re.compile(r'^```\w+ title="([^"]+)"\n(.*?)^```', re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\((?!https?:|mailto:|#)([^)#\s]+)")
 
 
@@ -55,3 +56,13 @@ def test_code_of_a_page_runs(
 def test_links_between_pages_lead_somewhere(page: Path) -> None:
     targets = LINK.findall(page.read_text(encoding="utf-8"))
     assert [t for t in targets if not (page.parent / t).exists()] == []
+
+
+@pytest.mark.parametrize("page", pages(), ids=lambda p: str(p.relative_to(ROOT)))
+def test_excerpts_are_in_the_files_they_name(page: Path) -> None:
+    # White space aside, which belongs to the formatters.
+    for name, excerpt in EXCERPT.findall(page.read_text(encoding="utf-8")):
+        source = (ROOT / name).read_text(encoding="utf-8")
+        assert "".join(excerpt.split()) in "".join(source.split()), (
+            f"{name} has changed:\n{excerpt}"
+        )
