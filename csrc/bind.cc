@@ -1,0 +1,325 @@
+// The Python module `diffcore._C`. One entry, `call`, serves every op: it reads torch tensors through DLPack's C
+// exchange API, checks that a kernel may run on them, and runs it. It decides nothing and explains nothing: whatever
+// is not right is answered by a status other than 0 before any memory is touched, and Python says what was wrong.
+#include <pybind11/pybind11.h>
+
+#include <algorithm>
+#include <string>
+
+#include "core/dlpack_abi.h"
+#include "kernel_table.h"
+#include "ops/all.h"
+
+#ifndef DIFFCORE_BUILD_FLAGS
+#define DIFFCORE_BUILD_FLAGS ""
+#endif
+#ifndef DIFFCORE_VERSION
+#define DIFFCORE_VERSION "0"
+#endif
+
+namespace py = pybind11;
+
+namespace diffcore {
+namespace {
+
+enum Status : int { kDone = 0, kBadArguments = 1, kLayout = 2, kDevice = 3, kStepRange = 4 };
+
+constexpr int64_t kReleaseGilFrom = 32 * 1024;  // elements; below, the call ends before another thread could use it
+
+struct Bindings {
+  const dlpack::ExchangeApi* torch = nullptr;
+} g_bindings;
+
+template <class... Op>
+const OpInfo* info_table(OpList<Op...>) {
+  static const OpInfo table[] = {{Op::name, Op::n_in, Op::n_out, Op::n_sum, Op::n_coef}...};
+  return table;
+}
+const OpInfo* ops() { return info_table(AllOps{}); }
+
+// A borrowed view; valid while the caller's reference to the tensor is.
+bool borrow(PyObject* object, dlpack::Tensor* out) {
+  if (g_bindings.torch->borrow(object, out) != 0) throw py::error_already_set();
+  if (out->byte_offset) out->data = static_cast<char*>(out->data) + out->byte_offset;
+  return true;
+}
+
+Dtype dtype_of(const dlpack::DataType& type) {
+  if (type.lanes != 1) return kNoDtype;
+  if (type.code == dlpack::kFloat && type.bits == 32) return kF32;
+  if (type.code == dlpack::kFloat && type.bits == 64) return kF64;
+  if (type.code == dlpack::kFloat && type.bits == 16) return kF16;
+  if (type.code == dlpack::kBfloat && type.bits == 16) return kBf16;
+  return kNoDtype;
+}
+int64_t item_size(Dtype dtype) { return dtype == kF64 ? 8 : dtype == kF32 ? 4 : 2; }
+
+int64_t count(const dlpack::Tensor& x) {
+  int64_t n = 1;
+  for (int d = 0; d < x.ndim; ++d) n *= x.shape[d];
+  return n;
+}
+
+bool contiguous(const dlpack::Tensor& x) {
+  int64_t expected = 1;
+  for (int d = x.ndim - 1; d >= 0; --d) {
+    if (x.shape[d] != 1 && x.strides[d] != expected) return false;
+    expected *= x.shape[d];
+  }
+  return true;
+}
+
+// Every element of the tensor once, in some order, without gaps; with `by_row`, sample after sample.
+bool dense(const dlpack::Tensor& x, bool by_row) {
+  if (contiguous(x)) return true;
+  constexpr int kMaxDims = 16;
+  if (x.ndim > kMaxDims) return false;
+  int order[kMaxDims], dims = 0;
+  for (int d = 0; d < x.ndim; ++d)
+    if (x.shape[d] != 1) order[dims++] = d;
+  std::sort(order, order + dims, [&](int a, int b) { return x.strides[a] < x.strides[b]; });
+  int64_t expected = 1;
+  for (int i = 0; i < dims; ++i) {
+    if (x.strides[order[i]] != expected) return false;
+    expected *= x.shape[order[i]];
+  }
+  return !by_row || x.shape[0] == 1 || order[dims - 1] == 0;
+}
+
+bool same_shape(const dlpack::Tensor& a, const dlpack::Tensor& b) {
+  return a.ndim == b.ndim && std::equal(a.shape, a.shape + a.ndim, b.shape);
+}
+bool same_strides(const dlpack::Tensor& a, const dlpack::Tensor& b) {
+  for (int d = 0; d < a.ndim; ++d)
+    if (a.shape[d] != 1 && a.strides[d] != b.strides[d]) return false;
+  return true;
+}
+bool same_device(const dlpack::Tensor& a, const dlpack::Tensor& b) {
+  return a.device.type == b.device.type && a.device.id == b.device.id;
+}
+
+class Call {
+ public:
+  Status parse(int op, py::tuple outs, py::tuple ins, py::tuple coefs, py::handle step, bool whole) {
+    info_ = &ops()[op];
+    if (int(ins.size()) != info_->n_in || int(outs.size()) != info_->n_out + info_->n_sum) return kBadArguments;
+    dlpack::Tensor first;
+    borrow(ins[0].ptr(), &first);
+    if (first.device.type != dlpack::kCpu && first.device.type != dlpack::kCuda) return kDevice;
+    device_ = first.device;
+    dtype_ = dtype_of(first.dtype);
+    if (dtype_ == kNoDtype) return kBadArguments;
+    elements_ = count(first);
+    rows_ = first.ndim ? first.shape[0] : 1;
+    if (Status status = read_coefs(coefs, step, first)) return status;
+    if (info_->n_sum && !whole) by_row_ = true;
+    if (info_->n_sum && whole && by_row_) return kBadArguments;
+    if (Status status = read_tensors(outs, ins, first)) return status;
+    task_.rows = by_row_ ? rows_ : 1;
+    task_.cols = by_row_ ? (rows_ ? elements_ / rows_ : 0) : elements_;
+    return read_sums(outs, first);
+  }
+
+  Status run(int op) {
+    if (task_.rows == 0 || (task_.cols == 0 && !info_->n_sum)) return kDone;
+    if (device_.type == dlpack::kCpu) {
+      bool done;
+      if (elements_ >= kReleaseGilFrom) {
+        py::gil_scoped_release release;
+        done = run_on_cpu(op, dtype_, task_);
+      } else {
+        done = run_on_cpu(op, dtype_, task_);
+      }
+      return done ? kDone : kStepRange;
+    }
+    if (!cuda_built()) return kDevice;
+    if (!task_.step && task_.steps && (task_.fixed_step < 0 || task_.fixed_step >= task_.steps)) return kStepRange;
+    Device device{device_.id, nullptr};
+    if (g_bindings.torch->current_stream(dlpack::kCuda, device_.id, &device.stream) != 0)
+      throw py::error_already_set();
+    dlpack::ManagedTensor* workspace = nullptr;
+    struct Context {
+      dlpack::ManagedTensor** workspace;
+      int32_t device;
+    } context{&workspace, device_.id};
+    auto allocate = [](void* opaque, int64_t bytes) -> void* {
+      auto* context = static_cast<Context*>(opaque);
+      int64_t doubles = (bytes + 7) / 8;
+      dlpack::Tensor prototype{nullptr, {dlpack::kCuda, context->device}, 1, {dlpack::kFloat, 64, 1},
+                               &doubles, nullptr, 0};
+      auto ignore = [](void*, const char*, const char*) {};
+      if (g_bindings.torch->allocate(&prototype, context->workspace, nullptr, ignore) != 0) return nullptr;
+      return (*context->workspace)->tensor.data;
+    };
+    const char* error = run_on_cuda(op, dtype_, task_, device, allocate, &context);
+    // The launches are on the stream the allocator knows, so freeing now only lets later work on it reuse the memory.
+    if (workspace && workspace->deleter) workspace->deleter(workspace);
+    if (error) throw std::runtime_error(std::string("diffcore: ") + info_->name + ": " + error);
+    return kDone;
+  }
+
+ private:
+  Status read_coefs(py::tuple coefs, py::handle step, const dlpack::Tensor& first) {
+    int n = 0;
+    bool table = false;
+    for (py::handle item : coefs) {
+      if (n >= info_->n_coef) return kBadArguments;
+      if (PyFloat_CheckExact(item.ptr())) {
+        task_.coef[n++].value = PyFloat_AS_DOUBLE(item.ptr());
+        continue;
+      }
+      dlpack::Tensor x;
+      borrow(item.ptr(), &x);
+      Dtype dtype = dtype_of(x.dtype);
+      if ((dtype != kF32 && dtype != kF64) || !same_device(x, first) || x.ndim > 2) return kBadArguments;
+      int columns = x.ndim == 2 ? int(x.shape[1]) : 1;
+      if ((!x.data && count(x)) || n + columns > info_->n_coef) return kBadArguments;
+      bool by_step = x.ndim == 2 && !step.is_none();
+      int64_t length = x.ndim ? x.shape[0] : 1;
+      if (by_step) {
+        if (length == 0 || (table && length != task_.steps)) return kBadArguments;
+        table = true;
+        task_.steps = length;
+      } else if (length != 1) {
+        if (length != rows_) return kBadArguments;
+        by_row_ = true;
+      }
+      for (int k = 0; k < columns; ++k) {
+        Coef& coef = task_.coef[n++];
+        coef.data = static_cast<char*>(x.data) + (k ? k * x.strides[1] : 0) * item_size(dtype);
+        coef.stride = by_step || length > 1 ? x.strides[0] : 0;
+        coef.is_double = dtype == kF64;
+        coef.by_step = by_step;
+      }
+    }
+    if (n != info_->n_coef) return kBadArguments;
+    return step.is_none() ? kDone : table ? read_step(step, first) : kBadArguments;
+  }
+
+  Status read_step(py::handle step, const dlpack::Tensor& first) {
+    if (PyLong_CheckExact(step.ptr())) {
+      task_.fixed_step = PyLong_AsLongLong(step.ptr());
+      if (task_.fixed_step == -1 && PyErr_Occurred()) {
+        PyErr_Clear();
+        return kStepRange;
+      }
+      return kDone;
+    }
+    dlpack::Tensor x;
+    borrow(step.ptr(), &x);
+    bool is_integer = x.dtype.code == dlpack::kInt && x.dtype.lanes == 1 && (x.dtype.bits == 64 || x.dtype.bits == 32);
+    if (!is_integer || !same_device(x, first) || x.ndim > 1) return kBadArguments;
+    int64_t length = x.ndim ? x.shape[0] : 1;
+    if (length != 1 && length != rows_) return kBadArguments;
+    if (!x.data && length) return kBadArguments;
+    task_.step = x.data;
+    task_.step_is_64 = x.dtype.bits == 64;
+    task_.step_stride = length > 1 ? x.strides[0] : 0;
+    if (length != 1) by_row_ = true;
+    return kDone;
+  }
+
+  Status read_tensors(py::tuple outs, py::tuple ins, const dlpack::Tensor& first) {
+    if (!dense(first, by_row_)) return kLayout;
+    int64_t bytes = elements_ * item_size(dtype_);
+    int maps = info_->n_out;
+    for (int k = 0; k < info_->n_in + maps; ++k) {
+      dlpack::Tensor x = first;
+      if (k != 0) borrow(k < info_->n_in ? ins[k].ptr() : outs[k - info_->n_in].ptr(), &x);
+      if (dtype_of(x.dtype) != dtype_ || !same_device(x, first) || !same_shape(x, first)) return kBadArguments;
+      if (!x.data && elements_) return kBadArguments;
+      if (k != 0 && !same_strides(x, first)) return kLayout;
+      if (k < info_->n_in)
+        task_.in[k] = x.data;
+      else
+        task_.out[k - info_->n_in] = x.data;
+    }
+    auto overlap = [&](const void* a, const void* b) {
+      auto lo = reinterpret_cast<uintptr_t>(a), hi = reinterpret_cast<uintptr_t>(b);
+      return lo < hi + uintptr_t(bytes) && hi < lo + uintptr_t(bytes);
+    };
+    for (int o = 0; o < maps; ++o) {
+      for (int k = 0; k < info_->n_in; ++k)
+        if (task_.out[o] != task_.in[k] && overlap(task_.out[o], task_.in[k])) return kLayout;
+      for (int other = 0; other < o; ++other)
+        if (overlap(task_.out[o], task_.out[other])) return kBadArguments;
+    }
+    return kDone;
+  }
+
+  Status read_sums(py::tuple outs, const dlpack::Tensor& first) {
+    Dtype compute = dtype_ == kF64 ? kF64 : kF32;
+    for (int k = 0; k < info_->n_sum; ++k) {
+      dlpack::Tensor x;
+      borrow(outs[info_->n_out + k].ptr(), &x);
+      if (dtype_of(x.dtype) != compute || !same_device(x, first) || count(x) != task_.rows || !contiguous(x))
+        return kBadArguments;
+      if (!x.data && task_.rows) return kBadArguments;
+      task_.sum[k] = x.data;
+    }
+    return kDone;
+  }
+
+  const OpInfo* info_ = nullptr;
+  Task task_;
+  dlpack::DeviceRef device_{};
+  Dtype dtype_ = kNoDtype;
+  int64_t elements_ = 0, rows_ = 0;
+  bool by_row_ = false;
+};
+
+void connect(py::capsule capsule) {
+  auto* api = static_cast<const dlpack::ExchangeApiHeader*>(capsule.get_pointer());
+  while (api && api->version.major != 1) api = api->prev_api;
+  if (!api) throw std::runtime_error("torch offers no DLPack exchange API of major version 1");
+  auto* exchange = reinterpret_cast<const dlpack::ExchangeApi*>(api);
+  if (!exchange->borrow || !exchange->current_stream || !exchange->allocate)
+    throw std::runtime_error("torch's DLPack exchange API lacks a function that diffcore needs");
+  g_bindings.torch = exchange;
+}
+
+int call(int op, py::tuple outs, py::tuple ins, py::tuple coefs, py::object step, bool whole) {
+  if (!g_bindings.torch) throw std::runtime_error("diffcore._C: connect() has not been called");
+  if (op < 0 || op >= AllOps::size) throw py::index_error("no such op");
+  Call call;
+  if (Status status = call.parse(op, outs, ins, coefs, step, whole)) return status;
+  return call.run(op);
+}
+
+py::dict build_info() {
+  py::dict info;
+  info["version"] = DIFFCORE_VERSION;
+  info["build_flags"] = DIFFCORE_BUILD_FLAGS;
+  info["instruction_set"] = cpu_isa();
+  info["threads"] = cpu_threads();
+  info["cuda"] = cuda_built();
+  info["cuda_architectures"] = cuda_architectures();
+  info["cuda_driver"] = cuda_driver_version();
+  info["cuda_devices"] = cuda_device_count();
+  return info;
+}
+
+}  // namespace
+}  // namespace diffcore
+
+PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
+  using namespace diffcore;
+  m.def("connect", &connect, py::arg("exchange_api"));
+  m.def("call", &diffcore::call, py::arg("op"), py::arg("outs"), py::arg("ins"), py::arg("coefs"), py::arg("step"),
+        py::arg("whole"));
+  m.def("op_table", [] {
+    py::list table;
+    for (int i = 0; i < AllOps::size; ++i) {
+      const OpInfo& op = ops()[i];
+      table.append(py::make_tuple(op.name, op.n_in, op.n_out, op.n_sum, op.n_coef));
+    }
+    return table;
+  });
+  m.def("build_info", &build_info);
+  m.def(
+      "load_cuda_kernels",
+      [](int device) {
+        if (const char* error = load_cuda_kernels(device)) throw std::runtime_error(error);
+      },
+      py::arg("device"));
+}

@@ -1,0 +1,34 @@
+// Reads the coefficients of one row, rounding float64 once to the compute type.
+#pragma once
+
+#include "core/macros.h"
+#include "core/task.h"
+
+DC_KERNEL_NAMESPACE_BEGIN
+
+// The step of a row. Out-of-range steps are refused before the launch on the CPU; on CUDA the host cannot see them
+// without waiting for the device, so they are clamped: never a wild read.
+DC_HD int64_t step_of(const Task& task, int64_t row) {
+  if (!task.step) return task.fixed_step;
+  int64_t at = row * task.step_stride;
+  int64_t step = task.step_is_64 ? static_cast<const int64_t*>(task.step)[at]
+                                 : static_cast<const int32_t*>(task.step)[at];
+  return step < 0 ? 0 : (step >= task.steps ? task.steps - 1 : step);
+}
+
+template <int kCoefs, class R>
+DC_HD void load_coefs(const Task& task, int64_t row, R* c) {
+  int64_t step = task.steps ? step_of(task, row) : 0;
+  for (int k = 0; k < kCoefs; ++k) {
+    const Coef& coef = task.coef[k];
+    if (!coef.data) {
+      c[k] = R(coef.value);
+    } else {
+      int64_t at = (coef.by_step ? step : row) * coef.stride;
+      c[k] = coef.is_double ? R(static_cast<const double*>(coef.data)[at])
+                            : R(static_cast<const float*>(coef.data)[at]);
+    }
+  }
+}
+
+DC_KERNEL_NAMESPACE_END

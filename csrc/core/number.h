@@ -1,0 +1,101 @@
+// Storage types and the type in which each is computed: float for f32, bf16 and f16; double for f64.
+#pragma once
+
+#include "core/macros.h"
+
+#ifdef __CUDACC__
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#endif
+
+DC_KERNEL_NAMESPACE_BEGIN
+
+struct Bf16 {
+  uint16_t bits;
+};
+struct F16 {
+  uint16_t bits;
+};
+
+template <class S>
+struct ComputeOf {
+  using type = float;
+};
+template <>
+struct ComputeOf<double> {
+  using type = double;
+};
+template <class S>
+using Compute = typename ComputeOf<S>::type;
+
+template <class To, class From>
+DC_HD To bit_cast(From from) {
+  static_assert(sizeof(To) == sizeof(From), "bit_cast needs equal sizes");
+  To to;
+  __builtin_memcpy(&to, &from, sizeof(To));
+  return to;
+}
+
+DC_HD float load_value(float x) { return x; }
+DC_HD double load_value(double x) { return x; }
+
+DC_HD float load_value(Bf16 x) { return bit_cast<float>(uint32_t(x.bits) << 16); }
+
+DC_HD float load_value(F16 x) {
+#ifdef __CUDA_ARCH__
+  return __half2float(bit_cast<__half>(x.bits));
+#else
+  // Shift the fields into place and let one exact multiplication move the exponent; subnormals come out right too.
+  // Branch-free integer code, because a conversion instruction the compiler does not vectorise would stop the loop.
+  uint32_t sign = uint32_t(x.bits & 0x8000u) << 16;
+  uint32_t magnitude = uint32_t(x.bits & 0x7fffu) << 13;
+  uint32_t finite = bit_cast<uint32_t>(bit_cast<float>(magnitude) * 0x1p112f);
+  uint32_t special = magnitude | 0x7f800000u;  // inf and nan keep their payload
+  return bit_cast<float>(sign | ((x.bits & 0x7c00u) == 0x7c00u ? special : finite));
+#endif
+}
+
+template <class S>
+struct Store;
+
+template <>
+struct Store<float> {
+  DC_HD static float from(float x) { return x; }
+};
+template <>
+struct Store<double> {
+  DC_HD static double from(double x) { return x; }
+};
+
+template <>
+struct Store<Bf16> {  // round to nearest, ties to even
+  DC_HD static Bf16 from(float x) {
+    uint32_t u = bit_cast<uint32_t>(x);
+    uint32_t rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+    uint32_t quiet_nan = (u >> 16) | 0x40u;
+    return {uint16_t((u & 0x7fffffffu) > 0x7f800000u ? quiet_nan : rounded)};
+  }
+};
+
+template <>
+struct Store<F16> {  // round to nearest, ties to even
+  DC_HD static F16 from(float x) {
+#ifdef __CUDA_ARCH__
+    return bit_cast<F16>(__float2half_rn(x));
+#else
+    uint32_t u = bit_cast<uint32_t>(x);
+    uint32_t sign = (u >> 16) & 0x8000u;
+    uint32_t magnitude = u & 0x7fffffffu;
+    // Normal halves: round on the integer. The addition carries into the exponent, up to infinity, by itself.
+    uint32_t normal = (magnitude + 0xfffu + ((magnitude >> 13) & 1u) - 0x38000000u) >> 13;
+    // Subnormal halves: adding 0.5 leaves the right multiple of 2^-24, rounded by the hardware, in the low bits.
+    uint32_t subnormal = bit_cast<uint32_t>(bit_cast<float>(magnitude) + 0.5f) - 0x3f000000u;
+    uint32_t half = magnitude < 0x38800000u ? subnormal : normal;
+    half = magnitude >= 0x477ff000u ? 0x7c00u : half;  // 65520 and above round to infinity
+    half = magnitude > 0x7f800000u ? (0x7e00u | ((magnitude >> 13) & 0x3ffu)) : half;
+    return {uint16_t(sign | half)};
+#endif
+  }
+};
+
+DC_KERNEL_NAMESPACE_END

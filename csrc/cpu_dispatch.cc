@@ -1,0 +1,93 @@
+// Chooses the instruction set once, and cuts a call into units shared among the threads of the OpenMP runtime that
+// torch has loaded (so torch.set_num_threads is obeyed).
+#include <omp.h>
+
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+
+#include "kernel_table.h"
+
+namespace diffcore {
+namespace {
+
+struct Isa {
+  const char* name;
+  const CpuKernel* kernels;
+};
+
+bool has_v3() {  // every feature of -march=x86-64-v3
+  return __builtin_cpu_supports("avx") && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi") &&
+         __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("f16c") && __builtin_cpu_supports("fma") &&
+         __builtin_cpu_supports("lzcnt") && __builtin_cpu_supports("movbe");
+}
+bool has_v4() {
+  return has_v3() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
+         __builtin_cpu_supports("avx512vl");
+}
+
+Isa choose_isa() {
+  const char* forced = std::getenv("DIFFCORE_ISA");
+  auto allowed = [&](const char* name) { return !forced || !*forced || !std::strcmp(forced, name); };
+  if (has_v4() && allowed("v4")) return {"v4", v4::cpu_kernels()};
+  if (has_v3() && allowed("v3")) return {"v3", v3::cpu_kernels()};
+  return {"v2", v2::cpu_kernels()};
+}
+
+const Isa& isa() {
+  static const Isa chosen = choose_isa();
+  return chosen;
+}
+
+constexpr int64_t kChunk = 8192;             // columns of a unit
+constexpr int64_t kParallelFrom = 32 * 1024;  // elements; below, starting threads costs more than it saves
+
+bool steps_in_range(const Task& task) {
+  if (!task.steps) return true;
+  if (!task.step) return task.fixed_step >= 0 && task.fixed_step < task.steps;
+  for (int64_t row = 0; row < task.rows; ++row) {
+    int64_t at = row * task.step_stride;
+    int64_t step = task.step_is_64 ? static_cast<const int64_t*>(task.step)[at]
+                                   : static_cast<const int32_t*>(task.step)[at];
+    if (step < 0 || step >= task.steps) return false;
+    if (!task.step_stride) break;
+  }
+  return true;
+}
+
+}  // namespace
+
+const char* cpu_isa() { return isa().name; }
+int cpu_threads() { return omp_get_max_threads(); }
+
+bool run_on_cpu(int op, Dtype dtype, Task& task) {
+  if (!steps_in_range(task)) return false;
+  const CpuKernel& kernel = isa().kernels[op * kDtypes + dtype];
+  task.chunk = kChunk;
+  task.chunks = task.cols <= kChunk ? 1 : (task.cols + kChunk - 1) / kChunk;
+  int64_t units = task.rows * task.chunks;
+  std::unique_ptr<double[]> partials;
+  if (task.sum[0] && task.chunks > 1) {
+    partials.reset(new double[kMaxSum * units]);
+    task.partials = partials.get();
+  }
+  int64_t elements = task.rows * task.cols;
+  int threads = elements < kParallelFrom ? 1 : cpu_threads();
+  if (threads > units) threads = int(units);
+  if (threads <= 1 || omp_in_parallel()) {
+    kernel.run(task, 0, units);
+  } else {
+#pragma omp parallel num_threads(threads)
+    {
+      int64_t share = units / omp_get_num_threads(), extra = units % omp_get_num_threads();
+      int64_t me = omp_get_thread_num();
+      int64_t begin = me * share + (me < extra ? me : extra);
+      kernel.run(task, begin, begin + share + (me < extra ? 1 : 0));
+    }
+  }
+  if (task.partials) kernel.finish(task);
+  return true;
+}
+
+}  // namespace diffcore

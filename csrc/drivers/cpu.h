@@ -1,0 +1,152 @@
+// The CPU loop: every functor, every storage type, the instruction set this unit is compiled for.
+//
+// A call is cut into units of (row, chunk of columns). Sums are formed in kLanes float accumulators per unit, folded by
+// a fixed tree and combined in double, so the result does not depend on threads or on the width of the vectors.
+#pragma once
+
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
+
+#include "core/coefficients.h"
+#include "core/number.h"
+#include "core/task.h"
+
+DC_KERNEL_NAMESPACE_BEGIN
+
+constexpr int kLanes = 64;
+constexpr int kTile = 512;  // elements of a 16-bit tensor converted at a time; a multiple of kLanes
+
+template <class T, class U>
+constexpr bool same = false;
+template <class T>
+constexpr bool same<T, T> = true;
+
+template <class S>
+inline void load_tile(const S* from, int64_t n, float* to) {
+  int64_t i = 0;
+#if defined(__F16C__)
+  if constexpr (same<S, F16>) {  // the portable conversion costs four times as much
+    for (; i + 8 <= n; i += 8) {
+      __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i));
+      _mm256_storeu_ps(to + i, _mm256_cvtph_ps(half));
+    }
+  }
+#endif
+  for (; i < n; ++i) to[i] = load_value(from[i]);
+}
+
+template <class S>
+inline void store_tile(const float* from, int64_t n, S* to) {
+  int64_t i = 0;
+#if defined(__F16C__)
+  if constexpr (same<S, F16>) {
+    for (; i + 8 <= n; i += 8) {
+      __m128i half = _mm256_cvtps_ph(_mm256_loadu_ps(from + i), _MM_FROUND_TO_NEAREST_INT);
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i), half);
+    }
+  }
+#endif
+  for (; i < n; ++i) to[i] = Store<S>::from(from[i]);
+}
+
+// y[i] = Op(x[i]) for i < n, all in the compute type; sums go to acc[i % kLanes].
+template <class Op, class R>
+DC_HD void span(const R* c, const R* const* in, R* const* out, int64_t n, R (*acc)[kLanes]) {
+  constexpr int kIn = Op::n_in, kOut = Op::n_out, kSum = Op::n_sum;
+  auto element = [&](int64_t i, int64_t lane) __attribute__((always_inline)) {
+    R x[kIn + 1], y[kOut + kSum];
+#pragma GCC unroll 8
+    for (int k = 0; k < kIn; ++k) x[k] = in[k][i];
+    Op::template apply<R>(c, x, y);
+#pragma GCC unroll 8
+    for (int k = 0; k < kOut; ++k) out[k][i] = y[k];
+#pragma GCC unroll 8
+    for (int k = 0; k < kSum; ++k) acc[k][lane] += y[kOut + k];
+  };
+  // ivdep: an output may be an input (in place), never partly over one; the binding checks.
+  if constexpr (kSum == 0) {
+#pragma GCC ivdep
+    for (int64_t i = 0; i < n; ++i) element(i, 0);
+  } else {
+    int64_t i = 0;
+    for (; i + kLanes <= n; i += kLanes) {
+#pragma GCC ivdep
+      for (int lane = 0; lane < kLanes; ++lane) element(i + lane, lane);
+    }
+    for (int lane = 0; i + lane < n; ++lane) element(i + lane, lane);
+  }
+}
+
+template <class Op, class S>
+struct CpuLoop {
+  using R = Compute<S>;
+  static constexpr int kIn = Op::n_in, kOut = Op::n_out, kSum = Op::n_sum;
+
+  static void run(const Task& task, int64_t begin, int64_t end) {
+    R c[Op::n_coef + 1];
+    int64_t loaded = -1;
+    for (int64_t unit = begin; unit < end; ++unit) {
+      int64_t row = unit / task.chunks, first = (unit - row * task.chunks) * task.chunk;
+      int64_t left = task.cols - first;
+      if (row != loaded) load_coefs<Op::n_coef>(task, row, c);
+      loaded = row;
+      R acc[kSum + 1][kLanes];
+      for (int k = 0; k < kSum; ++k)
+        for (int lane = 0; lane < kLanes; ++lane) acc[k][lane] = R(0);
+      columns(task, c, row * task.cols + first, left < task.chunk ? left : task.chunk, acc);
+      if constexpr (kSum > 0) {
+        for (int k = 0; k < kSum; ++k) {
+          for (int width = kLanes / 2; width > 0; width /= 2)
+            for (int lane = 0; lane < width; ++lane) acc[k][lane] += acc[k][lane + width];
+          if (task.chunks > 1)
+            task.partials[(k * task.rows + row) * task.chunks + unit % task.chunks] = acc[k][0];
+          else
+            static_cast<R*>(task.sum[k])[row] = R(double(acc[k][0]) * Op::template sum_scale<R>(c));
+        }
+      }
+    }
+  }
+
+  // Combines the chunks of every row.
+  static void finish(const Task& task) {
+    if constexpr (kSum > 0) {
+      for (int k = 0; k < kSum; ++k) {
+        for (int64_t row = 0; row < task.rows; ++row) {
+          R c[Op::n_coef + 1];
+          load_coefs<Op::n_coef>(task, row, c);
+          const double* chunk = task.partials + (k * task.rows + row) * task.chunks;
+          double total = 0;
+          for (int64_t j = 0; j < task.chunks; ++j) total += chunk[j];
+          static_cast<R*>(task.sum[k])[row] = R(total * Op::template sum_scale<R>(c));
+        }
+      }
+    }
+  }
+
+ private:
+  static void columns(const Task& task, const R* c, int64_t at, int64_t n, R (*acc)[kLanes]) {
+    const S* in[kIn + 1];
+    S* out[kOut + 1];
+    for (int k = 0; k < kIn; ++k) in[k] = static_cast<const S*>(task.in[k]) + at;
+    for (int k = 0; k < kOut; ++k) out[k] = static_cast<S*>(task.out[k]) + at;
+    if constexpr (same<S, R>) {
+      span<Op, R>(c, in, out, n, acc);
+    } else {
+      alignas(64) R x[kIn + 1][kTile];
+      alignas(64) R y[kOut + 1][kTile];
+      const R* xs[kIn + 1];
+      R* ys[kOut + 1];
+      for (int k = 0; k < kIn; ++k) xs[k] = x[k];
+      for (int k = 0; k < kOut; ++k) ys[k] = y[k];
+      for (int64_t i = 0; i < n; i += kTile) {
+        int64_t m = n - i < kTile ? n - i : kTile;
+        for (int k = 0; k < kIn; ++k) load_tile(in[k] + i, m, x[k]);
+        span<Op, R>(c, xs, ys, m, acc);
+        for (int k = 0; k < kOut; ++k) store_tile(y[k], m, out[k] + i);
+      }
+    }
+  }
+};
+
+DC_KERNEL_NAMESPACE_END

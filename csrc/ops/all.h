@@ -1,0 +1,30 @@
+// The list of ops. Adding a name here gives it CPU kernels, CUDA kernels and a Python binding.
+#pragma once
+
+#include "ops/gaussian.h"
+#include "ops/linear.h"
+#include "ops/loss.h"
+#include "ops/reverse_step.h"
+
+DC_KERNEL_NAMESPACE_BEGIN
+
+template <class... Op>
+struct OpList {
+  static constexpr int size = sizeof...(Op);
+};
+
+using AllOps =
+    OpList<Scale, LinearCombination,                                             // linear.h
+           ReverseStep, ReverseStepNoise, ReverseStepGuided, ReverseStepGuidedNoise,  // reverse_step.h
+           ReverseStepBackward, ReverseStepGuidedBackward,                       //
+           NormalKl, NormalKlSum, NormalKlBackward, NormalKlBackwardFirst,       // gaussian.h
+           NormalKlBackwardSecond, NormalKlSumBackward, NormalKlSumBackwardFirst,
+           NormalKlSumBackwardSecond,                                            //
+           StandardNormalKl, StandardNormalKlSum, StandardNormalKlBackward,      //
+           StandardNormalKlSumBackward,                                          //
+           GaussianNll, GaussianNllSum, GaussianNllBackward, GaussianNllBackwardParameters,
+           GaussianNllSumBackward, GaussianNllSumBackwardParameters,             //
+           Reparameterize, ReparameterizeBackward, ReparameterizeKl, ReparameterizeKlBackward,
+           TargetLoss, TargetLossBackward, MixedTargetLoss, MixedTargetLossBackward>;  // loss.h
+
+DC_KERNEL_NAMESPACE_END

@@ -1,0 +1,26 @@
+// Linear maps: noising, targets, conversions between predictions, and their gradients.
+#pragma once
+
+#include "core/math.h"
+
+DC_KERNEL_NAMESPACE_BEGIN
+
+struct Scale {  // y = a x
+  static constexpr const char* name = "scale";
+  static constexpr int n_in = 1, n_out = 1, n_sum = 0, n_coef = 1;
+  template <class R>
+  DC_HD static void apply(const R* c, const R* x, R* y) {
+    y[0] = c[0] * x[0];
+  }
+};
+
+struct LinearCombination {  // y = a x_0 + b x_1
+  static constexpr const char* name = "linear_combination";
+  static constexpr int n_in = 2, n_out = 1, n_sum = 0, n_coef = 2;
+  template <class R>
+  DC_HD static void apply(const R* c, const R* x, R* y) {
+    y[0] = mul_add(c[0], x[0], c[1] * x[1]);
+  }
+};
+
+DC_KERNEL_NAMESPACE_END

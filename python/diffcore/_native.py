@@ -1,0 +1,87 @@
+"""Loads the compiled module and says what it can run on. Everything works without it, on :mod:`diffcore.reference`."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from typing import Any
+
+import torch  # before _C: the module shares the OpenMP runtime that torch has loaded
+
+BACKEND = os.environ.get("DIFFCORE_BACKEND", "native")
+"""``native`` (default) or ``reference``, from the environment variable ``DIFFCORE_BACKEND``."""
+
+DEBUG = os.environ.get("DIFFCORE_DEBUG", "") not in ("", "0")
+"""With ``DIFFCORE_DEBUG=1`` timesteps on a CUDA device are checked too, at the price of a synchronisation."""
+
+MIN_CUDA_DRIVER = 13000
+"""The static CUDA 13 runtime in the module needs a driver of at least this version (R580)."""
+
+if BACKEND not in ("native", "reference"):
+    raise ValueError(f"DIFFCORE_BACKEND is {BACKEND!r}; wanted 'native' or 'reference'")
+
+_load_error: str | None = None
+_C: Any = None
+if BACKEND == "native":
+    try:
+        from diffcore import _C  # type: ignore[no-redef,attr-defined,unused-ignore]
+
+        _C.connect(torch.Tensor.__dlpack_c_exchange_api__)  # type: ignore[attr-defined]
+    except (ImportError, AttributeError, RuntimeError) as error:
+        _C = None
+        _load_error = f"{type(error).__name__}: {error}"
+        warnings.warn(
+            f"diffcore's compiled module could not be used ({_load_error}); running on the slower plain-torch "
+            "reference. Set DIFFCORE_BACKEND=reference to choose that without this warning.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+
+_cuda_usable: bool | None = None
+
+
+def cuda_usable() -> bool:
+    """Whether the CUDA kernels can run here; checked once, with one warning when a driver is too old."""
+    global _cuda_usable
+    if _cuda_usable is None:
+        usable = False
+        if _C is not None and _C.build_info()["cuda"]:
+            driver = _C.build_info()["cuda_driver"]
+            usable = driver >= MIN_CUDA_DRIVER
+            if 0 < driver < MIN_CUDA_DRIVER:
+                warnings.warn(
+                    f"diffcore's CUDA kernels need a driver for CUDA {MIN_CUDA_DRIVER // 1000} (R580 or newer); this "
+                    f"one is for CUDA {driver // 1000}.{driver % 1000 // 10}. Running CUDA tensors on plain torch.",
+                    RuntimeWarning,
+                    stacklevel=3,
+                )
+        _cuda_usable = usable
+    return _cuda_usable
+
+
+def has_kernels(device: torch.device) -> bool:
+    """Whether compiled kernels serve tensors of this device."""
+    if _C is None:
+        return False
+    return device.type == "cpu" or (device.type == "cuda" and cuda_usable())
+
+
+def warm_up(device: torch.device | str = "cuda") -> None:
+    """Loads every CUDA kernel now, so that none is loaded inside a CUDA graph capture or a timed region."""
+    device = torch.device(device)
+    if device.type == "cuda" and has_kernels(device):
+        index = torch.cuda.current_device() if device.index is None else device.index
+        _C.load_cuda_kernels(index)
+
+
+def info() -> dict[str, object]:
+    """What is installed and in use: for bug reports, and printed by ``diffcore info``."""
+    found: dict[str, object] = {"backend": "reference" if _C is None else "native"}
+    if _load_error:
+        found["load_error"] = _load_error
+    if _C is not None:
+        found |= _C.build_info()
+    found["torch"] = str(torch.__version__)
+    found["torch_cuda"] = torch.version.cuda or "none"
+    found["devices"] = ["cpu", *(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))]
+    return found

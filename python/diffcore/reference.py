@@ -1,0 +1,227 @@
+"""The specification: every op of diffcore in plain PyTorch, under the same name.
+
+Tests run these in float64 as the truth; devices without kernels and installs without the compiled module run on
+them. Inputs keep their dtype at the boundary and 16-bit inputs are computed in float32, rounded once at the end.
+Coefficients are numbers or tensors that broadcast against the inputs (see :func:`per_sample`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+Coef = float | Tensor
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float64 for float64, float32 for everything narrower: the type in which values are computed."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def per_sample(coef: Coef, like: Tensor) -> Coef:
+    """A `[B]` coefficient as `[B, 1, ...]`, rounded once to the compute type of `like`."""
+    if not isinstance(coef, Tensor):
+        return coef
+    coef = coef.to(compute_dtype(like.dtype))
+    return coef if coef.ndim == 0 else coef.reshape(-1, *([1] * (like.ndim - 1)))
+
+
+def _elementwise(
+    formula: Callable[..., Tensor], inputs: Sequence[Tensor], coefs: Sequence[Coef] = ()
+) -> Tensor:
+    like = inputs[0]
+    compute = compute_dtype(like.dtype)
+    y = formula(*(x.to(compute) for x in inputs), *(per_sample(c, like) for c in coefs))
+    return y.to(like.dtype)
+
+
+def _row_sum(terms: Tensor, scale: Coef, whole: bool) -> Tensor:
+    """`scale` times the sum over one sample (`[B]`), or over everything when `whole`."""
+    if whole or terms.ndim == 0:
+        return terms.sum() * scale
+    return terms.flatten(1).sum(1) * scale if terms.ndim > 1 else terms * scale
+
+
+# ---- linear maps ----------------------------------------------------------------------------------------------
+
+
+def scale(x: Tensor, a: Coef) -> Tensor:
+    """``a x``."""
+    return _elementwise(lambda x, a: a * x, (x,), (a,))
+
+
+def linear_combination(x: Tensor, y: Tensor, a: Coef, b: Coef) -> Tensor:
+    """``a x + b y``."""
+    return _elementwise(lambda x, y, a, b: a * x + b * y, (x, y), (a, b))
+
+
+def add_noise(x0: Tensor, noise: Tensor, alpha: Coef, sigma: Coef) -> Tensor:
+    """``x_t = alpha x_0 + sigma noise``."""
+    return linear_combination(x0, noise, alpha, sigma)
+
+
+def velocity(x0: Tensor, noise: Tensor, alpha: Coef, sigma: Coef) -> Tensor:
+    """``v = alpha noise - sigma x_0``."""
+    return _elementwise(lambda x, e, a, s: a * e - s * x, (x0, noise), (alpha, sigma))
+
+
+_X0: dict[str, Callable[..., Tensor]] = {
+    "epsilon": lambda m, x, a, s: (x - s * m) / a,
+    "sample": lambda m, x, a, s: m * 1.0,
+    "v_prediction": lambda m, x, a, s: a * x - s * m,
+    "flow_prediction": lambda m, x, a, s: x - s * m,
+}
+
+_EPSILON: dict[str, Callable[..., Tensor]] = {
+    "epsilon": lambda m, x, a, s: m * 1.0,
+    "sample": lambda m, x, a, s: (x - a * m) / s,
+    "v_prediction": lambda m, x, a, s: s * x + a * m,
+    "flow_prediction": lambda m, x, a, s: x + (1 - s) * m,
+}
+
+
+def predict_x0(
+    model_output: Tensor, x_t: Tensor, alpha: Coef, sigma: Coef, *, prediction_type: str = "epsilon"
+) -> Tensor:
+    """The clean sample that a prediction implies."""
+    return _elementwise(_X0[prediction_type], (model_output, x_t), (alpha, sigma))
+
+
+def predict_epsilon(
+    model_output: Tensor, x_t: Tensor, alpha: Coef, sigma: Coef, *, prediction_type: str = "epsilon"
+) -> Tensor:
+    """The noise that a prediction implies."""
+    return _elementwise(_EPSILON[prediction_type], (model_output, x_t), (alpha, sigma))
+
+
+# ---- reverse steps --------------------------------------------------------------------------------------------
+
+
+def reverse_step(
+    x: Tensor,
+    model_output: Tensor,
+    noise: Tensor | None,
+    model_output_uncond: Tensor | None,
+    c_x: Coef,
+    c_m: Coef,
+    c_0: Coef,
+    c_z: Coef,
+    a_x: Coef,
+    a_m: Coef,
+    clip_min: Coef,
+    clip_max: Coef,
+    guidance_scale: Coef = 1.0,
+) -> Tensor:
+    """``x' = c_x x + c_m m + c_0 clip(a_x x + a_m m) + c_z z``, ``m = m_u + w (m_c - m_u)``."""
+    compute = compute_dtype(x.dtype)
+    k = [
+        per_sample(c, x)
+        for c in (c_x, c_m, c_0, c_z, a_x, a_m, clip_min, clip_max, guidance_scale)
+    ]
+    s, m = x.to(compute), model_output.to(compute)
+    if model_output_uncond is not None:
+        u = model_output_uncond.to(compute)
+        m = u + k[8] * (m - u)
+    x0 = k[4] * s + k[5] * m
+    # where, not clamp: clamp's gradient at a bound and its handling of two tensor bounds differ between versions
+    x0 = torch.where(x0 < k[6], torch.zeros_like(x0) + k[6], x0)
+    x0 = torch.where(x0 > k[7], torch.zeros_like(x0) + k[7], x0)
+    y = k[0] * s + k[1] * m + k[2] * x0
+    if noise is not None:
+        y = y + k[3] * noise.to(compute)
+    return y.to(x.dtype)
+
+
+# ---- Gaussians ------------------------------------------------------------------------------------------------
+
+
+def expm1_minus(d: Tensor) -> Tensor:
+    """``expm1(d) - d`` without cancellation: its Taylor series where ``|d| < 1``."""
+    terms = 17 if d.dtype == torch.float64 else 9
+    near = torch.where(d.abs() < 1, d, torch.zeros_like(d))
+    series = torch.full_like(d, 1 / math.factorial(terms + 2))
+    for k in range(terms - 1, -1, -1):
+        series = series * near + 1 / math.factorial(k + 2)
+    return torch.where(d.abs() < 1, near * near * series, torch.expm1(d) - d)
+
+
+def _normal_kl(mean1: Tensor, logvar1: Tensor, mean2: Tensor, logvar2: Tensor) -> Tensor:
+    return 0.5 * (expm1_minus(logvar1 - logvar2) + (mean1 - mean2) ** 2 * torch.exp(-logvar2))
+
+
+def _standard_normal_kl(mean: Tensor, logvar: Tensor) -> Tensor:
+    return 0.5 * (mean**2 + expm1_minus(logvar))
+
+
+def _gaussian_nll(x: Tensor, mean: Tensor, logvar: Tensor) -> Tensor:
+    return 0.5 * (math.log(2 * math.pi) + logvar + (x - mean) ** 2 * torch.exp(-logvar))
+
+
+def _reduce(formula: Callable[..., Tensor], inputs: Sequence[Tensor], reduction: str) -> Tensor:
+    if reduction == "none":
+        return _elementwise(formula, inputs)
+    compute = compute_dtype(inputs[0].dtype)
+    terms = formula(*(x.to(compute) for x in inputs))
+    batch = terms.shape[0] if terms.ndim else 1
+    scales = {"sample": 1.0, "sum": 1.0}
+    if terms.numel():
+        scales |= {"batchmean": 1.0 / batch, "mean": 1.0 / terms.numel()}
+    return _row_sum(terms, scales.get(reduction, math.nan), whole=reduction != "sample")
+
+
+def normal_kl(
+    mean1: Tensor, logvar1: Tensor, mean2: Tensor, logvar2: Tensor, *, reduction: str = "none"
+) -> Tensor:
+    """KL of two diagonal Gaussians, nats."""
+    return _reduce(_normal_kl, (mean1, logvar1, mean2, logvar2), reduction)
+
+
+def standard_normal_kl(mean: Tensor, logvar: Tensor, *, reduction: str = "none") -> Tensor:
+    """KL to the standard normal, nats."""
+    return _reduce(_standard_normal_kl, (mean, logvar), reduction)
+
+
+def gaussian_nll(x: Tensor, mean: Tensor, logvar: Tensor, *, reduction: str = "none") -> Tensor:
+    """Negative log-density of a diagonal Gaussian, nats."""
+    return _reduce(_gaussian_nll, (x, mean, logvar), reduction)
+
+
+def reparameterize(mean: Tensor, logvar: Tensor, noise: Tensor) -> Tensor:
+    """``z = mean + exp(logvar / 2) noise``."""
+    return _elementwise(lambda m, lv, e: m + torch.exp(0.5 * lv) * e, (mean, logvar, noise))
+
+
+def reparameterize_kl(mean: Tensor, logvar: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+    """``z`` and the KL of each sample to the standard normal, `[B]`, nats."""
+    z = reparameterize(mean, logvar, noise)
+    return z, standard_normal_kl(mean, logvar, reduction="sample")
+
+
+# ---- losses ---------------------------------------------------------------------------------------------------
+
+
+def target_loss(model_output: Tensor, target: Tensor, weight: Coef) -> Tensor:
+    """``weight · mean_i (m_i - target_i)²``, `[B]`."""
+    compute = compute_dtype(model_output.dtype)
+    error = (model_output.to(compute) - target.to(compute)) ** 2
+    return _weighted_mean(error, weight, model_output)
+
+
+def mixed_target_loss(
+    model_output: Tensor, x0: Tensor, noise: Tensor, a: Coef, b: Coef, weight: Coef
+) -> Tensor:
+    """``weight · mean_i (m_i - (a x_0 + b noise)_i)²``, `[B]`."""
+    compute = compute_dtype(model_output.dtype)
+    a, b = per_sample(a, model_output), per_sample(b, model_output)
+    error = (model_output.to(compute) - (a * x0.to(compute) + b * noise.to(compute))) ** 2
+    return _weighted_mean(error, weight, model_output)
+
+
+def _weighted_mean(error: Tensor, weight: Coef, like: Tensor) -> Tensor:
+    if isinstance(weight, Tensor):
+        weight = weight.to(compute_dtype(like.dtype))
+    n = error[0].numel() if error.ndim and len(error) else 1
+    return _row_sum(error, weight / max(n, 1), whole=False)
