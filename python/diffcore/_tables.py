@@ -1,0 +1,224 @@
+"""What GaussianDiffusion stands on: its float64 tables, their copies on devices, and its checks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .coefficients import (
+    PREDICTION_TYPES,
+    VARIANCE_TYPES,
+    Coef,
+    check_choice,
+    ddim_coefficients,
+    ddpm_coefficients,
+    parse_clip_range,
+    posterior_coefficients,
+    x0_coefficients,
+)
+from .schedules import NoiseSchedule, check_betas, respaced_timesteps
+
+# Copies kept: a few samplers on a few devices, not every combination ever asked for.
+_MAX_TABLES = 64
+
+
+class DiffusionTables:
+    """The numbers of one discrete, variance preserving diffusion; no formula that sees a sample.
+
+    Args:
+        betas: See ``GaussianDiffusion``, as for all the others.
+        prediction_type: One of ``PREDICTION_TYPES``.
+        variance_type: One of ``VARIANCE_TYPES``.
+        clip_sample: Whether x_0 is clipped while sampling.
+        clip_sample_range: To plus or minus this.
+    """
+
+    def __init__(
+        self,
+        betas: Tensor,
+        prediction_type: str,
+        variance_type: str,
+        clip_sample: bool,
+        clip_sample_range: float,
+    ) -> None:
+        check_choice("prediction_type", prediction_type, PREDICTION_TYPES)
+        check_choice("variance_type", variance_type, VARIANCE_TYPES)
+        if not isinstance(clip_sample_range, (int, float)):
+            raise TypeError(f"clip_sample_range must be a number, got {clip_sample_range!r}")
+        parse_clip_range(clip_sample_range)
+        self.betas = check_betas(betas)
+        self.num_timesteps = len(self.betas)
+        self.prediction_type = prediction_type
+        self.variance_type = variance_type
+        self.clip_sample = bool(clip_sample)
+        self.clip_sample_range = float(clip_sample_range)
+        if prediction_type == "epsilon" and self.betas[-1] == 1:
+            raise ValueError(
+                "betas end at 1 (zero terminal SNR): the last x_t holds no x_0, so a prediction of "
+                "epsilon cannot give one; use prediction_type='v_prediction' or 'sample'"
+            )
+
+        self.schedule = NoiseSchedule.from_betas(self.betas)
+        log_bar = torch.log1p(-self.betas).cumsum(0)
+        self.alphas_cumprod = torch.exp(log_bar)
+        self.alphas_cumprod_prev = torch.cat([torch.ones_like(log_bar[:1]), log_bar[:-1].exp()])
+        self.sqrt_alphas_cumprod = self.schedule.alpha
+        self.sqrt_one_minus_alphas_cumprod = self.schedule.sigma
+        self.log_one_minus_alphas_cumprod = torch.log(-torch.expm1(log_bar))
+
+        self.posterior_mean_coef1, self.posterior_mean_coef2, self.posterior_variance, _ = (
+            torch.as_tensor(c) for c in posterior_coefficients(*self._times(None))
+        )
+        # beta_tilde is 0 at the first step: its logarithm copies the next one's, if there is one.
+        first = self.posterior_variance[1:2] if self.num_timesteps > 1 else self.betas
+        self.posterior_log_variance_clipped = torch.cat([first, self.posterior_variance[1:]]).log()
+        if variance_type == "fixed_small":
+            self._variance = self.posterior_variance
+            self._log_variance = self.posterior_log_variance_clipped
+        else:
+            self._variance = torch.cat([first, self.betas[1:]])
+            self._log_variance = self._variance.log()
+
+        # The training timestep of each index, where this is a respaced view of another diffusion.
+        self._timestep_map: tuple[int, ...] | None = None
+        self._tables: dict[tuple[Any, ...], Tensor] = {}
+
+    def _times(self, rows: tuple[int, ...] | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(alpha, sigma) at rising timesteps and at the one before each; x_0 precedes the first."""
+        alpha, sigma = self.schedule.alpha, self.schedule.sigma
+        if rows is not None:
+            alpha, sigma = alpha[list(rows)], sigma[list(rows)]
+        alpha_prev = torch.cat([torch.ones_like(alpha[:1]), alpha[:-1]])
+        sigma_prev = torch.cat([torch.zeros_like(sigma[:1]), sigma[:-1]])
+        return alpha, sigma, alpha_prev, sigma_prev
+
+    def _table(
+        self, key: tuple[Any, ...], build: Callable[[], Coef], device: torch.device
+    ) -> Tensor:
+        """A float64 table on a device: built and moved at the first call, found at every other."""
+        key = (*key, device)
+        table = self._tables.get(key)
+        if table is None:
+            if len(self._tables) >= _MAX_TABLES:
+                self._tables.clear()
+            # A table made under inference_mode could not serve a training step later.
+            with torch.inference_mode(False):
+                table = torch.as_tensor(build()).to(device, copy=True)
+            self._tables[key] = table
+        return table
+
+    def _named_table(self, name: str, device: torch.device) -> Tensor:
+        return self._table((name,), lambda: getattr(self, name), device)
+
+    def _noise_table(self, device: torch.device) -> Tensor:
+        return self._table(("noise",), lambda: self.schedule.table, device)
+
+    def _posterior_table(self, device: torch.device) -> Tensor:
+        coefficients = [self.posterior_mean_coef1, self.posterior_mean_coef2]
+        return self._table(("posterior",), lambda: torch.stack(coefficients, dim=1), device)
+
+    def _x0_table(self, clip: float | None, device: torch.device) -> Tensor:
+        """Coefficients of a ``reverse_step`` that stops at the clipped x_0."""
+
+        def build() -> Tensor:
+            low, high = parse_clip_range(clip)
+            alpha, sigma = self.schedule.alpha, self.schedule.sigma
+            table = torch.zeros(self.num_timesteps, 8, dtype=torch.float64)
+            a_x, a_m = x0_coefficients(alpha, sigma, self.prediction_type)
+            table[:, 2] = 1
+            table[:, 4], table[:, 5], table[:, 6], table[:, 7] = a_x, a_m, low, high
+            return table
+
+        return self._table(("x0", clip), build, device)
+
+    def _ddpm_table(
+        self, rows: tuple[int, ...] | None, clip: float | None, device: torch.device
+    ) -> Tensor:
+        return self._table(
+            ("ddpm", rows, clip),
+            lambda: ddpm_coefficients(
+                *self._times(rows),
+                prediction_type=self.prediction_type,
+                variance_type=self.variance_type,
+                clip_range=clip,
+            ),
+            device,
+        )
+
+    def _ddim_table(
+        self,
+        rows: tuple[int, ...] | None,
+        clip: float | None,
+        eta: float,
+        rederive_epsilon: bool,
+        device: torch.device,
+    ) -> Tensor:
+        return self._table(
+            ("ddim", rows, clip, eta, rederive_epsilon),
+            lambda: ddim_coefficients(
+                *self._times(rows),
+                eta=eta,
+                prediction_type=self.prediction_type,
+                rederive_epsilon=rederive_epsilon,
+                clip_range=clip,
+            ),
+            device,
+        )
+
+    def _rows(self, num_steps: int | None, timestep_spacing: str) -> tuple[int, ...] | None:
+        """The rising timesteps of a respaced loop; ``None`` for all of them."""
+        if num_steps is None:
+            return None
+        return tuple(respaced_timesteps(self.num_timesteps, num_steps, timestep_spacing)[::-1])
+
+    def _model_timesteps(self, rows: tuple[int, ...] | None, device: torch.device) -> Tensor:
+        """What the model is told at each row: int64, timesteps of the training schedule."""
+
+        def build() -> Tensor:
+            chosen = range(self.num_timesteps) if rows is None else rows
+            known = self._timestep_map
+            return torch.tensor([known[t] if known else t for t in chosen], dtype=torch.int64)
+
+        return self._table(("timesteps", rows), build, device)
+
+    def _clip(self, clip_denoised: bool | None) -> float | None:
+        clip = self.clip_sample if clip_denoised is None else clip_denoised
+        return self.clip_sample_range if clip else None
+
+    def _check_t(self, t: Tensor | int, x: Tensor, name: str = "x_start") -> Tensor:
+        """Timesteps as an integer ``[B]`` tensor beside ``x``, or an error that says why not."""
+        if not isinstance(x, Tensor) or not x.is_floating_point() or x.dim() == 0:
+            what = f"{x.dtype} {list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+            raise TypeError(
+                f"{name} must be a tensor of floating point numbers [B, ...], got {what}"
+            )
+        batch, last = x.shape[0], self.num_timesteps - 1
+        if isinstance(t, int) and not isinstance(t, bool):
+            if not 0 <= t <= last:
+                raise ValueError(f"t must lie in 0 .. {last}, got {t}")
+            return torch.full((batch,), t, dtype=torch.int64, device=x.device)
+        if not isinstance(t, Tensor) or t.dtype not in (torch.int64, torch.int32):
+            what = f"a tensor of {t.dtype}" if isinstance(t, Tensor) else type(t).__name__
+            raise TypeError(f"t must be an int or an int64 or int32 tensor, got {what}")
+        if t.shape != (batch,) or t.device != x.device:
+            raise ValueError(
+                f"t must have shape [{batch}] on {x.device}, as {name}, "
+                f"got {list(t.shape)} on {t.device}"
+            )
+        # Looking at values would stop a CUDA stream and break a compiled graph.
+        if t.device.type == "cpu" and batch and not torch.compiler.is_compiling():
+            low, high = int(t.min()), int(t.max())
+            if low < 0 or high > last:
+                raise ValueError(f"t must lie in 0 .. {last}, got values from {low} to {high}")
+        return t
+
+    def _extract(self, name: str, t: Tensor, x: Tensor) -> Tensor:
+        """Entries ``t`` of a table in the shape of ``x``, float64 beside float64, else float32."""
+        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        # Clamped, for a device that cannot say "out of range" must not read there either.
+        index = t.clamp(0, self.num_timesteps - 1)
+        values = self._named_table(name, x.device)[index].to(dtype)
+        return values.reshape(-1, *[1] * (x.dim() - 1)).expand(x.shape)

@@ -1,0 +1,193 @@
+"""The VAE of the lecture: its posterior, and the two terms of its bound."""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from . import ops
+
+_LOGVAR_MIN, _LOGVAR_MAX = -30.0, 20.0
+
+
+class DiagonalGaussianDistribution:
+    """N(mean, exp(logvar) I), what a VAE's encoder says about z. Names and clamp are diffusers'.
+
+    Any number of dimensions after the second; ``kl`` and ``nll`` sum over all but the batch.
+
+    Args:
+        parameters: ``[B, 2C, ...]``, the means and then the log-variances along dimension 1.
+        deterministic: Use the mean alone: variance, KL and NLL are 0.
+
+    Attributes:
+        mean: ``[B, C, ...]``.
+        logvar: ``[B, C, ...]``, clamped to [-30, 20].
+        std: exp(logvar / 2).
+        var: exp(logvar).
+
+    Raises:
+        TypeError: ``parameters`` is not a tensor of floating point numbers.
+        ValueError: Dimension 1 is missing or odd.
+
+    Source:
+        Kingma and Welling 2014 (arXiv 1312.6114); Rombach et al. 2022 (arXiv 2112.10752).
+    """
+
+    def __init__(self, parameters: Tensor, deterministic: bool = False) -> None:
+        if not isinstance(parameters, Tensor) or not parameters.is_floating_point():
+            is_tensor = isinstance(parameters, Tensor)
+            what = f"a tensor of {parameters.dtype}" if is_tensor else type(parameters).__name__
+            raise TypeError(f"parameters must be a tensor of floating point numbers, got {what}")
+        if parameters.dim() < 2 or parameters.shape[1] % 2:
+            raise ValueError(
+                f"parameters must have shape [B, 2C, ...], got {list(parameters.shape)}"
+            )
+        self.parameters = parameters
+        self.deterministic = bool(deterministic)
+        self.mean, logvar = parameters.chunk(2, dim=1)
+        self.logvar = logvar.clamp(_LOGVAR_MIN, _LOGVAR_MAX)
+
+    @cached_property
+    def std(self) -> Tensor:
+        """Standard deviation, ``[B, C, ...]``."""
+        return torch.zeros_like(self.mean) if self.deterministic else torch.exp(0.5 * self.logvar)
+
+    @cached_property
+    def var(self) -> Tensor:
+        """Variance, ``[B, C, ...]``."""
+        return torch.zeros_like(self.mean) if self.deterministic else torch.exp(self.logvar)
+
+    def sample(self, generator: torch.Generator | None = None) -> Tensor:
+        """Draw z = mean + exp(logvar / 2) noise, differentiable in the parameters.
+
+        Args:
+            generator: Source of the noise; ``None`` for torch's own.
+
+        Returns:
+            ``[B, C, ...]``.
+        """
+        if self.deterministic:
+            return self.mean
+        return ops.reparameterize(self.mean, self.logvar, generator=generator)
+
+    def sample_kl(self, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+        """``sample()`` and ``kl()`` in one pass over the parameters, for training.
+
+        Args:
+            generator: Source of the noise; ``None`` for torch's own.
+
+        Returns:
+            z ``[B, C, ...]`` and the KL to the standard normal ``[B]``, in nats.
+        """
+        if self.deterministic:
+            return self.mean, self._zeros()
+        return ops.reparameterize_kl(self.mean, self.logvar, generator=generator)
+
+    def mode(self) -> Tensor:
+        """The most probable z: the mean, ``[B, C, ...]``."""
+        return self.mean
+
+    def kl(self, other: DiagonalGaussianDistribution | None = None) -> Tensor:
+        """KL(self || other), the lecture's L2, summed over all dimensions but the batch.
+
+        Args:
+            other: ``None`` for the standard normal.
+
+        Returns:
+            ``[B]``, in nats.
+        """
+        if self.deterministic:
+            return self._zeros()
+        if other is None:
+            return ops.standard_normal_kl(self.mean, self.logvar, reduction="sample")
+        if getattr(other, "deterministic", None) is None:
+            kind = type(other).__name__
+            raise TypeError(f"other must be a DiagonalGaussianDistribution or None, got {kind}")
+        if other.deterministic:
+            raise ValueError("other is deterministic: the KL to a point is infinite")
+        return ops.normal_kl(self.mean, self.logvar, other.mean, other.logvar, reduction="sample")
+
+    def nll(self, sample: Tensor) -> Tensor:
+        """-log N(sample; mean, var), summed over all dimensions but the batch.
+
+        Args:
+            sample: ``[B, C, ...]``.
+
+        Returns:
+            ``[B]``, in nats.
+        """
+        if self.deterministic:
+            return self._zeros()
+        return ops.gaussian_nll(sample, self.mean, self.logvar, reduction="sample")
+
+    def _zeros(self) -> Tensor:
+        mean = self.mean
+        return mean.new_zeros(len(mean), dtype=ops.compute_dtype(mean.dtype))
+
+
+def reconstruction_loss(x: Tensor, x_recon: Tensor, *, decoder_std: float = 1.0) -> Tensor:
+    """The lecture's L1 = |x - D(z)|^2 / (2 s^2): -log N(x; D(z), s^2 I) up to a constant.
+
+    Args:
+        x: The data, ``[B, ...]``.
+        x_recon: What the decoder made of z, like ``x``.
+        decoder_std: s, the standard deviation of the decoder; 1 in the lecture.
+
+    Returns:
+        ``[B]``, in nats, summed over each sample.
+    """
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x must be a tensor, got {type(x).__name__}")
+    if not decoder_std > 0:
+        raise ValueError(f"decoder_std must be positive, got {decoder_std}")
+    # The fused squared error is a mean over each sample: its weight turns it into the sum wanted.
+    weight = x.shape[1:].numel() / (2 * decoder_std**2)
+    return ops.denoising_loss(x_recon, x, x, prediction_type="sample", weight=weight)
+
+
+def vae_loss(
+    x: Tensor, x_recon: Tensor, kl: Tensor, *, decoder_std: float = 1.0
+) -> dict[str, Tensor]:
+    """The lecture's two terms and their sum, -ELBO up to a constant, for each sample.
+
+    Args:
+        x: The data, ``[B, ...]``.
+        x_recon: What the decoder made of z, like ``x``.
+        kl: ``[B]``, from ``DiagonalGaussianDistribution.sample_kl`` or ``ops.reparameterize_kl``.
+        decoder_std: s, the standard deviation of the decoder; 1 in the lecture.
+
+    Returns:
+        ``loss`` = ``reconstruction`` (L1) + ``kl`` (L2), each ``[B]``, in nats.
+
+    Source:
+        Kingma and Welling 2014 (arXiv 1312.6114) eq. 7 and 10.
+    """
+    reconstruction = reconstruction_loss(x, x_recon, decoder_std=decoder_std)
+    if not isinstance(kl, Tensor) or kl.shape != reconstruction.shape:
+        what = list(kl.shape) if isinstance(kl, Tensor) else type(kl).__name__
+        raise ValueError(f"kl must have shape {list(reconstruction.shape)}, got {what}")
+    return {"loss": reconstruction + kl, "reconstruction": reconstruction, "kl": kl}
+
+
+def elbo(
+    x: Tensor, x_recon: Tensor, mean: Tensor, logvar: Tensor, *, decoder_std: float = 1.0
+) -> Tensor:
+    """The evidence lower bound -(L1 + L2) with one sample of z, for each sample of x.
+
+    L1 = |x - D(z)|^2 / (2 s^2) leaves out the constant log s + 1/2 log 2 pi of each dimension of x;
+    L2 = KL(N(mean, exp(logvar)) || N(0, I)).
+
+    Args:
+        x: The data, ``[B, ...]``.
+        x_recon: What the decoder made of z, like ``x``.
+        mean: Of the posterior of z, ``[B, ...]``.
+        logvar: Of the posterior of z, like ``mean``.
+        decoder_std: s, the standard deviation of the decoder; 1 in the lecture.
+
+    Returns:
+        ``[B]``, in nats.
+    """
+    kl = ops.standard_normal_kl(mean, logvar, reduction="sample")
+    return -vae_loss(x, x_recon, kl, decoder_std=decoder_std)["loss"]
