@@ -20,7 +20,14 @@ ROOT = Path(__file__).resolve().parent.parent
 MAX_WHEEL_BYTES = 4_000_000
 # The runtimes that every Linux has, and the OpenMP runtime that torch has already loaded. Not
 # libtorch, libcudart or libcuda: one wheel serves every torch and imports without a driver.
-ALLOWED_LIBRARIES = ("libstdc++.so", "libgcc_s.so", "libm.so", "libc.so", "ld-linux", "libgomp.so")
+ALLOWED_LIBRARIES: tuple[str, ...] = (
+    "libstdc++.so",
+    "libgcc_s.so",
+    "libm.so",
+    "libc.so",
+    "ld-linux",
+    "libgomp.so",
+)
 ALLOWED_LIBRARIES += ("libpthread.so", "libdl.so", "librt.so")
 
 
