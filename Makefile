@@ -49,10 +49,16 @@ $(VENV)/.requirements: requirements-dev.txt constraints-dev.txt | $(VENV)/bin/py
 	$(PIP_INSTALL) -r requirements-dev.txt
 	@touch $@
 
+define CHECK_TOOLCHAIN
+command -v "$${CXX:-c++}" >/dev/null || \
+  { echo "no C++ compiler found. On Debian and Ubuntu: apt-get install g++" >&2; exit 1; }; \
+$(PY) -c 'import os, sysconfig; open(os.path.join(sysconfig.get_path("include"), "Python.h"))' 2>/dev/null || \
+  { echo "$(PYTHON) has no C headers. On Debian and Ubuntu: apt-get install python3-dev" >&2; exit 1; }
+endef
+
 # Editable, so Python edits need no install; with a build folder that stays, so only changed C++ and CUDA files are compiled.
 $(VENV)/.installed: $(NATIVE_SOURCES) $(VENV)/.requirements
-	@command -v "$${CXX:-c++}" >/dev/null || \
-	  { echo "no C++ compiler found. On Debian and Ubuntu: apt-get install g++" >&2; exit 1; }
+	@$(CHECK_TOOLCHAIN)
 	PATH="$(abspath $(VENV))/bin:$$PATH" DIFFCORE_CUDA_ARCHS='$(DEV_CUDA_ARCHS)' \
 	  $(PIP_INSTALL) --no-build-isolation -Cbuild-dir=$(BUILD_DIR) -e '.[cli,demo,test,bench]'
 	@touch $@
@@ -85,6 +91,7 @@ format: $(VENV)/.requirements  ## rewrite the files as `make lint` wants them
 
 .PHONY: wheel
 wheel: $(VENV)/.requirements  ## wheel and sdist in dist/, then a smoke test of the wheel in a throw-away environment
+	@$(CHECK_TOOLCHAIN)
 	rm -rf dist
 	PIP_CONSTRAINT='$(CURDIR)/constraints-dev.txt' $(PY) -m build --outdir dist .
 	$(PY) tools/check_wheel.py dist
