@@ -1,0 +1,226 @@
+"""The formulas as a user would write them, for torch tensors and numpy arrays alike.
+
+Naive on purpose: `cases.py` runs them in low precision as the eager baseline and in extended
+precision as the truth. They share nothing with the package that they judge.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def extended(x: Tensor) -> np.ndarray:
+    """The values of a tensor in `longdouble`, exactly."""
+    x = x.detach().cpu()
+    return (x.double() if x.is_floating_point() else x).numpy().astype(np.longdouble)
+
+
+def _column(c: Any, like: Any) -> Any:
+    """A coefficient `[B]` as `[B, 1, ...]` in the dtype of `like`; numbers pass."""
+    if not getattr(c, "ndim", 0):
+        return c
+    c = c.reshape((-1,) + (1,) * (like.ndim - 1))
+    return c.to(like.dtype) if isinstance(c, Tensor) else c
+
+
+def _per_sample(terms: Any) -> Any:
+    return terms.sum(tuple(range(1, terms.ndim))) if terms.ndim > 1 else terms
+
+
+def _reduced(terms: Any, reduction: str) -> Any:
+    if reduction == "none":
+        return terms
+    if reduction == "sample":
+        return _per_sample(terms)
+    return {
+        "sum": terms.sum,
+        "mean": terms.mean,
+        "batchmean": lambda: terms.sum() / (terms.shape[0] if terms.ndim else 1),
+    }[reduction]()
+
+
+def _at(c: Any, t: Any) -> Any:
+    return c if t is None or not getattr(c, "ndim", 0) else c[t]
+
+
+def add_noise(xp: Any, x0: Any, noise: Any, alpha: Any, sigma: Any, t: Any = None) -> Any:
+    return _column(_at(alpha, t), x0) * x0 + _column(_at(sigma, t), x0) * noise
+
+
+def q_sample(xp: Any, x0: Any, noise: Any, t: Any, table: Any) -> Any:
+    return add_noise(xp, x0, noise, table[t, 0], table[t, 1])
+
+
+def velocity(xp: Any, x0: Any, noise: Any, alpha: Any, sigma: Any, t: Any = None) -> Any:
+    return _column(_at(alpha, t), x0) * noise - _column(_at(sigma, t), x0) * x0
+
+
+def linear(xp: Any, x: Any, y: Any, coefficients: Any, t: Any = None) -> Any:
+    a, b = (coefficients[t, 0], coefficients[t, 1]) if t is not None else coefficients
+    return _column(a, x) * x + _column(b, x) * y
+
+
+def predict_x0(
+    xp: Any, model_output: Any, x_t: Any, alpha: Any, sigma: Any, prediction_type: str = "epsilon"
+) -> Any:
+    a, s, m = _column(alpha, x_t), _column(sigma, x_t), model_output
+    return {
+        "epsilon": lambda: (x_t - s * m) / a,
+        "sample": lambda: m,
+        "v_prediction": lambda: a * x_t - s * m,
+        "flow_prediction": lambda: x_t - s * m,
+    }[prediction_type]()
+
+
+def predict_epsilon(
+    xp: Any, model_output: Any, x_t: Any, alpha: Any, sigma: Any, prediction_type: str = "epsilon"
+) -> Any:
+    a, s, m = _column(alpha, x_t), _column(sigma, x_t), model_output
+    return {
+        "epsilon": lambda: m,
+        "sample": lambda: (x_t - a * m) / s,
+        "v_prediction": lambda: s * x_t + a * m,
+        "flow_prediction": lambda: x_t + (1 - s) * m,
+    }[prediction_type]()
+
+
+def _guided(m: Any, uncond: Any, scale: Any) -> Any:
+    return m if uncond is None else uncond + _column(scale, m) * (m - uncond)
+
+
+def _clipped(x: Any, clip_range: Any) -> Any:
+    if clip_range is None:
+        return x
+    low, high = clip_range if isinstance(clip_range, tuple) else (-clip_range, clip_range)
+    return x.clip(low, high)
+
+
+def reverse_step(
+    xp: Any,
+    x: Any,
+    model_output: Any,
+    coefficients: Any,
+    t: Any = None,
+    noise: Any = None,
+    model_output_uncond: Any = None,
+    guidance_scale: Any = None,
+) -> Any:
+    rows = coefficients if t is None else coefficients[t]
+    c_x, c_m, c_0, c_z, a_x, a_m, low, high = (_column(rows[..., k], x) for k in range(8))
+    m = _guided(model_output, model_output_uncond, guidance_scale)
+    x0 = (a_x * x + a_m * m).clip(low, high)
+    step = c_x * x + c_m * m + c_0 * x0
+    return step if noise is None else step + c_z * noise
+
+
+def ddpm_step(
+    xp: Any,
+    model_output: Any,
+    x_t: Any,
+    alpha: Any,
+    sigma: Any,
+    alpha_prev: Any,
+    sigma_prev: Any,
+    noise: Any = None,
+    prediction_type: str = "epsilon",
+    variance_type: str = "fixed_small",
+    clip_range: Any = None,
+    model_output_uncond: Any = None,
+    guidance_scale: Any = None,
+) -> Any:
+    m = _guided(model_output, model_output_uncond, guidance_scale)
+    x0 = _clipped(predict_x0(xp, m, x_t, alpha, sigma, prediction_type), clip_range)
+    ratio = alpha / alpha_prev
+    beta = sigma**2 - ratio**2 * sigma_prev**2
+    posterior_variance = beta * sigma_prev**2 / sigma**2
+    mean = _column(alpha_prev * beta / sigma**2, x_t) * x0
+    mean = mean + _column(ratio * sigma_prev**2 / sigma**2, x_t) * x_t
+    if noise is None:
+        return mean
+    variance = posterior_variance if variance_type == "fixed_small" else beta
+    return mean + _column(variance**0.5, x_t) * noise
+
+
+def ddim_step(
+    xp: Any,
+    model_output: Any,
+    x_t: Any,
+    alpha: Any,
+    sigma: Any,
+    alpha_prev: Any,
+    sigma_prev: Any,
+    eta: float = 0.0,
+    noise: Any = None,
+    prediction_type: str = "epsilon",
+    rederive_epsilon: bool = True,
+    clip_range: Any = None,
+    model_output_uncond: Any = None,
+    guidance_scale: Any = None,
+) -> Any:
+    m = _guided(model_output, model_output_uncond, guidance_scale)
+    x0 = _clipped(predict_x0(xp, m, x_t, alpha, sigma, prediction_type), clip_range)
+    if rederive_epsilon:
+        epsilon = (x_t - _column(alpha, x_t) * x0) / _column(sigma, x_t)
+    else:
+        epsilon = predict_epsilon(xp, m, x_t, alpha, sigma, prediction_type)
+    beta = sigma**2 - (alpha / alpha_prev) ** 2 * sigma_prev**2
+    s = eta * (beta * sigma_prev**2 / sigma**2) ** 0.5
+    direction = (sigma_prev**2 - s**2) ** 0.5
+    mean = _column(alpha_prev, x_t) * x0 + _column(direction, x_t) * epsilon
+    return mean if noise is None else mean + _column(s, x_t) * noise
+
+
+def normal_kl(
+    xp: Any, mean1: Any, logvar1: Any, mean2: Any, logvar2: Any, reduction: str = "none"
+) -> Any:
+    terms = 0.5 * (
+        -1 + logvar2 - logvar1 + xp.exp(logvar1 - logvar2) + (mean1 - mean2) ** 2 * xp.exp(-logvar2)
+    )
+    return _reduced(terms, reduction)
+
+
+def standard_normal_kl(xp: Any, mean: Any, logvar: Any, reduction: str = "none") -> Any:
+    return _reduced(0.5 * (mean**2 + xp.exp(logvar) - 1 - logvar), reduction)
+
+
+def gaussian_nll(xp: Any, x: Any, mean: Any, logvar: Any, reduction: str = "none") -> Any:
+    log_two_pi = math.log(2 * math.pi) if xp is torch else np.log(8 * np.arctan(np.longdouble(1)))
+    return _reduced(0.5 * (log_two_pi + logvar + (x - mean) ** 2 * xp.exp(-logvar)), reduction)
+
+
+def reparameterize(xp: Any, mean: Any, logvar: Any, noise: Any) -> Any:
+    return mean + xp.exp(0.5 * logvar) * noise
+
+
+def reparameterize_kl(xp: Any, mean: Any, logvar: Any, noise: Any) -> Any:
+    kl = standard_normal_kl(xp, mean, logvar, reduction="sample")
+    return reparameterize(xp, mean, logvar, noise), kl
+
+
+def denoising_loss(
+    xp: Any,
+    model_output: Any,
+    x0: Any,
+    noise: Any,
+    prediction_type: str = "epsilon",
+    alpha: Any = None,
+    sigma: Any = None,
+    weight: Any = None,
+    t: Any = None,
+) -> Any:
+    target = {
+        "epsilon": lambda: noise,
+        "sample": lambda: x0,
+        "v_prediction": lambda: velocity(xp, x0, noise, alpha, sigma, t),
+        "flow_prediction": lambda: noise - x0,
+    }[prediction_type]()
+    loss = _per_sample((model_output - target) ** 2) / max(math.prod(model_output.shape[1:]), 1)
+    if weight is None:
+        return loss
+    weight = _at(weight, t)
+    return loss * (weight.to(loss.dtype) if isinstance(weight, Tensor) else weight)
