@@ -19,6 +19,7 @@ DC_HD int64_t step_of(const Task& task, int64_t row) {
 template <int kCoefs, class R>
 DC_HD void load_coefs(const Task& task, int64_t row, R* c) {
   int64_t step = task.steps ? step_of(task, row) : 0;
+  DC_UNROLL
   for (int k = 0; k < kCoefs; ++k) {
     const Coef& coef = task.coef[k];
     if (!coef.data) {

@@ -5,8 +5,10 @@
 
 #ifdef __CUDACC__
 #define DC_HD __host__ __device__ __forceinline__
+#define DC_UNROLL _Pragma("unroll")
 #else
 #define DC_HD inline __attribute__((always_inline))
+#define DC_UNROLL _Pragma("GCC unroll 32")
 #endif
 
 // CPU kernels are compiled once per instruction set, each in a namespace of its own: no symbol compiled for a newer

@@ -78,11 +78,7 @@ DC_HD Expm1<R> expm1_of(R d) {
   R series = R(0);
   double factorial = 1;
   for (int k = 2; k < kTerms + 2; ++k) factorial *= k;
-#ifdef __CUDACC__
-#pragma unroll
-#else
-#pragma GCC unroll 32
-#endif
+  DC_UNROLL
   for (int k = kTerms + 1; k >= 2; --k) {
     series = mul_add(series, d, R(1 / factorial));
     factorial /= k;

@@ -70,10 +70,14 @@ struct Store<double> {
 template <>
 struct Store<Bf16> {  // round to nearest, ties to even
   DC_HD static Bf16 from(float x) {
+#ifdef __CUDA_ARCH__
+    return bit_cast<Bf16>(__float2bfloat16_rn(x));
+#else
     uint32_t u = bit_cast<uint32_t>(x);
     uint32_t rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
     uint32_t quiet_nan = (u >> 16) | 0x40u;
     return {uint16_t((u & 0x7fffffffu) > 0x7f800000u ? quiet_nan : rounded)};
+#endif
   }
 };
 

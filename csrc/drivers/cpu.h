@@ -56,12 +56,12 @@ DC_HD void span(const R* c, const R* const* in, R* const* out, int64_t n, R (*ac
   constexpr int kIn = Op::n_in, kOut = Op::n_out, kSum = Op::n_sum;
   auto element = [&](int64_t i, int64_t lane) __attribute__((always_inline)) {
     R x[kIn + 1], y[kOut + kSum];
-#pragma GCC unroll 8
+    DC_UNROLL
     for (int k = 0; k < kIn; ++k) x[k] = in[k][i];
     Op::template apply<R>(c, x, y);
-#pragma GCC unroll 8
+    DC_UNROLL
     for (int k = 0; k < kOut; ++k) out[k][i] = y[k];
-#pragma GCC unroll 8
+    DC_UNROLL
     for (int k = 0; k < kSum; ++k) acc[k][lane] += y[kOut + k];
   };
   // ivdep: an output may be an input (in place), never partly over one; the binding checks.
@@ -84,7 +84,7 @@ struct CpuLoop {
   static constexpr int kIn = Op::n_in, kOut = Op::n_out, kSum = Op::n_sum;
 
   static void run(const Task& task, int64_t begin, int64_t end) {
-    R c[Op::n_coef + 1];
+    R c[Op::n_coef + 1] = {};
     int64_t loaded = -1;
     for (int64_t unit = begin; unit < end; ++unit) {
       int64_t row = unit / task.chunks, first = (unit - row * task.chunks) * task.chunk;
@@ -113,7 +113,7 @@ struct CpuLoop {
     if constexpr (kSum > 0) {
       for (int k = 0; k < kSum; ++k) {
         for (int64_t row = 0; row < task.rows; ++row) {
-          R c[Op::n_coef + 1];
+          R c[Op::n_coef + 1] = {};
           load_coefs<Op::n_coef>(task, row, c);
           const double* chunk = task.partials + (k * task.rows + row) * task.chunks;
           double total = 0;

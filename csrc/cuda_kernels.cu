@@ -1,0 +1,101 @@
+// The CUDA kernels of every op and storage type, and the few questions asked of the CUDA runtime. cudart is linked
+// statically: the module imports on a machine with neither GPU nor driver.
+#include "drivers/cuda.cuh"
+#include "kernel_table.h"
+#include "ops/all.h"
+
+namespace diffcore {
+namespace {
+
+struct Workspace {
+  Allocate allocate;
+  void* context;
+  void* operator()(int64_t bytes) const { return allocate(context, bytes); }
+};
+
+struct CudaKernel {
+  const char* (*run)(Task&, cudaStream_t, Workspace);
+  const char* (*load)();
+};
+
+template <class List>
+struct Table;
+
+template <class... Op>
+struct Table<OpList<Op...>> {
+  struct Row {
+    CudaKernel by_dtype[kDtypes];
+  };
+  template <class O, class S>
+  static constexpr CudaKernel kernel() {
+    return {&CudaLaunch<O, S>::template run<Workspace>, &CudaLaunch<O, S>::load};
+  }
+  template <class O>
+  static constexpr Row row() {
+    return {{kernel<O, float>(), kernel<O, double>(), kernel<O, Bf16>(), kernel<O, F16>()}};
+  }
+  static constexpr Row rows[sizeof...(Op)] = {row<Op>()...};
+};
+
+using Kernels = Table<AllOps>;
+
+// Our cudart is not torch's: torch's current device says nothing about ours.
+class DeviceGuard {
+ public:
+  explicit DeviceGuard(int device) {
+    error_ = cudaGetDevice(&previous_);
+    if (error_ == cudaSuccess && previous_ != device) {
+      error_ = cudaSetDevice(device);
+      changed_ = error_ == cudaSuccess;
+    }
+  }
+  ~DeviceGuard() {
+    if (changed_) cudaSetDevice(previous_);
+  }
+  DeviceGuard(const DeviceGuard&) = delete;
+  DeviceGuard& operator=(const DeviceGuard&) = delete;
+  const char* error() const { return error_ == cudaSuccess ? nullptr : cudaGetErrorString(error_); }
+
+ private:
+  int previous_ = 0;
+  bool changed_ = false;
+  cudaError_t error_;
+};
+
+}  // namespace
+
+bool cuda_built() { return true; }
+
+const char* cuda_architectures() { return DIFFCORE_CUDA_ARCHITECTURES; }
+
+int cuda_device_count() {
+  int count = 0;
+  if (cudaGetDeviceCount(&count) != cudaSuccess) {
+    cudaGetLastError();  // no driver or no device: not an error to remember
+    return 0;
+  }
+  return count;
+}
+
+int cuda_driver_version() {
+  int version = 0;
+  return cudaDriverGetVersion(&version) == cudaSuccess ? version : 0;
+}
+
+const char* run_on_cuda(int op, Dtype dtype, Task& task, Device device, Allocate allocate, void* context) {
+  DeviceGuard guard(device.id);
+  if (guard.error()) return guard.error();
+  const CudaKernel& kernel = Kernels::rows[op].by_dtype[dtype];
+  return kernel.run(task, static_cast<cudaStream_t>(device.stream), Workspace{allocate, context});
+}
+
+const char* load_cuda_kernels(int device) {
+  DeviceGuard guard(device);
+  if (guard.error()) return guard.error();
+  for (const auto& row : Kernels::rows)
+    for (const CudaKernel& kernel : row.by_dtype)
+      if (const char* error = kernel.load()) return error;
+  return nullptr;
+}
+
+}  // namespace diffcore

@@ -1,0 +1,231 @@
+// The CUDA loop: every functor, every storage type. A block covers kThreads / threads_x rows; a thread reads kUnroll
+// packs of 16 bytes of each input before it computes. Sums are folded by a fixed tree in the block, and blocks of
+// one row are combined in double by a second kernel: no atomics, the same bits every run.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "core/coefficients.h"
+#include "core/number.h"
+#include "core/task.h"
+
+namespace diffcore {
+
+constexpr int kThreads = 256;
+
+// Packs of each input a thread has in flight at once, and how often it comes back for more. Many inputs fill the memory
+// pipe by themselves, and fewer registers mean more threads to hide its latency; sums come back, so that there are
+// fewer partial results to combine.
+template <class Op>
+constexpr int kUnroll = Op::n_in <= 2 ? 2 : 1;
+template <class Op>
+constexpr int kTurns = Op::n_sum ? 8 / kUnroll<Op> : 1;
+template <class S>
+constexpr int kBlocksPerSm = sizeof(S) == 8 ? 2 : 4;  // bounds the registers: 64 a thread, 128 in double
+
+// How the blocks lie over [rows, cols].
+struct Shape {
+  int threads_x;  // a power of two
+  bool packed;    // 16-byte accesses; else single elements
+};
+
+template <class S, int N>
+struct alignas(sizeof(S) * N) Pack {
+  S value[N];
+};
+
+// What one thread does with its elements of a row; sums are left in `sums`.
+template <class Op, class S>
+struct Elements {
+  using R = Compute<S>;
+  static constexpr int kIn = Op::n_in, kOut = Op::n_out, kSum = Op::n_sum, kU = kUnroll<Op>;
+
+  const Task& task;
+  const R* c;
+  R* sums;
+
+  __device__ __forceinline__ void apply(const S* x, S* stored) const {
+    R values[kIn], y[kOut + kSum];
+    DC_UNROLL
+    for (int k = 0; k < kIn; ++k) values[k] = load_value(x[k]);
+    Op::template apply<R>(c, values, y);
+    DC_UNROLL
+    for (int k = 0; k < kOut; ++k) stored[k] = Store<S>::from(y[k]);
+    DC_UNROLL
+    for (int k = 0; k < kSum; ++k) sums[k] += y[kOut + k];
+  }
+
+  // kU packs of N elements, threads_x packs apart; `base` is where the row begins.
+  template <int N>
+  __device__ __forceinline__ void packs(int64_t base, int64_t first, int64_t count, int threads_x) const {
+    Pack<S, N> in[kU][kIn];
+    DC_UNROLL
+    for (int u = 0; u < kU; ++u) {
+      const int64_t p = first + u * threads_x;
+      if (p < count) {
+        DC_UNROLL
+        for (int k = 0; k < kIn; ++k)
+          in[u][k] = reinterpret_cast<const Pack<S, N>*>(static_cast<const S*>(task.in[k]) + base)[p];
+      }
+    }
+    DC_UNROLL
+    for (int u = 0; u < kU; ++u) {
+      const int64_t p = first + u * threads_x;
+      if (p < count) {
+        Pack<S, N> out[kOut + 1];
+        DC_UNROLL
+        for (int i = 0; i < N; ++i) {
+          S x[kIn], stored[kOut + 1];
+          DC_UNROLL
+          for (int k = 0; k < kIn; ++k) x[k] = in[u][k].value[i];
+          apply(x, stored);
+          DC_UNROLL
+          for (int k = 0; k < kOut; ++k) out[k].value[i] = stored[k];
+        }
+        DC_UNROLL
+        for (int k = 0; k < kOut; ++k)
+          reinterpret_cast<Pack<S, N>*>(static_cast<S*>(task.out[k]) + base)[p] = out[k];
+      }
+    }
+  }
+
+  __device__ __forceinline__ void one(int64_t at) const {
+    S x[kIn], stored[kOut + 1];
+    DC_UNROLL
+    for (int k = 0; k < kIn; ++k) x[k] = static_cast<const S*>(task.in[k])[at];
+    apply(x, stored);
+    DC_UNROLL
+    for (int k = 0; k < kOut; ++k) static_cast<S*>(task.out[k])[at] = stored[k];
+  }
+};
+
+// The sum of `value` over the threads_x threads of a row, in its thread 0.
+template <class T>
+__device__ __forceinline__ T row_sum(T value, int threads_x, int x) {
+  __shared__ T by_warp[kThreads / 32];
+  const int width = threads_x < 32 ? threads_x : 32;
+  for (int offset = width / 2; offset > 0; offset /= 2) value += __shfl_down_sync(~0u, value, offset, width);
+  if (threads_x > 32) {
+    const int warp = threadIdx.x / 32;
+    __syncthreads();  // an earlier use of by_warp has been read
+    if (threadIdx.x % 32 == 0) by_warp[warp] = value;
+    __syncthreads();
+    if (x == 0)
+      for (int w = 1; w < threads_x / 32; ++w) value += by_warp[warp + w];
+  }
+  return value;
+}
+
+template <class Op, class S>
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm<S>) op_kernel(const __grid_constant__ Task task,
+                                                                       const Shape shape) {
+  using R = Compute<S>;
+  constexpr int kPack = 16 / sizeof(S);
+  const int x = threadIdx.x % shape.threads_x, y = threadIdx.x / shape.threads_x;
+  const int64_t row_block = int64_t(blockIdx.z) * gridDim.y + blockIdx.y;
+  const int64_t row = row_block * (kThreads / shape.threads_x) + y;
+  R c[Op::n_coef + 1];
+  R sums[Op::n_sum + 1] = {};
+  if (row < task.rows) {
+    load_coefs<Op::n_coef>(task, row, c);
+    const Elements<Op, S> elements{task, c, sums};
+    const int64_t base = row * task.cols, packs = shape.packed ? task.cols / kPack : 0;
+    if (shape.packed) {
+#pragma unroll 1
+      for (int turn = 0; turn < kTurns<Op>; ++turn) {
+        const int64_t first = (int64_t(blockIdx.x) * kTurns<Op> + turn) * kUnroll<Op> * shape.threads_x + x;
+        elements.template packs<kPack>(base, first, packs, shape.threads_x);
+      }
+    }
+    // One by one: everything when unaligned, else what is left behind the last whole pack, by the last block.
+    if (!shape.packed || blockIdx.x == gridDim.x - 1) {
+      const int64_t begin = shape.packed ? packs * kPack : int64_t(blockIdx.x) * task.chunk;
+      const int64_t end = begin + task.chunk < task.cols ? begin + task.chunk : task.cols;
+#pragma unroll 1
+      for (int64_t i = begin + x; i < end; i += shape.threads_x) elements.one(base + i);
+    }
+  }
+  if constexpr (Op::n_sum > 0) {
+    DC_UNROLL
+    for (int k = 0; k < Op::n_sum; ++k) {
+      const R total = row_sum(sums[k], shape.threads_x, x);
+      if (x == 0 && row < task.rows) {
+        if (task.chunks > 1)
+          task.partials[(k * task.rows + row) * task.chunks + blockIdx.x] = double(total);
+        else
+          static_cast<R*>(task.sum[k])[row] = R(double(total) * double(Op::template sum_scale<R>(c)));
+      }
+    }
+  }
+}
+
+// Combines the blocks of each row.
+template <class Op, class S>
+__global__ void __launch_bounds__(kThreads) finish_kernel(const __grid_constant__ Task task) {
+  using R = Compute<S>;
+  for (int64_t row = blockIdx.x; row < task.rows; row += gridDim.x) {
+    for (int k = 0; k < Op::n_sum; ++k) {
+      const double* chunk = task.partials + (k * task.rows + row) * task.chunks;
+      double total = 0;
+      for (int64_t j = threadIdx.x; j < task.chunks; j += kThreads) total += chunk[j];
+      total = row_sum(total, kThreads, int(threadIdx.x));
+      if (threadIdx.x == 0) {
+        R c[Op::n_coef + 1];
+        load_coefs<Op::n_coef>(task, row, c);
+        static_cast<R*>(task.sum[k])[row] = R(total * double(Op::template sum_scale<R>(c)));
+      }
+    }
+  }
+}
+
+template <class Op, class S>
+struct CudaLaunch {
+  static constexpr int kPack = 16 / sizeof(S);
+
+  static bool aligned(const Task& task) {
+    if (task.rows > 1 && task.cols % kPack != 0) return false;
+    uintptr_t low = 0;
+    for (int k = 0; k < Op::n_in; ++k) low |= reinterpret_cast<uintptr_t>(task.in[k]);
+    for (int k = 0; k < Op::n_out; ++k) low |= reinterpret_cast<uintptr_t>(task.out[k]);
+    return low % 16 == 0;
+  }
+
+  // Queues the work on the stream. `workspace(bytes)` gives memory ordered on that stream; null: none could be had.
+  template <class Workspace>
+  static const char* run(Task& task, cudaStream_t stream, Workspace workspace) {
+    Shape shape{1, aligned(task)};
+    const int64_t per_thread = int64_t(kTurns<Op> * kUnroll<Op>) * kPack;
+    const int64_t threads = (task.cols + kPack - 1) / kPack;
+    while (shape.threads_x < kThreads && shape.threads_x < threads) shape.threads_x *= 2;
+    const int64_t per_block = per_thread * shape.threads_x;
+    const int64_t rows_per_block = kThreads / shape.threads_x;
+    const int64_t blocks_y = (task.rows + rows_per_block - 1) / rows_per_block;
+    task.chunk = per_block;
+    task.chunks = task.cols ? (task.cols + per_block - 1) / per_block : 1;
+    if (task.chunks > INT32_MAX) return "too many elements for one launch";
+    if (Op::n_sum > 0 && task.chunks > 1) {
+      task.partials = static_cast<double*>(workspace(int64_t(sizeof(double)) * Op::n_sum * task.rows * task.chunks));
+      if (!task.partials) return "out of memory for the partial sums";
+    }
+    constexpr int64_t kMaxGridY = 65535;
+    const int64_t grid_y = blocks_y < kMaxGridY ? blocks_y : kMaxGridY;
+    const dim3 grid(unsigned(task.chunks), unsigned(grid_y), unsigned((blocks_y + grid_y - 1) / grid_y));
+    op_kernel<Op, S><<<grid, kThreads, 0, stream>>>(task, shape);
+    if constexpr (Op::n_sum > 0) {
+      if (task.chunks > 1)
+        finish_kernel<Op, S><<<unsigned(task.rows < 65535 ? task.rows : 65535), kThreads, 0, stream>>>(task);
+    }
+    const cudaError_t error = cudaGetLastError();
+    return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+  }
+
+  static const char* load() {  // brings the kernels' code onto the current device
+    cudaFuncAttributes attributes;
+    cudaError_t error = cudaFuncGetAttributes(&attributes, op_kernel<Op, S>);
+    if constexpr (Op::n_sum > 0)
+      if (error == cudaSuccess) error = cudaFuncGetAttributes(&attributes, finish_kernel<Op, S>);
+    return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+  }
+};
+
+}  // namespace diffcore
