@@ -96,7 +96,7 @@ def x0_coefficients(alpha: Coef, sigma: Coef, prediction_type: str) -> tuple[Coe
         Ho et al. 2020 (arXiv 2006.11239) eq. 15; Salimans and Ho 2022 (arXiv 2202.00512) app. D.
     """
     check_choice("prediction_type", prediction_type, PREDICTION_TYPES)
-    alpha, sigma = _float64("alpha", alpha), _float64("sigma", sigma)
+    alpha, sigma = _float64(_TWO, alpha, sigma)
     if prediction_type == "epsilon":
         if _any_zero(alpha):
             raise ValueError(
@@ -105,7 +105,7 @@ def x0_coefficients(alpha: Coef, sigma: Coef, prediction_type: str) -> tuple[Coe
             )
         return 1 / alpha, -sigma / alpha
     if prediction_type == "sample":
-        return _constant(0.0, alpha, sigma), _constant(1.0, alpha, sigma)
+        return _constant(0.0, alpha), _constant(1.0, alpha)
     scale = alpha * alpha + sigma * sigma if prediction_type == "v_prediction" else alpha + sigma
     if _any_zero(scale):
         raise ValueError(f"alpha and sigma must not both be 0, got alpha={alpha}, sigma={sigma}")
@@ -130,9 +130,9 @@ def epsilon_coefficients(alpha: Coef, sigma: Coef, prediction_type: str) -> tupl
         ValueError: Unknown ``prediction_type``, or sigma = 0 with "sample".
     """
     check_choice("prediction_type", prediction_type, PREDICTION_TYPES)
-    alpha, sigma = _float64("alpha", alpha), _float64("sigma", sigma)
+    alpha, sigma = _float64(_TWO, alpha, sigma)
     if prediction_type == "epsilon":
-        return _constant(0.0, alpha, sigma), _constant(1.0, alpha, sigma)
+        return _constant(0.0, alpha), _constant(1.0, alpha)
     if prediction_type == "sample":
         if _any_zero(sigma):
             raise ValueError("sigma is 0, where a prediction of x0 says nothing about epsilon")
@@ -158,12 +158,12 @@ def target_coefficients(alpha: Coef, sigma: Coef, prediction_type: str) -> tuple
         (k_x0, k_noise).
     """
     check_choice("prediction_type", prediction_type, PREDICTION_TYPES)
-    alpha, sigma = _float64("alpha", alpha), _float64("sigma", sigma)
+    alpha, sigma = _float64(_TWO, alpha, sigma)
     if prediction_type == "v_prediction":
-        return _fill(-sigma, alpha), _fill(alpha, sigma)
+        return -sigma, alpha
     k_x0 = {"epsilon": 0.0, "sample": 1.0, "flow_prediction": -1.0}[prediction_type]
     k_noise = {"epsilon": 1.0, "sample": 0.0, "flow_prediction": 1.0}[prediction_type]
-    return _constant(k_x0, alpha, sigma), _constant(k_noise, alpha, sigma)
+    return _constant(k_x0, alpha), _constant(k_noise, alpha)
 
 
 def posterior_coefficients(
@@ -191,8 +191,7 @@ def posterior_coefficients(
     Source:
         Ho et al. 2020 (arXiv 2006.11239) eq. 6-7; Kingma et al. 2021 (arXiv 2107.00630) appendix A.
     """
-    alpha, sigma = _float64("alpha", alpha), _float64("sigma", sigma)
-    alpha_prev, sigma_prev = _float64("alpha_prev", alpha_prev), _float64("sigma_prev", sigma_prev)
+    alpha, sigma, alpha_prev, sigma_prev = _float64(_FOUR, alpha, sigma, alpha_prev, sigma_prev)
     if _any_zero(sigma):
         raise ValueError("sigma is 0: there is no reverse step from a sample without noise")
     if _any_zero(alpha_prev):
@@ -206,8 +205,8 @@ def posterior_coefficients(
         )
     fresh = _clamp_min_zero(1 - kept)
     return (
-        _fill(alpha_prev * fresh, ratio * sigma_prev),
-        _fill(ratio * (sigma_prev / sigma) ** 2, fresh),
+        alpha_prev * fresh,
+        ratio * (sigma_prev / sigma) ** 2,
         fresh * sigma_prev**2,
         fresh * sigma**2,
     )
@@ -300,8 +299,7 @@ def ddim_coefficients(
         raise ValueError(f"eta must be in [0, 1], got {eta}")
     low, high = parse_clip_range(clip_range)
     a_x, a_m = x0_coefficients(alpha, sigma, prediction_type)
-    alpha, sigma = _float64("alpha", alpha), _float64("sigma", sigma)
-    alpha_prev, sigma_prev = _float64("alpha_prev", alpha_prev), _float64("sigma_prev", sigma_prev)
+    alpha, sigma, alpha_prev, sigma_prev = _float64(_FOUR, alpha, sigma, alpha_prev, sigma_prev)
 
     direction, c_z = sigma_prev, _constant(0.0, sigma_prev)
     if eta > 0:
@@ -320,14 +318,26 @@ def ddim_coefficients(
     return _row(direction * e_x, direction * e_m, alpha_prev, c_z, a_x, a_m, low, high)
 
 
-def _float64(name: str, value: Coef) -> Coef:
-    if isinstance(value, Tensor):
-        if value.is_complex() or value.dtype == torch.bool:
-            raise TypeError(f"{name} must be real, got a tensor of {value.dtype}")
-        return value.to(torch.float64)
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        return float(value)
-    raise TypeError(f"{name} must be a number or a tensor, got {type(value).__name__}")
+_TWO = ("alpha", "sigma")
+_FOUR = ("alpha", "sigma", "alpha_prev", "sigma_prev")
+
+
+def _float64(names: tuple[str, ...], *values: Coef) -> Sequence[Coef]:
+    """All of them as floats, or all of them as float64 tensors of one shape."""
+    for value in values:
+        if type(value) is not float:
+            break
+    else:
+        return values
+    for name, value in zip(names, values, strict=True):
+        if isinstance(value, Tensor):
+            if value.is_complex() or value.dtype == torch.bool:
+                raise TypeError(f"{name} must be real, got a tensor of {value.dtype}")
+        elif isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise TypeError(f"{name} must be a number or a tensor, got {type(value).__name__}")
+    if any(isinstance(value, Tensor) for value in values):
+        return _broadcast(values)
+    return [float(value) for value in values]
 
 
 def _any(condition: bool | Tensor) -> bool:
@@ -360,38 +370,23 @@ def _zero_where_zero(value: Coef, other: Coef) -> Coef:
     return value if other != 0 else _constant(0.0, value)
 
 
-def _constant(value: float, *like: Coef) -> Coef:
-    """``value`` in the shape that ``like`` broadcast to, a float when all of them are floats."""
-    tensors = _tensors(like)
-    return _full(value, tensors) if tensors else value
-
-
-def _fill(value: Coef, like: Coef) -> Coef:
-    """``value`` broadcast to the shape of ``like`` as well."""
-    if not isinstance(like, Tensor):
-        return value
-    if not isinstance(value, Tensor):
-        return _constant(value, like)
-    return value.expand(_shape([value, like]))
+def _constant(value: float, like: Coef) -> Coef:
+    return torch.full_like(like, value) if isinstance(like, Tensor) else value
 
 
 def _row(*columns: Coef) -> Tensor:
-    tensors = _tensors(columns)
-    if not tensors:
-        return torch.tensor(columns, dtype=torch.float64)
-    shape = _shape(tensors)
-    filled = [c.expand(shape) if isinstance(c, Tensor) else _full(c, tensors) for c in columns]
-    return torch.stack(filled, dim=-1)
+    if isinstance(columns[0], Tensor):  # what is computed from tensors is a tensor, c_x first
+        return torch.stack(_broadcast(columns), dim=-1)
+    return torch.tensor(columns, dtype=torch.float64)
 
 
-def _tensors(values: Sequence[Coef]) -> list[Tensor]:
-    return [value for value in values if isinstance(value, Tensor)]
-
-
-def _full(value: float, like: list[Tensor]) -> Tensor:
-    return torch.full(_shape(like), value, dtype=torch.float64, device=like[0].device)
-
-
-def _shape(tensors: list[Tensor]) -> torch.Size:
-    shape: torch.Size = torch.broadcast_shapes(*(t.shape for t in tensors))  # type: ignore[no-untyped-call]
-    return shape
+def _broadcast(values: Sequence[Coef]) -> list[Tensor]:
+    device = next(value.device for value in values if isinstance(value, Tensor))
+    tensors = [
+        value.to(torch.float64)
+        if isinstance(value, Tensor)
+        else torch.full((), value, dtype=torch.float64, device=device)
+        for value in values
+    ]
+    broadcast: list[Tensor] = list(torch.broadcast_tensors(*tensors))
+    return broadcast
