@@ -1,0 +1,67 @@
+"""Devices, markers and options for all tests."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from typing import Any
+
+import pytest
+import torch
+
+from diffcore import _native
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--require-cuda",
+        action="store_true",
+        help="a skipped CUDA test counts as failed: a GPU run cannot pass by skipping",
+    )
+
+
+def why_no_cuda() -> str | None:
+    """Why CUDA tests cannot run here; None when they can."""
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA device"
+    if not _native.has_kernels(torch.device("cuda")):
+        return "diffcore is built without CUDA kernels, or the driver is too old for them"
+    return None
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A test that takes `device` runs on the CPU, and on CUDA where there is one."""
+    if "device" in metafunc.fixturenames and "device" not in metafunc.definition.keywords:
+        metafunc.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    reason = why_no_cuda()
+    if reason is None or config.getoption("--require-cuda"):
+        return
+    for item in items:
+        if item.get_closest_marker("cuda"):
+            item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("cuda") and item.config.getoption("--require-cuda"):
+        reason = why_no_cuda()
+        if reason is not None:
+            pytest.fail(f"--require-cuda: {reason}", pytrace=False)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[Any]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    required = item.config.getoption("--require-cuda") and item.get_closest_marker("cuda")
+    if required and report.skipped and not hasattr(report, "wasxfail"):
+        report.outcome = "failed"
+        report.longrepr = f"--require-cuda: skipped: {report.longrepr}"
+    return report
+
+
+@pytest.fixture(autouse=True)
+def _same_numbers_every_run() -> None:
+    torch.manual_seed(0)
