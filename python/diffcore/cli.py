@@ -111,7 +111,7 @@ def demo(
     except Interrupted as stop:
         raise _fail(f"\n{stop}. Go on with:\n  {command}", 130) from None
     except KeyboardInterrupt:
-        raise _fail(f"\nStopped; the training is saved. Go on with:\n  {command}", 130) from None
+        raise _fail(f"\nStopped. Go on from the last checkpoint with:\n  {command}", 130) from None
 
 
 def benchmarks_folder(start: Path, package: Path = Path(__file__)) -> Path | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,7 +41,7 @@ class DemoConfig:
     vae_steps: int = 3000
     batch_size: int = 64
     learning_rate: float = 3e-3
-    vae_learning_rate: float = 1e-3
+    vae_learning_rate: float = 2e-3
     warmup_steps: int = 200
     ema_decay: float = 0.99
     num_timesteps: int = 200
@@ -49,7 +50,7 @@ class DemoConfig:
     width: int = 32
     vae_width: int = 32
     latent_dim: int = 16
-    decoder_std: float = 0.25
+    decoder_std: float = 1.0
     samples: int = 64
     checkpoint_every: int = 250
 
@@ -59,6 +60,17 @@ class DemoConfig:
             value = getattr(self, field.name)
             if field.name not in ("data", "seed") and value <= 0:
                 raise ValueError(f"{field.name} must be positive, got {value}")
+
+    def replace(self, changes: Mapping[str, object]) -> DemoConfig:
+        """Return a copy with some settings changed.
+
+        Args:
+            changes: New values by name.
+
+        Returns:
+            The copy.
+        """
+        return DemoConfig(**{**dataclasses.asdict(self), **changes})
 
     def save(self, path: Path) -> None:
         """Write the settings as JSON.
@@ -96,13 +108,16 @@ def quick_config(data: str) -> DemoConfig:
     """Return the settings for the smoke run on 8x8 digits: seconds, and only digit-like samples."""
     return DemoConfig(
         data=data,
-        steps=400,
+        steps=300,
         vae_steps=400,
-        warmup_steps=40,
+        vae_learning_rate=1e-2,
+        warmup_steps=60,
         num_timesteps=100,
         ddim_steps=20,
         patch=1,
         width=16,
         vae_width=16,
         latent_dim=8,
+        decoder_std=0.25,
+        samples=36,
     )

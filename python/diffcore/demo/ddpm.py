@@ -7,19 +7,21 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-import diffcore
 from diffcore.demo.config import DemoConfig
 from diffcore.demo.networks import UNet
 from diffcore.demo.training import LossFunction
 from diffcore.diffusion import GaussianDiffusion
+from diffcore.schedules import make_betas
 
 METRICS = ("loss",)
+
+Denoiser = Callable[..., Tensor]
 _CHUNK = 250
 
 
 def build_diffusion(config: DemoConfig) -> GaussianDiffusion:
     """Return the noising process: T steps of linear betas scaled by 1000/T, epsilon prediction."""
-    betas = diffcore.make_betas("linear", config.num_timesteps, scale_to_1000=True)
+    betas = make_betas("linear", config.num_timesteps, scale_to_1000=True)
     return GaussianDiffusion(betas, prediction_type="epsilon", variance_type="fixed_small")
 
 
@@ -46,7 +48,7 @@ def training_loss(diffusion: GaussianDiffusion) -> LossFunction:
     def loss(model: nn.Module, x: Tensor, generator: torch.Generator) -> Tensor:
         t = torch.randint(diffusion.num_timesteps, (len(x),), generator=generator).to(x.device)
         noise = torch.randn(x.shape, generator=generator).to(x.device)
-        return diffusion.training_losses(model, x, t, noise=noise).mean().reshape(1)
+        return diffusion.training_losses(model, x, t, noise=noise)["loss"].mean().reshape(1)
 
     return loss
 
@@ -74,7 +76,7 @@ def held_out_loss(
     total = 0.0
     for x, t in zip(images.split(_CHUNK), timesteps.split(_CHUNK), strict=True):
         noise = torch.randn(x.shape, generator=generator).to(x.device)
-        losses = diffusion.training_losses(model, x, t.to(x.device), noise=noise)
+        losses = diffusion.training_losses(model, x, t.to(x.device), noise=noise)["loss"]
         total += losses.double().sum().item()
     return total / len(images)
 
@@ -92,7 +94,7 @@ def initial_noise(shape: tuple[int, ...], seed: int, device: torch.device) -> Te
 
 @torch.inference_mode()
 def sample_ddpm(
-    diffusion: GaussianDiffusion, model: nn.Module, x_T: Tensor, *, seed: int, progress: bool
+    diffusion: GaussianDiffusion, model: Denoiser, x_T: Tensor, *, seed: int, progress: bool
 ) -> Tensor:
     """Draw samples by Algorithm 2: all T steps.
 
@@ -113,7 +115,7 @@ def sample_ddpm(
 
 @torch.inference_mode()
 def sample_ddim(
-    diffusion: GaussianDiffusion, model: nn.Module, x_T: Tensor, *, num_steps: int, progress: bool
+    diffusion: GaussianDiffusion, model: Denoiser, x_T: Tensor, *, num_steps: int, progress: bool
 ) -> Tensor:
     """Draw samples by DDIM with eta = 0: a deterministic map of x_T.
 
@@ -133,8 +135,9 @@ def sample_ddim(
 
 
 def strip_timesteps(num_timesteps: int, columns: int) -> list[int]:
-    """Return `columns` timesteps from T-1 down to 0, evenly spaced."""
-    return [round((num_timesteps - 1) * (1 - i / (columns - 1))) for i in range(columns)]
+    """Return `columns` timesteps from T-1 down to 0, denser near 0, where images are made."""
+    last = num_timesteps - 1
+    return [round(last * (1 - i / (columns - 1)) ** 1.7) for i in range(columns)]
 
 
 @torch.inference_mode()
@@ -162,7 +165,7 @@ def forward_strip(
 
 @torch.inference_mode()
 def reverse_strip(
-    diffusion: GaussianDiffusion, model: nn.Module, x_T: Tensor, timesteps: list[int], *, seed: int
+    diffusion: GaussianDiffusion, model: Denoiser, x_T: Tensor, timesteps: list[int], *, seed: int
 ) -> Tensor:
     """Sample by Algorithm 2 and keep what the model saw at several timesteps, and the result.
 
@@ -183,5 +186,5 @@ def reverse_strip(
         prediction: Tensor = model(x, t)
         return prediction
 
-    result = sample_ddpm(diffusion, watching, x_T, seed=seed, progress=False)  # type: ignore[arg-type]
+    result = sample_ddpm(diffusion, watching, x_T, seed=seed, progress=False)
     return torch.cat([*(seen[t] for t in timesteps), result], dim=1)

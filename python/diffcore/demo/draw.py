@@ -195,7 +195,7 @@ def _draw_strips(
     shown = test[torch.linspace(0, len(test) - 1, _STRIP_ROWS).long().to(test.device)]
     noised = ddpm.forward_strip(diffusion, shown, rising, seed=seed + 2)
     pictures.save_mosaic(
-        out / "forward_noising.png",
+        out / "forward.png",
         torch.cat([shown, noised], dim=1),
         title="Forward: x_t = √ᾱ_t x_0 + √(1−ᾱ_t) ε",
         column_labels=["x_0", *(f"t = {t}" for t in rising)],

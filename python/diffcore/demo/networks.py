@@ -202,6 +202,7 @@ class ConvVAE(nn.Module):
             nn.ConvTranspose2d(width, width, 4, stride=2, padding=1),
             nn.SiLU(),
             nn.Conv2d(width, channels, 3, padding=1),
+            nn.Tanh(),  # a mean outside the pixels' range is never the better one
         )
 
     def encode(self, x: Tensor) -> Tensor:

@@ -11,7 +11,6 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-_GAP = 2
 _DPI = 150
 _COLOURS = ("#1f5fa8", "#c8501e", "#2f7d4f")
 
@@ -31,11 +30,16 @@ def mosaic(images: Tensor) -> np.ndarray:
     if images.ndim != 4:
         raise ValueError(f"images must be [rows, columns, H, W], got {tuple(images.shape)}")
     rows, columns, height, width = images.shape
-    canvas = torch.ones(rows, height + _GAP, columns, width + _GAP)
+    gap = _gap(width)
+    canvas = torch.ones(rows, height + gap, columns, width + gap)
     grey = images.detach().float().cpu().clamp(-1, 1).add(1).mul(0.5)
     canvas[:, :height, :, :width] = grey.transpose(1, 2)
-    canvas = canvas.reshape(rows * (height + _GAP), columns * (width + _GAP))
-    return canvas[:-_GAP, :-_GAP].numpy()
+    canvas = canvas.reshape(rows * (height + gap), columns * (width + gap))
+    return canvas[:-gap, :-gap].numpy()
+
+
+def _gap(width: int) -> int:
+    return max(1, width // 14)
 
 
 def save_mosaic(
@@ -58,7 +62,7 @@ def save_mosaic(
         caption: Below the picture.
     """
     rows, columns, height, width = images.shape
-    cell = 0.75
+    cell, gap = 0.75, _gap(width)
     left, right = (1.15 if row_labels else 0.15), 0.15
     top, bottom = (0.7 if column_labels else 0.45), (0.35 if caption else 0.12)
     figure_width = max(left + columns * cell + right, 4.6)
@@ -78,9 +82,11 @@ def save_mosaic(
     axes.tick_params(length=0, labelsize=8, top=False, labeltop=bool(column_labels))
     axes.tick_params(labelbottom=False, labelleft=bool(row_labels))
     if column_labels:
-        axes.set_xticks([i * (width + _GAP) + width / 2 for i in range(columns)], column_labels)
+        axes.set_xticks(
+            [i * (width + gap) + (width - 1) / 2 for i in range(columns)], column_labels
+        )
     if row_labels:
-        axes.set_yticks([i * (height + _GAP) + height / 2 for i in range(rows)], row_labels)
+        axes.set_yticks([i * (height + gap) + (height - 1) / 2 for i in range(rows)], row_labels)
     figure.text(0.5, 1 - 0.22 / figure_height, title, ha="center", va="center", fontsize=10)
     if caption:
         figure.text(
@@ -124,6 +130,11 @@ def running_mean(values: Tensor, window: int) -> Tensor:
     return (total[last] - total[first]) / (last - first)
 
 
+def _plain_number(value: float, position: int | None) -> str:
+    # The minor ticks between 5 and 10 would run into each other.
+    return f"{value:g}" if f"{value:e}"[0] in "1235" else ""
+
+
 def save_curves(path: Path, panels: Sequence[Curves]) -> None:
     """Save training curves side by side: each step pale, their running mean strong.
 
@@ -146,6 +157,8 @@ def save_curves(path: Path, panels: Sequence[Curves]) -> None:
             axes.axhline(level, color="0.25", linestyle=style, linewidth=1, label=label)
         if panel.log:
             axes.set_yscale("log")
+            axes.yaxis.set_major_formatter(_plain_number)
+            axes.yaxis.set_minor_formatter(_plain_number)
         axes.set(title=panel.title, xlabel="optimiser step", ylabel=panel.ylabel)
         axes.grid(alpha=0.25, linewidth=0.5)
         axes.spines[["top", "right"]].set_visible(False)

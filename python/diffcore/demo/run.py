@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -73,23 +74,23 @@ def choose_config(
         FileNotFoundError: If there is nothing to resume.
         ValueError: If a setting contradicts the run being resumed, or is unknown.
     """
-    given = {"steps": steps, "vae_steps": vae_steps, "seed": seed}
-    changes = {name: value for name, value in given.items() if value is not None}
+    given = {"data": data, "steps": steps, "vae_steps": vae_steps, "seed": seed}
+    changes = {
+        name: value for name, value in given.items() if value is not None and value != "auto"
+    }
     if not resume:
         name = "digits" if quick and data in (None, "auto") else resolve(data or "auto")
         if quick and name != "digits":
             raise ValueError(f"data must be digits with --quick, got {name}")
         config = quick_config(name) if name == "digits" else full_config(name)
-        config = dataclasses.replace(config, **changes)
+        config = config.replace({**changes, "data": name})
         # A short run still needs most of its steps at a useful learning rate.
         warmup = max(1, min(config.warmup_steps, config.steps // 4, config.vae_steps // 4))
-        return dataclasses.replace(config, warmup_steps=warmup)
+        return config.replace({"warmup_steps": warmup})
     path = out / "config.json"
     if not path.exists():
         raise FileNotFoundError(f"nothing to resume in {out}: it has no config.json")
     config = DemoConfig.load(path)
-    if data not in (None, "auto"):
-        changes["data"] = data
     for name, value in changes.items():
         if getattr(config, name) != value:
             raise ValueError(
@@ -179,12 +180,13 @@ def run_demo(
         scalars = {"config": dataclasses.asdict(config), "step": trainer.step}
         weights = trainer.averaged_model.state_dict()
         save_checkpoint(checkpoints / f"{name.lower()}.safetensors", weights, scalars)
+    bars = progress and sys.stderr.isatty()
     streams = {
         "sample_seed": config.seed + _STREAM_SAMPLES,
         "evaluation_seed": config.seed + _STREAM_EVALUATION,
     }
     report["vae"] = draw_vae(out, config, images, vae_trainer, **streams)
-    report["ddpm"] = draw_ddpm(out, config, images, ddpm_trainer, progress=progress, **streams)
+    report["ddpm"] = draw_ddpm(out, config, images, ddpm_trainer, progress=bars, **streams)
     report["total_seconds"] = round(time.perf_counter() - started, 2)
     (out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
     log(f"Pictures, checkpoints and report.json are in {out}")

@@ -85,7 +85,8 @@ class Trainer:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             model = build()
-        self.model = model.to(device, memory_format=torch.channels_last)
+        # torch's stubs do not know this argument of Module.to
+        self.model: nn.Module = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.loss = loss
         self.metrics = metrics
         self.config = config

@@ -11,7 +11,7 @@ from diffcore import ops
 from diffcore.demo.config import DemoConfig
 from diffcore.demo.networks import ConvVAE
 from diffcore.demo.training import LossFunction
-from diffcore.vae import DiagonalGaussianDistribution
+from diffcore.vae import DiagonalGaussianDistribution, elbo, vae_loss
 
 METRICS = ("loss", "reconstruction", "kl")
 _CHUNK = 250
@@ -37,13 +37,11 @@ def training_loss(decoder_std: float) -> LossFunction:
 
     def loss(model: nn.Module, x: Tensor, generator: torch.Generator) -> Tensor:
         assert isinstance(model, ConvVAE)
-        mean, logvar = model.encode(x).chunk(2, dim=1)
-        noise = torch.randn(mean.shape, generator=generator).to(x.device)
-        z, kl = ops.reparameterize_kl(mean, logvar, noise)
-        error = (x - model.decode(z)).square().flatten(1).sum(1)
-        reconstruction = (error / (2 * decoder_std**2)).mean()
-        kl = kl.mean()
-        return torch.stack([reconstruction + kl, reconstruction, kl])
+        posterior = DiagonalGaussianDistribution(model.encode(x))
+        noise = torch.randn(posterior.mean.shape, generator=generator).to(x.device)
+        z, kl = ops.reparameterize_kl(posterior.mean, posterior.logvar, noise)
+        terms = vae_loss(x, model.decode(z), kl, decoder_std=decoder_std)
+        return torch.stack([terms[name].mean() for name in METRICS])
 
     return loss
 
@@ -63,27 +61,27 @@ def held_out_elbo(
         seed: Governs the draws.
 
     Returns:
-        Means over the images: ``elbo_nats``, ``elbo_nats_per_dim``, ``log_likelihood_nats``,
-        ``kl_nats``, and ``mse`` a pixel.
+        Means over the images: ``elbo_nats``, ``elbo_nats_per_dim`` (a pixel), its two terms
+        ``log_likelihood_nats`` and ``kl_nats``, and ``mse`` a pixel.
     """
     generator = torch.Generator().manual_seed(seed)
     totals = torch.zeros(3, dtype=torch.float64)
     pixels = math.prod(images.shape[1:])
+    constant = 0.5 * pixels * math.log(2 * math.pi * decoder_std**2)
     for x in images.split(_CHUNK):
         posterior = DiagonalGaussianDistribution(model.encode(x))
         noise = torch.randn(posterior.mean.shape, generator=generator).to(x.device)
-        z, kl = ops.reparameterize_kl(posterior.mean, posterior.logvar, noise)
+        z = ops.reparameterize(posterior.mean, posterior.logvar, noise)
         decoded = model.decode(z)
-        logvar = torch.full_like(x, 2 * math.log(decoder_std))
-        nll = ops.gaussian_nll(x, decoded, logvar, reduction="sample")
+        bound = elbo(x, decoded, posterior.mean, posterior.logvar, decoder_std=decoder_std)
         error = (x - decoded).square().flatten(1).mean(1)
-        totals += torch.stack([v.double().sum().cpu() for v in (nll, kl, error)])
-    nll_mean, kl_mean, mse = (totals / len(images)).tolist()
-    elbo = -(nll_mean + kl_mean)
+        values = (bound - constant, posterior.kl(), error)
+        totals += torch.stack([v.double().sum().cpu() for v in values])
+    bound_mean, kl_mean, mse = (totals / len(images)).tolist()
     return {
-        "elbo_nats": elbo,
-        "elbo_nats_per_dim": elbo / pixels,
-        "log_likelihood_nats": -nll_mean,
+        "elbo_nats": bound_mean,
+        "elbo_nats_per_dim": bound_mean / pixels,
+        "log_likelihood_nats": bound_mean + kl_mean,
         "kl_nats": kl_mean,
         "mse": mse,
     }

@@ -1,0 +1,452 @@
+from __future__ import annotations
+
+import gzip
+import json
+import math
+import os
+import signal
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+for _package in ("matplotlib", "PIL", "safetensors", "tqdm", "sklearn", "mlxtend"):
+    pytest.importorskip(_package)
+
+from diffcore.demo import checkpoint, data, ddpm, networks, pictures, vae  # noqa: E402
+from diffcore.demo.config import DemoConfig, full_config, quick_config  # noqa: E402
+from diffcore.demo.run import build_trainers, choose_config, choose_device, run_demo  # noqa: E402
+from diffcore.demo.training import Interrupted, Trainer, TrainingConfig  # noqa: E402
+
+CPU = torch.device("cpu")
+PICTURES = (
+    "vae_training.png",
+    "vae_samples.png",
+    "vae_reconstructions.png",
+    "ddpm_training.png",
+    "ddpm_samples.png",
+    "ddim_samples.png",
+    "forward.png",
+    "reverse.png",
+)
+
+
+# ---- data ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "side", "train", "test"), [("mnist", 28, 4500, 500), ("digits", 8, 1618, 179)]
+)
+def test_data_shapes_range_and_determinism(name: str, side: int, train: int, test: int) -> None:
+    images = data.load_images(name)
+    assert images.train.shape == (train, 1, side, side)
+    assert images.test.shape == (test, 1, side, side)
+    assert images.train.dtype == torch.float32
+    assert images.train.min() == -1
+    assert images.train.max() == 1
+    again = data.load_images(name)
+    assert torch.equal(images.train, again.train)
+    assert torch.equal(images.test, again.test)
+
+
+def test_digits_are_the_originals_and_nothing_is_in_both_parts() -> None:
+    from sklearn.datasets import load_digits
+
+    images = data.load_images("digits")
+    both = torch.cat([images.train, images.test]).flatten(1)
+    assert len(both.unique(dim=0)) == len(both)
+    original = torch.from_numpy(load_digits().data).float()
+    assert torch.equal(((both + 1) * 8).sort(0).values, original.sort(0).values)
+
+
+def _write_idx(path: Path, pixels: np.ndarray) -> None:
+    header = b"\x00\x00\x08" + bytes([pixels.ndim]) + struct.pack(">3I", *pixels.shape)
+    path.write_bytes(gzip.compress(header + pixels.tobytes()))
+
+
+def test_fashion_reads_idx_and_auto_prefers_it(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    train, test = (rng.integers(0, 256, (n, 28, 28), np.uint8) for n in (7, 3))
+    train[0, 0, :2] = 0, 255
+    assert data.resolve("auto", tmp_path / "absent") == "mnist"
+    with pytest.raises(FileNotFoundError, match="dataset-fashion-mnist"):
+        data.load_images("fashion", tmp_path)
+    _write_idx(tmp_path / "train-images-idx3-ubyte.gz", train)
+    _write_idx(tmp_path / "t10k-images-idx3-ubyte.gz", test)
+    images = data.load_images("auto", tmp_path)
+    assert images.name == "fashion"
+    assert images.train[0, 0, 0, :2].tolist() == [-1, 1]
+    exact = test.astype(np.float64) / 127.5 - 1
+    assert np.abs(images.test[:, 0].numpy() - exact).max() <= 2 * np.finfo(np.float32).eps
+
+
+def test_bad_data_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="data must be one of auto, mnist, fashion, digits, got"):
+        data.load_images("cifar")
+    (tmp_path / "x.gz").write_bytes(gzip.compress(b"\x00\x00\x0d\x01"))
+    with pytest.raises(ValueError, match="not an IDX file"):
+        data.read_idx(tmp_path / "x.gz")
+
+
+# ---- networks -----------------------------------------------------------------------------------
+
+
+def test_timestep_embedding_is_its_formula() -> None:
+    t = torch.tensor([0, 3, 199])
+    embedding = networks.timestep_embedding(t, 8)
+    for row, time in zip(embedding, t.tolist(), strict=True):
+        angles = [time * 10_000 ** (-k / 4) for k in range(4)]
+        expected = [math.cos(a) for a in angles] + [math.sin(a) for a in angles]
+        # float32 angles: an absolute error of the angle's own rounding, a few times over
+        bound = 4 * torch.finfo(torch.float32).eps * max(1, time)
+        assert (row.double() - torch.tensor(expected, dtype=torch.float64)).abs().max() <= bound
+    with pytest.raises(ValueError, match="dim must be even, got 7"):
+        networks.timestep_embedding(t, 7)
+
+
+def test_unet_is_small_keeps_shape_and_starts_at_zero() -> None:
+    config = full_config("mnist")
+    model = ddpm.build_network(config, (1, 28, 28))
+    assert 0.25e6 < sum(p.numel() for p in model.parameters()) < 0.35e6
+    output = model(torch.randn(2, 1, 28, 28), torch.tensor([0, 199]))
+    assert output.shape == (2, 1, 28, 28)
+    assert output.is_contiguous()
+    assert not output.any()
+
+
+def test_unet_sees_the_timestep() -> None:
+    model = networks.UNet(width=8, patch=1)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    x = torch.randn(1, 1, 8, 8).expand(2, -1, -1, -1)
+    one, other = model(x, torch.tensor([0, 150]))
+    assert not torch.allclose(one, other)
+
+
+def test_vae_shapes_and_refusal() -> None:
+    model = networks.ConvVAE((1, 28, 28), width=8, latent_dim=5)
+    x = torch.randn(3, 1, 28, 28)
+    assert model.encode(x).shape == (3, 10)
+    assert model(x).shape == x.shape
+    with pytest.raises(ValueError, match="image_shape must have sides that 4 divides"):
+        networks.ConvVAE((1, 28, 30), width=8, latent_dim=5)
+
+
+# ---- training, interruption, resuming -----------------------------------------------------------
+
+
+def _trainers(folder: Path, steps: int, seed: int = 0) -> tuple[Trainer, Trainer, Tensor]:
+    config = DemoConfig(
+        **{
+            **quick_config("digits").__dict__,
+            "steps": steps,
+            "vae_steps": steps,
+            "warmup_steps": 2,
+            "seed": seed,
+            "batch_size": 16,
+        }
+    )
+    images = data.load_images("digits")
+    return *build_trainers(config, images, folder, CPU), images.train
+
+
+def _state(trainer: Trainer) -> dict[str, Tensor]:
+    return {
+        **checkpoint.prefixed("model", trainer.model.state_dict()),
+        **checkpoint.prefixed("ema", trainer.ema.state_dict()),
+        **checkpoint.optimizer_tensors(trainer.model, trainer.optimizer),
+        "history": trainer.history,
+        "generator": trainer.generator.get_state(),
+    }
+
+
+def _assert_same_bits(left: dict[str, Tensor], right: dict[str, Tensor]) -> None:
+    assert left.keys() == right.keys()
+    different = [name for name in left if not torch.equal(left[name], right[name])]
+    assert not different
+
+
+@pytest.mark.parametrize("which", [0, 1], ids=["ddpm", "vae"])
+def test_resuming_gives_the_same_bits(tmp_path: Path, which: int) -> None:
+    steps = 8
+    *trainers, images = _trainers(tmp_path / "whole", 2 * steps)
+    whole = trainers[which]
+    whole.fit(images, name="whole", progress=False)
+
+    first = _trainers(tmp_path / "parts", 2 * steps)[which]
+    assert isinstance(first, Trainer)
+    plain_loss = first.loss
+
+    def interrupted(model: nn.Module, x: Tensor, generator: torch.Generator) -> Tensor:
+        if first.step == steps - 1:
+            signal.raise_signal(signal.SIGINT)  # Ctrl-C in the middle of the step
+        return plain_loss(model, x, generator)
+
+    first.loss = interrupted
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(Interrupted, match=f"first: saved at step {steps} of {2 * steps}"):
+        first.fit(images, name="first", progress=False)
+    assert signal.getsignal(signal.SIGINT) is before
+
+    second = _trainers(tmp_path / "parts", 2 * steps)[which]
+    assert isinstance(second, Trainer)
+    second.load()
+    assert second.step == steps
+    _assert_same_bits(_state(first), _state(second))
+    second.fit(images, name="second", progress=False)
+    _assert_same_bits(_state(whole), _state(second))
+
+
+def test_a_keyboard_interrupt_inside_a_step_leaves_the_last_checkpoint(tmp_path: Path) -> None:
+    trainer, _, images = _trainers(tmp_path, 8)
+    trainer.config = TrainingConfig(**{**trainer.config.__dict__, "checkpoint_every": 3})
+    plain_loss = trainer.loss
+
+    def interrupted(model: nn.Module, x: Tensor, generator: torch.Generator) -> Tensor:
+        if trainer.step == 5:
+            raise KeyboardInterrupt
+        return plain_loss(model, x, generator)
+
+    trainer.loss = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        trainer.fit(images, name="x", progress=False)
+    again, _, _ = _trainers(tmp_path, 8)
+    again.load()
+    assert again.step == 3
+
+
+def test_the_seed_governs_training(tmp_path: Path) -> None:
+    histories = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(len(histories))  # torch's own generator must not matter
+        trainer, _, images = _trainers(tmp_path, 3, seed)
+        trainer.fit(images, name="x", progress=False)
+        histories.append(trainer.history)
+    assert torch.equal(histories[0], histories[1])
+    assert not torch.equal(histories[0], histories[2])
+
+
+def test_learning_rate_warms_up_and_decays() -> None:
+    config = TrainingConfig(
+        steps=100,
+        batch_size=1,
+        learning_rate=2.0,
+        warmup_steps=10,
+        ema_decay=0.9,
+        seed=0,
+        checkpoint_every=1,
+    )
+    assert config.learning_rate_at(0) == pytest.approx(0.2)
+    assert config.learning_rate_at(50) == pytest.approx(1.0)
+    assert 0 < config.learning_rate_at(99) < 0.001
+
+
+def test_checkpoint_of_another_length_is_refused(tmp_path: Path) -> None:
+    trainer, _, _ = _trainers(tmp_path, 8)
+    trainer.save()
+    longer, _, _ = _trainers(tmp_path, 9)
+    with pytest.raises(ValueError, match="a run of 8 steps, not 9"):
+        longer.load()
+
+
+def test_a_failed_save_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "x.safetensors"
+    checkpoint.save_checkpoint(path, {"a": torch.ones(2)}, {"step": 1})
+
+    def fail(*args: object, **kwargs: object) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(checkpoint, "save_file", fail)
+    with pytest.raises(OSError, match="disk full"):
+        checkpoint.save_checkpoint(path, {"a": torch.zeros(2)}, {"step": 2})
+    tensors, scalars = checkpoint.load_checkpoint(path)
+    assert scalars == {"step": 1}
+    assert torch.equal(tensors["a"], torch.ones(2))
+
+
+def test_foreign_and_missing_checkpoints_are_refused(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    with pytest.raises(FileNotFoundError, match="no checkpoint at"):
+        checkpoint.load_checkpoint(tmp_path / "none.safetensors")
+    save_file({"a": torch.ones(2)}, tmp_path / "foreign.safetensors")
+    with pytest.raises(ValueError, match="not a diffcore checkpoint"):
+        checkpoint.load_checkpoint(tmp_path / "foreign.safetensors")
+
+
+# ---- settings -----------------------------------------------------------------------------------
+
+
+def _choose(out: Path, **changes: object) -> DemoConfig:
+    options = {"data": None, "steps": None, "vae_steps": None, "seed": None}
+    return choose_config(out, **{**options, "quick": False, "resume": False, **changes})  # type: ignore[arg-type]
+
+
+def test_resume_takes_the_settings_of_the_run(tmp_path: Path) -> None:
+    config = _choose(tmp_path, quick=True, steps=12, seed=3)
+    config.save(tmp_path / "config.json")
+    assert _choose(tmp_path, resume=True) == config
+    assert _choose(tmp_path, resume=True, steps=12, data="digits") == config
+    with pytest.raises(ValueError, match=r"steps of the run in .* is 12, not 13"):
+        _choose(tmp_path, resume=True, steps=13)
+    with pytest.raises(ValueError, match=r"data of the run in .* is digits, not mnist"):
+        _choose(tmp_path, resume=True, data="mnist")
+    with pytest.raises(FileNotFoundError, match="nothing to resume"):
+        _choose(tmp_path / "empty", resume=True)
+    (tmp_path / "config.json").write_text('{"data": "digits", "colour": 3}')
+    with pytest.raises(ValueError, match="does not hold the settings of a demo run"):
+        _choose(tmp_path, resume=True)
+
+
+def test_bad_settings_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="steps must be positive, got 0"):
+        _choose(tmp_path, steps=0)
+    with pytest.raises(ValueError, match="data must be digits with --quick, got mnist"):
+        _choose(tmp_path, quick=True, data="mnist")
+    with pytest.raises(ValueError, match="device must be auto or a torch device, got 'gpu'"):
+        choose_device("gpu")
+
+
+# ---- pictures -----------------------------------------------------------------------------------
+
+
+def test_mosaic_puts_each_image_in_its_place() -> None:
+    images = torch.linspace(-1, 1, 6).reshape(2, 3, 1, 1).expand(2, 3, 8, 8)
+    picture = pictures.mosaic(images)
+    assert picture.shape == (2 * 8 + 1, 3 * 8 + 2)
+    assert (picture[8] == 1).all()
+    for row in range(2):
+        for column in range(3):
+            tile = picture[row * 9 : row * 9 + 8, column * 9 : column * 9 + 8]
+            assert (tile == (images[row, column, 0, 0].item() + 1) / 2).all()
+    with pytest.raises(ValueError, match="images must be"):
+        pictures.mosaic(images[0])
+
+
+def test_running_mean_is_its_definition() -> None:
+    values = torch.tensor([1.0, 5.0, 3.0, -1.0])
+    expected = torch.tensor([1, 3, 4, 1], dtype=torch.float64)
+    assert torch.equal(pictures.running_mean(values, 2), expected)
+
+
+# ---- the smoke run ------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def smoke_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The quick demo, run once through the real command."""
+    out = tmp_path_factory.mktemp("demo") / "out"
+    subprocess.run(
+        [sys.executable, "-m", "diffcore", "demo", "--quick", "--device", "cpu", "--out", str(out)],
+        check=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},  # images of 8x8 gain nothing from threads
+    )
+    return out
+
+
+def _report(out: Path) -> dict[str, dict[str, float]]:
+    report: dict[str, dict[str, float]] = json.loads((out / "report.json").read_text())
+    return report
+
+
+def test_smoke_run_leaves_everything(smoke_run: Path) -> None:
+    from PIL import Image
+
+    for name in PICTURES:
+        with Image.open(smoke_run / name) as image:
+            assert image.width > 400, name
+            assert len(image.convert("L").getcolors() or range(99)) > 16, name
+    report = _report(smoke_run)
+    assert report["config"]["data"] == "digits"
+    assert report["environment"]["backend"] in ("native", "reference")
+    assert report["ddpm"]["steps"] == report["config"]["steps"]
+    assert report["vae"]["train_seconds"] > 0
+    assert not list(smoke_run.rglob("*.partial"))
+
+
+def test_ddpm_learns_more_than_to_rescale_its_input(smoke_run: Path) -> None:
+    """The best model that only rescales x_t has an error known in closed form; ours halves it.
+
+    With second moment m of the pixels, the best c_t x_t leaves alpha^2 m / (alpha^2 m + sigma^2)
+    of the noise unexplained. An untrained network predicts 0, which leaves all of it.
+    """
+    images = data.load_images("digits").test
+    config = quick_config("digits")
+    diffusion = ddpm.build_diffusion(config)
+    alpha_bar = (1 - diffusion.betas.double()).cumprod(0)
+    signal_power = alpha_bar * images.double().square().mean()
+    bound = 0.5 * (signal_power / (signal_power + 1 - alpha_bar)).mean().item()
+
+    untrained = ddpm.build_network(config, (1, 8, 8))
+    assert ddpm.held_out_loss(diffusion, untrained, images, seed=0) > bound
+    assert _report(smoke_run)["ddpm"]["held_out_loss"] < bound
+
+
+def test_vae_learns_more_than_the_mean_image(smoke_run: Path) -> None:
+    """A decoder that ignores its latents can do no better than the mean image, with KL 0."""
+    images = data.load_images("digits")
+    config = quick_config("digits")
+    variance = config.decoder_std**2
+    error = (images.test - images.train.mean(0)).double().square().flatten(1).sum(1).mean().item()
+    bound = -0.5 * (64 * math.log(2 * math.pi * variance) + error / variance)
+
+    untrained = vae.build_network(config, (1, 8, 8))
+    measured = vae.held_out_elbo(untrained, images.test, decoder_std=config.decoder_std, seed=0)
+    assert measured["elbo_nats"] < bound
+    assert _report(smoke_run)["vae"]["held_out"]["elbo_nats"] > bound  # type: ignore[index]
+
+
+def test_weights_load_into_a_new_model_and_sample(smoke_run: Path) -> None:
+    tensors, scalars = checkpoint.load_checkpoint(smoke_run / "checkpoints" / "ddpm.safetensors")
+    config = DemoConfig(**scalars["config"])
+    model = ddpm.build_network(config, (1, 8, 8))
+    model.load_state_dict(tensors)
+    diffusion = ddpm.build_diffusion(config)
+    x_T = ddpm.initial_noise((4, 1, 8, 8), 0, CPU)
+    samples = ddpm.sample_ddim(diffusion, model, x_T, num_steps=10, progress=False)
+    assert samples.shape == x_T.shape
+    assert samples.abs().max() <= 1  # the last step ends at the clipped x_0
+    assert torch.equal(
+        samples, ddpm.sample_ddim(diffusion, model, x_T, num_steps=10, progress=False)
+    )
+
+
+def test_resuming_a_finished_run_only_draws_again(smoke_run: Path) -> None:
+    before = _report(smoke_run)
+    lines: list[str] = []
+    (smoke_run / "reverse.png").unlink()
+    after = run_demo(smoke_run, resume=True, device="cpu", progress=False, log=lines.append)
+    assert (smoke_run / "reverse.png").exists()
+    assert "DDPM: resumed at step 300 of 300" in lines
+    assert after["ddpm"]["final_loss"] == before["ddpm"]["final_loss"]  # type: ignore[index]
+    assert after["vae"]["held_out"]["kl_nats"] == pytest.approx(  # type: ignore[index]
+        before["vae"]["held_out"]["kl_nats"],  # type: ignore[index]
+        rel=1e-4,  # another thread count may sum in another order
+    )
+
+
+def test_pictures_of_the_strips_start_and_end_where_they_say() -> None:
+    diffusion = ddpm.build_diffusion(quick_config("digits"))
+    images = data.load_images("digits").test[:2]
+    timesteps = ddpm.strip_timesteps(diffusion.num_timesteps, 5)
+    assert timesteps[0] == diffusion.num_timesteps - 1
+    assert timesteps[-1] == 0
+    assert timesteps == sorted(set(timesteps), reverse=True)
+    strip = ddpm.forward_strip(diffusion, images, timesteps, seed=0)
+    assert strip.shape == (2, 5, 8, 8)
+    distance = (strip - images).square().mean((0, 2, 3))
+    assert torch.equal(distance.argsort(descending=True), torch.arange(5))
+
+    x_T = ddpm.initial_noise((2, 1, 8, 8), 0, CPU)
+
+    def zero(x: Tensor, t: Tensor) -> Tensor:
+        return torch.zeros_like(x)
+
+    reverse = ddpm.reverse_strip(diffusion, zero, x_T, timesteps, seed=0)
+    assert reverse.shape == (2, 6, 8, 8)
+    assert torch.equal(reverse[:, :1], x_T)
