@@ -1,10 +1,10 @@
 """Times contestants side by side: interleaved in one run, warmed up and repeated by time.
 
-The contestants take turns, one sample each, and the order turns with every round: what disturbs the
-machine for a while disturbs all of them, and a ratio of medians stays honest. A sample is wall-clock
-time on the CPU, and device time between two events on CUDA. There the L2 cache is emptied before each
-sample, and the device is kept waiting while the host enqueues, so that a slow host does not count;
-:func:`call_overhead` counts just that.
+The contestants take turns, one sample each, and the order turns with every round: what disturbs
+the machine for a while disturbs all of them, and a ratio of medians stays honest. A sample is
+wall-clock time on the CPU, and device time between two events on CUDA. There the L2 cache is
+emptied before each sample, and the device is kept waiting while the host enqueues, so that a slow
+host does not count; :func:`call_overhead` counts just that.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import torch
 Call = Callable[[], object]
 
 MIN_SAMPLE_SECONDS = 100e-6
-"""A sample on the CPU repeats a call until it lasts this long: reading the clock is then nothing."""
+"""A sample on the CPU repeats its call until it lasts this long: the clock costs nothing then."""
 
 
 @dataclass(frozen=True)
@@ -224,4 +224,5 @@ class _CudaSampler:
         call()
         self.end.record()
         self.end.synchronize()
-        return self.start.elapsed_time(self.end) * 1e-3
+        milliseconds: float = self.start.elapsed_time(self.end)
+        return milliseconds * 1e-3

@@ -1,0 +1,258 @@
+"""Who is timed against whom, on which inputs; and the check that comes first."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.machine import ROOT, last_level_cache, why_no_compile
+from benchmarks.timing import Call
+from diffcore import testing
+
+sys.path.insert(0, str(ROOT / "tests"))  # one list of cases serves tests and benchmarks
+from cases import BY_NAME, CASES, Arguments, OpCase, as_tuple
+
+__all__ = [
+    "BY_NAME",
+    "CASES",
+    "Compiler",
+    "Contest",
+    "OpCase",
+    "WrongResultError",
+    "check_outputs",
+    "copy_calls",
+    "make_inputs",
+]
+
+MODES = ("forward", "forward+backward")
+
+# The gradient of a clip jumps: where rounding alone decides the side, no bound on the error holds.
+_UNDECIDED = 2e-6
+
+_MAX_SETS = 8
+_DRAWN = 32
+
+
+class WrongResultError(AssertionError):
+    """A contestant's output is further from the truth than rounding explains: it is not timed."""
+
+
+def make_inputs(
+    case: OpCase, shape: Sequence[int], dtype: torch.dtype, device: torch.device, seed: int = 0
+) -> Arguments:
+    """Random arguments; a large batch repeats its first samples, for the host draws slowly.
+
+    Args:
+        case: what is called.
+        shape: of the elementwise tensors.
+        dtype: likewise.
+        device: likewise.
+        seed: of the draw.
+    """
+    batch, *rest = shape
+    drawn = min(batch, _DRAWN)
+    some = case.make((drawn, *rest), dtype, device, seed=seed)
+    copies = math.ceil(batch / drawn)
+    tensors = {
+        name: x.repeat(copies, *(1 for _ in rest))[:batch].contiguous()
+        for name, x in some.tensors.items()
+    }
+    return Arguments(tensors, Arguments({}, case.options(batch)).to(device).options)
+
+
+def input_sets(case: OpCase, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> int:
+    """How many sets of inputs keep a CPU's cache cold; one on CUDA, where the cache is flushed."""
+    if device.type != "cpu":
+        return 1
+    size = math.prod(shape) * dtype.itemsize * len(case.tensors)
+    return max(1, min(_MAX_SETS, math.ceil(4 * last_level_cache() / max(size, 1))))
+
+
+# ---- the contestants ------------------------------------------------------------------------
+
+
+def bound(function: Callable[..., Any], *leading: Any, **given: Any) -> Call:
+    """A call without arguments left, made of positional arguments, which cost the least."""
+    call = inspect.signature(function).bind(*leading, **given)
+    return partial(function, *call.args, **call.kwargs)
+
+
+def _step(forward: Call, leaves: Sequence[Tensor], upstream: Sequence[Tensor]) -> Any:
+    """Forward and backward; gradients are returned, not accumulated."""
+    return torch.autograd.grad(as_tuple(forward()), leaves, upstream)
+
+
+@dataclass
+class Contest:
+    """One op on some sets of inputs, forward or forward and backward."""
+
+    case: OpCase
+    mode: str
+    sets: list[Arguments]
+    eager: list[Call] = field(init=False)
+    diffcore: list[Call] = field(init=False)
+
+    def __post_init__(self) -> None:
+        if self.mode != "forward":
+            for args in self.sets:
+                for name in self.case.differentiable:
+                    args.tensors[name].requires_grad_()
+        given = [{**args.tensors, **args.options} for args in self.sets]
+        self.diffcore = self.calls([bound(self.case.op, **g) for g in given])
+        self.eager = self.calls([bound(self.case.formula, torch, **g) for g in given])
+
+    def calls(self, forwards: Sequence[Call]) -> list[Call]:
+        """One forward call for each set of inputs, made into what is timed."""
+        if self.mode == "forward":
+            return list(forwards)
+        found: list[Call] = []
+        for forward, args in zip(forwards, self.sets, strict=True):
+            leaves = [args.tensors[name] for name in self.case.differentiable]
+            upstream = _upstream(as_tuple(forward()))
+            found.append(partial(_step, forward, leaves, upstream))
+        return found
+
+    def truth(self) -> tuple[Tensor, ...]:
+        """The eager formula in float64 on the first set of inputs: what is checked against."""
+        args = self.sets[0].map(lambda x: x.detach().double())
+        outputs: tuple[Tensor, ...] = as_tuple(Contest(self.case, self.mode, [args]).eager[0]())
+        return outputs
+
+
+def _upstream(outputs: Sequence[Tensor]) -> list[Tensor]:
+    """Gradients from above: the same numbers for every contestant, in the dtype of its outputs."""
+    found = []
+    for output in outputs:
+        generator = torch.Generator(device=output.device).manual_seed(1)
+        g = torch.randn(output.shape, generator=generator, device=output.device)
+        # Rounded to bfloat16, so that every dtype gets exactly the same.
+        found.append(g.bfloat16().to(output.dtype))
+    return found
+
+
+class Compiler:
+    """``torch.compile`` of the eager formula, as long as a budget of seconds lasts."""
+
+    def __init__(self, device: torch.device, seconds: float) -> None:
+        self.left = seconds
+        self.note = why_no_compile(device) if seconds > 0 else "torch.compile was left out"
+        self.skipped = 0
+
+    def calls(self, contest: Contest) -> list[Call] | None:
+        """The compiled calls, compiled and called once; None when there is no such baseline.
+
+        Args:
+            contest: whose formula; forward and backward are compiled for exactly its shapes.
+        """
+        if self.note is not None:
+            return None
+        if self.left <= 0:
+            self.skipped += 1
+            return None
+        torch.compiler.reset()
+        case = contest.case
+        given = [{**args.tensors, **args.options} for args in contest.sets]
+        # Tensors are inputs of the graph, everything else is a constant in it.
+        constants = {k: v for k, v in given[0].items() if not isinstance(v, Tensor)}
+
+        def formula(**tensors: Tensor) -> Any:
+            return case.formula(torch, **tensors, **constants)
+
+        compiled = torch.compile(formula, fullgraph=True, dynamic=False)
+        start = time.perf_counter()
+        try:
+            tensors = [{k: v for k, v in g.items() if isinstance(v, Tensor)} for g in given]
+            calls = contest.calls([partial(compiled, **t) for t in tensors])
+            calls[0]()
+        except Exception as error:  # whatever the compiler dies of, the others go on
+            reason = str(error).strip().splitlines() or [""]
+            self.note = f"no torch.compile baseline: {type(error).__name__}: {reason[0][:200]}"
+            return None
+        finally:
+            self.left -= time.perf_counter() - start
+        return calls
+
+
+def copy_calls(nbytes: int, sets: int, device: torch.device) -> list[Call]:
+    """Copies that read and write `nbytes` in total: the roof for whatever memory bounds."""
+    n = max(1, nbytes // 8)
+    pairs = [(torch.zeros(n, device=device), torch.ones(n, device=device)) for _ in range(sets)]
+    return [partial(target.copy_, source) for target, source in pairs]
+
+
+# ---- the check ------------------------------------------------------------------------------
+
+
+def check_outputs(
+    name: str,
+    found: Sequence[Tensor],
+    eager: Sequence[Tensor],
+    truth: Sequence[Tensor],
+    *,
+    undecided: float = 0.0,
+) -> float:
+    """Refuses a result further from float64 than twice eager torch is, plus one ulp.
+
+    Args:
+        name: of the contestant, for the message.
+        found: its outputs.
+        eager: eager torch's, in the dtype of the inputs.
+        truth: the same in float64.
+        undecided: the share of elements allowed outside, for gradients of a clip.
+
+    Returns:
+        The largest error over what is allowed, 1 at the bound.
+
+    Raises:
+        WrongResultError: beyond the bound, not finite where the truth is, or of another shape.
+    """
+    worst = 0.0
+    for i, (got, plain, true) in enumerate(zip(found, eager, truth, strict=True)):
+        if got.shape != true.shape:
+            raise WrongResultError(f"{name}: output {i} is {[*got.shape]}, not {[*true.shape]}")
+        true = true.detach()
+        error = (got.detach().double() - true).abs().nan_to_num(math.inf)
+        eager_error = (plain.detach().double() - true).abs()
+        allowed = testing.FACTOR * eager_error[eager_error.isfinite()].max()
+        # As diffcore.testing has it, but on the device: its longdouble takes minutes at this size.
+        limits = torch.finfo(got.dtype)
+        _, exponent = torch.frexp(true)
+        ulp = torch.ldexp(torch.full_like(true, limits.eps), exponent - 1)
+        ratio = error / (allowed + ulp.clamp(min=limits.smallest_normal * limits.eps))
+        outside = int((ratio > 1).sum())
+        if outside > undecided * ratio.numel():
+            raise WrongResultError(
+                f"{name}: output {i} is wrong at {outside} of {ratio.numel()} elements, by up to "
+                f"{float(error.max()):.3g}; twice eager torch's largest error: {float(allowed):.3g}"
+            )
+        worst = max(worst, float(ratio.max()) if outside == 0 else 1.0)
+    return worst
+
+
+def check_contest(contest: Contest, others: Mapping[str, Call]) -> dict[str, float]:
+    """Checks the first call of diffcore and of others against the truth, see `check_outputs`.
+
+    Args:
+        contest: whose truth.
+        others: more contestants, by name.
+
+    Returns:
+        For each, its largest error over what is allowed.
+    """
+    truth = contest.truth()
+    eager = as_tuple(contest.eager[0]())
+    clips = any(name in contest.sets[0].options for name in ("clip_range", "coefficients"))
+    undecided = _UNDECIDED if clips and contest.mode != "forward" else 0.0
+    return {
+        name: check_outputs(name, as_tuple(call()), eager, truth, undecided=undecided)
+        for name, call in {"diffcore": contest.diffcore[0], **others}.items()
+    }

@@ -1,0 +1,281 @@
+"""Results as JSON, and as tables for the terminal and for Markdown."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import shlex
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import machine
+from diffcore import _native
+
+Row = Mapping[str, Any]
+Table = tuple[list[str], list[list[str]]]
+SCHEMA = 1
+
+
+# ---- what the scripts share -----------------------------------------------------------------
+
+
+def add_common_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds --device, --out and --quick."""
+    parser.add_argument(
+        "--device", default="auto", help="auto (the CPU, and a GPU with kernels), cpu, cuda, cuda:1"
+    )
+    parser.add_argument(
+        "--out",
+        "--output",
+        type=Path,
+        help="folder, or a .json file; existing sections of other scripts stay "
+        "[default: benchmarks/results]",
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="small and short: to see that it works, not to quote"
+    )
+
+
+def devices(name: str) -> list[torch.device]:
+    """The devices that --device means.
+
+    Raises:
+        SystemExit: it is not there.
+    """
+    gpu = torch.cuda.is_available()
+    if name == "auto":
+        cuda = torch.device("cuda", 0)
+        return [torch.device("cpu"), *([cuda] if gpu and _native.has_kernels(cuda) else [])]
+    device = torch.device(name)
+    if device.type != "cuda":
+        return [device]
+    if not gpu:
+        raise SystemExit(f"--device {name}: torch sees no GPU here")
+    return [torch.device("cuda", device.index or 0)]
+
+
+def progress(text: str) -> None:
+    """Shows one line of progress in place, on a terminal only."""
+    if sys.stderr.isatty():
+        print(f"\r\x1b[K{text[:100]}", end="", file=sys.stderr, flush=True)
+
+
+def times(shape: Sequence[int]) -> str:
+    """A shape for people."""
+    return "×".join(str(n) for n in shape)
+
+
+def finish(
+    sections: Mapping[str, Mapping[str, Any]],
+    device: torch.device,
+    out: Path,
+    argv: Sequence[str] | None,
+) -> Path:
+    """Writes the sections beside those of the other scripts, and prints them.
+
+    Args:
+        sections: by name.
+        device: that was measured.
+        out: a folder, or a .json file.
+        argv: the arguments of the script; None for the process's own.
+
+    Returns:
+        The file.
+    """
+    path = out if out.suffix == ".json" else out / f"{machine.slug(device)}.json"
+    command = [f"python -m benchmarks.{Path(sys.argv[0]).stem}"]
+    command += [shlex.quote(x) for x in (sys.argv[1:] if argv is None else argv)]
+    facts = {
+        "machine": machine.describe(device),
+        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        "command": " ".join(command),
+    }
+    existing = load(path) if path.exists() else {"schema": SCHEMA}
+    save({**existing, **{name: {**facts, **body} for name, body in sections.items()}}, path)
+    for name, body in sections.items():
+        print_table(*TABLES[name](body["rows"]), title=name)
+        for note in body.get("notes", []):
+            print(f"  {note}")
+        for refused in body.get("refused", []):
+            print(f"  REFUSED: {refused}")
+    print(f"\n{path}")
+    return path
+
+
+# ---- JSON -----------------------------------------------------------------------------------
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Reads a result file.
+
+    Raises:
+        ValueError: it was written by another version.
+    """
+    results: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    if results.get("schema") != SCHEMA:
+        raise ValueError(f"{path} has schema {results.get('schema')}; wanted {SCHEMA}: remove it")
+    return results
+
+
+def save(results: Mapping[str, Any], path: Path) -> None:
+    """Writes a result file, one row a line."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    parts = []
+    for name, section in results.items():
+        if not isinstance(section, Mapping):
+            parts.append(f"{json.dumps(name)}: {json.dumps(section)}")
+            continue
+        rows = ",\n".join(f"    {json.dumps(_short(row))}" for row in section["rows"])
+        facts = {k: v for k, v in section.items() if k != "rows"}
+        lines = [f"  {json.dumps(k)}: {json.dumps(_short(v))}" for k, v in facts.items()]
+        lines.append(f'  "rows": [\n{rows}\n  ]')
+        parts.append(f"{json.dumps(name)}: {{\n" + ",\n".join(lines) + "\n}")
+    path.write_text("{\n" + ",\n".join(parts) + "\n}\n", encoding="utf-8")
+
+
+def _short(value: Any) -> Any:
+    """Floats cut to what a measurement can mean; infinities, which JSON lacks, as None."""
+    if isinstance(value, float):
+        return float(f"{value:.5g}") if abs(value) < float("inf") else None
+    if isinstance(value, Mapping):
+        return {k: _short(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_short(v) for v in value]
+    return value
+
+
+# ---- tables ---------------------------------------------------------------------------------
+
+
+def duration(seconds: float | None) -> str:
+    """A time with three digits and its unit."""
+    if seconds is None:
+        return "–"
+    for unit, scale in (("s", 1.0), ("ms", 1e3), ("µs", 1e6)):
+        if seconds * scale >= 1:
+            return f"{seconds * scale:.3g} {unit}"
+    return f"{seconds * 1e9:.3g} ns"
+
+
+def number(value: float | None, form: str = ".2f", unit: str = "") -> str:
+    """A number, or a dash."""
+    return "–" if value is None else f"{value:{form}}{unit}"
+
+
+def ops_table(rows: Sequence[Row]) -> Table:
+    """Every op: time, ns an element, bandwidth, share of the roof, and ratios."""
+    header = ["op", "mode", "dtype", "shape", "time", "ns/element", "eager", "compile", "copy"]
+    header += ["GB/s", "% of copy", "× eager", "× compile"]
+    return header, [
+        [
+            r["op"],
+            r["mode"],
+            r["dtype"],
+            times(r["shape"]),
+            duration(r["timings"]["diffcore"]["median"]),
+            *(
+                number(r["ns_per_element"].get(k), ".3g")
+                for k in ("diffcore", "eager", "compile", "copy")
+            ),
+            number(r["gb_per_s"], ".3g"),
+            number(r["percent_of_copy"], ".0f"),
+            number(r["times_eager"], unit="×"),
+            number(r["times_compile"], unit="×"),
+        ]
+        for r in rows
+    ]
+
+
+def overhead_table(rows: Sequence[Row]) -> Table:
+    """What a call costs the host."""
+    return ["op", "mode", "diffcore", "eager", "× eager"], [
+        [
+            r["op"],
+            r["mode"],
+            *(duration(r["timings"][k]["median"]) for k in ("diffcore", "eager")),
+            number(r["times_eager"], unit="×"),
+        ]
+        for r in rows
+    ]
+
+
+def memory_table(rows: Sequence[Row]) -> Table:
+    """Peak bytes beyond the inputs."""
+    return ["op", "mode", "dtype", "shape", "inputs", "diffcore", "eager", "less by"], [
+        [
+            r["op"],
+            r["mode"],
+            r["dtype"],
+            times(r["shape"]),
+            _mib(r["input_bytes"]),
+            *(_mib(r["peak_bytes"][k]) for k in ("diffcore", "eager")),
+            number(r["peak_bytes"]["eager"] / max(r["peak_bytes"]["diffcore"], 1), ".1f", "×"),
+        ]
+        for r in rows
+    ]
+
+
+def _mib(nbytes: int) -> str:
+    return f"{nbytes / 2**20:.3g} MiB"
+
+
+def whole_table(rows: Sequence[Row]) -> Table:
+    """End to end: contestants of one kind of work side by side, the eager one being 1."""
+    header = ["what", "contestant", "time", "p20 – p80", "× eager"]
+    body = []
+    for r in rows:
+        for name, t in r["timings"].items():
+            ratio = r["timings"]["eager"]["median"] / t["median"]
+            spread = f"{duration(t['p20'])} – {duration(t['p80'])}"
+            body.append([r["what"], name, duration(t["median"]), spread, number(ratio, unit="×")])
+    return header, body
+
+
+TABLES: dict[str, Callable[[Sequence[Row]], Table]] = {
+    "ops": ops_table,
+    "overhead": overhead_table,
+    "memory": memory_table,
+    "training": whole_table,
+    "sampling": whole_table,
+}
+
+
+def print_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, title: str) -> None:
+    """A table on the terminal, by rich where it is installed."""
+    try:
+        from rich.console import Console
+        from rich.table import Table as RichTable
+    except ImportError:
+        _print_plain(header, rows, title)
+        return
+    table = RichTable(title=title, title_justify="left", box=None, header_style="bold")
+    for name in header:
+        left = name in ("op", "mode", "dtype", "shape", "what", "contestant")
+        table.add_column(name, justify="left" if left else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    # Wide enough for every column also where the output goes to a file.
+    width = sum(max(map(len, column)) + 2 for column in zip(header, *rows, strict=True))
+    console = Console()
+    Console(width=max(console.width, width)).print(table, markup=False)
+
+
+def _print_plain(header: Sequence[str], rows: Sequence[Sequence[str]], title: str) -> None:
+    print(f"\n{title}")
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    for row in (header, *rows):
+        print("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip())
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown; numbers to the right."""
+    left = {"op", "mode", "dtype", "shape", "what", "contestant"}
+    lines = [f"| {' | '.join(header)} |"]
+    lines.append("|" + "|".join(":--" if name in left else "--:" for name in header) + "|")
+    lines += [f"| {' | '.join(row)} |" for row in rows]
+    return "\n".join(lines)
