@@ -19,7 +19,7 @@ from .coefficients import (
     posterior_coefficients,
     x0_coefficients,
 )
-from .schedules import NoiseSchedule, check_betas, respaced_timesteps
+from .schedules import TIMESTEP_SPACINGS, NoiseSchedule, check_betas, respaced_timesteps
 
 # Copies kept: a few samplers on a few devices, not every combination ever asked for.
 _MAX_TABLES = 64
@@ -170,6 +170,7 @@ class DiffusionTables:
 
     def _rows(self, num_steps: int | None, timestep_spacing: str) -> tuple[int, ...] | None:
         """The rising timesteps of a respaced loop; ``None`` for all of them."""
+        check_choice("timestep_spacing", timestep_spacing, TIMESTEP_SPACINGS)
         if num_steps is None:
             return None
         return tuple(respaced_timesteps(self.num_timesteps, num_steps, timestep_spacing)[::-1])
