@@ -29,9 +29,12 @@ def why_no_cuda() -> str | None:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """A test that takes `device` runs on the CPU, and on CUDA where there is one."""
-    if "device" in metafunc.fixturenames and "device" not in metafunc.definition.keywords:
-        metafunc.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+    """A test that takes `device` runs on the CPU, and on CUDA where there is one (or must be)."""
+    if "device" in metafunc.fixturenames:
+        devices: list[Any] = ["cpu"]
+        if why_no_cuda() is None or metafunc.config.getoption("--require-cuda"):
+            devices.append(pytest.param("cuda", marks=pytest.mark.cuda))
+        metafunc.parametrize("device", devices)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
