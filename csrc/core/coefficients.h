@@ -16,20 +16,18 @@ DC_HD int64_t step_of(const Task& task, int64_t row) {
   return step < 0 ? 0 : (step >= task.steps ? task.steps - 1 : step);
 }
 
+template <class R>
+DC_HD R load_coef(const Coef& coef, int64_t row, int64_t step) {
+  if (!coef.data) return R(coef.value);
+  int64_t at = (coef.by_step ? step : row) * coef.stride;
+  return coef.is_double ? R(static_cast<const double*>(coef.data)[at]) : R(static_cast<const float*>(coef.data)[at]);
+}
+
 template <int kCoefs, class R>
 DC_HD void load_coefs(const Task& task, int64_t row, R* c) {
   int64_t step = task.steps ? step_of(task, row) : 0;
   DC_UNROLL
-  for (int k = 0; k < kCoefs; ++k) {
-    const Coef& coef = task.coef[k];
-    if (!coef.data) {
-      c[k] = R(coef.value);
-    } else {
-      int64_t at = (coef.by_step ? step : row) * coef.stride;
-      c[k] = coef.is_double ? R(static_cast<const double*>(coef.data)[at])
-                            : R(static_cast<const float*>(coef.data)[at]);
-    }
-  }
+  for (int k = 0; k < kCoefs; ++k) c[k] = load_coef<R>(task.coef[k], row, step);
 }
 
 DC_KERNEL_NAMESPACE_END

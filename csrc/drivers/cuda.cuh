@@ -13,19 +13,17 @@ namespace diffcore {
 
 constexpr int kThreads = 256;
 
-// Packs of each input a thread has in flight at once, and how often it comes back for more. Many inputs fill the memory
-// pipe by themselves, and fewer registers mean more threads to hide its latency; sums come back, so that there are
-// fewer partial results to combine.
+// Packs of each input a thread has in flight at once. Many inputs fill the memory pipe by themselves, and fewer registers
+// mean more threads to hide its latency.
 template <class Op>
 constexpr int kUnroll = Op::n_in <= 2 ? 2 : 1;
-template <class Op>
-constexpr int kTurns = Op::n_sum ? 8 / kUnroll<Op> : 1;
 template <class S>
 constexpr int kBlocksPerSm = sizeof(S) == 8 ? 2 : 4;  // bounds the registers: 64 a thread, 128 in double
 
 // How the blocks lie over [rows, cols].
 struct Shape {
   int threads_x;  // a power of two
+  int turns;      // how often a thread comes back for more packs
   bool packed;    // 16-byte accesses; else single elements
 };
 
@@ -34,6 +32,20 @@ struct alignas(sizeof(S) * N) Pack {
   S value[N];
 };
 
+// load_coefs, shared by the warp where one row spans it: each lane fetches one coefficient.
+template <int kCoefs, class R>
+__device__ __forceinline__ void share_coefs(const Task& task, int64_t row, int threads_x, R* c) {
+  if (kCoefs > 1 && threads_x >= 32) {
+    const int lane = threadIdx.x % 32;
+    R mine = R(0);
+    if (lane < kCoefs) mine = load_coef<R>(task.coef[lane], row, task.steps ? step_of(task, row) : 0);
+    DC_UNROLL
+    for (int k = 0; k < kCoefs; ++k) c[k] = __shfl_sync(~0u, mine, k);
+  } else {
+    load_coefs<kCoefs>(task, row, c);
+  }
+}
+
 // What one thread does with its elements of a row; sums are left in `sums`.
 template <class Op, class S>
 struct Elements {
@@ -41,7 +53,7 @@ struct Elements {
   static constexpr int kIn = Op::n_in, kOut = Op::n_out, kSum = Op::n_sum, kU = kUnroll<Op>;
 
   const Task& task;
-  const R* c;
+  R* c;
   R* sums;
 
   __device__ __forceinline__ void apply(const S* x, S* stored) const {
@@ -55,9 +67,11 @@ struct Elements {
     for (int k = 0; k < kSum; ++k) sums[k] += y[kOut + k];
   }
 
-  // kU packs of N elements, threads_x packs apart; `base` is where the row begins.
-  template <int N>
-  __device__ __forceinline__ void packs(int64_t base, int64_t first, int64_t count, int threads_x) const {
+  // kU packs of N elements, threads_x packs apart; `base` is where the row begins. `meanwhile` runs while the loads are
+  // on their way.
+  template <int N, class Meanwhile>
+  __device__ __forceinline__ void packs(int64_t base, int64_t first, int64_t count, int threads_x,
+                                        Meanwhile meanwhile) const {
     Pack<S, N> in[kU][kIn];
     DC_UNROLL
     for (int u = 0; u < kU; ++u) {
@@ -68,6 +82,7 @@ struct Elements {
           in[u][k] = reinterpret_cast<const Pack<S, N>*>(static_cast<const S*>(task.in[k]) + base)[p];
       }
     }
+    meanwhile();
     DC_UNROLL
     for (int u = 0; u < kU; ++u) {
       const int64_t p = first + u * threads_x;
@@ -127,15 +142,21 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm<S>) op_kernel(const __g
   R c[Op::n_coef + 1];
   R sums[Op::n_sum + 1] = {};
   if (row < task.rows) {
-    load_coefs<Op::n_coef>(task, row, c);
     const Elements<Op, S> elements{task, c, sums};
     const int64_t base = row * task.cols, packs = shape.packed ? task.cols / kPack : 0;
+    const auto load_c = [&] { share_coefs<Op::n_coef>(task, row, shape.threads_x, c); };
     if (shape.packed) {
+      const int64_t step = int64_t(kUnroll<Op>) * shape.threads_x;
+      const int turns = Op::n_sum ? shape.turns : 1;
 #pragma unroll 1
-      for (int turn = 0; turn < kTurns<Op>; ++turn) {
-        const int64_t first = (int64_t(blockIdx.x) * kTurns<Op> + turn) * kUnroll<Op> * shape.threads_x + x;
-        elements.template packs<kPack>(base, first, packs, shape.threads_x);
+      for (int turn = 0; turn < turns; ++turn) {
+        const int64_t first = (int64_t(blockIdx.x) * turns + turn) * step + x;
+        elements.template packs<kPack>(base, first, packs, shape.threads_x, [&] {
+          if (turn == 0) load_c();
+        });
       }
+    } else {
+      load_c();
     }
     // One by one: everything when unaligned, else what is left behind the last whole pack, by the last block.
     if (!shape.packed || blockIdx.x == gridDim.x - 1) {
@@ -193,15 +214,18 @@ struct CudaLaunch {
   // Queues the work on the stream. `workspace(bytes)` gives memory ordered on that stream; null: none could be had.
   template <class Workspace>
   static const char* run(Task& task, cudaStream_t stream, Workspace workspace) {
-    Shape shape{1, aligned(task)};
-    const int64_t per_thread = int64_t(kTurns<Op> * kUnroll<Op>) * kPack;
+    Shape shape{1, 1, aligned(task)};
     const int64_t threads = (task.cols + kPack - 1) / kPack;
     while (shape.threads_x < kThreads && shape.threads_x < threads) shape.threads_x *= 2;
-    const int64_t per_block = per_thread * shape.threads_x;
+    const int64_t per_turn = int64_t(kUnroll<Op>) * kPack * shape.threads_x;
+    // Sums: one block a row where eight turns suffice, else enough blocks to fill the device without leaving many
+    // partial results. The choice depends on the row's length alone, so the result does not depend on the device.
+    const int64_t turns = (task.cols + per_turn - 1) / per_turn;
+    if (Op::n_sum > 0) shape.turns = turns <= 1 ? 1 : turns <= 8 ? int(turns) : task.cols < (int64_t(1) << 20) ? 2 : 8;
     const int64_t rows_per_block = kThreads / shape.threads_x;
     const int64_t blocks_y = (task.rows + rows_per_block - 1) / rows_per_block;
-    task.chunk = per_block;
-    task.chunks = task.cols ? (task.cols + per_block - 1) / per_block : 1;
+    task.chunk = per_turn * shape.turns;
+    task.chunks = task.cols ? (task.cols + task.chunk - 1) / task.chunk : 1;
     if (task.chunks > INT32_MAX) return "too many elements for one launch";
     if (Op::n_sum > 0 && task.chunks > 1) {
       task.partials = static_cast<double*>(workspace(int64_t(sizeof(double)) * Op::n_sum * task.rows * task.chunks));
