@@ -34,7 +34,7 @@ def main(count: int) -> tuple[float, float]:
     x0, noise = MEAN + STD * torch.randn(count, 16), torch.randn(count, 16)
     t = torch.randint(1000, (count,))
     x_t = diffcore.q_sample(x0, t, noise, torch.stack([alpha, sigma], dim=1))
-    epsilon = diffcore.predict_epsilon(x0, x_t, alpha, sigma, t=t, prediction_type="sample")
+    epsilon = diffcore.predict_epsilon(x0, x_t, alpha[t], sigma[t], prediction_type="sample")
     print(f"noise recovered from x_0 and x_t: error {(epsilon - noise).abs().mean():.1e}")
 
     # Reverse: Algorithm 2 of DDPM, one launch a step; the model predicts x_0.

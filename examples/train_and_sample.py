@@ -23,10 +23,9 @@ class Denoiser(nn.Module):
         super().__init__()
         self.register_buffer("frequencies", 2 ** torch.arange(6) * math.pi / num_timesteps)
         self.layers = nn.Sequential(
-            nn.Linear(2 + 12, width),
-            nn.SiLU(),
-            nn.Linear(width, width),
-            nn.SiLU(),
+            *(nn.Linear(2 + 12, width), nn.SiLU()),
+            *(nn.Linear(width, width), nn.SiLU()),
+            *(nn.Linear(width, width), nn.SiLU()),
             nn.Linear(width, 2),
         )
 
@@ -49,7 +48,8 @@ def main(steps: int) -> float:
     betas = diffcore.make_betas("linear", 200, scale_to_1000=True)
     diffusion = diffcore.GaussianDiffusion(betas, clip_sample_range=1.5)
     model = Denoiser(diffusion.num_timesteps)
-    optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
+    optimizer = torch.optim.Adam(model.parameters())
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1e-2, total_steps=steps)
 
     for step in range(steps):
         x = ring(256)
@@ -58,6 +58,7 @@ def main(steps: int) -> float:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+        schedule.step()
         if step % 250 == 0:
             print(f"step {step:5d}  loss {loss.item():.3f}")
 
