@@ -130,19 +130,22 @@ class Trainer:
             unit="step",
         )
         with bar, _stop_on_ctrl_c() as stop:
+            started = time.perf_counter()
             while not self.finished:
-                started = time.perf_counter()
                 self._train_step(images)
-                self.seconds += time.perf_counter() - started
                 bar.update()
                 if self.step % 25 == 0 and not bar.disable:
                     recent = self.history[self.step - 25 : self.step, 0].mean().item()
                     bar.set_postfix_str(f"{self.metrics[0]} {recent:.4g}")
-                if stop.is_set():
+                stopped = stop.is_set()
+                if stopped or self.finished or self.step % self.config.checkpoint_every == 0:
+                    if self.device.type == "cuda":
+                        torch.cuda.synchronize(self.device)
+                    self.seconds += time.perf_counter() - started
                     self.save()
+                    started = time.perf_counter()
+                if stopped:
                     raise Interrupted(f"{name}: saved at step {self.step} of {self.config.steps}")
-                if self.step % self.config.checkpoint_every == 0 or self.finished:
-                    self.save()
 
     def _train_step(self, images: Tensor) -> None:
         index = torch.randint(len(images), (self.config.batch_size,), generator=self.generator)
