@@ -3,7 +3,9 @@
 #   VENV                where the development environment goes         .venv
 #   DIFFCORE_CUDA       AUTO | ON | OFF: build the CUDA kernels        AUTO: when nvcc is found
 #   DIFFCORE_CUDA_ARCHS architectures of the development build         this machine's GPU, else 80-real
-#   PYTEST_ARGS, DEMO_ARGS, BENCH_ARGS, OUT                            passed on
+#   BENCH               which benchmarks: ops, training, ...           all
+#   OUT                 where `make gpu-check` leaves its results       gpu-check-out
+#   PYTEST_ARGS, DEMO_ARGS, BENCH_ARGS                                 passed on
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
@@ -18,6 +20,7 @@ DEMO_OUT ?= demo-output
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
 BENCH_ARGS ?=
+BENCH ?= $(patsubst benchmarks/bench_%.py,%,$(sort $(wildcard benchmarks/bench_*.py)))
 SANITIZER ?= compute-sanitizer
 
 # A development build is for one architecture, to keep it quick; `make wheel` builds the release list.
@@ -97,8 +100,8 @@ wheel: $(VENV)/.requirements  ## wheel and sdist in dist/, then a smoke test of 
 	$(PY) tools/check_wheel.py dist
 
 .PHONY: bench
-bench: $(VENV)/.installed  ## time every op against eager, torch.compile and a copy of the same bytes
-	$(PY) benchmarks/bench_ops.py $(BENCH_ARGS)
+bench: $(VENV)/.installed  ## time the ops against eager, torch.compile and a copy of the same bytes
+	set -e; for name in $(BENCH); do $(PY) -m benchmarks.bench_$$name $(BENCH_ARGS); done
 
 .PHONY: docs
 docs: $(VENV)/.requirements  ## the documentation site, in site/
@@ -114,7 +117,8 @@ gpu-check:  ## on a GPU machine: build into PYTHON's environment, CUDA tests, co
 	$(PYTHON) -m pytest -m cuda --require-cuda $(PYTEST_ARGS)
 	$(if $(SANITIZER),PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(SANITIZER) --tool memcheck --error-exitcode 9 \
 	  $(PYTHON) tools/sanitizer_run.py,@echo 'compute-sanitizer left out, because SANITIZER is empty')
-	$(PYTHON) benchmarks/bench_ops.py --device cuda --output '$(OUT)' $(BENCH_ARGS)
+	set -e; for name in $(BENCH); do \
+	  $(PYTHON) -m benchmarks.bench_$$name --device cuda --out '$(OUT)' $(BENCH_ARGS); done
 
 .PHONY: clean
 clean:  ## everything that make made, the environment included
