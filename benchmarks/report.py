@@ -225,14 +225,18 @@ def _mib(nbytes: int) -> str:
 
 
 def whole_table(rows: Sequence[Row]) -> Table:
-    """End to end: contestants of one kind of work side by side, the eager one being 1."""
-    header = ["what", "contestant", "time", "p20 – p80", "× eager"]
+    """Whole pieces of work, the contestants below each other; eager is 1."""
+    header = ["what", "contestant", "time", "p20 – p80", "× eager", "peak memory"]
     body = []
     for r in rows:
         for name, t in r["timings"].items():
             ratio = r["timings"]["eager"]["median"] / t["median"]
             spread = f"{duration(t['p20'])} – {duration(t['p80'])}"
-            body.append([r["what"], name, duration(t["median"]), spread, number(ratio, unit="×")])
+            peak = r.get("peak_bytes", {}).get(name)
+            cells = [duration(t["median"]), spread, number(ratio, unit="×")]
+            body.append([r["what"], name, *cells, "–" if peak is None else _mib(peak)])
+    if all(cells[-1] == "–" for cells in body):
+        return header[:-1], [cells[:-1] for cells in body]
     return header, body
 
 

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -71,7 +72,11 @@ class Budget:
 
 
 def interleave(
-    contestants: Mapping[str, Sequence[Call]], device: torch.device, budget: Budget | None = None
+    contestants: Mapping[str, Sequence[Call]],
+    device: torch.device,
+    budget: Budget | None = None,
+    *,
+    wall: bool = False,
 ) -> dict[str, Timing]:
     """Times contestants in turns.
 
@@ -80,12 +85,14 @@ def interleave(
         device: where they run.
         budget: how long; its seconds of timing are for all contestants together, those of warm-up
             for each.
+        wall: on CUDA, wall-clock time until the work is done, for what is bound by its host.
 
     Returns:
         The timing of each contestant.
     """
     budget = budget or Budget()
-    sampler = _CudaSampler(device) if device.type == "cuda" else _CpuSampler()
+    on_device = device.type == "cuda" and not wall
+    sampler = _CudaSampler(device) if on_device else _WallSampler(device)
     for name, calls in contestants.items():
         sampler.warm_up(name, calls, budget.warmup_seconds)
 
@@ -113,11 +120,7 @@ def call_overhead(
     budget = budget or Budget(seconds=0.5)
     # A device's queue holds about a thousand launches; a full one would make the host wait.
     most = 20 if device.type == "cuda" else 10_000
-
-    def settle() -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-
+    settle = _settle(device)
     repeats = {}
     for name, call in contestants.items():
         best = _warm_up([call], budget.warmup_seconds, settle)
@@ -185,16 +188,35 @@ def _warm_up(calls: Sequence[Call], seconds: float, settle: Callable[[], None]) 
     return max(best, 1e-9)
 
 
-class _CpuSampler:
-    def __init__(self) -> None:
+def _settle(device: torch.device) -> Callable[[], None]:
+    """Waits until the device has done what it was given."""
+    return partial(torch.cuda.synchronize, device) if device.type == "cuda" else _nothing
+
+
+def _nothing() -> None:
+    pass
+
+
+class _WallSampler:
+    """Wall-clock time until the work is done."""
+
+    def __init__(self, device: torch.device) -> None:
         self.repeats: dict[str, int] = {}
+        self.settle = _settle(device)
 
     def warm_up(self, name: str, calls: Sequence[Call], seconds: float) -> None:
-        best = _warm_up(calls, seconds, lambda: None)
+        best = _warm_up(calls, seconds, self.settle)
         self.repeats[name] = max(1, math.ceil(MIN_SAMPLE_SECONDS / best))
 
     def sample(self, name: str, call: Call) -> float:
-        return _clock(call, self.repeats[name])
+        repeats = self.repeats[name]
+        loop = range(repeats)
+        self.settle()
+        start = time.perf_counter()
+        for _ in loop:
+            call()
+        self.settle()
+        return (time.perf_counter() - start) / repeats
 
 
 class _CudaSampler:
@@ -212,8 +234,7 @@ class _CudaSampler:
 
     def warm_up(self, name: str, calls: Sequence[Call], seconds: float) -> None:
         self.repeats[name] = 1
-        best = _warm_up(calls, seconds, lambda: torch.cuda.synchronize(self.device))
-        self.host_seconds[name] = best
+        self.host_seconds[name] = _warm_up(calls, seconds, _settle(self.device))
 
     def sample(self, name: str, call: Call) -> float:
         # Under 2e9 cycles a second, so long enough for the host to enqueue the call meanwhile.

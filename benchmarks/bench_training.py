@@ -1,0 +1,269 @@
+"""Times a training step: its diffusion part alone, and all of it with the demo's U-Net.
+
+    python -m benchmarks.bench_training [--device auto|cpu|cuda] [--out FOLDER-OR-FILE] [--quick]
+
+The diffusion part is what surrounds the network: noise, x_t, the loss and the gradient that the
+network gets. Beside the whole step stands the network alone, which no library can make faster.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import dataclasses
+import math
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+if __package__ in (None, ""):  # run as a file
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+from torch import Tensor
+
+from benchmarks import memory, report
+from benchmarks.contest import check_outputs
+from benchmarks.machine import RESULTS, why_no_compile
+from benchmarks.timing import Budget, Call, interleave
+from diffcore import ops
+from diffcore.diffusion import GaussianDiffusion
+from diffcore.schedules import make_betas
+
+STEPS = 1000
+PART_SHAPES = {"cpu": [(64, 3, 32, 32), (64, 3, 128, 128)], "cuda": [(256, 3, 64, 64)]}
+PART_SHAPES["cuda"].append((256, 3, 256, 256))
+KINDS = ("epsilon", "v_prediction")
+
+Part = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+def eager_part(
+    kind: str, tables: Sequence[Tensor], m: Tensor, x0: Tensor, noise: Tensor, t: Tensor
+) -> tuple[Tensor, Tensor]:
+    """What one writes by hand: tables gathered at t, x_t, and the mean squared error.
+
+    Args:
+        kind: "epsilon" or "v_prediction".
+        tables: alpha and sigma, `[T]`, in the dtype of the samples.
+        m: the network's output, which does not wait for x_t here.
+        x0: clean samples.
+        noise: standard normal.
+        t: timesteps `[B]`.
+
+    Returns:
+        x_t, and the loss.
+    """
+    alpha, sigma = (table[t].reshape(-1, 1, 1, 1) for table in tables)
+    x_t = alpha * x0 + sigma * noise
+    target = noise if kind == "epsilon" else alpha * noise - sigma * x0
+    return x_t, torch.nn.functional.mse_loss(m, target)
+
+
+def diffcore_part(
+    kind: str, table: Tensor, m: Tensor, x0: Tensor, noise: Tensor, t: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The same through diffcore: two launches forward.
+
+    Args:
+        kind: "epsilon" or "v_prediction".
+        table: `[T, 2]` float64.
+        m: the network's output.
+        x0: clean samples.
+        noise: standard normal.
+        t: timesteps `[B]`.
+
+    Returns:
+        x_t, and the loss.
+    """
+    x_t = ops.q_sample(x0, t, noise, table)
+    levels = {} if kind == "epsilon" else {"alpha": table[:, 0], "sigma": table[:, 1], "t": t}
+    return x_t, ops.denoising_loss(m, x0, noise, prediction_type=kind, **levels).mean()
+
+
+def gradient(
+    part: Part, m: Tensor, x0: Tensor, noise: Tensor | None, t: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """x_t, the loss, and its gradient in the network's output; the noise is drawn when None."""
+    x_t, loss = part(m, x0, torch.randn_like(x0) if noise is None else noise, t)
+    (g,) = torch.autograd.grad(loss, m)
+    return x_t, loss, g
+
+
+def time_part(
+    shape: tuple[int, ...], kind: str, device: torch.device, budget: Budget, compiled: bool
+) -> list[dict[str, Any]]:
+    """Two rows: the diffusion part with its noise given, and drawn.
+
+    Args:
+        shape: of the samples.
+        kind: "epsilon" or "v_prediction".
+        device: where.
+        budget: how long, for each row.
+        compiled: whether ``torch.compile`` takes part.
+
+    Raises:
+        WrongResultError: diffcore's result is wrong.
+    """
+    diffusion = GaussianDiffusion(make_betas("linear", STEPS))
+    table = diffusion.schedule.table.to(device)
+    tables = [column.float().contiguous() for column in table.unbind(1)]
+    m, x0, noise = (torch.randn(shape, device=device) for _ in range(3))
+    m.requires_grad_()
+    t = torch.randint(STEPS, shape[:1], device=device)
+    eager = partial(eager_part, kind, tables)
+    parts: dict[str, Part] = {"diffcore": partial(diffcore_part, kind, table), "eager": eager}
+    if compiled:
+        torch.compiler.reset()
+        whole = torch.compile(eager_part, fullgraph=True, dynamic=False)
+        parts["compile"] = partial(whole, kind, tables)
+
+    wide = partial(eager_part, kind, table.unbind(1))
+    leaf = m.detach().double().requires_grad_()
+    truth = gradient(wide, leaf, x0.double(), noise.double(), t)
+    check_outputs(
+        "diffcore",
+        gradient(parts["diffcore"], m, x0, noise, t),
+        gradient(eager, m, x0, noise, t),
+        truth,
+    )
+    rows = []
+    for given, text in ((noise, "noise given"), (None, "noise drawn")):
+        calls = {n: [partial(gradient, p, m, x0, given, t)] for n, p in parts.items()}
+        what = f"diffusion part, {kind}, {text}, {report.times(shape)}"
+        report.progress(what)
+        timings = interleave(calls, device, budget)
+        peaks = {n: memory.peak_bytes(c[0], device) for n, c in calls.items()}
+        rows.append(row(what, timings, peaks))
+    return rows
+
+
+def row(
+    what: str, timings: Mapping[str, Any], peaks: Mapping[str, int | None] | None = None
+) -> dict[str, Any]:
+    """One row as JSON holds it."""
+    found = {"what": what, "timings": {k: dataclasses.asdict(t) for k, t in timings.items()}}
+    return found if peaks is None else {**found, "peak_bytes": dict(peaks)}
+
+
+def time_unet(device: torch.device, budget: Budget, quick: bool) -> dict[str, Any]:
+    """One row: a whole training step of the demo's U-Net, AdamW included.
+
+    Args:
+        device: where.
+        budget: how long.
+        quick: a small network and batch.
+
+    Raises:
+        WrongResultError: diffcore's loss is wrong.
+    """
+    from diffcore.demo.networks import UNet
+
+    batch, width, steps = (8, 16, 200) if quick else (64, 32, 200)
+    diffusion = GaussianDiffusion(make_betas("linear", steps, scale_to_1000=True))
+    table = diffusion.schedule.table.to(device)
+    tables = [column.float().contiguous() for column in table.unbind(1)]
+    x0 = torch.rand(batch, 1, 28, 28, device=device) * 2 - 1
+    first: torch.nn.Module = UNet(width=width, num_timesteps=steps).to(device)
+    first = first.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    # Its last layer starts at zero, which would leave nothing to check.
+    torch.nn.init.normal_(first.get_parameter("out.weight"), std=0.1)
+
+    def eager_loss(model: torch.nn.Module, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        alpha, sigma = (c.to(x0.dtype)[t].reshape(-1, 1, 1, 1) for c in tables)
+        output: Tensor = model(alpha * x0 + sigma * noise, t)
+        return torch.nn.functional.mse_loss(output, noise)
+
+    def diffcore_loss(model: torch.nn.Module, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        return diffusion.training_losses(model, x0, t, noise)["loss"].mean()
+
+    def network_loss(model: torch.nn.Module, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        # A sum is the cheapest loss there is: its gradient is one number.
+        total: Tensor = model(x0, t).sum()
+        return total
+
+    t, noise = torch.randint(steps, (batch,), device=device), torch.randn_like(x0)
+    _check_unet(first, eager_loss, diffcore_loss, x0, t, noise)
+
+    def step(loss: Callable[..., Tensor], model: torch.nn.Module, optimizer: Any) -> None:
+        t = torch.randint(steps, (batch,), device=device)
+        optimizer.zero_grad()
+        loss(model, x0, t, torch.randn_like(x0)).backward()
+        optimizer.step()
+
+    losses = {"diffcore": diffcore_loss, "eager": eager_loss, "network alone": network_loss}
+    calls: dict[str, list[Call]] = {}
+    for name, loss in losses.items():
+        model = copy.deepcopy(first)
+        # No learning, or "network alone" would run off to infinity.
+        calls[name] = [partial(step, loss, model, torch.optim.AdamW(model.parameters(), lr=0.0))]
+    what = f"training step, U-Net, {batch}×1×28×28"
+    report.progress(what)
+    timings = interleave(calls, device, budget, wall=True)
+    return row(what, timings, {n: memory.peak_bytes(c[0], device) for n, c in calls.items()})
+
+
+def _check_unet(
+    model: torch.nn.Module,
+    eager: Callable[..., Tensor],
+    ours: Callable[..., Tensor],
+    x0: Tensor,
+    t: Tensor,
+    noise: Tensor,
+) -> None:
+    """Checks the loss, and its gradient in every parameter taken together, against float64."""
+    wide = copy.deepcopy(model).double()
+    # Timesteps are embedded in float32 whatever the network's dtype.
+    wide.get_submodule("time_mlp").register_forward_pre_hook(lambda _, x: (x[0].double(),))
+    found = []
+    for loss, net, dtype in (
+        (ours, model, torch.float32),
+        (eager, model, torch.float32),
+        (eager, wide, torch.float64),
+    ):
+        value = loss(net, x0.to(dtype), t, noise.to(dtype))
+        gradients = torch.autograd.grad(value, list(net.parameters()))
+        found.append([value, torch.cat([g.flatten() for g in gradients])])
+    check_outputs("diffcore's U-Net", *found, whole=True)
+
+
+def measure(device: torch.device, args: argparse.Namespace) -> dict[str, Any]:
+    """The "training" section."""
+    seconds = args.seconds or (0.2 if args.quick else 2.0)
+    budget = Budget(seconds, seconds / 10, min_rounds=3 if args.quick else 10)
+    note = why_no_compile(device)
+    compiled = note is None and not args.no_compile and not args.quick
+    rows, notes = [], [note] if note else []
+    shapes = [(8, 3, 16, 16)] if args.quick else PART_SHAPES[device.type]
+    for shape in shapes:
+        for kind in KINDS:
+            rows += time_part(shape, kind, device, budget, compiled)
+    slow = dataclasses.replace(budget, seconds=4 * seconds)
+    rows.append(time_unet(device, slow, args.quick))
+    report.progress("")
+    t = {name: timing["median"] for name, timing in rows[-1]["timings"].items()}
+    share = 1 - t["network alone"] / t["eager"]
+    if math.isfinite(share):
+        notes.append(
+            f"U-Net step: all that is not the network is {100 * share:.1f} % of the eager step, "
+            f"which bounds any gain at {t['eager'] / t['network alone']:.3f}×"
+        )
+    return {"rows": rows, "notes": notes}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measures, prints and writes."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    report.add_common_arguments(parser)
+    parser.add_argument("--seconds", type=float, help="of timing, for each row")
+    parser.add_argument("--no-compile", action="store_true", help="without torch.compile")
+    args = parser.parse_args(argv)
+    for device in report.devices(args.device):
+        report.finish({"training": measure(device, args)}, device, args.out or RESULTS, argv)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
