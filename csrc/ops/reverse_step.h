@@ -15,7 +15,9 @@ struct ReverseStepBase {  // inputs: x, m (or m_c), [m_u], [z]
   DC_HD static void apply(const R* c, const R* x, R* y) {
     R m = kGuided ? mul_add(c[kGuidance], x[1] - x[2], x[2]) : x[1];
     R x0 = clamp(mul_add(c[kAx], x[0], c[kAm] * m), c[kClipMin], c[kClipMax]);
-    R next = mul_add(c[kCx], x[0], mul_add(c[kCm], m, c[kC0] * x0));
+    // Where m has no part of its own, one that overflowed to infinity is met by the clip, not by 0 · inf.
+    R rest = c[kCm] == R(0) ? c[kC0] * x0 : mul_add(c[kCm], m, c[kC0] * x0);
+    R next = mul_add(c[kCx], x[0], rest);
     y[0] = kNoisy ? mul_add(c[kCz], x[n_in - 1], next) : next;
   }
 };

@@ -1,4 +1,4 @@
-"""The kernels by name, each with its meaning in plain torch and its gradient as calls of other kernels."""
+"""The kernels by name: the meaning in plain torch, the gradient as calls of other kernels."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from diffcore import reference
-from diffcore._registry import Backward, Coef, Grads, Kernel, Step, run, split_coefs
+from diffcore._registry import Backward, Coef, Grads, Kernel, Step, run, run_tuple, split_coefs
 
 Tensors = tuple[Tensor, ...]
 Coefs = tuple[Coef, ...]
@@ -17,7 +17,7 @@ Needs = Any
 STEP_COEFS = ("c_x", "c_m", "c_0", "c_z", "a_x", "a_m", "clip_min", "clip_max", "guidance_scale")
 
 
-# ---- linear maps: their gradients are linear maps, differentiable as often as one likes -------------------------
+# ---- linear maps: their gradients are linear maps, differentiable as often as one likes --------
 
 
 def _linear_backward(
@@ -30,7 +30,12 @@ def _linear_backward(
 
 
 SCALE = Kernel(
-    "scale", ("x",), ("a",), reference=reference.scale, backward=_linear_backward, saves_inputs=False
+    "scale",
+    ("x",),
+    ("a",),
+    reference=reference.scale,
+    backward=_linear_backward,
+    saves_inputs=False,
 )
 LINEAR_COMBINATION = Kernel(
     "linear_combination",
@@ -42,7 +47,7 @@ LINEAR_COMBINATION = Kernel(
 )
 
 
-# ---- reverse steps --------------------------------------------------------------------------------------------
+# ---- reverse steps -----------------------------------------------------------------------------
 
 
 def _step_kernel(name: str, guided: bool, noisy: bool) -> Kernel:
@@ -59,7 +64,7 @@ def _step_kernel(name: str, guided: bool, noisy: bool) -> Kernel:
         found: list[Tensor | None] = [None] * len(needs)
         if any(needs[: 2 + guided]):
             kernel = STEP_GUIDED_BACKWARD if guided else STEP_BACKWARD
-            found[: 2 + guided] = run(kernel, (g, *inputs[: 2 + guided]), coefs, step)
+            found[: 2 + guided] = run_tuple(kernel, (g, *inputs[: 2 + guided]), coefs, step)
         if noisy and needs[-1]:
             found[-1] = run(SCALE, (g,), (split_coefs(coefs)[3],), step)
         return found
@@ -69,7 +74,9 @@ def _step_kernel(name: str, guided: bool, noisy: bool) -> Kernel:
 
 
 REVERSE_STEP = {
-    (guided, noisy): _step_kernel("reverse_step" + "_guided" * guided + "_noise" * noisy, guided, noisy)
+    (guided, noisy): _step_kernel(
+        "reverse_step" + "_guided" * guided + "_noise" * noisy, guided, noisy
+    )
     for guided in (False, True)
     for noisy in (False, True)
 }
@@ -84,11 +91,11 @@ STEP_GUIDED_BACKWARD = Kernel(
 )
 
 
-# ---- Gaussians: an elementwise term, its sum, and the gradients of both -----------------------------------------
+# ---- Gaussians: an elementwise term, its sum, and the gradients of both ------------------------
 
 
 class Term:
-    """An elementwise term with its sum over samples, and the sets of inputs whose gradients one kernel yields."""
+    """An elementwise term, its sum over samples, and the kernels of their gradients."""
 
     def __init__(
         self, name: str, inputs: tuple[str, ...], gradients: dict[str, tuple[int, ...]]
@@ -122,7 +129,9 @@ class Term:
         }
 
     def _smallest(self, needs: Needs) -> str:
-        fits = [s for s, c in self.gradients.items() if all(i in c for i, n in enumerate(needs) if n)]
+        fits = [
+            s for s, c in self.gradients.items() if all(i in c for i, n in enumerate(needs) if n)
+        ]
         return min(fits, key=lambda s: len(self.gradients[s]))
 
     def _spread(self, suffix: str, found: Tensors, needs: Needs) -> Grads:
@@ -136,11 +145,11 @@ class Term:
         assert g is not None
         suffix = self._smallest(needs)
         if not torch.compiler.is_compiling() and g.ndim and not any(g.stride()):
-            # The gradient of .sum() or .mean(): one number, expanded. Read it once instead of writing it out.
+            # The gradient of .sum() or .mean(): one number, expanded. Read it as one number.
             number = g.as_strided((), ()).to(reference.compute_dtype(g.dtype))
-            found = run(self.of_sum[suffix], inputs, (number, 1.0), None)
+            found = run_tuple(self.of_sum[suffix], inputs, (number, 1.0), None)
         else:
-            found = run(self.of_elementwise[suffix], (*inputs, g), (), None)
+            found = run_tuple(self.of_elementwise[suffix], (*inputs, g), (), None)
         return self._spread(suffix, found, needs)
 
     def _sum_backward(
@@ -149,7 +158,9 @@ class Term:
         (g,) = grads
         assert g is not None
         suffix = self._smallest(needs)
-        return self._spread(suffix, run(self.of_sum[suffix], inputs, (g, *coefs), None), needs)
+        return self._spread(
+            suffix, run_tuple(self.of_sum[suffix], inputs, (g, *coefs), None), needs
+        )
 
 
 def _sum_of(formula: Any, inputs: Tensors, scale: Coef, whole: bool) -> Tensor:
@@ -163,12 +174,10 @@ NORMAL_KL = Term(
     {"": (0, 1, 2, 3), "_first": (0, 1), "_second": (2, 3)},
 )
 STANDARD_NORMAL_KL = Term("standard_normal_kl", ("mean", "logvar"), {"": (0, 1)})
-GAUSSIAN_NLL = Term(
-    "gaussian_nll", ("x", "mean", "logvar"), {"": (0, 1, 2), "_parameters": (1, 2)}
-)
+GAUSSIAN_NLL = Term("gaussian_nll", ("x", "mean", "logvar"), {"": (0, 1, 2), "_parameters": (1, 2)})
 
 
-# ---- reparameterisation ---------------------------------------------------------------------------------------
+# ---- reparameterisation ------------------------------------------------------------------------
 
 
 def _reparameterize_backward(
@@ -189,11 +198,11 @@ def _reparameterize_kl_backward(
         return None
     if g_z is None:
         assert g_kl is not None
-        g_mean, g_logvar = run(STANDARD_NORMAL_KL.of_sum[""], inputs[:2], (g_kl, 1.0))
+        g_mean, g_logvar = run_tuple(STANDARD_NORMAL_KL.of_sum[""], inputs[:2], (g_kl, 1.0))
     elif g_kl is None:
         return _reparameterize_backward(inputs, coefs, step, whole, (g_z,), needs)
     else:
-        g_mean, g_logvar = run(REPARAMETERIZE_KL_BACKWARD, (*inputs, g_z), (g_kl,))
+        g_mean, g_logvar = run_tuple(REPARAMETERIZE_KL_BACKWARD, (*inputs, g_z), (g_kl,))
     return [g_mean, g_logvar, None]
 
 
@@ -217,7 +226,7 @@ REPARAMETERIZE_KL_BACKWARD = Kernel(
 )
 
 
-# ---- losses ---------------------------------------------------------------------------------------------------
+# ---- losses ------------------------------------------------------------------------------------
 
 
 def _loss_backward(backward_kernel: str) -> Backward:

@@ -1,4 +1,7 @@
-"""Loads the compiled module and says what it can run on. Everything works without it, on :mod:`diffcore.reference`."""
+"""Loads the compiled module and says what it can run on.
+
+Everything works without it, on :mod:`diffcore.reference`.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ BACKEND = os.environ.get("DIFFCORE_BACKEND", "native")
 """``native`` (default) or ``reference``, from the environment variable ``DIFFCORE_BACKEND``."""
 
 DEBUG = os.environ.get("DIFFCORE_DEBUG", "") not in ("", "0")
-"""With ``DIFFCORE_DEBUG=1`` timesteps on a CUDA device are checked too, at the price of a synchronisation."""
+"""With ``DIFFCORE_DEBUG=1`` timesteps on a CUDA device are checked too, which synchronises."""
 
 MIN_CUDA_DRIVER = 13000
 """The static CUDA 13 runtime in the module needs a driver of at least this version (R580)."""
@@ -31,7 +34,8 @@ if BACKEND == "native":
         _C = None
         _load_error = f"{type(error).__name__}: {error}"
         warnings.warn(
-            f"diffcore's compiled module could not be used ({_load_error}); running on the slower plain-torch "
+            f"diffcore's compiled module could not be used ({_load_error}); running on the slower "
+            "plain-torch "
             "reference. Set DIFFCORE_BACKEND=reference to choose that without this warning.",
             RuntimeWarning,
             stacklevel=2,
@@ -41,7 +45,7 @@ _cuda_usable: bool | None = None
 
 
 def cuda_usable() -> bool:
-    """Whether the CUDA kernels can run here; checked once, with one warning when a driver is too old."""
+    """Whether the CUDA kernels can run here; warns, once, when the driver is too old."""
     global _cuda_usable
     if _cuda_usable is None:
         usable = False
@@ -50,8 +54,10 @@ def cuda_usable() -> bool:
             usable = driver >= MIN_CUDA_DRIVER
             if 0 < driver < MIN_CUDA_DRIVER:
                 warnings.warn(
-                    f"diffcore's CUDA kernels need a driver for CUDA {MIN_CUDA_DRIVER // 1000} (R580 or newer); this "
-                    f"one is for CUDA {driver // 1000}.{driver % 1000 // 10}. Running CUDA tensors on plain torch.",
+                    f"diffcore's CUDA kernels need a driver for CUDA {MIN_CUDA_DRIVER // 1000} "
+                    f"(R580 or newer); this one is for CUDA {driver // 1000}."
+                    f"{driver % 1000 // 10}. "
+                    "Running CUDA tensors on plain torch.",
                     RuntimeWarning,
                     stacklevel=3,
                 )
@@ -67,7 +73,7 @@ def has_kernels(device: torch.device) -> bool:
 
 
 def warm_up(device: torch.device | str = "cuda") -> None:
-    """Loads every CUDA kernel now, so that none is loaded inside a CUDA graph capture or a timed region."""
+    """Loads every CUDA kernel now: none will be loaded in a graph capture or a timed region."""
     device = torch.device(device)
     if device.type == "cuda" and has_kernels(device):
         index = torch.cuda.current_device() if device.index is None else device.index
@@ -83,5 +89,8 @@ def info() -> dict[str, object]:
         found |= _C.build_info()
     found["torch"] = str(torch.__version__)
     found["torch_cuda"] = torch.version.cuda or "none"
-    found["devices"] = ["cpu", *(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))]
+    found["devices"] = [
+        "cpu",
+        *(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())),
+    ]
     return found

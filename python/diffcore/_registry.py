@@ -1,9 +1,10 @@
-"""From a public op to a kernel: validation, layouts, autograd and torch.library registration, once for all ops.
+"""From a public op to a kernel, once for all ops: routes, layouts, autograd, torch.library.
 
-A `Kernel` names one functor of csrc/ops. `run` takes the cheapest right route (measured in this order):
+A `Kernel` names one functor of csrc/ops. `run` takes the cheapest right route, in this order:
 
 1. compiling or tracing, a tensor subclass, or a dispatch or function mode: the registered operator;
-2. a functorch transform or forward-mode AD: the reference, whose plain torch ops compose with every transform;
+2. a functorch transform or forward-mode AD: the reference, whose plain torch ops compose with
+   every transform;
 3. a gradient is needed: one lean `autograd.Function`;
 4. otherwise `_C.call` directly.
 """
@@ -36,7 +37,7 @@ _new_like = torch.empty_like
 
 
 def _probe(owner: Any, name: str, present: Callable[[Any], bool]) -> Callable[[], bool]:
-    """A private torch query, answering "active" (the slow, right route) should a torch not have it."""
+    """A private torch query, answering "active" (the slow, right route) if torch lacks it."""
     query = getattr(owner, name, None)
     return (lambda: True) if query is None else (lambda: present(query()))
 
@@ -57,7 +58,9 @@ class Kernel:
     coefs: tuple[str, ...] = ()
     outputs: int = 1  # elementwise
     sums: int = 0  # per sample, or one for all when called with whole=True
-    reference: Callable[..., Any] | None = None  # (*inputs, *coefs, whole) for sums; None for a backward kernel
+    reference: Callable[..., Any] | None = (
+        None  # (*inputs, *coefs, whole) for sums; None for a backward kernel
+    )
     backward: Backward | None = None
     saves_inputs: bool = True  # False when the backward needs none of them
     index: int = field(init=False)
@@ -68,10 +71,10 @@ class Kernel:
         self.op = _register(self)
 
 
-# ---- the routes -----------------------------------------------------------------------------------------------
+# ---- the routes --------------------------------------------------------------------------------
 
 
-def run(
+def _run(
     kernel: Kernel,
     inputs: tuple[Tensor, ...],
     coefs: tuple[Coef, ...] = (),
@@ -100,9 +103,16 @@ def run(
             return _run_reference(kernel, inputs, coefs, step, whole, out)
         if needs_grad:
             if out is not None:
-                raise ValueError("out=: an input requires grad; write to out= under torch.no_grad()")
+                raise ValueError(
+                    "out=: an input requires grad; write to out= under torch.no_grad()"
+                )
             return _Function.apply(kernel, coefs, step, whole, *inputs)
     return _direct(kernel, inputs, coefs, step, whole, out)
+
+
+# The same function, typed by what the kernel returns.
+run: Callable[..., Tensor] = _run
+run_tuple: Callable[..., tuple[Tensor, ...]] = _run
 
 
 def _direct(
@@ -113,7 +123,7 @@ def _direct(
     whole: bool,
     out: Tensor | None = None,
 ) -> Any:
-    """Allocates the outputs and calls the kernel; whatever the kernel refuses is explained or mended."""
+    """Allocates and calls the kernel; whatever the kernel refuses is explained or mended."""
     first = inputs[0]
     if kernel.sums:
         outs = _allocate(kernel, first, whole)
@@ -145,7 +155,7 @@ def _careful(
     whole: bool,
     out: Tensor | None,
 ) -> Any:
-    """The slow twin of `_direct`: names what is wrong, falls back where there is no kernel, makes layouts agree."""
+    """The slow twin of `_direct`: explains what is wrong, falls back, makes layouts agree."""
     _validate.explain(kernel, inputs, coefs, step, whole, out)
     if not _native.has_kernels(inputs[0].device):
         return _run_reference(kernel, inputs, coefs, step, whole, out)
@@ -157,7 +167,9 @@ def _careful(
         fresh = tuple(torch.empty_like(o, memory_format=torch.contiguous_format) for o in outs)
         status = _C.call(kernel.index, fresh, tensors, coefs, step, whole)
         if status != _DONE:
-            raise RuntimeError(f"{kernel.name}: the kernel refused its arguments (status {status}); please report")
+            raise RuntimeError(
+                f"{kernel.name}: the kernel refused its arguments (status {status}); please report"
+            )
         for o, f in zip(outs, fresh, strict=True):
             o.copy_(f)
     elif out is not None:
@@ -178,7 +190,7 @@ def _allocate(kernel: Kernel, first: Tensor, whole: bool) -> tuple[Tensor, ...]:
     return tuple(outs)
 
 
-# ---- plain torch ----------------------------------------------------------------------------------------------
+# ---- plain torch -------------------------------------------------------------------------------
 
 
 def _run_reference(
@@ -230,7 +242,7 @@ def _coefs_need_grad(coefs: tuple[Coef, ...]) -> bool:
     return False
 
 
-# ---- autograd -------------------------------------------------------------------------------------------------
+# ---- autograd ----------------------------------------------------------------------------------
 
 
 class _Function(torch.autograd.Function):
@@ -250,7 +262,13 @@ class _Function(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         kernel, coefs, step, whole = ctx.call
         needs = ctx.needs_input_grad[4:]
-        return (None, None, None, None, *_backward(kernel, ctx.saved_tensors, coefs, step, whole, grads, needs))
+        return (
+            None,
+            None,
+            None,
+            None,
+            *_backward(kernel, ctx.saved_tensors, coefs, step, whole, grads, needs),
+        )
 
 
 def _backward(
@@ -265,7 +283,8 @@ def _backward(
     if all(g is None for g in grads):
         return [None] * len(needs)
     assert kernel.backward is not None, kernel.name
-    # With create_graph the result must itself be differentiable: a nonlinear op is differentiated through its
+    # With create_graph the result must itself be differentiable: a nonlinear op is differentiated
+    # through its
     # reference. Linear backwards are made of differentiable ops already, and keep no inputs.
     if not (kernel.saves_inputs and torch.is_grad_enabled()):
         result = kernel.backward(inputs, coefs, step, whole, grads, needs)
@@ -285,26 +304,37 @@ def _reference_backward(
 ) -> Grads:
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
-        leaves = inputs if create_graph else tuple(x.detach().requires_grad_(n) for x, n in zip(inputs, needs, strict=True))
+        leaves = (
+            inputs
+            if create_graph
+            else tuple(x.detach().requires_grad_(n) for x, n in zip(inputs, needs, strict=True))
+        )
         outs = _run_reference(kernel, leaves, coefs, step, whole)
     outs = outs if isinstance(outs, tuple) else (outs,)
     wanted = [x for x, n in zip(leaves, needs, strict=True) if n]
     pairs = [(o, g) for o, g in zip(outs, grads, strict=True) if g is not None]
     found = iter(
         torch.autograd.grad(
-            [o for o, _ in pairs], wanted, [g for _, g in pairs], create_graph=create_graph, allow_unused=True
+            [o for o, _ in pairs],
+            wanted,
+            [g for _, g in pairs],
+            create_graph=create_graph,
+            allow_unused=True,
         )
     )
     return [next(found) if n else None for n in needs]
 
 
-# ---- torch.library --------------------------------------------------------------------------------------------
+# ---- torch.library -----------------------------------------------------------------------------
 #
-# Schema: the inputs by name, then the coefficients as two lists of the same length (a tensor, or None and a number),
+# Schema: the inputs by name, then the coefficients as two lists of the same length (a tensor, or
+# None and a number),
 # the step as a tensor or as an int (-1: none), and whether a sum is over everything.
 
 
-def _pack(coefs: tuple[Coef, ...], step: Step) -> tuple[list[Tensor | None], list[float], Tensor | None, int]:
+def _pack(
+    coefs: tuple[Coef, ...], step: Step
+) -> tuple[list[Tensor | None], list[float], Tensor | None, int]:
     tensors = [c if isinstance(c, Tensor) else None for c in coefs]
     numbers = [0.0 if isinstance(c, Tensor) else c for c in coefs]
     at = step if isinstance(step, Tensor) else None
@@ -328,7 +358,9 @@ def _run_registered(
 ) -> Any:
     if not isinstance(step, Tensor) and step is not None and step < 0:
         raise ValueError(f"t={step} is negative")  # -1 stands for "no step" in the schema
-    if not _native.has_kernels(inputs[0].device) or (torch.is_grad_enabled() and _coefs_need_grad(coefs)):
+    if not _native.has_kernels(inputs[0].device) or (
+        torch.is_grad_enabled() and _coefs_need_grad(coefs)
+    ):
         return _run_reference(kernel, inputs, coefs, step, whole, out)
     result = kernel.op(*inputs, *_pack(coefs, step), whole)
     if out is not None:
@@ -341,7 +373,8 @@ def _register(kernel: Kernel) -> Any:
     tensors = ", ".join(f"Tensor {i}" for i in kernel.inputs)
     returns = ", ".join(["Tensor"] * (kernel.outputs + kernel.sums))
     _LIBRARY.define(
-        f"{name}({tensors}, Tensor?[] coef_tensors, float[] coef_numbers, Tensor? step_tensor, int step, bool whole)"
+        f"{name}({tensors}, Tensor?[] coef_tensors, float[] coef_numbers, Tensor? step_tensor, "
+        "int step, bool whole)"
         f" -> {returns if kernel.outputs + kernel.sums == 1 else f'({returns})'}",
         tags=(torch.Tag.pt2_compliant_tag,),
     )
@@ -370,7 +403,8 @@ def _register(kernel: Kernel) -> Any:
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         if kernel.backward is None:
             raise RuntimeError(
-                f"diffcore::{name} is the first derivative of another op and is not differentiable itself; "
+                f"diffcore::{name} is the first derivative of another op and is not "
+                "differentiable itself; "
                 "differentiate twice through diffcore.ops"
             )
         coefs, step = _unpack(*ctx.call[:4])

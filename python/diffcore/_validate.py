@@ -1,4 +1,7 @@
-"""Explains what is wrong with the arguments of an op, by name. Called only after a kernel has refused them."""
+"""Explains what is wrong with the arguments of an op, by name.
+
+Called only after a kernel has refused them.
+"""
 
 from __future__ import annotations
 
@@ -66,14 +69,20 @@ def _check_tensor(name: str, x: Tensor) -> None:
         raise TypeError(f"{name} has layout {x.layout}; wanted a dense, strided tensor")
     if x.dtype not in DTYPES:
         raise TypeError(f"{name} has dtype {x.dtype}; wanted float32, float64, bfloat16 or float16")
-    if _native.has_kernels(x.device) and type(x) in (Tensor, torch.nn.Parameter) and _without_memory(x):
+    if (
+        _native.has_kernels(x.device)
+        and type(x) in (Tensor, torch.nn.Parameter)
+        and _without_memory(x)
+    ):
         raise ValueError(f"{name} has no memory behind it (a fake, functional or freed tensor)")
 
 
 def _without_memory(x: Tensor) -> bool:
     try:
         return x.numel() > 0 and x.data_ptr() == 0
-    except RuntimeError:  # a tensor of a functorch transform has no pointer to ask for, and needs none
+    except (
+        RuntimeError
+    ):  # a tensor of a functorch transform has no pointer to ask for, and needs none
         return False
 
 
@@ -93,15 +102,21 @@ def _check_coefs(
         if c.device != first.device:
             raise ValueError(f"{name} is on {c.device}; wanted {first.device}, as the tensors")
         if c.ndim > 2:
-            raise ValueError(f"{name} has shape {tuple(c.shape)}; wanted a number per sample, or a table [T, k]")
+            raise ValueError(
+                f"{name} has shape {tuple(c.shape)}; wanted a number per sample, or a table [T, k]"
+            )
         if c.ndim == 2 and step is not None:
             if not len(c) or (steps and len(c) != steps):
-                raise ValueError(f"{name} is a table of {len(c)} rows; wanted {steps or 'at least 1'}")
+                raise ValueError(
+                    f"{name} is a table of {len(c)} rows; wanted {steps or 'at least 1'}"
+                )
             steps = len(c)
         elif c.ndim and len(c) not in (1, rows):
             raise ValueError(f"{name} has {len(c)} entries; wanted 1 or {rows}, one per sample")
     if k != len(kernel.coefs):
-        raise ValueError(f"{k} coefficients came; wanted {len(kernel.coefs)}: {', '.join(kernel.coefs)}")
+        raise ValueError(
+            f"{k} coefficients came; wanted {len(kernel.coefs)}: {', '.join(kernel.coefs)}"
+        )
     if step is not None and not steps:
         raise ValueError("t is given, but no coefficient is a table indexed by it")
     return steps
@@ -110,7 +125,9 @@ def _check_coefs(
 def _check_step(step: Step, steps: int, rows: int, first: Tensor) -> None:
     if not isinstance(step, Tensor):
         if isinstance(step, bool) or not isinstance(step, (int, torch.SymInt)):
-            raise TypeError(f"t is a {type(step).__name__}; wanted an int or an int64 or int32 tensor")
+            raise TypeError(
+                f"t is a {type(step).__name__}; wanted an int or an int64 or int32 tensor"
+            )
         if not isinstance(step, torch.SymInt) and not 0 <= step < steps:
             raise ValueError(f"t is {step}; wanted 0 <= t < {steps}")
         return
@@ -119,7 +136,10 @@ def _check_step(step: Step, steps: int, rows: int, first: Tensor) -> None:
     if step.device != first.device:
         raise ValueError(f"t is on {step.device}; wanted {first.device}, as the tensors")
     if step.ndim > 1 or (step.ndim == 1 and len(step) not in (1, rows)):
-        raise ValueError(f"t has shape {tuple(step.shape)}; wanted [{rows}], one step per sample, or a single step")
+        raise ValueError(
+            f"t has shape {tuple(step.shape)}; wanted [{rows}], one step per sample, "
+            "or a single step"
+        )
     readable = step.device.type == "cpu" or _native.DEBUG
     if readable and type(step) is Tensor and not _is_traced(step) and step.numel():
         low, high = int(step.min()), int(step.max())

@@ -1,8 +1,9 @@
 """The specification: every op of diffcore in plain PyTorch, under the same name.
 
-Tests run these in float64 as the truth; devices without kernels and installs without the compiled module run on
-them. Inputs keep their dtype at the boundary and 16-bit inputs are computed in float32, rounded once at the end.
-Coefficients are numbers or tensors that broadcast against the inputs (see :func:`per_sample`).
+Tests run these in float64 as the truth; devices without kernels and installs without the compiled
+module run on them. Inputs keep their dtype at the boundary and 16-bit inputs are computed in
+float32, rounded once at the end. Coefficients are numbers or tensors that broadcast against the
+inputs (see :func:`per_sample`).
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ Coef = float | Tensor
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float64 for float64, float32 for everything narrower: the type in which values are computed."""
+    """The type in which values are computed: float64 for float64, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -45,7 +46,7 @@ def _row_sum(terms: Tensor, scale: Coef, whole: bool) -> Tensor:
     return terms.flatten(1).sum(1) * scale if terms.ndim > 1 else terms * scale
 
 
-# ---- linear maps ----------------------------------------------------------------------------------------------
+# ---- linear maps -------------------------------------------------------------------------------
 
 
 def scale(x: Tensor, a: Coef) -> Tensor:
@@ -97,7 +98,7 @@ def predict_epsilon(
     return _elementwise(_EPSILON[prediction_type], (model_output, x_t), (alpha, sigma))
 
 
-# ---- reverse steps --------------------------------------------------------------------------------------------
+# ---- reverse steps -----------------------------------------------------------------------------
 
 
 def reverse_step(
@@ -118,24 +119,26 @@ def reverse_step(
     """``x' = c_x x + c_m m + c_0 clip(a_x x + a_m m) + c_z z``, ``m = m_u + w (m_c - m_u)``."""
     compute = compute_dtype(x.dtype)
     k = [
-        per_sample(c, x)
-        for c in (c_x, c_m, c_0, c_z, a_x, a_m, clip_min, clip_max, guidance_scale)
+        per_sample(c, x) for c in (c_x, c_m, c_0, c_z, a_x, a_m, clip_min, clip_max, guidance_scale)
     ]
     s, m = x.to(compute), model_output.to(compute)
     if model_output_uncond is not None:
         u = model_output_uncond.to(compute)
         m = u + k[8] * (m - u)
     x0 = k[4] * s + k[5] * m
-    # where, not clamp: clamp's gradient at a bound and its handling of two tensor bounds differ between versions
+    # where, not clamp: clamp's gradient at a bound and its handling of two tensor bounds differ
+    # between versions
     x0 = torch.where(x0 < k[6], torch.zeros_like(x0) + k[6], x0)
     x0 = torch.where(x0 > k[7], torch.zeros_like(x0) + k[7], x0)
-    y = k[0] * s + k[1] * m + k[2] * x0
+    # Where m has no part of its own, an infinite one is met by the clip, not by 0 · inf.
+    own = torch.where(torch.as_tensor(k[1], device=m.device) == 0, torch.zeros_like(m), m)
+    y = k[0] * s + k[1] * own + k[2] * x0
     if noise is not None:
         y = y + k[3] * noise.to(compute)
     return y.to(x.dtype)
 
 
-# ---- Gaussians ------------------------------------------------------------------------------------------------
+# ---- Gaussians ---------------------------------------------------------------------------------
 
 
 def expm1_minus(d: Tensor) -> Tensor:
@@ -200,7 +203,7 @@ def reparameterize_kl(mean: Tensor, logvar: Tensor, noise: Tensor) -> tuple[Tens
     return z, standard_normal_kl(mean, logvar, reduction="sample")
 
 
-# ---- losses ---------------------------------------------------------------------------------------------------
+# ---- losses ------------------------------------------------------------------------------------
 
 
 def target_loss(model_output: Tensor, target: Tensor, weight: Coef) -> Tensor:

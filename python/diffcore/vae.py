@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from . import ops
+from .reference import compute_dtype
 
 _LOGVAR_MIN, _LOGVAR_MAX = -30.0, 20.0
 
@@ -124,7 +125,7 @@ class DiagonalGaussianDistribution:
 
     def _zeros(self) -> Tensor:
         mean = self.mean
-        return mean.new_zeros(len(mean), dtype=ops.compute_dtype(mean.dtype))
+        return mean.new_zeros(len(mean), dtype=compute_dtype(mean.dtype))
 
 
 def reconstruction_loss(x: Tensor, x_recon: Tensor, *, decoder_std: float = 1.0) -> Tensor:

@@ -1,0 +1,37 @@
+"""Fused diffusion and VAE mathematics for PyTorch, on CPU and CUDA.
+
+The functional ops are in :mod:`diffcore.ops`; :class:`GaussianDiffusion` and :mod:`diffcore.vae`
+are the lecture's two models on top of them.
+"""
+
+from ._native import info as info
+from ._native import warm_up as warm_up
+from .coefficients import PREDICTION_TYPES as PREDICTION_TYPES
+from .coefficients import VARIANCE_TYPES as VARIANCE_TYPES
+from .diffusion import GaussianDiffusion as GaussianDiffusion
+from .ops import add_noise as add_noise
+from .ops import ddim_step as ddim_step
+from .ops import ddpm_step as ddpm_step
+from .ops import denoising_loss as denoising_loss
+from .ops import gaussian_nll as gaussian_nll
+from .ops import linear_combination as linear_combination
+from .ops import normal_kl as normal_kl
+from .ops import predict_epsilon as predict_epsilon
+from .ops import predict_x0 as predict_x0
+from .ops import q_sample as q_sample
+from .ops import reparameterize as reparameterize
+from .ops import reparameterize_kl as reparameterize_kl
+from .ops import reverse_step as reverse_step
+from .ops import standard_normal_kl as standard_normal_kl
+from .ops import velocity as velocity
+from .schedules import NoiseSchedule as NoiseSchedule
+from .schedules import betas_for_alpha_bar as betas_for_alpha_bar
+from .schedules import betas_from_alphas_cumprod as betas_from_alphas_cumprod
+from .schedules import make_betas as make_betas
+from .schedules import rescale_zero_terminal_snr as rescale_zero_terminal_snr
+from .schedules import respaced_timesteps as respaced_timesteps
+from .vae import DiagonalGaussianDistribution as DiagonalGaussianDistribution
+from .vae import elbo as elbo
+from .vae import vae_loss as vae_loss
+
+__version__ = "0.1.0"

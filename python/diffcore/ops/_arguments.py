@@ -1,0 +1,55 @@
+"""Coefficients and tables as users pass them, in the form the kernels take."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .._registry import Coef, Step
+
+
+def as_coef(name: str, value: Coef, step: Step) -> Coef:
+    """A float, a 0-dim or `[B]` tensor, or, with a step, a table `[T, 1]`."""
+    if type(value) is float:
+        return value
+    if not isinstance(value, Tensor):
+        try:
+            return float(value)
+        except (TypeError, ValueError):
+            kind = type(value).__name__
+            raise TypeError(f"{name} is a {kind}; wanted a number or a tensor") from None
+    if value.dtype not in (torch.float32, torch.float64):
+        if not value.is_floating_point():
+            raise TypeError(f"{name} has dtype {value.dtype}; wanted a floating-point tensor")
+        value = value.float()
+    if value.ndim == 0:
+        return float(value) if value.device.type == "cpu" and not value.requires_grad else value
+    if value.ndim > 1:
+        if value.numel() != len(value):
+            raise ValueError(f"{name} has shape {tuple(value.shape)}; wanted one number per sample")
+        value = value.reshape(-1)
+    return value if step is None else value.unsqueeze(1)
+
+
+def as_table(name: str, table: Tensor, columns: int) -> Tensor:
+    if not isinstance(table, Tensor):
+        raise TypeError(f"{name} is a {type(table).__name__}; wanted a torch.Tensor")
+    if table.ndim == 1 and len(table) == columns:
+        return table.unsqueeze(0)
+    if table.ndim != 2 or table.shape[1] != columns:
+        raise ValueError(f"{name} has shape {tuple(table.shape)}; wanted [T, {columns}]")
+    return table
+
+
+def as_number(name: str, value: Coef) -> Coef:
+    if isinstance(value, Tensor):
+        return value
+    coef = as_coef(name, value, None)
+    assert not isinstance(coef, Tensor)
+    return coef
+
+
+def in_float64(name: str, value: Coef) -> Coef:
+    """A coefficient in float64, so that what is derived from it is rounded once only."""
+    value = as_number(name, value)
+    return value.double() if isinstance(value, Tensor) else value

@@ -1,0 +1,143 @@
+"""Diagonal Gaussians: KL, negative log-likelihood, reparameterisation. Nats."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import _kernels as k
+from .. import _validate
+from .._registry import run, run_tuple
+
+
+def _reduced(term: k.Term, inputs: tuple[Tensor, ...], reduction: str) -> Tensor:
+    if reduction == "none":
+        return run(term.elementwise, inputs)
+    if reduction == "sample":
+        return run(term.sum, inputs, (1.0,))
+    if reduction == "sum":
+        return run(term.sum, inputs, (1.0,), None, True)
+    _validate.choice("reduction", reduction, _validate.REDUCTIONS)
+    if not isinstance(inputs[0], Tensor):
+        _validate.refuse_non_tensor(term.sum.inputs, inputs)
+    n = inputs[0].numel() if reduction == "mean" else (inputs[0].shape[0] if inputs[0].ndim else 1)
+    return run(term.sum, inputs, (1.0 / n if n else float("nan"),), None, True)
+
+
+def normal_kl(
+    mean1: Tensor, logvar1: Tensor, mean2: Tensor, logvar2: Tensor, *, reduction: str = "none"
+) -> Tensor:
+    """KL(N1 || N2) of diagonal Gaussians, in nats.
+
+    ``½ [ expm1(d) - d + (mean1 - mean2)² exp(-logvar2) ]`` with d = logvar1 - logvar2: the
+    textbook formula without its cancellation (which goes negative in bfloat16), by its series
+    where d is small.
+
+    Args:
+        mean1: `[B, ...]`.
+        logvar1: log-variance `[B, ...]`.
+        mean2: `[B, ...]`.
+        logvar2: log-variance `[B, ...]`.
+        reduction: "none" (elementwise), "sample" (sum over each sample, `[B]`), "batchmean" (sum
+            / B), "mean" (over every element) or "sum". Sums of 16-bit inputs come in float32.
+
+    Returns:
+        `[B, ...]`, `[B]` or a 0-dim tensor, nats.
+
+    Source: Kullback & Leibler 1951; the stable form as in Kingma et al. 2021 (VDM).
+    """
+    return _reduced(k.NORMAL_KL, (mean1, logvar1, mean2, logvar2), reduction)
+
+
+def standard_normal_kl(mean: Tensor, logvar: Tensor, *, reduction: str = "none") -> Tensor:
+    """KL(N(mean, e^logvar) || N(0, I)), in nats: ``½ [ mean² + expm1(logvar) - logvar ]``.
+
+    Args:
+        mean: `[B, ...]`.
+        logvar: log-variance `[B, ...]`.
+        reduction: as in :func:`normal_kl`.
+
+    Returns:
+        `[B, ...]`, `[B]` or a 0-dim tensor, nats.
+
+    Source: Kingma & Welling 2014, appendix B.
+    """
+    return _reduced(k.STANDARD_NORMAL_KL, (mean, logvar), reduction)
+
+
+def gaussian_nll(x: Tensor, mean: Tensor, logvar: Tensor, *, reduction: str = "none") -> Tensor:
+    """``-log N(x; mean, e^logvar) = ½ [ log 2π + logvar + (x - mean)² exp(-logvar) ]``, in nats.
+
+    Args:
+        x: where the density is wanted `[B, ...]`.
+        mean: `[B, ...]`.
+        logvar: log-variance `[B, ...]`.
+        reduction: as in :func:`normal_kl`.
+
+    Returns:
+        `[B, ...]`, `[B]` or a 0-dim tensor, nats.
+    """
+    return _reduced(k.GAUSSIAN_NLL, (x, mean, logvar), reduction)
+
+
+def _drawn(mean: Tensor, noise: Tensor | None, generator: torch.Generator | None) -> Tensor:
+    if noise is not None:
+        if generator is not None:
+            raise ValueError("noise and generator are both given; wanted one")
+        return noise
+    if not isinstance(mean, Tensor):
+        raise TypeError(f"mean is a {type(mean).__name__}; wanted a torch.Tensor")
+    if generator is None:
+        return torch.randn_like(mean)
+    return torch.randn(mean.shape, generator=generator, dtype=mean.dtype, device=mean.device)
+
+
+def reparameterize(
+    mean: Tensor,
+    logvar: Tensor,
+    noise: Tensor | None = None,
+    *,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """A differentiable sample of N(mean, e^logvar): ``z = mean + exp(logvar / 2) noise``.
+
+    Args:
+        mean: `[B, ...]`.
+        logvar: log-variance `[B, ...]`.
+        noise: standard normal noise `[B, ...]`; drawn with torch when None.
+        generator: the generator to draw it from.
+
+    Returns:
+        `z` `[B, ...]`.
+
+    Source: Kingma & Welling 2014, section 2.4.
+    """
+    return run(k.REPARAMETERIZE, (mean, logvar, _drawn(mean, noise, generator)))
+
+
+def reparameterize_kl(
+    mean: Tensor,
+    logvar: Tensor,
+    noise: Tensor | None = None,
+    *,
+    generator: torch.Generator | None = None,
+) -> tuple[Tensor, Tensor]:
+    """A reparameterised sample and its KL term of the ELBO, in one pass over `mean` and `logvar`.
+
+    ``z = mean + exp(logvar / 2) noise`` and, per sample, ``½ Σ [ mean² + expm1(logvar) - logvar
+    ]``.
+
+    Args:
+        mean: `[B, ...]`.
+        logvar: log-variance `[B, ...]`.
+        noise: standard normal noise `[B, ...]`; drawn with torch when None.
+        generator: the generator to draw it from.
+
+    Returns:
+        `z` `[B, ...]` and the KL of each sample to the standard normal, `[B]`, nats (float32 for
+        16-bit inputs).
+
+    Source: Kingma & Welling 2014, section 2.4 and appendix B.
+    """
+    z, kl = run_tuple(k.REPARAMETERIZE_KL, (mean, logvar, _drawn(mean, noise, generator)))
+    return z, kl

@@ -1,0 +1,187 @@
+"""Noising, targets and conversions between predictions: linear maps of two tensors."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .. import _kernels as k
+from .. import coefficients as formulas
+from .._registry import Coef, Step, run
+from ._arguments import as_coef, as_number, as_table, in_float64
+
+
+def add_noise(
+    x0: Tensor,
+    noise: Tensor,
+    alpha: Coef,
+    sigma: Coef,
+    *,
+    t: Step = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Noises clean samples: ``x_t = alpha x_0 + sigma noise``.
+
+    Variance preserving: alpha = sqrt(alphas_cumprod), sigma = sqrt(1 - alphas_cumprod); variance
+    exploding: alpha = 1; rectified flow: alpha = 1 - t, sigma = t.
+
+    Args:
+        x0: clean samples `[B, ...]`.
+        noise: standard normal noise `[B, ...]`.
+        alpha: signal coefficient: a number, `[B]`, or a table `[T]` with `t`.
+        sigma: noise coefficient, likewise.
+        t: the step that gathers `alpha` and `sigma` from their tables.
+        out: where to write; no gradient may be needed.
+
+    Returns:
+        `x_t` `[B, ...]`.
+
+    Source: Ho et al. 2020, eq. 4; Song et al. 2021 for the families.
+    """
+    coefs = (as_coef("alpha", alpha, t), as_coef("sigma", sigma, t))
+    return run(k.LINEAR_COMBINATION, (x0, noise), coefs, t, False, out)
+
+
+def q_sample(
+    x0: Tensor, t: int | Tensor, noise: Tensor, table: Tensor, *, out: Tensor | None = None
+) -> Tensor:
+    """Noises clean samples to step `t` of a schedule: ``x_t = alpha_t x_0 + sigma_t noise``.
+
+    The coefficients are gathered inside the kernel: one launch.
+
+    Args:
+        x0: clean samples `[B, ...]`.
+        t: an int, `[B]` or a one-element counter, with 0 <= t < T.
+        noise: standard normal noise `[B, ...]`.
+        table: `[T, 2]`, float64 or float32: the columns alpha and sigma.
+        out: where to write; no gradient may be needed.
+
+    Returns:
+        `x_t` `[B, ...]`.
+
+    Source: Ho et al. 2020, eq. 4.
+    """
+    return run(k.LINEAR_COMBINATION, (x0, noise), (as_table("table", table, 2),), t, False, out)
+
+
+def linear_combination(
+    x: Tensor,
+    y: Tensor,
+    coefficients: tuple[Coef, Coef] | Tensor,
+    *,
+    t: Step = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """``a x + b y``, the map behind noising, targets, posteriors and conversions.
+
+    Args:
+        x: `[B, ...]`.
+        y: `[B, ...]`.
+        coefficients: the pair (a, b), or a table `[T, 2]` read at `t`.
+        t: the step, when `coefficients` is a table or holds tables.
+        out: where to write; no gradient may be needed.
+
+    Returns:
+        `[B, ...]`.
+    """
+    if isinstance(coefficients, Tensor):
+        coefs: tuple[Coef, ...] = (as_table("coefficients", coefficients, 2),)
+    else:
+        a, b = coefficients
+        coefs = (as_coef("a", a, t), as_coef("b", b, t))
+    return run(k.LINEAR_COMBINATION, (x, y), coefs, t, False, out)
+
+
+def velocity(
+    x0: Tensor,
+    noise: Tensor,
+    alpha: Coef,
+    sigma: Coef,
+    *,
+    t: Step = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """The v target: ``v = alpha noise - sigma x_0``.
+
+    Args:
+        x0: clean samples `[B, ...]`.
+        noise: the noise that was added `[B, ...]`.
+        alpha: signal coefficient: a number, `[B]`, or a table `[T]` with `t`.
+        sigma: noise coefficient, likewise.
+        t: the step that gathers the tables.
+        out: where to write; no gradient may be needed.
+
+    Returns:
+        `v` `[B, ...]`.
+
+    Source: Salimans & Ho 2022, appendix D.
+    """
+    coefs = (as_coef("sigma", -as_number("sigma", sigma), t), as_coef("alpha", alpha, t))
+    return run(k.LINEAR_COMBINATION, (x0, noise), coefs, t, False, out)
+
+
+def predict_x0(
+    model_output: Tensor,
+    x_t: Tensor,
+    alpha: Coef,
+    sigma: Coef,
+    *,
+    prediction_type: str = "epsilon",
+    out: Tensor | None = None,
+) -> Tensor:
+    """The clean sample that a prediction implies.
+
+    ``epsilon``: (x_t - sigma m) / alpha; ``sample``: m; ``v_prediction``: alpha x_t - sigma m;
+    ``flow_prediction`` (m = noise - x_0 and alpha + sigma = 1): x_t - sigma m.
+
+    Args:
+        model_output: m, `[B, ...]`.
+        x_t: the noisy samples `[B, ...]`.
+        alpha: signal coefficient: a number or `[B]`.
+        sigma: noise coefficient, likewise.
+        prediction_type: "epsilon", "sample", "v_prediction" or "flow_prediction".
+        out: where to write; no gradient may be needed.
+
+    Returns:
+        The estimate of `x_0` `[B, ...]`.
+
+    Source: Ho et al. 2020, eq. 15; Salimans & Ho 2022; Lipman et al. 2023.
+    """
+    pair = formulas.x0_coefficients(
+        in_float64("alpha", alpha), in_float64("sigma", sigma), prediction_type
+    )
+    coefs = (as_coef("alpha", pair[0], None), as_coef("sigma", pair[1], None))
+    return run(k.LINEAR_COMBINATION, (x_t, model_output), coefs, None, False, out)
+
+
+def predict_epsilon(
+    model_output: Tensor,
+    x_t: Tensor,
+    alpha: Coef,
+    sigma: Coef,
+    *,
+    prediction_type: str = "epsilon",
+    out: Tensor | None = None,
+) -> Tensor:
+    """The noise that a prediction implies.
+
+    ``epsilon``: m; ``sample``: (x_t - alpha m) / sigma; ``v_prediction``: sigma x_t + alpha m;
+    ``flow_prediction``: x_t + (1 - sigma) m.
+
+    Args:
+        model_output: m, `[B, ...]`.
+        x_t: the noisy samples `[B, ...]`.
+        alpha: signal coefficient: a number or `[B]`.
+        sigma: noise coefficient, likewise.
+        prediction_type: "epsilon", "sample", "v_prediction" or "flow_prediction".
+        out: where to write; no gradient may be needed.
+
+    Returns:
+        The estimate of the noise `[B, ...]`.
+
+    Source: Salimans & Ho 2022; Lipman et al. 2023.
+    """
+    pair = formulas.epsilon_coefficients(
+        in_float64("alpha", alpha), in_float64("sigma", sigma), prediction_type
+    )
+    coefs = (as_coef("alpha", pair[0], None), as_coef("sigma", pair[1], None))
+    return run(k.LINEAR_COMBINATION, (x_t, model_output), coefs, None, False, out)

@@ -1,0 +1,198 @@
+"""One reverse step of any solver, and the two of the lecture by name."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .. import _kernels as k
+from .. import coefficients as formulas
+from .._registry import Coef, Step, run
+from ._arguments import as_coef, as_table, in_float64
+
+ClipRange = float | tuple[float, float] | None
+
+
+def reverse_step(
+    x: Tensor,
+    model_output: Tensor,
+    coefficients: Tensor,
+    *,
+    t: Step = None,
+    noise: Tensor | None = None,
+    model_output_uncond: Tensor | None = None,
+    guidance_scale: Coef | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """One step of any solver, with guidance, conversion, clip, update and noise in one launch.
+
+    With ``m = m_u + w (m_c - m_u)`` under guidance and ``x0 = clip(a_x x + a_m m, clip_min,
+    clip_max)``::
+
+        x' = c_x x + c_m m + c_0 x0 + c_z noise
+
+    Differentiable in `x`, the model outputs and `noise`; outside the clip no gradient flows
+    through `x0`.
+
+    Args:
+        x: the current samples `[B, ...]`.
+        model_output: m, or m_c under guidance, `[B, ...]`.
+        coefficients: a table `[T, 8]` read at `t`, or `[B, 8]` or `[8]` without `t`, float64 or
+            float32; the columns c_x, c_m, c_0, c_z, a_x, a_m, clip_min, clip_max.
+        t: the row: an int, `[B]` or a one-element counter.
+        noise: z `[B, ...]`; None leaves the last term out.
+        model_output_uncond: m_u `[B, ...]`, for classifier-free guidance.
+        guidance_scale: w, a number or `[B]`; needed with `model_output_uncond`, and only then.
+        out: where to write, `x` itself if you like; no gradient may be needed.
+
+    Returns:
+        The samples of the next step `[B, ...]`.
+
+    Source: docs/architecture.md, "A solver is a table"; guidance: Ho & Salimans 2022.
+    """
+    guided = model_output_uncond is not None
+    if guided != (guidance_scale is not None):
+        raise ValueError(
+            "model_output_uncond and guidance_scale come together; "
+            f"got {'only model_output_uncond' if guided else 'only guidance_scale'}"
+        )
+    scale = 1.0 if guidance_scale is None else as_coef("guidance_scale", guidance_scale, None)
+    tensors = (
+        (x, model_output) if model_output_uncond is None else (x, model_output, model_output_uncond)
+    )
+    if noise is not None:
+        tensors = (*tensors, noise)
+    coefs = (as_table("coefficients", coefficients, 8), scale)
+    return run(k.REVERSE_STEP[guided, noise is not None], tensors, coefs, t, False, out)
+
+
+def _row(table: Tensor, like: Tensor) -> Tensor:
+    if table.device == like.device or not isinstance(like, Tensor):
+        return table
+    return table.to(like.device, non_blocking=True)
+
+
+def ddpm_step(
+    model_output: Tensor,
+    x_t: Tensor,
+    alpha: Coef,
+    sigma: Coef,
+    alpha_prev: Coef,
+    sigma_prev: Coef,
+    *,
+    noise: Tensor | None = None,
+    prediction_type: str = "epsilon",
+    variance_type: str = "fixed_small",
+    clip_range: ClipRange = None,
+    model_output_uncond: Tensor | None = None,
+    guidance_scale: Coef | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """One ancestral step: ``x_{t-1} = A_t x0 + B_t x_t + s_t noise``, x0 the (clipped) prediction.
+
+    With beta = sigma² - (alpha/alpha_prev)² sigma_prev²: A = alpha_prev beta / sigma², B =
+    (alpha/alpha_prev) sigma_prev² / sigma², s² = beta sigma_prev² / sigma² ("fixed_small") or
+    beta ("fixed_large"). The coefficients are computed in float64. In a loop, compute a table
+    once and use :func:`reverse_step`.
+
+    Args:
+        model_output: the model's prediction at `x_t`, `[B, ...]`.
+        x_t: the current samples `[B, ...]`.
+        alpha: signal coefficient now: a number or `[B]`.
+        sigma: noise coefficient now.
+        alpha_prev: signal coefficient after the step (1 at the end).
+        sigma_prev: noise coefficient after the step (0 at the end).
+        noise: z `[B, ...]`; None for the last step.
+        prediction_type: "epsilon", "sample", "v_prediction" or "flow_prediction".
+        variance_type: "fixed_small" or "fixed_large".
+        clip_range: None, c for [-c, c], or (low, high): where x0 is clipped.
+        model_output_uncond: the unconditional prediction `[B, ...]`, for classifier-free guidance.
+        guidance_scale: w in m_u + w (m_c - m_u).
+        out: where to write, `x_t` itself if you like; no gradient may be needed.
+
+    Returns:
+        `x_{t-1}` `[B, ...]`.
+
+    Source: Ho et al. 2020, eqs. 6-7 and Algorithm 2.
+    """
+    table = formulas.ddpm_coefficients(
+        in_float64("alpha", alpha),
+        in_float64("sigma", sigma),
+        in_float64("alpha_prev", alpha_prev),
+        in_float64("sigma_prev", sigma_prev),
+        prediction_type=prediction_type,
+        variance_type=variance_type,
+        clip_range=clip_range,
+    )
+    return reverse_step(
+        x_t,
+        model_output,
+        _row(table, x_t),
+        noise=noise,
+        model_output_uncond=model_output_uncond,
+        guidance_scale=guidance_scale,
+        out=out,
+    )
+
+
+def ddim_step(
+    model_output: Tensor,
+    x_t: Tensor,
+    alpha: Coef,
+    sigma: Coef,
+    alpha_prev: Coef,
+    sigma_prev: Coef,
+    *,
+    eta: float = 0.0,
+    noise: Tensor | None = None,
+    prediction_type: str = "epsilon",
+    rederive_epsilon: bool = True,
+    clip_range: ClipRange = None,
+    model_output_uncond: Tensor | None = None,
+    guidance_scale: Coef | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """One DDIM step: ``x' = alpha_prev x0 + sqrt(sigma_prev² - s²) epsilon + s noise``.
+
+    s is eta times the deviation of :func:`ddpm_step` ("fixed_small").
+
+    Args:
+        model_output: the model's prediction at `x_t`, `[B, ...]`.
+        x_t: the current samples `[B, ...]`.
+        alpha: signal coefficient now: a number or `[B]`.
+        sigma: noise coefficient now.
+        alpha_prev: signal coefficient after the step (1 at the end).
+        sigma_prev: noise coefficient after the step (0 at the end).
+        eta: 0 is deterministic, 1 has DDPM's ("fixed_small") variance.
+        noise: z `[B, ...]`; needed only where eta > 0.
+        prediction_type: "epsilon", "sample", "v_prediction" or "flow_prediction".
+        rederive_epsilon: after the clip, take epsilon from the clipped x0 (guided-diffusion's
+            rule) or keep the model's (diffusers' default).
+        clip_range: None, c for [-c, c], or (low, high): where x0 is clipped.
+        model_output_uncond: the unconditional prediction `[B, ...]`, for classifier-free guidance.
+        guidance_scale: w in m_u + w (m_c - m_u).
+        out: where to write, `x_t` itself if you like; no gradient may be needed.
+
+    Returns:
+        The samples of the next step `[B, ...]`.
+
+    Source: Song et al. 2021, eqs. 12 and 16.
+    """
+    table = formulas.ddim_coefficients(
+        in_float64("alpha", alpha),
+        in_float64("sigma", sigma),
+        in_float64("alpha_prev", alpha_prev),
+        in_float64("sigma_prev", sigma_prev),
+        eta=eta,
+        prediction_type=prediction_type,
+        rederive_epsilon=rederive_epsilon,
+        clip_range=clip_range,
+    )
+    return reverse_step(
+        x_t,
+        model_output,
+        _row(table, x_t),
+        noise=noise,
+        model_output_uncond=model_output_uncond,
+        guidance_scale=guidance_scale,
+        out=out,
+    )
