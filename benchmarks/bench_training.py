@@ -63,13 +63,20 @@ def eager_part(
 
 
 def diffcore_part(
-    kind: str, table: Tensor, m: Tensor, x0: Tensor, noise: Tensor, t: Tensor
+    kind: str,
+    table: Tensor,
+    levels: Mapping[str, Tensor],
+    m: Tensor,
+    x0: Tensor,
+    noise: Tensor,
+    t: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """The same through diffcore: two launches forward.
 
     Args:
         kind: "epsilon" or "v_prediction".
         table: `[T, 2]` float64.
+        levels: alpha and sigma, its columns, where the target needs them.
         m: the network's output.
         x0: clean samples.
         noise: standard normal.
@@ -79,8 +86,7 @@ def diffcore_part(
         x_t, and the loss.
     """
     x_t = ops.q_sample(x0, t, noise, table)
-    levels = {} if kind == "epsilon" else {"alpha": table[:, 0], "sigma": table[:, 1], "t": t}
-    return x_t, ops.denoising_loss(m, x0, noise, prediction_type=kind, **levels).mean()
+    return x_t, ops.denoising_loss(m, x0, noise, prediction_type=kind, t=t, **levels).mean()
 
 
 def gradient(
@@ -114,13 +120,16 @@ def time_part(
     m.requires_grad_()
     t = torch.randint(STEPS, shape[:1], device=device)
     eager = partial(eager_part, kind, tables)
-    parts: dict[str, Part] = {"diffcore": partial(diffcore_part, kind, table), "eager": eager}
+    columns = [c.contiguous() for c in table.unbind(1)]
+    levels = {} if kind == "epsilon" else dict(zip(("alpha", "sigma"), columns, strict=True))
+    ours = partial(diffcore_part, kind, table, levels)
+    parts: dict[str, Part] = {"diffcore": ours, "eager": eager}
     if compiled:
         torch.compiler.reset()
         whole = torch.compile(eager_part, fullgraph=True, dynamic=False)
         parts["compile"] = partial(whole, kind, tables)
 
-    wide = partial(eager_part, kind, table.unbind(1))
+    wide = partial(eager_part, kind, columns)
     leaf = m.detach().double().requires_grad_()
     truth = gradient(wide, leaf, x0.double(), noise.double(), t)
     check_outputs(

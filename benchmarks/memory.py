@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
 from typing import Any
-
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # read at import: the profiler is talkative
 
 import torch
 

@@ -1,0 +1,122 @@
+"""Draws the results: the time of each op relative to eager PyTorch, with the roof marked.
+
+    python -m benchmarks.plots [RESULT.json ...] [--out docs/assets]
+
+One picture for each kind of device, ``bench-cpu.png`` and ``bench-cuda.png``, from the newest
+results under ``benchmarks/results`` unless files are named.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+if __package__ in (None, ""):  # run as a file
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import matplotlib as mpl
+
+mpl.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+
+from benchmarks import report
+from benchmarks.contest import MODES
+from benchmarks.machine import RESULTS, ROOT
+from benchmarks.tables import newest
+
+OURS, COMPILED, ROOF, INK = "#1f6feb", "#b8c0cc", "#d1242f", "#24292f"
+BAR = 0.36
+
+
+def draw(results: Mapping[str, Any], path: Path) -> None:
+    """One picture: a panel for forward, one for forward and backward.
+
+    Args:
+        results: of one device; the first dtype and shape measured are drawn.
+        path: the PNG.
+    """
+    section = results["ops"]
+    first = section["rows"][0]
+    rows = [
+        r for r in section["rows"] if r["shape"] == first["shape"] and r["dtype"] == first["dtype"]
+    ]
+    panels = [[r for r in rows if r["mode"] == mode] for mode in MODES]
+    height = 1.5 + 0.36 * max(map(len, panels))
+    figure, axes = plt.subplots(1, 2, figsize=(11, height), sharex=True, sharey=True)
+    for ax, mode, panel in zip(axes, MODES, panels, strict=True):
+        _panel(ax, mode, panel)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="lower center", ncol=len(labels), frameon=False)
+    facts = section["machine"]
+    what = f"{first['dtype']}, {report.times(first['shape'])}"
+    threads = f", {facts['threads']} threads" if facts["device_type"] == "cpu" else ""
+    figure.suptitle(
+        f"Time relative to eager PyTorch (= 1): {facts['device']}{threads}, {what}",
+        x=0.01,
+        ha="left",
+        fontsize=11,
+        color=INK,
+    )
+    figure.tight_layout(rect=(0, 0.06, 1, 1))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def _panel(ax: Axes, mode: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    places = list(range(len(rows)))
+    relative = {
+        name: [
+            r["ns_per_element"].get(name, float("nan")) / r["ns_per_element"]["eager"] for r in rows
+        ]
+        for name in ("diffcore", "compile", "copy")
+    }
+    with_compile = any(x == x for x in relative["compile"])
+    ours = [p - BAR / 2 if with_compile else p for p in places]
+    ax.barh(ours, relative["diffcore"], BAR, color=OURS, label="diffcore")
+    if with_compile:
+        compiled = [p + BAR / 2 for p in places]
+        ax.barh(compiled, relative["compile"], BAR, color=COMPILED, label="torch.compile")
+    ax.scatter(
+        relative["copy"],
+        places,
+        marker="|",
+        s=230,
+        linewidths=2,
+        color=ROOF,
+        zorder=3,
+        label="a copy of the same bytes (the roof)",
+    )
+    for y, r, x in zip(ours, rows, relative["diffcore"], strict=True):
+        right = min(max(x, r["ns_per_element"]["copy"] / r["ns_per_element"]["eager"]), 1.06)
+        ax.text(right + 0.015, y, f"{r['times_eager']:.1f}×", va="center", fontsize=8, color=INK)
+    ax.axvline(1, color=INK, linewidth=0.8, linestyle=":")
+    ax.set_yticks(places, [r["op"] for r in rows], fontsize=9)
+    ax.set_ylim(len(rows) - 0.4, -0.6)
+    ax.set_xlim(0, 1.15)
+    ax.set_title(mode.replace("+", " + "), fontsize=10, loc="left", color=INK)
+    ax.tick_params(axis="x", labelsize=8)
+    ax.tick_params(axis="y", length=0)
+    for side in ("top", "right", "left"):
+        ax.spines[side].set_visible(False)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Draws every device."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("results", nargs="*", type=Path, help="result files")
+    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "assets", help="folder")
+    args = parser.parse_args(argv)
+    for kind, results in newest(args.results or sorted(RESULTS.glob("*.json"))).items():
+        path = args.out / f"bench-{kind}.png"
+        draw(results, path)
+        print(path)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

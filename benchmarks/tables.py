@@ -1,0 +1,161 @@
+"""Writes the measured tables into the README and the documentation.
+
+    python -m benchmarks.tables [RESULT.json ...]
+
+A table goes between the markers ``<!-- bench:cpu:begin -->`` and ``<!-- bench:cpu:end -->`` of its
+page; the names are cpu, cuda (short) and cpu-full, cuda-full. Without arguments the newest results
+of each kind of device under ``benchmarks/results`` are taken.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+if __package__ in (None, ""):  # run as a file
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks import report
+from benchmarks.machine import RESULTS, ROOT
+
+PAGES = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md")
+MARKED = re.compile(
+    r"(<!-- bench:(?P<name>[\w-]+):begin -->\n).*?(\n<!-- bench:(?P=name):end -->)", re.DOTALL
+)
+
+SHORT = (
+    ("q_sample", "forward"),
+    ("ddpm_step", "forward"),
+    ("ddpm_step_guided", "forward"),
+    ("ddim_step", "forward"),
+    ("normal_kl", "forward"),
+    ("normal_kl", "forward+backward"),
+    ("reparameterize_kl", "forward+backward"),
+    ("denoising_loss_v_prediction", "forward+backward"),
+)
+"""The rows of the short tables."""
+
+HEADINGS = {
+    "ops": "Every op, nanoseconds an element",
+    "overhead": "What a call costs, on 64 elements",
+    "memory": "Peak memory of a call, beyond its inputs",
+    "training": "A training step",
+    "sampling": "A sampling step",
+}
+
+
+def measured_on(section: Mapping[str, Any]) -> str:
+    """One line: device, threads or driver, versions, date and command."""
+    facts = section["machine"]
+    where = [facts["device"]]
+    if facts["device_type"] == "cpu":
+        where += [f"{facts['threads']} threads", f"x86-64-{facts['instruction_set']}"]
+    else:
+        where += [f"driver {facts['driver']}", f"CUDA {facts['cuda']}"]
+    where += [f"torch {facts['torch']}", f"diffcore {facts['diffcore']}", section["date"][:10]]
+    return f"{', '.join(where)}: `{section['command']}`."
+
+
+def short(results: Mapping[str, Any]) -> str:
+    """The table of the README: the chosen ops in float32 at the first shape measured.
+
+    Args:
+        results: of one device.
+    """
+    section = results["ops"]
+    first = section["rows"][0]
+    shape, dtype = first["shape"], first["dtype"]
+    rows = {
+        (r["op"], r["mode"]): r
+        for r in section["rows"]
+        if r["shape"] == shape and r["dtype"] == dtype
+    }
+    header = ["op", "mode", "eager", "compile", "diffcore", "copy", "× eager", "× compile"]
+    body = [
+        [
+            f"`{name}`",
+            mode,
+            *(
+                report.number(rows[name, mode]["ns_per_element"].get(k), ".3g")
+                for k in ("eager", "compile", "diffcore", "copy")
+            ),
+            report.number(rows[name, mode]["times_eager"], ".1f", "×"),
+            report.number(rows[name, mode]["times_compile"], ".1f", "×"),
+        ]
+        for name, mode in SHORT
+        if (name, mode) in rows
+    ]
+    unit = f"Nanoseconds an element, {dtype}, {report.times(shape)}."
+    return f"{unit} {measured_on(section)}\n\n{report.markdown(header, body)}"
+
+
+def full(results: Mapping[str, Any]) -> str:
+    """Every table of a device, each with where and how it was measured.
+
+    Args:
+        results: of one device.
+    """
+    parts = []
+    for name, heading in HEADINGS.items():
+        section = results.get(name)
+        if not section or not section["rows"]:
+            continue
+        table = report.markdown(*report.TABLES[name](section["rows"]))
+        notes = "".join(f"\n\n{note[0].upper()}{note[1:]}." for note in section.get("notes", []))
+        parts.append(f"### {heading}\n\n{measured_on(section)}\n\n{table}{notes}")
+    return "\n\n".join(parts)
+
+
+def fill(page: str, tables: Mapping[str, str]) -> str:
+    """A page with its marked places filled.
+
+    Args:
+        page: the text.
+        tables: Markdown for each marker name; places without one stay as they are.
+    """
+
+    def put(match: re.Match[str]) -> str:
+        table = tables.get(match["name"])
+        return match[0] if table is None else f"{match[1]}{table}{match[3]}"
+
+    return MARKED.sub(put, page)
+
+
+def newest(paths: Sequence[Path]) -> dict[str, dict[str, Any]]:
+    """For "cpu" and "cuda" the results whose ops were measured last."""
+    found: dict[str, dict[str, Any]] = {}
+    for path in paths:
+        results = report.load(path)
+        if not results.get("ops", {}).get("rows"):
+            continue
+        kind = results["ops"]["machine"]["device_type"]
+        if kind not in found or results["ops"]["date"] > found[kind]["ops"]["date"]:
+            found[kind] = results
+    return found
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Fills the pages in place."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("results", nargs="*", type=Path, help="result files")
+    args = parser.parse_args(argv)
+    tables: dict[str, str] = {}
+    for kind, results in newest(args.results or sorted(RESULTS.glob("*.json"))).items():
+        tables |= {kind: short(results), f"{kind}-full": full(results)}
+    if not tables:
+        raise SystemExit("no results: run python -m benchmarks.bench_ops first")
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        filled = fill(text, tables)
+        if filled != text:
+            page.write_text(filled, encoding="utf-8")
+            print(f"{page.relative_to(ROOT)}: written")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
