@@ -1,6 +1,7 @@
-// The Python module `diffcore._C`. One entry, `call`, serves every op: it reads torch tensors through DLPack's C
-// exchange API, checks that a kernel may run on them, and runs it. It decides nothing and explains nothing: whatever
-// is not right is answered by a status other than 0 before any memory is touched, and Python says what was wrong.
+// The Python module `diffcore._C`. One entry, `call`, serves every op: it reads torch tensors
+// through DLPack's C exchange API, checks that a kernel may run on them, and runs it. It decides
+// nothing and explains nothing: whatever is not right is answered by a status other than 0 before
+// any memory is touched, and Python says what was wrong.
 #include <pybind11/pybind11.h>
 
 #include <algorithm>
@@ -24,7 +25,8 @@ namespace {
 
 enum Status : int { kDone = 0, kBadArguments = 1, kLayout = 2, kDevice = 3, kStepRange = 4 };
 
-constexpr int64_t kReleaseGilFrom = 32 * 1024;  // elements; below, the call ends before another thread could use it
+constexpr int64_t kReleaseGilFrom =
+    32 * 1024;  // elements; below, the call ends before another thread could use it
 
 struct Bindings {
   const dlpack::ExchangeApi* torch = nullptr;
@@ -69,7 +71,8 @@ bool contiguous(const dlpack::Tensor& x) {
   return true;
 }
 
-// Every element of the tensor once, in some order, without gaps; with `by_row`, sample after sample.
+// Every element of the tensor once, in some order, without gaps; with `by_row`, sample after
+// sample.
 bool dense(const dlpack::Tensor& x, bool by_row) {
   if (contiguous(x) || count(x) == 0) return true;  // an empty tensor's strides mean nothing
   constexpr int kMaxDims = 16;
@@ -100,9 +103,11 @@ bool same_device(const dlpack::Tensor& a, const dlpack::Tensor& b) {
 
 class Call {
  public:
-  Status parse(int op, py::tuple outs, py::tuple ins, py::tuple coefs, py::handle step, bool whole) {
+  Status parse(int op, py::tuple outs, py::tuple ins, py::tuple coefs, py::handle step,
+               bool whole) {
     info_ = &ops()[op];
-    if (int(ins.size()) != info_->n_in || int(outs.size()) != info_->n_out + info_->n_sum) return kBadArguments;
+    if (int(ins.size()) != info_->n_in || int(outs.size()) != info_->n_out + info_->n_sum)
+      return kBadArguments;
     dlpack::Tensor first;
     borrow(ins[0].ptr(), &first);
     if (first.device.type != dlpack::kCpu && first.device.type != dlpack::kCuda) return kDevice;
@@ -133,7 +138,8 @@ class Call {
       return done ? kDone : kStepRange;
     }
     if (!cuda_built()) return kDevice;
-    if (!task_.step && task_.steps && (task_.fixed_step < 0 || task_.fixed_step >= task_.steps)) return kStepRange;
+    if (!task_.step && task_.steps && (task_.fixed_step < 0 || task_.fixed_step >= task_.steps))
+      return kStepRange;
     Device device{device_.id, nullptr};
     if (g_bindings.torch->current_stream(dlpack::kCuda, device_.id, &device.stream) != 0)
       throw py::error_already_set();
@@ -145,14 +151,17 @@ class Call {
     auto allocate = [](void* opaque, int64_t bytes) -> void* {
       auto* context = static_cast<Context*>(opaque);
       int64_t doubles = (bytes + 7) / 8;
-      dlpack::Tensor prototype{nullptr, {dlpack::kCuda, context->device}, 1, {dlpack::kFloat, 64, 1},
-                               &doubles, nullptr, 0};
+      dlpack::Tensor prototype{
+          nullptr, {dlpack::kCuda, context->device}, 1, {dlpack::kFloat, 64, 1}, &doubles, nullptr,
+          0};
       auto ignore = [](void*, const char*, const char*) {};
-      if (g_bindings.torch->allocate(&prototype, context->workspace, nullptr, ignore) != 0) return nullptr;
+      if (g_bindings.torch->allocate(&prototype, context->workspace, nullptr, ignore) != 0)
+        return nullptr;
       return (*context->workspace)->tensor.data;
     };
     const char* error = run_on_cuda(op, dtype_, task_, device, allocate, &context);
-    // The launches are on the stream the allocator knows, so freeing now only lets later work on it reuse the memory.
+    // The launches are on the stream the allocator knows, so freeing now only lets later work on it
+    // reuse the memory.
     if (workspace && workspace->deleter) workspace->deleter(workspace);
     if (error) throw std::runtime_error(std::string("diffcore: ") + info_->name + ": " + error);
     return kDone;
@@ -171,7 +180,8 @@ class Call {
       dlpack::Tensor x;
       borrow(item.ptr(), &x);
       Dtype dtype = dtype_of(x.dtype);
-      if ((dtype != kF32 && dtype != kF64) || !same_device(x, first) || x.ndim > 2) return kBadArguments;
+      if ((dtype != kF32 && dtype != kF64) || !same_device(x, first) || x.ndim > 2)
+        return kBadArguments;
       int columns = x.ndim == 2 ? int(x.shape[1]) : 1;
       if ((!x.data && count(x)) || n + columns > info_->n_coef) return kBadArguments;
       bool by_step = x.ndim == 2 && !step.is_none();
@@ -207,7 +217,8 @@ class Call {
     }
     dlpack::Tensor x;
     borrow(step.ptr(), &x);
-    bool is_integer = x.dtype.code == dlpack::kInt && x.dtype.lanes == 1 && (x.dtype.bits == 64 || x.dtype.bits == 32);
+    bool is_integer = x.dtype.code == dlpack::kInt && x.dtype.lanes == 1 &&
+                      (x.dtype.bits == 64 || x.dtype.bits == 32);
     if (!is_integer || !same_device(x, first) || x.ndim > 1) return kBadArguments;
     int64_t length = x.ndim ? x.shape[0] : 1;
     if (length != 1 && length != rows_) return kBadArguments;
@@ -226,7 +237,8 @@ class Call {
     for (int k = 0; k < info_->n_in + maps; ++k) {
       dlpack::Tensor x = first;
       if (k != 0) borrow(k < info_->n_in ? ins[k].ptr() : outs[k - info_->n_in].ptr(), &x);
-      if (dtype_of(x.dtype) != dtype_ || !same_device(x, first) || !same_shape(x, first)) return kBadArguments;
+      if (dtype_of(x.dtype) != dtype_ || !same_device(x, first) || !same_shape(x, first))
+        return kBadArguments;
       if (!x.data && elements_) return kBadArguments;
       if (k != 0 && elements_ && !same_strides(x, first)) return kLayout;
       if (k < info_->n_in)
@@ -252,7 +264,8 @@ class Call {
     for (int k = 0; k < info_->n_sum; ++k) {
       dlpack::Tensor x;
       borrow(outs[info_->n_out + k].ptr(), &x);
-      if (dtype_of(x.dtype) != compute || !same_device(x, first) || count(x) != task_.rows || !contiguous(x))
+      if (dtype_of(x.dtype) != compute || !same_device(x, first) || count(x) != task_.rows ||
+          !contiguous(x))
         return kBadArguments;
       if (!x.data && task_.rows) return kBadArguments;
       task_.sum[k] = x.data;
@@ -305,8 +318,8 @@ py::dict build_info() {
 PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   using namespace diffcore;
   m.def("connect", &connect, py::arg("exchange_api"));
-  m.def("call", &diffcore::call, py::arg("op"), py::arg("outs"), py::arg("ins"), py::arg("coefs"), py::arg("step"),
-        py::arg("whole"));
+  m.def("call", &diffcore::call, py::arg("op"), py::arg("outs"), py::arg("ins"), py::arg("coefs"),
+        py::arg("step"), py::arg("whole"));
   m.def("op_table", [] {
     py::list table;
     for (int i = 0; i < AllOps::size; ++i) {

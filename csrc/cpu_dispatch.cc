@@ -1,5 +1,5 @@
-// Chooses the instruction set once, and cuts a call into units shared among the threads of the OpenMP runtime that
-// torch has loaded (so torch.set_num_threads is obeyed).
+// Chooses the instruction set once, and cuts a call into units shared among the threads of the
+// OpenMP runtime that torch has loaded (so torch.set_num_threads is obeyed).
 #include <omp.h>
 
 #include <cstdlib>
@@ -17,8 +17,9 @@ struct Isa {
 };
 
 bool has_v3() {  // every feature of -march=x86-64-v3
-  return __builtin_cpu_supports("avx") && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi") &&
-         __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("f16c") && __builtin_cpu_supports("fma") &&
+  return __builtin_cpu_supports("avx") && __builtin_cpu_supports("avx2") &&
+         __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2") &&
+         __builtin_cpu_supports("f16c") && __builtin_cpu_supports("fma") &&
          __builtin_cpu_supports("lzcnt") && __builtin_cpu_supports("movbe");
 }
 bool has_v4() {
@@ -29,7 +30,9 @@ bool has_v4() {
 
 Isa choose_isa() {
   const char* forced = std::getenv("DIFFCORE_ISA");
-  auto allowed = [&](const char* name) { return !forced || !*forced || !std::strcmp(forced, name); };
+  auto allowed = [&](const char* name) {
+    return !forced || !*forced || !std::strcmp(forced, name);
+  };
   if (has_v4() && allowed("v4")) return {"v4", v4::cpu_kernels()};
   if (has_v3() && allowed("v3")) return {"v3", v3::cpu_kernels()};
   return {"v2", v2::cpu_kernels()};
@@ -40,8 +43,9 @@ const Isa& isa() {
   return chosen;
 }
 
-constexpr int64_t kChunk = 8192;             // columns of a unit
-constexpr int64_t kParallelFrom = 32 * 1024;  // elements; below, starting threads costs more than it saves
+constexpr int64_t kChunk = 8192;  // columns of a unit
+constexpr int64_t kParallelFrom =
+    32 * 1024;  // elements; below, starting threads costs more than it saves
 
 bool steps_in_range(const Task& task) {
   if (!task.steps) return true;

@@ -1,6 +1,6 @@
-// The kernels of one instruction set. Compiled three times, with DIFFCORE_ISA_NAMESPACE = v2, v3, v4 and the matching
-// -march. Includes core/, ops/ and drivers/ only: an inline function of a common header compiled here for a newer
-// processor could be the copy the linker keeps for all.
+// The kernels of one instruction set. Compiled three times, with DIFFCORE_ISA_NAMESPACE = v2, v3,
+// v4 and the matching -march. Includes core/, ops/ and drivers/ only: an inline function of a
+// common header compiled here for a newer processor could be the copy the linker keeps for all.
 #include "drivers/cpu.h"
 #include "kernel_table.h"
 #include "ops/all.h"

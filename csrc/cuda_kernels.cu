@@ -1,5 +1,5 @@
-// The CUDA kernels of every op and storage type, and the few questions asked of the CUDA runtime. cudart is linked
-// statically: the module imports on a machine with neither GPU nor driver.
+// The CUDA kernels of every op and storage type, and the few questions asked of the CUDA runtime.
+// cudart is linked statically: the module imports on a machine with neither GPU nor driver.
 #include "drivers/cuda.cuh"
 #include "kernel_table.h"
 #include "ops/all.h"
@@ -82,7 +82,8 @@ int cuda_driver_version() {
   return cudaDriverGetVersion(&version) == cudaSuccess ? version : 0;
 }
 
-const char* run_on_cuda(int op, Dtype dtype, Task& task, Device device, Allocate allocate, void* context) {
+const char* run_on_cuda(int op, Dtype dtype, Task& task, Device device, Allocate allocate,
+                        void* context) {
   DeviceGuard guard(device.id);
   if (guard.error()) return guard.error();
   const CudaKernel& kernel = Kernels::rows[op].by_dtype[dtype];

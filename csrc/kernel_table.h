@@ -1,4 +1,5 @@
-// The tables through which the binding reaches the kernels, one row per op and one column per storage type.
+// The tables through which the binding reaches the kernels, one row per op and one column per
+// storage type.
 #pragma once
 
 #include "core/task.h"
@@ -28,7 +29,8 @@ struct OpInfo {
 
 // cpu_dispatch.cc
 const char* cpu_isa();
-bool run_on_cpu(int op, Dtype dtype, Task& task);  // false: a step is out of range, nothing was done
+bool run_on_cpu(int op, Dtype dtype,
+                Task& task);  // false: a step is out of range, nothing was done
 int cpu_threads();
 
 // cuda_kernels.cu, or its stand-in in a build without CUDA
@@ -41,7 +43,8 @@ bool cuda_built();
 const char* cuda_architectures();
 int cuda_device_count();
 int cuda_driver_version();
-const char* run_on_cuda(int op, Dtype dtype, Task& task, Device device, Allocate allocate, void* context);
+const char* run_on_cuda(int op, Dtype dtype, Task& task, Device device, Allocate allocate,
+                        void* context);
 const char* load_cuda_kernels(int device);
 
 }  // namespace diffcore

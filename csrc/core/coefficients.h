@@ -6,8 +6,8 @@
 
 DC_KERNEL_NAMESPACE_BEGIN
 
-// The step of a row. Out-of-range steps are refused before the launch on the CPU; on CUDA the host cannot see them
-// without waiting for the device, so they are clamped: never a wild read.
+// The step of a row. Out-of-range steps are refused before the launch on the CPU; on CUDA the host
+// cannot see them without waiting for the device, so they are clamped: never a wild read.
 DC_HD int64_t step_of(const Task& task, int64_t row) {
   if (!task.step) return task.fixed_step;
   int64_t at = row * task.step_stride;
@@ -20,7 +20,8 @@ template <class R>
 DC_HD R load_coef(const Coef& coef, int64_t row, int64_t step) {
   if (!coef.data) return R(coef.value);
   int64_t at = (coef.by_step ? step : row) * coef.stride;
-  return coef.is_double ? R(static_cast<const double*>(coef.data)[at]) : R(static_cast<const float*>(coef.data)[at]);
+  return coef.is_double ? R(static_cast<const double*>(coef.data)[at])
+                        : R(static_cast<const float*>(coef.data)[at]);
 }
 
 template <int kCoefs, class R>

@@ -1,5 +1,6 @@
 // The part of the DLPack 1.3 C ABI that reads a torch tensor, declared from the specification
-// (https://dmlc.github.io/dlpack/latest/c_api.html). No header of torch or of DLPack is needed to build.
+// (https://dmlc.github.io/dlpack/latest/c_api.html). No header of torch or of DLPack is needed to
+// build.
 #pragma once
 
 #include <stddef.h>
@@ -52,7 +53,8 @@ struct ExchangeApi {
 };
 
 static_assert(sizeof(void*) == 8, "the layout below is that of a 64-bit platform");
-static_assert(sizeof(Tensor) == 48 && offsetof(Tensor, shape) == 24 && offsetof(Tensor, byte_offset) == 40);
+static_assert(sizeof(Tensor) == 48 && offsetof(Tensor, shape) == 24 &&
+              offsetof(Tensor, byte_offset) == 40);
 static_assert(sizeof(ManagedTensor) == 80 && offsetof(ManagedTensor, tensor) == 32);
 static_assert(sizeof(ExchangeApi) == 56 && offsetof(ExchangeApi, borrow) == 40);
 

@@ -11,8 +11,8 @@
 #define DC_UNROLL _Pragma("GCC unroll 32")
 #endif
 
-// CPU kernels are compiled once per instruction set, each in a namespace of its own: no symbol compiled for a newer
-// processor may be picked by the linker for an older one.
+// CPU kernels are compiled once per instruction set, each in a namespace of its own: no symbol
+// compiled for a newer processor may be picked by the linker for an older one.
 #ifdef DIFFCORE_ISA_NAMESPACE
 #define DC_KERNEL_NAMESPACE_BEGIN namespace diffcore::DIFFCORE_ISA_NAMESPACE {
 #else

@@ -33,13 +33,14 @@ DC_HD R clamp(R x, R lo, R hi) {
 }
 
 // e^x to 1 ulp over the whole range, infinities, NaN and subnormal results included.
-// x = n ln 2 + r; e^r = 1 + r + r² q(r), q a minimax polynomial (relative error 3.1e-9 on |r| <= ln 2 / 2); 2^n is
-// applied in two factors, so that neither overflows where the result does not.
+// x = n ln 2 + r; e^r = 1 + r + r² q(r), q a minimax polynomial (relative error 3.1e-9 on |r| <= ln
+// 2 / 2); 2^n is applied in two factors, so that neither overflows where the result does not.
 DC_HD float exp(float x) {
 #ifdef __CUDA_ARCH__
   return ::expf(x);
 #else
-  constexpr float kRound = 0x1.8p23f;  // adding it rounds to an integer and leaves that integer in the low bits
+  constexpr float kRound =
+      0x1.8p23f;  // adding it rounds to an integer and leaves that integer in the low bits
   float bounded = clamp(x, -110.0f, 100.0f);
   float shifted = mul_add(bounded, 0x1.715476p+0f, kRound);
   float n = shifted - kRound;
@@ -65,8 +66,8 @@ DC_HD double exp(double x) {
 #endif
 }
 
-// expm1(d) - d and expm1(d), together. For |d| < 1 the Taylor series d² (1/2! + d/3! + d²/4! + ...), because there
-// e^d - 1 - d cancels.
+// expm1(d) - d and expm1(d), together. For |d| < 1 the Taylor series d² (1/2! + d/3! + d²/4! +
+// ...), because there e^d - 1 - d cancels.
 template <class R>
 struct Expm1 {
   R minus_d;  // expm1(d) - d
@@ -74,7 +75,8 @@ struct Expm1 {
 };
 template <class R>
 DC_HD Expm1<R> expm1_of(R d) {
-  constexpr int kTerms = sizeof(R) == 8 ? 18 : 10;  // the first term left out is below half an ulp at |d| = 1
+  constexpr int kTerms =
+      sizeof(R) == 8 ? 18 : 10;  // the first term left out is below half an ulp at |d| = 1
   R series = R(0);
   double factorial = 1;
   for (int k = 2; k < kTerms + 2; ++k) factorial *= k;

@@ -1,4 +1,5 @@
-// Storage types and the type in which each is computed: float for f32, bf16 and f16; double for f64.
+// Storage types and the type in which each is computed: float for f32, bf16 and f16; double for
+// f64.
 #pragma once
 
 #include "core/macros.h"
@@ -45,8 +46,9 @@ DC_HD float load_value(F16 x) {
 #ifdef __CUDA_ARCH__
   return __half2float(bit_cast<__half>(x.bits));
 #else
-  // Shift the fields into place and let one exact multiplication move the exponent; subnormals come out right too.
-  // Branch-free integer code, because a conversion instruction the compiler does not vectorise would stop the loop.
+  // Shift the fields into place and let one exact multiplication move the exponent; subnormals come
+  // out right too. Branch-free integer code, because a conversion instruction the compiler does not
+  // vectorise would stop the loop.
   uint32_t sign = uint32_t(x.bits & 0x8000u) << 16;
   uint32_t magnitude = uint32_t(x.bits & 0x7fffu) << 13;
   uint32_t finite = bit_cast<uint32_t>(bit_cast<float>(magnitude) * 0x1p112f);
@@ -90,9 +92,11 @@ struct Store<F16> {  // round to nearest, ties to even
     uint32_t u = bit_cast<uint32_t>(x);
     uint32_t sign = (u >> 16) & 0x8000u;
     uint32_t magnitude = u & 0x7fffffffu;
-    // Normal halves: round on the integer. The addition carries into the exponent, up to infinity, by itself.
+    // Normal halves: round on the integer. The addition carries into the exponent, up to infinity,
+    // by itself.
     uint32_t normal = (magnitude + 0xfffu + ((magnitude >> 13) & 1u) - 0x38000000u) >> 13;
-    // Subnormal halves: adding 0.5 leaves the right multiple of 2^-24, rounded by the hardware, in the low bits.
+    // Subnormal halves: adding 0.5 leaves the right multiple of 2^-24, rounded by the hardware, in
+    // the low bits.
     uint32_t subnormal = bit_cast<uint32_t>(bit_cast<float>(magnitude) + 0.5f) - 0x3f000000u;
     uint32_t half = magnitude < 0x38800000u ? subnormal : normal;
     half = magnitude >= 0x477ff000u ? 0x7c00u : half;  // 65520 and above round to infinity

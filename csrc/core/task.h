@@ -1,5 +1,5 @@
-// What a call hands to a kernel: pointers, sizes and where each coefficient comes from. Plain data, shared by both
-// backends; on CUDA it is the kernel's parameter.
+// What a call hands to a kernel: pointers, sizes and where each coefficient comes from. Plain data,
+// shared by both backends; on CUDA it is the kernel's parameter.
 #pragma once
 
 #include <stdint.h>
@@ -33,7 +33,8 @@ struct Task {
   int64_t steps = 0;  // length of the coefficient table
   int64_t rows = 0;
   int64_t cols = 0;
-  int64_t chunk = 1;           // columns handled as one unit; sums are formed per chunk, so it fixes their order
+  int64_t chunk =
+      1;  // columns handled as one unit; sums are formed per chunk, so it fixes their order
   int64_t chunks = 1;          // per row
   double* partials = nullptr;  // [n_sum, rows, chunks] when chunks > 1
 };

@@ -1,7 +1,8 @@
 // The CPU loop: every functor, every storage type, the instruction set this unit is compiled for.
 //
-// A call is cut into units of (row, chunk of columns). Sums are formed in kLanes float accumulators per unit, folded by
-// a fixed tree and combined in double, so the result does not depend on threads or on the width of the vectors.
+// A call is cut into units of (row, chunk of columns). Sums are formed in kLanes float accumulators
+// per unit, folded by a fixed tree and combined in double, so the result does not depend on threads
+// or on the width of the vectors.
 #pragma once
 
 #if defined(__F16C__)

@@ -1,6 +1,7 @@
-// The CUDA loop: every functor, every storage type. A block covers kThreads / threads_x rows; a thread reads kUnroll
-// packs of 16 bytes of each input before it computes. Sums are folded by a fixed tree in the block, and blocks of
-// one row are combined in double by a second kernel: no atomics, the same bits every run.
+// The CUDA loop: every functor, every storage type. A block covers kThreads / threads_x rows; a
+// thread reads kUnroll packs of 16 bytes of each input before it computes. Sums are folded by a
+// fixed tree in the block, and blocks of one row are combined in double by a second kernel: no
+// atomics, the same bits every run.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -13,12 +14,13 @@ namespace diffcore {
 
 constexpr int kThreads = 256;
 
-// Packs of each input a thread has in flight at once. Many inputs fill the memory pipe by themselves, and fewer registers
-// mean more threads to hide its latency.
+// Packs of each input a thread has in flight at once. Many inputs fill the memory pipe by
+// themselves, and fewer registers mean more threads to hide its latency.
 template <class Op>
 constexpr int kUnroll = Op::n_in <= 2 ? 2 : 1;
 template <class S>
-constexpr int kBlocksPerSm = sizeof(S) == 8 ? 2 : 4;  // bounds the registers: 64 a thread, 128 in double
+constexpr int kBlocksPerSm =
+    sizeof(S) == 8 ? 2 : 4;  // bounds the registers: 64 a thread, 128 in double
 
 // How the blocks lie over [rows, cols].
 struct Shape {
@@ -38,7 +40,8 @@ __device__ __forceinline__ void share_coefs(const Task& task, int64_t row, int t
   if (kCoefs > 1 && threads_x >= 32) {
     const int lane = threadIdx.x % 32;
     R mine = R(0);
-    if (lane < kCoefs) mine = load_coef<R>(task.coef[lane], row, task.steps ? step_of(task, row) : 0);
+    if (lane < kCoefs)
+      mine = load_coef<R>(task.coef[lane], row, task.steps ? step_of(task, row) : 0);
     DC_UNROLL
     for (int k = 0; k < kCoefs; ++k) c[k] = __shfl_sync(~0u, mine, k);
   } else {
@@ -67,8 +70,8 @@ struct Elements {
     for (int k = 0; k < kSum; ++k) sums[k] += y[kOut + k];
   }
 
-  // kU packs of N elements, threads_x packs apart; `base` is where the row begins. `meanwhile` runs while the loads are
-  // on their way.
+  // kU packs of N elements, threads_x packs apart; `base` is where the row begins. `meanwhile` runs
+  // while the loads are on their way.
   template <int N, class Meanwhile>
   __device__ __forceinline__ void packs(int64_t base, int64_t first, int64_t count, int threads_x,
                                         Meanwhile meanwhile) const {
@@ -79,7 +82,8 @@ struct Elements {
       if (p < count) {
         DC_UNROLL
         for (int k = 0; k < kIn; ++k)
-          in[u][k] = reinterpret_cast<const Pack<S, N>*>(static_cast<const S*>(task.in[k]) + base)[p];
+          in[u][k] =
+              reinterpret_cast<const Pack<S, N>*>(static_cast<const S*>(task.in[k]) + base)[p];
       }
     }
     meanwhile();
@@ -119,7 +123,8 @@ template <class T>
 __device__ __forceinline__ T row_sum(T value, int threads_x, int x) {
   __shared__ T by_warp[kThreads / 32];
   const int width = threads_x < 32 ? threads_x : 32;
-  for (int offset = width / 2; offset > 0; offset /= 2) value += __shfl_down_sync(~0u, value, offset, width);
+  for (int offset = width / 2; offset > 0; offset /= 2)
+    value += __shfl_down_sync(~0u, value, offset, width);
   if (threads_x > 32) {
     const int warp = threadIdx.x / 32;
     __syncthreads();  // an earlier use of by_warp has been read
@@ -132,8 +137,8 @@ __device__ __forceinline__ T row_sum(T value, int threads_x, int x) {
 }
 
 template <class Op, class S>
-__global__ void __launch_bounds__(kThreads, kBlocksPerSm<S>) op_kernel(const __grid_constant__ Task task,
-                                                                       const Shape shape) {
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm<S>)
+    op_kernel(const __grid_constant__ Task task, const Shape shape) {
   using R = Compute<S>;
   constexpr int kPack = 16 / sizeof(S);
   const int x = threadIdx.x % shape.threads_x, y = threadIdx.x / shape.threads_x;
@@ -158,7 +163,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm<S>) op_kernel(const __g
     } else {
       load_c();
     }
-    // One by one: everything when unaligned, else what is left behind the last whole pack, by the last block.
+    // One by one: everything when unaligned, else what is left behind the last whole pack, by the
+    // last block.
     if (!shape.packed || blockIdx.x == gridDim.x - 1) {
       const int64_t begin = shape.packed ? packs * kPack : int64_t(blockIdx.x) * task.chunk;
       const int64_t end = begin + task.chunk < task.cols ? begin + task.chunk : task.cols;
@@ -174,7 +180,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm<S>) op_kernel(const __g
         if (task.chunks > 1)
           task.partials[(k * task.rows + row) * task.chunks + blockIdx.x] = double(total);
         else
-          static_cast<R*>(task.sum[k])[row] = R(double(total) * double(Op::template sum_scale<R>(c)));
+          static_cast<R*>(task.sum[k])[row] =
+              R(double(total) * double(Op::template sum_scale<R>(c)));
       }
     }
   }
@@ -211,33 +218,42 @@ struct CudaLaunch {
     return low % 16 == 0;
   }
 
-  // Queues the work on the stream. `workspace(bytes)` gives memory ordered on that stream; null: none could be had.
+  // Queues the work on the stream. `workspace(bytes)` gives memory ordered on that stream; null:
+  // none could be had.
   template <class Workspace>
   static const char* run(Task& task, cudaStream_t stream, Workspace workspace) {
     Shape shape{1, 1, aligned(task)};
     const int64_t threads = (task.cols + kPack - 1) / kPack;
     while (shape.threads_x < kThreads && shape.threads_x < threads) shape.threads_x *= 2;
     const int64_t per_turn = int64_t(kUnroll<Op>) * kPack * shape.threads_x;
-    // Sums: one block a row where eight turns suffice, else enough blocks to fill the device without leaving many
-    // partial results. The choice depends on the row's length alone, so the result does not depend on the device.
+    // Sums: one block a row where eight turns suffice, else enough blocks to fill the device
+    // without leaving many partial results. The choice depends on the row's length alone, so the
+    // result does not depend on the device.
     const int64_t turns = (task.cols + per_turn - 1) / per_turn;
-    if (Op::n_sum > 0) shape.turns = turns <= 1 ? 1 : turns <= 8 ? int(turns) : task.cols < (int64_t(1) << 20) ? 2 : 8;
+    if (Op::n_sum > 0)
+      shape.turns = turns <= 1                       ? 1
+                    : turns <= 8                     ? int(turns)
+                    : task.cols < (int64_t(1) << 20) ? 2
+                                                     : 8;
     const int64_t rows_per_block = kThreads / shape.threads_x;
     const int64_t blocks_y = (task.rows + rows_per_block - 1) / rows_per_block;
     task.chunk = per_turn * shape.turns;
     task.chunks = task.cols ? (task.cols + task.chunk - 1) / task.chunk : 1;
     if (task.chunks > INT32_MAX) return "too many elements for one launch";
     if (Op::n_sum > 0 && task.chunks > 1) {
-      task.partials = static_cast<double*>(workspace(int64_t(sizeof(double)) * Op::n_sum * task.rows * task.chunks));
+      task.partials = static_cast<double*>(
+          workspace(int64_t(sizeof(double)) * Op::n_sum * task.rows * task.chunks));
       if (!task.partials) return "out of memory for the partial sums";
     }
     constexpr int64_t kMaxGridY = 65535;
     const int64_t grid_y = blocks_y < kMaxGridY ? blocks_y : kMaxGridY;
-    const dim3 grid(unsigned(task.chunks), unsigned(grid_y), unsigned((blocks_y + grid_y - 1) / grid_y));
+    const dim3 grid(unsigned(task.chunks), unsigned(grid_y),
+                    unsigned((blocks_y + grid_y - 1) / grid_y));
     op_kernel<Op, S><<<grid, kThreads, 0, stream>>>(task, shape);
     if constexpr (Op::n_sum > 0) {
       if (task.chunks > 1)
-        finish_kernel<Op, S><<<unsigned(task.rows < 65535 ? task.rows : 65535), kThreads, 0, stream>>>(task);
+        finish_kernel<Op, S>
+            <<<unsigned(task.rows < 65535 ? task.rows : 65535), kThreads, 0, stream>>>(task);
     }
     const cudaError_t error = cudaGetLastError();
     return error == cudaSuccess ? nullptr : cudaGetErrorString(error);

@@ -14,16 +14,17 @@ struct OpList {
 };
 
 using AllOps =
-    OpList<Scale, LinearCombination,                                             // linear.h
-           ReverseStep, ReverseStepNoise, ReverseStepGuided, ReverseStepGuidedNoise,  // reverse_step.h
-           ReverseStepBackward, ReverseStepGuidedBackward,                       //
-           NormalKl, NormalKlSum, NormalKlBackward, NormalKlBackwardFirst,       // gaussian.h
+    OpList<Scale, LinearCombination,  // linear.h
+           ReverseStep, ReverseStepNoise, ReverseStepGuided,
+           ReverseStepGuidedNoise,                                          // reverse_step.h
+           ReverseStepBackward, ReverseStepGuidedBackward,                  //
+           NormalKl, NormalKlSum, NormalKlBackward, NormalKlBackwardFirst,  // gaussian.h
            NormalKlBackwardSecond, NormalKlSumBackward, NormalKlSumBackwardFirst,
-           NormalKlSumBackwardSecond,                                            //
-           StandardNormalKl, StandardNormalKlSum, StandardNormalKlBackward,      //
-           StandardNormalKlSumBackward,                                          //
+           NormalKlSumBackwardSecond,                                        //
+           StandardNormalKl, StandardNormalKlSum, StandardNormalKlBackward,  //
+           StandardNormalKlSumBackward,                                      //
            GaussianNll, GaussianNllSum, GaussianNllBackward, GaussianNllBackwardParameters,
-           GaussianNllSumBackward, GaussianNllSumBackwardParameters,             //
+           GaussianNllSumBackward, GaussianNllSumBackwardParameters,  //
            Reparameterize, ReparameterizeBackward, ReparameterizeKl, ReparameterizeKlBackward,
            TargetLoss, TargetLossBackward, MixedTargetLoss, MixedTargetLossBackward>;  // loss.h
 

@@ -1,11 +1,13 @@
-// Diagonal Gaussians in (mean, log-variance): KL, negative log-likelihood, reparameterisation. Nats.
+// Diagonal Gaussians in (mean, log-variance): KL, negative log-likelihood, reparameterisation.
+// Nats.
 #pragma once
 
 #include "core/math.h"
 
 DC_KERNEL_NAMESPACE_BEGIN
 
-// A term summed over each row: the same inputs, one sum in place of the output, times the coefficient `scale`.
+// A term summed over each row: the same inputs, one sum in place of the output, times the
+// coefficient `scale`.
 template <class Term>
 struct SumOf {
   static constexpr int n_in = Term::n_in, n_out = 0, n_sum = 1, n_coef = 1;
@@ -41,7 +43,8 @@ struct SumGradient {
 // KL(N1 || N2) = ½ [ expm1(d) - d + (mean1 - mean2)² e^{-logvar2} ],  d = logvar1 - logvar2
 struct NormalKl {
   static constexpr const char* name = "normal_kl";
-  static constexpr int n_in = 4, n_out = 1, n_sum = 0, n_coef = 0;  // mean1, logvar1, mean2, logvar2
+  static constexpr int n_in = 4, n_out = 1, n_sum = 0,
+                       n_coef = 0;  // mean1, logvar1, mean2, logvar2
   template <class R>
   DC_HD static void apply(const R*, const R* x, R* y) {
     R delta = x[0] - x[2];
@@ -191,7 +194,8 @@ struct ReparameterizeKl {
     return R(1);
   }
 };
-struct ReparameterizeKlBackward {  // inputs: mean, logvar, ε, g_z; coefficient: g_kl; outputs: dmean, dlogvar
+struct ReparameterizeKlBackward {  // inputs: mean, logvar, ε, g_z; coefficient: g_kl; outputs:
+                                   // dmean, dlogvar
   static constexpr const char* name = "reparameterize_kl_backward";
   static constexpr int n_in = 4, n_out = 2, n_sum = 0, n_coef = 1;
   template <class R>

@@ -1,4 +1,5 @@
-// Denoising losses: weighted squared error to a target, summed over each row and scaled by weight / n.
+// Denoising losses: weighted squared error to a target, summed over each row and scaled by weight /
+// n.
 #pragma once
 
 #include "core/math.h"
@@ -45,7 +46,8 @@ struct MixedTargetLoss {  // the target is a x_0 + b ε
 };
 struct MixedTargetLossBackward {
   static constexpr const char* name = "mixed_target_loss_backward";
-  static constexpr int n_in = 3, n_out = 1, n_sum = 0, n_coef = 5;  // m, x_0, ε; weight, 1/n, a, b, g
+  static constexpr int n_in = 3, n_out = 1, n_sum = 0,
+                       n_coef = 5;  // m, x_0, ε; weight, 1/n, a, b, g
   template <class R>
   DC_HD static void apply(const R* c, const R* x, R* y) {
     y[0] = R(2) * c[4] * c[0] * c[1] * MixedTargetLoss::error(c, x);

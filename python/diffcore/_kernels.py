@@ -53,8 +53,9 @@ LINEAR_COMBINATION = Kernel(
 def _step_kernel(name: str, guided: bool, noisy: bool) -> Kernel:
     def plain(*args: Any) -> Tensor:
         tensors, coefs = args[: 2 + guided + noisy], args[2 + guided + noisy :]
-        noise = tensors[-1] if noisy else None
-        return reference.reverse_step(*tensors[:2], noise, tensors[2] if guided else None, *coefs)
+        x, m, *rest = tensors
+        noise, uncond = rest[-1] if noisy else None, rest[0] if guided else None
+        return reference.reverse_step(x, m, noise, uncond, *coefs)
 
     def backward(
         inputs: Tensors, coefs: Coefs, step: Step, whole: bool, grads: Grads, needs: Needs

@@ -106,7 +106,9 @@ def _run(
                 raise ValueError(
                     "out=: an input requires grad; write to out= under torch.no_grad()"
                 )
-            return _Function.apply(kernel, coefs, step, whole, *inputs)
+            return _Function.apply(  # type: ignore[no-untyped-call]
+                kernel, coefs, step, whole, *inputs
+            )
     return _direct(kernel, inputs, coefs, step, whole, out)
 
 
@@ -249,7 +251,7 @@ class _Function(torch.autograd.Function):
     """The lean autograd node of every kernel, for plain eager calls."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, kernel: Kernel, coefs: tuple[Coef, ...], step: Step, whole: bool, *inputs: Tensor
     ) -> Any:
         ctx.call = (kernel, coefs, step, whole)
@@ -337,8 +339,9 @@ def _pack(
 ) -> tuple[list[Tensor | None], list[float], Tensor | None, int]:
     tensors = [c if isinstance(c, Tensor) else None for c in coefs]
     numbers = [0.0 if isinstance(c, Tensor) else c for c in coefs]
-    at = step if isinstance(step, Tensor) else None
-    return tensors, numbers, at, -1 if step is None or at is not None else step
+    if isinstance(step, Tensor):
+        return tensors, numbers, step, -1
+    return tensors, numbers, None, -1 if step is None else step
 
 
 def _unpack(
