@@ -52,6 +52,12 @@ $(VENV)/.requirements: requirements-dev.txt constraints-dev.txt | $(VENV)/bin/py
 	$(PIP_INSTALL) -r requirements-dev.txt
 	@touch $@
 
+# An editable install finds modules by a list made when it was installed, so a new or moved one calls for another.
+.PHONY: modules
+modules:
+$(VENV)/.modules: modules | $(VENV)/bin/python
+	@find python -name '*.py' | sort | cmp -s - $@ || find python -name '*.py' | sort > $@
+
 define CHECK_TOOLCHAIN
 command -v "$${CXX:-c++}" >/dev/null || \
   { echo "no C++ compiler found. On Debian and Ubuntu: apt-get install g++" >&2; exit 1; }; \
@@ -60,7 +66,7 @@ $(PY) -c 'import os, sysconfig; open(os.path.join(sysconfig.get_path("include"),
 endef
 
 # Editable, so Python edits need no install; with a build folder that stays, so only changed C++ and CUDA files are compiled.
-$(VENV)/.installed: $(NATIVE_SOURCES) $(VENV)/.requirements
+$(VENV)/.installed: $(NATIVE_SOURCES) $(VENV)/.requirements $(VENV)/.modules
 	@$(CHECK_TOOLCHAIN)
 	PATH="$(abspath $(VENV))/bin:$$PATH" DIFFCORE_CUDA_ARCHS='$(DEV_CUDA_ARCHS)' \
 	  $(PIP_INSTALL) --no-build-isolation -Cbuild-dir=$(BUILD_DIR) -e '.[cli,demo,test,bench]'

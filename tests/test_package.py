@@ -146,11 +146,11 @@ def test_import_does_not_start_cuda() -> None:
     assert out.strip() == "False"
 
 
-def test_every_public_name_exists_and_is_documented() -> None:
-    for name in diffcore.__all__:
-        value = getattr(diffcore, name)
-        if callable(value):
-            assert value.__doc__, f"diffcore.{name} has no docstring"
+def test_every_public_name_is_documented() -> None:
+    public = {name: value for name, value in vars(diffcore).items() if not name.startswith("_")}
+    functions = {name: value for name, value in public.items() if callable(value)}
+    assert len(functions) > 20
+    assert [name for name, value in functions.items() if not value.__doc__] == []
 
 
 def test_version_is_that_of_the_distribution() -> None:
