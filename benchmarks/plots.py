@@ -29,7 +29,7 @@ from benchmarks.machine import RESULTS, ROOT
 from benchmarks.tables import newest
 
 OURS, COMPILED, ROOF, INK = "#1f6feb", "#b8c0cc", "#d1242f", "#24292f"
-BAR = 0.36
+BAR, RIGHT = 0.36, 1.25
 
 
 def draw(results: Mapping[str, Any], path: Path) -> None:
@@ -50,10 +50,11 @@ def draw(results: Mapping[str, Any], path: Path) -> None:
     for ax, mode, panel in zip(axes, MODES, panels, strict=True):
         _panel(ax, mode, panel)
     handles, labels = axes[0].get_legend_handles_labels()
+    handles, labels = [*handles[1:], handles[0]], [*labels[1:], labels[0]]  # the roof comes last
     figure.legend(handles, labels, loc="lower center", ncol=len(labels), frameon=False)
     facts = section["machine"]
     what = f"{first['dtype']}, {report.times(first['shape'])}"
-    threads = f", {facts['threads']} threads" if facts["device_type"] == "cpu" else ""
+    threads = f", threads: {facts['threads']}" if facts["device_type"] == "cpu" else ""
     figure.suptitle(
         f"Time relative to eager PyTorch (= 1): {facts['device']}{threads}, {what}",
         x=0.01,
@@ -68,36 +69,27 @@ def draw(results: Mapping[str, Any], path: Path) -> None:
 
 
 def _panel(ax: Axes, mode: str, rows: Sequence[Mapping[str, Any]]) -> None:
-    places = list(range(len(rows)))
-    relative = {
-        name: [
-            r["ns_per_element"].get(name, float("nan")) / r["ns_per_element"]["eager"] for r in rows
-        ]
-        for name in ("diffcore", "compile", "copy")
-    }
-    with_compile = any(x == x for x in relative["compile"])
-    ours = [p - BAR / 2 if with_compile else p for p in places]
-    ax.barh(ours, relative["diffcore"], BAR, color=OURS, label="diffcore")
-    if with_compile:
-        compiled = [p + BAR / 2 for p in places]
-        ax.barh(compiled, relative["compile"], BAR, color=COMPILED, label="torch.compile")
-    ax.scatter(
-        relative["copy"],
-        places,
-        marker="|",
-        s=230,
-        linewidths=2,
-        color=ROOF,
-        zorder=3,
-        label="a copy of the same bytes (the roof)",
-    )
-    for y, r, x in zip(ours, rows, relative["diffcore"], strict=True):
-        right = min(max(x, r["ns_per_element"]["copy"] / r["ns_per_element"]["eager"]), 1.06)
-        ax.text(right + 0.015, y, f"{r['times_eager']:.1f}×", va="center", fontsize=8, color=INK)
+    places = range(len(rows))
+    times = [r["ns_per_element"] for r in rows]
+    compiled = ["compile" in t for t in times]
+    # The bar is in the middle where it is alone.
+    ours = [p - BAR / 2 if c else p for p, c in zip(places, compiled, strict=True)]
+    fused = [t["diffcore"] / t["eager"] for t in times]
+    roof = [t["copy"] / t["eager"] for t in times]
+    ax.barh(ours, fused, BAR, color=OURS, label="diffcore")
+    if any(compiled):
+        at = [p + BAR / 2 for p, c in zip(places, compiled, strict=True) if c]
+        width = [t["compile"] / t["eager"] for t in times if "compile" in t]
+        ax.barh(at, width, BAR, color=COMPILED, label="torch.compile")
+    label = "a copy of the same bytes (the roof)"
+    ax.scatter(roof, places, s=230, marker="|", linewidths=2, color=ROOF, zorder=3, label=label)
+    for y, r, end in zip(ours, rows, map(max, fused, roof), strict=True):
+        right = min(end + 0.015, RIGHT - 0.07)
+        ax.text(right, y, f"{r['times_eager']:.1f}×", va="center", fontsize=8, color=INK)
     ax.axvline(1, color=INK, linewidth=0.8, linestyle=":")
     ax.set_yticks(places, [r["op"] for r in rows], fontsize=9)
     ax.set_ylim(len(rows) - 0.4, -0.6)
-    ax.set_xlim(0, 1.15)
+    ax.set_xlim(0, RIGHT)
     ax.set_title(mode.replace("+", " + "), fontsize=10, loc="left", color=INK)
     ax.tick_params(axis="x", labelsize=8)
     ax.tick_params(axis="y", length=0)

@@ -53,7 +53,7 @@ def measured_on(section: Mapping[str, Any]) -> str:
     facts = section["machine"]
     where = [facts["device"]]
     if facts["device_type"] == "cpu":
-        where += [f"{facts['threads']} threads", f"x86-64-{facts['instruction_set']}"]
+        where += [f"threads: {facts['threads']}", f"x86-64-{facts['instruction_set']}"]
     else:
         where += [f"driver {facts['driver']}", f"CUDA {facts['cuda']}"]
     where += [f"torch {facts['torch']}", f"diffcore {facts['diffcore']}", section["date"][:10]]
