@@ -361,11 +361,12 @@ def test_loops_never_wait_for_the_gpu():
 
 
 def test_tables_made_under_inference_mode_serve_training():
-    d = GaussianDiffusion(BETAS, "v_prediction")
     x, t = torch.randn(2, 3), torch.tensor([3, 9])
     net = torch.nn.Linear(3, 3)
     with torch.inference_mode():
+        d = GaussianDiffusion(BETAS, "v_prediction")
         before = d.training_losses(lambda x, t: net(x), x, t, noise=x)["loss"].clone()
+    assert not any(table.is_inference() for table in d._tables.values())
     loss = d.training_losses(lambda x, t: net(x), x, t, noise=x)["loss"]
     loss.mean().backward()
     assert torch.equal(loss.detach(), before)
