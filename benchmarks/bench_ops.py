@@ -64,7 +64,7 @@ OPS = (
 
 SHAPES = {"cpu": ["64x3x128x128"], "cuda": ["256x3x256x256", "64x3x128x128"]}
 OVERHEAD_SHAPE = (4, 16)
-COMPILE_SECONDS = {"cpu": 900.0, "cuda": 110.0}
+COMPILE_SECONDS = {"cpu": 900.0, "cuda": 90.0}
 
 
 @dataclasses.dataclass
@@ -107,8 +107,10 @@ def time_op(
     """
     sets = input_sets(case, shape, dtype, device)
     contest = Contest(case, mode, [make_inputs(case, shape, dtype, device, i) for i in range(sets)])
-    errors = check_contest(contest, {})
     contestants = {"diffcore": contest.diffcore, "eager": contest.eager}
+    if case.out and mode == "forward":
+        contestants["out="] = contest.into()
+    errors = check_contest(contest, {name: calls[0] for name, calls in contestants.items()})
     compiled = compiler.calls(contest)
     if compiled is not None:
         contestants["compile"] = compiled
@@ -180,7 +182,7 @@ def time_ops(settings: Settings) -> dict[str, Any]:
             refused.append(f"{name} {mode} {dtype}: {error}")
             print(f"REFUSED {refused[-1]}", file=sys.stderr)
     report.progress("")
-    notes = [compiler.note] if compiler.note else []
+    notes = compiler.notes
     if compiler.skipped:
         notes.append(
             f"torch.compile for the first {len(grid) - compiler.skipped} of {len(grid)} rows only: "
@@ -229,7 +231,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     report.add_common_arguments(parser)
     parser.add_argument("--ops", default=",".join(OPS), help="comma-separated cases, or all")
-    parser.add_argument("--dtypes", default="f32,bf16,f16", help=f"among {', '.join(DTYPES)}")
+    parser.add_argument(
+        "--dtypes", help=f"among {', '.join(DTYPES)} [default: f32,bf16,f16; f32 with --quick]"
+    )
     parser.add_argument(
         "--shape", action="append", help="such as 64x3x128x128; may be given several times"
     )
@@ -252,20 +256,20 @@ def settings_of(args: argparse.Namespace, device: torch.device) -> Settings:
         SystemExit: an op or dtype is unknown.
     """
     ops = list(BY_NAME) if args.ops == "all" else args.ops.split(",")
-    dtypes = args.dtypes.split(",")
+    dtypes = (args.dtypes or ("f32" if args.quick else "f32,bf16,f16")).split(",")
     for kind, given, known in (("op", ops, BY_NAME), ("dtype", dtypes, DTYPES)):
         unknown = [x for x in given if x not in known]
         if unknown:
             raise SystemExit(f"unknown {kind} {', '.join(unknown)}; known are {', '.join(known)}")
     shapes = args.shape or (["16x3x64x64"] if args.quick else SHAPES[device.type])
-    seconds = args.seconds or (0.1 if args.quick else 1.0 if device.type == "cpu" else 0.2)
+    seconds = args.seconds or (0.1 if args.quick else 1.0 if device.type == "cpu" else 0.15)
     compile_seconds = args.compile_seconds
     if compile_seconds is None:
         compile_seconds = 0.0 if args.quick else COMPILE_SECONDS[device.type]
     return Settings(
         device,
         ops,
-        dtypes[:1] if args.quick and args.dtypes == "f32,bf16,f16" else dtypes,
+        dtypes,
         [tuple(int(n) for n in shape.split("x")) for shape in shapes],
         Budget(seconds, warmup_seconds=min(0.1, seconds / 5), min_rounds=3 if args.quick else 10),
         compile_seconds,

@@ -38,7 +38,8 @@ MODES = ("forward", "forward+backward")
 _UNDECIDED = 2e-6
 
 _MAX_SETS = 8
-_DRAWN = 32
+_MAX_FAILURES = 3
+_DRAWN = 8
 
 
 class WrongResultError(AssertionError):
@@ -120,6 +121,12 @@ class Contest:
             found.append(partial(_step, forward, leaves, upstream))
         return found
 
+    def into(self) -> list[Call]:
+        """The diffcore calls with ``out=``: what is left of them without allocating."""
+        given = [{**args.tensors, **args.options} for args in self.sets]
+        outs = [torch.empty_like(next(iter(args.tensors.values()))) for args in self.sets]
+        return [bound(self.case.op, **g, out=out) for g, out in zip(given, outs, strict=True)]
+
     def truth(self) -> tuple[Tensor, ...]:
         """The eager formula in float64 on the first set of inputs: what is checked against."""
         args = self.sets[0].map(lambda x: x.detach().double())
@@ -143,7 +150,9 @@ class Compiler:
 
     def __init__(self, device: torch.device, seconds: float) -> None:
         self.left = seconds
-        self.note = why_no_compile(device) if seconds > 0 else "torch.compile was left out"
+        why_not = why_no_compile(device) if seconds > 0 else "torch.compile was left out"
+        self.notes = [why_not] if why_not else []
+        self.off = why_not is not None
         self.skipped = 0
 
     def calls(self, contest: Contest) -> list[Call] | None:
@@ -152,10 +161,8 @@ class Compiler:
         Args:
             contest: whose formula; forward and backward are compiled for exactly its shapes.
         """
-        if self.note is not None:
-            return None
-        if self.left <= 0:
-            self.skipped += 1
+        if self.off or self.left <= 0:
+            self.skipped += not self.off
             return None
         torch.compiler.reset()
         case = contest.case
@@ -173,8 +180,9 @@ class Compiler:
             calls = contest.calls([partial(compiled, **t) for t in tensors])
             calls[0]()
         except Exception as error:  # whatever the compiler dies of, the others go on
-            reason = str(error).strip().splitlines() or [""]
-            self.note = f"no torch.compile baseline: {type(error).__name__}: {reason[0][:200]}"
+            reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+            self.notes.append(f"torch.compile failed on {case.name}, {contest.mode}: {reason}")
+            self.off = len(self.notes) >= _MAX_FAILURES
             return None
         finally:
             self.left -= time.perf_counter() - start

@@ -168,9 +168,9 @@ def number(value: float | None, form: str = ".2f", unit: str = "") -> str:
 
 
 def ops_table(rows: Sequence[Row]) -> Table:
-    """Every op: time, ns an element, bandwidth, share of the roof, and ratios."""
-    header = ["op", "mode", "dtype", "shape", "time", "ns/element", "eager", "compile", "copy"]
-    header += ["GB/s", "% of copy", "× eager", "× compile"]
+    """Every op: its time; nanoseconds an element, also of the others; bandwidth and ratios."""
+    header = ["op", "mode", "dtype", "shape", "time", "ns/element", "out=", "eager", "compile"]
+    header += ["copy", "GB/s", "% of copy", "× eager", "× compile"]
     return header, [
         [
             r["op"],
@@ -180,7 +180,7 @@ def ops_table(rows: Sequence[Row]) -> Table:
             duration(r["timings"]["diffcore"]["median"]),
             *(
                 number(r["ns_per_element"].get(k), ".3g")
-                for k in ("diffcore", "eager", "compile", "copy")
+                for k in ("diffcore", "out=", "eager", "compile", "copy")
             ),
             number(r["gb_per_s"], ".3g"),
             number(r["percent_of_copy"], ".0f"),
