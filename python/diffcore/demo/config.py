@@ -108,16 +108,17 @@ def quick_config(data: str) -> DemoConfig:
     """Return the settings for the smoke run on 8x8 digits: seconds, and only digit-like samples."""
     return DemoConfig(
         data=data,
-        steps=300,
+        steps=400,
         vae_steps=400,
         vae_learning_rate=1e-2,
         warmup_steps=60,
-        num_timesteps=100,
-        ddim_steps=20,
+        num_timesteps=50,
+        ddim_steps=25,
         patch=1,
         width=16,
         vae_width=16,
         latent_dim=8,
+        ema_decay=0.98,
         decoder_std=0.25,
         samples=36,
     )
