@@ -81,6 +81,9 @@ REVERSE_STEP = {
     for guided in (False, True)
     for noisy in (False, True)
 }
+SOLVER_STEP = {
+    key: kernel.named(("x_t", *kernel.inputs[1:])) for key, kernel in REVERSE_STEP.items()
+}
 STEP_BACKWARD = Kernel(
     "reverse_step_backward", ("grad", "x", "model_output"), STEP_COEFS, outputs=2
 )
@@ -160,7 +163,7 @@ class Term:
         assert g is not None
         suffix = self._smallest(needs)
         return self._spread(
-            suffix, run_tuple(self.of_sum[suffix], inputs, (g, *coefs), None), needs
+            suffix, run_tuple(self.of_sum[suffix], inputs, (g, *coefs), step), needs
         )
 
 

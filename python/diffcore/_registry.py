@@ -11,6 +11,7 @@ A `Kernel` names one functor of csrc/ops. `run` takes the cheapest right route, 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -63,12 +64,21 @@ class Kernel:
     )
     backward: Backward | None = None
     saves_inputs: bool = True  # False when the backward needs none of them
+    table: str = "coefficients"  # what a table of several coefficients is called
     index: int = field(init=False)
     op: Any = field(init=False)
 
     def __post_init__(self) -> None:
         self.index = _INDEX.get(self.name, -1)
         self.op = _register(self)
+
+    def named(
+        self, inputs: tuple[str, ...], coefs: tuple[str, ...] = (), table: str = "coefficients"
+    ) -> Kernel:
+        """The same kernel under the argument names of a public op, for its errors."""
+        twin = copy.copy(self)
+        twin.inputs, twin.coefs, twin.table = inputs, coefs or self.coefs, table
+        return twin
 
 
 # ---- the routes --------------------------------------------------------------------------------
@@ -98,18 +108,37 @@ def _run(
         return _run_registered(kernel, inputs, coefs, step, whole, out)
     if forward_ad._current_level >= 0 or _functorch_active():
         return _run_reference(kernel, inputs, coefs, step, whole, out)
-    if (needs_grad or coefs) and torch.is_grad_enabled():
-        if _coefs_need_grad(coefs):
+    tensor_coefs = False
+    for c in coefs:
+        if type(c) is not float:
+            tensor_coefs = True
+            break
+    if (needs_grad or tensor_coefs) and torch.is_grad_enabled():
+        if tensor_coefs and _coefs_need_grad(coefs):
+            _refuse_out(out)
             return _run_reference(kernel, inputs, coefs, step, whole, out)
         if needs_grad:
-            if out is not None:
-                raise ValueError(
-                    "out=: an input requires grad; write to out= under torch.no_grad()"
-                )
+            _refuse_out(out)
             return _Function.apply(  # type: ignore[no-untyped-call]
                 kernel, coefs, step, whole, *inputs
             )
     return _direct(kernel, inputs, coefs, step, whole, out)
+
+
+def _refuse_out(out: Tensor | None) -> None:
+    if out is not None:
+        raise ValueError("out=: an argument requires grad; write to out= under torch.no_grad()")
+
+
+def plain_eager() -> bool:
+    """Whether a plain tensor is just its numbers: no compiler, transform or mode is looking on."""
+    return not (
+        _compiling()
+        or forward_ad._current_level >= 0
+        or _functorch_active()
+        or _dispatch_modes()
+        or _function_modes()
+    )
 
 
 # The same function, typed by what the kernel returns.
@@ -138,10 +167,15 @@ def _direct(
     for x in inputs:
         if x.is_neg():
             return _careful(kernel, outs, inputs, coefs, step, whole, out)
+    for c in coefs:
+        if type(c) is not float and c.is_neg():  # type: ignore[union-attr]
+            return _careful(kernel, outs, inputs, coefs, step, whole, out)
     try:
         status = _C.call(kernel.index, outs, inputs, coefs, step, whole)
     except RuntimeError:  # a tensor without storage of its own: sparse, quantised, meta
         _validate.explain(kernel, inputs, coefs, step, whole)
+        if not _native.has_kernels(first.device):
+            return _run_reference(kernel, inputs, coefs, step, whole)
         raise
     if status != _DONE:
         return _careful(kernel, outs, inputs, coefs, step, whole, out)
@@ -163,6 +197,7 @@ def _careful(
         return _run_reference(kernel, inputs, coefs, step, whole, out)
     like = outs[0] if kernel.outputs else _new_like(inputs[0])
     tensors = tuple(_as(like, x.resolve_neg()) for x in inputs)
+    coefs = tuple(c.resolve_neg() if isinstance(c, Tensor) else c for c in coefs)
     status = _C.call(kernel.index, outs, tensors, coefs, step, whole)
     if status != _DONE:  # samples interleaved in memory, or an output partly over an input
         tensors = tuple(x.contiguous() for x in tensors)
@@ -366,9 +401,24 @@ def _run_registered(
     ):
         return _run_reference(kernel, inputs, coefs, step, whole, out)
     result = kernel.op(*inputs, *_pack(coefs, step), whole)
-    if out is not None:
-        return out.copy_(result)
-    return result
+    if out is None:
+        return result
+    _validate.check_out(kernel, inputs, out)
+    return out.copy_(result)
+
+
+def _no_gradient(argument: Any) -> Any:
+    """None, in the form that register_autograd wants it: a list for a list of tensors alone."""
+    is_list = isinstance(argument, list) and all(isinstance(x, Tensor) for x in argument)
+    return [None] * len(argument) if is_list else None
+
+
+def _slice(argument: Any, dim: Any, i: int) -> Any:
+    """The `i`-th slice of whatever is batched in (nested lists of) arguments."""
+    if isinstance(argument, (list, tuple)):
+        dims = dim if isinstance(dim, (list, tuple)) else [dim] * len(argument)
+        return [_slice(a, d, i) for a, d in zip(argument, dims, strict=True)]
+    return argument if dim is None else argument.select(dim, i)
 
 
 def _register(kernel: Kernel) -> Any:
@@ -386,18 +436,17 @@ def _register(kernel: Kernel) -> Any:
         coefs, step = _unpack(*args[arity : arity + 4])
         return _direct(kernel, args[:arity], coefs, step, args[-1])
 
-    def reference(*args: Any) -> Any:
-        coefs, step = _unpack(*args[arity : arity + 4])
-        return _run_reference(kernel, args[:arity], coefs, step, args[-1])
-
     def fake(*args: Any) -> Any:
         outs = _allocate(kernel, args[0], args[-1])
         return outs[0] if len(outs) == 1 else outs
 
     def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
-        # The reference is made of ops that vmap knows.
-        outs = torch.vmap(reference, in_dims, randomness=info.randomness)(*args)
-        return outs, (0,) * len(outs) if isinstance(outs, tuple) else 0
+        # A call a slice. Outside torch.compile, transforms get the reference, which needs no rule.
+        op = getattr(torch.ops.diffcore, name).default
+        calls = [op(*_slice(args, in_dims, i)) for i in range(info.batch_size)]
+        if isinstance(calls[0], Tensor):
+            return torch.stack(calls), 0
+        return tuple(map(torch.stack, zip(*calls, strict=True))), (0,) * len(calls[0])
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.call = inputs[arity:]
@@ -407,19 +456,17 @@ def _register(kernel: Kernel) -> Any:
         if kernel.backward is None:
             raise RuntimeError(
                 f"diffcore::{name} is the first derivative of another op and is not "
-                "differentiable itself; "
-                "differentiate twice through diffcore.ops"
+                "differentiable itself; differentiate twice through diffcore.ops"
             )
         coefs, step = _unpack(*ctx.call[:4])
         needs = ctx.needs_input_grad[:arity]
         found = _backward(kernel, ctx.saved_tensors, coefs, step, ctx.call[-1], grads, needs)
-        return (*found, [None] * len(ctx.call[0]), None, None, None, None)
+        return (*found, *map(_no_gradient, ctx.call))
 
     qualified = f"diffcore::{name}"
     _LIBRARY.impl(name, native, "CPU")
     _LIBRARY.impl(name, native, "CUDA")
     torch.library.register_fake(qualified, fake, lib=_LIBRARY)
-    if kernel.reference is not None:
-        torch.library.register_vmap(qualified, vmap, lib=_LIBRARY)
+    torch.library.register_vmap(qualified, vmap, lib=_LIBRARY)
     torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=_LIBRARY)
     return getattr(torch.ops.diffcore, name).default

@@ -41,27 +41,38 @@ def explain(
 ) -> None:
     """Raises the error that names the wrong argument; returns when nothing is wrong."""
     first, first_name = inputs[0], kernel.inputs[0]
-    named = list(zip(kernel.inputs, inputs, strict=True))
-    if out is not None:
-        if not isinstance(out, Tensor):
-            raise TypeError(f"out is a {type(out).__name__}; wanted a torch.Tensor")
-        if out.requires_grad:
-            raise ValueError("out requires grad; wanted a tensor that does not")
-        named.append(("out", out))
-    for name, x in named:
+    for name, x in zip(kernel.inputs, inputs, strict=True):
         _check_tensor(name, x)
-        for what, theirs, ours in (
-            ("shape", tuple(x.shape), tuple(first.shape)),
-            ("dtype", x.dtype, first.dtype),
-            ("device", x.device, first.device),
-        ):
-            if theirs != ours:
-                kind = TypeError if what == "dtype" else ValueError
-                raise kind(f"{name} has {what} {theirs}; wanted {ours}, that of {first_name}")
+        _check_like(name, x, first_name, first)
+    if out is not None:
+        check_out(kernel, inputs, out)
     rows = first.shape[0] if first.ndim else 1
     steps = _check_coefs(kernel, coefs, step, rows, first)
     if step is not None:
         _check_step(step, steps, rows, first)
+
+
+def check_out(kernel: Kernel, inputs: tuple[Tensor, ...], out: Tensor) -> None:
+    """Raises unless an output given by the user can be written."""
+    if not isinstance(out, Tensor):
+        raise TypeError(f"out is a {type(out).__name__}; wanted a torch.Tensor")
+    if out.requires_grad:
+        raise ValueError("out requires grad; wanted a tensor that does not")
+    _check_tensor("out", out)
+    _check_like("out", out, kernel.inputs[0], inputs[0])
+    if any(s == 0 and n > 1 for s, n in zip(out.stride(), out.shape, strict=True)):
+        raise ValueError(f"out has strides {out.stride()}: elements that share memory")
+
+
+def _check_like(name: str, x: Tensor, first_name: str, first: Tensor) -> None:
+    for what, theirs, ours in (
+        ("shape", tuple(x.shape), tuple(first.shape)),
+        ("dtype", x.dtype, first.dtype),
+        ("device", x.device, first.device),
+    ):
+        if theirs != ours:
+            kind = TypeError if what == "dtype" else ValueError
+            raise kind(f"{name} has {what} {theirs}; wanted {ours}, that of {first_name}")
 
 
 def _check_tensor(name: str, x: Tensor) -> None:
@@ -69,21 +80,18 @@ def _check_tensor(name: str, x: Tensor) -> None:
         raise TypeError(f"{name} has layout {x.layout}; wanted a dense, strided tensor")
     if x.dtype not in DTYPES:
         raise TypeError(f"{name} has dtype {x.dtype}; wanted float32, float64, bfloat16 or float16")
-    if (
-        _native.has_kernels(x.device)
-        and type(x) in (Tensor, torch.nn.Parameter)
-        and _without_memory(x)
-    ):
-        raise ValueError(f"{name} has no memory behind it (a fake, functional or freed tensor)")
+    _check_memory(name, x)
 
 
-def _without_memory(x: Tensor) -> bool:
+def _check_memory(name: str, x: Tensor) -> None:
+    if torch.compiler.is_compiling() or type(x) not in (Tensor, torch.nn.Parameter):
+        return
     try:
-        return x.numel() > 0 and x.data_ptr() == 0
-    except (
-        RuntimeError
-    ):  # a tensor of a functorch transform has no pointer to ask for, and needs none
-        return False
+        hollow = _native.has_kernels(x.device) and x.numel() > 0 and x.data_ptr() == 0
+    except RuntimeError:  # the tensor of a functorch transform has no pointer, and needs none
+        return
+    if hollow:
+        raise ValueError(f"{name} has no memory behind it (a fake, functional or freed tensor)")
 
 
 def _check_coefs(
@@ -91,8 +99,9 @@ def _check_coefs(
 ) -> int:
     steps, k = 0, 0
     for c in coefs:
-        name = kernel.coefs[k] if k < len(kernel.coefs) else "coefficients"
-        k += c.shape[1] if isinstance(c, Tensor) and c.ndim == 2 else 1
+        columns = c.shape[1] if isinstance(c, Tensor) and c.ndim == 2 else 1
+        name = kernel.coefs[k] if k < len(kernel.coefs) and columns == 1 else kernel.table
+        k += columns
         if not isinstance(c, Tensor):
             if type(c) is not float and not isinstance(c, (torch.SymFloat, torch.SymInt)):
                 raise TypeError(f"{name} is a {type(c).__name__}; wanted a number or a tensor")
@@ -101,6 +110,7 @@ def _check_coefs(
             raise TypeError(f"{name} has dtype {c.dtype}; wanted float32 or float64")
         if c.device != first.device:
             raise ValueError(f"{name} is on {c.device}; wanted {first.device}, as the tensors")
+        _check_memory(name, c)
         if c.ndim > 2:
             raise ValueError(
                 f"{name} has shape {tuple(c.shape)}; wanted a number per sample, or a table [T, k]"
@@ -140,6 +150,7 @@ def _check_step(step: Step, steps: int, rows: int, first: Tensor) -> None:
             f"t has shape {tuple(step.shape)}; wanted [{rows}], one step per sample, "
             "or a single step"
         )
+    _check_memory("t", step)
     readable = step.device.type == "cpu" or _native.DEBUG
     if readable and type(step) is Tensor and not _is_traced(step) and step.numel():
         low, high = int(step.min()), int(step.max())

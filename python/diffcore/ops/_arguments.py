@@ -5,30 +5,33 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._registry import Coef, Step
+from .._registry import Coef, Step, plain_eager
 
 
 def as_coef(name: str, value: Coef, step: Step) -> Coef:
     """A float, a 0-dim or `[B]` tensor, or, with a step, a table `[T, 1]`."""
     if type(value) is float:
         return value
+    value = as_number(name, value)
     if not isinstance(value, Tensor):
-        try:
-            return float(value)
-        except (TypeError, ValueError):
-            kind = type(value).__name__
-            raise TypeError(f"{name} is a {kind}; wanted a number or a tensor") from None
+        return value
     if value.dtype not in (torch.float32, torch.float64):
-        if not value.is_floating_point():
-            raise TypeError(f"{name} has dtype {value.dtype}; wanted a floating-point tensor")
         value = value.float()
     if value.ndim == 0:
-        return float(value) if value.device.type == "cpu" and not value.requires_grad else value
-    if value.ndim > 1:
-        if value.numel() != len(value):
-            raise ValueError(f"{name} has shape {tuple(value.shape)}; wanted one number per sample")
-        value = value.reshape(-1)
+        # A 0-dim CPU tensor goes with any device, as everywhere in torch, if it is only a number.
+        number = value.device.type == "cpu" and not value.requires_grad and plain_eager()
+        return float(value) if number else value
+    value = _flat(name, value)
     return value if step is None else value.unsqueeze(1)
+
+
+def _flat(name: str, value: Tensor) -> Tensor:
+    """`[B, 1, ...]` as `[B]`."""
+    if value.ndim < 2:
+        return value
+    if value.numel() != len(value):
+        raise ValueError(f"{name} has shape {tuple(value.shape)}; wanted one number per sample")
+    return value.reshape(-1)
 
 
 def as_table(name: str, table: Tensor, columns: int) -> Tensor:
@@ -42,14 +45,20 @@ def as_table(name: str, table: Tensor, columns: int) -> Tensor:
 
 
 def as_number(name: str, value: Coef) -> Coef:
+    """A float or a floating-point tensor."""
     if isinstance(value, Tensor):
+        if not value.is_floating_point():
+            raise TypeError(f"{name} has dtype {value.dtype}; wanted a floating-point tensor")
         return value
-    coef = as_coef(name, value, None)
-    assert not isinstance(coef, Tensor)
-    return coef
+    if type(value) is float:
+        return value
+    if not hasattr(value, "__float__"):  # a string would do for float() itself
+        kind = type(value).__name__
+        raise TypeError(f"{name} is a {kind}; wanted a number or a tensor")
+    return float(value)
 
 
 def in_float64(name: str, value: Coef) -> Coef:
     """A coefficient in float64, so that what is derived from it is rounded once only."""
     value = as_number(name, value)
-    return value.double() if isinstance(value, Tensor) else value
+    return _flat(name, value).double() if isinstance(value, Tensor) else value

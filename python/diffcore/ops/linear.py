@@ -9,6 +9,13 @@ from .. import coefficients as formulas
 from .._registry import Coef, Step, run
 from ._arguments import as_coef, as_number, as_table, in_float64
 
+# One kernel, under the names that its arguments have in each op.
+_PAIR, _LEVELS = ("x0", "noise"), ("alpha", "sigma")
+_ADD_NOISE = k.LINEAR_COMBINATION.named(_PAIR, _LEVELS)
+_Q_SAMPLE = k.LINEAR_COMBINATION.named(_PAIR, _LEVELS, table="table")
+_VELOCITY = k.LINEAR_COMBINATION.named(_PAIR, ("sigma", "alpha"))
+_CONVERSION = k.LINEAR_COMBINATION.named(("x_t", "model_output"), _LEVELS)
+
 
 def add_noise(
     x0: Tensor,
@@ -38,7 +45,7 @@ def add_noise(
     Source: Ho et al. 2020, eq. 4; Song et al. 2021 for the families.
     """
     coefs = (as_coef("alpha", alpha, t), as_coef("sigma", sigma, t))
-    return run(k.LINEAR_COMBINATION, (x0, noise), coefs, t, False, out)
+    return run(_ADD_NOISE, (x0, noise), coefs, t, False, out)
 
 
 def q_sample(
@@ -60,7 +67,9 @@ def q_sample(
 
     Source: Ho et al. 2020, eq. 4.
     """
-    return run(k.LINEAR_COMBINATION, (x0, noise), (as_table("table", table, 2),), t, False, out)
+    if t is None:
+        raise TypeError("t is None; wanted an int or an int64 or int32 tensor")
+    return run(_Q_SAMPLE, (x0, noise), (as_table("table", table, 2),), t, False, out)
 
 
 def linear_combination(
@@ -116,7 +125,7 @@ def velocity(
     Source: Salimans & Ho 2022, appendix D.
     """
     coefs = (as_coef("sigma", -as_number("sigma", sigma), t), as_coef("alpha", alpha, t))
-    return run(k.LINEAR_COMBINATION, (x0, noise), coefs, t, False, out)
+    return run(_VELOCITY, (x0, noise), coefs, t, False, out)
 
 
 def predict_x0(
@@ -150,7 +159,7 @@ def predict_x0(
         in_float64("alpha", alpha), in_float64("sigma", sigma), prediction_type
     )
     coefs = (as_coef("alpha", pair[0], None), as_coef("sigma", pair[1], None))
-    return run(k.LINEAR_COMBINATION, (x_t, model_output), coefs, None, False, out)
+    return run(_CONVERSION, (x_t, model_output), coefs, None, False, out)
 
 
 def predict_epsilon(
@@ -184,4 +193,4 @@ def predict_epsilon(
         in_float64("alpha", alpha), in_float64("sigma", sigma), prediction_type
     )
     coefs = (as_coef("alpha", pair[0], None), as_coef("sigma", pair[1], None))
-    return run(k.LINEAR_COMBINATION, (x_t, model_output), coefs, None, False, out)
+    return run(_CONVERSION, (x_t, model_output), coefs, None, False, out)

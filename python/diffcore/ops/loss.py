@@ -10,6 +10,12 @@ from .._registry import Coef, Step, run
 from ..coefficients import PREDICTION_TYPES
 from ._arguments import as_coef, as_number
 
+_NOISE_LOSS = k.TARGET_LOSS.named(("model_output", "noise"))
+_X0_LOSS = k.TARGET_LOSS.named(("model_output", "x0"))
+_V_LOSS = k.MIXED_TARGET_LOSS.named(
+    k.MIXED_TARGET_LOSS.inputs, ("weight", "inverse_n", "sigma", "alpha")
+)
+
 
 def denoising_loss(
     model_output: Tensor,
@@ -51,8 +57,9 @@ def denoising_loss(
     common = (w, 1.0 / max(n, 1))
     if prediction_type in ("epsilon", "sample"):
         step = t if isinstance(w, Tensor) and w.ndim == 2 else None
-        target = noise if prediction_type == "epsilon" else x0
-        return run(k.TARGET_LOSS, (model_output, target), common, step)
+        of_noise = prediction_type == "epsilon"
+        kernel = _NOISE_LOSS if of_noise else _X0_LOSS
+        return run(kernel, (model_output, noise if of_noise else x0), common, step)
     if prediction_type == "flow_prediction":
         step = t if isinstance(w, Tensor) and w.ndim == 2 else None
         return run(k.MIXED_TARGET_LOSS, (model_output, x0, noise), (*common, -1.0, 1.0), step)
@@ -60,4 +67,4 @@ def denoising_loss(
         raise ValueError("alpha and sigma are needed for prediction_type='v_prediction'")
     a = as_coef("sigma", -as_number("sigma", sigma), t)
     coefs = (*common, a, as_coef("alpha", alpha, t))
-    return run(k.MIXED_TARGET_LOSS, (model_output, x0, noise), coefs, t)
+    return run(_V_LOSS, (model_output, x0, noise), coefs, t)

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from .. import _kernels as k
 from .. import coefficients as formulas
-from .._registry import Coef, Step, run
+from .._registry import Coef, Kernel, Step, run
 from ._arguments import as_coef, as_table, in_float64
 
 ClipRange = float | tuple[float, float] | None
@@ -49,6 +49,30 @@ def reverse_step(
 
     Source: docs/architecture.md, "A solver is a table"; guidance: Ho & Salimans 2022.
     """
+    return _step(
+        k.REVERSE_STEP,
+        x,
+        model_output,
+        coefficients,
+        t,
+        noise,
+        model_output_uncond,
+        guidance_scale,
+        out,
+    )
+
+
+def _step(
+    kernels: dict[tuple[bool, bool], Kernel],
+    x: Tensor,
+    model_output: Tensor,
+    coefficients: Tensor,
+    t: Step,
+    noise: Tensor | None,
+    model_output_uncond: Tensor | None,
+    guidance_scale: Coef | None,
+    out: Tensor | None,
+) -> Tensor:
     guided = model_output_uncond is not None
     if guided != (guidance_scale is not None):
         raise ValueError(
@@ -62,11 +86,11 @@ def reverse_step(
     if noise is not None:
         tensors = (*tensors, noise)
     coefs = (as_table("coefficients", coefficients, 8), scale)
-    return run(k.REVERSE_STEP[guided, noise is not None], tensors, coefs, t, False, out)
+    return run(kernels[guided, noise is not None], tensors, coefs, t, False, out)
 
 
 def _row(table: Tensor, like: Tensor) -> Tensor:
-    if table.device == like.device or not isinstance(like, Tensor):
+    if not isinstance(like, Tensor) or table.device == like.device:
         return table
     return table.to(like.device, non_blocking=True)
 
@@ -123,14 +147,9 @@ def ddpm_step(
         variance_type=variance_type,
         clip_range=clip_range,
     )
-    return reverse_step(
-        x_t,
-        model_output,
-        _row(table, x_t),
-        noise=noise,
-        model_output_uncond=model_output_uncond,
-        guidance_scale=guidance_scale,
-        out=out,
+    row = _row(table, x_t)
+    return _step(
+        k.SOLVER_STEP, x_t, model_output, row, None, noise, model_output_uncond, guidance_scale, out
     )
 
 
@@ -187,12 +206,7 @@ def ddim_step(
         rederive_epsilon=rederive_epsilon,
         clip_range=clip_range,
     )
-    return reverse_step(
-        x_t,
-        model_output,
-        _row(table, x_t),
-        noise=noise,
-        model_output_uncond=model_output_uncond,
-        guidance_scale=guidance_scale,
-        out=out,
+    row = _row(table, x_t)
+    return _step(
+        k.SOLVER_STEP, x_t, model_output, row, None, noise, model_output_uncond, guidance_scale, out
     )

@@ -1,0 +1,394 @@
+"""The routes beside plain calls: compile, opcheck, functorch, forward mode, fakes, subclasses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from bounds import assert_same_bits, each_case
+from cases import BY_NAME, CASES, NOISE_TABLE, Arguments, OpCase, as_tuple, step_table, steps_of
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils.checkpoint import checkpoint
+
+from diffcore import _kernels, _native, _registry, ops
+
+INDUCTOR = ("q_sample", "normal_kl_sample")
+
+pytestmark = [
+    pytest.mark.skipif(_native._C is None, reason="needs the compiled module"),
+    # torch's own compiler warns about its own deprecations
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore::UserWarning:torch"),
+]
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler() -> None:
+    torch._dynamo.reset()
+
+
+def by_position(case: OpCase, args: Arguments) -> tuple[Callable[..., Any], tuple[Tensor, ...]]:
+    """The op as a function of its tensors, coefficients being closed over."""
+    names = list(args.tensors)
+
+    def f(*tensors: Tensor) -> Any:
+        return case.op(**dict(zip(names, tensors, strict=True)), **args.options)
+
+    return f, tuple(args.tensors.values())
+
+
+def value_and_gradients(case: OpCase, f: Callable[..., Any], args: Arguments) -> tuple[Any, ...]:
+    leaves = [x.detach().requires_grad_(n in case.differentiable) for n, x in args.tensors.items()]
+    outputs = as_tuple(f(*leaves))
+    torch.autograd.backward(outputs, [torch.ones_like(y).mul_(0.5) for y in outputs])
+    zeros = (torch.zeros_like(x) if x.grad is None else x.grad for x in leaves)
+    return (*outputs, *zeros)
+
+
+# ---- torch.library ------------------------------------------------------------------------------
+
+
+def registered_calls() -> list[Any]:
+    """Every registered operator, with each source of coefficients."""
+    calls = []
+    kernels = [k for k in vars(_kernels).values() if isinstance(k, _registry.Kernel)]
+    for term in (v for v in vars(_kernels).values() if isinstance(v, _kernels.Term)):
+        kernels += [
+            term.elementwise,
+            term.sum,
+            *term.of_elementwise.values(),
+            *term.of_sum.values(),
+        ]
+    kernels += [*_kernels.REVERSE_STEP.values(), *_kernels._LOSS_BACKWARD.values()]
+    for kernel in {k.name: k for k in kernels}.values():
+        for source in ("numbers", "rows", "table") if kernel.coefs else ("none",):
+            calls.append(pytest.param(kernel, source, id=f"{kernel.name}-{source}"))
+    return calls
+
+
+def packed(kernel: _registry.Kernel, source: str, *, grad: bool) -> tuple[Any, ...]:
+    tensors = [torch.randn(4, 5, requires_grad=grad) for _ in kernel.inputs]
+    if source == "table":
+        columns = step_table()[:, :1].expand(-1, len(kernel.coefs)).contiguous()
+        coefs: tuple[Any, ...] = (columns,)
+        step: Any = steps_of(4)
+    else:
+        column = torch.rand(4, dtype=torch.float64)
+        coefs = tuple(column + i if source == "rows" else 0.5 + i for i in range(len(kernel.coefs)))
+        step = None
+    return (*tensors, *_registry._pack(coefs, step), False)
+
+
+def test_every_kernel_of_the_module_is_registered() -> None:
+    assert _native._C is not None
+    names = {call.values[0].name for call in registered_calls()}
+    assert names == {op[0] for op in _native._C.op_table()}
+
+
+@pytest.mark.parametrize(("kernel", "source"), registered_calls())
+def test_opcheck(kernel: _registry.Kernel, source: str) -> None:
+    grad = kernel.backward is not None
+    tests = ["test_schema", "test_autograd_registration", "test_faketensor"]
+    if grad:
+        tests.append("test_aot_dispatch_dynamic")
+    arguments = packed(kernel, source, grad=grad)
+    torch.library.opcheck(kernel.op, arguments, test_utils=tests)
+    if not grad:
+        torch.library.opcheck(kernel.op, arguments, test_utils="test_aot_dispatch_dynamic")
+
+
+@pytest.mark.parametrize("name", ["normal_kl", "reparameterize", "reverse_step"])
+def test_opcheck_in_other_layouts_and_dtypes(name: str) -> None:
+    kernel = {k.values[0].name: k.values[0] for k in registered_calls()}[name]
+    source = "table" if kernel.coefs else "none"
+    rest = packed(kernel, source, grad=False)[len(kernel.inputs) :]
+    for x in (
+        torch.randn(4, 3, 2, 2).contiguous(memory_format=torch.channels_last),
+        torch.randn(4, 3, dtype=torch.bfloat16),
+        torch.randn(4, 6)[:, ::2],
+        torch.randn(6, 4).t(),
+    ):
+        tensors = [x.clone().requires_grad_() for _ in kernel.inputs]
+        torch.library.opcheck(kernel.op, (*tensors, *rest))
+
+
+def test_differentiating_a_backward_operator_says_why_not() -> None:
+    x = torch.randn(3, 4, requires_grad=True)
+    kernel = _kernels.NORMAL_KL.of_elementwise[""]
+    out = kernel.op(x, x, x, x, x, [], [], None, -1, False)
+    with pytest.raises(RuntimeError, match="is not differentiable itself"):
+        out[0].sum().backward()
+
+
+@each_case
+def test_the_operator_route_gives_the_same_bits(
+    case: OpCase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args = case.make((3, 37), torch.float32)
+    f, _ = by_position(case, args)
+    direct = value_and_gradients(case, f, args)
+    monkeypatch.setattr(_registry, "_compiling", lambda: True)
+    assert_same_bits(value_and_gradients(case, f, args), direct)
+
+
+# ---- torch.compile ------------------------------------------------------------------------------
+
+
+@each_case
+def test_compile_full_graph(case: OpCase) -> None:
+    args = case.make((3, 37), torch.float32)
+    f, _ = by_position(case, args)
+    compiled = torch.compile(f, fullgraph=True, backend="aot_eager")
+    assert_same_bits(value_and_gradients(case, compiled, args), value_and_gradients(case, f, args))
+
+
+@pytest.mark.parametrize("name", INDUCTOR)
+def test_compile_with_inductor(name: str) -> None:
+    case = BY_NAME[name]
+    args = case.make((3, 4, 5, 6), torch.float32)
+    args = args.map(lambda x: x.contiguous(memory_format=torch.channels_last))
+    f, _ = by_position(case, args)
+    compiled = torch.compile(f, fullgraph=True)
+    for y, w in zip(
+        value_and_gradients(case, compiled, args), value_and_gradients(case, f, args), strict=True
+    ):
+        assert_same_bits(y, w)
+        assert y.stride() == w.stride()
+
+
+@pytest.mark.parametrize(
+    "name", ["add_noise", "q_sample", "ddpm_step", "normal_kl_sample", "denoising_loss_epsilon"]
+)
+def test_compile_with_dynamic_shapes(name: str) -> None:
+    case = BY_NAME[name]
+    names = list(case.tensors)
+
+    def f(options: dict[str, Any], *tensors: Tensor) -> Any:
+        return case.op(**dict(zip(names, tensors, strict=True)), **options)
+
+    compiled = torch.compile(f, fullgraph=True, dynamic=True, backend="aot_eager")
+    frames = []
+    for shape in ((3, 37), (5, 41), (2, 8), (7, 64)):
+        args = case.make(shape, torch.float32)
+        leaves = [x.requires_grad_() for x in args.tensors.values()]
+        assert_same_bits(compiled(args.options, *leaves), f(args.options, *leaves))
+        frames.append(torch._dynamo.utils.counters["frames"]["total"])
+    assert frames[-1] == frames[1], "each shape is compiled anew"
+
+
+def test_compile_with_a_step_that_changes() -> None:
+    rows = step_table()
+    compiled = torch.compile(
+        lambda x, m, t: ops.reverse_step(x, m, rows, t=t), fullgraph=True, backend="aot_eager"
+    )
+    x, m = torch.randn(2, 4, 9)
+    for t in (0, 1, 7, 49):
+        assert_same_bits(compiled(x, m, t), ops.reverse_step(x, m, rows, t=t))
+    counter = torch.tensor([0])
+    for t in (0, 3, 49):
+        counter.fill_(t)
+        assert_same_bits(compiled(x, m, counter), ops.reverse_step(x, m, rows, t=t))
+
+
+def test_compile_with_drawn_noise() -> None:
+    mean, logvar = torch.randn(2, 4, 9)
+    compiled = torch.compile(ops.reparameterize_kl, fullgraph=True, backend="aot_eager")
+    torch.manual_seed(1)
+    found = compiled(mean, logvar)
+    torch.manual_seed(1)
+    assert_same_bits(found, ops.reparameterize_kl(mean, logvar))
+
+
+def test_compile_a_training_step() -> None:
+    model = torch.nn.Linear(9, 9)
+    x0, noise = torch.randn(2, 6, 9)
+    t = steps_of(6)
+
+    def loss() -> Tensor:
+        output = model(ops.q_sample(x0, t, noise, NOISE_TABLE))
+        return ops.denoising_loss(output, x0, noise, weight=torch.linspace(0.5, 1, 6)).mean()
+
+    grads = []
+    for step in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
+        model.zero_grad()
+        step().backward()
+        grads.append([p.grad.clone() for p in model.parameters()])
+    for plain, compiled in zip(*grads, strict=True):
+        assert_same_bits(plain, compiled)
+
+
+def test_compile_with_out() -> None:
+    def f(x: Tensor, m: Tensor, rows: Tensor) -> Tensor:
+        x = x.clone()
+        ops.reverse_step(x, m, rows, t=3, out=x)
+        return x
+
+    x, m = torch.randn(2, 4, 9)
+    compiled = torch.compile(f, fullgraph=True, backend="aot_eager")
+    assert_same_bits(compiled(x, m, step_table()), f(x, m, step_table()))
+
+
+def test_export() -> None:
+    class Step(torch.nn.Module):
+        def forward(self, x: Tensor, m: Tensor, rows: Tensor, t: Tensor) -> Tensor:
+            return ops.reverse_step(x, m, rows, t=t)
+
+    x, m = torch.randn(2, 4, 9)
+    arguments = (x, m, step_table(), steps_of(4))
+    program = torch.export.export(Step(), arguments)
+    assert any("diffcore" in str(node.target) for node in program.graph.nodes)
+    assert_same_bits(program.module()(*arguments), Step()(*arguments))
+
+
+# ---- tracing and modes --------------------------------------------------------------------------
+
+
+@each_case
+def test_fake_tensors(case: OpCase) -> None:
+    args = case.make((3, 4, 5, 6), torch.bfloat16)
+    args = args.map(lambda x: x.contiguous(memory_format=torch.channels_last))
+    real = as_tuple(case.native(args))
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        found = as_tuple(case.native(args.map(mode.from_tensor)))
+    for y, w in zip(found, real, strict=True):
+        assert (y.shape, y.dtype, y.device, y.stride()) == (w.shape, w.dtype, w.device, w.stride())
+
+
+@each_case
+def test_make_fx_traces_the_operator(case: OpCase) -> None:
+    args = case.make((3, 37), torch.float32)
+    f, tensors = by_position(case, args)
+    traced = make_fx(f)(*tensors)
+    assert any("diffcore" in str(node.target) for node in traced.graph.nodes)
+    assert_same_bits(traced(*tensors), f(*tensors))
+
+
+class Tagged(torch.Tensor):
+    """A subclass without a dispatch of its own: what torch's defaults make of it."""
+
+
+@each_case
+def test_subclasses(case: OpCase) -> None:
+    args = case.make((3, 37), torch.float32)
+    found = as_tuple(case.native(args.map(lambda x: x.as_subclass(Tagged))))
+    for y, w in zip(found, as_tuple(case.native(args)), strict=True):
+        assert type(y) is Tagged
+        assert_same_bits(y.as_subclass(Tensor), w)
+
+
+def test_a_dispatch_mode_sees_the_operator() -> None:
+    seen = []
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    x, y = torch.randn(2, 3, 4)
+    with Watch():
+        ops.add_noise(x, y, 0.8, 0.6)
+    assert "diffcore.linear_combination.default" in seen
+
+
+def test_profiler_sees_something(tmp_path: Any) -> None:
+    x, y = torch.randn(2, 3, 4)
+    with torch.device("meta"):  # a function mode
+        assert_same_bits(ops.add_noise(x, y, 0.8, 0.6), ops.add_noise(x, y, 0.8, 0.6))
+
+
+@each_case
+def test_activation_checkpoint(case: OpCase) -> None:
+    args = case.make((3, 37), torch.float32)
+    f, _ = by_position(case, args)
+    found = value_and_gradients(case, lambda *x: checkpoint(f, *x, use_reentrant=False), args)
+    assert_same_bits(found, value_and_gradients(case, f, args))
+
+
+# ---- functorch and forward mode -----------------------------------------------------------------
+
+
+@each_case
+def test_vmap(case: OpCase) -> None:
+    samples = [case.make((3, 7), torch.float64, seed=i) for i in range(4)]
+    f, _ = by_position(case, samples[0])
+    tensors = [torch.stack([s.tensors[n] for s in samples]) for n in case.tensors]
+    found = as_tuple(torch.vmap(f)(*tensors))
+    for i in range(4):
+        wanted = as_tuple(f(*(x[i] for x in tensors)))
+        for y, w in zip(found, wanted, strict=True):
+            torch.testing.assert_close(y[i], w)
+
+
+def test_vmap_over_coefficients_and_other_dimensions() -> None:
+    x, y = torch.randn(2, 3, 5, 4, dtype=torch.float64)
+    a = torch.rand(4, dtype=torch.float64)
+    found = torch.vmap(lambda x, y, a: ops.add_noise(x, y, a, 0.5), (2, None, 0), 1)(
+        x, y[..., 0], a
+    )
+    for i in range(4):
+        torch.testing.assert_close(
+            found[:, i], ops.add_noise(x[..., i], y[..., 0], float(a[i]), 0.5)
+        )
+
+
+def test_vmap_of_the_operator() -> None:
+    x, y = torch.randn(2, 4, 3, 5)
+    f = torch.vmap(_kernels.LINEAR_COMBINATION.op, (0, 0, None, None, None, None, None))
+    found = f(x, y, [None, None], [0.8, 0.6], None, -1, False)
+    torch.testing.assert_close(found, ops.add_noise(x, y, 0.8, 0.6))
+
+
+@each_case
+def test_func_grad_jvp_and_jacobians(case: OpCase) -> None:
+    args = case.make((2, 3), torch.float64)
+    f, tensors = by_position(case, args)
+    place = list(args.tensors).index(case.differentiable[0])
+
+    def g(x: Tensor) -> Tensor:
+        return sum(y.sum() for y in as_tuple(f(*tensors[:place], x, *tensors[place + 1 :])))
+
+    x = tensors[place]
+    leaf = x.clone().requires_grad_()
+    (wanted,) = torch.autograd.grad(g(leaf), leaf)
+    torch.testing.assert_close(torch.func.grad(g)(x), wanted)
+    torch.testing.assert_close(torch.func.jacrev(g)(x), wanted)
+    torch.testing.assert_close(torch.func.jacfwd(g)(x), wanted)
+    value, tangent = torch.func.jvp(g, (x,), (torch.ones_like(x),))
+    torch.testing.assert_close(value, g(x))
+    torch.testing.assert_close(tangent, wanted.sum())
+    per_row = torch.vmap(torch.func.grad(g))(torch.stack([x, 2 * x]))
+    torch.testing.assert_close(per_row[0], wanted)
+
+
+def test_hessian() -> None:
+    logvar = torch.randn(4, dtype=torch.float64)
+    found = torch.func.hessian(
+        lambda v: ops.standard_normal_kl(torch.zeros_like(v), v, reduction="sum")
+    )(logvar)
+    torch.testing.assert_close(found, torch.diag(0.5 * logvar.exp()))
+
+
+@each_case
+def test_forward_mode(case: OpCase) -> None:
+    args = case.make((2, 3), torch.float64)
+    f, tensors = by_position(case, args)
+    assert torch.autograd.gradcheck(
+        f,
+        tuple(
+            x.requires_grad_(n in case.differentiable)
+            for n, x in zip(case.tensors, tensors, strict=True)
+        ),
+        check_forward_ad=True,
+        check_backward_ad=False,
+    )
+
+
+def test_every_case_has_its_route() -> None:
+    assert len({case.name for case in CASES}) == len(CASES)
