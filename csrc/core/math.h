@@ -32,63 +32,122 @@ DC_HD R clamp(R x, R lo, R hi) {
   return above > hi ? hi : above;
 }
 
-// e^x to 1 ulp over the whole range, infinities, NaN and subnormal results included.
-// x = n ln 2 + r; e^r = 1 + r + r² q(r), q a minimax polynomial (relative error 3.1e-9 on |r| <= ln
-// 2 / 2); 2^n is applied in two factors, so that neither overflows where the result does not.
-DC_HD float exp(float x) {
+// ---- exp and expm1
+// ----------------------------------------------------------------------------------------------
+//
+// x = n ln 2 + r with |r| <= ln 2 / 2, and e^r = 1 + r + r² q(r). q is a minimax polynomial in
+// relative error (2.7e-9 for float, 2.7e-18 for double), so that e^r - 1 - r = r² q(r) has full
+// relative accuracy for the smallest r.
+
+template <class R>
+struct ExpConstants;
+
+template <>
+struct ExpConstants<float> {
+  using Bits = uint32_t;
+  static constexpr int kMantissa = 23, kBias = 127, kDegree = 5;
+  static constexpr float kRound =
+      0x1.8p23f;  // adding it rounds to an integer, which stays in the low bits
+  static constexpr float kLog2E = 0x1.715476p+0f, kLn2High = 0x1.63p-1f, kLn2Low = -0x1.bd0106p-13f;
+  static constexpr float kLow = -0x1.5d58ap+6f,
+                         kHigh = 0x1.62e43p+6f;  // where e^x leaves the normal numbers
+  static constexpr float kHalfHigh = 89.0f;      // where e^x / 2 has not yet overflowed
+  static constexpr float kHuge = 0x1p127f;
+  DC_HD static float q(int k) {
+    constexpr float c[] = {0x1p-1f,        0x1.555556p-3f,  0x1.5554eap-5f,
+                           0x1.11114cp-7f, 0x1.6d4318p-10f, 0x1.a072d6p-13f};
+    return c[k];
+  }
+};
+
+template <>
+struct ExpConstants<double> {
+  using Bits = uint64_t;
+  static constexpr int kMantissa = 52, kBias = 1023, kDegree = 10;
+  static constexpr double kRound = 0x1.8p52;
+  static constexpr double kLog2E = 0x1.71547652b82fep+0, kLn2High = 0x1.62e42fefa38p-1,
+                          kLn2Low = 0x1.ef35793c7673p-45;
+  static constexpr double kLow = -0x1.6232bdd7abcd2p+9, kHigh = 0x1.62e42fefa39efp+9,
+                          kHalfHigh = 710.0;
+  static constexpr double kHuge = 0x1p1023;
+  DC_HD static double q(int k) {
+    constexpr double c[] = {0x1p-1,
+                            0x1.5555555555557p-3,
+                            0x1.555555555554ep-5,
+                            0x1.11111111100dep-7,
+                            0x1.6c16c16c1a0aap-10,
+                            0x1.a01a01abe80b4p-13,
+                            0x1.a01a019055ce1p-16,
+                            0x1.71de022e90a82p-19,
+                            0x1.27e510e65140dp-22,
+                            0x1.af4df466148cdp-26,
+                            0x1.1f19fe28c559p-29};
+    return c[k];
+  }
+};
+
+template <class R>
+struct ExpReduction {
+  using K = ExpConstants<R>;
+  using Bits = typename K::Bits;
+  R r, q;
+  Bits n;  // in the low bits
+
+  // Outside the range of exp the result is arbitrary (and NaN for NaN): the caller replaces it.
+  // Comparing first would cost more, because a compiler may not turn it into a vector minimum and
+  // maximum when a NaN must survive.
+  DC_HD explicit ExpReduction(R x) {
+    R shifted = mul_add(x, K::kLog2E, K::kRound);
+    R whole = shifted - K::kRound;
+    r = mul_add(-whole, K::kLn2Low, mul_add(-whole, K::kLn2High, x));
+    n = bit_cast<Bits>(shifted);
+    q = K::q(K::kDegree);
+    DC_UNROLL
+    for (int k = K::kDegree - 1; k >= 0; --k) q = mul_add(q, r, K::q(k));
+  }
+};
+
+// e^x to about 1 ulp; 0 below the smallest normal number, infinity above the largest, NaN for NaN.
+template <class R>
+DC_HD R exp(R x) {
 #ifdef __CUDA_ARCH__
-  return ::expf(x);
+  if constexpr (sizeof(R) == 4)
+    return ::expf(x);
+  else
+    return ::exp(x);
 #else
-  constexpr float kRound =
-      0x1.8p23f;  // adding it rounds to an integer and leaves that integer in the low bits
-  float bounded = clamp(x, -110.0f, 100.0f);
-  float shifted = mul_add(bounded, 0x1.715476p+0f, kRound);
-  float n = shifted - kRound;
-  float r = mul_add(n, 0x1.bd0106p-13f, mul_add(n, -0x1.63p-1f, bounded));  // ln 2 in two parts
-  float q = 0x1.6a23d0p-10f;
-  q = mul_add(q, r, 0x1.123a20p-7f);
-  q = mul_add(q, r, 0x1.5558f2p-5f);
-  q = mul_add(q, r, 0x1.555492p-3f);
-  q = mul_add(q, r, 0x1.fffffcp-2f);
-  float e = 1.0f + mul_add(r * r, q, r);
-  int32_t power = int32_t(bit_cast<uint32_t>(shifted) - bit_cast<uint32_t>(kRound));
-  int32_t half = power >> 1;
-  float first = bit_cast<float>(uint32_t(half + 127) << 23);
-  float second = bit_cast<float>(uint32_t(power - half + 127) << 23);
-  return e * first * second;
-#endif
-}
-DC_HD double exp(double x) {
-#ifdef __CUDA_ARCH__
-  return ::exp(x);
-#else
-  return __builtin_exp(x);
+  using K = ExpConstants<R>;
+  using Bits = typename K::Bits;
+  ExpReduction<R> e(x);
+  R significand = R(1) + mul_add(e.r * e.r, e.q, e.r);
+  R y = bit_cast<R>(Bits(bit_cast<Bits>(significand) + (e.n << K::kMantissa)));
+  R edge = x < R(0) ? R(0) : x * K::kHuge;  // infinity, or the NaN that x is
+  return x >= K::kLow && x <= K::kHigh ? y : edge;
 #endif
 }
 
-// expm1(d) - d and expm1(d), together. For |d| < 1 the Taylor series d² (1/2! + d/3! + d²/4! +
-// ...), because there e^d - 1 - d cancels.
+// ½ (expm1(d) - d) and ½ expm1(d): what the Gaussian KL and its gradient are made of. With s = 2^n
+// / 2, e^d / 2 = s (1 + r + r² q), so  ½ (e^d - 1 - d) = s r² q + [s r + (s - ½) - d / 2],  whose
+// bracket is exactly 0 where n = 0: nothing cancels for small d. Halves, because they overflow
+// later and are what is needed.
 template <class R>
-struct Expm1 {
-  R minus_d;  // expm1(d) - d
-  R plain;    // expm1(d)
-};
-template <class R>
-DC_HD Expm1<R> expm1_of(R d) {
-  constexpr int kTerms =
-      sizeof(R) == 8 ? 18 : 10;  // the first term left out is below half an ulp at |d| = 1
-  R series = R(0);
-  double factorial = 1;
-  for (int k = 2; k < kTerms + 2; ++k) factorial *= k;
-  DC_UNROLL
-  for (int k = kTerms + 1; k >= 2; --k) {
-    series = mul_add(series, d, R(1 / factorial));
-    factorial /= k;
+struct HalfExpm1 {
+  R minus_d;
+  R plain;
+
+  DC_HD explicit HalfExpm1(R d) {
+    using K = ExpConstants<R>;
+    using Bits = typename K::Bits;
+    constexpr R kLow = R(-60);  // expm1 is -1 from here down
+    ExpReduction<R> e(d);
+    R s = bit_cast<R>(Bits((e.n + Bits(K::kBias - 1)) << K::kMantissa)), r2 = e.r * e.r;
+    R linear = R(-0.5) * d;
+    R half = mul_add(s * r2, e.q, mul_add(s, e.r, (s - R(0.5)) + linear));
+    R half_plain = mul_add(s, mul_add(r2, e.q, e.r), s - R(0.5));
+    R infinity = K::kHuge * K::kHuge;
+    minus_d = d > K::kHalfHigh ? infinity : (d < kLow ? linear - R(0.5) : half);
+    plain = d > K::kHalfHigh ? infinity : (d < kLow ? R(-0.5) : half_plain);
   }
-  R near = d * d * series;
-  R far = exp(d) - R(1);
-  bool is_near = d > R(-1) && d < R(1);
-  return {is_near ? near : far - d, is_near ? near + d : far};
-}
+};
 
 DC_KERNEL_NAMESPACE_END

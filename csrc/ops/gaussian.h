@@ -48,8 +48,7 @@ struct NormalKl {
   template <class R>
   DC_HD static void apply(const R*, const R* x, R* y) {
     R delta = x[0] - x[2];
-    R spread = expm1_of(x[1] - x[3]).minus_d;
-    y[0] = R(0.5) * mul_add(delta * delta, exp(-x[3]), spread);
+    y[0] = mul_add(R(0.5) * delta * delta, exp(-x[3]), HalfExpm1<R>(x[1] - x[3]).minus_d);
   }
 };
 
@@ -62,14 +61,14 @@ struct NormalKlGradient {  // of (mean1, logvar1), of (mean2, logvar2), or of al
   DC_HD static void apply(R g, const R* x, R* y) {
     R delta = x[0] - x[2];
     R scaled = delta * exp(-x[3]);
-    R excess = expm1_of(x[1] - x[3]).plain;
+    R excess = HalfExpm1<R>(x[1] - x[3]).plain;
     if (kSides & kFirst) {
       y[0] = g * scaled;
-      y[1] = R(0.5) * g * excess;
+      y[1] = g * excess;
     }
     if (kSides & kSecond) {
       y[n_out - 2] = -g * scaled;
-      y[n_out - 1] = R(-0.5) * g * mul_add(delta, scaled, excess);
+      y[n_out - 1] = -g * mul_add(R(0.5) * delta, scaled, excess);
     }
   }
 };
@@ -102,7 +101,7 @@ struct StandardNormalKl {
   static constexpr int n_in = 2, n_out = 1, n_sum = 0, n_coef = 0;  // mean, logvar
   template <class R>
   DC_HD static void apply(const R*, const R* x, R* y) {
-    y[0] = R(0.5) * mul_add(x[0], x[0], expm1_of(x[1]).minus_d);
+    y[0] = mul_add(R(0.5) * x[0], x[0], HalfExpm1<R>(x[1]).minus_d);
   }
 };
 struct StandardNormalKlGradient {
@@ -110,7 +109,7 @@ struct StandardNormalKlGradient {
   template <class R>
   DC_HD static void apply(R g, const R* x, R* y) {
     y[0] = g * x[0];
-    y[1] = R(0.5) * g * expm1_of(x[1]).plain;
+    y[1] = g * HalfExpm1<R>(x[1]).plain;
   }
 };
 struct StandardNormalKlSum : SumOf<StandardNormalKl> {
@@ -200,9 +199,9 @@ struct ReparameterizeKlBackward {  // inputs: mean, logvar, ε, g_z; coefficient
   static constexpr int n_in = 4, n_out = 2, n_sum = 0, n_coef = 1;
   template <class R>
   DC_HD static void apply(const R* c, const R* x, R* y) {
-    R spread = x[3] * exp(R(0.5) * x[1]) * x[2];
+    R spread = R(0.5) * x[3] * exp(R(0.5) * x[1]) * x[2];
     y[0] = mul_add(c[0], x[0], x[3]);
-    y[1] = R(0.5) * mul_add(c[0], expm1_of(x[1]).plain, spread);
+    y[1] = mul_add(c[0], HalfExpm1<R>(x[1]).plain, spread);
   }
 };
 
