@@ -108,20 +108,16 @@ def _run(
         return _run_registered(kernel, inputs, coefs, step, whole, out)
     if forward_ad._current_level >= 0 or _functorch_active():
         return _run_reference(kernel, inputs, coefs, step, whole, out)
-    tensor_coefs = False
     for c in coefs:
         if type(c) is not float:
-            tensor_coefs = True
-            break
-    if (needs_grad or tensor_coefs) and torch.is_grad_enabled():
-        if tensor_coefs and _coefs_need_grad(coefs):
-            _refuse_out(out)
-            return _run_reference(kernel, inputs, coefs, step, whole, out)
-        if needs_grad:
-            _refuse_out(out)
-            return _Function.apply(  # type: ignore[no-untyped-call]
-                kernel, coefs, step, whole, *inputs
-            )
+            if c.requires_grad and torch.is_grad_enabled():  # type: ignore[union-attr]
+                _refuse_out(out)
+                return _run_reference(kernel, inputs, coefs, step, whole, out)
+            if c.is_neg():  # type: ignore[union-attr]
+                coefs = _resolved(coefs)
+    if needs_grad and torch.is_grad_enabled():
+        _refuse_out(out)
+        return _Function.apply(kernel, coefs, step, whole, *inputs)  # type: ignore[no-untyped-call]
     return _direct(kernel, inputs, coefs, step, whole, out)
 
 
@@ -167,9 +163,6 @@ def _direct(
     for x in inputs:
         if x.is_neg():
             return _careful(kernel, outs, inputs, coefs, step, whole, out)
-    for c in coefs:
-        if type(c) is not float and c.is_neg():  # type: ignore[union-attr]
-            return _careful(kernel, outs, inputs, coefs, step, whole, out)
     try:
         status = _C.call(kernel.index, outs, inputs, coefs, step, whole)
     except RuntimeError:  # a tensor without storage of its own: sparse, quantised, meta
@@ -197,7 +190,6 @@ def _careful(
         return _run_reference(kernel, inputs, coefs, step, whole, out)
     like = outs[0] if kernel.outputs else _new_like(inputs[0])
     tensors = tuple(_as(like, x.resolve_neg()) for x in inputs)
-    coefs = tuple(c.resolve_neg() if isinstance(c, Tensor) else c for c in coefs)
     status = _C.call(kernel.index, outs, tensors, coefs, step, whole)
     if status != _DONE:  # samples interleaved in memory, or an output partly over an input
         tensors = tuple(x.contiguous() for x in tensors)
@@ -270,6 +262,11 @@ def split_coefs(coefs: tuple[Coef, ...]) -> list[Coef]:
         else:
             split.append(c)
     return split
+
+
+def _resolved(coefs: tuple[Coef, ...]) -> tuple[Coef, ...]:
+    """The coefficients without pending negations, of which the exchange API knows nothing."""
+    return tuple(c.resolve_neg() if isinstance(c, Tensor) else c for c in coefs)
 
 
 def _coefs_need_grad(coefs: tuple[Coef, ...]) -> bool:
@@ -434,7 +431,7 @@ def _register(kernel: Kernel) -> Any:
 
     def native(*args: Any) -> Any:
         coefs, step = _unpack(*args[arity : arity + 4])
-        return _direct(kernel, args[:arity], coefs, step, args[-1])
+        return _direct(kernel, args[:arity], _resolved(coefs), step, args[-1])
 
     def fake(*args: Any) -> Any:
         outs = _allocate(kernel, args[0], args[-1])

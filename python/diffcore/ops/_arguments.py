@@ -12,16 +12,18 @@ def as_coef(name: str, value: Coef, step: Step) -> Coef:
     """A float, a 0-dim or `[B]` tensor, or, with a step, a table `[T, 1]`."""
     if type(value) is float:
         return value
-    value = as_number(name, value)
     if not isinstance(value, Tensor):
-        return value
+        return as_number(name, value)
     if value.dtype not in (torch.float32, torch.float64):
+        as_number(name, value)
         value = value.float()
-    if value.ndim == 0:
+    dims = value.ndim
+    if dims == 0:
         # A 0-dim CPU tensor goes with any device, as everywhere in torch, if it is only a number.
         number = value.device.type == "cpu" and not value.requires_grad and plain_eager()
         return float(value) if number else value
-    value = _flat(name, value)
+    if dims > 1:
+        value = _flat(name, value)
     return value if step is None else value.unsqueeze(1)
 
 
