@@ -18,7 +18,7 @@ import torch
 from formulas import extended
 from torch import Tensor
 
-from diffcore import _native, _registry, ops
+from diffcore import _execute, _native, _registry, ops
 
 Shape = tuple[int, ...]
 Options = Callable[[int], dict[str, Any]]
@@ -101,12 +101,14 @@ class OpCase:
 @contextlib.contextmanager
 def without_kernels() -> Iterator[None]:
     """Runs the public ops on `diffcore.reference`, as an install without the module does."""
-    native, registry = _native._C, _registry._C
-    _native._C = _registry._C = None
+    module = _native._C
+    _native._C = _execute._C = None
+    _registry._no_module = True
     try:
         yield
     finally:
-        _native._C, _registry._C = native, registry
+        _native._C = _execute._C = module
+        _registry._no_module = module is None
 
 
 def as_tuple(result: Any) -> tuple[Any, ...]:

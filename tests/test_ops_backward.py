@@ -8,10 +8,19 @@ from typing import Any
 import pytest
 import torch
 from bounds import assert_same_bits, each_16_bit, each_case, each_dtype, each_low_dtype
-from cases import BY_NAME, NOISE_TABLE, Arguments, OpCase, as_tuple, step_table, steps_of
+from cases import (
+    BY_NAME,
+    NOISE_TABLE,
+    Arguments,
+    OpCase,
+    as_tuple,
+    step_table,
+    steps_of,
+    without_kernels,
+)
 from torch import Tensor
 
-from diffcore import _registry, ops
+from diffcore import _autograd, _execute, _registry, ops
 from diffcore.testing import assert_within_bound
 
 GAUSSIANS = ["normal_kl", "standard_normal_kl", "gaussian_nll"]
@@ -79,6 +88,21 @@ def test_gradients_are_within_the_bound(case: OpCase, dtype: torch.dtype, device
 
 
 @each_case
+@each_low_dtype
+def test_gradients_without_kernels_are_within_the_bound(case: OpCase, dtype: torch.dtype) -> None:
+    args = case.make((41, 31), dtype)
+    upstream = upstream_of(case, args)
+    wide = args.map(lambda x: x.double())
+    eager, truth = (gradients(case, case.eager, a, upstream) for a in (args, wide))
+    with without_kernels():
+        found = gradients(case, case.native, args, upstream)
+        f, tensors = functional(case, case.make((2, 2), torch.float64))
+        assert torch.autograd.gradgradcheck(f, tensors)
+    for name, g in found.items():
+        assert_within_bound(g, eager[name], truth[name], name=f"gradient in {name}")
+
+
+@each_case
 @each_16_bit
 def test_16_bit_gradients_are_float32_gradients_rounded_once(
     case: OpCase, dtype: torch.dtype
@@ -106,7 +130,8 @@ def test_gradients_come_from_native_kernels(monkeypatch: pytest.MonkeyPatch) -> 
     def refuse(*args: Any) -> None:
         raise AssertionError("went through the reference")
 
-    monkeypatch.setattr(_registry, "_run_reference", refuse)
+    for module in (_registry, _execute, _autograd):
+        monkeypatch.setattr(module, "run_reference", refuse)
     for case in BY_NAME.values():
         args = case.make((3, 5), torch.float32)
         gradients(case, case.native, args, upstream_of(case, args))

@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 
-from diffcore import _kernels, _native, _registry, ops
+from diffcore import _kernels, _library, _native, _registry, ops
 
 INDUCTOR = ("q_sample", "normal_kl_sample")
 
@@ -81,7 +81,7 @@ def packed(kernel: _registry.Kernel, source: str, *, grad: bool) -> tuple[Any, .
         column = torch.rand(4, dtype=torch.float64)
         coefs = tuple(column + i if source == "rows" else 0.5 + i for i in range(len(kernel.coefs)))
         step = None
-    return (*tensors, *_registry._pack(coefs, step), False)
+    return (*tensors, *_library.pack(coefs, step), False)
 
 
 def test_every_kernel_of_the_module_is_registered() -> None:
@@ -220,6 +220,26 @@ def test_compile_a_training_step() -> None:
         grads.append([p.grad.clone() for p in model.parameters()])
     for plain, compiled in zip(*grads, strict=True):
         assert_same_bits(plain, compiled)
+
+
+def test_compile_training_losses() -> None:
+    diffusion = GaussianDiffusion(make_betas("linear", 50, scale_to_1000=True))
+    x0, noise = torch.randn(2, 6, 9)
+    t = steps_of(6)
+    grads = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        model = torch.nn.Linear(9, 9)
+
+        def loss(model: Any = model) -> Tensor:
+            losses = diffusion.training_losses(lambda x, t: model(x), x0, t, noise)
+            return losses["loss"].mean()
+
+        run = torch.compile(loss, fullgraph=True, backend="aot_eager") if compiled else loss
+        run().backward()
+        grads.append([p.grad for p in model.parameters()])
+    for plain, of_compiled in zip(*grads, strict=True):
+        assert_same_bits(plain, of_compiled)
 
 
 def test_compile_with_out() -> None:

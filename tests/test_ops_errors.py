@@ -13,7 +13,7 @@ from cases import BY_NAME, NOISE_TABLE, STEPS, OpCase, as_tuple, step_table
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from diffcore import _native, _registry, ops
+from diffcore import _execute, _native, ops
 
 Op = Callable[..., Any]
 
@@ -21,7 +21,7 @@ Op = Callable[..., Any]
 @pytest.fixture(autouse=True)
 def _no_kernel_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     """A kernel that accepts its arguments fails the test: bad input has to stop before it."""
-    real = _registry._C
+    real = _execute._C
 
     class Watched:
         def __getattr__(self, name: str) -> Any:
@@ -33,7 +33,7 @@ def _no_kernel_runs(monkeypatch: pytest.MonkeyPatch) -> None:
             return status
 
     if real is not None:
-        monkeypatch.setattr(_registry, "_C", Watched())
+        monkeypatch.setattr(_execute, "_C", Watched())
 
 
 def refused(kind: type[Exception], match: str, f: Op, *args: Any, **kwargs: Any) -> None:

@@ -153,7 +153,12 @@ def test_special_values(case: OpCase, dtype: torch.dtype, device: str) -> None:
         found = as_tuple(case.native(args))
         _assert_same_kinds(found, [case.reference(args)], name)
         if not case.name.startswith(WITH_ZEROS):
-            _assert_same_kinds(found, [case.eager(args), case.truth(args)], name)
+            wanted = [case.eager(args), case.truth(args)]
+            if case.name.endswith("normal_kl") and name.startswith("logvar"):
+                # The naive formula has inf - inf where the limit, infinity, is asked of ours.
+                assert (found[0][1, :2] == math.inf).all()
+                found, wanted = (found[0][:, 2:],), [w[:, 2:] for w in wanted]
+            _assert_same_kinds(found, wanted, name)
 
 
 def _assert_same_kinds(found: tuple[Tensor, ...], wanted: list[Any], name: str) -> None:

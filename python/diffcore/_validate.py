@@ -13,7 +13,7 @@ from torch import Tensor
 from diffcore import _native
 
 if TYPE_CHECKING:
-    from diffcore._registry import Coef, Kernel, Step
+    from diffcore._execute import Coef, Kernel, Step
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 REDUCTIONS = ("none", "sample", "batchmean", "mean", "sum")

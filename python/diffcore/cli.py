@@ -62,7 +62,7 @@ def demo(
         "demo-output"
     ),
     steps: Annotated[
-        int | None, typer.Option(min=1, help="Optimiser steps of the DDPM. [default: 1500]")
+        int | None, typer.Option(min=1, help="Optimiser steps of the DDPM. [default: 2500]")
     ] = None,
     vae_steps: Annotated[
         int | None, typer.Option(min=1, help="Optimiser steps of the VAE. [default: 3000]")

@@ -148,7 +148,8 @@ def expm1_minus(d: Tensor) -> Tensor:
     series = torch.full_like(d, 1 / math.factorial(terms + 2))
     for k in range(terms - 1, -1, -1):
         series = series * near + 1 / math.factorial(k + 2)
-    return torch.where(d.abs() < 1, near * near * series, torch.expm1(d) - d)
+    far = torch.where(d == math.inf, d, torch.expm1(d) - d)  # not inf - inf
+    return torch.where(d.abs() < 1, near * near * series, far)
 
 
 def _normal_kl(mean1: Tensor, logvar1: Tensor, mean2: Tensor, logvar2: Tensor) -> Tensor:

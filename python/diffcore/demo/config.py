@@ -37,7 +37,7 @@ class DemoConfig:
 
     data: str
     seed: int = 0
-    steps: int = 1500
+    steps: int = 2500
     vae_steps: int = 3000
     batch_size: int = 64
     learning_rate: float = 3e-3

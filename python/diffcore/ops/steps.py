@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from torch import Tensor
 
 from .. import _kernels as k
 from .. import coefficients as formulas
-from .._registry import Coef, Kernel, Step, run
+from .._execute import Kernel
+from .._registry import Coef, Step, run
 from ._arguments import as_coef, as_table, in_float64
 
 ClipRange = float | tuple[float, float] | None
@@ -63,7 +66,7 @@ def reverse_step(
 
 
 def _step(
-    kernels: dict[tuple[bool, bool], Kernel],
+    kernels: Mapping[tuple[bool, bool], Kernel],
     x: Tensor,
     model_output: Tensor,
     coefficients: Tensor,

@@ -1,0 +1,190 @@
+"""Runs one kernel, or its plain-torch meaning: allocation, layouts, fallback. No autograd."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import increment_version
+
+from diffcore import _native, _validate
+
+Coef = float | Tensor
+Step = int | Tensor | None
+Grads = Sequence[Tensor | None]
+Backward = Callable[
+    [tuple[Tensor, ...], tuple[Coef, ...], Step, bool, Grads, Sequence[bool]], Grads | None
+]
+
+_C = _native._C
+_DONE = 0
+_INDEX: dict[str, int] = {op[0]: i for i, op in enumerate(_C.op_table())} if _C is not None else {}
+_new_like = torch.empty_like
+
+
+@dataclass(eq=False)
+class Kernel:
+    """One functor: its name in csrc/ops/all.h, what it reads, and what it means in plain torch."""
+
+    name: str
+    inputs: tuple[str, ...]
+    coefs: tuple[str, ...] = ()
+    outputs: int = 1  # elementwise
+    sums: int = 0  # per sample, or one for all when called with whole=True
+    # (*inputs, *coefs), and whole= for sums; None for a backward kernel
+    reference: Callable[..., Any] | None = None
+    backward: Backward | None = None
+    saves_inputs: bool = True  # False when the backward needs none of them
+    table: str = "coefficients"  # what a table of several coefficients is called
+    index: int = field(init=False)
+    op: Any = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.index = _INDEX.get(self.name, -1)
+
+    def named(
+        self, inputs: tuple[str, ...], coefs: tuple[str, ...] = (), table: str = "coefficients"
+    ) -> Kernel:
+        """The same kernel under the argument names of a public op, for its errors."""
+        twin = copy.copy(self)
+        twin.inputs, twin.coefs, twin.table = inputs, coefs or self.coefs, table
+        return twin
+
+
+def direct(
+    kernel: Kernel,
+    inputs: tuple[Tensor, ...],
+    coefs: tuple[Coef, ...],
+    step: Step,
+    whole: bool,
+    out: Tensor | None = None,
+) -> Any:
+    """Allocates and calls the kernel; whatever the kernel refuses is explained or mended."""
+    if _C is None:
+        return run_reference(kernel, inputs, coefs, step, whole, out)
+    first = inputs[0]
+    if kernel.sums:
+        outs = allocate(kernel, first, whole)
+    elif kernel.outputs == 1:
+        outs = (_new_like(first) if out is None else out,)
+    else:
+        outs = tuple([_new_like(first) for _ in range(kernel.outputs)])
+    if out is not None and (type(out) is not Tensor or out.requires_grad):
+        return _careful(kernel, outs, inputs, coefs, step, whole, out)
+    try:
+        status = _C.call(kernel.index, outs, inputs, coefs, step, whole)
+    except RuntimeError:  # a tensor without storage of its own: sparse, quantised, meta
+        _validate.explain(kernel, inputs, coefs, step, whole, out)
+        if not _native.has_kernels(first.device):
+            return run_reference(kernel, inputs, coefs, step, whole, out)
+        raise
+    if status != _DONE:
+        return _careful(kernel, outs, inputs, coefs, step, whole, out)
+    if out is not None:
+        increment_version(out)
+    return outs[0] if len(outs) == 1 else outs
+
+
+def _careful(
+    kernel: Kernel,
+    outs: tuple[Tensor, ...],
+    inputs: tuple[Tensor, ...],
+    coefs: tuple[Coef, ...],
+    step: Step,
+    whole: bool,
+    out: Tensor | None,
+) -> Any:
+    """The slow twin of `direct`: explains what is wrong, falls back, makes layouts agree."""
+    _validate.explain(kernel, inputs, coefs, step, whole, out)
+    if not _native.has_kernels(inputs[0].device):
+        return run_reference(kernel, inputs, coefs, step, whole, out)
+    like = outs[0] if kernel.outputs else _new_like(inputs[0])
+    tensors = tuple(_as(like, x) for x in inputs)
+    status = _C.call(kernel.index, outs, tensors, coefs, step, whole)
+    if status != _DONE:  # samples interleaved in memory, or an output partly over an input
+        tensors = tuple(x.contiguous() for x in tensors)
+        fresh = tuple(torch.empty_like(o, memory_format=torch.contiguous_format) for o in outs)
+        status = _C.call(kernel.index, fresh, tensors, coefs, step, whole)
+        if status != _DONE:
+            raise RuntimeError(
+                f"{kernel.name}: the kernel refused its arguments (status {status}); please report"
+            )
+        for o, f in zip(outs, fresh, strict=True):
+            o.copy_(f)
+    elif out is not None:
+        increment_version(out)
+    return outs[0] if len(outs) == 1 else outs
+
+
+def _as(like: Tensor, x: Tensor) -> Tensor:
+    """`x` in the memory layout of `like`."""
+    return x if x.stride() == like.stride() else _new_like(like).copy_(x)
+
+
+def allocate(kernel: Kernel, first: Tensor, whole: bool) -> tuple[Tensor, ...]:
+    shape = () if whole or first.ndim == 0 else (first.shape[0],)
+    dtype = torch.float64 if first.dtype == torch.float64 else torch.float32
+    outs = [_new_like(first) for _ in range(kernel.outputs)]
+    outs += [torch.empty(shape, dtype=dtype, device=first.device) for _ in range(kernel.sums)]
+    return tuple(outs)
+
+
+# ---- plain torch ---------------------------------------------------------------------------------
+
+
+def run_reference(
+    kernel: Kernel,
+    inputs: tuple[Tensor, ...],
+    coefs: tuple[Coef, ...],
+    step: Step,
+    whole: bool,
+    out: Tensor | None = None,
+) -> Any:
+    _validate.explain(kernel, inputs, coefs, step, whole, out)
+    assert kernel.reference is not None, kernel.name
+    extra = {"whole": whole} if kernel.sums and not kernel.outputs else {}
+    result = kernel.reference(*inputs, *expand_coefs(coefs, step), **extra)
+    if out is None:
+        return result
+    return out.copy_(result)
+
+
+def expand_coefs(coefs: tuple[Coef, ...], step: Step) -> list[Coef]:
+    """One number, 0-dim or `[B]` tensor a coefficient, tables gathered at the step."""
+    expanded: list[Coef] = []
+    for c in coefs:
+        if not isinstance(c, Tensor) or c.ndim < 2:
+            expanded.append(c)
+        else:
+            rows = c if step is None else c[step]
+            if rows.ndim == 2 and rows.shape[0] == 1:
+                rows = rows[0]
+            expanded.extend(rows.unbind(-1))
+    return expanded
+
+
+def split_coefs(coefs: tuple[Coef, ...]) -> list[Coef]:
+    """One item a coefficient: the columns of tables as tables of one column."""
+    split: list[Coef] = []
+    for c in coefs:
+        if isinstance(c, Tensor) and c.ndim == 2:
+            split.extend(c.split(1, dim=1))
+        else:
+            split.append(c)
+    return split
+
+
+def resolved(coefs: tuple[Coef, ...]) -> tuple[Coef, ...]:
+    """The coefficients without pending negations, of which the exchange API knows nothing."""
+    return tuple(c.resolve_neg() if isinstance(c, Tensor) else c for c in coefs)
+
+
+def coefs_need_grad(coefs: tuple[Coef, ...]) -> bool:
+    for c in coefs:
+        if type(c) is not float and c.requires_grad:  # type: ignore[union-attr]
+            return True
+    return False

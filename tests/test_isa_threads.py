@@ -1,0 +1,148 @@
+"""Every instruction set this CPU has, and any number of threads.
+
+An instruction set is chosen once a process, so each gets a process of its own: it computes every
+case and saves the results, which are judged here.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from bounds import LOW, assert_same_bits, check
+from cases import CASES, as_tuple
+
+from diffcore import _native, ops
+
+pytestmark = pytest.mark.skipif(_native._C is None, reason="needs the compiled module")
+
+ISAS = ("v2", "v3", "v4")
+SHAPE = (21, 203)
+DTYPES = (*LOW, torch.float64)
+
+COMPUTE = """
+import sys, torch
+from cases import CASES, as_tuple
+from diffcore import info
+from test_isa_threads import DTYPES, SHAPE
+torch.set_num_threads(1)
+found = {"instruction_set": info()["instruction_set"]}
+for case in CASES:
+    for dtype in DTYPES:
+        found[case.name, dtype] = as_tuple(case.native(case.make(SHAPE, dtype)))
+torch.save(found, sys.argv[1])
+"""
+
+
+def run_python(code: str, *arguments: str, **environment: str) -> str:
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        env={**env, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The results of every case, by the instruction set that gave them."""
+    found = {}
+    for isa in ISAS:
+        path = tmp_path_factory.mktemp(isa) / "results.pt"
+        run_python(COMPUTE, str(path), DIFFCORE_ISA=isa)
+        result = torch.load(path)
+        if result["instruction_set"] == isa:  # a set that the CPU lacks falls back to v2
+            found[isa] = result
+    return found
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_each_instruction_set_is_within_the_bound(isa: str, results: dict[str, Any]) -> None:
+    if isa not in results:
+        pytest.skip(f"this CPU has no {isa}")
+    for case in CASES:
+        for dtype in DTYPES:
+            found = results[isa][case.name, dtype]
+            check(case, case.make(SHAPE, dtype), found if len(found) > 1 else found[0])
+
+
+def test_instruction_sets_with_fused_multiply_add_agree_to_the_bit(results: dict[str, Any]) -> None:
+    if not {"v3", "v4"} <= results.keys():
+        pytest.skip("this CPU has no v4")
+    for case in CASES:
+        for dtype in LOW:
+            assert_same_bits(results["v3"][case.name, dtype], results["v4"][case.name, dtype])
+
+
+def test_v2_is_always_there(results: dict[str, Any]) -> None:
+    assert "v2" in results
+
+
+def test_an_unknown_instruction_set_is_no_crash() -> None:
+    code = "from diffcore import info; print(info()['instruction_set'])"
+    assert run_python(code, DIFFCORE_ISA="v9") in ISAS
+
+
+def test_the_best_instruction_set_is_chosen(results: dict[str, Any]) -> None:
+    code = "from diffcore import info; print(info()['instruction_set'])"
+    assert run_python(code, DIFFCORE_ISA="") == max(results)
+
+
+# Rows and chunks of 8,192 columns are what threads share: few long rows, many short ones, one row.
+@pytest.mark.parametrize("shape", [(3, 40_003), (513, 401), (1, 100_003)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_any_number_of_threads_gives_the_same_bits(
+    shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    threads = torch.get_num_threads()
+    names = ("q_sample", "ddpm_step_guided", "normal_kl_sample", "reparameterize_kl")
+    cases = [case for case in CASES if case.name in (*names, "denoising_loss_v_prediction")]
+    try:
+        for case in cases:
+            args = case.make(shape, dtype)
+            found = []
+            for n in (1, 2, 7):
+                torch.set_num_threads(n)
+                found.append(as_tuple(case.native(args)))
+            assert_same_bits(found[0], found[1], case.name)
+            assert_same_bits(found[0], found[2], case.name)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_sums_over_everything_with_any_number_of_threads() -> None:
+    threads = torch.get_num_threads()
+    mean, logvar = torch.randn(2, 7, 50_021)
+    try:
+        found = []
+        for n in (1, 2, 7):
+            torch.set_num_threads(n)
+            found.append(ops.standard_normal_kl(mean, logvar, reduction="sum"))
+        assert_same_bits(found[0], found[1])
+        assert_same_bits(found[0], found[2])
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_calls_from_several_python_threads() -> None:
+    code = """
+import concurrent.futures as futures
+import torch
+from diffcore import ops
+mean, logvar = torch.randn(2, 9, 20_011)
+wanted = ops.standard_normal_kl(mean, logvar, reduction="sample")
+with futures.ThreadPoolExecutor(4) as pool:
+    kl = ops.standard_normal_kl
+    calls = [pool.submit(kl, mean, logvar, reduction="sample") for _ in range(64)]
+    print(all(torch.equal(call.result(), wanted) for call in calls))
+"""
+    assert run_python(code) == "True"
