@@ -30,6 +30,9 @@ constexpr int64_t kReleaseGilFrom =
 
 struct Bindings {
   const dlpack::ExchangeApi* torch = nullptr;
+  PyTypeObject* plain_types[2] = {};  // Tensor, Parameter
+  PyObject* requires_grad = nullptr;  // interned names
+  PyObject* is_neg = nullptr;
 } g_bindings;
 
 template <class... Op>
@@ -281,13 +284,37 @@ class Call {
   bool by_row_ = false;
 };
 
-void connect(py::capsule capsule) {
+// What an eager call must know of its inputs before it may go straight to a kernel.
+enum Survey : int { kNotPlain = 1, kRequiresGrad = 2, kNegated = 4 };
+
+int survey(py::tuple tensors) {
+  int found = 0;
+  for (py::handle x : tensors) {
+    PyTypeObject* type = Py_TYPE(x.ptr());
+    if (type != g_bindings.plain_types[0] && type != g_bindings.plain_types[1]) return kNotPlain;
+    py::object requires_grad =
+        py::reinterpret_steal<py::object>(PyObject_GetAttr(x.ptr(), g_bindings.requires_grad));
+    if (!requires_grad) throw py::error_already_set();
+    if (requires_grad.ptr() == Py_True) found |= kRequiresGrad;
+    py::object negated =
+        py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(x.ptr(), g_bindings.is_neg));
+    if (!negated) throw py::error_already_set();
+    if (negated.ptr() == Py_True) found |= kNegated;
+  }
+  return found;
+}
+
+void connect(py::capsule capsule, py::type tensor, py::type parameter) {
   auto* api = static_cast<const dlpack::ExchangeApiHeader*>(capsule.get_pointer());
   while (api && api->version.major != 1) api = api->prev_api;
   if (!api) throw std::runtime_error("torch offers no DLPack exchange API of major version 1");
   auto* exchange = reinterpret_cast<const dlpack::ExchangeApi*>(api);
   if (!exchange->borrow || !exchange->current_stream || !exchange->allocate)
     throw std::runtime_error("torch's DLPack exchange API lacks a function that diffcore needs");
+  g_bindings.plain_types[0] = reinterpret_cast<PyTypeObject*>(tensor.inc_ref().ptr());
+  g_bindings.plain_types[1] = reinterpret_cast<PyTypeObject*>(parameter.inc_ref().ptr());
+  g_bindings.requires_grad = PyUnicode_InternFromString("requires_grad");
+  g_bindings.is_neg = PyUnicode_InternFromString("is_neg");
   g_bindings.torch = exchange;
 }
 
@@ -317,7 +344,8 @@ py::dict build_info() {
 
 PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   using namespace diffcore;
-  m.def("connect", &connect, py::arg("exchange_api"));
+  m.def("connect", &connect, py::arg("exchange_api"), py::arg("tensor"), py::arg("parameter"));
+  m.def("survey", &survey, py::arg("tensors"));
   m.def("call", &diffcore::call, py::arg("op"), py::arg("outs"), py::arg("ins"), py::arg("coefs"),
         py::arg("step"), py::arg("whole"));
   m.def("op_table", [] {

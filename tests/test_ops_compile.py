@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 
-from diffcore import _kernels, _library, _native, _registry, ops
+from diffcore import GaussianDiffusion, _kernels, _library, _native, _registry, make_betas, ops
 
 INDUCTOR = ("q_sample", "normal_kl_sample")
 

@@ -14,7 +14,7 @@ struct OpList {
 };
 
 using AllOps =
-    OpList<Scale, LinearCombination,  // linear.h
+    OpList<Scale, ScaleTwice, LinearCombination,  // linear.h
            ReverseStep, ReverseStepNoise, ReverseStepGuided,
            ReverseStepGuidedNoise,                                          // reverse_step.h
            ReverseStepBackward, ReverseStepGuidedBackward,                  //

@@ -14,6 +14,16 @@ struct Scale {  // y = a x
   }
 };
 
+struct ScaleTwice {  // y_0 = a x, y_1 = b x: both gradients of a x_0 + b x_1, reading x once
+  static constexpr const char* name = "scale_twice";
+  static constexpr int n_in = 1, n_out = 2, n_sum = 0, n_coef = 2;
+  template <class R>
+  DC_HD static void apply(const R* c, const R* x, R* y) {
+    y[0] = c[0] * x[0];
+    y[1] = c[1] * x[0];
+  }
+};
+
 struct LinearCombination {  // y = a x_0 + b x_1
   static constexpr const char* name = "linear_combination";
   static constexpr int n_in = 2, n_out = 1, n_sum = 0, n_coef = 2;

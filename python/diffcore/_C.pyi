@@ -3,7 +3,8 @@ from typing import Any
 
 from torch import Tensor
 
-def connect(exchange_api: Any) -> None: ...
+def connect(exchange_api: Any, tensor: type, parameter: type) -> None: ...
+def survey(tensors: tuple[Any, ...]) -> int: ...
 def call(
     op: int,
     outs: tuple[Tensor, ...],

@@ -11,42 +11,33 @@ from torch import Tensor
 from diffcore import _native
 from diffcore._execute import Coef, Grads, Kernel, Step, direct, run_reference
 
+Call = tuple[Kernel, tuple[Coef, ...], Step, bool]
+
 
 class Function(torch.autograd.Function):
     """The lean autograd node of every kernel, for plain eager calls."""
 
     @staticmethod
-    def forward(
-        ctx: Any, kernel: Kernel, coefs: tuple[Coef, ...], step: Step, whole: bool, *inputs: Tensor
-    ) -> Any:
-        ctx.call = (kernel, coefs, step, whole)
-        ctx.set_materialize_grads(False)
+    def forward(ctx: Any, call: Call, *inputs: Tensor) -> Any:
+        ctx.call = call
+        kernel, coefs, step, whole = call
         if kernel.saves_inputs:
             ctx.save_for_backward(*inputs)
+        if kernel.outputs + kernel.sums > 1:
+            ctx.set_materialize_grads(False)
         return direct(kernel, inputs, coefs, step, whole)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        kernel, coefs, step, whole = ctx.call
-        needs = ctx.needs_input_grad[4:]
-        return (
-            None,
-            None,
-            None,
-            None,
-            *run_backward(kernel, ctx.saved_tensors, coefs, step, whole, grads, needs),
-        )
+        needs = ctx.needs_input_grad[1:]
+        return (None, *run_backward(ctx.saved_tensors, ctx.call, grads, needs))
 
 
 def run_backward(
-    kernel: Kernel,
-    inputs: tuple[Tensor, ...],
-    coefs: tuple[Coef, ...],
-    step: Step,
-    whole: bool,
-    grads: Grads,
-    needs: Sequence[bool],
+    inputs: tuple[Tensor, ...], call: Call, grads: Grads, needs: Sequence[bool]
 ) -> Grads:
+    """The gradients of the inputs that need one."""
+    kernel, coefs, step, whole = call
     if all(g is None for g in grads):
         return [None] * len(needs)
     assert kernel.backward is not None, kernel.name
@@ -58,18 +49,13 @@ def run_backward(
         result = kernel.backward(inputs, coefs, step, whole, grads, needs)
         if result is not None:
             return result
-    return _reference_backward(kernel, inputs, coefs, step, whole, grads, needs)
+    return _reference_backward(inputs, call, grads, needs)
 
 
 def _reference_backward(
-    kernel: Kernel,
-    inputs: tuple[Tensor, ...],
-    coefs: tuple[Coef, ...],
-    step: Step,
-    whole: bool,
-    grads: Grads,
-    needs: Sequence[bool],
+    inputs: tuple[Tensor, ...], call: Call, grads: Grads, needs: Sequence[bool]
 ) -> Grads:
+    kernel, coefs, step, whole = call
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
         leaves = (

@@ -129,7 +129,7 @@ def allocate(kernel: Kernel, first: Tensor, whole: bool) -> tuple[Tensor, ...]:
     shape = () if whole or first.ndim == 0 else (first.shape[0],)
     dtype = torch.float64 if first.dtype == torch.float64 else torch.float32
     outs = [_new_like(first) for _ in range(kernel.outputs)]
-    outs += [torch.empty(shape, dtype=dtype, device=first.device) for _ in range(kernel.sums)]
+    outs += [first.new_empty(shape, dtype=dtype) for _ in range(kernel.sums)]
     return tuple(outs)
 
 

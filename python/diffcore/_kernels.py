@@ -25,8 +25,21 @@ def _linear_backward(
 ) -> Grads:
     (g,) = grads
     assert g is not None
+    if len(needs) == 2 and all(needs):
+        return run_tuple(SCALE_TWICE, (g,), coefs, step)
     each = split_coefs(coefs)
     return [run(SCALE, (g,), (c,), step) if n else None for c, n in zip(each, needs, strict=True)]
+
+
+def _scale_twice_backward(
+    inputs: Tensors, coefs: Coefs, step: Step, whole: bool, grads: Grads, needs: Needs
+) -> Grads:
+    g, h = grads
+    if g is not None and h is not None:
+        return [run(LINEAR_COMBINATION, (g, h), coefs, step)]
+    only, coef = (g, 0) if g is not None else (h, 1)
+    assert only is not None
+    return [run(SCALE, (only,), (split_coefs(coefs)[coef],), step)]
 
 
 SCALE = Kernel(
@@ -35,6 +48,15 @@ SCALE = Kernel(
     ("a",),
     reference=reference.scale,
     backward=_linear_backward,
+    saves_inputs=False,
+)
+SCALE_TWICE = Kernel(
+    "scale_twice",
+    ("x",),
+    ("a", "b"),
+    outputs=2,
+    reference=reference.scale_twice,
+    backward=_scale_twice_backward,
     saves_inputs=False,
 )
 LINEAR_COMBINATION = Kernel(

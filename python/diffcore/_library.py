@@ -119,7 +119,8 @@ def register(kernel: Kernel) -> Any:
             )
         coefs, step = unpack(*ctx.call[:4])
         needs = ctx.needs_input_grad[:arity]
-        found = run_backward(kernel, ctx.saved_tensors, coefs, step, ctx.call[-1], grads, needs)
+        call = (kernel, coefs, step, ctx.call[-1])
+        found = run_backward(ctx.saved_tensors, call, grads, needs)
         return (*found, *map(_no_gradient, ctx.call))
 
     qualified = f"diffcore::{name}"

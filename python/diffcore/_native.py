@@ -29,7 +29,7 @@ if BACKEND == "native":
     try:
         from diffcore import _C  # type: ignore[no-redef,attr-defined,unused-ignore]
 
-        _C.connect(torch.Tensor.__dlpack_c_exchange_api__)
+        _C.connect(torch.Tensor.__dlpack_c_exchange_api__, torch.Tensor, torch.nn.Parameter)
     except (ImportError, AttributeError, RuntimeError) as error:
         _C = None
         _load_error = f"{type(error).__name__}: {error}"

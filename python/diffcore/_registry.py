@@ -29,20 +29,25 @@ from diffcore._execute import split_coefs as split_coefs
 from diffcore._library import register, run_registered
 
 _compiling = torch.compiler.is_compiling
-_no_module = _native._C is None
+_survey = None if _native._C is None else _native._C.survey
 
 
-def _probe(owner: Any, name: str, present: Callable[[Any], bool]) -> Callable[[], bool]:
-    """A private torch query, answering "active" (the slow, right route) if torch lacks it."""
-    query = getattr(owner, name, None)
-    return (lambda: True) if query is None else (lambda: present(query()))
+def _unknown() -> bool:
+    return True
 
 
-_functorch_active = _probe(
-    getattr(torch._C, "_functorch", None), "peek_interpreter_stack", lambda top: top is not None
-)
-_dispatch_modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
-_function_modes = getattr(torch._C, "_len_torch_function_stack", lambda: 1)
+# Private queries of torch. Should a torch lack one, the answer is "active": the slow, right route.
+_interpreter = getattr(getattr(torch._C, "_functorch", None), "peek_interpreter_stack", _unknown)
+_dispatch_modes = getattr(torch._C, "_len_torch_dispatch_stack", _unknown)
+_function_modes = getattr(torch._C, "_len_torch_function_stack", _unknown)
+
+
+def _functorch_active() -> bool:
+    return _interpreter() is not None
+
+
+# What _C.survey finds among the inputs.
+_NOT_PLAIN, _REQUIRES_GRAD, _NEGATED = 1, 2, 4
 
 
 class Kernel(_execute.Kernel):
@@ -64,22 +69,15 @@ def _run(
     """The outputs of a kernel, one tensor or a tuple: elementwise first, then sums."""
     if _compiling():
         return run_registered(kernel, inputs, coefs, step, whole, out)
-    needs_grad = negated = False
-    for x in inputs:
-        kind = type(x)
-        if kind is not Tensor and kind is not torch.nn.Parameter:
-            if not isinstance(x, Tensor):
-                _validate.refuse_non_tensor(kernel.inputs, inputs)
-            return run_registered(kernel, inputs, coefs, step, whole, out)
-        if x.requires_grad:
-            needs_grad = True
-        if x.is_neg():  # of which the exchange API knows nothing
-            negated = True
-    if _dispatch_modes() or _function_modes():
+    found = 0 if _survey is None else _survey(inputs)
+    if found & _NOT_PLAIN or _survey is None:
+        if not all(isinstance(x, Tensor) for x in inputs):
+            _validate.refuse_non_tensor(kernel.inputs, inputs)
+    if found & _NOT_PLAIN or _dispatch_modes() or _function_modes():
         return run_registered(kernel, inputs, coefs, step, whole, out)
-    if forward_ad._current_level >= 0 or _functorch_active() or _no_module:
+    if _survey is None or forward_ad._current_level >= 0 or _interpreter() is not None:
         return run_reference(kernel, inputs, coefs, step, whole, out)
-    if negated:
+    if found & _NEGATED:  # the exchange API knows nothing of it
         inputs = tuple([x.resolve_neg() for x in inputs])
     for c in coefs:
         if type(c) is not float:
@@ -88,9 +86,10 @@ def _run(
                 return run_reference(kernel, inputs, coefs, step, whole, out)
             if c.is_neg():  # type: ignore[union-attr]
                 coefs = resolved(coefs)
-    if needs_grad and torch.is_grad_enabled():
+    if found & _REQUIRES_GRAD and torch.is_grad_enabled():
         _refuse_out(out)
-        return Function.apply(kernel, coefs, step, whole, *inputs)  # type: ignore[no-untyped-call]
+        call = (kernel, coefs, step, whole)
+        return Function.apply(call, *inputs)  # type: ignore[no-untyped-call]
     return direct(kernel, inputs, coefs, step, whole, out)
 
 

@@ -54,6 +54,11 @@ def scale(x: Tensor, a: Coef) -> Tensor:
     return _elementwise(lambda x, a: a * x, (x,), (a,))
 
 
+def scale_twice(x: Tensor, a: Coef, b: Coef) -> tuple[Tensor, Tensor]:
+    """``(a x, b x)``."""
+    return scale(x, a), scale(x, b)
+
+
 def linear_combination(x: Tensor, y: Tensor, a: Coef, b: Coef) -> Tensor:
     """``a x + b y``."""
     return _elementwise(lambda x, y, a, b: a * x + b * y, (x, y), (a, b))

@@ -56,7 +56,7 @@ def reverse_step(
         k.REVERSE_STEP,
         x,
         model_output,
-        coefficients,
+        (as_table("coefficients", coefficients, 8),),
         t,
         noise,
         model_output_uncond,
@@ -69,7 +69,7 @@ def _step(
     kernels: Mapping[tuple[bool, bool], Kernel],
     x: Tensor,
     model_output: Tensor,
-    coefficients: Tensor,
+    coefficients: tuple[Coef, ...],
     t: Step,
     noise: Tensor | None,
     model_output_uncond: Tensor | None,
@@ -88,14 +88,17 @@ def _step(
     )
     if noise is not None:
         tensors = (*tensors, noise)
-    coefs = (as_table("coefficients", coefficients, 8), scale)
+    coefs = (*coefficients, scale)
     return run(kernels[guided, noise is not None], tensors, coefs, t, False, out)
 
 
-def _row(table: Tensor, like: Tensor) -> Tensor:
-    if not isinstance(like, Tensor) or table.device == like.device:
-        return table
-    return table.to(like.device, non_blocking=True)
+def _row(table: Tensor, like: Tensor) -> tuple[Coef, ...]:
+    """Coefficients just computed: as numbers where they are, so that none is sent to a device."""
+    if table.ndim == 1 and table.device.type == "cpu" and not table.requires_grad and plain_eager():
+        return tuple(table.tolist())
+    if isinstance(like, Tensor) and table.device != like.device:
+        table = table.to(like.device, non_blocking=True)
+    return (as_table("coefficients", table, 8),)
 
 
 def ddpm_step(
