@@ -9,7 +9,7 @@ from torch import Tensor
 from .. import _kernels as k
 from .. import coefficients as formulas
 from .._execute import Kernel
-from .._registry import Coef, Step, run
+from .._registry import Coef, Step, plain_eager, run
 from ._arguments import as_coef, as_table, in_float64
 
 ClipRange = float | tuple[float, float] | None
