@@ -353,11 +353,8 @@ def test_loops_never_wait_for_the_gpu():
         d.p_mean_variance(half, x, t)
 
     everything()  # moves the tables, once
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_waiting():
         everything()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_tables_made_under_inference_mode_serve_training():
