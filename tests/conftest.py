@@ -59,7 +59,8 @@ def pytest_runtest_makereport(
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     report = yield
     required = item.config.getoption("--require-cuda") and item.get_closest_marker("cuda")
-    if required and report.skipped and not hasattr(report, "wasxfail"):
+    excused = hasattr(report, "wasxfail") or item.get_closest_marker("two_gpus")
+    if required and report.skipped and not excused:
         report.outcome = "failed"
         report.longrepr = f"--require-cuda: skipped: {report.longrepr}"
     return report

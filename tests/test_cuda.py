@@ -233,6 +233,7 @@ def test_unaligned_views(offset: int, dtype: torch.dtype) -> None:
     assert (buffer[16 + offset + 4099 :] == 77).all()
 
 
+@pytest.mark.two_gpus
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_a_second_device() -> None:
     case = BY_NAME["ddpm_step"]

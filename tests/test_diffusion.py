@@ -10,6 +10,7 @@ import sys
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from waiting import no_waiting
 
 from diffcore.diffusion import GaussianDiffusion
 from diffcore.losses import min_snr_weights
