@@ -46,6 +46,9 @@ def _functorch_active() -> bool:
     return _interpreter() is not None
 
 
+# Function.apply, less its search for functorch wrappers: no transform is active where it is called.
+_apply: Callable[..., Any] = super(torch.autograd.Function, Function).apply  # type: ignore[no-untyped-call]
+
 # What _C.survey finds among the inputs.
 _NOT_PLAIN, _REQUIRES_GRAD, _NEGATED = 1, 2, 4
 
@@ -89,7 +92,7 @@ def _run(
     if found & _REQUIRES_GRAD and torch.is_grad_enabled():
         _refuse_out(out)
         call = (kernel, coefs, step, whole)
-        return Function.apply(call, *inputs)  # type: ignore[no-untyped-call]
+        return _apply(call, *inputs)
     return direct(kernel, inputs, coefs, step, whole, out)
 
 
