@@ -186,7 +186,9 @@ def check_rounding() -> None:
         inf = torch.tensor(math.inf)
         ties = torch.cat([middle, torch.nextafter(middle, inf), torch.nextafter(middle, -inf)])
         patterns = torch.arange(-(2**31), 2**31, 16381, dtype=torch.int64).to(torch.int32)
-        floats = torch.cat([ties, patterns.view(torch.float32)])
+        # where halves end: 65520 is the tie between 65504 and infinity, which is what it becomes
+        ends = torch.tensor([65504.0, 65519.996, 65520.0, 65520.004, 65535.996, 65536.0, 3.39e38])
+        floats = torch.cat([ties, ends, -ends, patterns.view(torch.float32)])
         floats = torch.nn.functional.pad(floats, (0, -len(floats) % 16))
         for columns in (1, 8, 11):  # the loop of vectors and the one behind it
             one = torch.ones(len(floats), columns, dtype=dtype)

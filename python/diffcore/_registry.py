@@ -47,7 +47,7 @@ def _functorch_active() -> bool:
 
 
 # Function.apply, less its search for functorch wrappers: no transform is active where it is called.
-_apply: Callable[..., Any] = super(torch.autograd.Function, Function).apply  # type: ignore[no-untyped-call]
+_apply: Callable[..., Any] = super(torch.autograd.Function, Function).apply
 
 # What _C.survey finds among the inputs.
 _NOT_PLAIN, _REQUIRES_GRAD, _NEGATED = 1, 2, 4
