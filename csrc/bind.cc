@@ -331,6 +331,7 @@ py::dict build_info() {
   info["version"] = DIFFCORE_VERSION;
   info["build_flags"] = DIFFCORE_BUILD_FLAGS;
   info["instruction_set"] = cpu_isa();
+  info["best_instruction_set"] = best_cpu_isa();
   info["threads"] = cpu_threads();
   info["cuda"] = cuda_built();
   info["cuda_architectures"] = cuda_architectures();

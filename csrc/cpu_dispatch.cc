@@ -63,6 +63,7 @@ bool steps_in_range(const Task& task) {
 }  // namespace
 
 const char* cpu_isa() { return isa().name; }
+const char* best_cpu_isa() { return has_v4() ? "v4" : has_v3() ? "v3" : "v2"; }
 int cpu_threads() { return omp_get_max_threads(); }
 
 bool run_on_cpu(int op, Dtype dtype, Task& task) {

@@ -28,7 +28,8 @@ struct OpInfo {
 };
 
 // cpu_dispatch.cc
-const char* cpu_isa();
+const char* cpu_isa();       // in use
+const char* best_cpu_isa();  // that the processor has
 bool run_on_cpu(int op, Dtype dtype,
                 Task& task);  // false: a step is out of range, nothing was done
 int cpu_threads();

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from bounds import assert_same_bits, each_case
-from cases import BY_NAME, CASES, NOISE_TABLE, Arguments, OpCase, as_tuple, step_table, steps_of
+from cases import BY_NAME, NOISE_TABLE, Arguments, OpCase, as_tuple, step_table, steps_of
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -329,86 +329,3 @@ def test_activation_checkpoint(case: OpCase) -> None:
     f, _ = by_position(case, args)
     found = value_and_gradients(case, lambda *x: checkpoint(f, *x, use_reentrant=False), args)
     assert_same_bits(found, value_and_gradients(case, f, args))
-
-
-# ---- functorch and forward mode -----------------------------------------------------------------
-
-
-@each_case
-def test_vmap(case: OpCase) -> None:
-    samples = [case.make((3, 7), torch.float64, seed=i) for i in range(4)]
-    f, _ = by_position(case, samples[0])
-    tensors = [torch.stack([s.tensors[n] for s in samples]) for n in case.tensors]
-    found = as_tuple(torch.vmap(f)(*tensors))
-    for i in range(4):
-        wanted = as_tuple(f(*(x[i] for x in tensors)))
-        for y, w in zip(found, wanted, strict=True):
-            torch.testing.assert_close(y[i], w)
-
-
-def test_vmap_over_coefficients_and_other_dimensions() -> None:
-    x, y = torch.randn(2, 3, 5, 4, dtype=torch.float64)
-    a = torch.rand(4, dtype=torch.float64)
-    found = torch.vmap(lambda x, y, a: ops.add_noise(x, y, a, 0.5), (2, None, 0), 1)(
-        x, y[..., 0], a
-    )
-    for i in range(4):
-        torch.testing.assert_close(
-            found[:, i], ops.add_noise(x[..., i], y[..., 0], float(a[i]), 0.5)
-        )
-
-
-def test_vmap_of_the_operator() -> None:
-    x, y = torch.randn(2, 4, 3, 5)
-    f = torch.vmap(_kernels.LINEAR_COMBINATION.op, (0, 0, None, None, None, None, None))
-    found = f(x, y, [None, None], [0.8, 0.6], None, -1, False)
-    torch.testing.assert_close(found, ops.add_noise(x, y, 0.8, 0.6))
-
-
-@each_case
-def test_func_grad_jvp_and_jacobians(case: OpCase) -> None:
-    args = case.make((2, 3), torch.float64)
-    f, tensors = by_position(case, args)
-    place = list(args.tensors).index(case.differentiable[0])
-
-    def g(x: Tensor) -> Tensor:
-        return sum(y.sum() for y in as_tuple(f(*tensors[:place], x, *tensors[place + 1 :])))
-
-    x = tensors[place]
-    leaf = x.clone().requires_grad_()
-    (wanted,) = torch.autograd.grad(g(leaf), leaf)
-    torch.testing.assert_close(torch.func.grad(g)(x), wanted)
-    torch.testing.assert_close(torch.func.jacrev(g)(x), wanted)
-    torch.testing.assert_close(torch.func.jacfwd(g)(x), wanted)
-    value, tangent = torch.func.jvp(g, (x,), (torch.ones_like(x),))
-    torch.testing.assert_close(value, g(x))
-    torch.testing.assert_close(tangent, wanted.sum())
-    per_row = torch.vmap(torch.func.grad(g))(torch.stack([x, 2 * x]))
-    torch.testing.assert_close(per_row[0], wanted)
-
-
-def test_hessian() -> None:
-    logvar = torch.randn(4, dtype=torch.float64)
-    found = torch.func.hessian(
-        lambda v: ops.standard_normal_kl(torch.zeros_like(v), v, reduction="sum")
-    )(logvar)
-    torch.testing.assert_close(found, torch.diag(0.5 * logvar.exp()))
-
-
-@each_case
-def test_forward_mode(case: OpCase) -> None:
-    args = case.make((2, 3), torch.float64)
-    f, tensors = by_position(case, args)
-    assert torch.autograd.gradcheck(
-        f,
-        tuple(
-            x.requires_grad_(n in case.differentiable)
-            for n, x in zip(case.tensors, tensors, strict=True)
-        ),
-        check_forward_ad=True,
-        check_backward_ad=False,
-    )
-
-
-def test_every_case_has_its_route() -> None:
-    assert len({case.name for case in CASES}) == len(CASES)

@@ -9,52 +9,12 @@ from typing import Any
 import pytest
 import torch
 from bounds import each_case
-from cases import BY_NAME, NOISE_TABLE, STEPS, OpCase, as_tuple, step_table
+from cases import NOISE_TABLE, STEPS, OpCase, as_tuple, step_table
+from refusals import any_of, no_kernel_runs, pair, read_by, refused  # noqa: F401
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from diffcore import _execute, _native, ops
-
-Op = Callable[..., Any]
-
-
-@pytest.fixture(autouse=True)
-def _no_kernel_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A kernel that accepts its arguments fails the test: bad input has to stop before it."""
-    real = _execute._C
-
-    class Watched:
-        def __getattr__(self, name: str) -> Any:
-            return getattr(real, name)
-
-        def call(self, *args: Any) -> int:
-            status: int = real.call(*args)
-            assert status != 0, "a kernel ran on bad input"
-            return status
-
-    if real is not None:
-        monkeypatch.setattr(_execute, "_C", Watched())
-
-
-def refused(kind: type[Exception], match: str, f: Op, *args: Any, **kwargs: Any) -> None:
-    with pytest.raises(kind, match=match):
-        f(*args, **kwargs)
-
-
-def pair(device: str = "cpu", **kwargs: Any) -> tuple[Tensor, Tensor]:
-    x, y = torch.randn(2, 4, 3, device=device, **kwargs)
-    return x, y
-
-
-def read_by(case: OpCase) -> list[str]:
-    """The elementwise arguments an op reads; a loss may leave one of its three alone."""
-    unused = {"denoising_loss_epsilon": "x0", "denoising_loss_sample": "noise"}.get(case.name)
-    return [name for name in case.tensors if name != unused]
-
-
-def any_of(case: OpCase) -> str:
-    return "(" + "|".join(case.tensors) + ")"
-
+from diffcore import ops
 
 # ---- elementwise tensors ------------------------------------------------------------------------
 
@@ -62,7 +22,7 @@ def any_of(case: OpCase) -> str:
 @each_case
 @pytest.mark.parametrize("bad", [None, 3.0, [1.0, 2.0], "x"], ids=repr)
 def test_non_tensors(case: OpCase, bad: Any, device: str) -> None:
-    for name in read_by(case):
+    for name in list(case.tensors):
         if bad is None and name in ("noise", "model_output_uncond"):
             continue  # there None means "without"
         args = case.make((4, 3), torch.float32, device)
@@ -72,7 +32,7 @@ def test_non_tensors(case: OpCase, bad: Any, device: str) -> None:
 
 @each_case
 def test_wrong_shapes(case: OpCase, device: str) -> None:
-    for name in read_by(case)[1:]:
+    for name in list(case.tensors)[1:]:
         for wrong in ((4, 4), (4,), (1, 3), (4, 3, 1), (3, 4), ()):
             args = case.make((4, 3), torch.float32, device)
             args.tensors[name] = torch.randn(wrong, device=device)
@@ -296,113 +256,3 @@ def test_a_step_without_a_table(device: str) -> None:
     x, y = pair(device)
     refused(ValueError, "t is given", ops.add_noise, x, y, 0.8, 0.6, t=3)
     refused(TypeError, "t is None", ops.q_sample, x, None, y, NOISE_TABLE.to(device))
-
-
-# ---- out= ---------------------------------------------------------------------------------------
-
-
-def test_out_that_cannot_be_written(device: str) -> None:
-    x, y = pair(device)
-
-    def call(out: Any) -> Any:
-        return ops.add_noise(x, y, 0.8, 0.6, out=out)
-
-    refused(TypeError, "out is a str", call, "out")
-    refused(ValueError, "out has shape", call, torch.empty(4, 4, device=device))
-    refused(ValueError, "out has shape", call, torch.empty(12, device=device))
-    refused(TypeError, "out has dtype", call, torch.empty_like(x, dtype=torch.float64))
-    refused(ValueError, "out has device", call, torch.empty_like(x, device="meta"))
-    refused(ValueError, "out requires grad", call, torch.empty_like(x, requires_grad=True))
-    refused(ValueError, "out", call, torch.empty(1, 3, device=device).expand(4, 3))
-
-
-@pytest.mark.parametrize("case", [c for c in BY_NAME.values() if c.out], ids=lambda c: c.name)
-def test_out_where_a_gradient_is_needed(case: OpCase, device: str) -> None:
-    for name in case.tensors:
-        args = case.make((4, 3), torch.float32, device)
-        args.tensors[name].requires_grad_()
-        args.options["out"] = torch.empty(4, 3, device=device)
-        refused(ValueError, "out", case.native, args)
-
-
-def test_out_where_a_coefficient_needs_a_gradient(device: str) -> None:
-    x, y = pair(device)
-    alpha = torch.rand(4, device=device, requires_grad=True)
-    refused(ValueError, "out", ops.add_noise, x, y, alpha, 0.6, out=torch.empty_like(x))
-
-
-# ---- strings and the rest -----------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("bad", ["eps", "", "EPSILON", None, 3], ids=repr)
-def test_unknown_prediction_types(bad: Any) -> None:
-    x, y = pair()
-    kinds = (ValueError, TypeError)
-    for f in (
-        lambda: ops.predict_x0(x, y, 0.8, 0.6, prediction_type=bad),
-        lambda: ops.predict_epsilon(x, y, 0.8, 0.6, prediction_type=bad),
-        lambda: ops.ddpm_step(x, y, 0.8, 0.6, 0.9, 0.4, prediction_type=bad),
-        lambda: ops.ddim_step(x, y, 0.8, 0.6, 0.9, 0.4, prediction_type=bad),
-        lambda: ops.denoising_loss(x, y, y, prediction_type=bad),
-    ):
-        with pytest.raises(kinds, match="prediction_type"):
-            f()
-
-
-@pytest.mark.parametrize("name", ["normal_kl", "standard_normal_kl", "gaussian_nll"])
-@pytest.mark.parametrize("bad", ["avg", "", None, 0], ids=repr)
-def test_unknown_reductions(name: str, bad: Any) -> None:
-    args = BY_NAME[name].make((4, 3), torch.float32)
-    refused(ValueError, "reduction is", BY_NAME[name].op, **args.tensors, reduction=bad)
-
-
-def test_unknown_variance_types_and_clip_ranges() -> None:
-    x, y = pair()
-    with pytest.raises((ValueError, TypeError), match="variance_type"):
-        ops.ddpm_step(x, y, 0.8, 0.6, 0.9, 0.4, variance_type="learned")
-    for bad in ("1", (1.0,), (1.0, -1.0), (0.0, math.nan), -1.0):
-        for step in (ops.ddpm_step, ops.ddim_step):
-            with pytest.raises((ValueError, TypeError), match="clip_range"):
-                step(x, y, 0.8, 0.6, 0.9, 0.4, clip_range=bad)
-
-
-@pytest.mark.parametrize("eta", [-0.1, 1.1, "0", None, math.nan], ids=repr)
-def test_eta_out_of_range(eta: Any) -> None:
-    x, y = pair()
-    with pytest.raises((ValueError, TypeError), match="eta"):
-        ops.ddim_step(x, y, 0.8, 0.6, 0.9, 0.4, eta=eta)
-
-
-def test_guidance_needs_both_arguments(device: str) -> None:
-    x, m = pair(device)
-    rows = step_table().to(device)
-    with pytest.raises(ValueError, match="only model_output_uncond"):
-        ops.reverse_step(x, m, rows, t=0, model_output_uncond=m)
-    with pytest.raises(ValueError, match="only guidance_scale"):
-        ops.reverse_step(x, m, rows, t=0, guidance_scale=2.0)
-
-
-def test_v_prediction_loss_needs_the_levels() -> None:
-    x, y = pair()
-    with pytest.raises(ValueError, match="alpha and sigma"):
-        ops.denoising_loss(x, y, y, prediction_type="v_prediction", alpha=0.8)
-
-
-def test_noise_and_generator_exclude_each_other() -> None:
-    x, y = pair()
-    for op in (ops.reparameterize, ops.reparameterize_kl):
-        refused(ValueError, "noise and generator", op, x, y, y, generator=torch.Generator())
-        refused(TypeError, "mean is a", op, [1.0], y)
-
-
-def test_impossible_levels() -> None:
-    x, y = pair()
-    refused(ValueError, "alpha", ops.predict_x0, x, y, 0.0, 1.0)
-    refused(ValueError, "sigma", ops.predict_epsilon, x, y, 1.0, 0.0, prediction_type="sample")
-    refused(ValueError, "sigma", ops.ddpm_step, x, y, 1.0, 0.0, 1.0, 0.0)
-
-
-def test_meta_tensors_have_no_kernels_and_no_values() -> None:
-    x, y = pair("meta")
-    assert not _native.has_kernels(x.device)
-    assert ops.add_noise(x, y, 0.8, 0.6).device.type == "meta"

@@ -41,6 +41,13 @@ if BACKEND == "native":
             stacklevel=2,
         )
 
+_ISA = os.environ.get("DIFFCORE_ISA", "")
+if _C is not None and _ISA and _C.build_info()["instruction_set"] != _ISA:
+    best = _C.build_info()["best_instruction_set"]
+    raise ValueError(
+        f"DIFFCORE_ISA is {_ISA!r}; wanted v2, v3 or v4, and this processor has {best}"
+    )
+
 _cuda_usable: bool | None = None
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -175,6 +175,27 @@ class DiffusionTables:
             return None
         return tuple(respaced_timesteps(self.num_timesteps, num_steps, timestep_spacing)[::-1])
 
+    def _respaced(
+        self, timesteps: int | Sequence[int], timestep_spacing: str
+    ) -> tuple[tuple[int, ...], Tensor]:
+        """The chosen timesteps, rising, and the betas of the process seen at them only."""
+        if isinstance(timesteps, int):
+            rows = self._rows(timesteps, timestep_spacing)
+        else:
+            rows = tuple(sorted(set(timesteps)))
+        if not rows or not 0 <= rows[0] <= rows[-1] < self.num_timesteps:
+            last = self.num_timesteps - 1
+            raise ValueError(f"timesteps must lie in 0 .. {last}, got {timesteps}")
+        log_bar = torch.log1p(-self.betas).cumsum(0)[list(rows)]
+        previous = torch.cat([torch.zeros_like(log_bar[:1]), log_bar[:-1]])
+        return rows, -torch.expm1(log_bar - previous)
+
+    def _told(self, t: Tensor) -> Tensor:
+        """The timesteps that the model is told."""
+        if self._timestep_map is None:
+            return t.long()
+        return self._model_timesteps(None, t.device)[t.clamp(0, self.num_timesteps - 1)]
+
     def _model_timesteps(self, rows: tuple[int, ...] | None, device: torch.device) -> Tensor:
         """What the model is told at each row: int64, timesteps of the training schedule."""
 
@@ -184,6 +205,12 @@ class DiffusionTables:
             return torch.tensor([known[t] if known else t for t in chosen], dtype=torch.int64)
 
         return self._table(("timesteps", rows), build, device)
+
+    def _weights(self, weights: Tensor, device: torch.device) -> Tensor:
+        if not isinstance(weights, Tensor) or weights.shape != self.betas.shape:
+            came = list(weights.shape) if isinstance(weights, Tensor) else type(weights).__name__
+            raise ValueError(f"weights must have shape [{self.num_timesteps}], got {came}")
+        return weights.to(device=device, dtype=torch.float64)
 
     def _clip(self, clip_denoised: bool | None) -> float | None:
         clip = self.clip_sample if clip_denoised is None else clip_denoised

@@ -31,6 +31,15 @@ def refuse_non_tensor(names: tuple[str, ...], inputs: tuple[Any, ...]) -> NoRetu
     raise TypeError(f"{name} is a {type(x).__name__}; wanted a torch.Tensor")
 
 
+def refuse_other(name: str, x: Any, first: Tensor) -> NoReturn:
+    """Raises for an argument that no kernel reads, but that has to fit the ones that it does."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} is a {type(x).__name__}; wanted a torch.Tensor")
+    raise ValueError(
+        f"{name} has shape {tuple(x.shape)}; wanted {tuple(first.shape)}, that of model_output"
+    )
+
+
 def explain(
     kernel: Kernel,
     inputs: tuple[Tensor, ...],

@@ -81,18 +81,9 @@ class GaussianDiffusion(DiffusionTables):
         Source:
             Nichol and Dhariwal 2021 (arXiv 2102.09672) section 4 (SpacedDiffusion).
         """
-        rows: Sequence[int] | None
-        if isinstance(timesteps, int):
-            rows = self._rows(timesteps, timestep_spacing)
-        else:
-            rows = sorted(set(timesteps))
-        if not rows or not 0 <= rows[0] <= rows[-1] < self.num_timesteps:
-            last = self.num_timesteps - 1
-            raise ValueError(f"timesteps must lie in 0 .. {last}, got {timesteps}")
-        log_bar = torch.log1p(-self.betas).cumsum(0)[list(rows)]
-        previous = torch.cat([torch.zeros_like(log_bar[:1]), log_bar[:-1]])
+        rows, betas = self._respaced(timesteps, timestep_spacing)
         spaced = GaussianDiffusion(
-            -torch.expm1(log_bar - previous),
+            betas,
             self.prediction_type,
             self.variance_type,
             self.clip_sample,
@@ -191,12 +182,6 @@ class GaussianDiffusion(DiffusionTables):
         if self.prediction_type == "v_prediction":
             alpha = self._named_table("sqrt_alphas_cumprod", x_start.device)
             sigma = self._named_table("sqrt_one_minus_alphas_cumprod", x_start.device)
-        if weights is not None:
-            if weights.shape != self.betas.shape:
-                raise ValueError(
-                    f"weights must have shape [{self.num_timesteps}], got {list(weights.shape)}"
-                )
-            weights = weights.to(device=x_start.device, dtype=torch.float64)
         loss = ops.denoising_loss(
             output,
             x_start,
@@ -204,7 +189,7 @@ class GaussianDiffusion(DiffusionTables):
             prediction_type=self.prediction_type,
             alpha=alpha,
             sigma=sigma,
-            weight=weights,
+            weight=None if weights is None else self._weights(weights, x_start.device),
             t=t,
         )
         return {"loss": loss}
@@ -390,15 +375,9 @@ class GaussianDiffusion(DiffusionTables):
         clip = self._clip(clip_denoised)
         table = self._ddim_table(rows, clip, eta, rederive_epsilon, x.device)
         timesteps = self._model_timesteps(rows, x.device)
-        noisy = eta > 0
         return walk(
-            model, x, table, timesteps, noisy, step_noise, model_kwargs, generator, progress
+            model, x, table, timesteps, eta > 0, step_noise, model_kwargs, generator, progress
         )
-
-    def _told(self, t: Tensor) -> Tensor:
-        if self._timestep_map is None:
-            return t.long()
-        return self._model_timesteps(None, t.device)[t.clamp(0, self.num_timesteps - 1)]
 
     def _step(
         self,

@@ -58,8 +58,10 @@ def denoising_loss(
     if prediction_type in ("epsilon", "sample"):
         step = t if isinstance(w, Tensor) and w.ndim == 2 else None
         of_noise = prediction_type == "epsilon"
-        kernel = _NOISE_LOSS if of_noise else _X0_LOSS
-        return run(kernel, (model_output, noise if of_noise else x0), common, step)
+        target, other, name = (noise, x0, "x0") if of_noise else (x0, noise, "noise")
+        if not isinstance(other, Tensor) or other.shape != model_output.shape:
+            _validate.refuse_other(name, other, model_output)
+        return run(_NOISE_LOSS if of_noise else _X0_LOSS, (model_output, target), common, step)
     if prediction_type == "flow_prediction":
         step = t if isinstance(w, Tensor) and w.ndim == 2 else None
         return run(k.MIXED_TARGET_LOSS, (model_output, x0, noise), (*common, -1.0, 1.0), step)
