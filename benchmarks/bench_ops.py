@@ -110,7 +110,8 @@ def time_op(
     contestants = {"diffcore": contest.diffcore, "eager": contest.eager}
     if case.out and mode == "forward":
         contestants["out="] = contest.into()
-    errors = check_contest(contest, {name: calls[0] for name, calls in contestants.items()})
+    others = {name: calls[0] for name, calls in contestants.items() if name != "eager"}
+    errors = check_contest(contest, others)
     compiled = compiler.calls(contest)
     if compiled is not None:
         contestants["compile"] = compiled

@@ -284,22 +284,35 @@ class Call {
   bool by_row_ = false;
 };
 
-// What an eager call must know of its inputs before it may go straight to a kernel.
-enum Survey : int { kNotPlain = 1, kRequiresGrad = 2, kNegated = 4 };
+// What an eager call must know of its arguments before it may go straight to a kernel.
+enum Survey : int {
+  kNotPlain = 1,
+  kRequiresGrad = 2,
+  kNegated = 4,
+  kCoefRequiresGrad = 8,
+  kCoefNegated = 16
+};
 
-int survey(py::tuple tensors) {
+bool is_true(PyObject* value) {
+  if (!value) throw py::error_already_set();
+  Py_DECREF(value);
+  return value == Py_True;
+}
+bool requires_grad(PyObject* x) { return is_true(PyObject_GetAttr(x, g_bindings.requires_grad)); }
+bool is_negated(PyObject* x) { return is_true(PyObject_CallMethodNoArgs(x, g_bindings.is_neg)); }
+
+int survey(py::tuple tensors, py::tuple coefs) {
   int found = 0;
   for (py::handle x : tensors) {
     PyTypeObject* type = Py_TYPE(x.ptr());
     if (type != g_bindings.plain_types[0] && type != g_bindings.plain_types[1]) return kNotPlain;
-    py::object requires_grad =
-        py::reinterpret_steal<py::object>(PyObject_GetAttr(x.ptr(), g_bindings.requires_grad));
-    if (!requires_grad) throw py::error_already_set();
-    if (requires_grad.ptr() == Py_True) found |= kRequiresGrad;
-    py::object negated =
-        py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(x.ptr(), g_bindings.is_neg));
-    if (!negated) throw py::error_already_set();
-    if (negated.ptr() == Py_True) found |= kNegated;
+    if (requires_grad(x.ptr())) found |= kRequiresGrad;
+    if (is_negated(x.ptr())) found |= kNegated;
+  }
+  for (py::handle c : coefs) {
+    if (!PyObject_TypeCheck(c.ptr(), g_bindings.plain_types[0])) continue;
+    if (requires_grad(c.ptr())) found |= kCoefRequiresGrad;
+    if (is_negated(c.ptr())) found |= kCoefNegated;
   }
   return found;
 }
@@ -346,7 +359,7 @@ py::dict build_info() {
 PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   using namespace diffcore;
   m.def("connect", &connect, py::arg("exchange_api"), py::arg("tensor"), py::arg("parameter"));
-  m.def("survey", &survey, py::arg("tensors"));
+  m.def("survey", &survey, py::arg("tensors"), py::arg("coefs"));
   m.def("call", &diffcore::call, py::arg("op"), py::arg("outs"), py::arg("ins"), py::arg("coefs"),
         py::arg("step"), py::arg("whole"));
   m.def("op_table", [] {

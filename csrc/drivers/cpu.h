@@ -53,8 +53,18 @@ inline void store_tile(const float* from, int64_t n, S* to) {
 
 // y[i] = Op(x[i]) for i < n, all in the compute type; sums go to acc[i % kLanes].
 template <class Op, class R>
-DC_HD void span(const R* c, const R* const* in, R* const* out, int64_t n, R (*acc)[kLanes]) {
+DC_HD void span(const R* coefs, const R* const* from, R* const* to, int64_t n, R (*acc)[kLanes]) {
   constexpr int kIn = Op::n_in, kOut = Op::n_out, kSum = Op::n_sum;
+  // Copies that nothing in the loop can be thought to write to.
+  R c[Op::n_coef + 1];
+  const R* in[kIn + 1];
+  R* out[kOut + 1];
+  DC_UNROLL
+  for (int k = 0; k < Op::n_coef; ++k) c[k] = coefs[k];
+  DC_UNROLL
+  for (int k = 0; k < kIn; ++k) in[k] = from[k];
+  DC_UNROLL
+  for (int k = 0; k < kOut; ++k) out[k] = to[k];
   auto element = [&](int64_t i, int64_t lane) __attribute__((always_inline)) {
     R x[kIn + 1], y[kOut + kSum];
     DC_UNROLL
@@ -129,7 +139,9 @@ struct CpuLoop {
   static void columns(const Task& task, const R* c, int64_t at, int64_t n, R (*acc)[kLanes]) {
     const S* in[kIn + 1];
     S* out[kOut + 1];
+    DC_UNROLL
     for (int k = 0; k < kIn; ++k) in[k] = static_cast<const S*>(task.in[k]) + at;
+    DC_UNROLL
     for (int k = 0; k < kOut; ++k) out[k] = static_cast<S*>(task.out[k]) + at;
     if constexpr (same<S, R>) {
       span<Op, R>(c, in, out, n, acc);
@@ -138,7 +150,9 @@ struct CpuLoop {
       alignas(64) R y[kOut + 1][kTile];
       const R* xs[kIn + 1];
       R* ys[kOut + 1];
+      DC_UNROLL
       for (int k = 0; k < kIn; ++k) xs[k] = x[k];
+      DC_UNROLL
       for (int k = 0; k < kOut; ++k) ys[k] = y[k];
       for (int64_t i = 0; i < n; i += kTile) {
         int64_t m = n - i < kTile ? n - i : kTile;

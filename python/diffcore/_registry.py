@@ -42,15 +42,11 @@ _dispatch_modes = getattr(torch._C, "_len_torch_dispatch_stack", _unknown)
 _function_modes = getattr(torch._C, "_len_torch_function_stack", _unknown)
 
 
-def _functorch_active() -> bool:
-    return _interpreter() is not None
-
-
 # Function.apply, less its search for functorch wrappers: no transform is active where it is called.
 _apply: Callable[..., Any] = super(torch.autograd.Function, Function).apply
 
-# What _C.survey finds among the inputs.
-_NOT_PLAIN, _REQUIRES_GRAD, _NEGATED = 1, 2, 4
+# What _C.survey finds.
+_NOT_PLAIN, _REQUIRES_GRAD, _NEGATED, _COEF_REQUIRES_GRAD, _COEF_NEGATED = 1, 2, 4, 8, 16
 
 
 class Kernel(_execute.Kernel):
@@ -72,33 +68,25 @@ def _run(
     """The outputs of a kernel, one tensor or a tuple: elementwise first, then sums."""
     if _compiling():
         return run_registered(kernel, inputs, coefs, step, whole, out)
-    found = 0 if _survey is None else _survey(inputs)
-    if found & _NOT_PLAIN or _survey is None:
-        if not all(isinstance(x, Tensor) for x in inputs):
-            _validate.refuse_non_tensor(kernel.inputs, inputs)
+    found = _NOT_PLAIN if _survey is None else _survey(inputs, coefs)
+    if found & _NOT_PLAIN and not all(isinstance(x, Tensor) for x in inputs):
+        _validate.refuse_non_tensor(kernel.inputs, inputs)
     if found & _NOT_PLAIN or _dispatch_modes() or _function_modes():
         return run_registered(kernel, inputs, coefs, step, whole, out)
-    if _survey is None or forward_ad._current_level >= 0 or _interpreter() is not None:
+    if forward_ad._current_level >= 0 or _interpreter() is not None:
         return run_reference(kernel, inputs, coefs, step, whole, out)
-    if found & _NEGATED:  # the exchange API knows nothing of it
-        inputs = tuple([x.resolve_neg() for x in inputs])
-    for c in coefs:
-        if type(c) is not float:
-            if c.requires_grad and torch.is_grad_enabled():  # type: ignore[union-attr]
-                _refuse_out(out)
-                return run_reference(kernel, inputs, coefs, step, whole, out)
-            if c.is_neg():  # type: ignore[union-attr]
-                coefs = resolved(coefs)
-    if found & _REQUIRES_GRAD and torch.is_grad_enabled():
-        _refuse_out(out)
-        call = (kernel, coefs, step, whole)
-        return _apply(call, *inputs)
+    if found:
+        if found & _NEGATED:  # the exchange API knows nothing of it
+            inputs = tuple([x.resolve_neg() for x in inputs])
+        if found & _COEF_NEGATED:
+            coefs = resolved(coefs)
+        if found & (_REQUIRES_GRAD | _COEF_REQUIRES_GRAD) and torch.is_grad_enabled():
+            if out is not None:
+                raise ValueError("out=: an argument requires grad; write to it under no_grad()")
+            if found & _COEF_REQUIRES_GRAD:
+                return run_reference(kernel, inputs, coefs, step, whole)
+            return _apply((kernel, coefs, step, whole), *inputs)
     return direct(kernel, inputs, coefs, step, whole, out)
-
-
-def _refuse_out(out: Tensor | None) -> None:
-    if out is not None:
-        raise ValueError("out=: an argument requires grad; write to out= under torch.no_grad()")
 
 
 def plain_eager() -> bool:
@@ -106,7 +94,7 @@ def plain_eager() -> bool:
     return not (
         _compiling()
         or forward_ad._current_level >= 0
-        or _functorch_active()
+        or _interpreter() is not None
         or _dispatch_modes()
         or _function_modes()
     )
