@@ -87,9 +87,13 @@ def test_v2_is_always_there(results: dict[str, Any]) -> None:
     assert "v2" in results
 
 
-def test_an_unknown_instruction_set_is_no_crash() -> None:
-    code = "from diffcore import info; print(info()['instruction_set'])"
-    assert run_python(code, DIFFCORE_ISA="v9") in ISAS
+def test_an_unknown_instruction_set_is_refused() -> None:
+    environment = {**os.environ, "DIFFCORE_ISA": "v9"}
+    result = subprocess.run(
+        [sys.executable, "-c", "import diffcore"], capture_output=True, text=True, env=environment
+    )
+    assert result.returncode == 1
+    assert "ValueError: DIFFCORE_ISA is 'v9'; wanted v2, v3 or v4" in result.stderr
 
 
 def test_the_best_instruction_set_is_chosen(results: dict[str, Any]) -> None:
