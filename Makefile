@@ -69,7 +69,7 @@ endef
 $(VENV)/.installed: $(NATIVE_SOURCES) $(VENV)/.requirements $(VENV)/.modules
 	@$(CHECK_TOOLCHAIN)
 	PATH="$(abspath $(VENV))/bin:$$PATH" DIFFCORE_CUDA_ARCHS='$(DEV_CUDA_ARCHS)' \
-	  $(PIP_INSTALL) --no-build-isolation -Cbuild-dir=$(BUILD_DIR) -e '.[cli,demo,test,bench]'
+	  $(PIP_INSTALL) --no-build-isolation --config-settings=build-dir=$(BUILD_DIR) -e '.[cli,demo,test,bench]'
 	@touch $@
 
 .PHONY: build
@@ -119,7 +119,7 @@ docs: $(VENV)/.requirements  ## the documentation site, in site/
 gpu-check:  ## on a GPU machine: build into PYTHON's environment, CUDA tests, compute-sanitizer, benchmarks into OUT
 	@mkdir -p '$(OUT)'
 	DIFFCORE_CUDA=ON DIFFCORE_CUDA_ARCHS='$(or $(DIFFCORE_CUDA_ARCHS),native)' \
-	  $(PYTHON) -m pip install --no-build-isolation --no-deps --no-index -Cbuild-dir=build/gpu .
+	  $(PYTHON) -m pip install --no-build-isolation --no-deps --no-index --config-settings=build-dir=build/gpu .
 	$(PYTHON) -m pytest -m cuda --require-cuda $(PYTEST_ARGS)
 	$(if $(SANITIZER),PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(SANITIZER) --tool memcheck --error-exitcode 9 \
 	  $(PYTHON) tools/sanitizer_run.py,@echo 'compute-sanitizer left out, because SANITIZER is empty')

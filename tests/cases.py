@@ -168,7 +168,7 @@ def _linear(
     tensors: tuple[str, ...] = ("x0", "noise"),
 ) -> OpCase:
     # backward: a launch for each input reads the gradient and writes a scaled copy
-    return OpCase(name, op, tensors, formula, options, tensors, 3, 4, out=True)
+    return OpCase(name, op, tensors, formula, options, tensors, 3, 3, out=True)
 
 
 def _conversions(op: Callable[..., Any], formula: Callable[..., Any]) -> list[OpCase]:
