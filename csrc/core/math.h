@@ -51,7 +51,7 @@ struct ExpConstants<float> {
   static constexpr float kLog2E = 0x1.715476p+0f, kLn2High = 0x1.63p-1f, kLn2Low = -0x1.bd0106p-13f;
   static constexpr float kLow = -0x1.5d58ap+6f,
                          kHigh = 0x1.62e42ep+6f;  // where e^x leaves the normal numbers
-  static constexpr float kHalfHigh = 89.0f;      // where e^x / 2 has not yet overflowed
+  static constexpr float kHalfHigh = 89.0f;       // where e^x / 2 has not yet overflowed
   static constexpr float kHuge = 0x1p127f;
   DC_HD static float q(int k) {
     constexpr float c[] = {0x1p-1f,        0x1.555556p-3f,  0x1.5554eap-5f,

@@ -18,9 +18,12 @@ constexpr int kThreads = 256;
 // themselves, and fewer registers mean more threads to hide its latency.
 template <class Op>
 constexpr int kUnroll = Op::n_in <= 2 ? 2 : 1;
-template <class S>
-constexpr int kBlocksPerSm =
-    sizeof(S) == 8 ? 2 : 4;  // bounds the registers: 64 a thread, 128 in double
+// Blocks that have to fit on a multiprocessor, which bounds the registers: 64 a thread, 80 where
+// many tensors take part (with 64 they spill on sm_80), 128 in double.
+template <class Op, class S>
+constexpr int kBlocksPerSm = sizeof(S) == 8              ? 2
+                             : Op::n_in + Op::n_out >= 9 ? 3
+                                                         : 4;
 
 // How the blocks lie over [rows, cols].
 struct Shape {
@@ -137,7 +140,7 @@ __device__ __forceinline__ T row_sum(T value, int threads_x, int x) {
 }
 
 template <class Op, class S>
-__global__ void __launch_bounds__(kThreads, kBlocksPerSm<S>)
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm<Op, S>)
     op_kernel(const __grid_constant__ Task task, const Shape shape) {
   using R = Compute<S>;
   constexpr int kPack = 16 / sizeof(S);
