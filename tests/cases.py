@@ -78,6 +78,15 @@ class OpCase:
         """The diffcore call."""
         return self.op(**args.tensors, **args.options)
 
+    def by_position(self, args: Arguments) -> tuple[Callable[..., Any], tuple[Tensor, ...]]:
+        """The op as a function of its tensors, coefficients being closed over."""
+        names = list(args.tensors)
+
+        def f(*tensors: Tensor) -> Any:
+            return self.op(**dict(zip(names, tensors, strict=True)), **args.options)
+
+        return f, tuple(args.tensors.values())
+
     def reference(self, args: Arguments) -> Any:
         """The same call on `diffcore.reference`, plain torch."""
         with without_kernels():

@@ -9,30 +9,13 @@ import sys
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from toys import BETAS, EPS, Recorder, half
 from waiting import no_waiting
 
 from diffcore.diffusion import GaussianDiffusion
 from diffcore.schedules import make_betas
 
-EPS = torch.finfo(torch.float64).eps
-BETAS = make_betas("linear", 20, beta_end=0.5)
 FLOATING = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
-
-
-def half(x, t):
-    return 0.5 * x
-
-
-class Recorder:
-    """A model that remembers what it was asked."""
-
-    def __init__(self):
-        self.t, self.dtype = [], []
-
-    def __call__(self, x, t, *, scale=0.5):
-        self.t.append(t)
-        self.dtype.append(x.dtype)
-        return scale * x
 
 
 class NoReadback(TorchDispatchMode):

@@ -6,42 +6,10 @@ import math
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from toys import BETAS, half
 
 from diffcore.diffusion import GaussianDiffusion
-from diffcore.schedules import make_betas, rescale_zero_terminal_snr
-
-EPS = torch.finfo(torch.float64).eps
-BETAS = make_betas("linear", 20, beta_end=0.5)
-FLOATING = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
-
-
-def half(x, t):
-    return 0.5 * x
-
-
-class Recorder:
-    """A model that remembers what it was asked."""
-
-    def __init__(self):
-        self.t, self.dtype = [], []
-
-    def __call__(self, x, t, *, scale=0.5):
-        self.t.append(t)
-        self.dtype.append(x.dtype)
-        return scale * x
-
-
-class NoReadback(TorchDispatchMode):
-    """Refuses every op that would make the host wait for what a device computes."""
-
-    refused = ("_local_scalar_dense", "item", "is_nonzero", "nonzero", "equal", "masked_select")
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.overloadpacket.__name__ in self.refused:
-            raise AssertionError(f"{func} reads from the device")
-        return func(*args, **(kwargs or {}))
-
+from diffcore.schedules import rescale_zero_terminal_snr
 
 # ---- refusals -----------------------------------------------------------------------------------
 

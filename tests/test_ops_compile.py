@@ -32,16 +32,6 @@ def _fresh_compiler() -> None:
     torch._dynamo.reset()
 
 
-def by_position(case: OpCase, args: Arguments) -> tuple[Callable[..., Any], tuple[Tensor, ...]]:
-    """The op as a function of its tensors, coefficients being closed over."""
-    names = list(args.tensors)
-
-    def f(*tensors: Tensor) -> Any:
-        return case.op(**dict(zip(names, tensors, strict=True)), **args.options)
-
-    return f, tuple(args.tensors.values())
-
-
 def value_and_gradients(case: OpCase, f: Callable[..., Any], args: Arguments) -> tuple[Any, ...]:
     leaves = [x.detach().requires_grad_(n in case.differentiable) for n, x in args.tensors.items()]
     outputs = as_tuple(f(*leaves))
@@ -130,7 +120,7 @@ def test_the_operator_route_gives_the_same_bits(
     case: OpCase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     args = case.make((3, 37), torch.float32)
-    f, _ = by_position(case, args)
+    f, _ = case.by_position(args)
     direct = value_and_gradients(case, f, args)
     monkeypatch.setattr(_registry, "_compiling", lambda: True)
     assert_same_bits(value_and_gradients(case, f, args), direct)
@@ -142,7 +132,7 @@ def test_the_operator_route_gives_the_same_bits(
 @each_case
 def test_compile_full_graph(case: OpCase) -> None:
     args = case.make((3, 37), torch.float32)
-    f, _ = by_position(case, args)
+    f, _ = case.by_position(args)
     compiled = torch.compile(f, fullgraph=True, backend="aot_eager")
     assert_same_bits(value_and_gradients(case, compiled, args), value_and_gradients(case, f, args))
 
@@ -152,7 +142,7 @@ def test_compile_with_inductor(name: str) -> None:
     case = BY_NAME[name]
     args = case.make((3, 4, 5, 6), torch.float32)
     args = args.map(lambda x: x.contiguous(memory_format=torch.channels_last))
-    f, _ = by_position(case, args)
+    f, _ = case.by_position(args)
     compiled = torch.compile(f, fullgraph=True)
     for y, w in zip(
         value_and_gradients(case, compiled, args), value_and_gradients(case, f, args), strict=True
@@ -282,7 +272,7 @@ def test_fake_tensors(case: OpCase) -> None:
 @each_case
 def test_make_fx_traces_the_operator(case: OpCase) -> None:
     args = case.make((3, 37), torch.float32)
-    f, tensors = by_position(case, args)
+    f, tensors = case.by_position(args)
     traced = make_fx(f)(*tensors)
     assert any("diffcore" in str(node.target) for node in traced.graph.nodes)
     assert_same_bits(traced(*tensors), f(*tensors))
@@ -326,6 +316,6 @@ def test_profiler_sees_something(tmp_path: Any) -> None:
 @each_case
 def test_activation_checkpoint(case: OpCase) -> None:
     args = case.make((3, 37), torch.float32)
-    f, _ = by_position(case, args)
+    f, _ = case.by_position(args)
     found = value_and_gradients(case, lambda *x: checkpoint(f, *x, use_reentrant=False), args)
     assert_same_bits(found, value_and_gradients(case, f, args))

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import pytest
 import torch
 from bounds import each_case
-from cases import CASES, Arguments, OpCase, as_tuple
+from cases import CASES, OpCase, as_tuple
 from torch import Tensor
 
 from diffcore import _kernels, _native, ops
-
-INDUCTOR = ("q_sample", "normal_kl_sample")
 
 pytestmark = [
     pytest.mark.skipif(_native._C is None, reason="needs the compiled module"),
@@ -24,36 +19,13 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def _fresh_compiler() -> None:
-    torch._dynamo.reset()
-
-
-def by_position(case: OpCase, args: Arguments) -> tuple[Callable[..., Any], tuple[Tensor, ...]]:
-    """The op as a function of its tensors, coefficients being closed over."""
-    names = list(args.tensors)
-
-    def f(*tensors: Tensor) -> Any:
-        return case.op(**dict(zip(names, tensors, strict=True)), **args.options)
-
-    return f, tuple(args.tensors.values())
-
-
-def value_and_gradients(case: OpCase, f: Callable[..., Any], args: Arguments) -> tuple[Any, ...]:
-    leaves = [x.detach().requires_grad_(n in case.differentiable) for n, x in args.tensors.items()]
-    outputs = as_tuple(f(*leaves))
-    torch.autograd.backward(outputs, [torch.ones_like(y).mul_(0.5) for y in outputs])
-    zeros = (torch.zeros_like(x) if x.grad is None else x.grad for x in leaves)
-    return (*outputs, *zeros)
-
-
 # ---- functorch and forward mode -----------------------------------------------------------------
 
 
 @each_case
 def test_vmap(case: OpCase) -> None:
     samples = [case.make((3, 7), torch.float64, seed=i) for i in range(4)]
-    f, _ = by_position(case, samples[0])
+    f, _ = case.by_position(samples[0])
     tensors = [torch.stack([s.tensors[n] for s in samples]) for n in case.tensors]
     found = as_tuple(torch.vmap(f)(*tensors))
     for i in range(4):
@@ -84,7 +56,7 @@ def test_vmap_of_the_operator() -> None:
 @each_case
 def test_func_grad_jvp_and_jacobians(case: OpCase) -> None:
     args = case.make((2, 3), torch.float64)
-    f, tensors = by_position(case, args)
+    f, tensors = case.by_position(args)
     place = list(args.tensors).index(case.differentiable[0])
 
     def g(x: Tensor) -> Tensor:
@@ -114,7 +86,7 @@ def test_hessian() -> None:
 @each_case
 def test_forward_mode(case: OpCase) -> None:
     args = case.make((2, 3), torch.float64)
-    f, tensors = by_position(case, args)
+    f, tensors = case.by_position(args)
     assert torch.autograd.gradcheck(
         f,
         tuple(
