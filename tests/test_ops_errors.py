@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from refusals import any_of, no_kernel_runs, pair, read_by, refused  # noqa: F40
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from diffcore import ops
+from diffcore import _execute, _native, ops
 
 # ---- elementwise tensors ------------------------------------------------------------------------
 
@@ -256,3 +257,17 @@ def test_a_step_without_a_table(device: str) -> None:
     x, y = pair(device)
     refused(ValueError, "t is given", ops.add_noise, x, y, 0.8, 0.6, t=3)
     refused(TypeError, "t is None", ops.q_sample, x, None, y, NOISE_TABLE.to(device))
+
+
+def test_debug_mode_checks_before_the_kernel_runs(
+    device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # On CUDA a kernel would clamp the step and run; the watched one here stands for it.
+    def run(*args: Any) -> int:
+        raise AssertionError("the kernel ran")
+
+    x, y = pair(device)
+    monkeypatch.setattr(_native, "DEBUG", True)
+    monkeypatch.setattr(_execute, "_C", SimpleNamespace(call=run))
+    bad = torch.full((4,), len(NOISE_TABLE), device=device)
+    refused(ValueError, "t holds", ops.q_sample, x, bad, y, NOISE_TABLE.to(device))

@@ -66,6 +66,8 @@ def direct(
     """Allocates and calls the kernel; whatever the kernel refuses is explained or mended."""
     if _C is None:
         return run_reference(kernel, inputs, coefs, step, whole, out)
+    if _native.DEBUG:  # a CUDA kernel clamps a step that is out of range instead of refusing it
+        _validate.explain(kernel, inputs, coefs, step, whole, out)
     first = inputs[0]
     if kernel.sums:
         outs = allocate(kernel, first, whole)
