@@ -34,7 +34,7 @@ LAYERS = [
     {"_execute"},
     {"_validate"},
     {"_native", "reference"},
-    {"_C"},
+    {"_C", "_philox"},
 ]
 LEVEL = {name: level for level, names in enumerate(reversed(LAYERS)) for name in names}
 

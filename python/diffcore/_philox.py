@@ -10,9 +10,11 @@ round is, with M0 = 0xD2511F53 and M1 = 0xCD9E8D57,
 
 and between rounds k0 += 0x9E3779B9, k1 += 0xBB67AE85. The key is the seed (low word, high word);
 the counter is (element // 4, stream, sample id low, sample id high). Two words w, v make two
-normals: with u = (w + 1/2) / 2^32 in (0, 1] and the angle t = 2 pi v / 2^32,
+normals: with u = (floor(w / 2) + 1/2) / 2^31 in (0, 1] and a random angle t,
 
     z0 = sqrt(-2 ln u) cos t,    z1 = sqrt(-2 ln u) sin t;
+
+the lower 30 bits of v are the part of t within pi/4 of an axis, the upper two choose the axis;
 
 element e is the (e mod 4)-th of z0, z1 of the words (0, 1) and z0, z1 of the words (2, 3).
 
@@ -20,8 +22,8 @@ All floating-point arithmetic is float32, every operation rounded to nearest on 
 multiply-add, or another order, is another number. Largest errors, in ulp, against exact values
 (`tests/test_noise_polynomials.py` measures every argument there is):
 
-    -2 ln u from the rounded w + 1/2     1.96     its square root       1.52
-    sin of the float32 angle             0.77     of the exact angle    2.77
+    -2 ln u from the rounded u           1.96     its square root       1.52
+    sin of the float32 angle             0.77     of the exact angle    2.76
     cos of the float32 angle             1.65     of the exact angle    2.44
 
 `torch.compile` for CPUs keeps to that; compilers for GPUs fuse, so their results may differ in the
@@ -50,8 +52,8 @@ KEY_STEPS = 0x9E3779B9, 0xBB67AE85
 SQRT_HALF_BITS = 0x3F3504F3  # of the smallest float32 above sqrt(1/2)
 
 _hex = float.fromhex
-TWO_LN2 = _hex("0x1.62e430p+0")
-TURN = _hex("0x1.921fb6p-30")  # 2 pi / 2^32
+MINUS_TWO_LN2 = _hex("-0x1.62e430p+0")
+TURN = _hex("0x1.921fb6p-32")  # 2 pi / 2^34
 LOG = (  # -2 log1p(f) / f on [sqrt(1/2) - 1, sqrt(2) - 1], lowest order first
     *(_hex("-0x1.000000p+1"), _hex("0x1.fffff6p-1"), _hex("-0x1.555702p-1")),
     *(_hex("0x1.0004c8p-1"), _hex("-0x1.98d39cp-2"), _hex("0x1.535c2cp-2")),
@@ -88,12 +90,16 @@ def _horner(coefficients: Sequence[float], t: Tensor) -> Tensor:
     return value
 
 
+def _uniform(w: Tensor) -> Tensor:
+    """2^31 u in [1/2, 2^31], in float32: the upper 31 bits of the word, and a half."""
+    return (w >> 1).to(torch.float32) + 0.5
+
+
 def _minus_two_log(s: Tensor) -> Tensor:
-    """-2 ln(s / 2^32) >= 0 for float32 s in [1/2, 2^32]: s = 2^k (1 + f), 1 + f near 1."""
-    bits = s.view(torch.int32)
-    k = bits - SQRT_HALF_BITS >> 23
-    f = (bits - (k << 23)).view(torch.float32) - 1
-    return (32 - k).to(torch.float32) * TWO_LN2 + f * _horner(LOG, f)
+    """-2 ln(s / 2^31) >= 0 for float32 s in [1/2, 2^31]: s / 2^31 = 2^k (1 + f), 1 + f near 1."""
+    t = s.view(torch.int32) - (SQRT_HALF_BITS + (31 << 23))
+    f = ((t & 0x7FFFFF) + SQRT_HALF_BITS).view(torch.float32) - 1
+    return (t >> 23).to(torch.float32) * MINUS_TWO_LN2 + f * _horner(LOG, f)
 
 
 def _root(x: Tensor) -> Tensor:
@@ -111,24 +117,19 @@ def _cos(x: Tensor) -> Tensor:
     return 1 + y * _horner(COS, y)
 
 
-def _unit_circle(v: Tensor) -> tuple[Tensor, Tensor]:
-    """The cosine and sine of 2 pi v / 2^32: a quadrant, and x in [-pi/4, pi/4) beyond its axis."""
-    shifted = v + (1 << 29)
-    quadrant = shifted >> 30 & 3
-    x = ((shifted & (1 << 30) - 1) - (1 << 29)).to(torch.float32) * TURN
-    cos, sin = _cos(x), _sin(x)
-    odd = quadrant & 1 != 0
-    cos, sin = torch.where(odd, sin, cos), torch.where(odd, cos, sin)
-    left, below = quadrant + 1 & 2 != 0, quadrant & 2 != 0
-    return torch.where(left, -cos, cos), torch.where(below, -sin, sin)
+def _angle(v: Tensor) -> Tensor:
+    """The lower 30 bits, the highest of them a sign, as an angle in [-pi/4, pi/4)."""
+    signed = ((v & (1 << 30) - 1) ^ 1 << 29) - (1 << 29)
+    return (signed << 2).to(torch.float32) * TURN
 
 
 def box_muller(w: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """Two independent float32 normals from two 32-bit words held in int64."""
-    s = (w >> 16).to(torch.float32) * 65536 + ((w & 0xFFFF).to(torch.float32) + 0.5)
-    radius = _root(_minus_two_log(s))
-    cos, sin = _unit_circle(v)
-    return radius * cos, radius * sin
+    radius = _root(_minus_two_log(_uniform(w)))
+    x = _angle(v)
+    cos, sin = _cos(x), _sin(x)
+    radius, swap = torch.where(v >> 31 & 1 != 0, -radius, radius), v >> 30 & 1 != 0
+    return radius * torch.where(swap, sin, cos), radius * torch.where(swap, cos, sin)
 
 
 def normals(
