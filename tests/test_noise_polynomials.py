@@ -24,9 +24,11 @@ LARGEST_ERROR = {
     "radius": 1.52,
     "sin": 0.77,
     "cos": 1.65,
-    "sin_of_word": 2.76,
-    "cos_of_word": 2.44,
+    "sin_of_bits": 2.76,
+    "cos_of_bits": 2.44,
 }
+# The integer is rounded to 24 bits, then the half is added: of 2^24 + ..., no more than 3/2.
+UNIFORM_ERROR = 1.5 * 2**-24
 TURN = 2 * np.pi / 2**32
 SLICE = 1 << 22
 
@@ -60,16 +62,16 @@ def floats(low: float, high: float, every: int) -> Iterator[Tensor]:
 
 
 def uniforms(every: int) -> Iterator[Tensor]:
-    """w + 1/2 in float32: of [1/2, 2^32], with the ends of every binade and of its reduction."""
-    yield from floats(0.5, 2.0**32, every)
+    """2^31 u: of [1/2, 2^31], with the ends of every binade and of its reduction."""
+    yield from floats(0.5, 2.0**31, every)
     near = torch.arange(-256, 257, dtype=torch.int32)
-    for power in range(0, 32):
+    for power in range(31):
         yield (near + pattern(2.0**power)).view(torch.float32)
         yield (near + pattern(2.0**power * np.sqrt(0.5))).view(torch.float32)
 
 
-def eighths_of_a_turn(every: int) -> Iterator[Tensor]:
-    """Words around 0 whose angle is no less than -pi/4, as integers of [-2^29, 0]."""
+def integers_of_angles(every: int) -> Iterator[Tensor]:
+    """The lower 30 bits of words, for angles of [-pi/4, 0] as integers of [-2^29, 0]."""
     yield torch.arange(-(2**16), 1)
     for start in range(-(2**29), 0, SLICE * every):
         yield torch.arange(start, min(start + SLICE * every, 0), every)
@@ -90,7 +92,7 @@ def quick_or_all(stride: int) -> pytest.MarkDecorator:
 def test_log_and_radius(every: int) -> None:
     log_error, radius_error = [], []
     for s in uniforms(every):
-        u = s.double().numpy() * 2.0**-32
+        u = s.double().numpy() * 2.0**-31
         exact = -2 * np.where(u > 0.5, np.log1p(u - 1), np.log(u))  # u - 1 is exact there
         computed = _philox._minus_two_log(s)
         assert (computed >= 0).all()
@@ -114,43 +116,46 @@ def test_sine_and_cosine_of_a_float(name: str, every: int) -> None:
 
 
 @quick_or_all(499)
-def test_sine_and_cosine_of_a_word(every: int) -> None:
+def test_sine_and_cosine_of_thirty_bits(every: int) -> None:
     sin_error, cos_error = [], []
-    for r in eighths_of_a_turn(every):
-        cos, sin = _philox._unit_circle(r & _philox.MASK)
+    for r in integers_of_angles(every):
+        x = _philox._angle(r & _philox.MASK)
         angle = r.double().numpy() * TURN
-        sin_error.append(worst(sin, np.sin(angle)))
-        cos_error.append(worst(cos, np.cos(angle)))
-    assert max(sin_error) <= LARGEST_ERROR["sin_of_word"]
-    assert max(cos_error) <= LARGEST_ERROR["cos_of_word"]
+        sin_error.append(worst(_philox._sin(x), np.sin(angle)))
+        cos_error.append(worst(_philox._cos(x), np.cos(angle)))
+    assert max(sin_error) <= LARGEST_ERROR["sin_of_bits"]
+    assert max(cos_error) <= LARGEST_ERROR["cos_of_bits"]
     if every == 1:
-        assert max(sin_error) > LARGEST_ERROR["sin_of_word"] - 0.01
-        assert max(cos_error) > LARGEST_ERROR["cos_of_word"] - 0.01
+        assert max(sin_error) > LARGEST_ERROR["sin_of_bits"] - 0.01
+        assert max(cos_error) > LARGEST_ERROR["cos_of_bits"] - 0.01
 
 
 def test_angles_of_either_sign_are_alike() -> None:
     r = torch.cat([torch.arange(1, 1 << 16), torch.arange(1, 2**29, 10_007)])
-    cos, sin = _philox._unit_circle(r)
-    cos_of_minus, sin_of_minus = _philox._unit_circle(-r & _philox.MASK)
-    assert torch.equal(cos_of_minus, cos)
-    assert torch.equal(sin_of_minus, -sin)
+    x, minus_x = _philox._angle(r), _philox._angle(-r & _philox.MASK)
+    assert torch.equal(minus_x, -x)
+    assert torch.equal(_philox._cos(minus_x), _philox._cos(x))
+    assert torch.equal(_philox._sin(minus_x), -_philox._sin(x))
 
 
-def test_quarter_turns_only_swap_and_negate() -> None:
-    v = torch.cat([torch.arange(-64, 64), torch.arange(-(2**29), 2**29, 1_000_003)])
-    v = torch.cat([v, torch.tensor([-(2**29), 2**29 - 1])]) & _philox.MASK
-    cos, sin = _philox._unit_circle(v)
-    for quarter, turned in enumerate([(cos, sin), (-sin, cos), (-cos, -sin), (sin, -cos)]):
-        found = _philox._unit_circle(v + (quarter << 30) & _philox.MASK)
-        for a, b in zip(found, turned, strict=True):
-            torch.testing.assert_close(a.view(torch.int32), b.view(torch.int32), rtol=0, atol=0)
+def test_quarters_exchange_and_negate() -> None:
+    v = torch.cat([torch.arange(2**16), torch.arange(0, 2**30, 1_000_003), torch.tensor([2**29])])
+    w = torch.randint(2**32, v.shape)
+    cos, sin = _philox.box_muller(w, v)
+    for quarter, expected in enumerate([(cos, sin), (sin, cos), (-cos, -sin), (-sin, -cos)]):
+        for a, b in zip(_philox.box_muller(w, v + (quarter << 30)), expected, strict=True):
+            assert torch.equal(a.view(torch.int32), b.view(torch.int32))
 
 
-def test_word_plus_half_is_rounded_once() -> None:
+def test_uniforms_are_rounded_from_31_bits() -> None:
     around = torch.tensor([2**k + d for k in range(33) for d in range(-300, 301)])
     w = around[(around >= 0) & (around <= _philox.MASK)]
     w = torch.cat([w, torch.randint(2**32, (1_000_000,))])
-    assert torch.equal(_philox._plus_half(w), (w.double() + 0.5).float())
+    exact = w.numpy() // 2 + 0.5
+    moved = _philox._uniform(w).double().numpy() / exact - 1
+    assert np.abs(moved).max() <= UNIFORM_ERROR
+    assert (moved[w.numpy() < 2**24] == 0).all()
+    assert float(_philox._uniform(torch.tensor(_philox.MASK))) == 2.0**31
 
 
 def test_root_is_correctly_rounded() -> None:
@@ -159,15 +164,16 @@ def test_root_is_correctly_rounded() -> None:
 
 
 def test_largest_and_smallest_normal() -> None:
-    largest, none = _philox.box_muller(torch.tensor([0, 2**32 - 1]), torch.tensor([0, 0]))[0]
-    assert abs(float(largest) - np.sqrt(66 * np.log(2))) <= 2 * ulp(largest, torch.float32)
+    w = torch.tensor([0, 2**32 - 1])
+    (largest, none), _ = _philox.box_muller(w, torch.tensor([0, 0]))
+    assert abs(float(largest) - np.sqrt(64 * np.log(2))) <= 2 * ulp(largest, torch.float32)
     assert none == 0
 
 
 def test_errors_are_the_documented_ones() -> None:
     docs = (Path(__file__).parent.parent / "docs" / "numerics.md").read_text(encoding="utf-8")
     section = docs.split("## Normals")[1].split("\n## ")[0]
-    table = sorted(map(float, re.findall(r"\d\.\d\d", section)))
+    table = sorted(map(float, re.findall(r"\| (\d\.\d\d) \|", section)))
     assert table == sorted(LARGEST_ERROR.values())
     for error in LARGEST_ERROR.values():
         assert f"{error:.2f}" in str(_philox.__doc__)
@@ -217,26 +223,27 @@ def numpy_normals(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Normals in float64, and how far float32 ones may be from each.
 
-    w + 1/2 is rounded to float32, which moves -2 ln u by no more than d = 2^-23 (1 + 2^-23), so the
+    u is rounded to float32, which moves -2 ln u by no more than d, twice u's relative error, so the
     radius R by no more than d / R, or sqrt(d). The rest is relative: the radius, the cosine or
-    sine, and half an ulp of their product, an ulp being no more than 2^-23 of a number. The
-    truth itself is off by the rounding of its angle, less than 2^-50.
+    sine, and half an ulp of their product, an ulp being no more than 2^-23 of a number.
     """
     blocks = np.arange(first // 4, (first + size + 3) // 4, dtype=np.uint64)
-    w = numpy_words(seed, sample, stream, blocks)
-    z, bound = [], []
-    relative = 2**-23 * (0.5 + LARGEST_ERROR["radius"] + LARGEST_ERROR["sin_of_word"])
+    words = numpy_words(seed, sample, stream, blocks)
+    relative = 2**-23 * (0.5 + LARGEST_ERROR["radius"] + LARGEST_ERROR["sin_of_bits"])
     relative += relative**2
-    d = 2**-23 * (1 + 2**-23)
-    for i in (0, 2):
-        # u up to 1 - 2^-33: log1p of an exact u - 1 loses nothing there
-        u = (w[i].astype(np.float64) + 0.5) * 2.0**-32
+    d = 2 * UNIFORM_ERROR / (1 - UNIFORM_ERROR)
+    z, bound = [], []
+    for w, v in (words[:2], words[2:]):
+        u = ((w >> np.uint64(1)).astype(np.float64) + 0.5) * 2.0**-31
         radius = np.sqrt(-2 * np.where(u > 0.5, np.log1p(u - 1), np.log(u)))
-        angle = w[i + 1].astype(np.float64) * TURN
-        for circle in (np.cos(angle), np.sin(angle)):
+        bits = (v % np.uint64(2**30)).astype(np.float64)
+        x = np.where(bits < 2**29, bits, bits - 2**30) * TURN
+        exchanged = (v >> np.uint64(30)) % np.uint64(2) == 1
+        sign = np.where(v >> np.uint64(31) == 1, -1, 1)
+        for circle in np.where(exchanged, (np.sin(x), np.cos(x)), (np.cos(x), np.sin(x))):
             moved = np.minimum(d / radius, np.sqrt(d)) * np.abs(circle)
-            z.append(radius * circle)
-            bound.append((moved + relative * (np.abs(z[-1]) + moved)) + 2.0**-50 * radius)
+            z.append(sign * radius * circle)
+            bound.append(moved + relative * (np.abs(z[-1]) + moved))
     return np.stack(z, -1).reshape(-1)[:size], np.stack(bound, -1).reshape(-1)[:size]
 
 

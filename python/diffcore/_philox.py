@@ -10,21 +10,21 @@ round is, with M0 = 0xD2511F53 and M1 = 0xCD9E8D57,
 
 and between rounds k0 += 0x9E3779B9, k1 += 0xBB67AE85. The key is the seed (low word, high word);
 the counter is (element // 4, stream, sample id low, sample id high). Two words w, v make two
-normals: with u = (floor(w / 2) + 1/2) / 2^31 in (0, 1] and a random angle t,
+normals: with u = (floor(w / 2) + 1/2) / 2^31 in (0, 1], and x in [-pi/4, pi/4) from the lower 30
+bits of v, an integer with sign,
 
-    z0 = sqrt(-2 ln u) cos t,    z1 = sqrt(-2 ln u) sin t;
+    z0 = sqrt(-2 ln u) cos x,    z1 = sqrt(-2 ln u) sin x,
 
-the lower 30 bits of v are the part of t within pi/4 of an axis, the upper two choose the axis;
-
-element e is the (e mod 4)-th of z0, z1 of the words (0, 1) and z0, z1 of the words (2, 3).
+exchanged if bit 30 of v is set, both negated if bit 31 is: the four quarters of the circle. Element
+e is the (e mod 4)-th of z0, z1 of the words (0, 1) and z0, z1 of the words (2, 3).
 
 All floating-point arithmetic is float32, every operation rounded to nearest on its own: a fused
 multiply-add, or another order, is another number. Largest errors, in ulp, against exact values
 (`tests/test_noise_polynomials.py` measures every argument there is):
 
-    -2 ln u from the rounded u           1.96     its square root       1.52
-    sin of the float32 angle             0.77     of the exact angle    2.76
-    cos of the float32 angle             1.65     of the exact angle    2.44
+    -2 ln u of the float32 u     1.96     its square root      1.52
+    sin x of the float32 x       0.77     of the exact x       2.76
+    cos x of the float32 x       1.65     of the exact x       2.44
 
 `torch.compile` for CPUs keeps to that; compilers for GPUs fuse, so their results may differ in the
 last bits.
