@@ -37,7 +37,8 @@ struct Bindings {
 
 template <class... Op>
 const OpInfo* info_table(OpList<Op...>) {
-  static const OpInfo table[] = {{Op::name, Op::n_in, Op::n_out, Op::n_sum, Op::n_coef}...};
+  static const OpInfo table[] = {
+      {Op::name, kReads<Op>, Op::n_out, Op::n_sum, Op::n_coef, kDraws<Op>}...};
   return table;
 }
 const OpInfo* ops() { return info_table(AllOps{}); }
@@ -92,6 +93,28 @@ bool dense(const dlpack::Tensor& x, bool by_row) {
   return !by_row || x.shape[0] == 1 || order[dims - 1] == 0;
 }
 
+// How a row of a dense tensor lies in memory: 1 in row-major order, n where neighbours are elements
+// of n equal runs of that order in turn (channels_last: the channels), 0 in any other order.
+int64_t runs_of_row(const dlpack::Tensor& x) {
+  if (contiguous(x)) return 1;
+  constexpr int kMaxDims = 16;
+  int order[kMaxDims], dims = 0;  // from the last dimension to the first
+  for (int d = x.ndim - 1; d > 0; --d)
+    if (x.shape[d] != 1) order[dims++] = d;
+  if (!dims) return 1;
+  int fastest = 0;
+  for (int i = 1; i < dims; ++i)
+    if (x.strides[order[i]] < x.strides[order[fastest]]) fastest = i;
+  int64_t runs = 1, expected = 1;
+  for (int i = 0; i < dims; ++i) {  // row-major order, begun elsewhere
+    const int at = (fastest + i) % dims;
+    if (x.strides[order[at]] != expected) return 0;
+    expected *= x.shape[order[at]];
+    if (fastest && at >= fastest) runs = expected;
+  }
+  return runs;
+}
+
 bool same_shape(const dlpack::Tensor& a, const dlpack::Tensor& b) {
   return a.ndim == b.ndim && std::equal(a.shape, a.shape + a.ndim, b.shape);
 }
@@ -106,13 +129,13 @@ bool same_device(const dlpack::Tensor& a, const dlpack::Tensor& b) {
 
 class Call {
  public:
-  Status parse(int op, py::tuple outs, py::tuple ins, py::tuple coefs, py::handle step,
-               bool whole) {
+  Status parse(int op, py::tuple outs, py::tuple ins, py::tuple coefs, py::handle step, bool whole,
+               py::handle noise) {
     info_ = &ops()[op];
     if (int(ins.size()) != info_->n_in || int(outs.size()) != info_->n_out + info_->n_sum)
       return kBadArguments;
     dlpack::Tensor first;
-    borrow(ins[0].ptr(), &first);
+    borrow(info_->n_in ? ins[0].ptr() : outs[0].ptr(), &first);
     if (first.device.type != dlpack::kCpu && first.device.type != dlpack::kCuda) return kDevice;
     device_ = first.device;
     dtype_ = dtype_of(first.dtype);
@@ -120,6 +143,8 @@ class Call {
     elements_ = count(first);
     rows_ = first.ndim ? first.shape[0] : 1;
     if (Status status = read_coefs(coefs, step, first)) return status;
+    if (info_->draws || !noise.is_none())
+      if (Status status = read_noise(noise, first)) return status;
     if (info_->n_sum && !whole) by_row_ = true;
     if (info_->n_sum && whole && by_row_) return kBadArguments;
     if (Status status = read_tensors(outs, ins, first)) return status;
@@ -233,8 +258,58 @@ class Call {
     return kDone;
   }
 
+  // (seed, sample ids, stream, first element): ints, or int64 tensors beside the samples.
+  Status read_noise(py::handle noise, const dlpack::Tensor& first) {
+    if (!info_->draws || !PyTuple_CheckExact(noise.ptr()) || PyTuple_GET_SIZE(noise.ptr()) != 4)
+      return kBadArguments;
+    NoiseSource& source = task_.noise;
+    int64_t length, stride, element;
+    bool scalar;
+    const int64_t* unused = nullptr;
+    const auto part = [&](int i, const int64_t** data, int64_t* value) {
+      length = 1;
+      stride = 0;
+      scalar = true;
+      PyObject* item = PyTuple_GET_ITEM(noise.ptr(), i);
+      if (PyLong_CheckExact(item)) {
+        *value = int64_t(PyLong_AsUnsignedLongLongMask(item));
+        return true;
+      }
+      dlpack::Tensor x;
+      borrow(item, &x);
+      if (x.dtype.code != dlpack::kInt || x.dtype.bits != 64 || x.dtype.lanes != 1 ||
+          !same_device(x, first) || x.ndim > 1 || !x.data)
+        return false;
+      scalar = x.ndim == 0;
+      if (!scalar) {
+        length = x.shape[0];
+        stride = x.strides[0];
+      }
+      *data = static_cast<const int64_t*>(x.data);
+      return data != &unused && length > 0;
+    };
+    if (!part(0, &source.seed, &source.seed_value) || length > 2 || (length == 2 && stride != 1))
+      return kBadArguments;
+    source.seed_has_offset = length == 2;
+    if (rows_ && !part(1, &source.id, &source.first_id)) return kBadArguments;
+    if (rows_ && !scalar && length != rows_) return kBadArguments;
+    source.id_stride = stride;
+    source.ids_count_up = scalar;
+    if (!part(2, &source.stream, &source.stream_value) || length != 1) return kBadArguments;
+    if (!part(3, &unused, &element) || element < 0 || element % 4) return kBadArguments;
+    source.first_block = element / 4;
+    by_row_ = true;
+    return kDone;
+  }
+
   Status read_tensors(py::tuple outs, py::tuple ins, const dlpack::Tensor& first) {
     if (!dense(first, by_row_)) return kLayout;
+    if (info_->draws) {
+      // Long runs draw well; short ones do not, nor does an order of another kind.
+      constexpr int64_t kMostRuns = 64;
+      task_.noise.inner = runs_of_row(first);
+      if (!task_.noise.inner || task_.noise.inner > kMostRuns) return kLayout;
+    }
     int64_t bytes = elements_ * item_size(dtype_);
     int maps = info_->n_out;
     for (int k = 0; k < info_->n_in + maps; ++k) {
@@ -331,11 +406,12 @@ void connect(py::capsule capsule, py::type tensor, py::type parameter) {
   g_bindings.torch = exchange;
 }
 
-int call(int op, py::tuple outs, py::tuple ins, py::tuple coefs, py::object step, bool whole) {
+int call(int op, py::tuple outs, py::tuple ins, py::tuple coefs, py::object step, bool whole,
+         py::object noise) {
   if (!g_bindings.torch) throw std::runtime_error("diffcore._C: connect() has not been called");
   if (op < 0 || op >= AllOps::size) throw py::index_error("no such op");
   Call call;
-  if (Status status = call.parse(op, outs, ins, coefs, step, whole)) return status;
+  if (Status status = call.parse(op, outs, ins, coefs, step, whole, noise)) return status;
   return call.run(op);
 }
 
@@ -361,12 +437,12 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.def("connect", &connect, py::arg("exchange_api"), py::arg("tensor"), py::arg("parameter"));
   m.def("survey", &survey, py::arg("tensors"), py::arg("coefs"));
   m.def("call", &diffcore::call, py::arg("op"), py::arg("outs"), py::arg("ins"), py::arg("coefs"),
-        py::arg("step"), py::arg("whole"));
+        py::arg("step"), py::arg("whole"), py::arg("noise"));
   m.def("op_table", [] {
     py::list table;
     for (int i = 0; i < AllOps::size; ++i) {
       const OpInfo& op = ops()[i];
-      table.append(py::make_tuple(op.name, op.n_in, op.n_out, op.n_sum, op.n_coef));
+      table.append(py::make_tuple(op.name, op.n_in, op.n_out, op.n_sum, op.n_coef, op.draws));
     }
     return table;
   });

@@ -24,7 +24,8 @@ const CpuKernel* cpu_kernels();
 // What the binding must know of an op.
 struct OpInfo {
   const char* name;
-  int n_in, n_out, n_sum, n_coef;
+  int n_in, n_out, n_sum, n_coef;  // n_in: that are read
+  bool draws;                      // a noise of its own
 };
 
 // cpu_dispatch.cc

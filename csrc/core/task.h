@@ -21,11 +21,28 @@ struct Coef {
   bool by_step = false;  // indexed by the row's step instead of by the row
 };
 
+// Where the noise of a call comes from: z = normal(seed, sample id, stream, element).
+struct NoiseSource {
+  const int64_t* seed = nullptr;  // null: `seed_value`
+  const int64_t* id = nullptr;    // null: `first_id`
+  const int64_t* stream = nullptr;  // null: `stream_value`
+  int64_t seed_value = 0;
+  int64_t first_id = 0;
+  int64_t stream_value = 0;
+  int64_t id_stride = 0;
+  bool ids_count_up = true;  // from the first
+  int64_t first_block = 0;
+  bool seed_has_offset = false;  // seed[1] is added to the stream
+  // Neighbours in memory are `inner` different runs of logical order (channels_last: channels); 1 where both orders agree.
+  int64_t inner = 1;
+};
+
 struct Task {
   const void* in[kMaxIn] = {};  // [rows, cols], one storage type and layout for all
   void* out[kMaxOut] = {};      // [rows, cols]
   void* sum[kMaxSum] = {};      // [rows], compute type
   Coef coef[kMaxCoef] = {};
+  NoiseSource noise;
   const void* step = nullptr;  // [rows] or one counter for all (stride 0); null: `fixed_step`
   int64_t step_stride = 0;
   bool step_is_64 = true;

@@ -11,7 +11,9 @@
 
 #include "core/coefficients.h"
 #include "core/number.h"
+#include "core/op.h"
 #include "core/task.h"
+#include "drivers/cpu_noise.h"
 
 DC_KERNEL_NAMESPACE_BEGIN
 
@@ -89,23 +91,62 @@ DC_HD void span(const R* coefs, const R* const* from, R* const* to, int64_t n, R
   }
 }
 
+// What the rows of an op draw; nothing where their noise is read.
+template <class Op, bool = kDraws<Op>>
+struct Noise {
+  explicit Noise(const Task&) {}
+};
+template <class Op>
+struct Noise<Op, true> : RowNoise {
+  using RowNoise::RowNoise;
+
+  // n columns from `first` on, n at most kTile, as a tensor of type S would hold them.
+  // `ahead`: what else is read and written from column `first` on.
+  template <class S>
+  const Compute<S>* tile(int64_t row, int64_t first, int64_t n, const Ahead& ahead) {
+    const int64_t within = first % kAtOnce;
+    if (within == 0) drawn_ = columns(row, first, ahead);
+    const float* z = drawn_ + within;
+    if constexpr (same<S, float>) {
+      return z;
+    } else if constexpr (same<S, double>) {
+      for (int64_t i = 0; i < n; ++i) wide_[i] = z[i];
+      return wide_;
+    } else {
+      S stored[kTile];
+      store_tile(z, n, stored);
+      load_tile(stored, n, rounded_);
+      return rounded_;
+    }
+  }
+
+ private:
+  const float* drawn_ = nullptr;
+  union {
+    alignas(64) double wide_[kTile];
+    alignas(64) float rounded_[kTile];
+  };
+};
+
 template <class Op, class S>
 struct CpuLoop {
   using R = Compute<S>;
-  static constexpr int kIn = Op::n_in, kOut = Op::n_out, kSum = Op::n_sum;
+  static constexpr int kIn = kReads<Op>, kOut = Op::n_out, kSum = Op::n_sum;
 
   static void run(const Task& task, int64_t begin, int64_t end) {
     R c[Op::n_coef + 1] = {};
+    Noise<Op> noise(task);
     int64_t loaded = -1;
     for (int64_t unit = begin; unit < end; ++unit) {
       int64_t row = unit / task.chunks, first = (unit - row * task.chunks) * task.chunk;
       int64_t left = task.cols - first;
       if (row != loaded) load_coefs<Op::n_coef>(task, row, c);
       loaded = row;
+      if (is_idle<Op>(c) && task.in[0] == task.out[0]) continue;
       R acc[kSum + 1][kLanes];
       for (int k = 0; k < kSum; ++k)
         for (int lane = 0; lane < kLanes; ++lane) acc[k][lane] = R(0);
-      columns(task, c, row * task.cols + first, left < task.chunk ? left : task.chunk, acc);
+      columns(task, noise, c, row, first, left < task.chunk ? left : task.chunk, acc);
       if constexpr (kSum > 0) {
         for (int k = 0; k < kSum; ++k) {
           for (int width = kLanes / 2; width > 0; width /= 2)
@@ -136,31 +177,54 @@ struct CpuLoop {
   }
 
  private:
-  static void columns(const Task& task, const R* c, int64_t at, int64_t n, R (*acc)[kLanes]) {
+  static void columns(const Task& task, Noise<Op>& noise, const R* c, int64_t row, int64_t first,
+                      int64_t n, R (*acc)[kLanes]) {
+    constexpr bool kConverted = !same<S, R>;
+    const int64_t at = row * task.cols + first;
     const S* in[kIn + 1];
     S* out[kOut + 1];
     DC_UNROLL
     for (int k = 0; k < kIn; ++k) in[k] = static_cast<const S*>(task.in[k]) + at;
     DC_UNROLL
     for (int k = 0; k < kOut; ++k) out[k] = static_cast<S*>(task.out[k]) + at;
-    if constexpr (same<S, R>) {
+    if constexpr (!kConverted && !kDraws<Op>) {
       span<Op, R>(c, in, out, n, acc);
     } else {
-      alignas(64) R x[kIn + 1][kTile];
-      alignas(64) R y[kOut + 1][kTile];
+      constexpr int kRoom = kConverted ? kTile : 1;
+      alignas(64) R x[kIn + 1][kRoom];
+      alignas(64) R y[kOut + 1][kRoom];
       const R* xs[kIn + 1];
       R* ys[kOut + 1];
-      DC_UNROLL
-      for (int k = 0; k < kIn; ++k) xs[k] = x[k];
-      DC_UNROLL
-      for (int k = 0; k < kOut; ++k) ys[k] = y[k];
       for (int64_t i = 0; i < n; i += kTile) {
         int64_t m = n - i < kTile ? n - i : kTile;
-        for (int k = 0; k < kIn; ++k) load_tile(in[k] + i, m, x[k]);
+        DC_UNROLL
+        for (int k = 0; k < kIn; ++k) {
+          if constexpr (kConverted) load_tile(in[k] + i, m, x[k]);
+          xs[k] = pick<kConverted>(x[k], in[k] + i);
+        }
+        if constexpr (kDraws<Op>) {
+          RowNoise::Ahead ahead{{}, kIn + kOut, sizeof(S)};
+          DC_UNROLL
+          for (int k = 0; k < kIn; ++k) ahead.at[k] = reinterpret_cast<const char*>(in[k] + i);
+          DC_UNROLL
+          for (int k = 0; k < kOut; ++k) ahead.at[kIn + k] = reinterpret_cast<const char*>(out[k] + i);
+          xs[kIn] = noise.template tile<S>(row, first + i, m, ahead);
+        }
+        DC_UNROLL
+        for (int k = 0; k < kOut; ++k) ys[k] = pick<kConverted>(y[k], out[k] + i);
         span<Op, R>(c, xs, ys, m, acc);
-        for (int k = 0; k < kOut; ++k) store_tile(y[k], m, out[k] + i);
+        if constexpr (kConverted)
+          for (int k = 0; k < kOut; ++k) store_tile(y[k], m, out[k] + i);
       }
     }
+  }
+
+  template <bool kFirst, class A, class B>
+  DC_HD static auto pick(A a, B b) {
+    if constexpr (kFirst)
+      return a;
+    else
+      return b;
   }
 };
 

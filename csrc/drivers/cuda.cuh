@@ -7,7 +7,9 @@
 #include <cuda_runtime.h>
 
 #include "core/coefficients.h"
+#include "core/normal.h"
 #include "core/number.h"
+#include "core/op.h"
 #include "core/task.h"
 
 namespace diffcore {
@@ -15,15 +17,19 @@ namespace diffcore {
 constexpr int kThreads = 256;
 
 // Packs of each input a thread has in flight at once. Many inputs fill the memory pipe by
-// themselves, and fewer registers mean more threads to hide its latency.
+// themselves, and fewer registers mean more threads to hide its latency; so does drawing noise.
 template <class Op>
-constexpr int kUnroll = Op::n_in <= 2 ? 2 : 1;
-// Blocks that have to fit on a multiprocessor, which bounds the registers: 64 a thread, 80 where
-// many tensors take part (with 64 they spill on sm_80), 128 in double.
+constexpr int kUnroll = kReads<Op> <= 2 && !kDraws<Op> ? 2 : 1;
+// Blocks that have to fit on a multiprocessor, which bounds the registers: 64 a thread; 80 where
+// many tensors take part (with 64 they spill on sm_80) or a thread draws eight normals; 128 in
+// double, and where it is both.
 template <class Op, class S>
-constexpr int kBlocksPerSm = sizeof(S) == 8              ? 2
-                             : Op::n_in + Op::n_out >= 9 ? 3
-                                                         : 4;
+constexpr int kBlocksPerSm = [] {
+  const int tensors = Op::n_in + Op::n_out;
+  const bool draws_eight = kDraws<Op> && sizeof(S) == 2;
+  if (sizeof(S) == 8 || (draws_eight && tensors >= 5)) return 2;
+  return tensors >= 9 || draws_eight ? 3 : 4;
+}();
 
 // How the blocks lie over [rows, cols].
 struct Shape {
@@ -56,16 +62,19 @@ __device__ __forceinline__ void share_coefs(const Task& task, int64_t row, int t
 template <class Op, class S>
 struct Elements {
   using R = Compute<S>;
-  static constexpr int kIn = Op::n_in, kOut = Op::n_out, kSum = Op::n_sum, kU = kUnroll<Op>;
+  static constexpr int kIn = kReads<Op>, kOut = Op::n_out, kSum = Op::n_sum, kU = kUnroll<Op>;
 
   const Task& task;
   R* c;
   R* sums;
+  const NoiseKey& key;
 
-  __device__ __forceinline__ void apply(const S* x, S* stored) const {
-    R values[kIn], y[kOut + kSum];
+  __device__ __forceinline__ void apply(const S* x, float z, S* stored) const {
+    R values[Op::n_in], y[kOut + kSum];
     DC_UNROLL
     for (int k = 0; k < kIn; ++k) values[k] = load_value(x[k]);
+    // As a tensor of noise would hold it.
+    if constexpr (kDraws<Op>) values[kIn] = load_value(Store<S>::from(z));
     Op::template apply<R>(c, values, y);
     DC_UNROLL
     for (int k = 0; k < kOut; ++k) stored[k] = Store<S>::from(y[k]);
@@ -78,7 +87,7 @@ struct Elements {
   template <int N, class Meanwhile>
   __device__ __forceinline__ void packs(int64_t base, int64_t first, int64_t count, int threads_x,
                                         Meanwhile meanwhile) const {
-    Pack<S, N> in[kU][kIn];
+    Pack<S, N> in[kU][kIn + 1];
     DC_UNROLL
     for (int u = 0; u < kU; ++u) {
       const int64_t p = first + u * threads_x;
@@ -95,12 +104,14 @@ struct Elements {
       const int64_t p = first + u * threads_x;
       if (p < count) {
         Pack<S, N> out[kOut + 1];
+        float z[N] = {};
+        if constexpr (kDraws<Op>) draw(p * N, z);
         DC_UNROLL
         for (int i = 0; i < N; ++i) {
-          S x[kIn], stored[kOut + 1];
+          S x[kIn + 1], stored[kOut + 1];
           DC_UNROLL
           for (int k = 0; k < kIn; ++k) x[k] = in[u][k].value[i];
-          apply(x, stored);
+          apply(x, z[i], stored);
           DC_UNROLL
           for (int k = 0; k < kOut; ++k) out[k].value[i] = stored[k];
         }
@@ -111,13 +122,31 @@ struct Elements {
     }
   }
 
-  __device__ __forceinline__ void one(int64_t at) const {
-    S x[kIn], stored[kOut + 1];
+  // Column i of the row that begins at `base`.
+  __device__ __forceinline__ void one(int64_t base, int64_t i) const {
+    const int64_t at = base + i;
+    S x[kIn + 1], stored[kOut + 1];
     DC_UNROLL
     for (int k = 0; k < kIn; ++k) x[k] = static_cast<const S*>(task.in[k])[at];
-    apply(x, stored);
+    float z = 0;
+    if constexpr (kDraws<Op>) {
+      const int64_t runs = task.noise.inner;
+      z = normal(key, runs == 1 ? i : i % runs * (task.cols / runs) + i / runs);
+    }
+    apply(x, z, stored);
     DC_UNROLL
     for (int k = 0; k < kOut; ++k) static_cast<S*>(task.out[k])[at] = stored[k];
+  }
+
+ private:
+  template <int N>
+  __device__ __forceinline__ void draw(int64_t element, float (&z)[N]) const {
+    if constexpr (N == 2) {
+      normal_pair(key, uint64_t(element) / 2, z[0], z[1]);
+    } else {
+      DC_UNROLL
+      for (int i = 0; i < N; i += 4) normals(key, uint32_t((element + i) / 4), z + i);
+    }
   }
 };
 
@@ -150,9 +179,15 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm<Op, S>)
   R c[Op::n_coef + 1];
   R sums[Op::n_sum + 1] = {};
   if (row < task.rows) {
-    const Elements<Op, S> elements{task, c, sums};
+    NoiseKey key{};
+    if constexpr (kDraws<Op>) key = noise_key(task.noise, row);
+    const Elements<Op, S> elements{task, c, sums, key};
     const int64_t base = row * task.cols, packs = shape.packed ? task.cols / kPack : 0;
     const auto load_c = [&] { share_coefs<Op::n_coef>(task, row, shape.threads_x, c); };
+    if constexpr (kMayIdle<Op>) {
+      load_c();
+      if (is_idle<Op>(c) && task.in[0] == task.out[0]) return;
+    }
     if (shape.packed) {
       const int64_t step = int64_t(kUnroll<Op>) * shape.threads_x;
       const int turns = Op::n_sum ? shape.turns : 1;
@@ -172,7 +207,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm<Op, S>)
       const int64_t begin = shape.packed ? packs * kPack : int64_t(blockIdx.x) * task.chunk;
       const int64_t end = begin + task.chunk < task.cols ? begin + task.chunk : task.cols;
 #pragma unroll 1
-      for (int64_t i = begin + x; i < end; i += shape.threads_x) elements.one(base + i);
+      for (int64_t i = begin + x; i < end; i += shape.threads_x) elements.one(base, i);
     }
   }
   if constexpr (Op::n_sum > 0) {
@@ -215,8 +250,9 @@ struct CudaLaunch {
 
   static bool aligned(const Task& task) {
     if (task.rows > 1 && task.cols % kPack != 0) return false;
+    if (kDraws<Op> && task.noise.inner != 1) return false;
     uintptr_t low = 0;
-    for (int k = 0; k < Op::n_in; ++k) low |= reinterpret_cast<uintptr_t>(task.in[k]);
+    for (int k = 0; k < kReads<Op>; ++k) low |= reinterpret_cast<uintptr_t>(task.in[k]);
     for (int k = 0; k < Op::n_out; ++k) low |= reinterpret_cast<uintptr_t>(task.out[k]);
     return low % 16 == 0;
   }

@@ -1,6 +1,7 @@
 // The list of ops. Adding a name here gives it CPU kernels, CUDA kernels and a Python binding.
 #pragma once
 
+#include "core/op.h"
 #include "ops/gaussian.h"
 #include "ops/linear.h"
 #include "ops/loss.h"
@@ -14,10 +15,12 @@ struct OpList {
 };
 
 using AllOps =
-    OpList<Scale, ScaleTwice, LinearCombination,  // linear.h
+    OpList<Scale, ScaleTwice, LinearCombination, LinearPair,  // linear.h
+           Drawn<Randn>, Drawn<LinearCombination>, Drawn<LinearPair>,
            ReverseStep, ReverseStepNoise, ReverseStepGuided,
-           ReverseStepGuidedNoise,                                          // reverse_step.h
-           ReverseStepBackward, ReverseStepGuidedBackward,                  //
+           ReverseStepGuidedNoise,                               // reverse_step.h
+           Drawn<ReverseStepNoise>, Drawn<ReverseStepGuidedNoise>,  //
+           ReverseStepBackward, ReverseStepGuidedBackward,       //
            NormalKl, NormalKlSum, NormalKlBackward, NormalKlBackwardFirst,  // gaussian.h
            NormalKlBackwardSecond, NormalKlSumBackward, NormalKlSumBackwardFirst,
            NormalKlSumBackwardSecond,                                        //
@@ -26,6 +29,10 @@ using AllOps =
            GaussianNll, GaussianNllSum, GaussianNllBackward, GaussianNllBackwardParameters,
            GaussianNllSumBackward, GaussianNllSumBackwardParameters,  //
            Reparameterize, ReparameterizeBackward, ReparameterizeKl, ReparameterizeKlBackward,
-           TargetLoss, TargetLossBackward, MixedTargetLoss, MixedTargetLossBackward>;  // loss.h
+           Drawn<Reparameterize>, Drawn<ReparameterizeBackward>, Drawn<ReparameterizeKl>,
+           Drawn<ReparameterizeKlBackward>,                                 //
+           TargetLoss, TargetLossGradient, MixedTargetLoss, MixedTargetLossGradient, Rescale,  // loss.h
+           Drawn<TargetLoss>, Drawn<TargetLossGradient>, Drawn<MixedTargetLoss>,
+           Drawn<MixedTargetLossGradient>>;
 
 DC_KERNEL_NAMESPACE_END

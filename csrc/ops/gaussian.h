@@ -193,14 +193,14 @@ struct ReparameterizeKl {
     return R(1);
   }
 };
-struct ReparameterizeKlBackward {  // inputs: mean, logvar, ε, g_z; coefficient: g_kl; outputs:
+struct ReparameterizeKlBackward {  // inputs: mean, logvar, g_z, ε; coefficient: g_kl; outputs:
                                    // dmean, dlogvar
   static constexpr const char* name = "reparameterize_kl_backward";
   static constexpr int n_in = 4, n_out = 2, n_sum = 0, n_coef = 1;
   template <class R>
   DC_HD static void apply(const R* c, const R* x, R* y) {
-    R spread = R(0.5) * x[3] * exp(R(0.5) * x[1]) * x[2];
-    y[0] = mul_add(c[0], x[0], x[3]);
+    R spread = R(0.5) * x[2] * exp(R(0.5) * x[1]) * x[3];
+    y[0] = mul_add(c[0], x[0], x[2]);
     y[1] = mul_add(c[0], HalfExpm1<R>(x[1]).plain, spread);
   }
 };

@@ -33,4 +33,24 @@ struct LinearCombination {  // y = a x_0 + b x_1
   }
 };
 
+struct LinearPair {  // y_0 = a x_0 + b x_1, y_1 = c x_0 + d x_1: x_t and the target it was made for
+  static constexpr const char* name = "linear_pair";
+  static constexpr int n_in = 2, n_out = 2, n_sum = 0, n_coef = 4;
+  template <class R>
+  DC_HD static void apply(const R* c, const R* x, R* y) {
+    LinearCombination::apply(c, x, y);
+    // The target ε has no part of x_0, not even of an infinite one.
+    y[1] = c[2] == R(0) ? c[3] * x[1] : mul_add(c[2], x[0], c[3] * x[1]);
+  }
+};
+
+struct Randn {  // the noise itself
+  static constexpr const char* name = "randn";
+  static constexpr int n_in = 1, n_out = 1, n_sum = 0, n_coef = 0;
+  template <class R>
+  DC_HD static void apply(const R*, const R* x, R* y) {
+    y[0] = x[0];
+  }
+};
+
 DC_KERNEL_NAMESPACE_END

@@ -9,6 +9,7 @@ from ._native import warm_up as warm_up
 from .coefficients import PREDICTION_TYPES as PREDICTION_TYPES
 from .coefficients import VARIANCE_TYPES as VARIANCE_TYPES
 from .diffusion import GaussianDiffusion as GaussianDiffusion
+from .noise import PhiloxNoise as PhiloxNoise
 from .ops import add_noise as add_noise
 from .ops import ddim_step as ddim_step
 from .ops import ddpm_step as ddpm_step
@@ -19,6 +20,7 @@ from .ops import normal_kl as normal_kl
 from .ops import predict_epsilon as predict_epsilon
 from .ops import predict_x0 as predict_x0
 from .ops import q_sample as q_sample
+from .ops import randn as randn
 from .ops import reparameterize as reparameterize
 from .ops import reparameterize_kl as reparameterize_kl
 from .ops import reverse_step as reverse_step

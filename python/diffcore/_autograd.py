@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from diffcore import _native
-from diffcore._execute import Coef, Grads, Kernel, Step, direct, run_reference
+from diffcore._execute import Call, Grads, direct, run_reference
 
-Call = tuple[Kernel, tuple[Coef, ...], Step, bool]
+_TASK = getattr(torch._C, "_autograd", None)
+_keeps_graph = getattr(_TASK, "_get_current_graph_task_keep_graph", lambda: True)
 
 
 class Function(torch.autograd.Function):
@@ -20,12 +21,16 @@ class Function(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, call: Call, *inputs: Tensor) -> Any:
         ctx.call = call
-        kernel, coefs, step, whole = call
-        if kernel.saves_inputs:
-            ctx.save_for_backward(*inputs)
+        kernel, coefs, step, whole, noise = call
+        outs = direct(kernel, inputs, coefs, step, whole, None, noise)
         if kernel.outputs + kernel.sums > 1:
             ctx.set_materialize_grads(False)
-        return direct(kernel, inputs, coefs, step, whole)
+        if kernel.makes_gradient:
+            ctx.mark_non_differentiable(outs[0])
+            ctx.save_for_backward(*inputs, outs[0])
+        elif kernel.saves_inputs:
+            ctx.save_for_backward(*inputs)
+        return outs
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
@@ -34,10 +39,12 @@ class Function(torch.autograd.Function):
 
 
 def run_backward(
-    inputs: tuple[Tensor, ...], call: Call, grads: Grads, needs: Sequence[bool]
+    saved: tuple[Tensor, ...], call: Call, grads: Grads, needs: Sequence[bool]
 ) -> Grads:
     """The gradients of the inputs that need one."""
-    kernel, coefs, step, whole = call
+    kernel = call[0]
+    if kernel.makes_gradient:
+        grads = (None, *grads[1:])  # that output is for the backward alone
     if all(g is None for g in grads):
         return [None] * len(needs)
     assert kernel.backward is not None, kernel.name
@@ -46,16 +53,21 @@ def run_backward(
     again = kernel.saves_inputs and torch.is_grad_enabled()
     device = next(g for g in grads if g is not None).device
     if not again and (not kernel.saves_inputs or _native.has_kernels(device)):
-        result = kernel.backward(inputs, coefs, step, whole, grads, needs)
+        result = kernel.backward(saved, call, grads, needs)
         if result is not None:
             return result
-    return _reference_backward(inputs, call, grads, needs)
+    return _reference_backward(saved[: len(needs)], call, grads, needs)
+
+
+def last_use() -> bool:
+    """Whether the backward pass that runs now is the last to see what was saved for it."""
+    return not _keeps_graph()
 
 
 def _reference_backward(
     inputs: tuple[Tensor, ...], call: Call, grads: Grads, needs: Sequence[bool]
 ) -> Grads:
-    kernel, coefs, step, whole = call
+    kernel, coefs, step, whole, noise = call
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
         leaves = (
@@ -63,7 +75,7 @@ def _reference_backward(
             if create_graph
             else tuple(x.detach().requires_grad_(n) for x, n in zip(inputs, needs, strict=True))
         )
-        outs = run_reference(kernel, leaves, coefs, step, whole)
+        outs = run_reference(kernel, leaves, coefs, step, whole, None, noise)
     outs = outs if isinstance(outs, tuple) else (outs,)
     wanted = [x for x, n in zip(leaves, needs, strict=True) if n]
     pairs = [(o, g) for o, g in zip(outs, grads, strict=True) if g is not None]

@@ -11,18 +11,17 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from diffcore import _native, _validate
+from diffcore import _native, _philox, _validate
 
 Coef = float | Tensor
 Step = int | Tensor | None
+Noise = _philox.Noise | None  # what a kernel draws its noise from; None where it is read
 Grads = Sequence[Tensor | None]
-Backward = Callable[
-    [tuple[Tensor, ...], tuple[Coef, ...], Step, bool, Grads, Sequence[bool]], Grads | None
-]
 
 _C = _native._C
 _DONE = 0
-_INDEX: dict[str, int] = {op[0]: i for i, op in enumerate(_C.op_table())} if _C is not None else {}
+_OPS = () if _C is None else _C.op_table()
+_INDEX: dict[tuple[str, bool], int] = {(op[0], op[5]): i for i, op in enumerate(_OPS)}
 _new_like = torch.empty_like
 
 
@@ -39,12 +38,16 @@ class Kernel:
     reference: Callable[..., Any] | None = None
     backward: Backward | None = None
     saves_inputs: bool = True  # False when the backward needs none of them
+    makes_gradient: bool = False  # its first output is a gradient, kept for the backward
     table: str = "coefficients"  # what a table of several coefficients is called
+    reads_inputs: bool = True  # False where the input only says what the output looks like
+    draws: bool = False  # the last input of the functor is drawn, not among `inputs`
+    drawn: Kernel | None = field(default=None, repr=False)  # the twin that draws its last input
     index: int = field(init=False)
     op: Any = field(init=False)
 
     def __post_init__(self) -> None:
-        self.index = _INDEX.get(self.name, -1)
+        self.index = _INDEX.get((self.name, self.draws), -1)
 
     def named(
         self, inputs: tuple[str, ...], coefs: tuple[str, ...] = (), table: str = "coefficients"
@@ -52,7 +55,14 @@ class Kernel:
         """The same kernel under the argument names of a public op, for its errors."""
         twin = copy.copy(self)
         twin.inputs, twin.coefs, twin.table = inputs, coefs or self.coefs, table
+        if self.drawn is not None:
+            twin.drawn = self.drawn.named(inputs[:-1], coefs, table)
         return twin
+
+
+Call = tuple[Kernel, tuple[Coef, ...], Step, bool, Noise]
+# (inputs, call, upstream gradients, which inputs need one) -> one each; None: take the reference's
+Backward = Callable[[tuple[Tensor, ...], Call, Grads, Sequence[bool]], Grads | None]
 
 
 def direct(
@@ -62,12 +72,13 @@ def direct(
     step: Step,
     whole: bool,
     out: Tensor | None = None,
+    noise: Noise = None,
 ) -> Any:
     """Allocates and calls the kernel; whatever the kernel refuses is explained or mended."""
     if _C is None:
-        return run_reference(kernel, inputs, coefs, step, whole, out)
+        return run_reference(kernel, inputs, coefs, step, whole, out, noise)
     if _native.DEBUG:  # a CUDA kernel clamps a step that is out of range instead of refusing it
-        _validate.explain(kernel, inputs, coefs, step, whole, out)
+        _validate.explain(kernel, inputs, coefs, step, whole, out, noise)
     first = inputs[0]
     if kernel.sums:
         outs = allocate(kernel, first, whole)
@@ -76,16 +87,17 @@ def direct(
     else:
         outs = tuple([_new_like(first) for _ in range(kernel.outputs)])
     if out is not None and (type(out) is not Tensor or out.requires_grad):
-        return _careful(kernel, outs, inputs, coefs, step, whole, out)
+        return _careful(kernel, outs, inputs, coefs, step, whole, out, noise)
+    read = inputs if kernel.reads_inputs else ()
     try:
-        status = _C.call(kernel.index, outs, inputs, coefs, step, whole)
+        status = _C.call(kernel.index, outs, read, coefs, step, whole, noise)
     except RuntimeError:  # a tensor without storage of its own: sparse, quantised, meta
-        _validate.explain(kernel, inputs, coefs, step, whole, out)
+        _validate.explain(kernel, inputs, coefs, step, whole, out, noise)
         if not _native.has_kernels(first.device):
-            return run_reference(kernel, inputs, coefs, step, whole, out)
+            return run_reference(kernel, inputs, coefs, step, whole, out, noise)
         raise
     if status != _DONE:
-        return _careful(kernel, outs, inputs, coefs, step, whole, out)
+        return _careful(kernel, outs, inputs, coefs, step, whole, out, noise)
     if out is not None:
         increment_version(out)
     return outs[0] if len(outs) == 1 else outs
@@ -99,18 +111,19 @@ def _careful(
     step: Step,
     whole: bool,
     out: Tensor | None,
+    noise: Noise,
 ) -> Any:
     """The slow twin of `direct`: explains what is wrong, falls back, makes layouts agree."""
-    _validate.explain(kernel, inputs, coefs, step, whole, out)
+    _validate.explain(kernel, inputs, coefs, step, whole, out, noise)
     if not _native.has_kernels(inputs[0].device):
-        return run_reference(kernel, inputs, coefs, step, whole, out)
+        return run_reference(kernel, inputs, coefs, step, whole, out, noise)
     like = outs[0] if kernel.outputs else _new_like(inputs[0])
-    tensors = tuple(_as(like, x) for x in inputs)
-    status = _C.call(kernel.index, outs, tensors, coefs, step, whole)
+    tensors = tuple(_as(like, x) for x in inputs) if kernel.reads_inputs else ()
+    status = _C.call(kernel.index, outs, tensors, coefs, step, whole, noise)
     if status != _DONE:  # samples interleaved in memory, or an output partly over an input
         tensors = tuple(x.contiguous() for x in tensors)
         fresh = tuple(torch.empty_like(o, memory_format=torch.contiguous_format) for o in outs)
-        status = _C.call(kernel.index, fresh, tensors, coefs, step, whole)
+        status = _C.call(kernel.index, fresh, tensors, coefs, step, whole, noise)
         if status != _DONE:
             raise RuntimeError(
                 f"{kernel.name}: the kernel refused its arguments (status {status}); please report"
@@ -145,9 +158,13 @@ def run_reference(
     step: Step,
     whole: bool,
     out: Tensor | None = None,
+    noise: Noise = None,
 ) -> Any:
-    _validate.explain(kernel, inputs, coefs, step, whole, out)
+    _validate.explain(kernel, inputs, coefs, step, whole, out, noise)
     assert kernel.reference is not None, kernel.name
+    if noise is not None:
+        like = inputs[0]
+        inputs = (*inputs, _philox.normals(noise, like.shape, like.dtype, like.device))
     extra = {"whole": whole} if kernel.sums and not kernel.outputs else {}
     result = kernel.reference(*inputs, *expand_coefs(coefs, step), **extra)
     if out is None:

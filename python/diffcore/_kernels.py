@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from diffcore import reference
-from diffcore._registry import Backward, Coef, Grads, Kernel, Step, run, run_tuple, split_coefs
+from diffcore._autograd import last_use
+from diffcore._registry import (
+    Call,
+    Coef,
+    Grads,
+    Kernel,
+    Noise,
+    Step,
+    drawing,
+    plain_eager,
+    run,
+    run_tuple,
+    split_coefs,
+)
 
 Tensors = tuple[Tensor, ...]
 Coefs = tuple[Coef, ...]
@@ -17,29 +32,62 @@ Needs = Any
 STEP_COEFS = ("c_x", "c_m", "c_0", "c_z", "a_x", "a_m", "clip_min", "clip_max", "guidance_scale")
 
 
+# ---- noise that is read, or drawn --------------------------------------------------------------
+
+
+def noised(
+    kernel: Kernel,
+    inputs: Tensors,
+    noise: Tensor | Noise,
+    coefs: Coefs = (),
+    step: Step = None,
+    out: Tensor | None = None,
+) -> Any:
+    """Runs a kernel whose last input is `noise`, or its twin that draws it."""
+    if isinstance(noise, Tensor):
+        return run(kernel, (*inputs, noise), coefs, step, False, out)
+    assert kernel.drawn is not None, kernel.name
+    return run(kernel.drawn, inputs, coefs, step, False, out, noise)
+
+
+def _with_noise(inputs: Tensors, call: Call) -> tuple[Tensors, Tensor | Noise]:
+    """The inputs but the noise, and the noise: the last of them, or what it was drawn from."""
+    return (inputs[:-1], inputs[-1]) if call[-1] is None else (inputs, call[-1])
+
+
+RANDN = drawing(Kernel("randn", ("like", "noise"), reads_inputs=False)).drawn
+
+
 # ---- linear maps: their gradients are linear maps, differentiable as often as one likes --------
 
 
-def _linear_backward(
-    inputs: Tensors, coefs: Coefs, step: Step, whole: bool, grads: Grads, needs: Needs
-) -> Grads:
+def _linear_backward(inputs: Tensors, call: Call, grads: Grads, needs: Needs) -> Grads:
+    _, coefs, step, _, _ = call
     (g,) = grads
     assert g is not None
     if len(needs) == 2 and all(needs):
         return run_tuple(SCALE_TWICE, (g,), coefs, step)
     each = split_coefs(coefs)
-    return [run(SCALE, (g,), (c,), step) if n else None for c, n in zip(each, needs, strict=True)]
+    return [run(SCALE, (g,), (c,), step) if n else None for c, n in zip(each, needs, strict=False)]
 
 
-def _scale_twice_backward(
-    inputs: Tensors, coefs: Coefs, step: Step, whole: bool, grads: Grads, needs: Needs
-) -> Grads:
-    g, h = grads
-    if g is not None and h is not None:
-        return [run(LINEAR_COMBINATION, (g, h), coefs, step)]
-    only, coef = (g, 0) if g is not None else (h, 1)
-    assert only is not None
-    return [run(SCALE, (only,), (split_coefs(coefs)[coef],), step)]
+def _scale_twice_backward(inputs: Tensors, call: Call, grads: Grads, needs: Needs) -> Grads:
+    return [_combined(grads, split_coefs(call[1]), call[2])]
+
+
+def _linear_pair_backward(inputs: Tensors, call: Call, grads: Grads, needs: Needs) -> Grads:
+    a, b, c, d = split_coefs(call[1])
+    each = [(a, c), (b, d)]
+    return [_combined(grads, e, call[2]) if n else None for e, n in zip(each, needs, strict=False)]
+
+
+def _combined(grads: Grads, coefs: Sequence[Coef], step: Step) -> Tensor:
+    """The sum of c g over the upstream gradients that there are."""
+    there = [(g, c) for g, c in zip(grads, coefs, strict=True) if g is not None]
+    kernel = LINEAR_COMBINATION if len(there) == 2 else SCALE
+    tables = tuple(c for _, c in there)
+    at = step if any(isinstance(c, Tensor) and c.ndim == 2 for c in tables) else None
+    return run(kernel, tuple(g for g, _ in there), tables, at)
 
 
 SCALE = Kernel(
@@ -59,13 +107,26 @@ SCALE_TWICE = Kernel(
     backward=_scale_twice_backward,
     saves_inputs=False,
 )
-LINEAR_COMBINATION = Kernel(
-    "linear_combination",
-    ("x", "y"),
-    ("a", "b"),
-    reference=reference.linear_combination,
-    backward=_linear_backward,
-    saves_inputs=False,
+LINEAR_COMBINATION = drawing(
+    Kernel(
+        "linear_combination",
+        ("x", "y"),
+        ("a", "b"),
+        reference=reference.linear_combination,
+        backward=_linear_backward,
+        saves_inputs=False,
+    )
+)
+LINEAR_PAIR = drawing(
+    Kernel(
+        "linear_pair",
+        ("x", "y"),
+        ("a", "b", "c", "d"),
+        outputs=2,
+        reference=reference.linear_pair,
+        backward=_linear_pair_backward,
+        saves_inputs=False,
+    )
 )
 
 
@@ -79,21 +140,21 @@ def _step_kernel(name: str, guided: bool, noisy: bool) -> Kernel:
         noise, uncond = rest[-1] if noisy else None, rest[0] if guided else None
         return reference.reverse_step(x, m, noise, uncond, *coefs)
 
-    def backward(
-        inputs: Tensors, coefs: Coefs, step: Step, whole: bool, grads: Grads, needs: Needs
-    ) -> Grads:
+    def backward(inputs: Tensors, call: Call, grads: Grads, needs: Needs) -> Grads:
+        _, coefs, step, _, _ = call
         (g,) = grads
         assert g is not None
         found: list[Tensor | None] = [None] * len(needs)
         if any(needs[: 2 + guided]):
             kernel = STEP_GUIDED_BACKWARD if guided else STEP_BACKWARD
             found[: 2 + guided] = run_tuple(kernel, (g, *inputs[: 2 + guided]), coefs, step)
-        if noisy and needs[-1]:
+        if len(needs) == 3 + guided and needs[-1]:
             found[-1] = run(SCALE, (g,), (split_coefs(coefs)[3],), step)
         return found
 
     names = ("x", "model_output") + ("model_output_uncond",) * guided + ("noise",) * noisy
-    return Kernel(name, names, STEP_COEFS, reference=plain, backward=backward)
+    kernel = Kernel(name, names, STEP_COEFS, reference=plain, backward=backward)
+    return drawing(kernel) if noisy else kernel
 
 
 REVERSE_STEP = {
@@ -165,7 +226,7 @@ class Term:
         return [by_input[i] if n else None for i, n in enumerate(needs)]
 
     def _elementwise_backward(
-        self, inputs: Tensors, coefs: Coefs, step: Step, whole: bool, grads: Grads, needs: Needs
+        self, inputs: Tensors, call: Call, grads: Grads, needs: Needs
     ) -> Grads:
         (g,) = grads
         assert g is not None
@@ -178,9 +239,8 @@ class Term:
             found = run_tuple(self.of_elementwise[suffix], (*inputs, g), (), None)
         return self._spread(suffix, found, needs)
 
-    def _sum_backward(
-        self, inputs: Tensors, coefs: Coefs, step: Step, whole: bool, grads: Grads, needs: Needs
-    ) -> Grads:
+    def _sum_backward(self, inputs: Tensors, call: Call, grads: Grads, needs: Needs) -> Grads:
+        _, coefs, step, _, _ = call
         (g,) = grads
         assert g is not None
         suffix = self._smallest(needs)
@@ -207,93 +267,129 @@ GAUSSIAN_NLL = Term("gaussian_nll", ("x", "mean", "logvar"), {"": (0, 1, 2), "_p
 
 
 def _reparameterize_backward(
-    inputs: Tensors, coefs: Coefs, step: Step, whole: bool, grads: Grads, needs: Needs
+    inputs: Tensors, call: Call, grads: Grads, needs: Needs
 ) -> Grads | None:
-    (g,) = grads
-    _, logvar, noise = inputs
-    if needs[2] or g is None:
+    g = grads[0]
+    (_, logvar), noise = _with_noise(inputs, call)
+    if any(needs[2:]) or g is None:
         return None  # rare: through the reference
-    return [g, run(REPARAMETERIZE_BACKWARD, (g, logvar, noise)) if needs[1] else None, None]
+    g_logvar = noised(REPARAMETERIZE_BACKWARD, (g, logvar), noise) if needs[1] else None
+    return [g, g_logvar, *[None] * len(needs[2:])]
 
 
 def _reparameterize_kl_backward(
-    inputs: Tensors, coefs: Coefs, step: Step, whole: bool, grads: Grads, needs: Needs
+    inputs: Tensors, call: Call, grads: Grads, needs: Needs
 ) -> Grads | None:
     g_z, g_kl = grads
-    if needs[2]:
+    (mean, logvar), noise = _with_noise(inputs, call)
+    if any(needs[2:]):
         return None
+    if g_kl is None:
+        return _reparameterize_backward(inputs, call, (g_z,), needs)
     if g_z is None:
-        assert g_kl is not None
-        g_mean, g_logvar = run_tuple(STANDARD_NORMAL_KL.of_sum[""], inputs[:2], (g_kl, 1.0))
-    elif g_kl is None:
-        return _reparameterize_backward(inputs, coefs, step, whole, (g_z,), needs)
+        found = run_tuple(STANDARD_NORMAL_KL.of_sum[""], (mean, logvar), (g_kl, 1.0))
     else:
-        g_mean, g_logvar = run_tuple(REPARAMETERIZE_KL_BACKWARD, (*inputs, g_z), (g_kl,))
-    return [g_mean, g_logvar, None]
+        found = noised(REPARAMETERIZE_KL_BACKWARD, (mean, logvar, g_z), noise, (g_kl,))
+    return [*found, *[None] * len(needs[2:])]
 
 
 _PARAMETERS = ("mean", "logvar", "noise")
-REPARAMETERIZE = Kernel(
-    "reparameterize",
-    _PARAMETERS,
-    reference=reference.reparameterize,
-    backward=_reparameterize_backward,
+REPARAMETERIZE = drawing(
+    Kernel(
+        "reparameterize",
+        _PARAMETERS,
+        reference=reference.reparameterize,
+        backward=_reparameterize_backward,
+    )
 )
-REPARAMETERIZE_BACKWARD = Kernel("reparameterize_backward", ("grad", "logvar", "noise"))
-REPARAMETERIZE_KL = Kernel(
-    "reparameterize_kl",
-    _PARAMETERS,
-    sums=1,
-    reference=reference.reparameterize_kl,
-    backward=_reparameterize_kl_backward,
+REPARAMETERIZE_BACKWARD = drawing(Kernel("reparameterize_backward", ("grad", "logvar", "noise")))
+REPARAMETERIZE_KL = drawing(
+    Kernel(
+        "reparameterize_kl",
+        _PARAMETERS,
+        sums=1,
+        reference=reference.reparameterize_kl,
+        backward=_reparameterize_kl_backward,
+    )
 )
-REPARAMETERIZE_KL_BACKWARD = Kernel(
-    "reparameterize_kl_backward", (*_PARAMETERS, "grad_z"), ("grad_kl",), outputs=2
+REPARAMETERIZE_KL_BACKWARD = drawing(
+    Kernel(
+        "reparameterize_kl_backward",
+        ("mean", "logvar", "grad_z", "noise"),
+        ("grad_kl",),
+        outputs=2,
+    )
 )
 
 
 # ---- losses ------------------------------------------------------------------------------------
 
 
-def _loss_backward(backward_kernel: str) -> Backward:
-    def backward(
-        inputs: Tensors, coefs: Coefs, step: Step, whole: bool, grads: Grads, needs: Needs
-    ) -> Grads | None:
-        (g,) = grads
-        if any(needs[1:]) or g is None:
-            return None  # a target that is trained too: through the reference
-        kernel = _LOSS_BACKWARD[backward_kernel]
-        return [run(kernel, inputs, (*coefs, g), step)] + [None] * (len(inputs) - 1)
+def expected_gradient(model_output: Tensor) -> float:
+    """The upstream gradient of each sample's loss for which its gradient is made beforehand.
 
-    return backward
+    That of the mean over the batch. In float16, where it would leave few digits of small gradients
+    before a loss scale brings them back, the gradient of n times the loss is made instead.
+    """
+    batch = model_output.shape[0] if model_output.ndim else 1
+    if model_output.dtype == torch.float16:
+        return float(max(model_output.numel() // max(batch, 1), 1))
+    return 1.0 / max(batch, 1)
 
 
-_MIXED = ("model_output", "x0", "noise")
-TARGET_LOSS = Kernel(
-    "target_loss",
-    ("model_output", "target"),
-    ("weight", "inverse_n"),
-    outputs=0,
-    sums=1,
-    reference=lambda m, target, weight, n, whole: reference.target_loss(m, target, weight),
-    backward=_loss_backward("target"),
-)
-MIXED_TARGET_LOSS = Kernel(
-    "mixed_target_loss",
-    _MIXED,
-    ("weight", "inverse_n", "a", "b"),
-    outputs=0,
-    sums=1,
-    reference=lambda m, x0, e, weight, n, a, b, whole: reference.mixed_target_loss(
-        m, x0, e, a, b, weight
-    ),
-    backward=_loss_backward("mixed"),
-)
-_LOSS_BACKWARD = {
-    "target": Kernel(
-        "target_loss_backward", ("model_output", "target"), ("weight", "inverse_n", "grad")
-    ),
-    "mixed": Kernel(
-        "mixed_target_loss_backward", _MIXED, ("weight", "inverse_n", "a", "b", "grad")
-    ),
-}
+def _loss_backward(inputs: Tensors, call: Call, grads: Grads, needs: Needs) -> Grads | None:
+    if any(needs[1:]):
+        return None  # a target that is trained too: through the reference
+    g, made = grads[1], inputs[-1]
+    assert g is not None
+    # Where nobody will need it again, the gradient made is the one returned; most often as it is.
+    out = made if plain_eager() and last_use() else None
+    coefs = (g, expected_gradient(inputs[0]))
+    return [run(RESCALE, (made,), coefs, None, False, out)] + [None] * (len(needs) - 1)
+
+
+def _without_backward(*_: Any) -> None:
+    return None  # the reference's: a gradient is asked of the twin that makes it
+
+
+class Loss:
+    """A loss, and its twin that makes the gradient of the model's output in the same pass."""
+
+    def __init__(self, name: str, inputs: tuple[str, ...], coefs: tuple[str, ...]) -> None:
+        formula = getattr(reference, f"_{name}")
+        self.plain = Kernel(
+            name,
+            inputs,
+            coefs,
+            outputs=0,
+            sums=1,
+            reference=lambda *args, whole: formula(*args)[1],
+            backward=_without_backward,
+        )
+        self.with_gradient = Kernel(
+            f"{name}_gradient",
+            inputs,
+            (*coefs, "slope"),
+            sums=1,
+            reference=formula,
+            backward=_loss_backward,
+            makes_gradient=True,
+        )
+
+    def drawing(self) -> Loss:
+        drawing(self.plain)
+        drawing(self.with_gradient)
+        return self
+
+    def named(self, inputs: tuple[str, ...], coefs: tuple[str, ...]) -> Loss:
+        twin = copy.copy(self)
+        twin.plain = self.plain.named(inputs, coefs)
+        twin.with_gradient = self.with_gradient.named(inputs, (*coefs, "slope"))
+        return twin
+
+
+RESCALE = Kernel("rescale", ("grad",), ("g", "expected"))
+TARGET_LOSS = Loss("target_loss", ("model_output", "target"), ("weight", "inverse_n")).drawing()
+MIXED_TARGET_LOSS = Loss(
+    "mixed_target_loss", ("model_output", "x0", "noise"), ("weight", "inverse_n", "a", "b")
+).drawing()

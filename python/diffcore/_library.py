@@ -1,7 +1,9 @@
 """Registers every kernel with torch.library, for compilers, tracers, subclasses and modes.
 
 Schema: the inputs by name, then the coefficients as two lists of the same length (a tensor, or None
-and a number), the step as a tensor or as an int (-1: none), and whether a sum is over everything.
+and a number), the step as a tensor or as an int (-1: none), and whether a sum is over everything. A
+kernel that draws its noise takes its seed, sample ids and stream too, each a tensor, or None and a
+number, and the first element.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from diffcore._autograd import run_backward
 from diffcore._execute import (
     Coef,
     Kernel,
+    Noise,
     Step,
     allocate,
     coefs_need_grad,
@@ -45,6 +48,29 @@ def unpack(
     return coefs, at if at is not None else (None if step < 0 else step)
 
 
+def pack_noise(noise: Noise) -> list[Tensor | int | None]:
+    if noise is None:
+        return []
+    *parts, first_element = noise
+    packed: list[Tensor | int | None] = []
+    for part in parts:
+        packed += (part, 0) if isinstance(part, Tensor) else (None, part)
+    return [*packed, first_element]
+
+
+def unpack_noise(packed: Sequence[Any]) -> Noise:
+    if not packed:
+        return None
+    seed, ids, stream = (packed[2 * i + (packed[2 * i] is None)] for i in range(3))
+    return seed, ids, stream, packed[6]
+
+
+_NOISE_SCHEMA = (
+    ", Tensor? seed, int seed_number, Tensor? sample_ids, int first_id, "
+    "Tensor? stream, int stream_number, int first_element"
+)
+
+
 def run_registered(
     kernel: Kernel,
     inputs: tuple[Tensor, ...],
@@ -52,14 +78,15 @@ def run_registered(
     step: Step,
     whole: bool,
     out: Tensor | None,
+    noise: Noise = None,
 ) -> Any:
     if not isinstance(step, Tensor) and step is not None and step < 0:
         raise ValueError(f"t={step} is negative")  # -1 stands for "no step" in the schema
     if not _native.has_kernels(inputs[0].device) or (
         torch.is_grad_enabled() and coefs_need_grad(coefs)
     ):
-        return run_reference(kernel, inputs, coefs, step, whole, out)
-    result = kernel.op(*inputs, *pack(coefs, step), whole)
+        return run_reference(kernel, inputs, coefs, step, whole, out, noise)
+    result = kernel.op(*inputs, *pack(coefs, step), whole, *pack_noise(noise))
     if out is None:
         return result
     _validate.check_out(kernel, inputs, out)
@@ -81,22 +108,23 @@ def _slice(argument: Any, dim: Any, i: int) -> Any:
 
 
 def register(kernel: Kernel) -> Any:
-    arity, name = len(kernel.inputs), kernel.name
+    arity, name = len(kernel.inputs), kernel.name + "_drawn" * kernel.draws
     tensors = ", ".join(f"Tensor {i}" for i in kernel.inputs)
     returns = ", ".join(["Tensor"] * (kernel.outputs + kernel.sums))
     _LIBRARY.define(
         f"{name}({tensors}, Tensor?[] coef_tensors, float[] coef_numbers, Tensor? step_tensor, "
-        "int step, bool whole)"
+        f"int step, bool whole{_NOISE_SCHEMA * kernel.draws})"
         f" -> {returns if kernel.outputs + kernel.sums == 1 else f'({returns})'}",
         tags=(torch.Tag.pt2_compliant_tag,),
     )
 
     def native(*args: Any) -> Any:
         coefs, step = unpack(*args[arity : arity + 4])
-        return direct(kernel, args[:arity], resolved(coefs), step, args[-1])
+        whole, noise = args[arity + 4], unpack_noise(args[arity + 5 :])
+        return direct(kernel, args[:arity], resolved(coefs), step, whole, None, noise)
 
     def fake(*args: Any) -> Any:
-        outs = allocate(kernel, args[0], args[-1])
+        outs = allocate(kernel, args[0], args[arity + 4])
         return outs[0] if len(outs) == 1 else outs
 
     def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
@@ -109,7 +137,8 @@ def register(kernel: Kernel) -> Any:
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.call = inputs[arity:]
-        ctx.save_for_backward(*(inputs[:arity] if kernel.saves_inputs else ()))
+        made = (output[0],) if kernel.makes_gradient else ()
+        ctx.save_for_backward(*(inputs[:arity] if kernel.saves_inputs else ()), *made)
 
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         if kernel.backward is None:
@@ -119,7 +148,7 @@ def register(kernel: Kernel) -> Any:
             )
         coefs, step = unpack(*ctx.call[:4])
         needs = ctx.needs_input_grad[:arity]
-        call = (kernel, coefs, step, ctx.call[-1])
+        call = (kernel, coefs, step, ctx.call[4], unpack_noise(ctx.call[5:]))
         found = run_backward(ctx.saved_tensors, call, grads, needs)
         return (*found, *map(_no_gradient, ctx.call))
 

@@ -12,6 +12,7 @@ A `Kernel` names one functor of csrc/ops. `run` takes the cheapest right route, 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -21,8 +22,10 @@ from torch.autograd import forward_ad
 from diffcore import _execute, _native, _validate
 from diffcore._autograd import Function
 from diffcore._execute import Backward as Backward
+from diffcore._execute import Call as Call
 from diffcore._execute import Coef as Coef
 from diffcore._execute import Grads as Grads
+from diffcore._execute import Noise as Noise
 from diffcore._execute import Step as Step
 from diffcore._execute import direct, resolved, run_reference
 from diffcore._execute import split_coefs as split_coefs
@@ -57,6 +60,13 @@ class Kernel(_execute.Kernel):
         self.op = register(self)
 
 
+def drawing(kernel: Kernel) -> Kernel:
+    """The kernel, with its twin that draws the last input instead of reading it."""
+    twin = {f.name: getattr(kernel, f.name) for f in fields(kernel) if f.init}
+    kernel.drawn = Kernel(**{**twin, "inputs": kernel.inputs[:-1], "draws": True})
+    return kernel
+
+
 def _run(
     kernel: Kernel,
     inputs: tuple[Tensor, ...],
@@ -64,17 +74,18 @@ def _run(
     step: Step = None,
     whole: bool = False,
     out: Tensor | None = None,
+    noise: Noise = None,
 ) -> Any:
     """The outputs of a kernel, one tensor or a tuple: elementwise first, then sums."""
     if _compiling():
-        return run_registered(kernel, inputs, coefs, step, whole, out)
+        return run_registered(kernel, inputs, coefs, step, whole, out, noise)
     found = _NOT_PLAIN if _survey is None else _survey(inputs, coefs)
     if found & _NOT_PLAIN and not all(isinstance(x, Tensor) for x in inputs):
         _validate.refuse_non_tensor(kernel.inputs, inputs)
     if found & _NOT_PLAIN or _dispatch_modes() or _function_modes():
-        return run_registered(kernel, inputs, coefs, step, whole, out)
+        return run_registered(kernel, inputs, coefs, step, whole, out, noise)
     if forward_ad._current_level >= 0 or _interpreter() is not None:
-        return run_reference(kernel, inputs, coefs, step, whole, out)
+        return run_reference(kernel, inputs, coefs, step, whole, out, noise)
     if found:
         if found & _NEGATED:  # the exchange API knows nothing of it
             inputs = tuple([x.resolve_neg() for x in inputs])
@@ -84,9 +95,9 @@ def _run(
             if out is not None:
                 raise ValueError("out=: an argument requires grad; write to it under no_grad()")
             if found & _COEF_REQUIRES_GRAD:
-                return run_reference(kernel, inputs, coefs, step, whole)
-            return _apply((kernel, coefs, step, whole), *inputs)
-    return direct(kernel, inputs, coefs, step, whole, out)
+                return run_reference(kernel, inputs, coefs, step, whole, None, noise)
+            return _apply((kernel, coefs, step, whole, noise), *inputs)
+    return direct(kernel, inputs, coefs, step, whole, out, noise)
 
 
 def plain_eager() -> bool:

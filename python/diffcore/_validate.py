@@ -13,7 +13,7 @@ from torch import Tensor
 from diffcore import _native
 
 if TYPE_CHECKING:
-    from diffcore._execute import Coef, Kernel, Step
+    from diffcore._execute import Coef, Kernel, Noise, Step
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 REDUCTIONS = ("none", "sample", "batchmean", "mean", "sum")
@@ -47,6 +47,7 @@ def explain(
     step: Step,
     whole: bool,
     out: Tensor | None = None,
+    noise: Noise = None,
 ) -> None:
     """Raises the error that names the wrong argument; returns when nothing is wrong."""
     first, first_name = inputs[0], kernel.inputs[0]
@@ -59,6 +60,8 @@ def explain(
     steps = _check_coefs(kernel, coefs, step, rows, first)
     if step is not None:
         _check_step(step, steps, rows, first)
+    if noise is not None:
+        _check_noise(noise, rows, first)
 
 
 def check_out(kernel: Kernel, inputs: tuple[Tensor, ...], out: Tensor) -> None:
@@ -166,6 +169,17 @@ def _check_step(step: Step, steps: int, rows: int, first: Tensor) -> None:
         if low < 0 or high >= steps:
             wrong = low if low < 0 else high
             raise ValueError(f"t holds {wrong}; wanted 0 <= t < {steps}")
+
+
+def _check_noise(noise: tuple[Any, ...], rows: int, first: Tensor) -> None:
+    for name, part in zip(("seed", "sample_ids", "stream"), noise, strict=False):
+        if not isinstance(part, Tensor):
+            continue
+        if part.device != first.device:
+            raise ValueError(f"{name} is on {part.device}; wanted {first.device}, as the tensors")
+        if name == "sample_ids" and part.ndim and len(part) != rows:
+            raise ValueError(f"sample_ids has {len(part)} entries; wanted {rows}, one per sample")
+        _check_memory(name, part)
 
 
 def _is_traced(x: Tensor) -> bool:

@@ -64,6 +64,16 @@ def linear_combination(x: Tensor, y: Tensor, a: Coef, b: Coef) -> Tensor:
     return _elementwise(lambda x, y, a, b: a * x + b * y, (x, y), (a, b))
 
 
+def linear_pair(x: Tensor, y: Tensor, a: Coef, b: Coef, c: Coef, d: Coef) -> tuple[Tensor, Tensor]:
+    """``(a x + b y, c x + d y)``; where c is 0, x has no part in the second."""
+
+    def second(x: Tensor, y: Tensor, c: Coef, d: Coef) -> Tensor:
+        absent = torch.as_tensor(c, device=x.device) == 0
+        return torch.where(absent, torch.zeros_like(x), c * x) + d * y
+
+    return linear_combination(x, y, a, b), _elementwise(second, (x, y), (c, d))
+
+
 def add_noise(x0: Tensor, noise: Tensor, alpha: Coef, sigma: Coef) -> Tensor:
     """``x_t = alpha x_0 + sigma noise``."""
     return linear_combination(x0, noise, alpha, sigma)
@@ -212,25 +222,41 @@ def reparameterize_kl(mean: Tensor, logvar: Tensor, noise: Tensor) -> tuple[Tens
 # ---- losses ------------------------------------------------------------------------------------
 
 
-def target_loss(model_output: Tensor, target: Tensor, weight: Coef) -> Tensor:
-    """``weight · mean_i (m_i - target_i)²``, `[B]`."""
+def _target_loss(
+    model_output: Tensor,
+    target: Tensor,
+    weight: Coef,
+    inverse_n: Coef,
+    slope: Coef = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """``(2 weight slope (m - target), weight inverse_n Σ (m - target)²)``."""
     compute = compute_dtype(model_output.dtype)
-    error = (model_output.to(compute) - target.to(compute)) ** 2
-    return _weighted_mean(error, weight, model_output)
+    return _loss(
+        model_output, model_output.to(compute) - target.to(compute), weight, inverse_n, slope
+    )
 
 
-def mixed_target_loss(
-    model_output: Tensor, x0: Tensor, noise: Tensor, a: Coef, b: Coef, weight: Coef
-) -> Tensor:
-    """``weight · mean_i (m_i - (a x_0 + b noise)_i)²``, `[B]`."""
+def _mixed_target_loss(
+    model_output: Tensor,
+    x0: Tensor,
+    noise: Tensor,
+    weight: Coef,
+    inverse_n: Coef,
+    a: Coef,
+    b: Coef,
+    slope: Coef = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """The same for the target ``a x_0 + b noise``."""
     compute = compute_dtype(model_output.dtype)
     a, b = per_sample(a, model_output), per_sample(b, model_output)
-    error = (model_output.to(compute) - (a * x0.to(compute) + b * noise.to(compute))) ** 2
-    return _weighted_mean(error, weight, model_output)
+    error = model_output.to(compute) - (a * x0.to(compute) + b * noise.to(compute))
+    return _loss(model_output, error, weight, inverse_n, slope)
 
 
-def _weighted_mean(error: Tensor, weight: Coef, like: Tensor) -> Tensor:
+def _loss(
+    like: Tensor, error: Tensor, weight: Coef, inverse_n: Coef, slope: Coef
+) -> tuple[Tensor, Tensor]:
+    gradient = 2 * slope * per_sample(weight, like) * error.detach()
     if isinstance(weight, Tensor):
         weight = weight.to(compute_dtype(like.dtype))
-    n = error[0].numel() if error.ndim and len(error) else 1
-    return _row_sum(error, weight / max(n, 1), whole=False)
+    return gradient.to(like.dtype), _row_sum(error**2, weight * inverse_n, whole=False)

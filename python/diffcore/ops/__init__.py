@@ -11,6 +11,8 @@ int, an integer tensor `[B]`, or a one-element integer tensor on the device (a c
 CPU a `t` out of range raises; on CUDA it is clamped, because a check would wait for the device
 (`DIFFCORE_DEBUG=1` checks it).
 
+Wherever an op takes noise, it takes a tensor or a `PhiloxNoise`, a recipe for it.
+
 Every op raises TypeError or ValueError, before any memory is touched, for an argument of the
 wrong type, dtype, shape or device, and names it. KL and likelihoods are in nats.
 """
@@ -18,6 +20,8 @@ wrong type, dtype, shape or device, and names it. KL and likelihoods are in nats
 from __future__ import annotations
 
 from ..coefficients import PREDICTION_TYPES
+from ..noise import PhiloxNoise
+from ._noise import randn
 from .gaussian import (
     gaussian_nll,
     normal_kl,
@@ -38,6 +42,7 @@ from .steps import ddim_step, ddpm_step, reverse_step
 
 __all__ = [
     "PREDICTION_TYPES",
+    "PhiloxNoise",
     "add_noise",
     "ddim_step",
     "ddpm_step",
@@ -48,6 +53,7 @@ __all__ = [
     "predict_epsilon",
     "predict_x0",
     "q_sample",
+    "randn",
     "reparameterize",
     "reparameterize_kl",
     "reverse_step",

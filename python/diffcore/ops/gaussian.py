@@ -7,7 +7,8 @@ from torch import Tensor
 
 from .. import _kernels as k
 from .. import _validate
-from .._registry import run, run_tuple
+from .._registry import run
+from ._noise import Noise, drawn_for, noised
 
 
 def _reduced(term: k.Term, inputs: tuple[Tensor, ...], reduction: str) -> Tensor:
@@ -80,22 +81,10 @@ def gaussian_nll(x: Tensor, mean: Tensor, logvar: Tensor, *, reduction: str = "n
     return _reduced(k.GAUSSIAN_NLL, (x, mean, logvar), reduction)
 
 
-def _drawn(mean: Tensor, noise: Tensor | None, generator: torch.Generator | None) -> Tensor:
-    if noise is not None:
-        if generator is not None:
-            raise ValueError("noise and generator are both given; wanted one")
-        return noise
-    if not isinstance(mean, Tensor):
-        raise TypeError(f"mean is a {type(mean).__name__}; wanted a torch.Tensor")
-    if generator is None:
-        return torch.randn_like(mean)
-    return torch.randn(mean.shape, generator=generator, dtype=mean.dtype, device=mean.device)
-
-
 def reparameterize(
     mean: Tensor,
     logvar: Tensor,
-    noise: Tensor | None = None,
+    noise: Noise | None = None,
     *,
     generator: torch.Generator | None = None,
 ) -> Tensor:
@@ -104,21 +93,24 @@ def reparameterize(
     Args:
         mean: `[B, ...]`.
         logvar: log-variance `[B, ...]`.
-        noise: standard normal noise `[B, ...]`; drawn with torch when None.
-        generator: the generator to draw it from.
+        noise: standard normal noise `[B, ...]`, or a recipe for it, drawn in the kernel and drawn
+            again in the backward; None for a recipe seeded by torch's generator.
+        generator: the generator that seeds it, instead of the default one.
 
     Returns:
         `z` `[B, ...]`.
 
     Source: Kingma & Welling 2014, section 2.4.
     """
-    return run(k.REPARAMETERIZE, (mean, logvar, _drawn(mean, noise, generator)))
+    source = drawn_for(mean, "mean", noise, generator)
+    z: Tensor = noised(k.REPARAMETERIZE, (mean, logvar), source)
+    return z
 
 
 def reparameterize_kl(
     mean: Tensor,
     logvar: Tensor,
-    noise: Tensor | None = None,
+    noise: Noise | None = None,
     *,
     generator: torch.Generator | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -130,8 +122,9 @@ def reparameterize_kl(
     Args:
         mean: `[B, ...]`.
         logvar: log-variance `[B, ...]`.
-        noise: standard normal noise `[B, ...]`; drawn with torch when None.
-        generator: the generator to draw it from.
+        noise: standard normal noise `[B, ...]`, or a recipe for it, drawn in the kernel and drawn
+            again in the backward; None for a recipe seeded by torch's generator.
+        generator: the generator that seeds it, instead of the default one.
 
     Returns:
         `z` `[B, ...]` and the KL of each sample to the standard normal, `[B]`, nats (float32 for
@@ -139,5 +132,6 @@ def reparameterize_kl(
 
     Source: Kingma & Welling 2014, section 2.4 and appendix B.
     """
-    z, kl = run_tuple(k.REPARAMETERIZE_KL, (mean, logvar, _drawn(mean, noise, generator)))
+    source = drawn_for(mean, "mean", noise, generator)
+    z, kl = noised(k.REPARAMETERIZE_KL, (mean, logvar), source)
     return z, kl

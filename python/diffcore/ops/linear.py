@@ -2,30 +2,70 @@
 
 from __future__ import annotations
 
+from typing import Literal, overload
+
 from torch import Tensor
 
 from .. import _kernels as k
+from .. import _validate
 from .. import coefficients as formulas
 from .._registry import Coef, Step, run
 from ._arguments import as_coef, as_number, as_table, in_float64
+from ._noise import Noise, noised
 
 # One kernel, under the names that its arguments have in each op.
 _PAIR, _LEVELS = ("x0", "noise"), ("alpha", "sigma")
 _ADD_NOISE = k.LINEAR_COMBINATION.named(_PAIR, _LEVELS)
 _Q_SAMPLE = k.LINEAR_COMBINATION.named(_PAIR, _LEVELS, table="table")
+_WITH_TARGET = k.LINEAR_PAIR.named(_PAIR, (*_LEVELS, "target's x0", "target's noise"))
+_Q_SAMPLE_TARGET = _WITH_TARGET.named(_PAIR, table="table")
 _VELOCITY = k.LINEAR_COMBINATION.named(_PAIR, ("sigma", "alpha"))
 _CONVERSION = k.LINEAR_COMBINATION.named(("x_t", "model_output"), _LEVELS)
 
 
+Target = Literal["epsilon", "v_prediction", "flow_prediction"]
+
+
+def _target(name: str, alpha: Coef, sigma: Coef) -> tuple[Coef, Coef]:
+    """The target as a combination of x_0 and the noise."""
+    if name == "v_prediction":
+        return -as_number("sigma", sigma), alpha
+    if name == "sample":
+        raise ValueError("return_target is 'sample'; its target is x0 itself")
+    _validate.choice("return_target", name, ("epsilon", "v_prediction", "flow_prediction"))
+    return (0.0 if name == "epsilon" else -1.0), 1.0
+
+
+def _refuse_out(out: Tensor | None) -> None:
+    if out is not None:
+        raise ValueError("out and return_target are both given; wanted one")
+
+
+@overload
 def add_noise(
     x0: Tensor,
-    noise: Tensor,
+    noise: Noise,
     alpha: Coef,
     sigma: Coef,
     *,
     t: Step = None,
+    return_target: None = None,
     out: Tensor | None = None,
-) -> Tensor:
+) -> Tensor: ...
+@overload
+def add_noise(
+    x0: Tensor, noise: Noise, alpha: Coef, sigma: Coef, *, t: Step = None, return_target: Target
+) -> tuple[Tensor, Tensor]: ...
+def add_noise(
+    x0: Tensor,
+    noise: Noise,
+    alpha: Coef,
+    sigma: Coef,
+    *,
+    t: Step = None,
+    return_target: Target | None = None,
+    out: Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
     """Noises clean samples: ``x_t = alpha x_0 + sigma noise``.
 
     Variance preserving: alpha = sqrt(alphas_cumprod), sigma = sqrt(1 - alphas_cumprod); variance
@@ -33,43 +73,81 @@ def add_noise(
 
     Args:
         x0: clean samples `[B, ...]`.
-        noise: standard normal noise `[B, ...]`.
+        noise: standard normal noise `[B, ...]`, or a recipe for it, drawn in the kernel.
         alpha: signal coefficient: a number, `[B]`, or a table `[T]` with `t`.
         sigma: noise coefficient, likewise.
         t: the step that gathers `alpha` and `sigma` from their tables.
-        out: where to write; no gradient may be needed.
+        return_target: the target to return too, made in the same launch: "epsilon" (the noise),
+            "v_prediction" (alpha noise - sigma x_0) or "flow_prediction" (noise - x_0).
+        out: where to write; no gradient may be needed, and no target.
 
     Returns:
-        `x_t` `[B, ...]`.
+        `x_t` `[B, ...]`; with `return_target`, `x_t` and the target.
 
     Source: Ho et al. 2020, eq. 4; Song et al. 2021 for the families.
     """
     coefs = (as_coef("alpha", alpha, t), as_coef("sigma", sigma, t))
-    return run(_ADD_NOISE, (x0, noise), coefs, t, False, out)
+    if return_target is None:
+        x_t: Tensor = noised(_ADD_NOISE, (x0,), noise, coefs, t, out)
+        return x_t
+    _refuse_out(out)
+    of_x0, of_noise = _target(return_target, alpha, sigma)
+    target = (as_coef("sigma", of_x0, t), as_coef("alpha", of_noise, t))
+    both: tuple[Tensor, Tensor] = noised(_WITH_TARGET, (x0,), noise, (*coefs, *target), t)
+    return both
 
 
+@overload
 def q_sample(
-    x0: Tensor, t: int | Tensor, noise: Tensor, table: Tensor, *, out: Tensor | None = None
-) -> Tensor:
+    x0: Tensor,
+    t: int | Tensor,
+    noise: Noise,
+    table: Tensor,
+    *,
+    return_target: None = None,
+    out: Tensor | None = None,
+) -> Tensor: ...
+@overload
+def q_sample(
+    x0: Tensor, t: int | Tensor, noise: Noise, table: Tensor, *, return_target: Target
+) -> tuple[Tensor, Tensor]: ...
+def q_sample(
+    x0: Tensor,
+    t: int | Tensor,
+    noise: Noise,
+    table: Tensor,
+    *,
+    return_target: Target | None = None,
+    out: Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
     """Noises clean samples to step `t` of a schedule: ``x_t = alpha_t x_0 + sigma_t noise``.
 
-    The coefficients are gathered inside the kernel: one launch.
+    The coefficients are gathered inside the kernel, where a noise given as a recipe is drawn too:
+    one launch, which reads x_0 and writes x_t.
 
     Args:
         x0: clean samples `[B, ...]`.
         t: an int, `[B]` or a one-element counter, with 0 <= t < T.
-        noise: standard normal noise `[B, ...]`.
+        noise: standard normal noise `[B, ...]`, or a recipe for it.
         table: `[T, 2]`, float64 or float32: the columns alpha and sigma.
-        out: where to write; no gradient may be needed.
+        return_target: the target to return too, as in :func:`add_noise`.
+        out: where to write; no gradient may be needed, and no target.
 
     Returns:
-        `x_t` `[B, ...]`.
+        `x_t` `[B, ...]`; with `return_target`, `x_t` and the target.
 
     Source: Ho et al. 2020, eq. 4.
     """
     if t is None:
         raise TypeError("t is None; wanted an int or an int64 or int32 tensor")
-    return run(_Q_SAMPLE, (x0, noise), (as_table("table", table, 2),), t, False, out)
+    table = as_table("table", table, 2)
+    if return_target is None:
+        x_t: Tensor = noised(_Q_SAMPLE, (x0,), noise, (table,), t, out)
+        return x_t
+    _refuse_out(out)
+    target = _target(return_target, table[:, :1], table[:, 1:])
+    both: tuple[Tensor, Tensor] = noised(_Q_SAMPLE_TARGET, (x0,), noise, (table, *target), t)
+    return both
 
 
 def linear_combination(
@@ -102,7 +180,7 @@ def linear_combination(
 
 def velocity(
     x0: Tensor,
-    noise: Tensor,
+    noise: Noise,
     alpha: Coef,
     sigma: Coef,
     *,
@@ -113,7 +191,7 @@ def velocity(
 
     Args:
         x0: clean samples `[B, ...]`.
-        noise: the noise that was added `[B, ...]`.
+        noise: the noise that was added `[B, ...]`, or the recipe for it.
         alpha: signal coefficient: a number, `[B]`, or a table `[T]` with `t`.
         sigma: noise coefficient, likewise.
         t: the step that gathers the tables.
@@ -125,7 +203,8 @@ def velocity(
     Source: Salimans & Ho 2022, appendix D.
     """
     coefs = (as_coef("sigma", -as_number("sigma", sigma), t), as_coef("alpha", alpha, t))
-    return run(_VELOCITY, (x0, noise), coefs, t, False, out)
+    v: Tensor = noised(_VELOCITY, (x0,), noise, coefs, t, out)
+    return v
 
 
 def predict_x0(

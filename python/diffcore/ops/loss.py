@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from .. import _kernels as k
 from .. import _validate
-from .._registry import Coef, Step, run
+from .._registry import Coef, Step
 from ..coefficients import PREDICTION_TYPES
+from ..noise import PhiloxNoise
 from ._arguments import as_coef, as_number
+from ._noise import Noise, noised
 
-_NOISE_LOSS = k.TARGET_LOSS.named(("model_output", "noise"))
-_X0_LOSS = k.TARGET_LOSS.named(("model_output", "x0"))
-_V_LOSS = k.MIXED_TARGET_LOSS.named(
-    k.MIXED_TARGET_LOSS.inputs, ("weight", "inverse_n", "sigma", "alpha")
-)
+_COMMON = ("weight", "inverse_n")
+_NOISE_LOSS = k.TARGET_LOSS.named(("model_output", "noise"), _COMMON)
+_X0_LOSS = k.TARGET_LOSS.named(("model_output", "x0"), _COMMON)
+_V_LOSS = k.MIXED_TARGET_LOSS.named(("model_output", "x0", "noise"), (*_COMMON, "sigma", "alpha"))
 
 
 def denoising_loss(
     model_output: Tensor,
     x0: Tensor,
-    noise: Tensor,
+    noise: Noise,
     *,
     prediction_type: str = "epsilon",
     alpha: Coef | None = None,
@@ -31,12 +33,15 @@ def denoising_loss(
     """The weighted squared error, per sample: ``weight · mean_i (m_i - target_i)²``.
 
     The target is noise ("epsilon"), x_0 ("sample"), alpha noise - sigma x_0 ("v_prediction") or
-    noise - x_0 ("flow_prediction"); it is never written to memory.
+    noise - x_0 ("flow_prediction"). It is never written to memory, nor is a noise that is given as
+    a recipe: it is drawn again. The gradient of `model_output`, where one is needed, is made in the
+    same pass, as that of the mean over the batch; the backward pass rescales it if it is asked for
+    that of another function of the losses.
 
     Args:
         model_output: m, `[B, ...]`.
         x0: clean samples `[B, ...]`.
-        noise: the noise that was added `[B, ...]`.
+        noise: the noise that was added `[B, ...]`, or the recipe for it.
         prediction_type: what the model predicts.
         alpha: signal coefficient, for "v_prediction" only: a number, `[B]`, or a table `[T]` with
             `t`.
@@ -57,16 +62,37 @@ def denoising_loss(
     common = (w, 1.0 / max(n, 1))
     if prediction_type in ("epsilon", "sample"):
         step = t if isinstance(w, Tensor) and w.ndim == 2 else None
-        of_noise = prediction_type == "epsilon"
-        target, other, name = (noise, x0, "x0") if of_noise else (x0, noise, "noise")
-        if not isinstance(other, Tensor) or other.shape != model_output.shape:
-            _validate.refuse_other(name, other, model_output)
-        return run(_NOISE_LOSS if of_noise else _X0_LOSS, (model_output, target), common, step)
+        if prediction_type == "epsilon":
+            _check_unread("x0", x0, model_output)
+            return _loss(_NOISE_LOSS, (model_output,), noise, common, step)
+        if not isinstance(noise, PhiloxNoise):
+            _check_unread("noise", noise, model_output)
+        return _loss(_X0_LOSS, (model_output,), x0, common, step)
     if prediction_type == "flow_prediction":
         step = t if isinstance(w, Tensor) and w.ndim == 2 else None
-        return run(k.MIXED_TARGET_LOSS, (model_output, x0, noise), (*common, -1.0, 1.0), step)
+        return _loss(k.MIXED_TARGET_LOSS, (model_output, x0), noise, (*common, -1.0, 1.0), step)
     if alpha is None or sigma is None:
         raise ValueError("alpha and sigma are needed for prediction_type='v_prediction'")
     a = as_coef("sigma", -as_number("sigma", sigma), t)
     coefs = (*common, a, as_coef("alpha", alpha, t))
-    return run(_V_LOSS, (model_output, x0, noise), coefs, t)
+    return _loss(_V_LOSS, (model_output, x0), noise, coefs, t)
+
+
+def _check_unread(name: str, x: Tensor, model_output: Tensor) -> None:
+    if not isinstance(x, Tensor) or x.shape != model_output.shape:
+        _validate.refuse_other(name, x, model_output)
+
+
+def _loss(
+    loss: k.Loss, inputs: tuple[Tensor, ...], last: Noise, coefs: tuple[Coef, ...], step: Step
+) -> Tensor:
+    model_output, *others = inputs
+    if isinstance(last, Tensor):
+        others.append(last)
+    needed = torch.is_grad_enabled() and model_output.requires_grad
+    if needed and not any(isinstance(x, Tensor) and x.requires_grad for x in others):
+        slope = k.expected_gradient(model_output) * coefs[1]
+        _, per_sample = noised(loss.with_gradient, inputs, last, (*coefs, slope), step)
+    else:
+        per_sample = noised(loss.plain, inputs, last, coefs, step)
+    return per_sample

@@ -11,6 +11,7 @@ from .. import coefficients as formulas
 from .._execute import Kernel
 from .._registry import Coef, Step, plain_eager, run
 from ._arguments import as_coef, as_table, in_float64
+from ._noise import Noise, noised
 
 ClipRange = float | tuple[float, float] | None
 
@@ -21,7 +22,7 @@ def reverse_step(
     coefficients: Tensor,
     *,
     t: Step = None,
-    noise: Tensor | None = None,
+    noise: Noise | None = None,
     model_output_uncond: Tensor | None = None,
     guidance_scale: Coef | None = None,
     out: Tensor | None = None,
@@ -42,7 +43,7 @@ def reverse_step(
         coefficients: a table `[T, 8]` read at `t`, or `[B, 8]` or `[8]` without `t`, float64 or
             float32; the columns c_x, c_m, c_0, c_z, a_x, a_m, clip_min, clip_max.
         t: the row: an int, `[B]` or a one-element counter.
-        noise: z `[B, ...]`; None leaves the last term out.
+        noise: z `[B, ...]`, or a recipe for it; None leaves the last term out.
         model_output_uncond: m_u `[B, ...]`, for classifier-free guidance.
         guidance_scale: w, a number or `[B]`; needed with `model_output_uncond`, and only then.
         out: where to write, `x` itself if you like; no gradient may be needed.
@@ -71,7 +72,7 @@ def _step(
     model_output: Tensor,
     coefficients: tuple[Coef, ...],
     t: Step,
-    noise: Tensor | None,
+    noise: Noise | None,
     model_output_uncond: Tensor | None,
     guidance_scale: Coef | None,
     out: Tensor | None,
@@ -86,10 +87,11 @@ def _step(
     tensors = (
         (x, model_output) if model_output_uncond is None else (x, model_output, model_output_uncond)
     )
-    if noise is not None:
-        tensors = (*tensors, noise)
     coefs = (*coefficients, scale)
-    return run(kernels[guided, noise is not None], tensors, coefs, t, False, out)
+    if noise is None:
+        return run(kernels[guided, False], tensors, coefs, t, False, out)
+    x_next: Tensor = noised(kernels[guided, True], tensors, noise, coefs, t, out)
+    return x_next
 
 
 def _row(table: Tensor, like: Tensor) -> tuple[Coef, ...]:
@@ -109,7 +111,7 @@ def ddpm_step(
     alpha_prev: Coef,
     sigma_prev: Coef,
     *,
-    noise: Tensor | None = None,
+    noise: Noise | None = None,
     prediction_type: str = "epsilon",
     variance_type: str = "fixed_small",
     clip_range: ClipRange = None,
@@ -131,7 +133,7 @@ def ddpm_step(
         sigma: noise coefficient now.
         alpha_prev: signal coefficient after the step (1 at the end).
         sigma_prev: noise coefficient after the step (0 at the end).
-        noise: z `[B, ...]`; None for the last step.
+        noise: z `[B, ...]`, or a recipe for it; None for the last step.
         prediction_type: "epsilon", "sample", "v_prediction" or "flow_prediction".
         variance_type: "fixed_small" or "fixed_large".
         clip_range: None, c for [-c, c], or (low, high): where x0 is clipped.
@@ -168,7 +170,7 @@ def ddim_step(
     sigma_prev: Coef,
     *,
     eta: float = 0.0,
-    noise: Tensor | None = None,
+    noise: Noise | None = None,
     prediction_type: str = "epsilon",
     rederive_epsilon: bool = True,
     clip_range: ClipRange = None,
@@ -188,7 +190,7 @@ def ddim_step(
         alpha_prev: signal coefficient after the step (1 at the end).
         sigma_prev: noise coefficient after the step (0 at the end).
         eta: 0 is deterministic, 1 has DDPM's ("fixed_small") variance.
-        noise: z `[B, ...]`; needed only where eta > 0.
+        noise: z `[B, ...]`, or a recipe for it; needed only where eta > 0.
         prediction_type: "epsilon", "sample", "v_prediction" or "flow_prediction".
         rederive_epsilon: after the clip, take epsilon from the clipped x0 (guided-diffusion's
             rule) or keep the model's (diffusers' default).

@@ -1,0 +1,35 @@
+// What the drivers ask of an op.
+#pragma once
+
+#include "core/macros.h"
+
+DC_KERNEL_NAMESPACE_BEGIN
+
+// The same formula, whose last input, the noise, is drawn where it is used instead of read.
+template <class Op>
+struct Drawn : Op {};
+
+template <class Op>
+constexpr bool kDraws = false;
+template <class Op>
+constexpr bool kDraws<Drawn<Op>> = true;
+
+// Inputs that are read from memory.
+template <class Op>
+constexpr int kReads = Op::n_in - kDraws<Op>;
+
+// Some ops leave a row, written in place, as it is when their coefficients say so.
+template <class Op, class = void>
+constexpr bool kMayIdle = false;
+template <class Op>
+constexpr bool kMayIdle<Op, decltype(void(&Op::template idle<float>))> = true;
+
+template <class Op, class R>
+DC_HD bool is_idle(const R* c) {
+  if constexpr (kMayIdle<Op>)
+    return Op::idle(c);
+  else
+    return false;
+}
+
+DC_KERNEL_NAMESPACE_END
