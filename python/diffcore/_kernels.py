@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffcore import reference
+from diffcore import _execute, reference
 from diffcore._autograd import last_use
 from diffcore._registry import (
     Call,
@@ -36,7 +36,7 @@ STEP_COEFS = ("c_x", "c_m", "c_0", "c_z", "a_x", "a_m", "clip_min", "clip_max", 
 
 
 def noised(
-    kernel: Kernel,
+    kernel: _execute.Kernel,
     inputs: Tensors,
     noise: Tensor | Noise,
     coefs: Coefs = (),
@@ -357,7 +357,7 @@ class Loss:
 
     def __init__(self, name: str, inputs: tuple[str, ...], coefs: tuple[str, ...]) -> None:
         formula = getattr(reference, f"_{name}")
-        self.plain = Kernel(
+        plain = Kernel(
             name,
             inputs,
             coefs,
@@ -366,7 +366,7 @@ class Loss:
             reference=lambda *args, whole: formula(*args)[1],
             backward=_without_backward,
         )
-        self.with_gradient = Kernel(
+        with_gradient = Kernel(
             f"{name}_gradient",
             inputs,
             (*coefs, "slope"),
@@ -375,11 +375,8 @@ class Loss:
             backward=_loss_backward,
             makes_gradient=True,
         )
-
-    def drawing(self) -> Loss:
-        drawing(self.plain)
-        drawing(self.with_gradient)
-        return self
+        self.plain: _execute.Kernel = drawing(plain)
+        self.with_gradient: _execute.Kernel = drawing(with_gradient)
 
     def named(self, inputs: tuple[str, ...], coefs: tuple[str, ...]) -> Loss:
         twin = copy.copy(self)
@@ -389,7 +386,7 @@ class Loss:
 
 
 RESCALE = Kernel("rescale", ("grad",), ("g", "expected"))
-TARGET_LOSS = Loss("target_loss", ("model_output", "target"), ("weight", "inverse_n")).drawing()
+TARGET_LOSS = Loss("target_loss", ("model_output", "target"), ("weight", "inverse_n"))
 MIXED_TARGET_LOSS = Loss(
     "mixed_target_loss", ("model_output", "x0", "noise"), ("weight", "inverse_n", "a", "b")
-).drawing()
+)

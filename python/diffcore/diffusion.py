@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import ops
-from ._loop import Model, StepNoise, call_model, initial, walk
+from ._loop import Model, Noise, StepNoise, call_model, or_drawn, start, walk
 from ._tables import DiffusionTables
 
 
@@ -112,20 +112,20 @@ class GaussianDiffusion(DiffusionTables):
         log_variance = self._extract("log_one_minus_alphas_cumprod", t, x_start)
         return (scale * x_start).to(x_start.dtype), variance, log_variance
 
-    def q_sample(self, x_start: Tensor, t: Tensor | int, noise: Tensor | None = None) -> Tensor:
+    def q_sample(self, x_start: Tensor, t: Tensor | int, noise: Noise | None = None) -> Tensor:
         """A sample of q(x_t | x_0): sqrt(alphas_cumprod_t) x_0 + sqrt(1 - alphas_cumprod_t) noise.
 
         Args:
             x_start: x_0, ``[B, ...]``.
             t: Timesteps, integers ``[B]``, or one int.
-            noise: Standard normal, like ``x_start``; drawn from torch's generator if ``None``.
+            noise: Standard normal, like ``x_start``, or a recipe for it; ``None`` for a recipe
+                seeded by torch's generator.
 
         Returns:
             x_t, like ``x_start``.
         """
         t = self._check_t(t, x_start)
-        if noise is None:
-            noise = torch.randn_like(x_start)
+        noise = or_drawn(noise, x_start)
         return ops.q_sample(x_start, t, noise, self._noise_table(x_start.device))
 
     def q_posterior_mean_variance(
@@ -154,7 +154,7 @@ class GaussianDiffusion(DiffusionTables):
         model: Model,
         x_start: Tensor,
         t: Tensor | int,
-        noise: Tensor | None = None,
+        noise: Noise | None = None,
         model_kwargs: Mapping[str, Any] | None = None,
         *,
         weights: Tensor | None = None,
@@ -165,7 +165,8 @@ class GaussianDiffusion(DiffusionTables):
             model: ``model(x_t, t, **model_kwargs)``.
             x_start: x_0, ``[B, ...]``.
             t: Timesteps, integers ``[B]``, usually uniform in 0 .. T-1.
-            noise: Standard normal, like ``x_start``; drawn if ``None``.
+            noise: Standard normal, like ``x_start``, or a recipe for it; ``None`` for a recipe
+                seeded by torch's generator. A recipe is drawn twice, and never stored.
             model_kwargs: More arguments for the model.
             weights: ``[T]``, a weight for each timestep (``losses.min_snr_weights``); 1 if
                 ``None``. Keep it on the device of ``x_start``: moving it there waits.
@@ -174,8 +175,7 @@ class GaussianDiffusion(DiffusionTables):
             ``{"loss": [B]}``, the mean over each sample, to be averaged over the batch.
         """
         t = self._check_t(t, x_start)
-        if noise is None:
-            noise = torch.randn_like(x_start)
+        noise = or_drawn(noise, x_start)
         x_t = ops.q_sample(x_start, t, noise, self._noise_table(x_start.device))
         output = call_model(model, x_t, self._told(t), model_kwargs)
         alpha = sigma = None
@@ -233,7 +233,7 @@ class GaussianDiffusion(DiffusionTables):
         x: Tensor,
         t: Tensor | int,
         *,
-        noise: Tensor | None = None,
+        noise: Noise | None = None,
         clip_denoised: bool | None = None,
         model_kwargs: Mapping[str, Any] | None = None,
     ) -> dict[str, Tensor]:
@@ -243,7 +243,7 @@ class GaussianDiffusion(DiffusionTables):
             model: ``model(x, t, **model_kwargs)``.
             x: x_t, ``[B, ...]``.
             t: Timesteps, integers ``[B]``, or one int.
-            noise: Standard normal, like ``x``; drawn if ``None``.
+            noise: Standard normal, like ``x``, or a recipe; drawn if ``None``.
             clip_denoised: Clip the predicted x_0; ``None`` for ``clip_sample`` of the constructor.
             model_kwargs: More arguments for the model.
 
@@ -262,7 +262,7 @@ class GaussianDiffusion(DiffusionTables):
         *,
         eta: float = 0.0,
         rederive_epsilon: bool = True,
-        noise: Tensor | None = None,
+        noise: Noise | None = None,
         clip_denoised: bool | None = None,
         model_kwargs: Mapping[str, Any] | None = None,
     ) -> dict[str, Tensor]:
@@ -275,7 +275,7 @@ class GaussianDiffusion(DiffusionTables):
             eta: 0 for the deterministic step, 1 for ancestral noise.
             rederive_epsilon: Take epsilon from the clipped x_0 (OpenAI's rule) instead of leaving
                 the model's (the default of diffusers). The same thing without clipping.
-            noise: Standard normal, like ``x``; drawn if ``None`` and eta > 0.
+            noise: Standard normal, like ``x``, or a recipe; drawn if ``None`` and eta > 0.
             clip_denoised: Clip the predicted x_0; ``None`` for ``clip_sample`` of the constructor.
             model_kwargs: More arguments for the model.
 
@@ -295,7 +295,7 @@ class GaussianDiffusion(DiffusionTables):
         *,
         num_steps: int | None = None,
         timestep_spacing: str = "leading",
-        noise: Tensor | None = None,
+        noise: Noise | None = None,
         step_noise: StepNoise | None = None,
         clip_denoised: bool | None = None,
         model_kwargs: Mapping[str, Any] | None = None,
@@ -311,24 +311,25 @@ class GaussianDiffusion(DiffusionTables):
             shape: Shape of the samples, ``[B, ...]``.
             num_steps: Visit so many timesteps only; ``None`` for all T.
             timestep_spacing: Which ones: "leading", "trailing" or "linspace".
-            noise: x_T; standard normal if ``None``.
-            step_noise: ``(i, x) -> noise like x``, ``i`` counting steps from 0; drawn if ``None``.
-                Not called at the last step, where no noise is added.
+            noise: x_T, or a recipe for it; ``None`` for a recipe seeded by torch's generator.
+            step_noise: A recipe, of which step i takes the stream 1 + i after its own; a tensor
+                ``[S, B, ...]``; or ``(i, x) -> noise``, not called at the last step, where none is
+                added. ``None`` for the recipe of x_T, or one seeded by torch's generator.
             clip_denoised: Clip the predicted x_0; ``None`` for ``clip_sample`` of the constructor.
             model_kwargs: More arguments for the model.
             device: Where to sample; ``None`` for that of ``noise``, else of the model's parameters.
             dtype: Of the samples; ``None`` for that of ``noise``, else torch's default.
-            generator: Source of what is drawn here; ``None`` for torch's own.
+            generator: Source of seeds; ``None`` for torch's own.
             progress: Show a bar (tqdm).
 
         Returns:
             x_0, of the given shape.
         """
         rows = self._rows(num_steps, timestep_spacing)
-        x = initial(model, shape, noise, device, dtype, generator)
+        x, step_noise = start(model, shape, noise, step_noise, device, dtype, generator)
         table = self._ddpm_table(rows, self._clip(clip_denoised), x.device)
         timesteps = self._model_timesteps(rows, x.device)
-        return walk(model, x, table, timesteps, True, step_noise, model_kwargs, generator, progress)
+        return walk(model, x, table, timesteps, True, step_noise, model_kwargs, progress)
 
     def ddim_sample_loop(
         self,
@@ -339,7 +340,7 @@ class GaussianDiffusion(DiffusionTables):
         eta: float = 0.0,
         timestep_spacing: str = "leading",
         rederive_epsilon: bool = True,
-        noise: Tensor | None = None,
+        noise: Noise | None = None,
         step_noise: StepNoise | None = None,
         clip_denoised: bool | None = None,
         model_kwargs: Mapping[str, Any] | None = None,
@@ -358,7 +359,7 @@ class GaussianDiffusion(DiffusionTables):
             timestep_spacing: Which timesteps: "leading", "trailing" or "linspace".
             rederive_epsilon: Take epsilon from the clipped x_0 (OpenAI's rule) instead of leaving
                 the model's (the default of diffusers). The same thing without clipping.
-            noise: x_T; standard normal if ``None``.
+            noise: As for ``p_sample_loop``.
             step_noise: As for ``p_sample_loop``; not called at all with eta = 0.
             clip_denoised: Clip the predicted x_0; ``None`` for ``clip_sample`` of the constructor.
             model_kwargs: More arguments for the model.
@@ -371,13 +372,11 @@ class GaussianDiffusion(DiffusionTables):
             x_0, of the given shape.
         """
         rows = self._rows(num_steps, timestep_spacing)
-        x = initial(model, shape, noise, device, dtype, generator)
+        x, step_noise = start(model, shape, noise, step_noise, device, dtype, generator)
         clip = self._clip(clip_denoised)
         table = self._ddim_table(rows, clip, eta, rederive_epsilon, x.device)
         timesteps = self._model_timesteps(rows, x.device)
-        return walk(
-            model, x, table, timesteps, eta > 0, step_noise, model_kwargs, generator, progress
-        )
+        return walk(model, x, table, timesteps, eta > 0, step_noise, model_kwargs, progress)
 
     def _step(
         self,
@@ -386,15 +385,14 @@ class GaussianDiffusion(DiffusionTables):
         t: Tensor | int,
         table: Tensor,
         clip: float | None,
-        noise: Tensor | None,
+        noise: Noise | None,
         model_kwargs: Mapping[str, Any] | None,
         noisy: bool = True,
     ) -> dict[str, Tensor]:
         t = self._check_t(t, x, "x")
         output = call_model(model, x, self._told(t), model_kwargs)
-        if noisy and noise is None:
-            noise = torch.randn_like(x)
+        z = or_drawn(noise, x) if noisy else None
         return {
-            "sample": ops.reverse_step(x, output, table, t=t, noise=noise if noisy else None),
+            "sample": ops.reverse_step(x, output, table, t=t, noise=z),
             "pred_xstart": ops.reverse_step(x, output, self._x0_table(clip, x.device), t=t),
         }

@@ -29,18 +29,57 @@ def min_snr_weights(snr: Tensor, *, gamma: float = 5.0, prediction_type: str = "
     Source:
         Hang et al. 2023 (arXiv 2303.09556) section 3.4.
     """
-    check_choice("prediction_type", prediction_type, PREDICTION_TYPES)
-    if not isinstance(snr, Tensor) or not snr.is_floating_point():
-        what = f"a tensor of {snr.dtype}" if isinstance(snr, Tensor) else type(snr).__name__
-        raise TypeError(f"snr must be a tensor of floating point numbers, got {what}")
+    _check(snr, prediction_type)
     if not gamma > 0:
         raise ValueError(f"gamma must be positive, got {gamma}")
     snr = snr.to(torch.float64)
     if prediction_type == "epsilon":
         return gamma / snr.clamp_min(gamma)
-    capped = snr.clamp_max(gamma)
+    return _of_prediction(snr.clamp_max(gamma), snr, prediction_type)
+
+
+def edm_weights(
+    snr: Tensor, *, sigma_data: float = 0.5, prediction_type: str = "epsilon"
+) -> Tensor:
+    """EDM: the weight 1/sigma^2 + 1/sigma_data^2 = snr + 1/sigma_data^2 on the error of x_0.
+
+    sigma^2 = 1/snr is the noise level where the signal is left unscaled. For what the model
+    predicts: epsilon: 1 + 1/(snr sigma_data^2), infinite at snr = 0; sample: as above;
+    v_prediction: that / (snr + 1); flow_prediction: that / (sqrt(snr) + 1)^2.
+
+    Args:
+        snr: alpha^2 / sigma^2 at each timestep, ``[T]``, such as ``NoiseSchedule.snr``.
+        sigma_data: The standard deviation of the data.
+        prediction_type: What the model predicts, one of ``PREDICTION_TYPES``.
+
+    Returns:
+        float64 ``[T]``, for ``GaussianDiffusion.training_losses(..., weights=...)``.
+
+    Raises:
+        TypeError: ``snr`` is not a tensor of floating point numbers.
+        ValueError: Unknown ``prediction_type``, or sigma_data is not positive.
+
+    Source:
+        Karras et al. 2022 (arXiv 2206.00364) table 1 (loss weighting).
+    """
+    _check(snr, prediction_type)
+    if not sigma_data > 0:
+        raise ValueError(f"sigma_data must be positive, got {sigma_data}")
+    snr = snr.to(torch.float64)
+    if prediction_type == "epsilon":
+        return 1 + 1 / (snr * sigma_data**2)
+    return _of_prediction(snr + sigma_data**-2, snr, prediction_type)
+
+
+def _of_prediction(weight: Tensor, snr: Tensor, prediction_type: str) -> Tensor:
+    """A weight on the error of x_0 as one on the error of the prediction, save epsilon's."""
     if prediction_type == "sample":
-        return capped
-    if prediction_type == "v_prediction":
-        return capped / (snr + 1)
-    return capped / (snr.sqrt() + 1) ** 2
+        return weight
+    return weight / (snr + 1 if prediction_type == "v_prediction" else (snr.sqrt() + 1) ** 2)
+
+
+def _check(snr: Tensor, prediction_type: str) -> None:
+    check_choice("prediction_type", prediction_type, PREDICTION_TYPES)
+    if not isinstance(snr, Tensor) or not snr.is_floating_point():
+        what = f"a tensor of {snr.dtype}" if isinstance(snr, Tensor) else type(snr).__name__
+        raise TypeError(f"snr must be a tensor of floating point numbers, got {what}")

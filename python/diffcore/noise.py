@@ -211,12 +211,14 @@ def _integer(name: str, value: Any, low: int, high: int) -> Any:
 
 
 def _check_shapes(seed: Any, sample_ids: Any, stream: Any, first_element: int) -> None:
-    for name, part, fits in (
-        ("seed", seed, lambda x: x.ndim == 0 or (x.ndim == 1 and len(x) in (1, 2))),
-        ("sample_ids", sample_ids, lambda x: x.ndim <= 1),
-        ("stream", stream, lambda x: x.ndim <= 1 and x.numel() == 1),
+    for name, part, most in (
+        ("seed", seed, 2),
+        ("sample_ids", sample_ids, 0),
+        ("stream", stream, 1),
     ):
-        if isinstance(part, Tensor) and not fits(part):
+        if not isinstance(part, Tensor):
+            continue
+        if part.ndim > 1 or (most and not 1 <= part.numel() <= most):
             raise ValueError(f"{name} has shape {tuple(part.shape)}; wanted {_WANTED[name]}")
     if first_element % 4:
         raise ValueError(f"first_element is {first_element}; wanted {_WANTED['first_element']}")

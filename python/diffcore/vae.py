@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from . import ops
+from .noise import PhiloxNoise
 from .reference import compute_dtype
 
 _LOGVAR_MIN, _LOGVAR_MAX = -30.0, 20.0
@@ -60,31 +61,37 @@ class DiagonalGaussianDistribution:
         """Variance, ``[B, C, ...]``."""
         return torch.zeros_like(self.mean) if self.deterministic else torch.exp(self.logvar)
 
-    def sample(self, generator: torch.Generator | None = None) -> Tensor:
+    def sample(
+        self, generator: torch.Generator | None = None, *, noise: Tensor | PhiloxNoise | None = None
+    ) -> Tensor:
         """Draw z = mean + exp(logvar / 2) noise, differentiable in the parameters.
 
         Args:
-            generator: Source of the noise; ``None`` for torch's own.
+            generator: Source of the noise's seed; ``None`` for torch's own.
+            noise: The noise, like ``mean``, or a recipe for it, instead.
 
         Returns:
             ``[B, C, ...]``.
         """
         if self.deterministic:
             return self.mean
-        return ops.reparameterize(self.mean, self.logvar, generator=generator)
+        return ops.reparameterize(self.mean, self.logvar, noise, generator=generator)
 
-    def sample_kl(self, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+    def sample_kl(
+        self, generator: torch.Generator | None = None, *, noise: Tensor | PhiloxNoise | None = None
+    ) -> tuple[Tensor, Tensor]:
         """``sample()`` and ``kl()`` in one pass over the parameters, for training.
 
         Args:
-            generator: Source of the noise; ``None`` for torch's own.
+            generator: Source of the noise's seed; ``None`` for torch's own.
+            noise: The noise, like ``mean``, or a recipe for it, instead.
 
         Returns:
             z ``[B, C, ...]`` and the KL to the standard normal ``[B]``, in nats.
         """
         if self.deterministic:
             return self.mean, self._zeros()
-        return ops.reparameterize_kl(self.mean, self.logvar, generator=generator)
+        return ops.reparameterize_kl(self.mean, self.logvar, noise, generator=generator)
 
     def mode(self) -> Tensor:
         """The most probable z: the mean, ``[B, C, ...]``."""

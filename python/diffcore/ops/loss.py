@@ -57,25 +57,23 @@ def denoising_loss(
     _validate.choice("prediction_type", prediction_type, PREDICTION_TYPES)
     if not isinstance(model_output, Tensor):
         raise TypeError(f"model_output is a {type(model_output).__name__}; wanted a torch.Tensor")
-    n = model_output.shape[1:].numel() if model_output.ndim else 1
     w = 1.0 if weight is None else as_coef("weight", weight, t)
-    common = (w, 1.0 / max(n, 1))
-    if prediction_type in ("epsilon", "sample"):
-        step = t if isinstance(w, Tensor) and w.ndim == 2 else None
-        if prediction_type == "epsilon":
-            _check_unread("x0", x0, model_output)
-            return _loss(_NOISE_LOSS, (model_output,), noise, common, step)
+    step = t if isinstance(w, Tensor) and w.ndim == 2 else None
+    if prediction_type == "epsilon":
+        _check_unread("x0", x0, model_output)
+        return _loss(_NOISE_LOSS, (model_output,), noise, w, (), step)
+    if prediction_type == "sample":
         if not isinstance(noise, PhiloxNoise):
             _check_unread("noise", noise, model_output)
-        return _loss(_X0_LOSS, (model_output,), x0, common, step)
+        if not isinstance(x0, Tensor):
+            raise TypeError(f"x0 is a {type(x0).__name__}; wanted a torch.Tensor")
+        return _loss(_X0_LOSS, (model_output,), x0, w, (), step)
     if prediction_type == "flow_prediction":
-        step = t if isinstance(w, Tensor) and w.ndim == 2 else None
-        return _loss(k.MIXED_TARGET_LOSS, (model_output, x0), noise, (*common, -1.0, 1.0), step)
+        return _loss(k.MIXED_TARGET_LOSS, (model_output, x0), noise, w, (-1.0, 1.0), step)
     if alpha is None or sigma is None:
         raise ValueError("alpha and sigma are needed for prediction_type='v_prediction'")
     a = as_coef("sigma", -as_number("sigma", sigma), t)
-    coefs = (*common, a, as_coef("alpha", alpha, t))
-    return _loss(_V_LOSS, (model_output, x0), noise, coefs, t)
+    return _loss(_V_LOSS, (model_output, x0), noise, w, (a, as_coef("alpha", alpha, t)), t)
 
 
 def _check_unread(name: str, x: Tensor, model_output: Tensor) -> None:
@@ -84,15 +82,24 @@ def _check_unread(name: str, x: Tensor, model_output: Tensor) -> None:
 
 
 def _loss(
-    loss: k.Loss, inputs: tuple[Tensor, ...], last: Noise, coefs: tuple[Coef, ...], step: Step
+    loss: k.Loss,
+    inputs: tuple[Tensor, ...],
+    last: Noise,
+    weight: Coef,
+    target: tuple[Coef, ...],
+    step: Step,
 ) -> Tensor:
+    """`last`: what the functor reads last, the noise or x_0, or a recipe; `target`: a and b."""
     model_output, *others = inputs
     if isinstance(last, Tensor):
         others.append(last)
-    needed = torch.is_grad_enabled() and model_output.requires_grad
-    if needed and not any(isinstance(x, Tensor) and x.requires_grad for x in others):
-        slope = k.expected_gradient(model_output) * coefs[1]
-        _, per_sample = noised(loss.with_gradient, inputs, last, (*coefs, slope), step)
+    inverse_n = 1.0 / max(model_output.shape[1:].numel() if model_output.ndim else 1, 1)
+    coefs = (weight, inverse_n, *target)
+    found: Tensor
+    wanted = torch.is_grad_enabled() and model_output.requires_grad
+    if wanted and not any(isinstance(x, Tensor) and x.requires_grad for x in others):
+        slope = k.expected_gradient(model_output) * inverse_n
+        _, found = noised(loss.with_gradient, inputs, last, (*coefs, slope), step)
     else:
-        per_sample = noised(loss.plain, inputs, last, coefs, step)
-    return per_sample
+        found = noised(loss.plain, inputs, last, coefs, step)
+    return found
