@@ -1,6 +1,7 @@
 // Denoising losses: weighted squared error to a target, summed over each row and scaled by weight / n.
 // Where a gradient is wanted it is made in the same pass, as if the upstream gradient were the one
-// expected; Rescale mends it where another comes.
+// expected; Rescale mends it where another comes. Where none is expected (0: in float16, for which
+// weight and gradient may be too much or too little) the error itself is left for Rescale.
 #pragma once
 
 #include "core/math.h"
@@ -42,12 +43,13 @@ struct MixedTargetLoss {  // the target is a x_0 + b ε
 };
 
 template <class Loss>
-struct WithGradient {  // and dm = 2 weight slope (m - target), slope = expected gradient / n
+struct WithGradient {  // and 2 weight slope (m - target), slope = expected gradient / n
   static constexpr int n_in = Loss::n_in, n_out = 1, n_sum = 1, n_coef = Loss::n_coef + 1;
   template <class R>
   DC_HD static void apply(const R* c, const R* x, R* y) {
     const R error = Loss::error(c, x);
-    y[0] = R(2) * c[0] * c[n_coef - 1] * error;
+    const R slope = c[n_coef - 1];
+    y[0] = slope == R(0) ? error : R(2) * c[0] * slope * error;
     y[1] = error * error;
   }
   template <class R>
@@ -62,16 +64,20 @@ struct MixedTargetLossGradient : WithGradient<MixedTargetLoss> {
   static constexpr const char* name = "mixed_target_loss_gradient";
 };
 
-struct Rescale {  // y = x · g / expected: in place, nothing is touched where g is what was expected
+// The gradient of m for the upstream gradient g: where it is the one expected, what is there
+// already, and in place nothing is touched.
+struct Rescale {
   static constexpr const char* name = "rescale";
-  static constexpr int n_in = 1, n_out = 1, n_sum = 0, n_coef = 2;  // x; g, expected
+  static constexpr int n_in = 1, n_out = 1, n_sum = 0;
+  static constexpr int n_coef = 4;  // weight, 1/n, g, expected
   template <class R>
   DC_HD static bool idle(const R* c) {
-    return c[0] == c[1];
+    return c[3] != R(0) && c[2] == c[3];
   }
   template <class R>
   DC_HD static void apply(const R* c, const R* x, R* y) {
-    y[0] = idle(c) ? x[0] : c[0] / c[1] * x[0];
+    const R factor = c[3] == R(0) ? R(2) * c[0] * c[1] * c[2] : c[2] / c[3];
+    y[0] = idle(c) ? x[0] : factor * x[0];
   }
 };
 

@@ -328,24 +328,24 @@ REPARAMETERIZE_KL_BACKWARD = drawing(
 def expected_gradient(model_output: Tensor) -> float:
     """The upstream gradient of each sample's loss for which its gradient is made beforehand.
 
-    That of the mean over the batch. In float16, where it would leave few digits of small gradients
-    before a loss scale brings them back, the gradient of n times the loss is made instead.
+    That of the mean over the batch; in float16 none (0), because it would leave few digits of a
+    small gradient before the loss scale comes.
     """
     batch = model_output.shape[0] if model_output.ndim else 1
-    if model_output.dtype == torch.float16:
-        return float(max(model_output.numel() // max(batch, 1), 1))
-    return 1.0 / max(batch, 1)
+    return 0.0 if model_output.dtype == torch.float16 else 1.0 / max(batch, 1)
 
 
 def _loss_backward(inputs: Tensors, call: Call, grads: Grads, needs: Needs) -> Grads | None:
     if any(needs[1:]):
         return None  # a target that is trained too: through the reference
+    _, (weight, inverse_n, *_), step, _, _ = call
     g, made = grads[1], inputs[-1]
     assert g is not None
     # Where nobody will need it again, the gradient made is the one returned; most often as it is.
     out = made if plain_eager() and last_use() else None
-    coefs = (g, expected_gradient(inputs[0]))
-    return [run(RESCALE, (made,), coefs, None, False, out)] + [None] * (len(needs) - 1)
+    coefs = (weight, inverse_n, g, expected_gradient(inputs[0]))
+    at = step if isinstance(weight, Tensor) and weight.ndim == 2 else None
+    return [run(RESCALE, (made,), coefs, at, False, out)] + [None] * (len(needs) - 1)
 
 
 def _without_backward(*_: Any) -> None:
@@ -385,7 +385,7 @@ class Loss:
         return twin
 
 
-RESCALE = Kernel("rescale", ("grad",), ("g", "expected"))
+RESCALE = Kernel("rescale", ("grad",), ("weight", "inverse_n", "g", "expected"))
 TARGET_LOSS = Loss("target_loss", ("model_output", "target"), ("weight", "inverse_n"))
 MIXED_TARGET_LOSS = Loss(
     "mixed_target_loss", ("model_output", "x0", "noise"), ("weight", "inverse_n", "a", "b")

@@ -229,7 +229,11 @@ def _target_loss(
     inverse_n: Coef,
     slope: Coef = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """``(2 weight slope (m - target), weight inverse_n Σ (m - target)²)``."""
+    """``weight inverse_n Σ (m - target)²``, after ``2 weight slope (m - target)``.
+
+    The first is the gradient, slope being inverse_n times the upstream one; where slope is 0 it is
+    the error alone.
+    """
     compute = compute_dtype(model_output.dtype)
     return _loss(
         model_output, model_output.to(compute) - target.to(compute), weight, inverse_n, slope
@@ -256,7 +260,8 @@ def _mixed_target_loss(
 def _loss(
     like: Tensor, error: Tensor, weight: Coef, inverse_n: Coef, slope: Coef
 ) -> tuple[Tensor, Tensor]:
-    gradient = 2 * slope * per_sample(weight, like) * error.detach()
+    unit = torch.as_tensor(slope, device=error.device) == 0
+    gradient = torch.where(unit, 1.0, 2 * slope * per_sample(weight, like)) * error.detach()
     if isinstance(weight, Tensor):
         weight = weight.to(compute_dtype(like.dtype))
     return gradient.to(like.dtype), _row_sum(error**2, weight * inverse_n, whole=False)
