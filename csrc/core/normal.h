@@ -21,9 +21,9 @@ DC_HD typename Lanes::F radius(typename Lanes::U w) {
   using I = typename Lanes::I;
   using F = typename Lanes::F;
   // -2 ln(1 + f) = f Σ kLog[k] f^k for sqrt ½ <= 1 + f < sqrt 2
-  constexpr float kLog[] = {-0x1p+1f,        0x1.fffff6p-1f,  -0x1.555702p-1f,
-                            0x1.0004c8p-1f,  -0x1.98d39cp-2f, 0x1.535c2cp-2f,
-                            -0x1.317c9p-2f,  0x1.25059cp-2f,  -0x1.65f09cp-3f};
+  constexpr float kLog[] = {-0x1p+1f,       0x1.fffff6p-1f,  -0x1.555702p-1f,
+                            0x1.0004c8p-1f, -0x1.98d39cp-2f, 0x1.535c2cp-2f,
+                            -0x1.317c9p-2f, 0x1.25059cp-2f,  -0x1.65f09cp-3f};
   constexpr int32_t kSqrtHalf = 0x3f3504f3, kExponent31 = 31 << 23;
   const F s = Lanes::add(Lanes::to_real(I(w >> 1)), Lanes::real(0.5f));
   // u = 2^k m, sqrt ½ <= m < sqrt 2, and f = m - 1

@@ -3,8 +3,8 @@
 // vector of them.
 #pragma once
 
-#include "core/task.h"
 #include "core/number.h"
+#include "core/task.h"
 
 DC_KERNEL_NAMESPACE_BEGIN
 

@@ -23,8 +23,8 @@ struct Coef {
 
 // Where the noise of a call comes from: z = normal(seed, sample id, stream, element).
 struct NoiseSource {
-  const int64_t* seed = nullptr;  // null: `seed_value`
-  const int64_t* id = nullptr;    // null: `first_id`
+  const int64_t* seed = nullptr;    // null: `seed_value`
+  const int64_t* id = nullptr;      // null: `first_id`
   const int64_t* stream = nullptr;  // null: `stream_value`
   int64_t seed_value = 0;
   int64_t first_id = 0;
@@ -33,7 +33,8 @@ struct NoiseSource {
   bool ids_count_up = true;  // from the first
   int64_t first_block = 0;
   bool seed_has_offset = false;  // seed[1] is added to the stream
-  // Neighbours in memory are `inner` different runs of logical order (channels_last: channels); 1 where both orders agree.
+  // Neighbours in memory are `inner` different runs of logical order (channels_last: channels); 1
+  // where both orders agree.
   int64_t inner = 1;
 };
 

@@ -207,7 +207,8 @@ struct CpuLoop {
           DC_UNROLL
           for (int k = 0; k < kIn; ++k) ahead.at[k] = reinterpret_cast<const char*>(in[k] + i);
           DC_UNROLL
-          for (int k = 0; k < kOut; ++k) ahead.at[kIn + k] = reinterpret_cast<const char*>(out[k] + i);
+          for (int k = 0; k < kOut; ++k)
+            ahead.at[kIn + k] = reinterpret_cast<const char*>(out[k] + i);
           xs[kIn] = noise.template tile<S>(row, first + i, m, ahead);
         }
         DC_UNROLL

@@ -64,7 +64,8 @@ DC_HD Side<V> each(F f) {
   for (int i = 0; i < kSide; ++i) y.v[i] = f(i);
   return y;
 }
-#define DC_EACH(...) each<V>([&]([[maybe_unused]] int i) __attribute__((always_inline)) { return __VA_ARGS__; })
+#define DC_EACH(...) \
+  each<V>([&]([[maybe_unused]] int i) __attribute__((always_inline)) { return __VA_ARGS__; })
 template <class V>
 DC_HD Side<V> operator^(const Side<V>& a, const Side<V>& b) {
   return DC_EACH(a.v[i] ^ b.v[i]);

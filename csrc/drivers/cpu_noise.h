@@ -22,18 +22,52 @@ DC_HD VectorF interleave(VectorF a, VectorF b) {
   return __builtin_shuffle(a, b, from);
 }
 
+// Stores four vectors four by four, transposed: the first number of each, the second of each, ...
+// in every 128-bit part.
+DC_HD void store_transposed(VectorF a, VectorF b, VectorF c, VectorF d, float* z) {
+  const VectorF ab = interleave<0, 1>(a, b), ab2 = interleave<2, 1>(a, b);
+  const VectorF cd = interleave<0, 1>(c, d), cd2 = interleave<2, 1>(c, d);
+  const VectorF out[4] = {interleave<0, 2>(ab, cd), interleave<2, 2>(ab, cd),
+                          interleave<0, 2>(ab2, cd2), interleave<2, 2>(ab2, cd2)};
+  __builtin_memcpy(z, out, sizeof(out));
+}
+
+// The block in each 64-bit lane, such that Drawer::draw packs and transposes it into its place.
+struct LaneBlocks {
+  uint64_t at[kSide][kWidth / 2] = {};
+  constexpr LaneBlocks() {
+    constexpr int kParts = kVectorBytes / 16;  // of 128 bits
+    for (int b = 0; b < kDrawBlocks; ++b) {
+      const int in_group = b % kWidth, lane = in_group % kParts * 4 + in_group / kParts;
+      at[b / kWidth * 2 + lane % 2][lane / 2] = uint64_t(b);
+    }
+  }
+};
+constexpr LaneBlocks kLaneBlocks;
+
 class Drawer {
  public:
   // Blocks 0, 1, ... of one sample.
   void set(const NoiseKey& key) {
-    for (int b = 0; b < kDrawBlocks; ++b) put(b, key, uint32_t(b));
+    for (int i = 0; i < kSide; ++i) {
+      __builtin_memcpy(&block_.v[i], kLaneBlocks.at[i], sizeof(VectorU64));
+      block_.v[i] += uint64_t(key.first_block);
+    }
+    for (int k = 0; k < 2; ++k) id_[k] = VectorLanes::word(key.id[k]);
+    set_common(key);
   }
   // `blocks` blocks of each row from `row` on.
   void set(const NoiseSource& noise, int64_t row, int64_t rows, int blocks) {
-    for (int b = 0; b < kDrawBlocks; ++b) {
-      const int64_t of = row + b / blocks;
-      put(b, noise_key(noise, of < rows ? of : rows - 1), uint32_t(b % blocks));
+    for (int i = 0; i < kSide; ++i) {
+      for (int lane = 0; lane < kWidth / 2; ++lane) {
+        const int b = int(kLaneBlocks.at[i][lane]);
+        const int64_t of = row + b / blocks;
+        const NoiseKey key = noise_key(noise, of < rows ? of : rows - 1);
+        block_.v[i][lane] = key.first_block + uint32_t(b % blocks);
+        for (int k = 0; k < 2; ++k) id_[k].v[i][lane] = key.id[k];
+      }
     }
+    set_common(noise_key(noise, row));
   }
 
   // z[4 b + j] = normal j of block b, after adding `first` to the number of every block
@@ -41,41 +75,27 @@ class Drawer {
     using L = VectorLanes;
     L::Word c[4] = {block_ + uint64_t(first), L::word(stream_), id_[0], id_[1]};
     philox<L>(c, key_[0], key_[1]);
-    VectorU w[4][kSide / 2];
-    DC_UNROLL
-    for (int k = 0; k < 4; ++k)
-      DC_UNROLL
-      for (int g = 0; g < kSide / 2; ++g)
-        w[k][g] = VectorU((c[k].v[2 * g] & 0xffffffffu) | (c[k].v[2 * g + 1] << 32));
+    // Each group of two vectors of words makes two pairs of vectors for box_muller.
     L::U u, v;
     DC_UNROLL
-    for (int i = 0; i < kSide; ++i) {
-      u.v[i] = w[i % 2 * 2][i / 2];
-      v.v[i] = w[i % 2 * 2 + 1][i / 2];
+    for (int g = 0; g < kSide; g += 2) {
+      const auto packed = [&](int k) {
+        return VectorU((c[k].v[g] & 0xffffffffu) | (c[k].v[g + 1] << 32));
+      };
+      u.v[g] = packed(0);
+      v.v[g] = packed(1);
+      u.v[g + 1] = packed(2);
+      v.v[g + 1] = packed(3);
     }
     L::F a, b;
     box_muller<L>(u, v, a, b);
     DC_UNROLL
-    for (int g = 0; g < kSide / 2; ++g) {
-      // Four by four, in each 128-bit part.
-      const VectorF low = interleave<0, 1>(a.v[2 * g], b.v[2 * g]);
-      const VectorF high = interleave<2, 1>(a.v[2 * g], b.v[2 * g]);
-      const VectorF low2 = interleave<0, 1>(a.v[2 * g + 1], b.v[2 * g + 1]);
-      const VectorF high2 = interleave<2, 1>(a.v[2 * g + 1], b.v[2 * g + 1]);
-      const VectorF out[4] = {interleave<0, 2>(low, low2), interleave<2, 2>(low, low2),
-                              interleave<0, 2>(high, high2), interleave<2, 2>(high, high2)};
-      __builtin_memcpy(z + g * 4 * kWidth, out, sizeof(out));
-    }
+    for (int g = 0; g < kSide; g += 2)
+      store_transposed(a.v[g], b.v[g], a.v[g + 1], b.v[g + 1], z + g / 2 * 4 * kWidth);
   }
 
  private:
-  // Puts a block into the lane where `draw` packs and transposes it into its place.
-  void put(int b, const NoiseKey& key, uint32_t block) {
-    constexpr int kParts = kVectorBytes / 16;  // of 128 bits
-    const int in_group = b % kWidth, lane = in_group % kParts * 4 + in_group / kParts;
-    const int vector = b / kWidth * 2 + lane % 2;
-    block_.v[vector][lane / 2] = key.first_block + block;
-    for (int k = 0; k < 2; ++k) id_[k].v[vector][lane / 2] = key.id[k];
+  void set_common(const NoiseKey& key) {
     for (int k = 0; k < 2; ++k) key_[k] = key.key[k];
     stream_ = key.stream;
   }
@@ -93,8 +113,8 @@ class RowNoise {
     blocks_ = task.cols <= kDraw / 2 ? int((task.cols + 3) / 4) : 0;
   }
 
-  // Memory that will be wanted for the columns about to be drawn: fetched meanwhile, because drawing
-  // leaves the memory idle otherwise.
+  // Memory that will be wanted for the columns about to be drawn: fetched meanwhile, because
+  // drawing leaves the memory idle otherwise.
   struct Ahead {
     const char* at[kMaxIn + kMaxOut];
     int count;
@@ -102,8 +122,7 @@ class RowNoise {
   };
 
   // `first` is a multiple of kAtOnce. So many columns from there as the row has, up to kAtOnce.
-  __attribute__((noinline)) const float* columns(int64_t row, int64_t first,
-                                                 const Ahead& ahead) {
+  __attribute__((noinline)) const float* columns(int64_t row, int64_t first, const Ahead& ahead) {
     if (blocks_ && task_.noise.inner == 1) {  // short rows: several in a draw
       if (row < row_ || row >= row_ + kDrawBlocks / blocks_) {
         drawer_.set(task_.noise, row, task_.rows, blocks_);

@@ -16,11 +16,11 @@ struct OpList {
 
 using AllOps =
     OpList<Scale, ScaleTwice, LinearCombination, LinearPair,  // linear.h
-           Drawn<Randn>, Drawn<LinearCombination>, Drawn<LinearPair>,
-           ReverseStep, ReverseStepNoise, ReverseStepGuided,
-           ReverseStepGuidedNoise,                               // reverse_step.h
-           Drawn<ReverseStepNoise>, Drawn<ReverseStepGuidedNoise>,  //
-           ReverseStepBackward, ReverseStepGuidedBackward,       //
+           Drawn<Randn>, Drawn<LinearCombination>, Drawn<LinearPair>, ReverseStep, ReverseStepNoise,
+           ReverseStepGuided,
+           ReverseStepGuidedNoise,                                          // reverse_step.h
+           Drawn<ReverseStepNoise>, Drawn<ReverseStepGuidedNoise>,          //
+           ReverseStepBackward, ReverseStepGuidedBackward,                  //
            NormalKl, NormalKlSum, NormalKlBackward, NormalKlBackwardFirst,  // gaussian.h
            NormalKlBackwardSecond, NormalKlSumBackward, NormalKlSumBackwardFirst,
            NormalKlSumBackwardSecond,                                        //
@@ -30,8 +30,9 @@ using AllOps =
            GaussianNllSumBackward, GaussianNllSumBackwardParameters,  //
            Reparameterize, ReparameterizeBackward, ReparameterizeKl, ReparameterizeKlBackward,
            Drawn<Reparameterize>, Drawn<ReparameterizeBackward>, Drawn<ReparameterizeKl>,
-           Drawn<ReparameterizeKlBackward>,                                 //
-           TargetLoss, TargetLossGradient, MixedTargetLoss, MixedTargetLossGradient, Rescale,  // loss.h
+           Drawn<ReparameterizeKlBackward>,  //
+           TargetLoss, TargetLossGradient, MixedTargetLoss, MixedTargetLossGradient,
+           Rescale,  // loss.h
            Drawn<TargetLoss>, Drawn<TargetLossGradient>, Drawn<MixedTargetLoss>,
            Drawn<MixedTargetLossGradient>>;
 

@@ -1,7 +1,7 @@
-// Denoising losses: weighted squared error to a target, summed over each row and scaled by weight / n.
-// Where a gradient is wanted it is made in the same pass, as if the upstream gradient were the one
-// expected; Rescale mends it where another comes. Where none is expected (0: in float16, for which
-// weight and gradient may be too much or too little) the error itself is left for Rescale.
+// Denoising losses: weighted squared error to a target, summed over each row and scaled by weight /
+// n. Where a gradient is wanted it is made in the same pass, as if the upstream gradient were the
+// one expected; Rescale mends it where another comes. Where none is expected (0: in float16, for
+// which weight and gradient may be too much or too little) the error itself is left for Rescale.
 #pragma once
 
 #include "core/math.h"
