@@ -4,12 +4,11 @@
 // any memory is touched, and Python says what was wrong.
 #include <pybind11/pybind11.h>
 
-#include <algorithm>
 #include <string>
 
-#include "core/dlpack_abi.h"
 #include "kernel_table.h"
 #include "ops/all.h"
+#include "tensor.h"
 
 #ifndef DIFFCORE_BUILD_FLAGS
 #define DIFFCORE_BUILD_FLAGS ""
@@ -48,83 +47,6 @@ bool borrow(PyObject* object, dlpack::Tensor* out) {
   if (g_bindings.torch->borrow(object, out) != 0) throw py::error_already_set();
   if (out->byte_offset) out->data = static_cast<char*>(out->data) + out->byte_offset;
   return true;
-}
-
-Dtype dtype_of(const dlpack::DataType& type) {
-  if (type.lanes != 1) return kNoDtype;
-  if (type.code == dlpack::kFloat && type.bits == 32) return kF32;
-  if (type.code == dlpack::kFloat && type.bits == 64) return kF64;
-  if (type.code == dlpack::kFloat && type.bits == 16) return kF16;
-  if (type.code == dlpack::kBfloat && type.bits == 16) return kBf16;
-  return kNoDtype;
-}
-int64_t item_size(Dtype dtype) { return dtype == kF64 ? 8 : dtype == kF32 ? 4 : 2; }
-
-int64_t count(const dlpack::Tensor& x) {
-  int64_t n = 1;
-  for (int d = 0; d < x.ndim; ++d) n *= x.shape[d];
-  return n;
-}
-
-bool contiguous(const dlpack::Tensor& x) {
-  int64_t expected = 1;
-  for (int d = x.ndim - 1; d >= 0; --d) {
-    if (x.shape[d] != 1 && x.strides[d] != expected) return false;
-    expected *= x.shape[d];
-  }
-  return true;
-}
-
-// Every element of the tensor once, in some order, without gaps; with `by_row`, sample after
-// sample.
-bool dense(const dlpack::Tensor& x, bool by_row) {
-  if (contiguous(x) || count(x) == 0) return true;  // an empty tensor's strides mean nothing
-  constexpr int kMaxDims = 16;
-  if (x.ndim > kMaxDims) return false;
-  int order[kMaxDims], dims = 0;
-  for (int d = 0; d < x.ndim; ++d)
-    if (x.shape[d] != 1) order[dims++] = d;
-  std::sort(order, order + dims, [&](int a, int b) { return x.strides[a] < x.strides[b]; });
-  int64_t expected = 1;
-  for (int i = 0; i < dims; ++i) {
-    if (x.strides[order[i]] != expected) return false;
-    expected *= x.shape[order[i]];
-  }
-  return !by_row || x.shape[0] == 1 || order[dims - 1] == 0;
-}
-
-// How a row of a dense tensor lies in memory: 1 in row-major order, n where neighbours are elements
-// of n equal runs of that order in turn (channels_last: the channels), 0 in any other order.
-int64_t runs_of_row(const dlpack::Tensor& x) {
-  if (contiguous(x)) return 1;
-  constexpr int kMaxDims = 16;
-  int order[kMaxDims], dims = 0;  // from the last dimension to the first
-  for (int d = x.ndim - 1; d > 0; --d)
-    if (x.shape[d] != 1) order[dims++] = d;
-  if (!dims) return 1;
-  int fastest = 0;
-  for (int i = 1; i < dims; ++i)
-    if (x.strides[order[i]] < x.strides[order[fastest]]) fastest = i;
-  int64_t runs = 1, expected = 1;
-  for (int i = 0; i < dims; ++i) {  // row-major order, begun elsewhere
-    const int at = (fastest + i) % dims;
-    if (x.strides[order[at]] != expected) return 0;
-    expected *= x.shape[order[at]];
-    if (fastest && at >= fastest) runs = expected;
-  }
-  return runs;
-}
-
-bool same_shape(const dlpack::Tensor& a, const dlpack::Tensor& b) {
-  return a.ndim == b.ndim && std::equal(a.shape, a.shape + a.ndim, b.shape);
-}
-bool same_strides(const dlpack::Tensor& a, const dlpack::Tensor& b) {
-  for (int d = 0; d < a.ndim; ++d)
-    if (a.shape[d] != 1 && a.strides[d] != b.strides[d]) return false;
-  return true;
-}
-bool same_device(const dlpack::Tensor& a, const dlpack::Tensor& b) {
-  return a.device.type == b.device.type && a.device.id == b.device.id;
 }
 
 class Call {
@@ -305,6 +227,9 @@ class Call {
   Status read_tensors(py::tuple outs, py::tuple ins, const dlpack::Tensor& first) {
     if (!dense(first, by_row_)) return kLayout;
     if (info_->draws) {
+      constexpr int64_t kBlocks = int64_t(1) << 32;
+      if (rows_ && task_.noise.first_block + (elements_ / rows_ + 3) / 4 > kBlocks)
+        return kBadArguments;
       // Long runs draw well; short ones do not, nor does an order of another kind.
       constexpr int64_t kMostRuns = 64;
       task_.noise.inner = runs_of_row(first);

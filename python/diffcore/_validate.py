@@ -180,6 +180,9 @@ def _check_noise(noise: tuple[Any, ...], rows: int, first: Tensor) -> None:
         if name == "sample_ids" and part.ndim and len(part) != rows:
             raise ValueError(f"sample_ids has {len(part)} entries; wanted {rows}, one per sample")
         _check_memory(name, part)
+    end = noise[3] + first.numel() // max(rows, 1)
+    if end > 2**34:
+        raise ValueError(f"noise reaches element {end} of a sample; wanted at most 2^34 = {2**34}")
 
 
 def _is_traced(x: Tensor) -> bool:
