@@ -95,6 +95,11 @@ def start(
         recipe = noise
     if step_noise is None:
         step_noise = recipe or PhiloxNoise.from_generator(generator, device=x.device)
+    elif not isinstance(step_noise, (Tensor, PhiloxNoise)) and not callable(step_noise):
+        raise TypeError(
+            "step_noise must be a tensor, a PhiloxNoise or a function (i, x) -> noise, "
+            f"got {type(step_noise).__name__}"
+        )
     return x, step_noise
 
 
@@ -145,7 +150,11 @@ def _of_step(step_noise: StepNoise, i: int, x: Tensor) -> Noise:
     if isinstance(step_noise, PhiloxNoise):
         return step_noise.at(step_noise.stream + 1 + i)
     if not isinstance(step_noise, Tensor):
-        return step_noise(i, x)
+        noise = step_noise(i, x)
+        if not isinstance(noise, (Tensor, PhiloxNoise)):
+            kind = type(noise).__name__
+            raise TypeError(f"step_noise must return a tensor or a PhiloxNoise, got {kind}")
+        return noise
     if step_noise.shape[1:] != x.shape or i >= len(step_noise):
         raise ValueError(
             f"step_noise must have shape [S, {', '.join(map(str, x.shape))}] with S the number of "

@@ -35,7 +35,12 @@ def min_snr_weights(snr: Tensor, *, gamma: float = 5.0, prediction_type: str = "
     snr = snr.to(torch.float64)
     if prediction_type == "epsilon":
         return gamma / snr.clamp_min(gamma)
-    return _of_prediction(snr.clamp_max(gamma), snr, prediction_type)
+    capped = snr.clamp_max(gamma)
+    if prediction_type == "sample":
+        return capped
+    if prediction_type == "v_prediction":
+        return capped / (snr + 1)
+    return capped / (snr.sqrt() + 1) ** 2
 
 
 def edm_weights(
@@ -68,14 +73,11 @@ def edm_weights(
     snr = snr.to(torch.float64)
     if prediction_type == "epsilon":
         return 1 + 1 / (snr * sigma_data**2)
-    return _of_prediction(snr + sigma_data**-2, snr, prediction_type)
-
-
-def _of_prediction(weight: Tensor, snr: Tensor, prediction_type: str) -> Tensor:
-    """A weight on the error of x_0 as one on the error of the prediction, save epsilon's."""
     if prediction_type == "sample":
-        return weight
-    return weight / (snr + 1 if prediction_type == "v_prediction" else (snr.sqrt() + 1) ** 2)
+        return snr + sigma_data**-2
+    power, root = (1, snr) if prediction_type == "v_prediction" else (2, snr.sqrt())
+    # root / (root + 1), which is 1 where there is no noise
+    return (1 / (1 + 1 / root)) ** power + 1 / (sigma_data * sigma_data * (root + 1) ** power)
 
 
 def _check(snr: Tensor, prediction_type: str) -> None:
