@@ -3,6 +3,7 @@
     python -m benchmarks.bench_sampling [--device auto|cpu|cuda] [--out FOLDER-OR-FILE] [--quick]
 
 "Solver alone" stands for an infinitely fast network: its output is a tensor that is already there.
+DDPM draws noise in every step: diffcore inside the step's kernel, the others into memory.
 With the demo's U-Net the same loops show what is left of the gain. On CUDA the loops are also run
 as CUDA graphs, and diffusers' scheduler takes part where it is installed.
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import importlib.util
+import itertools
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -29,7 +31,7 @@ from benchmarks.bench_training import row
 from benchmarks.contest import check_outputs
 from benchmarks.machine import RESULTS
 from benchmarks.timing import Budget, Call, interleave
-from diffcore import ops
+from diffcore import PhiloxNoise, ops
 from diffcore.coefficients import ddim_coefficients, ddpm_coefficients
 from diffcore.diffusion import GaussianDiffusion
 from diffcore.schedules import make_betas
@@ -40,6 +42,7 @@ UNET_SHAPE = (64, 1, 28, 28)
 
 Model = Callable[[Tensor, Tensor], Tensor]
 Numbers = list[tuple[float, ...]]
+Noises = Callable[[Tensor], Tensor]
 
 
 class Sampler:
@@ -73,16 +76,22 @@ class Sampler:
         self.numbers: Numbers = [tuple(r) for r in self.table.tolist()]
         self.levels: Numbers = [tuple(r) for r in torch.stack(levels, 1).tolist()]
 
-    def library(self, model: Model, start: Tensor) -> Tensor:
-        """The loop of GaussianDiffusion."""
+    def library(self, model: Model, start: Tensor, noise: PhiloxNoise | None = None) -> Tensor:
+        """The loop of GaussianDiffusion; the noise of its steps is drawn inside the kernel."""
         if self.kind == "DDPM":
             loop = self.diffusion.p_sample_loop
         else:
             loop = self.diffusion.ddim_sample_loop
-        return loop(model, start.shape, num_steps=self.steps, noise=start)
+        return loop(model, start.shape, num_steps=self.steps, noise=start, step_noise=noise)
 
-    def hand_written(self, model: Model, start: Tensor) -> Tensor:
-        """The formulas in plain PyTorch, with coefficients that are already numbers."""
+    def hand_written(self, model: Model, start: Tensor, noise: Noises = torch.randn_like) -> Tensor:
+        """The formulas in plain PyTorch, with coefficients that are already numbers.
+
+        Args:
+            model: the network.
+            start: x_T.
+            noise: what draws the noise of a step, called once a step.
+        """
         x = start
         for i in reversed(range(self.steps)):
             t = torch.full(start.shape[:1], self.timesteps[i], device=self.device)
@@ -96,7 +105,7 @@ class Sampler:
             c_x, _, c_0, c_z = self.numbers[i][:4]
             x = c_0 * x0 + c_x * x
             if i:
-                x = x + c_z * torch.randn_like(x)
+                x = x + c_z * noise(x)
         return x
 
     def diffusers(self, scheduler: Any, model: Model, start: Tensor) -> Tensor:
@@ -160,16 +169,23 @@ class Sampler:
 
 
 def check(sampler: Sampler, model: Model, start: Tensor) -> None:
-    """Checks the DDIM loop against the hand-written one in float64.
+    """Checks the loop against the hand-written one in float64, with the same noise in every step.
 
     Raises:
         WrongResultError: it is further away than twice the hand-written loop in float32.
     """
-    if sampler.kind == "DDIM":
-        found = sampler.library(model, start)
-        by_hand = sampler.hand_written(model, start)
-        truth = sampler.hand_written(lambda x, t: model(x.float(), t).double(), start.double())
-        check_outputs("diffcore's DDIM loop", [found], [by_hand], [truth], whole=True)
+    recipe = PhiloxNoise(2026)
+
+    def noises() -> Noises:
+        """Step i of the loop draws from the stream i + 1; in float32, whatever asks."""
+        streams = itertools.count(1)
+        return lambda x: recipe.at(next(streams)).tensor(x.shape, device=x.device)
+
+    found = sampler.library(model, start, recipe)
+    by_hand = sampler.hand_written(model, start, noises())
+    wide = start.double()
+    truth = sampler.hand_written(lambda x, t: model(x.float(), t).double(), wide, noises())
+    check_outputs(f"diffcore's {sampler.kind} loop", [found], [by_hand], [truth], whole=True)
 
 
 @torch.no_grad()

@@ -3,7 +3,9 @@
     python -m benchmarks.bench_training [--device auto|cpu|cuda] [--out FOLDER-OR-FILE] [--quick]
 
 The diffusion part is what surrounds the network: noise, x_t, the loss and the gradient that the
-network gets. Beside the whole step stands the network alone, which no library can make faster.
+network gets. Where the noise is drawn, eager PyTorch and ``torch.compile`` draw it into memory,
+diffcore inside its kernels. Beside the whole step stands the network alone, which no library can
+make faster.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ from benchmarks import memory, report
 from benchmarks.contest import check_outputs
 from benchmarks.machine import RESULTS, why_no_compile
 from benchmarks.timing import Budget, Call, interleave
-from diffcore import ops
+from diffcore import PhiloxNoise, ops
 from diffcore.diffusion import GaussianDiffusion
 from diffcore.schedules import make_betas
 
@@ -37,11 +39,12 @@ PART_SHAPES = {"cpu": [(64, 3, 32, 32), (64, 3, 128, 128)], "cuda": [(256, 3, 64
 PART_SHAPES["cuda"].append((256, 3, 256, 256))
 KINDS = ("epsilon", "v_prediction")
 
-Part = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+Noise = Tensor | PhiloxNoise | None
+Part = Callable[[Tensor, Tensor, Any, Tensor], tuple[Tensor, Tensor]]
 
 
 def eager_part(
-    kind: str, tables: Sequence[Tensor], m: Tensor, x0: Tensor, noise: Tensor, t: Tensor
+    kind: str, tables: Sequence[Tensor], m: Tensor, x0: Tensor, noise: Tensor | None, t: Tensor
 ) -> tuple[Tensor, Tensor]:
     """What one writes by hand: tables gathered at t, x_t, and the mean squared error.
 
@@ -50,12 +53,14 @@ def eager_part(
         tables: alpha and sigma, `[T]`, in the dtype of the samples.
         m: the network's output, which does not wait for x_t here.
         x0: clean samples.
-        noise: standard normal.
+        noise: standard normal; None to draw it.
         t: timesteps `[B]`.
 
     Returns:
         x_t, and the loss.
     """
+    if noise is None:
+        noise = torch.randn_like(x0)
     alpha, sigma = (table[t].reshape(-1, 1, 1, 1) for table in tables)
     x_t = alpha * x0 + sigma * noise
     target = noise if kind == "epsilon" else alpha * noise - sigma * x0
@@ -68,10 +73,10 @@ def diffcore_part(
     levels: Mapping[str, Tensor],
     m: Tensor,
     x0: Tensor,
-    noise: Tensor,
+    noise: Noise,
     t: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """The same through diffcore: two launches forward.
+    """The same through diffcore: two launches forward, none backward.
 
     Args:
         kind: "epsilon" or "v_prediction".
@@ -79,21 +84,24 @@ def diffcore_part(
         levels: alpha and sigma, its columns, where the target needs them.
         m: the network's output.
         x0: clean samples.
-        noise: standard normal.
+        noise: standard normal, or a recipe; None for a recipe seeded by torch's generator, whose
+            noise is drawn in both launches and never stored.
         t: timesteps `[B]`.
 
     Returns:
         x_t, and the loss.
     """
+    if noise is None:
+        noise = PhiloxNoise.from_generator(device=x0.device)
     x_t = ops.q_sample(x0, t, noise, table)
     return x_t, ops.denoising_loss(m, x0, noise, prediction_type=kind, t=t, **levels).mean()
 
 
 def gradient(
-    part: Part, m: Tensor, x0: Tensor, noise: Tensor | None, t: Tensor
+    part: Part, m: Tensor, x0: Tensor, noise: Noise, t: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """x_t, the loss, and its gradient in the network's output; the noise is drawn when None."""
-    x_t, loss = part(m, x0, torch.randn_like(x0) if noise is None else noise, t)
+    """x_t, the loss, and its gradient in the network's output."""
+    x_t, loss = part(m, x0, noise, t)
     (g,) = torch.autograd.grad(loss, m)
     return x_t, loss, g
 
@@ -116,7 +124,9 @@ def time_part(
     diffusion = GaussianDiffusion(make_betas("linear", STEPS))
     table = diffusion.schedule.table.to(device)
     tables = [column.float().contiguous() for column in table.unbind(1)]
-    m, x0, noise = (torch.randn(shape, device=device) for _ in range(3))
+    recipe = PhiloxNoise(2026)
+    m, x0 = (torch.randn(shape, device=device) for _ in range(2))
+    noise = recipe.tensor(shape, dtype=x0.dtype, device=device)
     m.requires_grad_()
     t = torch.randint(STEPS, shape[:1], device=device)
     eager = partial(eager_part, kind, tables)
@@ -132,12 +142,10 @@ def time_part(
     wide = partial(eager_part, kind, columns)
     leaf = m.detach().double().requires_grad_()
     truth = gradient(wide, leaf, x0.double(), noise.double(), t)
-    check_outputs(
-        "diffcore",
-        gradient(parts["diffcore"], m, x0, noise, t),
-        gradient(eager, m, x0, noise, t),
-        truth,
-    )
+    by_hand = gradient(eager, m, x0, noise, t)
+    # With the noise drawn as well: it is this very noise.
+    for source in (noise, recipe):
+        check_outputs("diffcore", gradient(ours, m, x0, source, t), by_hand, truth)
     rows = []
     for given, text in ((noise, "noise given"), (None, "noise drawn")):
         calls = {n: [partial(gradient, p, m, x0, given, t)] for n, p in parts.items()}
@@ -180,15 +188,20 @@ def time_unet(device: torch.device, budget: Budget, quick: bool) -> dict[str, An
     # Its last layer starts at zero, which would leave nothing to check.
     torch.nn.init.normal_(first.get_parameter("out.weight"), std=0.1)
 
-    def eager_loss(model: torch.nn.Module, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+    def eager_loss(
+        model: torch.nn.Module, x0: Tensor, t: Tensor, noise: Tensor | None = None
+    ) -> Tensor:
+        noise = torch.randn_like(x0) if noise is None else noise
         alpha, sigma = (c.to(x0.dtype)[t].reshape(-1, 1, 1, 1) for c in tables)
         output: Tensor = model(alpha * x0 + sigma * noise, t)
         return torch.nn.functional.mse_loss(output, noise)
 
-    def diffcore_loss(model: torch.nn.Module, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+    def diffcore_loss(
+        model: torch.nn.Module, x0: Tensor, t: Tensor, noise: Tensor | None = None
+    ) -> Tensor:
         return diffusion.training_losses(model, x0, t, noise)["loss"].mean()
 
-    def network_loss(model: torch.nn.Module, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+    def network_loss(model: torch.nn.Module, x0: Tensor, t: Tensor) -> Tensor:
         # A sum is the cheapest loss there is: its gradient is one number.
         total: Tensor = model(x0, t).sum()
         return total
@@ -199,7 +212,7 @@ def time_unet(device: torch.device, budget: Budget, quick: bool) -> dict[str, An
     def step(loss: Callable[..., Tensor], model: torch.nn.Module, optimizer: Any) -> None:
         t = torch.randint(steps, (batch,), device=device)
         optimizer.zero_grad()
-        loss(model, x0, t, torch.randn_like(x0)).backward()
+        loss(model, x0, t).backward()
         optimizer.step()
 
     losses = {"diffcore": diffcore_loss, "eager": eager_loss, "network alone": network_loss}

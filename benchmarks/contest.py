@@ -23,10 +23,12 @@ from cases import BY_NAME, Arguments, OpCase, as_tuple
 
 __all__ = [
     "BY_NAME",
+    "Arguments",
     "Compiler",
     "Contest",
     "OpCase",
     "WrongResultError",
+    "as_tuple",
     "check_outputs",
     "copy_calls",
     "make_inputs",
@@ -86,6 +88,13 @@ def bound(function: Callable[..., Any], *leading: Any, **given: Any) -> Call:
     return partial(function, *call.args, **call.kwargs)
 
 
+def _mean(forward: Call) -> Tensor:
+    """What is done with a number for each sample: its mean over the batch is what one minimises."""
+    numbers: Any = forward()
+    mean: Tensor = numbers.mean()
+    return mean
+
+
 def _step(forward: Call, leaves: Sequence[Tensor], upstream: Sequence[Tensor]) -> Any:
     """Forward and backward; gradients are returned, not accumulated; None for an unused input."""
     return torch.autograd.grad(as_tuple(forward()), leaves, upstream, allow_unused=True)
@@ -117,8 +126,12 @@ class Contest:
         found: list[Call] = []
         for forward, args in zip(forwards, self.sets, strict=True):
             leaves = [args.tensors[name] for name in self.case.differentiable]
-            upstream = _upstream(as_tuple(forward()))
-            found.append(partial(_step, forward, leaves, upstream))
+            outputs = as_tuple(forward())
+            whole = forward
+            if len(outputs) == 1 and outputs[0].ndim == 1 < leaves[0].ndim:
+                whole = partial(_mean, forward)
+                outputs = (whole(),)
+            found.append(partial(_step, whole, leaves, _upstream(outputs)))
         return found
 
     def into(self) -> list[Call]:
@@ -135,9 +148,15 @@ class Contest:
 
 
 def _upstream(outputs: Sequence[Tensor]) -> list[Tensor]:
-    """Gradients from above: the same numbers for every contestant, in the dtype of its outputs."""
+    """Gradients from above: the same numbers for every contestant, in the dtype of its outputs.
+
+    One number is what ``.backward()`` is called on: its gradient is 1.
+    """
     found = []
     for output in outputs:
+        if output.ndim == 0:
+            found.append(torch.ones_like(output))
+            continue
         generator = torch.Generator(device=output.device).manual_seed(1)
         g = torch.randn(output.shape, generator=generator, device=output.device)
         # Rounded to bfloat16, so that every dtype gets exactly the same.

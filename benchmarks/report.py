@@ -19,6 +19,7 @@ from diffcore import _native
 Row = Mapping[str, Any]
 Table = tuple[list[str], list[list[str]]]
 SCHEMA = 1
+LEFT = {"op", "mode", "dtype", "shape", "where", "what", "contestant"}  # columns of text
 
 
 # ---- what the scripts share -----------------------------------------------------------------
@@ -191,6 +192,15 @@ def ops_table(rows: Sequence[Row]) -> Table:
     ]
 
 
+def noise_table(rows: Sequence[Row]) -> Table:
+    """As for the ops, and what is special about a row: its layout, one core alone."""
+    header, body = ops_table(rows)
+    header.insert(4, "where")
+    for cells, r in zip(body, rows, strict=True):
+        cells.insert(4, r["where"])
+    return header, body
+
+
 def overhead_table(rows: Sequence[Row]) -> Table:
     """What a call costs the host."""
     return ["op", "mode", "diffcore", "eager", "× eager"], [
@@ -242,6 +252,7 @@ def whole_table(rows: Sequence[Row]) -> Table:
 
 TABLES: dict[str, Callable[[Sequence[Row]], Table]] = {
     "ops": ops_table,
+    "noise": noise_table,
     "overhead": overhead_table,
     "memory": memory_table,
     "training": whole_table,
@@ -259,7 +270,7 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, title: 
         return
     table = RichTable(title=title, title_justify="left", box=None, header_style="bold")
     for name in header:
-        left = name in ("op", "mode", "dtype", "shape", "what", "contestant")
+        left = name in LEFT
         table.add_column(name, justify="left" if left else "right", no_wrap=True)
     for row in rows:
         table.add_row(*row)
@@ -278,8 +289,7 @@ def _print_plain(header: Sequence[str], rows: Sequence[Sequence[str]], title: st
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table in Markdown; numbers to the right."""
-    left = {"op", "mode", "dtype", "shape", "what", "contestant"}
     lines = [f"| {' | '.join(header)} |"]
-    lines.append("|" + "|".join(":--" if name in left else "--:" for name in header) + "|")
+    lines.append("|" + "|".join(":--" if name in LEFT else "--:" for name in header) + "|")
     lines += [f"| {' | '.join(row)} |" for row in rows]
     return "\n".join(lines)
