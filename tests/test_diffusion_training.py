@@ -8,6 +8,7 @@ from toys import BETAS, EPS, half
 
 from diffcore.diffusion import GaussianDiffusion
 from diffcore.losses import min_snr_weights
+from diffcore.noise import PhiloxNoise
 
 # ---- training -----------------------------------------------------------------------------------
 
@@ -42,17 +43,22 @@ def test_training_losses_are_algorithm_1(prediction_type):
     torch.testing.assert_close(weighted["loss"], weights[t] * loss, rtol=4 * EPS, atol=0)
 
 
-def test_training_draws_its_noise_from_torch():
+def test_torchs_generator_seeds_the_noise_of_training():
     d = GaussianDiffusion(BETAS)
     x, t = torch.randn(2, 3), torch.tensor([3, 9])
-    torch.manual_seed(3)
-    drawn = d.training_losses(half, x, t)["loss"]
-    torch.manual_seed(3)
-    assert torch.equal(drawn, d.training_losses(half, x, t, noise=torch.randn_like(x))["loss"])
-    torch.manual_seed(3)
-    x_t = d.q_sample(x, t)
-    torch.manual_seed(3)
-    assert torch.equal(x_t, d.q_sample(x, t, noise=torch.randn_like(x)))
+    for call in (
+        lambda **noise: d.training_losses(half, x, t, **noise)["loss"],
+        lambda **noise: d.q_sample(x, t, **noise),
+    ):
+        torch.manual_seed(3)
+        drawn = call()
+        assert not torch.equal(drawn, call())
+        torch.manual_seed(3)
+        assert torch.equal(drawn, call())
+        torch.manual_seed(3)
+        noise = PhiloxNoise.from_generator()
+        assert torch.equal(drawn, call(noise=noise))
+        assert torch.equal(drawn, call(noise=noise.tensor((2, 3))))
 
 
 def test_one_int_means_the_same_time_for_all():

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.distributions import Normal, kl_divergence
 
-from diffcore import ops
+from diffcore import PhiloxNoise, ops
 from diffcore.vae import DiagonalGaussianDistribution, elbo, reconstruction_loss, vae_loss
 
 EPS = torch.finfo(torch.float64).eps
@@ -82,13 +82,17 @@ def test_sample_and_kl_in_one_pass(shape):
     def seeded():
         return torch.Generator().manual_seed(5)
 
-    noise = torch.randn(posterior.mean.shape, generator=seeded(), dtype=torch.float64)
+    recipe = PhiloxNoise.from_generator(seeded())
+    noise = recipe.tensor(posterior.mean.shape, dtype=torch.float64)
     z, kl = posterior.sample_kl(seeded())
     assert torch.equal(z, posterior.sample(seeded()))
     torch.testing.assert_close(
         z, posterior.mean + posterior.std * noise, rtol=8 * EPS, atol=16 * EPS
     )
     assert torch.equal(kl, posterior.kl())
+    for given in (recipe, noise):
+        assert torch.equal(z, posterior.sample(noise=given))
+        assert all(map(torch.equal, posterior.sample_kl(noise=given), (z, kl)))
 
 
 def test_torchs_seed_governs_samples():
