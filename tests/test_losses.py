@@ -54,13 +54,15 @@ def test_edm_weights_are_karras_weight_on_the_error_of_x0(prediction_type, sigma
             assert abs(weights[t].item() - truth) <= 8 * EPS * truth
 
 
-def test_edm_weights_at_zero_snr():
-    ends = torch.tensor([0.0])
-    weights = {p: edm_weights(ends, prediction_type=p).item() for p in PREDICTION_TYPES}
-    # Every error of epsilon is an infinite one of x_0 there.
-    infinity = float("inf")
-    expected = {"epsilon": infinity, "sample": 4.0, "v_prediction": 4.0, "flow_prediction": 4.0}
-    assert weights == expected
+def test_edm_weights_at_the_ends():
+    ends, infinity = torch.tensor([0.0, torch.inf]), float("inf")
+    weights = {p: edm_weights(ends, prediction_type=p).tolist() for p in PREDICTION_TYPES}
+    assert weights == {
+        "epsilon": [infinity, 1.0],  # any error of epsilon is an infinite one of x_0 at first
+        "sample": [4.0, infinity],
+        "v_prediction": [4.0, 1.0],
+        "flow_prediction": [4.0, 1.0],
+    }
 
 
 def test_one_estimate_has_one_loss_whatever_the_model_calls_it():
