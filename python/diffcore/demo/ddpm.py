@@ -11,6 +11,7 @@ from diffcore.demo.config import DemoConfig
 from diffcore.demo.networks import UNet
 from diffcore.demo.training import LossFunction
 from diffcore.diffusion import GaussianDiffusion
+from diffcore.noise import PhiloxNoise
 from diffcore.schedules import make_betas
 
 METRICS = ("loss",)
@@ -47,7 +48,7 @@ def training_loss(diffusion: GaussianDiffusion) -> LossFunction:
 
     def loss(model: nn.Module, x: Tensor, generator: torch.Generator) -> Tensor:
         t = torch.randint(diffusion.num_timesteps, (len(x),), generator=generator).to(x.device)
-        noise = torch.randn(x.shape, generator=generator).to(x.device)
+        noise = PhiloxNoise.from_generator(generator)
         return diffusion.training_losses(model, x, t, noise=noise)["loss"].mean().reshape(1)
 
     return loss
@@ -74,22 +75,17 @@ def held_out_loss(
     order = torch.randperm(len(images), generator=generator)
     timesteps = (order * diffusion.num_timesteps) // len(images)
     total = 0.0
-    for x, t in zip(images.split(_CHUNK), timesteps.split(_CHUNK), strict=True):
-        noise = torch.randn(x.shape, generator=generator).to(x.device)
+    starts = range(0, len(images), _CHUNK)
+    for start, x, t in zip(starts, images.split(_CHUNK), timesteps.split(_CHUNK), strict=True):
+        noise = PhiloxNoise(seed, sample_ids=start)
         losses = diffusion.training_losses(model, x, t.to(x.device), noise=noise)["loss"]
         total += losses.double().sum().item()
     return total / len(images)
 
 
-def step_noise(seed: int) -> Callable[[int, Tensor], Tensor]:
-    """Return a source of step noise for the sampling loops, the same on every device."""
-    generator = torch.Generator().manual_seed(seed)
-    return lambda i, x: torch.randn(x.shape, generator=generator).to(x)
-
-
 def initial_noise(shape: tuple[int, ...], seed: int, device: torch.device) -> Tensor:
     """Return x_T, the same on every device."""
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device)
+    return PhiloxNoise(seed).tensor(shape, device=device)
 
 
 @torch.inference_mode()
@@ -109,7 +105,7 @@ def sample_ddpm(
         ``[B, C, H, W]``.
     """
     return diffusion.p_sample_loop(
-        model, x_T.shape, noise=x_T, step_noise=step_noise(seed), progress=progress
+        model, x_T.shape, noise=x_T, step_noise=PhiloxNoise(seed), progress=progress
     )
 
 
@@ -155,7 +151,7 @@ def forward_strip(
     Returns:
         ``[B, len(timesteps), H, W]``.
     """
-    noise = initial_noise(tuple(images.shape), seed, images.device)
+    noise = PhiloxNoise(seed)
     columns = [
         diffusion.q_sample(images, torch.full((len(images),), t, device=images.device), noise)
         for t in timesteps

@@ -7,10 +7,10 @@ import math
 import torch
 from torch import Tensor, nn
 
-from diffcore import ops
 from diffcore.demo.config import DemoConfig
 from diffcore.demo.networks import ConvVAE
 from diffcore.demo.training import LossFunction
+from diffcore.noise import PhiloxNoise
 from diffcore.vae import DiagonalGaussianDistribution, elbo, vae_loss
 
 METRICS = ("loss", "reconstruction", "kl")
@@ -38,8 +38,7 @@ def training_loss(decoder_std: float) -> LossFunction:
     def loss(model: nn.Module, x: Tensor, generator: torch.Generator) -> Tensor:
         assert isinstance(model, ConvVAE)
         posterior = DiagonalGaussianDistribution(model.encode(x))
-        noise = torch.randn(posterior.mean.shape, generator=generator).to(x.device)
-        z, kl = ops.reparameterize_kl(posterior.mean, posterior.logvar, noise)
+        z, kl = posterior.sample_kl(generator)
         terms = vae_loss(x, model.decode(z), kl, decoder_std=decoder_std)
         return torch.stack([terms[name].mean() for name in METRICS])
 
@@ -64,15 +63,12 @@ def held_out_elbo(
         Means over the images: ``elbo_nats``, ``elbo_nats_per_dim`` (a pixel), its two terms
         ``log_likelihood_nats`` and ``kl_nats``, and ``mse`` a pixel.
     """
-    generator = torch.Generator().manual_seed(seed)
     totals = torch.zeros(3, dtype=torch.float64)
     pixels = math.prod(images.shape[1:])
     constant = 0.5 * pixels * math.log(2 * math.pi * decoder_std**2)
-    for x in images.split(_CHUNK):
+    for start, x in zip(range(0, len(images), _CHUNK), images.split(_CHUNK), strict=True):
         posterior = DiagonalGaussianDistribution(model.encode(x))
-        noise = torch.randn(posterior.mean.shape, generator=generator).to(x.device)
-        z = ops.reparameterize(posterior.mean, posterior.logvar, noise)
-        decoded = model.decode(z)
+        decoded = model.decode(posterior.sample(noise=PhiloxNoise(seed, sample_ids=start)))
         bound = elbo(x, decoded, posterior.mean, posterior.logvar, decoder_std=decoder_std)
         error = (x - decoded).square().flatten(1).mean(1)
         values = (bound - constant, posterior.kl(), error)
@@ -100,8 +96,7 @@ def sample(model: ConvVAE, count: int, *, seed: int, device: torch.device) -> Te
     Returns:
         ``[count, C, H, W]``.
     """
-    generator = torch.Generator().manual_seed(seed)
-    return model.decode(torch.randn(count, model.latent_dim, generator=generator).to(device))
+    return model.decode(PhiloxNoise(seed).tensor((count, model.latent_dim), device=device))
 
 
 @torch.inference_mode()
