@@ -222,6 +222,7 @@ def _reduced(
 
 
 def _loss(kind: str, options: Options, reads: int) -> OpCase:
+    # the gradient is written with the loss, and rescaled in place
     return OpCase(
         f"denoising_loss_{kind}",
         ops.denoising_loss,
@@ -230,7 +231,7 @@ def _loss(kind: str, options: Options, reads: int) -> OpCase:
         lambda b: {"prediction_type": kind, **options(b)},
         ("model_output",),
         reads,
-        reads + 1,
+        3,
     )
 
 
@@ -251,6 +252,16 @@ CASES: list[OpCase] = [
         ops.q_sample,
         formulas.q_sample,
         lambda b: {"t": steps_of(b), "table": NOISE_TABLE},
+    ),
+    OpCase(
+        "q_sample_target",
+        ops.q_sample,
+        ("x0", "noise"),
+        formulas.q_sample,
+        lambda b: {"t": steps_of(b), "table": NOISE_TABLE, "return_target": "v_prediction"},
+        ("x0", "noise"),
+        4,
+        6,
     ),
     _linear("velocity", ops.velocity, formulas.velocity, _levels),
     _linear(
@@ -362,3 +373,6 @@ CASES: list[OpCase] = [
 ]
 
 BY_NAME: dict[str, OpCase] = {case.name: case for case in CASES}
+LOSSES = [case for case in CASES if case.op is ops.denoising_loss]
+NOISED = [case for case in CASES if "noise" in case.tensors]
+"""What takes a recipe in place of the noise."""

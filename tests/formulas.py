@@ -48,12 +48,37 @@ def _at(c: Any, t: Any) -> Any:
     return c if t is None or not getattr(c, "ndim", 0) else c[t]
 
 
-def add_noise(xp: Any, x0: Any, noise: Any, alpha: Any, sigma: Any, t: Any = None) -> Any:
-    return _column(_at(alpha, t), x0) * x0 + _column(_at(sigma, t), x0) * noise
+def target(
+    xp: Any, kind: str, x0: Any, noise: Any, alpha: Any = None, sigma: Any = None, t: Any = None
+) -> Any:
+    """What a model of some prediction type is to say."""
+    return {
+        "epsilon": lambda: noise,
+        "sample": lambda: x0,
+        "v_prediction": lambda: velocity(xp, x0, noise, alpha, sigma, t),
+        "flow_prediction": lambda: noise - x0,
+    }[kind]()
 
 
-def q_sample(xp: Any, x0: Any, noise: Any, t: Any, table: Any) -> Any:
-    return add_noise(xp, x0, noise, table[t, 0], table[t, 1])
+def add_noise(
+    xp: Any,
+    x0: Any,
+    noise: Any,
+    alpha: Any,
+    sigma: Any,
+    t: Any = None,
+    return_target: str | None = None,
+) -> Any:
+    x_t = _column(_at(alpha, t), x0) * x0 + _column(_at(sigma, t), x0) * noise
+    if return_target is None:
+        return x_t
+    return x_t, target(xp, return_target, x0, noise, alpha, sigma, t)
+
+
+def q_sample(
+    xp: Any, x0: Any, noise: Any, t: Any, table: Any, return_target: str | None = None
+) -> Any:
+    return add_noise(xp, x0, noise, table[t, 0], table[t, 1], None, return_target)
 
 
 def velocity(xp: Any, x0: Any, noise: Any, alpha: Any, sigma: Any, t: Any = None) -> Any:
@@ -213,13 +238,8 @@ def denoising_loss(
     weight: Any = None,
     t: Any = None,
 ) -> Any:
-    target = {
-        "epsilon": lambda: noise,
-        "sample": lambda: x0,
-        "v_prediction": lambda: velocity(xp, x0, noise, alpha, sigma, t),
-        "flow_prediction": lambda: noise - x0,
-    }[prediction_type]()
-    loss = _per_sample((model_output - target) ** 2) / max(math.prod(model_output.shape[1:]), 1)
+    error = model_output - target(xp, prediction_type, x0, noise, alpha, sigma, t)
+    loss = _per_sample(error**2) / max(math.prod(model_output.shape[1:]), 1)
     if weight is None:
         return loss
     weight = _at(weight, t)

@@ -10,6 +10,8 @@ import torch
 from bounds import assert_same_bits, each_16_bit, each_case, each_dtype, each_low_dtype
 from cases import (
     BY_NAME,
+    CASES,
+    LOSSES,
     NOISE_TABLE,
     Arguments,
     OpCase,
@@ -102,7 +104,7 @@ def test_gradients_without_kernels_are_within_the_bound(case: OpCase, dtype: tor
         assert_within_bound(g, eager[name], truth[name], name=f"gradient in {name}")
 
 
-@each_case
+@pytest.mark.parametrize("case", [c for c in CASES if c not in LOSSES], ids=lambda c: c.name)
 @each_16_bit
 def test_16_bit_gradients_are_float32_gradients_rounded_once(
     case: OpCase, dtype: torch.dtype
@@ -113,6 +115,34 @@ def test_16_bit_gradients_are_float32_gradients_rounded_once(
     wide = gradients(case, case.native, args.map(lambda x: x.float()), upstream)
     for name, g in found.items():
         assert_same_bits(g, wide[name].to(dtype), name)
+
+
+# A loss keeps its gradient in the dtype of the tensors until the upstream one comes. It is rounded
+# again only where that changes it by more than a power of two; then the bound holds, as everywhere.
+@pytest.mark.parametrize("case", LOSSES, ids=lambda c: c.name)
+@pytest.mark.parametrize("scale", [1, 2**11], ids=["mean", "scaled mean"])
+def test_bfloat16_gradients_of_a_mean_loss_are_rounded_once(case: OpCase, scale: int) -> None:
+    args = case.make((5, 1031), torch.bfloat16)
+    found = gradient_of_mean(case, args, scale)
+    wide = gradient_of_mean(case, args.map(lambda x: x.float()), scale)
+    assert_same_bits(found, wide.bfloat16())
+
+
+@pytest.mark.parametrize("case", LOSSES, ids=lambda c: c.name)
+def test_float16_gradients_of_an_unweighted_loss_are_rounded_once(case: OpCase) -> None:
+    args = case.make((4, 1024), torch.float16)
+    args.options.pop("t", None)
+    args.options["weight"] = 2.0  # and 4 · 1024 elements: all factors are powers of two
+    found = gradient_of_mean(case, args, 2**11)
+    wide = gradient_of_mean(case, args.map(lambda x: x.float()), 2**11)
+    assert_same_bits(found, wide.half())
+
+
+def gradient_of_mean(case: OpCase, args: Arguments, scale: float) -> Tensor:
+    m = args.tensors["model_output"].detach().requires_grad_()
+    (case.op(**{**args.tensors, "model_output": m}, **args.options).mean() * scale).backward()
+    assert m.grad is not None
+    return m.grad
 
 
 @each_case
@@ -218,9 +248,8 @@ def test_gradient_in_the_noise(name: str, device: str) -> None:
     assert torch.autograd.gradcheck(f, tensors)
 
 
-@pytest.mark.parametrize("name", [name for name in BY_NAME if name.startswith("denoising_loss")])
-def test_gradient_in_the_target(name: str, device: str) -> None:
-    case = BY_NAME[name]
+@pytest.mark.parametrize("case", LOSSES, ids=lambda c: c.name)
+def test_gradient_in_the_target(case: OpCase, device: str) -> None:
     args = case.make((2, 3), torch.float64, device)
     f, tensors = functional(case, args)
     assert torch.autograd.gradcheck(f, tuple(x.requires_grad_() for x in tensors))

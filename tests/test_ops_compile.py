@@ -43,60 +43,97 @@ def value_and_gradients(case: OpCase, f: Callable[..., Any], args: Arguments) ->
 # ---- torch.library ------------------------------------------------------------------------------
 
 
-def registered_calls() -> list[Any]:
-    """Every registered operator, with each source of coefficients."""
-    calls = []
+def registered_kernels() -> list[_registry.Kernel]:
+    """Every registered operator that a kernel of the module stands behind."""
     kernels = [k for k in vars(_kernels).values() if isinstance(k, _registry.Kernel)]
-    for term in (v for v in vars(_kernels).values() if isinstance(v, _kernels.Term)):
-        kernels += [
-            term.elementwise,
-            term.sum,
-            *term.of_elementwise.values(),
-            *term.of_sum.values(),
-        ]
-    kernels += [*_kernels.REVERSE_STEP.values(), *_kernels._LOSS_BACKWARD.values()]
-    for kernel in {k.name: k for k in kernels}.values():
-        for source in ("numbers", "rows", "table") if kernel.coefs else ("none",):
-            calls.append(pytest.param(kernel, source, id=f"{kernel.name}-{source}"))
+    for group in vars(_kernels).values():
+        if isinstance(group, _kernels.Term):
+            kernels += [group.elementwise, group.sum]
+            kernels += [*group.of_elementwise.values(), *group.of_sum.values()]
+        elif isinstance(group, _kernels.Loss):
+            kernels += [group.plain, group.with_gradient]
+    kernels += _kernels.REVERSE_STEP.values()
+    kernels += [k.drawn for k in kernels if k.drawn is not None]
+    return list({(k.name, k.draws): k for k in kernels}.values())
+
+
+NOISE_PARTS = {
+    "ints": (-5, 2**40, 3, 8),
+    "tensors": (
+        torch.tensor([7, 2]),
+        torch.tensor([5, 2**35, -1, 0]),
+        torch.tensor([9]),
+        0,
+    ),
+    "counted": (torch.tensor(7), torch.tensor(2**33), 1, 0),
+}
+"""What noise can be drawn from: seed, sample ids, stream, first element."""
+
+
+def registered_calls() -> list[Any]:
+    """Every registered operator, with each source of coefficients and of noise."""
+    calls = []
+    for kernel in registered_kernels():
+        sources = ("numbers", "rows", "table") if kernel.coefs else ("none",)
+        noises = NOISE_PARTS if kernel.draws else ("read",)
+        for i in range(max(len(sources), len(noises))):
+            source, noise = sources[i % len(sources)], list(noises)[i % len(noises)]
+            name = f"{kernel.name}-{source}" + f"-{noise}" * kernel.draws
+            calls.append(pytest.param(kernel, source, noise, id=name))
     return calls
 
 
-def packed(kernel: _registry.Kernel, source: str, *, grad: bool) -> tuple[Any, ...]:
+def packed(kernel: _registry.Kernel, source: str, noise: str, *, grad: bool) -> tuple[Any, ...]:
     tensors = [torch.randn(4, 5, requires_grad=grad) for _ in kernel.inputs]
-    if source == "table":
-        columns = step_table()[:, :1].expand(-1, len(kernel.coefs)).contiguous()
-        coefs: tuple[Any, ...] = (columns,)
-        step: Any = steps_of(4)
-    else:
+    numbers = [0.5 + i for i in range(len(kernel.coefs))]
+    coefs: tuple[Any, ...] = tuple(numbers)
+    step: Any = None
+    if source == "rows":
         column = torch.rand(4, dtype=torch.float64)
-        coefs = tuple(column + i if source == "rows" else 0.5 + i for i in range(len(kernel.coefs)))
-        step = None
-    return (*tensors, *_library.pack(coefs, step), False)
+        coefs = tuple(column + i for i in range(len(kernel.coefs)))
+    elif source == "table":
+        columns = step_table()[:, :1].expand(-1, len(kernel.coefs)).contiguous()
+        coefs, step = (columns,), steps_of(4)
+    if kernel.makes_gradient:  # called where no other gradient is needed, each table by itself
+        tensors[1:] = [x.detach() for x in tensors[1:]]
+        each = coefs if len(coefs) > 1 else coefs[0].split(1, 1)
+        own = [n in ("inverse_n", "slope") for n in kernel.coefs]
+        coefs = tuple(n if o else c for n, c, o in zip(numbers, each, own, strict=True))
+    parts = NOISE_PARTS[noise] if kernel.draws else None
+    return (*tensors, *_library.pack(coefs, step), False, *_library.pack_noise(parts))
 
 
 def test_every_kernel_of_the_module_is_registered() -> None:
     assert _native._C is not None
-    names = {call.values[0].name for call in registered_calls()}
-    assert names == {op[0] for op in _native._C.op_table()}
+    found = {(k.name, k.draws) for k in registered_kernels()}
+    assert found == {(op[0], bool(op[5])) for op in _native._C.op_table()}
 
 
-@pytest.mark.parametrize(("kernel", "source"), registered_calls())
-def test_opcheck(kernel: _registry.Kernel, source: str) -> None:
+@pytest.mark.parametrize(("kernel", "source", "noise"), registered_calls())
+def test_opcheck(kernel: _registry.Kernel, source: str, noise: str) -> None:
     grad = kernel.backward is not None
     tests = ["test_schema", "test_autograd_registration", "test_faketensor"]
-    if grad:
-        tests.append("test_aot_dispatch_dynamic")
-    arguments = packed(kernel, source, grad=grad)
+    if grad and not (kernel.draws and kernel.backward is _kernels._without_backward):
+        tests.append("test_aot_dispatch_dynamic")  # the draw in plain torch takes it seconds
+    arguments = packed(kernel, source, noise, grad=grad)
     torch.library.opcheck(kernel.op, arguments, test_utils=tests)
     if not grad:
         torch.library.opcheck(kernel.op, arguments, test_utils="test_aot_dispatch_dynamic")
 
 
-@pytest.mark.parametrize("name", ["normal_kl", "reparameterize", "reverse_step"])
-def test_opcheck_in_other_layouts_and_dtypes(name: str) -> None:
-    kernel = {k.values[0].name: k.values[0] for k in registered_calls()}[name]
+@pytest.mark.parametrize(
+    ("name", "drawn"),
+    [
+        ("normal_kl", False),
+        ("reparameterize", False),
+        ("reverse_step", False),
+        ("linear_combination", True),
+    ],
+)
+def test_opcheck_in_other_layouts_and_dtypes(name: str, drawn: bool) -> None:
+    kernel = {(k.name, k.draws): k for k in registered_kernels()}[name, drawn]
     source = "table" if kernel.coefs else "none"
-    rest = packed(kernel, source, grad=False)[len(kernel.inputs) :]
+    rest = packed(kernel, source, "tensors", grad=False)[len(kernel.inputs) :]
     for x in (
         torch.randn(4, 3, 2, 2).contiguous(memory_format=torch.channels_last),
         torch.randn(4, 3, dtype=torch.bfloat16),

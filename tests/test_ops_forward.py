@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from bounds import (
 from cases import BY_NAME, NOISE_TABLE, STEPS, OpCase, as_tuple, step_table, steps_of
 from torch import Tensor
 
-from diffcore import ops
+from diffcore import PhiloxNoise, ops
 from diffcore.testing import assert_within_bound
 
 # Around vector widths (4 ... 16), groups of them, lanes of a sum (64), tiles (512), chunks (8192).
@@ -257,16 +258,22 @@ def test_every_form_of_step(t: int, device: str) -> None:
     assert_same_bits(ops.reverse_step(x, m, strided[:, ::2], t=t, noise=z), by_int)
 
 
-def test_noise_is_drawn_from_torchs_generator(device: str) -> None:
+@pytest.mark.parametrize(
+    "op", [ops.reparameterize, lambda *x, **o: ops.reparameterize_kl(*x, **o)[0]]
+)
+def test_noise_is_drawn_from_torchs_generator(op: Callable[..., Tensor], device: str) -> None:
     mean, logvar = torch.randn(2, 3, 5, device=device)
     torch.manual_seed(3)
-    z = ops.reparameterize(mean, logvar)
+    drawn = [op(mean, logvar) for _ in range(2)]
+    assert not torch.equal(*drawn)
     torch.manual_seed(3)
-    assert_same_bits(z, ops.reparameterize(mean, logvar, torch.randn_like(mean)))
+    for z in drawn:
+        noise = PhiloxNoise.from_generator(device=device).tensor((3, 5))
+        assert_same_bits(z, op(mean, logvar, noise.to(device)))
     generator = torch.Generator(device).manual_seed(4)
-    z, _ = ops.reparameterize_kl(mean, logvar, generator=generator)
-    noise = torch.randn(3, 5, generator=generator.manual_seed(4), device=device)
-    assert_same_bits(z, ops.reparameterize(mean, logvar, noise))
+    z = op(mean, logvar, generator=generator)
+    recipe = PhiloxNoise.from_generator(generator.manual_seed(4), device=device)
+    assert_same_bits(z, op(mean, logvar, recipe.tensor((3, 5), device=device)))
 
 
 @pytest.mark.parametrize("prediction_type", ops.PREDICTION_TYPES)
