@@ -341,7 +341,7 @@ def _loss_backward(inputs: Tensors, call: Call, grads: Grads, needs: Needs) -> G
     if any(needs[1:]):
         return None  # a target that is trained too: through the reference
     _, (weight, inverse_n, *_), step, _, _ = call
-    g, made = grads[1], inputs[-1]
+    g, made = grads[1], inputs[-1].detach()
     assert g is not None
     # Where nobody will need it again, the gradient made is the one returned; most often as it is.
     out = made if plain_eager() and last_use() else None

@@ -260,6 +260,7 @@ def _mixed_target_loss(
 def _loss(
     like: Tensor, error: Tensor, weight: Coef, inverse_n: Coef, slope: Coef
 ) -> tuple[Tensor, Tensor]:
+    slope = per_sample(slope, like)
     unit = torch.as_tensor(slope, device=error.device) == 0
     gradient = torch.where(unit, 1.0, 2 * slope * per_sample(weight, like)) * error.detach()
     if isinstance(weight, Tensor):
