@@ -66,8 +66,8 @@ def unpack_noise(packed: Sequence[Any]) -> Noise:
 
 
 _NOISE_SCHEMA = (
-    ", Tensor? seed, int seed_number, Tensor? sample_ids, int first_id, "
-    "Tensor? stream, int stream_number, int first_element"
+    ", Tensor? seed, SymInt seed_number, Tensor? sample_ids, SymInt first_id, "
+    "Tensor? stream, SymInt stream_number, int first_element"
 )
 
 

@@ -200,9 +200,11 @@ def _integer(name: str, value: Any, low: int, high: int) -> Any:
         if value.dtype != torch.int64 or name == "first_element":
             raise TypeError(f"{name} is a tensor of {value.dtype}; wanted {_WANTED[name]}")
         return value
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
+    # A compiler's symbolic int is an int to isinstance, but has no __index__.
+    is_int = isinstance(value, int)
+    if isinstance(value, bool) or not (is_int or hasattr(value, "__index__")):
         raise TypeError(f"{name} is a {type(value).__name__}; wanted {_WANTED[name]}")
-    if not isinstance(value, torch.SymInt):
+    if not is_int and not isinstance(value, torch.SymInt):
         value = value.__index__()
     if not low <= value < high:
         raise ValueError(f"{name} is {value}; wanted {_WANTED[name]}")
