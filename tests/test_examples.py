@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 import runpy
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +20,10 @@ def _main(name: str) -> Callable[..., Any]:
 
 
 def test_every_example_is_tested() -> None:
-    tested = {"train_and_sample", "vae_loss", "ops_directly", "sample_demo_checkpoint"}
+    tested = {
+        *("train_and_sample", "vae_loss", "ops_directly"),
+        *("same_images_everywhere", "sample_demo_checkpoint"),
+    }
     assert {path.stem for path in EXAMPLES.glob("*.py")} == tested
 
 
@@ -69,6 +73,17 @@ def test_ops_directly_gives_back_the_data() -> None:
     assert abs(expected - 0.2) < 0.01
     assert abs(mean - 0.3) < 4 * expected / math.sqrt(count)
     assert abs(std - expected) < 4 * expected / math.sqrt(2 * count)
+
+
+def test_same_images_everywhere(tmp_path: Path) -> None:
+    # As a script: the processes that it starts import it.
+    picture = tmp_path / "images.png"
+    command = [sys.executable, str(EXAMPLES / "same_images_everywhere.py"), "--picture"]
+    printed = subprocess.run(
+        [*command, str(picture)], capture_output=True, text=True, check=True
+    ).stdout
+    assert "equal bits: True" in printed
+    assert picture.exists() == ("no picture" not in printed)
 
 
 def test_sample_demo_checkpoint_draws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
