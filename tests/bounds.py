@@ -11,6 +11,7 @@ import torch
 from cases import CASES, Arguments, OpCase, as_tuple
 from torch import Tensor
 
+from diffcore import PhiloxNoise
 from diffcore.testing import assert_within_bound
 
 LOW = (torch.float32, torch.bfloat16, torch.float16)
@@ -38,6 +39,19 @@ def check(
     sides = (as_tuple(actual), as_tuple(case.eager(args)), as_tuple(case.truth(args)))
     for i, (a, e, t) in enumerate(zip(*sides, strict=True)):
         assert_within_bound(a, e, np.asarray(t), name=f"{case.name}, output {i}")
+
+
+def with_noise(args: Arguments, noise: Tensor | PhiloxNoise) -> Arguments:
+    """The same call with another noise, or a recipe for one."""
+    return Arguments({**args.tensors, "noise": noise}, args.options)
+
+
+def assert_law(case: OpCase, args: Arguments, recipe: PhiloxNoise) -> None:
+    """An op gives the same bits for a recipe and for the tensor that it stands for."""
+    like = args.tensors["noise"]
+    noise = recipe.tensor(like.shape, dtype=like.dtype, device=like.device)
+    drawn, read = (case.native(with_noise(args, n)) for n in (recipe, noise))
+    assert_same_bits(drawn, read, f"{case.name}, {tuple(like.shape)}, {like.dtype}")
 
 
 def check_stacked(trials: Sequence[tuple[Tensor, Tensor, Any]], name: str) -> None:

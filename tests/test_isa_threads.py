@@ -6,6 +6,7 @@ case and saves the results, which are judged here.
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
@@ -14,10 +15,11 @@ from typing import Any
 
 import pytest
 import torch
-from bounds import LOW, assert_same_bits, check
-from cases import CASES, as_tuple
+from bounds import LOW, assert_law, assert_same_bits, check, with_noise
+from cases import CASES, NOISED, as_tuple, without_kernels
+from torch import Tensor
 
-from diffcore import _native, ops
+from diffcore import PhiloxNoise, _native, ops
 
 pytestmark = pytest.mark.skipif(_native._C is None, reason="needs the compiled module")
 
@@ -29,14 +31,40 @@ COMPUTE = """
 import sys, torch
 from cases import CASES, as_tuple
 from diffcore import info
-from test_isa_threads import DTYPES, SHAPE
+from test_isa_threads import DTYPES, SHAPE, draws, unlawful
 torch.set_num_threads(1)
 found = {"instruction_set": info()["instruction_set"]}
 for case in CASES:
     for dtype in DTYPES:
         found[case.name, dtype] = as_tuple(case.native(case.make(SHAPE, dtype)))
+found["draws"], found["unlawful"] = draws(), unlawful()
 torch.save(found, sys.argv[1])
 """
+
+RECIPE = PhiloxNoise(2**63 + 5, sample_ids=-3, stream=2**32 - 1, first_element=2**33)
+DRAWN = ((37, 3), SHAPE, (2, 2049), (1, 16_387), (3, 6, 5, 7))
+
+
+def draws() -> list[Tensor]:
+    """Noise of every dtype, where the last dimensions are rows and where channels are."""
+    found = []
+    for shape, dtype in itertools.product(DRAWN, DTYPES):
+        found.append(RECIPE.tensor(shape, dtype=dtype))
+        if len(shape) == 4:
+            last = found[-1].contiguous(memory_format=torch.channels_last).zero_()
+            found.append(ops.randn(shape, RECIPE, out=last))
+    return found
+
+
+def unlawful() -> list[str]:
+    """What differs between noise that is drawn and the same noise, read."""
+    wrong = []
+    for case, dtype in itertools.product(NOISED, DTYPES):
+        try:
+            assert_law(case, case.make(SHAPE, dtype), RECIPE)
+        except AssertionError as error:
+            wrong.append(str(error))
+    return wrong
 
 
 def run_python(code: str, *arguments: str, **environment: str) -> str:
@@ -83,6 +111,17 @@ def test_instruction_sets_with_fused_multiply_add_agree_to_the_bit(results: dict
             assert_same_bits(results["v3"][case.name, dtype], results["v4"][case.name, dtype])
 
 
+@pytest.mark.parametrize("isa", ISAS)
+def test_each_instruction_set_draws_the_same_bits(isa: str, results: dict[str, Any]) -> None:
+    if isa not in results:
+        pytest.skip(f"this CPU has no {isa}")
+    with without_kernels():
+        wanted = draws()
+    for z, w in zip(results[isa]["draws"], wanted, strict=True):
+        assert_same_bits(z, w, f"{tuple(w.shape)}, {w.dtype}")
+    assert results[isa]["unlawful"] == []
+
+
 def test_v2_is_always_there(results: dict[str, Any]) -> None:
     assert "v2" in results
 
@@ -109,10 +148,14 @@ def test_any_number_of_threads_gives_the_same_bits(
 ) -> None:
     threads = torch.get_num_threads()
     names = ("q_sample", "ddpm_step_guided", "normal_kl_sample", "reparameterize_kl")
-    cases = [case for case in CASES if case.name in (*names, "denoising_loss_v_prediction")]
+    names = (*names, "denoising_loss_v_prediction")
+    cases = [case for case in CASES if case.name in names]
+    drawing = [case for case in cases if "noise" in case.tensors]
     try:
-        for case in cases:
+        for case, recipe in (*((c, None) for c in cases), *((c, RECIPE) for c in drawing)):
             args = case.make(shape, dtype)
+            if recipe is not None:
+                args = with_noise(args, recipe)
             found = []
             for n in (1, 2, 7):
                 torch.set_num_threads(n)
