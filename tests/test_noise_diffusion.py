@@ -126,10 +126,38 @@ def test_streams_and_seeds_may_be_tensors():
     plain = PhiloxNoise(7, stream=2)
     for noise in (
         PhiloxNoise(torch.tensor(7), stream=torch.tensor([2])),
-        PhiloxNoise(torch.tensor([7, 2])),  # a key of torch.func._random: seed and offset
+        PhiloxNoise(torch.tensor([7, 2], dtype=torch.uint64)),  # a key of torch.func._random
     ):
         for loop in loops(d):
             assert_same_bits(loop(fading, SHAPE, noise=noise), loop(fading, SHAPE, noise=plain))
+
+
+@pytest.mark.parametrize("name", ["p_sample_loop", "ddim_sample_loop"])
+def test_the_noises_of_a_loop_are_independent(name):
+    # With this model a sampler is a sum, P x_T + R_1 z_1 + R_2 z_2 + ..., of which each factor is
+    # what becomes of one noise that is 1 while the others are 0.
+    d = GaussianDiffusion(BETAS, "sample", clip_sample=False)
+    count, steps = 400_000, 4
+
+    def loop(shape, **noises):
+        eta = {"eta": 1.0} if name == "ddim_sample_loop" else {}
+        return getattr(d, name)(lambda x, t: x, shape, num_steps=steps, **eta, **noises)
+
+    hot = torch.eye(steps).view(steps, steps, 1, 1)  # [which noise, 0 and the steps, 1, 1]
+    factors = [loop((1, 1), noise=h[0], step_noise=h[1:]).item() for h in hot]
+    variance = sum(f * f for f in factors)
+    # The standard deviation of the mean square of so many draws.
+    spread = variance * (2 / count) ** 0.5
+    recipe = PhiloxNoise(17)
+
+    def off(**noises):
+        drawn = loop((count // 100, 100), noise=recipe, **noises)
+        return abs(drawn.square().mean().item() - variance) / spread
+
+    assert off() < 5
+    # Did the steps share a stream, or one of them that of x_T, this would tell.
+    assert off(step_noise=lambda i, x: recipe.at(1)) > 20
+    assert off(step_noise=lambda i, x: recipe.at(i)) > 20
 
 
 # ---- the same samples in any batch --------------------------------------------------------------
