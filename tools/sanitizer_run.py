@@ -1,4 +1,4 @@
-"""Every op once, forward and backward, on a GPU: what `make gpu-check` runs compute-sanitizer over.
+"""Every op on a GPU, forward and backward: what `make gpu-check` runs compute-sanitizer over.
 
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 9 \
         python tools/sanitizer_run.py
@@ -11,12 +11,15 @@ in, so that they are not aligned.
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 from cases import CASES, Arguments, OpCase, as_tuple
+
+from diffcore import PhiloxNoise, ops
 
 SHAPES = ((3, 1023), (2, 5, 7, 3))
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -29,11 +32,32 @@ def shifted(x: torch.Tensor) -> torch.Tensor:
     return view.copy_(x)
 
 
+def channels_last(x: torch.Tensor) -> torch.Tensor:
+    """A copy of `x` whose second dimension is the fastest, where there is one to choose."""
+    return x.movedim(1, -1).contiguous().movedim(-1, 1)
+
+
 def exercise(case: OpCase, args: Arguments) -> None:
-    """One call and its gradient."""
+    """One call and its gradients: of sums, the graph being kept, and then of means."""
     leaves = [args.tensors[name].requires_grad_() for name in case.differentiable]
-    outs = as_tuple(case.native(args))
-    torch.autograd.grad([out.float().sum() for out in outs], leaves)
+    outs = [out.float() for out in as_tuple(case.native(args))]
+    torch.autograd.grad([out.sum() for out in outs], leaves, retain_graph=True)
+    torch.autograd.grad([out.mean() for out in outs], leaves)
+
+
+def exercise_drawn(case: OpCase, args: Arguments) -> None:
+    """The same with noise that is drawn, by numbers and by tensors."""
+    like = args.tensors["noise"]
+    counter = torch.arange(max(len(like), 2), device=like.device)
+    for noise in (
+        PhiloxNoise(-1, sample_ids=-1, stream=2**32 - 1, first_element=4),
+        PhiloxNoise(counter[:2], sample_ids=counter[: len(like)], stream=counter[1:2]),
+    ):
+        out = torch.empty_like(like)
+        ops.randn(like.shape, noise, out=out)
+        tensors = {name: x.detach() for name, x in args.tensors.items() if name != "noise"}
+        drawn = replace(case, differentiable=tuple(n for n in case.differentiable if n != "noise"))
+        exercise(drawn, Arguments(tensors, {**args.options, "noise": noise}))
 
 
 def main() -> None:
@@ -45,9 +69,12 @@ def main() -> None:
         for shape in SHAPES:
             for dtype in DTYPES:
                 args = case.make(shape, dtype, "cuda")
-                exercise(case, args)
-                exercise(case, args.map(lambda x: shifted(x.detach())))
-                runs += 2
+                for layout in (torch.Tensor.clone, shifted, channels_last):
+                    laid = args.map(lambda x, layout=layout: layout(x.detach()))
+                    exercise(case, laid)
+                    if "noise" in case.tensors:
+                        exercise_drawn(case, laid)
+                    runs += 1 + 2 * ("noise" in case.tensors)
     torch.cuda.synchronize()
     print(f"{runs} calls, forward and backward, of {len(CASES)} cases")
 
