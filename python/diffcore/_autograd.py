@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from diffcore import _native
-from diffcore._execute import Call, Grads, direct, run_reference
+from diffcore._execute import Call, Grads, Noise, direct, run_reference
 
 _TASK = getattr(torch._C, "_autograd", None)
 _keeps_graph = getattr(_TASK, "_get_current_graph_task_keep_graph", lambda: True)
@@ -25,17 +25,30 @@ class Function(torch.autograd.Function):
         outs = direct(kernel, inputs, coefs, step, whole, None, noise)
         if kernel.outputs + kernel.sums > 1:
             ctx.set_materialize_grads(False)
+        made = ()
         if kernel.makes_gradient:
-            ctx.mark_non_differentiable(outs[0])
-            ctx.save_for_backward(*inputs, outs[0])
-        elif kernel.saves_inputs:
-            ctx.save_for_backward(*inputs)
+            made = outs[:1]
+            ctx.mark_non_differentiable(*made)
+        if kernel.saves_inputs:
+            ctx.save_for_backward(*to_save(inputs, made, noise))
         return outs
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         needs = ctx.needs_input_grad[1:]
         return (None, *run_backward(ctx.saved_tensors, ctx.call, grads, needs))
+
+
+def to_save(
+    inputs: tuple[Tensor, ...], made: tuple[Tensor, ...], noise: Noise
+) -> tuple[Tensor, ...]:
+    """What the backward pass needs, and the tensors that its noise will be drawn from again.
+
+    Those only for autograd to notice when one of them is changed in place before that.
+    """
+    if noise is None:
+        return (*inputs, *made)
+    return (*inputs, *made, *[p for p in noise if isinstance(p, Tensor)])
 
 
 def run_backward(
@@ -53,6 +66,7 @@ def run_backward(
     again = kernel.saves_inputs and torch.is_grad_enabled()
     device = next(g for g in grads if g is not None).device
     if not again and (not kernel.saves_inputs or _native.has_kernels(device)):
+        saved = saved[: len(needs) + kernel.makes_gradient]
         result = kernel.backward(saved, call, grads, needs)
         if result is not None:
             return result

@@ -19,7 +19,7 @@ Noise = _philox.Noise | None  # what a kernel draws its noise from; None where i
 Grads = Sequence[Tensor | None]
 
 _C = _native._C
-_DONE = 0
+_DONE, _LAYOUT = 0, 2
 _OPS = () if _C is None else _C.op_table()
 _INDEX: dict[tuple[str, bool], int] = {(op[0], op[5]): i for i, op in enumerate(_OPS)}
 _new_like = torch.empty_like
@@ -43,6 +43,7 @@ class Kernel:
     reads_inputs: bool = True  # False where the input only says what the output looks like
     draws: bool = False  # the last input of the functor is drawn, not among `inputs`
     drawn: Kernel | None = field(default=None, repr=False)  # the twin that draws its last input
+    reading: Kernel | None = field(default=None, repr=False)  # of a twin that draws: the other
     index: int = field(init=False)
     op: Any = field(init=False)
 
@@ -120,6 +121,10 @@ def _careful(
     like = outs[0] if kernel.outputs else _new_like(inputs[0])
     tensors = tuple(_as(like, x) for x in inputs) if kernel.reads_inputs else ()
     status = _C.call(kernel.index, outs, tensors, coefs, step, whole, noise)
+    if status == _LAYOUT and kernel.reading is not None:  # an order that kernels do not draw in
+        z = torch.empty_like(inputs[0], memory_format=torch.contiguous_format)
+        _C.call(_INDEX["randn", True], (z,), (), (), None, False, noise)
+        return direct(kernel.reading, (*tensors, _as(like, z)), coefs, step, whole, out)
     if status != _DONE:  # samples interleaved in memory, or an output partly over an input
         tensors = tuple(x.contiguous() for x in tensors)
         fresh = tuple(torch.empty_like(o, memory_format=torch.contiguous_format) for o in outs)

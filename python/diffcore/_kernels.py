@@ -56,7 +56,7 @@ def _with_noise(inputs: Tensors, call: Call) -> tuple[Tensors, Tensor | Noise]:
 
 
 RANDN = Kernel(
-    "randn", ("like",), reference=lambda like, noise: noise, reads_inputs=False, draws=True
+    "randn", ("out",), reference=lambda like, noise: noise, reads_inputs=False, draws=True
 )
 
 
@@ -341,10 +341,11 @@ def _loss_backward(inputs: Tensors, call: Call, grads: Grads, needs: Needs) -> G
     if any(needs[1:]):
         return None  # a target that is trained too: through the reference
     _, (weight, inverse_n, *_), step, _, _ = call
-    g, made = grads[1], inputs[-1].detach()
+    g, made = grads[1], inputs[-1]
     assert g is not None
     # Where nobody will need it again, the gradient made is the one returned; most often as it is.
-    out = made if plain_eager() and last_use() else None
+    # (One that requires grad is the visible output of a registered operator, not ours to change.)
+    out = made if plain_eager() and last_use() and not made.requires_grad else None
     coefs = (weight, inverse_n, g, expected_gradient(inputs[0]))
     at = step if isinstance(weight, Tensor) and weight.ndim == 2 else None
     return [run(RESCALE, (made,), coefs, at, False, out)] + [None] * (len(needs) - 1)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from diffcore import _native, _validate
-from diffcore._autograd import run_backward
+from diffcore._autograd import run_backward, to_save
 from diffcore._execute import (
     Coef,
     Kernel,
@@ -138,7 +138,9 @@ def register(kernel: Kernel) -> Any:
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.call = inputs[arity:]
         made = (output[0],) if kernel.makes_gradient else ()
-        ctx.save_for_backward(*(inputs[:arity] if kernel.saves_inputs else ()), *made)
+        if kernel.saves_inputs:
+            noise = unpack_noise(inputs[arity + 5 :])
+            ctx.save_for_backward(*to_save(inputs[:arity], made, noise))
 
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         if kernel.backward is None:

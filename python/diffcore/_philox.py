@@ -146,6 +146,8 @@ def normals(
         dtype: Of the result, the float32 draw rounded.
         device: Of the result.
     """
+    if torch.device(device).type == "mps":  # which has no float64 for the root
+        return normals(noise, shape, dtype, "cpu").to(device)
     seed, sample_ids, stream, first_element = noise
     batch, size = (shape[0] if shape else 1), math.prod(shape[1:])
     offset: int | Tensor = 0

@@ -63,7 +63,8 @@ class Kernel(_execute.Kernel):
 def drawing(kernel: Kernel) -> Kernel:
     """The kernel, with its twin that draws the last input instead of reading it."""
     twin = {f.name: getattr(kernel, f.name) for f in fields(kernel) if f.init}
-    kernel.drawn = Kernel(**{**twin, "inputs": kernel.inputs[:-1], "draws": True})
+    twin |= {"inputs": kernel.inputs[:-1], "draws": True, "reading": kernel}
+    kernel.drawn = Kernel(**twin)
     return kernel
 
 

@@ -61,7 +61,7 @@ def explain(
     if step is not None:
         _check_step(step, steps, rows, first)
     if noise is not None:
-        _check_noise(noise, rows, first)
+        check_noise(noise, rows, first)
 
 
 def check_out(kernel: Kernel, inputs: tuple[Tensor, ...], out: Tensor) -> None:
@@ -171,7 +171,8 @@ def _check_step(step: Step, steps: int, rows: int, first: Tensor) -> None:
             raise ValueError(f"t holds {wrong}; wanted 0 <= t < {steps}")
 
 
-def _check_noise(noise: tuple[Any, ...], rows: int, first: Tensor) -> None:
+def check_noise(noise: tuple[Any, ...], rows: int, first: Tensor) -> None:
+    """Raises unless the recipe fits the samples of `first`."""
     for name, part in zip(("seed", "sample_ids", "stream"), noise, strict=False):
         if not isinstance(part, Tensor):
             continue

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from . import _kernels as k
+from . import _validate
 from ._registry import plain_eager, run
 
 _WORDS = 2**32
@@ -146,10 +147,16 @@ class PhiloxNoise:
         """
         if device is None:
             device = next((p.device for p in self._parts if isinstance(p, Tensor)), None)
-        return draw(self, torch.empty(tuple(shape), dtype=dtype, device=device))
+        if dtype is not None and dtype not in _validate.DTYPES:
+            wanted = "float32, float64, bfloat16 or float16"
+            raise TypeError(f"dtype is {dtype}; wanted {wanted}")
+        return draw(self, torch.empty(_sizes(shape), dtype=dtype, device=device))
 
     def __setattr__(self, name: str, value: Any) -> None:
         raise AttributeError(f"a PhiloxNoise is immutable; cannot set {name}: see at, for_samples")
+
+    def __delattr__(self, name: str) -> None:
+        raise AttributeError(f"a PhiloxNoise is immutable; cannot delete {name}")
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, PhiloxNoise):
@@ -174,6 +181,18 @@ def draw(noise: PhiloxNoise, out: Tensor) -> Tensor:
     return run(k.RANDN, (out,), (), None, False, into, noise._parts)
 
 
+def _sizes(shape: Any) -> tuple[int, ...]:
+    wanted = "a sequence of sizes, such as (64, 3, 32, 32)"
+    if not hasattr(shape, "__iter__"):
+        raise TypeError(f"shape is {shape!r}; wanted {wanted}")
+    sizes = tuple(shape)
+    if any(isinstance(n, bool) or not hasattr(n, "__index__") for n in sizes):
+        raise TypeError(f"shape is {shape!r}; wanted {wanted}")
+    if any(n < 0 for n in sizes):
+        raise ValueError(f"shape is {shape!r}; wanted {wanted}")
+    return sizes
+
+
 def _rebuilt(*parts: Any) -> PhiloxNoise:
     seed, ids, stream, first = parts
     return PhiloxNoise(seed, sample_ids=ids, stream=stream, first_element=first)
@@ -187,9 +206,9 @@ def _same(a: int | Tensor, b: int | Tensor) -> bool:
 
 def _seed(seed: Any) -> Any:
     if isinstance(seed, Tensor):
-        return (
-            seed.view(torch.int64) if seed.dtype == torch.uint64 else _integer("seed", seed, 0, 0)
-        )
+        words = seed.view(torch.int64) if seed.dtype == torch.uint64 else seed
+        key = _integer("seed", words, 0, 0)
+        return key.contiguous() if key.ndim else key
     number = _integer("seed", seed, -(2**63), 2**64)
     return number - 2**64 if number >= 2**63 else number
 

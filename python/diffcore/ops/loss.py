@@ -63,7 +63,10 @@ def denoising_loss(
         _check_unread("x0", x0, model_output)
         return _loss(_NOISE_LOSS, (model_output,), noise, w, (), step)
     if prediction_type == "sample":
-        if not isinstance(noise, PhiloxNoise):
+        if isinstance(noise, PhiloxNoise):
+            batch = model_output.shape[0] if model_output.ndim else 1
+            _validate.check_noise(noise._parts, batch, model_output)
+        else:
             _check_unread("noise", noise, model_output)
         if not isinstance(x0, Tensor):
             raise TypeError(f"x0 is a {type(x0).__name__}; wanted a torch.Tensor")
