@@ -2,8 +2,9 @@
 
     python -m benchmarks.plots [RESULT.json ...] [--out docs/assets]
 
-One picture for each kind of device, ``bench-cpu.png`` and ``bench-cuda.png``, from the newest
-results under ``benchmarks/results`` unless files are named.
+For each kind of device ``bench-cpu.png`` or ``bench-cuda.png``, and ``bench-noise-cpu.png`` or
+``bench-noise-cuda.png`` for noise that is drawn where it is used (on a CPU beside the time that one
+core takes), from the newest results under ``benchmarks/results`` unless files are named.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import matplotlib as mpl
 mpl.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from benchmarks import report
 from benchmarks.contest import MODES
@@ -48,27 +50,66 @@ def draw(results: Mapping[str, Any], path: Path) -> None:
     height = 1.5 + 0.36 * max(map(len, panels))
     figure, axes = plt.subplots(1, 2, figsize=(11, height), sharex=True, sharey=True)
     for ax, mode, panel in zip(axes, MODES, panels, strict=True):
-        _panel(ax, mode, panel)
-    handles, labels = axes[0].get_legend_handles_labels()
+        _panel(ax, mode.replace("+", " + "), panel)
+    _finish(figure, axes[0], f"Time relative to eager PyTorch (= 1): {_about(section)}", path)
+
+
+def draw_noise(results: Mapping[str, Any], path: Path) -> None:
+    """One picture of the ops that draw their noise, relative to eager; and of one core, if any.
+
+    Args:
+        results: of one device; the first dtype and shape measured are drawn.
+        path: the PNG.
+    """
+    section = results["noise"]
+    first = section["rows"][0]
+    rows = [r for r in section["rows"] if r["dtype"] == first["dtype"]]
+    ours = [r for r in rows if r["shape"] == first["shape"] and not r["where"]]
+    alone = [r for r in rows if r["where"].startswith("1 thread") and r["op"] == "q_sample"]
+    count = 2 if alone else 1
+    size = (5.5 * count, 1.7 + 0.36 * len(ours))
+    figure, axes = plt.subplots(1, count, figsize=size, squeeze=False)
+    _panel(axes[0, 0], "time relative to eager (= 1)", ours)
+    if alone:
+        _one_core(axes[0, 1], alone)
+    _finish(figure, axes[0, 0], f"Noise drawn in the kernel: {_about(section)}", path)
+
+
+def _one_core(ax: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Nanoseconds an element of noising on one thread, for each instruction set."""
+    times = [r["ns_per_element"] for r in rows]
+    names = [f"x86-64-{r['where'].rpartition(' ')[2]}" for r in rows]
+    # Eager does not know of the instruction sets: the best of its times stands for all.
+    eager = min(t["eager"] for t in times)
+    values, labels = [t["diffcore"] for t in times] + [eager], [*names, "eager"]
+    places = range(len(values))
+    ax.barh(places, values, BAR, color=[OURS] * len(times) + [INK])
+    for y, value in zip(places, values, strict=True):
+        ax.text(value + 0.01 * max(values), y, f"{value:.2f}", va="center", fontsize=8, color=INK)
+    ax.set_xlim(0, 1.12 * max(values))
+    _style(ax, labels, "q_sample on one core, nanoseconds an element")
+
+
+def _about(section: Mapping[str, Any]) -> str:
+    """What was measured where, for a title."""
+    facts, first = section["machine"], section["rows"][0]
+    threads = f", threads: {facts['threads']}" if facts["device_type"] == "cpu" else ""
+    return f"{facts['device']}{threads}, {first['dtype']}, {report.times(first['shape'])}"
+
+
+def _finish(figure: Figure, ax: Axes, title: str, path: Path) -> None:
+    """Adds the legend of one panel and the title, and writes the file."""
+    handles, labels = ax.get_legend_handles_labels()
     handles, labels = [*handles[1:], handles[0]], [*labels[1:], labels[0]]  # the roof comes last
     figure.legend(handles, labels, loc="lower center", ncol=len(labels), frameon=False)
-    facts = section["machine"]
-    what = f"{first['dtype']}, {report.times(first['shape'])}"
-    threads = f", threads: {facts['threads']}" if facts["device_type"] == "cpu" else ""
-    figure.suptitle(
-        f"Time relative to eager PyTorch (= 1): {facts['device']}{threads}, {what}",
-        x=0.01,
-        ha="left",
-        fontsize=11,
-        color=INK,
-    )
+    figure.suptitle(title, x=0.01, ha="left", fontsize=11, color=INK)
     figure.tight_layout(rect=(0, 0.06, 1, 1))
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
 
-def _panel(ax: Axes, mode: str, rows: Sequence[Mapping[str, Any]]) -> None:
+def _panel(ax: Axes, title: str, rows: Sequence[Mapping[str, Any]]) -> None:
     places = range(len(rows))
     times = [r["ns_per_element"] for r in rows]
     compiled = ["compile" in t for t in times]
@@ -87,10 +128,14 @@ def _panel(ax: Axes, mode: str, rows: Sequence[Mapping[str, Any]]) -> None:
         right = min(end + 0.015, RIGHT - 0.07)
         ax.text(right, y, f"{r['times_eager']:.1f}×", va="center", fontsize=8, color=INK)
     ax.axvline(1, color=INK, linewidth=0.8, linestyle=":")
-    ax.set_yticks(places, [r["op"] for r in rows], fontsize=9)
-    ax.set_ylim(len(rows) - 0.4, -0.6)
     ax.set_xlim(0, RIGHT)
-    ax.set_title(mode.replace("+", " + "), fontsize=10, loc="left", color=INK)
+    _style(ax, [r["op"] for r in rows], title)
+
+
+def _style(ax: Axes, labels: Sequence[str], title: str) -> None:
+    ax.set_yticks(range(len(labels)), labels, fontsize=9)
+    ax.set_ylim(len(labels) - 0.4, -0.6)
+    ax.set_title(title, fontsize=10, loc="left", color=INK)
     ax.tick_params(axis="x", labelsize=8)
     ax.tick_params(axis="y", length=0)
     for side in ("top", "right", "left"):
@@ -104,9 +149,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "assets", help="folder")
     args = parser.parse_args(argv)
     for kind, results in newest(args.results or sorted(RESULTS.glob("*.json"))).items():
-        path = args.out / f"bench-{kind}.png"
-        draw(results, path)
-        print(path)
+        pictures = {"ops": (draw, f"bench-{kind}"), "noise": (draw_noise, f"bench-noise-{kind}")}
+        for section, (draws, name) in pictures.items():
+            if results.get(section, {}).get("rows"):
+                path = args.out / f"{name}.png"
+                draws(results, path)
+                print(path)
     return 0
 
 

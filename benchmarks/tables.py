@@ -39,8 +39,16 @@ SHORT = (
 )
 """The rows of the short tables."""
 
+SHORT_NOISE = (
+    ("q_sample", "forward"),
+    ("ddpm_step", "forward"),
+    ("reparameterize_kl", "forward+backward"),
+)
+"""The rows of those with drawn noise."""
+
 HEADINGS = {
     "ops": "Every op, nanoseconds an element",
+    "noise": "Noise drawn where it is used, nanoseconds an element",
     "overhead": "What a call costs, on 64 elements",
     "memory": "Peak memory of a call, beyond its inputs",
     "training": "A training step",
@@ -61,18 +69,29 @@ def measured_on(section: Mapping[str, Any]) -> str:
 
 
 def short(results: Mapping[str, Any]) -> str:
-    """The table of the README: the chosen ops in float32 at the first shape measured.
+    """The tables of the README: chosen ops in the dtype and shape measured first.
 
     Args:
         results: of one device.
     """
     section = results["ops"]
     first = section["rows"][0]
-    shape, dtype = first["shape"], first["dtype"]
-    rows = {
+    unit = f"Nanoseconds an element, {first['dtype']}, {report.times(first['shape'])}."
+    text = f"{unit} {measured_on(section)}\n\n{_short_table(section['rows'], SHORT)}"
+    noise = results.get("noise")
+    if noise and noise["rows"]:
+        text += "\n\nThe same with noise that each draws itself, diffcore inside the kernel. "
+        text += f"{measured_on(noise)}\n\n{_short_table(noise['rows'], SHORT_NOISE)}"
+    return text
+
+
+def _short_table(rows: Sequence[report.Row], chosen: Sequence[tuple[str, str]]) -> str:
+    first = rows[0]
+    found = {
         (r["op"], r["mode"]): r
-        for r in section["rows"]
-        if r["shape"] == shape and r["dtype"] == dtype
+        for r in rows
+        if (r["shape"], r["dtype"], r.get("where"))
+        == (first["shape"], first["dtype"], first.get("where"))
     }
     header = ["op", "mode", "eager", "compile", "diffcore", "copy", "× eager", "× compile"]
     body = [
@@ -80,17 +99,16 @@ def short(results: Mapping[str, Any]) -> str:
             f"`{name}`",
             mode,
             *(
-                report.number(rows[name, mode]["ns_per_element"].get(k), ".3g")
+                report.number(found[name, mode]["ns_per_element"].get(k), ".3g")
                 for k in ("eager", "compile", "diffcore", "copy")
             ),
-            report.number(rows[name, mode]["times_eager"], ".1f", "×"),
-            report.number(rows[name, mode]["times_compile"], ".1f", "×"),
+            report.number(found[name, mode]["times_eager"], ".1f", "×"),
+            report.number(found[name, mode]["times_compile"], ".1f", "×"),
         ]
-        for name, mode in SHORT
-        if (name, mode) in rows
+        for name, mode in chosen
+        if (name, mode) in found
     ]
-    unit = f"Nanoseconds an element, {dtype}, {report.times(shape)}."
-    return f"{unit} {measured_on(section)}\n\n{report.markdown(header, body)}"
+    return report.markdown(header, body)
 
 
 def full(results: Mapping[str, Any]) -> str:

@@ -186,7 +186,10 @@ def _sizes(shape: Any) -> tuple[int, ...]:
     if not hasattr(shape, "__iter__"):
         raise TypeError(f"shape is {shape!r}; wanted {wanted}")
     sizes = tuple(shape)
-    if any(isinstance(n, bool) or not hasattr(n, "__index__") for n in sizes):
+    ints = (int, torch.SymInt)
+    if any(
+        isinstance(n, bool) or not (isinstance(n, ints) or hasattr(n, "__index__")) for n in sizes
+    ):
         raise TypeError(f"shape is {shape!r}; wanted {wanted}")
     if any(n < 0 for n in sizes):
         raise ValueError(f"shape is {shape!r}; wanted {wanted}")
