@@ -64,7 +64,11 @@ def draw_noise(results: Mapping[str, Any], path: Path) -> None:
     section = results["noise"]
     first = section["rows"][0]
     rows = [r for r in section["rows"] if r["dtype"] == first["dtype"]]
-    ours = [r for r in rows if r["shape"] == first["shape"] and not r["where"]]
+    ours = [
+        {**r, "op": r["op"] + (" + backward" if r["mode"] != MODES[0] else "")}
+        for r in rows
+        if r["shape"] == first["shape"] and not r["where"]
+    ]
     alone = [r for r in rows if r["where"].startswith("1 thread") and r["op"] == "q_sample"]
     count = 2 if alone else 1
     size = (5.5 * count, 1.7 + 0.36 * len(ours))
@@ -122,6 +126,9 @@ def _panel(ax: Axes, title: str, rows: Sequence[Mapping[str, Any]]) -> None:
         at = [p + BAR / 2 for p, c in zip(places, compiled, strict=True) if c]
         width = [t["compile"] / t["eager"] for t in times if "compile" in t]
         ax.barh(at, width, BAR, color=COMPILED, label="torch.compile")
+        for y, w in zip(at, width, strict=True):
+            if w > RIGHT:  # the bar goes on: say how far
+                ax.text(RIGHT - 0.01, y, f"{w:.1f}", va="center", ha="right", fontsize=8, color=INK)
     label = "a copy of the same bytes (the roof)"
     ax.scatter(roof, places, s=230, marker="|", linewidths=2, color=ROOF, zorder=3, label=label)
     for y, r, end in zip(ours, rows, map(max, fused, roof), strict=True):
