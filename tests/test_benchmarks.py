@@ -1,20 +1,24 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks import bench_ops, contest, report, tables, timing
+from benchmarks import bench_noise, bench_ops, contest, report, tables, timing
 from benchmarks.machine import ROOT
+
+from diffcore import PhiloxNoise, _native
 
 TINY = ["--device", "cpu", "--quick", "--shape", "2x1x8x8", "--seconds", "0.01"]
 
@@ -119,11 +123,123 @@ def test_the_pages_have_the_markers_that_tables_fill() -> None:
     assert sorted(names) == ["cpu", "cpu-full", "cuda", "cuda-full"]
 
 
+SHORTEST = timing.Budget(seconds=0, warmup_seconds=0, min_rounds=3)
+
+
+def noise_row(case: bench_noise.DrawnCase, **how: Any) -> dict[str, Any]:
+    cpu, shape = torch.device("cpu"), (2, 1, 8, 8)
+    return bench_noise.time_case(case, "f32", shape, cpu, SHORTEST, **how)
+
+
+@pytest.mark.parametrize("case", bench_noise.cases(), ids=lambda c: c.name)
+def test_drawn_noise_is_checked_against_the_recipe_as_a_tensor(
+    case: bench_noise.DrawnCase,
+) -> None:
+    row = noise_row(case)
+    assert row["bytes"] == case.moves * 4 * 128
+    assert row["error_over_bound"]["diffcore"] <= 1
+    into = {"out="} if case.out else set()
+    assert set(row["timings"]) == {"diffcore", "eager", "copy"} | into
+
+    @functools.wraps(case.op)
+    def wrong(*args: Any, **options: Any) -> Any:
+        result = case.op(*args, **options)
+        first, *others = contest.as_tuple(result)
+        spoiled = (first * 1.001, *others)
+        return spoiled if isinstance(result, tuple) else spoiled[0]
+
+    with pytest.raises(contest.WrongResultError, match=case.name):
+        noise_row(dataclasses.replace(case, op=wrong))
+
+
+def test_the_noise_drawn_must_be_that_of_the_recipe() -> None:
+    for case in bench_noise.cases():
+        if not case.kept:
+
+            @functools.wraps(case.op)
+            def other(*args: Any, case: bench_noise.DrawnCase = case, **options: Any) -> Any:
+                given = [a.at(1) if isinstance(a, PhiloxNoise) else a for a in args]
+                drawn = {
+                    k: v.at(1) if isinstance(v, PhiloxNoise) else v for k, v in options.items()
+                }
+                return case.op(*given, **drawn)
+
+            with pytest.raises(contest.WrongResultError):
+                noise_row(dataclasses.replace(case, op=other))
+
+
+@pytest.mark.parametrize("name", ["denoising_loss_v_prediction", "normal_kl_sample"])
+def test_numbers_for_each_sample_are_averaged_and_differentiated(name: str) -> None:
+    case = contest.BY_NAME[name]
+    args = contest.make_inputs(case, (4, 3, 5), torch.float32, torch.device("cpu"))
+    timed = contest.Contest(case, "forward+backward", [args])
+    leaves = [args.tensors[name] for name in case.differentiable]
+    expected = torch.autograd.grad(case.native(args).mean(), leaves)
+    for found, wanted in zip(timed.diffcore[0](), expected, strict=True):
+        assert torch.equal(found, wanted)
+
+
+def test_the_noise_tables_and_picture_hold_what_was_measured(tmp_path: Path) -> None:
+    machine = {"device": "it", "device_type": "cpu", "threads": 2, "instruction_set": "v3"}
+    facts = {"machine": {**machine, "torch": "2", "diffcore": "1"}, "date": "then", "command": "c"}
+    q_sample, *_, last = bench_noise.cases()
+    alone = noise_row(q_sample, where="1 thread, v3")
+    alone["times_eager"] = 1234.5
+    noise = {**facts, "rows": [noise_row(q_sample), noise_row(last), alone]}
+    results = {"ops": {**facts, "rows": [noise_row(q_sample)]}, "noise": noise}
+    short = tables.short(results)
+    assert short.count("| `q_sample` | forward |") == 2
+    assert short.count("| `reparameterize_kl` | forward+backward |") == 1
+    assert "1234.5" not in short  # one core alone is not for comparison with the others
+    full = tables.full(results)
+    assert "1234.50×" in full
+    assert "1 thread, v3" in full
+    pytest.importorskip("matplotlib")
+    from benchmarks import plots
+
+    plots.draw_noise(results, tmp_path / "noise.png")
+    assert (tmp_path / "noise.png").read_bytes().startswith(b"\x89PNG")
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("script", ["bench_training", "bench_sampling"])
-def test_end_to_end_benchmarks_run(script: str, tmp_path: Path) -> None:
+def test_bench_noise_runs_with_each_instruction_set(tmp_path: Path) -> None:
     out = tmp_path / "result.json"
+    run("bench_noise", *TINY, "--out", str(out))
+    section = json.loads(out.read_text())["noise"]
+    assert section["refused"] == []
+    rows = section["rows"]
+    assert {r["op"] for r in rows} == {c.name for c in bench_noise.cases()}
+    best = _native.info().get("best_instruction_set")
+    known = bench_noise.INSTRUCTION_SETS
+    sets = known[: known.index(best) + 1] if best else ()
+    alone = {f"1 thread, {isa}" for isa in sets}
+    assert {r["where"] for r in rows} == {"", "channels_last", "short rows"} | alone
+    assert [65536, 2] in [r["shape"] for r in rows]
+
+
+def end_to_end(script: str, out: Path) -> list[dict[str, Any]]:
     run(script, "--device", "cpu", "--quick", "--seconds", "0.02", "--out", str(out))
-    rows = json.loads(out.read_text())[script.removeprefix("bench_")]["rows"]
+    section = json.loads(out.read_text())[script.removeprefix("bench_")]
+    rows: list[dict[str, Any]] = section["rows"]
     assert all({"diffcore", "eager"} <= set(r["timings"]) for r in rows)
     assert any("U-Net" in r["what"] for r in rows)
+    return rows
+
+
+@pytest.mark.slow
+def test_bench_sampling_runs(tmp_path: Path) -> None:
+    rows = end_to_end("bench_sampling", tmp_path / "result.json")
+    assert {r["what"][:4] for r in rows} == {"DDPM", "DDIM"}
+
+
+@pytest.mark.slow
+def test_bench_training_runs_and_drawn_noise_takes_no_memory(tmp_path: Path) -> None:
+    rows = end_to_end("bench_training", tmp_path / "result.json")
+    what = "diffusion part, epsilon, noise drawn, 8×3×16×16"
+    (peaks,) = [r["peak_bytes"] for r in rows if r["what"] == what]
+    if None in peaks.values():
+        pytest.skip("this torch does not tell how much memory a call held")
+    tensor = 4 * 8 * 3 * 16 * 16
+    # x_t, the gradient, and numbers for each of the 8 samples
+    assert 2 * tensor <= peaks["diffcore"] <= 2 * tensor + 16 * 8
+    assert peaks["eager"] >= 4 * tensor
