@@ -17,9 +17,10 @@ namespace diffcore {
 constexpr int kThreads = 256;
 
 // Packs of each input a thread has in flight at once. Many inputs fill the memory pipe by
-// themselves, and fewer registers mean more threads to hide its latency; so does drawing noise.
+// themselves, and fewer registers mean more threads to hide its latency. The same whether noise is
+// read or drawn: it cuts the rows of a sum, whose bits shall not depend on that.
 template <class Op>
-constexpr int kUnroll = kReads<Op> <= 2 && !kDraws<Op> ? 2 : 1;
+constexpr int kUnroll = Op::n_in <= 2 ? 2 : 1;
 // Blocks that have to fit on a multiprocessor, which bounds the registers: 64 a thread; 80 where
 // many tensors take part (with 64 they spill on sm_80) or a thread draws eight normals; 128 in
 // double, and where it is both.
