@@ -4,11 +4,13 @@ The contestants take turns, one sample each, and the order turns with every roun
 the machine for a while disturbs all of them, and a ratio of medians stays honest. A sample is
 wall-clock time on the CPU, and device time between two events on CUDA. There the L2 cache is
 emptied before each sample, and the device is kept waiting while the host enqueues, so that a slow
-host does not count; :func:`call_overhead` counts just that.
+host does not count; :func:`call_overhead` counts just that. On the CPU freed memory is kept, see
+:func:`keep_freed_memory`.
 """
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import itertools
 import math
@@ -91,6 +93,8 @@ def interleave(
         The timing of each contestant.
     """
     budget = budget or Budget()
+    if device.type == "cpu":
+        keep_freed_memory()
     on_device = device.type == "cuda" and not wall
     sampler = _CudaSampler(device) if on_device else _WallSampler(device)
     for name, calls in contestants.items():
@@ -102,6 +106,20 @@ def interleave(
 
     found = _rounds(list(contestants), sample, budget)
     return {name: Timing.of(x, sampler.repeats[name]) for name, x in found.items()}
+
+
+def keep_freed_memory() -> None:
+    """Tells glibc to hand nothing back to the system; another C library is left as it is.
+
+    By default it hands back large blocks, depending on what was freed before. The pages of the next
+    tensor are then new, and their faults cost more than an op: several times over for eager torch,
+    with its temporaries, so that every comparison would flatter the fused op.
+    """
+    trim_threshold, mmap_max = -1, -4  # M_TRIM_THRESHOLD and M_MMAP_MAX of malloc.h
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(trim_threshold, 2**31 - 1)
+        mallopt(mmap_max, 0)
 
 
 def call_overhead(

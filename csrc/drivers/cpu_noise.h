@@ -6,41 +6,27 @@
 
 DC_KERNEL_NAMESPACE_BEGIN
 
-// One draw: so many blocks, of four elements each. Two vectors of words make one of numbers.
-constexpr int kDrawBlocks = kSide / 2 * kWidth;
+// One draw: so many blocks, of four elements each.
+constexpr int kDrawBlocks = kSide * kWidth / 2;
 constexpr int kDraw = 4 * kDrawBlocks;
 
-// In each 128-bit part, runs of kRun numbers of a and of b in turn, from number kFrom on.
-template <int kFrom, int kRun>
-DC_HD VectorF interleave(VectorF a, VectorF b) {
+// a0 b0 a1 b1 of each 128-bit part, or a2 b2 a3 b3 (kFrom 2)
+template <int kFrom>
+DC_HD VectorF zipped(VectorF a, VectorF b) {
   VectorI from;
   DC_UNROLL
-  for (int i = 0; i < kWidth; ++i) {
-    const int at = i % 4, of_b = at / kRun % 2;
-    from[i] = i - at + kFrom + at / (2 * kRun) * kRun + at % kRun + of_b * kWidth;
-  }
+  for (int i = 0; i < kWidth; ++i) from[i] = i - i % 4 + kFrom + i % 4 / 2 + i % 2 * kWidth;
   return __builtin_shuffle(a, b, from);
 }
 
-// Stores four vectors four by four, transposed: the first number of each, the second of each, ...
-// in every 128-bit part.
-DC_HD void store_transposed(VectorF a, VectorF b, VectorF c, VectorF d, float* z) {
-  const VectorF ab = interleave<0, 1>(a, b), ab2 = interleave<2, 1>(a, b);
-  const VectorF cd = interleave<0, 1>(c, d), cd2 = interleave<2, 1>(c, d);
-  const VectorF out[4] = {interleave<0, 2>(ab, cd), interleave<2, 2>(ab, cd),
-                          interleave<0, 2>(ab2, cd2), interleave<2, 2>(ab2, cd2)};
-  __builtin_memcpy(z, out, sizeof(out));
-}
-
-// The block in each 64-bit lane, such that Drawer::draw packs and transposes it into its place.
+// The block in each 64-bit lane, such that Drawer::draw zips it into its place.
 struct LaneBlocks {
   uint64_t at[kSide][kWidth / 2] = {};
   constexpr LaneBlocks() {
     constexpr int kParts = kVectorBytes / 16;  // of 128 bits
-    for (int b = 0; b < kDrawBlocks; ++b) {
-      const int in_group = b % kWidth, lane = in_group % kParts * 4 + in_group / kParts;
-      at[b / kWidth * 2 + lane % 2][lane / 2] = uint64_t(b);
-    }
+    for (int i = 0; i < kSide; ++i)
+      for (int lane = 0; lane < kWidth / 2; ++lane)
+        at[i][lane] = uint64_t(i * kWidth / 2 + lane % 2 * kParts + lane / 2);
   }
 };
 constexpr LaneBlocks kLaneBlocks;
@@ -75,23 +61,23 @@ class Drawer {
     using L = VectorLanes;
     L::Word c[4] = {block_ + uint64_t(first), L::word(stream_), id_[0], id_[1]};
     philox<L>(c, key_[0], key_[1]);
-    // Each group of two vectors of words makes two pairs of vectors for box_muller.
+    // Words 0 and 2 of a block side by side, and words 1 and 3.
+    const auto packed = [](VectorU64 low, VectorU64 high) {
+      return VectorU((low & 0xffffffffu) | (high << 32));
+    };
     L::U u, v;
     DC_UNROLL
-    for (int g = 0; g < kSide; g += 2) {
-      const auto packed = [&](int k) {
-        return VectorU((c[k].v[g] & 0xffffffffu) | (c[k].v[g + 1] << 32));
-      };
-      u.v[g] = packed(0);
-      v.v[g] = packed(1);
-      u.v[g + 1] = packed(2);
-      v.v[g + 1] = packed(3);
+    for (int i = 0; i < kSide; ++i) {
+      u.v[i] = packed(c[0].v[i], c[2].v[i]);
+      v.v[i] = packed(c[1].v[i], c[3].v[i]);
     }
     L::F a, b;
     box_muller<L>(u, v, a, b);
     DC_UNROLL
-    for (int g = 0; g < kSide; g += 2)
-      store_transposed(a.v[g], b.v[g], a.v[g + 1], b.v[g + 1], z + g / 2 * 4 * kWidth);
+    for (int i = 0; i < kSide; ++i) {
+      const VectorF out[2] = {zipped<0>(a.v[i], b.v[i]), zipped<2>(a.v[i], b.v[i])};
+      __builtin_memcpy(z + i * 2 * kWidth, out, sizeof(out));
+    }
   }
 
  private:
@@ -107,7 +93,7 @@ class Drawer {
 // The noise of some columns of a row.
 class RowNoise {
  public:
-  static constexpr int kAtOnce = 2048;  // columns, at most
+  static constexpr int kAtOnce = 1024;  // columns, at most; more would crowd the innermost cache
 
   explicit RowNoise(const Task& task) : task_(task) {
     blocks_ = task.cols <= kDraw / 2 ? int((task.cols + 3) / 4) : 0;
