@@ -222,7 +222,7 @@ def _reduced(
 
 
 def _loss(kind: str, options: Options, reads: int) -> OpCase:
-    # the gradient is written with the loss, and rescaled in place
+    # backward: the gradient, which is written with the loss; that of .mean() leaves it as it is
     return OpCase(
         f"denoising_loss_{kind}",
         ops.denoising_loss,
@@ -231,7 +231,7 @@ def _loss(kind: str, options: Options, reads: int) -> OpCase:
         lambda b: {"prediction_type": kind, **options(b)},
         ("model_output",),
         reads,
-        3,
+        1,
     )
 
 
