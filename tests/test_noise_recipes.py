@@ -161,9 +161,11 @@ def test_manual_seed_governs() -> None:
 
 def test_seeds_have_64_bits() -> None:
     seeds = [PhiloxNoise.from_generator().seed for _ in range(200)]
-    for bit in range(64):
-        ones = sum(int(s) >> bit & 1 for s in seeds)
-        assert 50 < ones < 150, bit  # seven sigma
+    for shift in (0, 32):
+        halves = [int(s) >> shift & 0xFFFFFFFF for s in seeds]
+        assert len(set(halves)) == 200
+        for bit in range(32):
+            assert 50 < sum(h >> bit & 1 for h in halves) < 150, bit  # seven sigma
 
 
 def test_a_generator_of_ones_own_governs_alone() -> None:
