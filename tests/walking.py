@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from diffcore.solvers import COLUMNS, SolverTable
+from diffcore.spacings import spaced_timesteps
 
 Model = Callable[[Tensor, float], Tensor]
 Noise = Callable[[int], Tensor]
@@ -26,7 +28,7 @@ def walk(
     *,
     scale_in_place: bool = False,
 ) -> Tensor:
-    """Row after row; ``model`` sees the scaled x and is told the timestep, noise(-1) is the start's.
+    """Row after row; ``model`` sees the scaled x and the timestep; noise(-1) is the start's.
 
     ``scale_in_place`` steps from the scaled x: what diffusers' own tests do, though its pipelines
     do not.
@@ -52,3 +54,26 @@ def walk(
             left = c["e_x"] * x + c["e_m"] * m + c["e_0"] * x0
         x, h = after, [left, h[0], h[1]]
     return x
+
+
+# ---- the loops of diffusers' own tests ---------------------------------------------------------
+
+SHAPE = (4, 3, 8, 8)
+
+
+def dummy(flip: bool = False) -> torch.Tensor:
+    count = math.prod(SHAPE)
+    ramp = torch.arange(count, dtype=torch.float64)
+    ramp = (ramp.flip(-1) if flip else ramp) / count
+    return ramp.reshape(*SHAPE[1:], SHAPE[0]).permute(3, 0, 1, 2)
+
+
+def told(num_timesteps: int, steps: int = 10, **options: Any) -> torch.Tensor:
+    """The timesteps of DPM-Solver++ and UniPC: one more, rounded, and the last dropped."""
+    return spaced_timesteps(num_timesteps, steps, drop_last=True, **options).round().long()
+
+
+def ancestral_noise(steps: int) -> list[torch.Tensor]:
+    """What a loop with ``generator = torch.manual_seed(0)`` draws, in float32."""
+    generator = torch.manual_seed(0)
+    return [torch.randn(SHAPE, generator=generator).double() for _ in range(steps)]

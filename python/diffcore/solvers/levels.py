@@ -270,6 +270,28 @@ class NoiseLevels:
             init_noise_sigma=float(ratio[0]) if init_noise_sigma is None else init_noise_sigma,
         )
 
+    def skip(self, steps: int) -> NoiseLevels:
+        """The same walk from a later level on, for a sample that was noised up to there.
+
+        Args:
+            steps: How many steps to leave out, less than there are.
+
+        Returns:
+            The levels; init_noise_sigma is the first sigma that is left.
+
+        Raises:
+            ValueError: No step is left.
+        """
+        if not 0 <= steps < len(self):
+            raise ValueError(f"steps must lie in 0 .. {len(self) - 1}, got {steps}")
+        return replace(
+            self,
+            alpha=self.alpha[steps:],
+            sigma=self.sigma[steps:],
+            timesteps=self.timesteps[steps:],
+            init_noise_sigma=float(self.sigma[steps]),
+        )
+
     def __len__(self) -> int:
         """The number of steps, one less than there are levels."""
         return len(self.timesteps)
