@@ -18,6 +18,7 @@ from diffcore.solvers import NoiseLevels
 from diffcore.spacings import spaced_timesteps, time_shift
 
 diffusers = pytest.importorskip("diffusers")
+pytestmark = pytest.mark.filterwarnings("ignore")  # theirs to mend
 
 LINEAR = {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02}
 

@@ -306,7 +306,8 @@ class NoiseLevels:
 
     def at(self, ratio: float) -> Level:
         """The level on this path with the given sigma / alpha."""
-        alpha, sigma = (float(c) for c in _on_path(self.path, torch.tensor(ratio).double()))
+        where = torch.tensor(ratio, dtype=torch.float64)
+        alpha, sigma = (float(c) for c in _on_path(self.path, where))
         return Level(alpha, sigma, self.time_of(ratio), self._scale(alpha, sigma))
 
     def x0(self, level: Level, prediction_type: str) -> tuple[float, float]:
