@@ -184,10 +184,12 @@ def test_tables_are_k_diffusion(monkeypatch: pytest.MonkeyPatch) -> None:
         for walk_name, sigmas in WALKS.items():
             if kd_name == "dpm_2_ancestral" and options["eta"] == 1 and len(sigmas) < 4:
                 continue  # theirs loses ten digits in the sigma_down of so long a step
+            if kd_name in ("dpmpp_2m_sde", "dpmpp_3m_sde") and walk_name == "one":
+                continue  # theirs needs a step before the one to 0
             x, draws, ours = case(name, walk_name)
-            order = iter(draws)
+            order = draw = iter(draws)
             if "ancestral" in kd_name or "sde" in kd_name:
-                options = {**options, "noise_sampler": lambda sigma, after: next(order)}
+                options = {**options, "noise_sampler": lambda *levels, draw=draw: next(draw)}
             sample = getattr(sampling, f"sample_{kd_name}")
             theirs = sample(denoiser, x, sigmas, disable=True, **options)
             assert (ours - theirs).abs().max() <= PROMISE, (name, walk_name)
