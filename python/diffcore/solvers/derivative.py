@@ -344,8 +344,10 @@ def _dpm2_step(
     middle = walk.at(math.sqrt(here.ratio) * math.sqrt(sigma / alpha))
     straight = _Straight(walk.path)
     (scale, s), (_, s_middle) = straight(here), straight(middle)
-    end = Level(alpha, sigma, math.nan, 1.0)
+    # sigma_down is on the walk's path for another alpha: step to there, and rescale.
+    end = walk.at(sigma / alpha)
     scale_end, s_end = straight(end)
+    scale_end *= alpha / end.alpha
     c_x, c_0 = toward(here, middle.alpha, middle.sigma)
     rows.add(i, here, c_x=c_x, c_0=c_0, e_x=scale_end / scale)
     step = (s_end - s) / s_middle
