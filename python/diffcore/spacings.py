@@ -151,15 +151,14 @@ def spaced_timesteps(
             f"num_steps must be at most {last - (points - num_steps)} here, got {num_steps} "
             f"(num_timesteps={num_timesteps}, last_timestep={last}, drop_last={drop_last})"
         )
+    # In NumPy's order of operations, so that a tie rounds to where it does in diffusers.
     i = torch.arange(num_steps, dtype=torch.float64)
     if spacing == "linspace":
-        told = last - 1 - i * (last - 1) / max(points - 1, 1)
-        if points == 1:
-            told = torch.zeros_like(told)
+        told = (points - 1 - i) * ((last - 1) / max(points - 1, 1))
     elif spacing == "leading":
         told = (points - 1 - i) * (last // points) + steps_offset
     else:
-        told = (last - i * num_timesteps / num_steps).round() - 1
+        told = (last + i * (last - num_timesteps / num_steps - last)).round() - 1
     if told[0] >= num_timesteps or told[-1] < 0:
         raise ValueError(
             f"the timesteps lead out of the schedule of {num_timesteps}: {told[0]:g} to "
@@ -210,6 +209,11 @@ def timesteps_to_sigmas(schedule: NoiseSchedule, timesteps: Tensor) -> Tensor:
     low = time.floor().long()
     high = time.ceil().long()
     share = time - low
+    if bool((table[high].isinf() & (share > 0)).any()):
+        raise ValueError(
+            "alpha is 0 at the last timestep: there is no sigma / alpha between it and the one "
+            f"before, got timesteps {time.tolist()}"
+        )
     between = table[low] * (1 - share) + table[high] * share
     return torch.where(share == 0, table[low], between)
 
@@ -232,7 +236,7 @@ def sigmas_to_timesteps(schedule: NoiseSchedule, sigmas: Tensor) -> Tensor:
     wanted = torch.as_tensor(sigmas).to(torch.float64)
     if not bool((wanted > 0).all()):
         raise ValueError(f"sigmas must be above 0 to have a timestep, got {wanted.tolist()}")
-    log_table = (schedule.sigma.log() - schedule.alpha.log()).contiguous()
+    log_table = (schedule.sigma / schedule.alpha).log()
     if len(log_table) == 1:
         return torch.zeros_like(wanted)
     log_wanted = wanted.log().clamp(float(log_table[0]), float(log_table[-1]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import pairwise
 
+import torch
 from torch import Tensor
 
 from ..coefficients import (
@@ -50,13 +51,12 @@ def ddpm_table(
     check_choice("variance_type", variance_type, VARIANCE_TYPES)
     walk = as_levels(levels)
     rows = Rows("ddpm", walk, prediction_type, clip_range)
-    for i, (here, after) in enumerate(pairwise(walk.levels())):
-        c_0, c_x, beta_tilde, beta = (
-            float(c)
-            for c in posterior_coefficients(here.alpha, here.sigma, after.alpha, after.sigma)
-        )
-        variance = beta_tilde if variance_type == "fixed_small" or after.sigma == 0 else beta
-        rows.add(i, here, c_x=c_x, c_0=c_0, c_z=variance**0.5)
+    c_0, c_x, beta_tilde, beta = (torch.as_tensor(c) for c in posterior_coefficients(*_ends(walk)))
+    variance = beta_tilde if variance_type == "fixed_small" else beta
+    c_z = torch.where(walk.sigma[1:] == 0, 0.0, variance).sqrt()
+    columns = zip(walk.levels(), c_x.tolist(), c_0.tolist(), c_z.tolist(), strict=False)
+    for i, (here, x, x0, z) in enumerate(columns):
+        rows.add(i, here, c_x=x, c_0=x0, c_z=z)
     return rows.table(1)
 
 
@@ -91,11 +91,10 @@ def ddim_table(
     """
     walk = as_levels(levels)
     rows = Rows("ddim", walk, prediction_type, clip_range)
+    # x0 as prediction: what remains are the coefficients of the step alone.
+    steps = ddim_coefficients(*_ends(walk), eta=eta, prediction_type="sample")[:, :4].tolist()
     for i, (here, after) in enumerate(pairwise(walk.levels())):
-        # x0 as prediction: what remains are the coefficients of the step alone.
-        c_x, _, c_0, c_z = ddim_coefficients(
-            here.alpha, here.sigma, after.alpha, after.sigma, eta=eta, prediction_type="sample"
-        )[:4].tolist()
+        c_x, _, c_0, c_z = steps[i]
         if rederive_epsilon:
             rows.add(i, here, c_x=c_x, c_0=c_0, c_z=c_z)
             continue
@@ -143,3 +142,8 @@ def euler_ancestral_table(
         c_x, c_0 = toward(here, after.alpha, down)
         rows.add(i, here, c_x=c_x, c_0=c_0, c_z=s_noise * up)
     return rows.table(1)
+
+
+def _ends(walk: NoiseLevels) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(alpha, sigma) before every step, and after it."""
+    return walk.alpha[:-1], walk.sigma[:-1], walk.alpha[1:], walk.sigma[1:]

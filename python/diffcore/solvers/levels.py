@@ -13,12 +13,9 @@ from torch import Tensor
 from ..coefficients import check_choice, epsilon_coefficients, x0_coefficients
 from ..schedules import NoiseSchedule
 from ..spacings import sigmas_to_timesteps, timesteps_to_sigmas
+from .paths import PATHS, TimeOf, all_on_path, level_vector, on_path, path_of, timestep_vector
 
-PATHS = ("vp", "ve", "flow")
 FINAL_SIGMAS_TYPES = ("zero", "sigma_min")
-
-# A schedule is on a path if its levels are to this; tables rounded to float32 still count.
-_ON_PATH = 1e-6
 
 
 class Level(NamedTuple):
@@ -117,10 +114,14 @@ class NoiseLevels:
         Returns:
             The levels; init_noise_sigma is the first sigma.
         """
-        sigma = _vector("sigmas", sigmas)
-        told = sigma[:-1] if timesteps is None else _timesteps(timesteps)
+        sigma = level_vector("sigmas", sigmas)
+        told = sigma[:-1]
+        time_of: Callable[[float], float] = float
+        if timesteps is not None:
+            told = timestep_vector(timesteps)
+            time_of = TimeOf(sigma[:-1].flip(0), told.flip(0))
         first = float(sigma[0])
-        return cls(torch.ones_like(sigma), sigma, told, "ve", float, init_noise_sigma=first)
+        return cls(torch.ones_like(sigma), sigma, told, "ve", time_of, init_noise_sigma=first)
 
     @classmethod
     def from_edm(cls, sigmas: Tensor | Sequence[float], *, sigma_data: float = 0.5) -> NoiseLevels:
@@ -141,7 +142,7 @@ class NoiseLevels:
         Source:
             Karras et al. 2022 (arXiv 2206.00364) table 1 and eq. 7.
         """
-        sigma = _vector("sigmas", sigmas)
+        sigma = level_vector("sigmas", sigmas)
         if not sigma_data > 0:
             raise ValueError(f"sigma_data must be above 0, got {sigma_data}")
         return cls(
@@ -168,7 +169,7 @@ class NoiseLevels:
         Returns:
             The levels; init_noise_sigma is 1.
         """
-        sigma = _vector("sigmas", sigmas)
+        sigma = level_vector("sigmas", sigmas)
         if bool((sigma > 1).any()):
             raise ValueError(f"sigmas of a flow must lie in [0, 1], got {sigma.tolist()}")
         scale = float(num_train_timesteps)
@@ -213,20 +214,17 @@ class NoiseLevels:
         if (timesteps is None) == (sigmas is None):
             raise ValueError("give either timesteps or sigmas")
         check_choice("final_sigmas_type", final_sigmas_type, FINAL_SIGMAS_TYPES)
-        path = _path_of(schedule)
-
-        def time_of(ratio: float) -> float:
-            wanted = torch.tensor([ratio], dtype=torch.float64)
-            return float(sigmas_to_timesteps(schedule, wanted)[0])
+        path = path_of(schedule)
+        time_of = TimeOf(schedule.sigma / schedule.alpha, torch.arange(len(schedule)))
 
         if sigmas is not None:
-            ratio = _vector("sigmas", sigmas)
+            ratio = level_vector("sigmas", sigmas)
             told = sigmas_to_timesteps(schedule, ratio[:-1])
             told = told.round().long() if round_timesteps else told
-            alpha, sigma = _on_path(path, ratio)
+            alpha, sigma = all_on_path(path, ratio)
         else:
             assert timesteps is not None
-            told = _timesteps(timesteps)
+            told = timestep_vector(timesteps)
             if told.dtype == torch.int64:
                 if int(told.min()) < 0 or int(told.max()) >= len(schedule):
                     raise ValueError(
@@ -234,7 +232,7 @@ class NoiseLevels:
                     )
                 alpha, sigma = schedule.alpha[told], schedule.sigma[told]
             else:
-                alpha, sigma = _on_path(path, timesteps_to_sigmas(schedule, told))
+                alpha, sigma = all_on_path(path, timesteps_to_sigmas(schedule, told))
             clean = final_sigmas_type == "zero"
             alpha = torch.cat([alpha, alpha.new_ones(1) if clean else schedule.alpha[:1]])
             sigma = torch.cat([sigma, sigma.new_zeros(1) if clean else schedule.sigma[:1]])
@@ -306,8 +304,7 @@ class NoiseLevels:
 
     def at(self, ratio: float) -> Level:
         """The level on this path with the given sigma / alpha."""
-        where = torch.tensor(ratio, dtype=torch.float64)
-        alpha, sigma = (float(c) for c in _on_path(self.path, where))
+        alpha, sigma = on_path(self.path, ratio)
         return Level(alpha, sigma, self.time_of(ratio), self._scale(alpha, sigma))
 
     def x0(self, level: Level, prediction_type: str) -> tuple[float, float]:
@@ -363,56 +360,7 @@ def as_levels(levels: NoiseLevels | Tensor | Sequence[float]) -> NoiseLevels:
     return levels if isinstance(levels, NoiseLevels) else NoiseLevels.from_sigmas(levels)
 
 
-def _on_path(path: str, ratio: Tensor) -> tuple[Tensor, Tensor]:
-    """(alpha, sigma) from sigma / alpha, which may be infinite but on the "ve" path."""
-    if path == "ve":
-        return torch.ones_like(ratio), ratio
-    if path == "vp":
-        return 1 / torch.hypot(ratio, torch.ones_like(ratio)), 1 / torch.hypot(
-            1 / ratio, torch.ones_like(ratio)
-        )
-    return 1 / (1 + ratio), 1 / (1 + 1 / ratio)
-
-
-def _path_of(schedule: NoiseSchedule) -> str:
-    alpha, sigma = schedule.alpha, schedule.sigma
-    for path, total in (("vp", alpha**2 + sigma**2), ("ve", alpha), ("flow", alpha + sigma)):
-        if bool(((total - 1).abs() <= _ON_PATH).all()):
-            return path
-    raise ValueError(
-        "the schedule is neither variance preserving (alpha^2 + sigma^2 = 1) nor exploding "
-        "(alpha = 1) nor a rectified flow (alpha + sigma = 1)"
-    )
-
-
 def _quarter_log_of(sigma: Tensor) -> Tensor:
     if bool((sigma <= 0).any()):
         raise ValueError(f"only the last sigma may be 0, got {sigma.tolist()}")
     return sigma.log() / 4
-
-
-def _vector(name: str, values: Tensor | Sequence[float]) -> Tensor:
-    try:
-        vector = torch.as_tensor(values, dtype=None if isinstance(values, Tensor) else torch.double)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(f"{name} must be a tensor of real numbers: {error}") from None
-    if vector.is_complex() or vector.dtype == torch.bool:
-        raise TypeError(f"{name} must be a tensor of real numbers, got {vector.dtype}")
-    if vector.dim() != 1 or len(vector) < 2:
-        raise ValueError(
-            f"{name} must have shape [N + 1], the level to end at included, N >= 1, "
-            f"got {list(vector.shape)}"
-        )
-    vector = vector.detach().to("cpu", torch.float64)
-    if not bool(vector.isfinite().all()):
-        raise ValueError(f"{name} must be finite, got {vector.tolist()}")
-    return vector
-
-
-def _timesteps(values: Tensor | Sequence[float]) -> Tensor:
-    told = torch.as_tensor(values).detach().cpu()
-    if told.dim() != 1 or len(told) == 0 or told.is_complex() or told.dtype == torch.bool:
-        raise ValueError(
-            f"timesteps must be numbers of shape [N], got {told.dtype} {list(told.shape)}"
-        )
-    return told.to(torch.float64 if told.is_floating_point() else torch.int64)

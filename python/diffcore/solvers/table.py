@@ -142,6 +142,7 @@ class Rows:
         check_choice("prediction_type", prediction_type, PREDICTION_TYPES)
         self._name = name
         self._levels = levels
+        self._ratios: list[float] = (levels.sigma / levels.alpha).tolist()
         self._prediction_type = prediction_type
         self._clip = parse_clip_range(clip_range)
         self._rows: list[dict[str, float]] = []
@@ -176,8 +177,7 @@ class Rows:
         self._called.append(level)
         self._steps.append(step)
         if noise is None:
-            after_alpha, after_sigma = self._levels.alpha[step + 1], self._levels.sigma[step + 1]
-            noise = (level.ratio, float(after_sigma / after_alpha))
+            noise = (level.ratio, self._ratios[step + 1])
         self._noise.append(noise)
 
     def table(
