@@ -87,7 +87,6 @@ def test_tables_are_frozen_and_copied_once_to_a_device():
     copy = table.to("meta")
     assert copy is table.to(torch.device("meta"))
     assert copy.coefficients.device.type == "meta"
-    assert copy.num_steps_of == table.num_steps if hasattr(copy, "num_steps_of") else True
     assert (copy.name, copy.order, copy.history) == (table.name, table.order, table.history)
     found = []
     fresh = solvers.heun_table(SIGMAS)
@@ -129,7 +128,7 @@ def test_a_walk_can_begin_later():
     assert left.init_noise_sigma == LINEAR.sigma[300]
     assert len(solvers.dpmpp_table(left)) == 2
     for steps in (-1, 4):
-        with pytest.raises(ValueError, match="steps must lie in 0 .. 3"):
+        with pytest.raises(ValueError, match="steps must lie in"):
             levels.skip(steps)
 
 
