@@ -5,6 +5,7 @@ Theirs run in float32 as they are; a model that is neither linear nor even shows
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -13,7 +14,12 @@ from walking import ancestral_noise, dummy, told, walk
 
 from diffcore import solvers
 from diffcore.schedules import NoiseSchedule, make_betas, respaced_timesteps
-from diffcore.sigmas import get_sigmas_flow, get_sigmas_karras
+from diffcore.sigmas import (
+    get_sigmas_beta,
+    get_sigmas_exponential,
+    get_sigmas_flow,
+    get_sigmas_karras,
+)
 from diffcore.solvers import NoiseLevels
 from diffcore.spacings import spaced_timesteps, time_shift
 
@@ -233,3 +239,53 @@ def test_edm_euler_is_that_of_diffusers(prediction_type) -> None:
     )
     x = (dummy() - 0.5) * table.init_noise_sigma
     same(walk(table, bent, x), their_walk(theirs, dummy() - 0.5))
+
+
+@pytest.mark.parametrize("spacing", SPACINGS)
+def test_timesteps_are_those_of_diffusers_for_every_number_of_steps(spacing) -> None:
+    multistep = diffusers.DPMSolverMultistepScheduler(timestep_spacing=spacing, **LINEAR)
+    euler = diffusers.EulerDiscreteScheduler(timestep_spacing=spacing, **LINEAR)
+    for steps in range(2, 151):
+        multistep.set_timesteps(steps)
+        theirs = multistep.timesteps
+        if len(theirs) == steps:  # NumPy's arange may go one too far, to timestep -1
+            assert told(1000, steps, spacing=spacing).tolist() == theirs.tolist()
+        euler.set_timesteps(steps)
+        ours = spaced_timesteps(1000, steps, spacing)
+        assert len(euler.timesteps) != steps or (ours - euler.timesteps).abs().max() <= 1e-4
+
+
+@pytest.mark.parametrize("name", ["karras", "exponential", "beta"])
+def test_noise_levels_are_those_of_diffusers(name) -> None:
+    if name == "beta":
+        pytest.importorskip("scipy")
+    euler = diffusers.EulerDiscreteScheduler(**{f"use_{name}_sigmas": True}, **LINEAR)
+    euler.set_timesteps(12)
+    first, last = float(euler.sigmas[0]), float(euler.sigmas[-2])
+    make = {
+        "karras": get_sigmas_karras,
+        "exponential": get_sigmas_exponential,
+        "beta": get_sigmas_beta,
+    }[name]
+    ours = make(12, last, first)
+    assert ((ours - euler.sigmas).abs() <= 2e-6 * ours + 1e-9).all()
+    levels = NoiseLevels.from_schedule(train("linear"), sigmas=ours)
+    assert (levels.timesteps - euler.timesteps).abs().max() <= 0.02
+
+
+def test_third_order_sde_is_not_that_of_diffusers() -> None:
+    """Theirs has the sign of a term turned: the weight of D2 tends to -1 for small steps, not 0."""
+    theirs = diffusers.DPMSolverMultistepScheduler(
+        solver_order=3, algorithm_type="sde-dpmsolver++", **LINEAR
+    )
+    theirs.set_timesteps(20)
+    levels = NoiseLevels.from_schedule(train("linear"), told(1000, 20))
+    table = solvers.dpmpp_table(levels, order=3, algorithm_type="sde-dpmsolver++")
+    draws = ancestral_noise(20)
+    ours = walk(table, bent, dummy() - 0.5, lambda row: draws[row])
+    their_out = their_walk(theirs, dummy() - 0.5, generator=torch.manual_seed(0))
+    assert (ours - their_out).abs().max() > 0.01 * their_out.abs().max()
+    h = 0.01
+    for sign, limit in ((1, -1.0), (-1, 0.0)):  # as they have it, and as k-diffusion has it
+        weight = sign * (1 - math.exp(-2 * h) - 2 * h) / (2 * h) ** 2 - 0.5
+        assert abs(sign * weight - limit) < 0.01

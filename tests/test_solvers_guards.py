@@ -121,6 +121,13 @@ def test_timesteps_given_with_sigmas_are_interpolated_between():
     assert torch.allclose(told, torch.tensor([30.0, 25.0, 20.0, 15.0, 10.0]).double())
 
 
+def test_lists_of_numbers_are_float64():
+    told = [600.1, 300.7, 0.3]
+    assert NoiseLevels.from_schedule(LINEAR, told).timesteps.tolist() == told
+    assert NoiseLevels.from_schedule(LINEAR, [600, 300, 0]).timesteps.dtype == torch.int64
+    assert NoiseLevels.from_sigmas([0.3, 0.1]).sigma.tolist() == [0.3, 0.1]
+
+
 def test_a_walk_can_begin_later():
     levels = NoiseLevels.from_schedule(LINEAR, torch.tensor([900, 600, 300, 0]))
     left = levels.skip(2)
@@ -346,7 +353,7 @@ REFUSED = {
         "sigmas must fall",
     ),
     "timesteps-empty": (
-        lambda: NoiseLevels.from_schedule(LINEAR, torch.tensor([])),
+        lambda: NoiseLevels.from_schedule(LINEAR, []),
         ValueError,
         "timesteps must be numbers",
     ),

@@ -33,7 +33,7 @@ def shift_sigmas(sigmas: Tensor, shift: float) -> Tensor:
     """
     if not shift > 0:
         raise ValueError(f"shift must be above 0, got {shift}")
-    s = torch.as_tensor(sigmas).to(torch.float64)
+    s = torch.as_tensor(sigmas, dtype=torch.float64)
     return shift * s / (1 + (shift - 1) * s)
 
 
@@ -100,7 +100,7 @@ def stretch_to_terminal(sigmas: Tensor, shift_terminal: float) -> Tensor:
     """
     if not 0 <= shift_terminal < 1:
         raise ValueError(f"shift_terminal must lie in [0, 1), got {shift_terminal}")
-    signal = 1 - torch.as_tensor(sigmas).to(torch.float64)
+    signal = 1 - torch.as_tensor(sigmas, dtype=torch.float64)
     if signal[-1] == 0:
         raise ValueError("the last sigma is 1: it cannot be stretched to another")
     return 1 - signal * ((1 - shift_terminal) / signal[-1])
@@ -202,7 +202,7 @@ def timesteps_to_sigmas(schedule: NoiseSchedule, timesteps: Tensor) -> Tensor:
     Raises:
         ValueError: A timestep outside the schedule.
     """
-    time = torch.as_tensor(timesteps).to(torch.float64)
+    time = torch.as_tensor(timesteps, dtype=torch.float64)
     if not bool(((time >= 0) & (time <= len(schedule) - 1)).all()):
         raise ValueError(f"timesteps must lie in 0 .. {len(schedule) - 1}, got {time.tolist()}")
     table = schedule.sigma / schedule.alpha
@@ -233,7 +233,7 @@ def sigmas_to_timesteps(schedule: NoiseSchedule, sigmas: Tensor) -> Tensor:
     Raises:
         ValueError: A sigma is not above 0.
     """
-    wanted = torch.as_tensor(sigmas).to(torch.float64)
+    wanted = torch.as_tensor(sigmas, dtype=torch.float64)
     if not bool((wanted > 0).all()):
         raise ValueError(f"sigmas must be above 0 to have a timestep, got {wanted.tolist()}")
     log_table = (schedule.sigma / schedule.alpha).log()

@@ -137,7 +137,10 @@ def timestep_vector(values: Tensor | Sequence[float]) -> Tensor:
     Raises:
         ValueError: No real numbers, or of another shape.
     """
-    told = torch.as_tensor(values).detach().cpu()
+    if not isinstance(values, Tensor):  # Python floats are float64, whatever torch's default is
+        whole = all(isinstance(value, int) for value in values)
+        values = torch.tensor(values, dtype=torch.int64 if whole else torch.float64)
+    told = values.detach().cpu()
     if told.dim() != 1 or len(told) == 0 or told.is_complex() or told.dtype == torch.bool:
         raise ValueError(
             f"timesteps must be numbers of shape [N], got {told.dtype} {list(told.shape)}"
