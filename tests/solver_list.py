@@ -32,6 +32,13 @@ DETERMINISTIC: dict[str, Make] = {
     "dpmpp-3m-heun": partial(FLOW, order=3, solver_type="heun"),
     "dpmpp-3m-exact": partial(FLOW, order=3, exact_third_order=True, solver_type="heun"),
     "dpmpp-2s": solvers.dpmpp_2s_table,
+    **{
+        f"dpmpp-{order}s-{kind}": partial(
+            solvers.dpmpp_singlestep_table, order=order, solver_type=kind
+        )
+        for order in (2, 3)
+        for kind in ("midpoint", "heun")
+    },
     "dpmpp-sde-0": partial(solvers.dpmpp_sde_table, eta=0.0),
     **{
         f"unipc-{order}-{kind}": partial(

@@ -90,6 +90,21 @@ def test_dpmpp_is_that_of_diffusers(spacing, final, steps, order, algorithm, sol
     same(out, their_walk(theirs, dummy() - 0.5, generator=torch.manual_seed(0)))
 
 
+@pytest.mark.parametrize("order", [1, 2, 3])
+@pytest.mark.parametrize("solver", ["midpoint", "heun"])
+@pytest.mark.parametrize("final", ["zero", "sigma_min"])
+@pytest.mark.parametrize("steps", [3, 6, 10, 11, 12, 20])
+def test_singlestep_is_that_of_diffusers(order, solver, final, steps) -> None:
+    theirs = diffusers.DPMSolverSinglestepScheduler(
+        solver_order=order, solver_type=solver, final_sigmas_type=final, **LINEAR
+    )
+    theirs.set_timesteps(steps)
+    levels = NoiseLevels.from_schedule(train("linear"), told(1000, steps), final_sigmas_type=final)
+    assert levels.timesteps.tolist() == theirs.timesteps.tolist()
+    table = solvers.dpmpp_singlestep_table(levels, order=order, solver_type=solver)
+    same(walk(table, bent, dummy() - 0.5), their_walk(theirs, dummy() - 0.5))
+
+
 @pytest.mark.parametrize("prediction_type", PREDICTIONS)
 @pytest.mark.parametrize("spacing", SPACINGS)
 @pytest.mark.parametrize("order", [1, 2, 3])

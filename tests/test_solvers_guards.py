@@ -19,8 +19,9 @@ from diffcore.spacings import clipped_length, spaced_timesteps
 
 SIGMAS = [10.0, 4.0, 1.0, 0.3, 0.0]
 LINEAR = NoiseSchedule.from_betas(make_betas("linear", 1000))
-# Two model calls a step need a level between: they cannot start at sigma / alpha = infinity.
+# Solvers that need a level between two, or lambda at the start: sigma / alpha must be finite there.
 NEED_SIGNAL = ("dpm2", "dpm2_ancestral-0", "dpm2_ancestral", "dpmpp-2s", "dpmpp-sde-0")
+NEED_SIGNAL += ("dpmpp-2s-midpoint", "dpmpp-2s-heun", "dpmpp-3s-midpoint", "dpmpp-3s-heun")
 NEED_SIGNAL += ("dpmpp-2s-ancestral", "dpmpp-sde", "dpmpp-sde-r")
 
 
@@ -216,18 +217,6 @@ def test_cosine_schedule_is_cut_where_lambda_asks():
         assert walk(DETERMINISTIC[name](levels), bent, x).abs().max() < 1e3
 
 
-def test_clipping_bounds_x0_and_the_rule_for_epsilon_matters_then():
-    levels = NoiseLevels.from_schedule(LINEAR, torch.tensor([900, 600, 300, 0]))
-    x = torch.linspace(-3, 3, 7, dtype=torch.float64)
-    outs = {
-        rule: walk(solvers.ddim_table(levels, rederive_epsilon=rule, clip_range=0.4), bent, x)
-        for rule in (True, False)
-    }
-    assert (outs[True] - outs[False]).abs().max() > 0.01
-    for out in outs.values():
-        assert out.abs().max() <= 0.4
-
-
 def test_long_walks_keep_their_order_to_the_end_and_short_ones_do_not():
     for steps, keeps in ((14, False), (15, True)):
         levels = spacing.get_sigmas_karras(steps + 1, 0.1, 10.0)[:-1]
@@ -268,6 +257,11 @@ REFUSED = {
         lambda: solvers.dpmpp_table(SIGMAS, order=4),
         ValueError,
         "order must be in 1 .. 3",
+    ),
+    "order-singlestep": (
+        lambda: solvers.dpmpp_singlestep_table(SIGMAS, order=4),
+        ValueError,
+        r"in 1 \.\. 3",
     ),
     "order-unipc": (
         lambda: solvers.unipc_table(SIGMAS, order=0),

@@ -198,3 +198,17 @@ def test_levels_between_lie_on_the_path():
         assert math.isclose(level.ratio, 0.7, rel_tol=1e-15)
         assert math.isclose(level.lam, -math.log(0.7), rel_tol=1e-14)
     assert math.isclose(levels_on("flow", geometric(2, 0.1, 10.0)).at(0.25).timestep, 200.0)
+
+
+def test_clipping_bounds_x0_and_the_rule_for_epsilon_matters_then():
+    levels = NoiseLevels.from_schedule(
+        NoiseSchedule.from_betas(make_betas("linear", 1000)), torch.tensor([900, 600, 300, 0])
+    )
+    x = torch.linspace(-3, 3, 7, dtype=torch.float64)
+    outs = {
+        rule: walk(solvers.ddim_table(levels, rederive_epsilon=rule, clip_range=0.4), bent, x)
+        for rule in (True, False)
+    }
+    assert (outs[True] - outs[False]).abs().max() > 0.01
+    for out in outs.values():
+        assert out.abs().max() <= 0.4

@@ -58,6 +58,10 @@ def dpmpp(levels: NoiseLevels, prediction_type: str) -> solvers.SolverTable:
     return solvers.dpmpp_table(levels, lower_order_final=False, prediction_type=prediction_type)
 
 
+def singlestep(levels: NoiseLevels, prediction_type: str) -> solvers.SolverTable:
+    return solvers.dpmpp_singlestep_table(levels, prediction_type=prediction_type)
+
+
 def unipc(levels: NoiseLevels, prediction_type: str) -> solvers.SolverTable:
     return solvers.unipc_table(levels, prediction_type=prediction_type)
 
@@ -87,6 +91,15 @@ PUBLISHED = {
     "dpmpp-v": (lambda: multistep(dpmpp, V), None, 0.2251, False),
     "dpmpp-karras-v": (lambda: multistep(dpmpp, V, get_sigmas_karras), None, 0.2096, False),
     "dpmpp-lu-v": (lambda: multistep(dpmpp, V, get_sigmas_exponential), None, 0.1554, False),
+    "single": (lambda: multistep(singlestep), None, 0.2791, False),
+    "single-v": (lambda: multistep(singlestep, V), None, 0.1453, False),
+    "single-karras": (
+        lambda: multistep(singlestep, sigmas=get_sigmas_karras),
+        None,
+        0.2248,
+        False,
+    ),
+    "single-karras-v": (lambda: multistep(singlestep, V, get_sigmas_karras), None, 0.0649, False),
     "unipc": (lambda: multistep(unipc), None, 0.2464, False),
     "unipc-v": (lambda: multistep(unipc, V), None, 0.1014, False),
     "unipc-karras": (lambda: multistep(unipc, sigmas=get_sigmas_karras), None, 0.2925, False),

@@ -23,6 +23,7 @@ from .named import (
     flow_euler_table,
     flow_heun_table,
 )
+from .singlestep import dpmpp_singlestep_table
 from .table import COLUMNS, SolverTable
 from .unipc import unipc_table
 
@@ -39,6 +40,7 @@ __all__ = [
     "dpmpp_2s_table",
     "dpmpp_3m_sde_table",
     "dpmpp_sde_table",
+    "dpmpp_singlestep_table",
     "dpmpp_table",
     "edm_euler_table",
     "edm_heun_table",
