@@ -304,3 +304,24 @@ def test_third_order_sde_is_not_that_of_diffusers() -> None:
     for sign, limit in ((1, -1.0), (-1, 0.0)):  # as they have it, and as k-diffusion has it
         weight = sign * (1 - math.exp(-2 * h) - 2 * h) / (2 * h) ** 2 - 0.5
         assert abs(sign * weight - limit) < 0.01
+
+
+@pytest.mark.parametrize("kind", ["DPMSolver", "UniPC"])
+@pytest.mark.parametrize("order", [1, 2, 3])
+@pytest.mark.parametrize("shift", [1.0, 5.0])
+def test_multistep_solvers_in_a_flow_are_those_of_diffusers(kind, order, shift) -> None:
+    theirs = getattr(diffusers, f"{kind}MultistepScheduler")(
+        solver_order=order,
+        use_flow_sigmas=True,
+        flow_shift=shift,
+        prediction_type="flow_prediction",
+    )
+    theirs.set_timesteps(12)
+    levels = NoiseLevels.from_flow(theirs.sigmas)
+    make = {"DPMSolver": solvers.dpmpp_table, "UniPC": solvers.unipc_table}[kind]
+    table = make(levels, order=order, prediction_type="flow_prediction")
+    x = (dummy() - 0.5).float()
+    for t in theirs.timesteps:  # they tell the model whole timesteps
+        x = theirs.step(bent(x, 100), t, x).prev_sample
+    # They start at 1 - 1e-6 or so, of which float32 keeps one digit in alpha.
+    same(walk(table, lambda x, t: bent(x, 100), dummy() - 0.5), x.double(), 2e-3)
