@@ -24,7 +24,7 @@ LAYERS = [
     {"__main__", "cli"},
     {"demo", "diffusers"},
     {"sampling", "likelihood", "diffusion", "vae", "losses"},
-    {"_loop", "_tables", "solvers", "schedules"},
+    {"_loop", "_tables", "solvers", "sigmas", "spacings", "schedules"},
     {"testing", "_info"},
     {"ops"},
     {"noise"},

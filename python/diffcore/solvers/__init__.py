@@ -1,0 +1,54 @@
+"""Solvers as tables of coefficients: DDPM to UniPC, for every noise schedule.
+
+A solver is a ``SolverTable``, made in float64 from the levels (alpha, sigma) that it visits. The
+functions take ``NoiseLevels``, or the sigmas of a variance exploding walk as k-diffusion has them.
+"""
+
+from .ancestral import ddim_table, ddpm_table, euler_ancestral_table
+from .derivative import (
+    dpm2_ancestral_table,
+    dpm2_table,
+    euler_table,
+    heun_table,
+    lms_table,
+)
+from .dpmpp import dpmpp_2s_table, dpmpp_sde_table, dpmpp_table
+from .levels import NoiseLevels
+from .named import (
+    dpmpp_2m_sde_table,
+    dpmpp_2m_table,
+    dpmpp_3m_sde_table,
+    edm_euler_table,
+    edm_heun_table,
+    flow_euler_table,
+    flow_heun_table,
+)
+from .singlestep import dpmpp_singlestep_table
+from .table import COLUMNS, SolverTable
+from .unipc import unipc_table
+
+__all__ = [
+    "COLUMNS",
+    "NoiseLevels",
+    "SolverTable",
+    "ddim_table",
+    "ddpm_table",
+    "dpm2_ancestral_table",
+    "dpm2_table",
+    "dpmpp_2m_sde_table",
+    "dpmpp_2m_table",
+    "dpmpp_2s_table",
+    "dpmpp_3m_sde_table",
+    "dpmpp_sde_table",
+    "dpmpp_singlestep_table",
+    "dpmpp_table",
+    "edm_euler_table",
+    "edm_heun_table",
+    "euler_ancestral_table",
+    "euler_table",
+    "flow_euler_table",
+    "flow_heun_table",
+    "heun_table",
+    "lms_table",
+    "unipc_table",
+]

@@ -1,0 +1,149 @@
+"""Solvers of one call a step without memory: DDPM, DDIM, Euler ancestral."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from ..coefficients import (
+    VARIANCE_TYPES,
+    check_choice,
+    ddim_coefficients,
+    posterior_coefficients,
+)
+from .levels import NoiseLevels, as_levels
+from .table import Rows, SolverTable, ancestral, at_least_zero, toward
+
+Levels = NoiseLevels | Tensor | Sequence[float]
+ClipRange = float | tuple[float, float] | None
+
+
+def ddpm_table(
+    levels: Levels,
+    *,
+    variance_type: str = "fixed_small",
+    prediction_type: str = "epsilon",
+    clip_range: ClipRange = None,
+) -> SolverTable:
+    """Ancestral sampling: x' = A x0 + B x + c_z z, the posterior q(x' | x, x0). Order 1.
+
+    c_z^2 = beta_tilde ("fixed_small") or beta ("fixed_large"), both of the step to the next level
+    of the walk, however far that is; 0 for a step to sigma = 0.
+
+    Args:
+        levels: The walk, or sigmas ``[N + 1]`` with alpha = 1.
+        variance_type: One of ``VARIANCE_TYPES``.
+        prediction_type: What the model predicts.
+        clip_range: Bounds of x_0.
+
+    Returns:
+        N rows.
+
+    Raises:
+        ValueError: Unknown variance_type, or as ``NoiseLevels``.
+
+    Source:
+        Ho et al. 2020 (arXiv 2006.11239) algorithm 2.
+    """
+    check_choice("variance_type", variance_type, VARIANCE_TYPES)
+    walk = as_levels(levels)
+    rows = Rows("ddpm", walk, prediction_type, clip_range)
+    c_0, c_x, beta_tilde, beta = (torch.as_tensor(c) for c in posterior_coefficients(*_ends(walk)))
+    variance = beta_tilde if variance_type == "fixed_small" else beta
+    c_z = torch.where(walk.sigma[1:] == 0, 0.0, variance).sqrt()
+    columns = zip(walk.levels(), c_x.tolist(), c_0.tolist(), c_z.tolist(), strict=False)
+    for i, (here, x, x0, z) in enumerate(columns):
+        rows.add(i, here, c_x=x, c_0=x0, c_z=z)
+    return rows.table(1)
+
+
+def ddim_table(
+    levels: Levels,
+    *,
+    eta: float = 0.0,
+    rederive_epsilon: bool = True,
+    prediction_type: str = "epsilon",
+    clip_range: ClipRange = None,
+) -> SolverTable:
+    """DDIM: x' = alpha' x0 + sqrt(sigma'^2 - c_z^2) epsilon + c_z z, c_z = eta sqrt(beta_tilde).
+
+    epsilon follows the clipped x0 (``rederive_epsilon=True``, OpenAI's rule) or is what the model
+    said (``False``, the default of diffusers). Order 1; with eta = 0 the same as ``euler_table``.
+
+    Args:
+        levels: The walk, or sigmas ``[N + 1]`` with alpha = 1.
+        eta: 0 for the deterministic sampler, 1 for ancestral noise; between them, inclusive.
+        rederive_epsilon: Whether epsilon follows the clipped x0.
+        prediction_type: What the model predicts.
+        clip_range: Bounds of x_0.
+
+    Returns:
+        N rows.
+
+    Raises:
+        ValueError: eta outside [0, 1], or as ``NoiseLevels``.
+
+    Source:
+        Song et al. 2021 (arXiv 2010.02502) eq. 12 and 16.
+    """
+    walk = as_levels(levels)
+    rows = Rows("ddim", walk, prediction_type, clip_range)
+    # x0 as prediction: what remains are the coefficients of the step alone.
+    steps = ddim_coefficients(*_ends(walk), eta=eta, prediction_type="sample")[:, :4].tolist()
+    for i, (here, after) in enumerate(pairwise(walk.levels())):
+        c_x, _, c_0, c_z = steps[i]
+        if rederive_epsilon:
+            rows.add(i, here, c_x=c_x, c_0=c_0, c_z=c_z)
+            continue
+        e_x, e_m = walk.epsilon(here, prediction_type)
+        direction = c_x * here.sigma
+        rows.add(i, here, c_x=direction * e_x, c_m=direction * e_m, c_0=after.alpha, c_z=c_z)
+    return rows.table(1)
+
+
+def euler_ancestral_table(
+    levels: Levels,
+    *,
+    eta: float = 1.0,
+    s_noise: float = 1.0,
+    prediction_type: str = "epsilon",
+    clip_range: ClipRange = None,
+) -> SolverTable:
+    """Euler's step to sigma_down, then noise up to sigma'. Order 1.
+
+    sigma_up = eta sqrt(beta_tilde), at most sigma'; sigma_down^2 = sigma'^2 - sigma_up^2. For
+    eta <= 1 this is DDIM's rule, with a factor for the noise.
+
+    Args:
+        levels: The walk, or sigmas ``[N + 1]`` with alpha = 1.
+        eta: At least 0; 1 for ancestral noise.
+        s_noise: Factor of the noise.
+        prediction_type: What the model predicts.
+        clip_range: Bounds of x_0.
+
+    Returns:
+        N rows.
+
+    Raises:
+        ValueError: eta below 0, or as ``NoiseLevels``.
+
+    Source:
+        k-diffusion's ``sample_euler_ancestral``.
+    """
+    at_least_zero("eta", eta)
+    at_least_zero("s_noise", s_noise)
+    walk = as_levels(levels)
+    rows = Rows("euler_ancestral", walk, prediction_type, clip_range)
+    for i, (here, after) in enumerate(pairwise(walk.levels())):
+        down, up = ancestral(here, after, eta)
+        c_x, c_0 = toward(here, after.alpha, down)
+        rows.add(i, here, c_x=c_x, c_0=c_0, c_z=s_noise * up)
+    return rows.table(1)
+
+
+def _ends(walk: NoiseLevels) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(alpha, sigma) before every step, and after it."""
+    return walk.alpha[:-1], walk.sigma[:-1], walk.alpha[1:], walk.sigma[1:]

@@ -1,0 +1,239 @@
+"""DPM-Solver++: multistep (2M, 3M, SDE), two calls a step (2S, SDE)."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from ..coefficients import check_choice
+from .exponential import first_order_weight, interpolating_weights, last_finite, phi
+from .levels import NoiseLevels, as_levels
+from .table import Rows, SolverTable, ancestral, at_least_zero, check_order, toward
+
+Levels = NoiseLevels | Tensor | Sequence[float]
+ClipRange = float | tuple[float, float] | None
+
+ALGORITHM_TYPES = ("dpmsolver++", "sde-dpmsolver++")
+SOLVER_TYPES = ("midpoint", "heun")
+
+# With at least this many steps diffusers keeps the order to the end.
+_LONG_WALK = 15
+
+
+def dpmpp_table(
+    levels: Levels,
+    *,
+    order: int = 2,
+    algorithm_type: str = "dpmsolver++",
+    solver_type: str = "midpoint",
+    lower_order_final: bool = True,
+    euler_at_final: bool = False,
+    exact_third_order: bool = False,
+    eta: float = 1.0,
+    s_noise: float = 1.0,
+    prediction_type: str = "epsilon",
+    clip_range: ClipRange = None,
+) -> SolverTable:
+    """DPM-Solver++, multistep: x0 along a step from the last predictions. Order 1, 2, 2 (3).
+
+    With h = lambda' - lambda, H = h ("dpmsolver++") or (1 + eta) h ("sde-dpmsolver++"), and
+    differences D1, D2 of x0 in units of h: x' = (sigma' / sigma) exp(h - H) x + alpha' (H phi_1 x0
+    + H phi_2 D1 + H phi_3 D2) + sigma' sqrt(1 - exp(-2 eta h)) z, the phi at -H. "midpoint" puts H
+    phi_1 / 2 for H phi_2 where the order is 2. The first step has order 1, the second at most 2, a
+    step to sigma = 0 order 1 and no noise, and so has any step whose history begins at alpha = 0.
+
+    As published, the third-order step counts its second difference half (D2 above is the divided
+    difference, not the second derivative), so that it converges with order 2, if with a small
+    constant. ``exact_third_order=True`` counts it whole.
+
+    Args:
+        levels: The walk, or sigmas ``[N + 1]`` with alpha = 1.
+        order: 1, 2 or 3.
+        algorithm_type: One of ``ALGORITHM_TYPES``.
+        solver_type: "midpoint" or "heun", for the steps of order 2.
+        lower_order_final: Where there are fewer than 15 steps, the last has order 1, the one before
+            it at most 2.
+        euler_at_final: The last step has order 1 in any case.
+        exact_third_order: See above.
+        eta: Strength of the noise with "sde-dpmsolver++"; 1 is the diffusion SDE.
+        s_noise: Factor of the noise.
+        prediction_type: What the model predicts.
+        clip_range: Bounds of x_0.
+
+    Returns:
+        N rows.
+
+    Raises:
+        ValueError: Order outside 1 .. 3, unknown algorithm_type or solver_type, eta below 0, or as
+            ``NoiseLevels``.
+
+    Source:
+        Lu et al. 2022 (arXiv 2211.01095) algorithm 2 and appendix; eta as in k-diffusion.
+    """
+    check_order(order, 3)
+    check_choice("algorithm_type", algorithm_type, ALGORITHM_TYPES)
+    check_choice("solver_type", solver_type, SOLVER_TYPES)
+    at_least_zero("eta", eta)
+    at_least_zero("s_noise", s_noise)
+    walk = as_levels(levels)
+    eta = eta if algorithm_type == "sde-dpmsolver++" else 0.0
+    rows = Rows(f"{algorithm_type}-{order}m", walk, prediction_type, clip_range)
+    track, steps = walk.levels(), len(walk)
+    lambdas = [level.lam for level in track]
+    for i, (here, after) in enumerate(itertools.pairwise(track)):
+        left = steps - i
+        limit = order
+        if lower_order_final and steps < _LONG_WALK:
+            limit = min(limit, left)
+        if after.sigma == 0 or lambdas[i] == lambdas[i + 1] or (euler_at_final and left == 1):
+            limit = 1
+        used = last_finite(lambdas, i, limit) if math.isfinite(lambdas[i]) else 1
+        keep = here.alpha * after.sigma / (after.alpha * here.sigma)  # exp(-h), h may be infinite
+        if used == 1:
+            weights = [1 - keep ** (1 + eta)]
+        else:
+            h = lambdas[i + 1] - lambdas[i]
+            nodes = [(lambdas[i - k] - lambdas[i]) / h for k in range(used)]
+            weights = _multistep_weights(nodes, (1 + eta) * h, solver_type, exact_third_order)
+        rows.add(
+            i,
+            here,
+            c_x=after.sigma / here.sigma * (keep**eta if eta else 1.0),
+            c_z=s_noise * after.sigma * math.sqrt((1 - keep**eta) * (1 + keep**eta)),
+            e_0=1.0,
+            **{f"c_{k}": after.alpha * weight for k, weight in enumerate(weights)},
+        )
+    achieved = min(order, 2) if not exact_third_order else order
+    return rows.table(1 if eta else achieved)
+
+
+def dpmpp_2s_table(
+    levels: Levels,
+    *,
+    eta: float = 0.0,
+    s_noise: float = 1.0,
+    prediction_type: str = "epsilon",
+    clip_range: ClipRange = None,
+) -> SolverTable:
+    """DPM-Solver++ (2S): a call in the middle of lambda decides the step. Order 2.
+
+    To (alpha', sigma_down) through the level at (lambda + lambda_down) / 2: the first call moves x
+    there, x' = (sigma_down / sigma) x + (alpha' - alpha sigma_down / sigma) x0_mid + sigma_up z.
+    eta = 0 is the deterministic solver, eta = 1 k-diffusion's ``sample_dpmpp_2s_ancestral``; with
+    noise the order is 1. A step to sigma_down = 0 has one call.
+
+    Args:
+        levels: The walk, or sigmas ``[N + 1]`` with alpha = 1.
+        eta: Strength of the noise.
+        s_noise: Factor of the noise.
+        prediction_type: What the model predicts.
+        clip_range: Bounds of x_0.
+
+    Returns:
+        2N rows, less one for each step to sigma_down = 0.
+
+    Raises:
+        ValueError: eta below 0, a walk from alpha = 0, or as ``NoiseLevels``.
+
+    Source:
+        Lu et al. 2022 (arXiv 2211.01095) algorithm 1.
+    """
+    at_least_zero("eta", eta)
+    at_least_zero("s_noise", s_noise)
+    walk = as_levels(levels)
+    walk.check_signal("dpmpp_2s_table")
+    rows = Rows("dpmpp_2s", walk, prediction_type, clip_range)
+    track = walk.levels()
+    for i, (here, after) in enumerate(itertools.pairwise(track)):
+        down, up = ancestral(here, after, eta)
+        c_x, c_0 = toward(here, after.alpha, down)
+        c_z = s_noise * up
+        if down == 0 or after.ratio == here.ratio:
+            rows.add(i, here, c_x=c_x, c_0=c_0, c_z=c_z)
+            continue
+        middle = walk.at(math.sqrt(here.ratio) * math.sqrt(down / after.alpha))
+        to_x, to_0 = toward(here, middle.alpha, middle.sigma)
+        rows.add(i, here, c_x=to_x, c_0=to_0, e_x=c_x)
+        rows.add(i, middle, (here.ratio, after.ratio), c_0=c_0, c_1=1.0, c_z=c_z)
+    return rows.table(1 if eta else 2)
+
+
+def dpmpp_sde_table(
+    levels: Levels,
+    *,
+    eta: float = 1.0,
+    s_noise: float = 1.0,
+    r: float = 0.5,
+    prediction_type: str = "epsilon",
+    clip_range: ClipRange = None,
+) -> SolverTable:
+    """DPM-Solver++ (SDE): two calls a step, noise after both. Order 1 (2 for eta = 0, r = 1/2).
+
+    The first call leads to lambda + r h, down to sigma_down and up again by noise; the second
+    leads from x by x0 (1 - 1 / (2 r)) + x0_mid / (2 r), likewise. A step to sigma = 0 has one call
+    and no noise.
+
+    Args:
+        levels: The walk, or sigmas ``[N + 1]`` with alpha = 1.
+        eta: Strength of the noise.
+        s_noise: Factor of the noise.
+        r: Where the second call is, in (0, 1].
+        prediction_type: What the model predicts.
+        clip_range: Bounds of x_0.
+
+    Returns:
+        2N rows, 2N - 1 if the walk ends at a clean sample.
+
+    Raises:
+        ValueError: eta below 0, r outside (0, 1], a walk from alpha = 0, or as ``NoiseLevels``.
+
+    Source:
+        k-diffusion's ``sample_dpmpp_sde``.
+    """
+    at_least_zero("eta", eta)
+    at_least_zero("s_noise", s_noise)
+    if not 0 < r <= 1:
+        raise ValueError(f"r must lie in (0, 1], got {r}")
+    walk = as_levels(levels)
+    walk.check_signal("dpmpp_sde_table")
+    rows = Rows("dpmpp_sde", walk, prediction_type, clip_range)
+    track = walk.levels()
+    for i, (here, after) in enumerate(itertools.pairwise(track)):
+        if after.sigma == 0 or after.ratio == here.ratio:
+            c_x, c_0 = toward(here, after.alpha, after.sigma)
+            rows.add(i, here, c_x=c_x, c_0=c_0)
+            continue
+        middle = walk.at(here.ratio ** (1 - r) * after.ratio**r)
+        down, up = ancestral(here, middle, eta)
+        to_x, to_0 = toward(here, middle.alpha, down)
+        to_z, between = s_noise * up, (here.ratio, middle.ratio)
+        down, up = ancestral(here, after, eta)
+        c_x, c_0 = toward(here, after.alpha, down)
+        late = 1 / (2 * r)
+        e_0 = (1 - late) * c_0
+        rows.add(i, here, between, c_x=to_x, c_0=to_0, c_z=to_z, e_x=c_x, e_0=e_0)
+        whole = (here.ratio, after.ratio)
+        rows.add(i, middle, whole, c_0=late * c_0, c_1=1.0, c_z=s_noise * up)
+    return rows.table(1 if eta else 2)
+
+
+def _multistep_weights(
+    nodes: Sequence[float], big_h: float, solver_type: str, exact: bool
+) -> list[float]:
+    """Weights of the x0 at ``nodes`` (two or three, the present one first), without alpha'."""
+    if len(nodes) == 2 and solver_type == "midpoint":
+        slope = first_order_weight(big_h) / 2 / -nodes[1]
+        return [first_order_weight(big_h) + slope, -slope]
+    if len(nodes) == 2 or exact:
+        return interpolating_weights(nodes, big_h)
+    # Half of the second difference missing: as published and as every implementation has it.
+    curve = big_h * phi(3, -big_h)
+    weights = interpolating_weights(nodes, big_h)
+    second = [
+        curve / math.prod(own - other for k, other in enumerate(nodes) if k != j)
+        for j, own in enumerate(nodes)
+    ]
+    return [w - s for w, s in zip(weights, second, strict=True)]

@@ -1,0 +1,366 @@
+"""Where a sampler goes: the noise levels it visits, and what the model is told and shown there."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..coefficients import check_choice, epsilon_coefficients, x0_coefficients
+from ..schedules import NoiseSchedule
+from ..spacings import sigmas_to_timesteps, timesteps_to_sigmas
+from .paths import PATHS, TimeOf, all_on_path, level_vector, on_path, path_of, timestep_vector
+
+FINAL_SIGMAS_TYPES = ("zero", "sigma_min")
+
+
+class Level(NamedTuple):
+    """One noise level: x = alpha * x_0 + sigma * noise, and what the model gets to see there."""
+
+    alpha: float
+    sigma: float
+    timestep: float
+    input_scale: float
+
+    @property
+    def ratio(self) -> float:
+        """Sigma / alpha, infinite where there is no signal."""
+        return self.sigma / self.alpha if self.alpha > 0 else math.inf
+
+    @property
+    def lam(self) -> float:
+        """log(alpha / sigma), half the logarithm of the signal-to-noise ratio; may be infinite."""
+        if self.alpha == 0:
+            return -math.inf
+        return math.log(self.alpha) - math.log(self.sigma) if self.sigma > 0 else math.inf
+
+
+@dataclass(frozen=True, eq=False)
+class NoiseLevels:
+    """The levels (alpha, sigma) that a sampler visits, from noisy to clean, the last one included.
+
+    Made by ``from_sigmas`` (variance exploding, as k-diffusion has it), ``from_flow``,
+    ``from_schedule`` (a discrete schedule at some of its timesteps) and ``from_edm``. Every solver
+    takes these; N steps have N + 1 levels.
+
+    Args:
+        alpha: Signal coefficients ``[N + 1]``.
+        sigma: Noise coefficients ``[N + 1]``; the last is 0 where the walk ends at a clean sample.
+        timesteps: ``[N]``, what the model is told at each level but the last; int64 or float64.
+        path: Where levels between these lie: "vp" (alpha^2 + sigma^2 = 1), "ve" (alpha = 1) or
+            "flow" (alpha + sigma = 1).
+        time_of: From sigma / alpha to the timestep there.
+        input_std: The model is shown x / sqrt((sigma / alpha)^2 + input_std^2); ``None`` for x.
+        preconditioned: The model is EDM's F, and x_0 = c_skip x + c_out F with sigma_data =
+            ``input_std``.
+        init_noise_sigma: Standard deviation of the sample that a walk starts from.
+
+    Raises:
+        ValueError: Fewer than two levels, a level noisier than the one before, alpha = 0 after the
+            first level, sigma = 0 before the last.
+    """
+
+    alpha: Tensor
+    sigma: Tensor
+    timesteps: Tensor
+    path: str
+    time_of: Callable[[float], float]
+    input_std: float | None = None
+    preconditioned: bool = False
+    init_noise_sigma: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_choice("path", self.path, PATHS)
+        if len(self.alpha) != len(self.sigma) or len(self.alpha) < 2:
+            raise ValueError(
+                f"a walk needs at least two levels, alpha and sigma of each, "
+                f"got {len(self.alpha)} and {len(self.sigma)}"
+            )
+        if len(self.timesteps) != len(self.alpha) - 1:
+            raise ValueError(
+                f"timesteps must hold one for each of the {len(self.alpha) - 1} steps, "
+                f"got {len(self.timesteps)}"
+            )
+        if bool((self.sigma[:-1] <= 0).any()) or bool((self.sigma < 0).any()):
+            raise ValueError(f"only the last sigma may be 0, got {self.sigma.tolist()}")
+        if bool((self.alpha[1:] <= 0).any()) or bool((self.alpha < 0).any()):
+            raise ValueError(f"only the first alpha may be 0, got {self.alpha.tolist()}")
+        # sigma' alpha <= sigma alpha' is the falling of sigma / alpha without a division by 0.
+        before, after = self.alpha[:-1] * self.sigma[1:], self.alpha[1:] * self.sigma[:-1]
+        wrong = after < before
+        wrong[:-1] |= (after == before)[:-1]  # the last step may stay where it is (DDIM's t = 0)
+        if bool(wrong.any()):
+            step = int(wrong.nonzero()[0])
+            raise ValueError(
+                f"sigmas must fall: step {step} goes from (alpha, sigma) = "
+                f"({self.alpha[step]:.6g}, {self.sigma[step]:.6g}) to "
+                f"({self.alpha[step + 1]:.6g}, {self.sigma[step + 1]:.6g})"
+            )
+
+    @classmethod
+    def from_sigmas(
+        cls, sigmas: Tensor | Sequence[float], timesteps: Tensor | None = None
+    ) -> NoiseLevels:
+        """Variance exploding, alpha = 1: what k-diffusion's samplers take.
+
+        Args:
+            sigmas: ``[N + 1]``, falling; usually a 0 at the end (the ``get_sigmas_*`` append it).
+            timesteps: ``[N]``, what the model is told; by default sigma itself.
+
+        Returns:
+            The levels; init_noise_sigma is the first sigma.
+        """
+        sigma = level_vector("sigmas", sigmas)
+        told = sigma[:-1]
+        time_of: Callable[[float], float] = float
+        if timesteps is not None:
+            told = timestep_vector(timesteps)
+            time_of = TimeOf(sigma[:-1].flip(0), told.flip(0))
+        first = float(sigma[0])
+        return cls(torch.ones_like(sigma), sigma, told, "ve", time_of, init_noise_sigma=first)
+
+    @classmethod
+    def from_edm(cls, sigmas: Tensor | Sequence[float], *, sigma_data: float = 0.5) -> NoiseLevels:
+        """Variance exploding with the preconditioning of EDM around the network.
+
+        The network sees c_in x, c_in = 1 / sqrt(sigma^2 + sigma_data^2), is told log(sigma) / 4,
+        and its output F gives x_0 = c_skip x + c_out F: c_skip = sigma_data^2 c_in^2, c_out = sigma
+        sigma_data c_in for prediction_type "epsilon" (EDM's own), minus that for "v_prediction";
+        with "sample" the output is x_0 itself.
+
+        Args:
+            sigmas: As for ``from_sigmas``.
+            sigma_data: Standard deviation of the data.
+
+        Returns:
+            The levels; init_noise_sigma is sqrt(sigma[0]^2 + 1), as diffusers has it.
+
+        Source:
+            Karras et al. 2022 (arXiv 2206.00364) table 1 and eq. 7.
+        """
+        sigma = level_vector("sigmas", sigmas)
+        if not sigma_data > 0:
+            raise ValueError(f"sigma_data must be above 0, got {sigma_data}")
+        return cls(
+            torch.ones_like(sigma),
+            sigma,
+            _quarter_log_of(sigma[:-1]),
+            "ve",
+            lambda ratio: math.log(ratio) / 4,
+            input_std=float(sigma_data),
+            preconditioned=True,
+            init_noise_sigma=math.hypot(float(sigma[0]), 1),
+        )
+
+    @classmethod
+    def from_flow(
+        cls, sigmas: Tensor | Sequence[float], *, num_train_timesteps: float = 1000.0
+    ) -> NoiseLevels:
+        """Rectified flow, alpha = 1 - sigma.
+
+        Args:
+            sigmas: ``[N + 1]``, falling, in [0, 1]; a shift is applied before (``shift_sigmas``).
+            num_train_timesteps: The model is told sigma times this.
+
+        Returns:
+            The levels; init_noise_sigma is 1.
+        """
+        sigma = level_vector("sigmas", sigmas)
+        if bool((sigma > 1).any()):
+            raise ValueError(f"sigmas of a flow must lie in [0, 1], got {sigma.tolist()}")
+        scale = float(num_train_timesteps)
+
+        def time_of(ratio: float) -> float:
+            return scale * (ratio / (1 + ratio) if math.isfinite(ratio) else 1.0)
+
+        return cls(1 - sigma, sigma, sigma[:-1] * scale, "flow", time_of)
+
+    @classmethod
+    def from_schedule(
+        cls,
+        schedule: NoiseSchedule,
+        timesteps: Tensor | Sequence[float] | None = None,
+        *,
+        sigmas: Tensor | Sequence[float] | None = None,
+        final_sigmas_type: str = "zero",
+        round_timesteps: bool = False,
+    ) -> NoiseLevels:
+        """A discrete schedule, at timesteps of its own or where sigma / alpha takes given values.
+
+        Timesteps between two of the schedule's take sigma / alpha by linear interpolation; sigmas
+        between two of the schedule's take the timestep by linear interpolation in log sigma
+        (diffusers does both).
+
+        Args:
+            schedule: The training schedule.
+            timesteps: ``[N]``, falling, int or float, in 0 .. T - 1.
+            sigmas: Instead of timesteps, values of sigma / alpha ``[N + 1]``, the last one included
+                (Karras' for instance).
+            final_sigmas_type: With timesteps: the last level is the clean sample ("zero") or that
+                of timestep 0 ("sigma_min"; diffusers' DDIM with ``set_alpha_to_one=False``).
+            round_timesteps: With sigmas: tell the model whole timesteps.
+
+        Returns:
+            The levels; init_noise_sigma is 1, or the first sigma where alpha = 1.
+
+        Raises:
+            ValueError: Both or neither of timesteps and sigmas, timesteps outside the schedule or
+                not falling, a schedule on no known path where one is needed.
+        """
+        if (timesteps is None) == (sigmas is None):
+            raise ValueError("give either timesteps or sigmas")
+        check_choice("final_sigmas_type", final_sigmas_type, FINAL_SIGMAS_TYPES)
+        path = path_of(schedule)
+        time_of = TimeOf(schedule.sigma / schedule.alpha, torch.arange(len(schedule)))
+
+        if sigmas is not None:
+            ratio = level_vector("sigmas", sigmas)
+            told = sigmas_to_timesteps(schedule, ratio[:-1])
+            told = told.round().long() if round_timesteps else told
+            alpha, sigma = all_on_path(path, ratio)
+        else:
+            assert timesteps is not None
+            told = timestep_vector(timesteps)
+            if told.dtype == torch.int64:
+                if int(told.min()) < 0 or int(told.max()) >= len(schedule):
+                    raise ValueError(
+                        f"timesteps must lie in 0 .. {len(schedule) - 1}, got {told.tolist()}"
+                    )
+                alpha, sigma = schedule.alpha[told], schedule.sigma[told]
+            else:
+                alpha, sigma = all_on_path(path, timesteps_to_sigmas(schedule, told))
+            clean = final_sigmas_type == "zero"
+            alpha = torch.cat([alpha, alpha.new_ones(1) if clean else schedule.alpha[:1]])
+            sigma = torch.cat([sigma, sigma.new_zeros(1) if clean else schedule.sigma[:1]])
+        first = float(sigma[0]) if path == "ve" else 1.0
+        return cls(alpha, sigma, told, path, time_of, init_noise_sigma=first)
+
+    def sigma_space(self, *, init_noise_sigma: float | None = None) -> NoiseLevels:
+        """The same walk for x / alpha: variance exploding, the model shown its own alpha x again.
+
+        diffusers' Euler family and k-diffusion's wrappers of discrete models live here, and call
+        sigma / alpha "sigma".
+
+        Args:
+            init_noise_sigma: By default the first sigma / alpha; diffusers takes sqrt(that^2 + 1)
+                for "leading" timesteps.
+
+        Returns:
+            Levels with alpha = 1.
+
+        Raises:
+            ValueError: The levels are not variance preserving, or the first alpha is 0.
+        """
+        if self.path != "vp":
+            raise ValueError(f"only a variance preserving walk has a sigma space, not {self.path}")
+        self.check_signal("sigma_space")
+        ratio = self.sigma / self.alpha
+        return replace(
+            self,
+            alpha=torch.ones_like(ratio),
+            sigma=ratio,
+            path="ve",
+            input_std=1.0,
+            init_noise_sigma=float(ratio[0]) if init_noise_sigma is None else init_noise_sigma,
+        )
+
+    def skip(self, steps: int) -> NoiseLevels:
+        """The same walk from a later level on, for a sample that was noised up to there.
+
+        Args:
+            steps: How many steps to leave out, less than there are.
+
+        Returns:
+            The levels; init_noise_sigma is the first sigma that is left.
+
+        Raises:
+            ValueError: No step is left.
+        """
+        if not 0 <= steps < len(self):
+            raise ValueError(f"steps must lie in 0 .. {len(self) - 1}, got {steps}")
+        return replace(
+            self,
+            alpha=self.alpha[steps:],
+            sigma=self.sigma[steps:],
+            timesteps=self.timesteps[steps:],
+            init_noise_sigma=float(self.sigma[steps]),
+        )
+
+    def __len__(self) -> int:
+        """The number of steps, one less than there are levels."""
+        return len(self.timesteps)
+
+    def levels(self) -> list[Level]:
+        """All N + 1 of them; a clean last one has no timestep, for no model is called there."""
+        alpha, sigma = float(self.alpha[-1]), float(self.sigma[-1])
+        last = self.time_of(sigma / alpha) if sigma > 0 else math.nan
+        told = [*self.timesteps.tolist(), last]
+        pairs = zip(self.alpha.tolist(), self.sigma.tolist(), told, strict=True)
+        return [Level(a, s, t, self._scale(a, s)) for a, s, t in pairs]
+
+    def at(self, ratio: float) -> Level:
+        """The level on this path with the given sigma / alpha."""
+        alpha, sigma = on_path(self.path, ratio)
+        return Level(alpha, sigma, self.time_of(ratio), self._scale(alpha, sigma))
+
+    def x0(self, level: Level, prediction_type: str) -> tuple[float, float]:
+        """(a_x, a_m) with x_0 = a_x x + a_m m, for the model's answer m to the scaled x."""
+        scale = level.input_scale
+        if self.preconditioned and prediction_type in ("epsilon", "v_prediction"):
+            assert self.input_std is not None
+            out = level.sigma * self.input_std * scale
+            skip = (self.input_std * scale) ** 2
+            return skip, out if prediction_type == "epsilon" else -out
+        a_x, a_m = x0_coefficients(level.alpha * scale, level.sigma * scale, prediction_type)
+        return float(a_x) * scale, float(a_m)
+
+    def epsilon(self, level: Level, prediction_type: str) -> tuple[float, float]:
+        """(e_x, e_m) with epsilon = e_x x + e_m m, without any clipping on the way."""
+        scale = level.input_scale
+        if self.preconditioned:
+            a_x, a_m = self.x0(level, prediction_type)
+            return (1 - level.alpha * a_x) / level.sigma, -level.alpha * a_m / level.sigma
+        e_x, e_m = epsilon_coefficients(level.alpha * scale, level.sigma * scale, prediction_type)
+        return float(e_x) * scale, float(e_m)
+
+    def check_signal(self, name: str) -> None:
+        """Refuse a walk that starts without signal, where a solver cannot.
+
+        Args:
+            name: Who refuses.
+
+        Raises:
+            ValueError: The first alpha is 0.
+        """
+        if self.alpha[0] == 0:
+            raise ValueError(
+                f"{name} cannot start at alpha = 0 (pure noise, sigma / alpha infinite): start a "
+                "little below, or use euler_table, ddim_table, dpmpp_table or unipc_table"
+            )
+
+    def _scale(self, alpha: float, sigma: float) -> float:
+        if self.input_std is None:
+            return 1.0
+        return 1 / math.hypot(sigma / alpha, self.input_std)
+
+
+def as_levels(levels: NoiseLevels | Tensor | Sequence[float]) -> NoiseLevels:
+    """Levels as they are, or sigmas ``[N + 1]`` with alpha = 1.
+
+    Args:
+        levels: Either.
+
+    Returns:
+        The levels.
+    """
+    return levels if isinstance(levels, NoiseLevels) else NoiseLevels.from_sigmas(levels)
+
+
+def _quarter_log_of(sigma: Tensor) -> Tensor:
+    if bool((sigma <= 0).any()):
+        raise ValueError(f"only the last sigma may be 0, got {sigma.tolist()}")
+    return sigma.log() / 4

@@ -1,0 +1,108 @@
+"""DPM-Solver++ in blocks: a block of p steps of the walk is one step of order p."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+from torch import Tensor
+
+from ..coefficients import check_choice
+from .dpmpp import SOLVER_TYPES
+from .exponential import first_order_weight, interpolating_weights, phi
+from .levels import NoiseLevels, as_levels
+from .table import Rows, SolverTable, check_order
+
+Levels = NoiseLevels | Tensor | Sequence[float]
+ClipRange = float | tuple[float, float] | None
+
+
+def dpmpp_singlestep_table(
+    levels: Levels,
+    *,
+    order: int = 2,
+    solver_type: str = "midpoint",
+    lower_order_final: bool = False,
+    prediction_type: str = "epsilon",
+    clip_range: ClipRange = None,
+) -> SolverTable:
+    """DPM-Solver++, singlestep: every block of ``order`` steps starts anew from its first sample.
+
+    Within a block, step j goes from the block's first sample to the next level with the j values of
+    x0 known since: x' = (sigma' / sigma_0) x_0 + alpha' sum of w_k x0_k, w the weights of the
+    polynomial through them in lambda ("heun"), or of 1 and 1/2 the slope, as in ``dpmpp_table``
+    ("midpoint", order 2), or of the slope to the last one alone ("midpoint", order 3, which is
+    right where that lies at 2/3 of the step). In a row: the block's first sample is taken from
+    the present one by what was added to it since.
+
+    Blocks are cut short where the number of steps asks for it, at a step to sigma = 0, and for
+    ``lower_order_final``, so that the last step has order 1.
+
+    Args:
+        levels: The walk, or sigmas ``[N + 1]`` with alpha = 1.
+        order: 1, 2 or 3.
+        solver_type: "midpoint" or "heun".
+        lower_order_final: End with a step of order 1.
+        prediction_type: What the model predicts.
+        clip_range: Bounds of x_0.
+
+    Returns:
+        N rows.
+
+    Raises:
+        ValueError: Order outside 1 .. 3, unknown solver_type, a walk from alpha = 0, or as
+            ``NoiseLevels``.
+
+    Source:
+        Lu et al. 2022 (arXiv 2211.01095) algorithm 1; Lu et al. 2022 (arXiv 2206.00927) appendix
+        D.3 for the cut of the steps into blocks, as diffusers has it.
+    """
+    check_order(order, 3)
+    check_choice("solver_type", solver_type, SOLVER_TYPES)
+    walk = as_levels(levels)
+    walk.check_signal("dpmpp_singlestep_table")
+    rows = Rows(f"dpmpp-{order}s-blocks", walk, prediction_type, clip_range)
+    track, steps = walk.levels(), len(walk)
+    lambdas = [level.lam for level in track]
+    to_clean = track[-1].sigma == 0
+    lower = lower_order_final or to_clean or steps % order != 0
+    places = _places(steps, order, lower)
+    if track[-1].ratio == track[-2].ratio or to_clean:
+        places[-1] = 1
+    added: list[float] = []  # alpha times weights of the last step, the latest x0 first
+    for i, (here, after) in enumerate(pairwise(track)):
+        place = places[i]
+        first = i - place + 1
+        if place == 1:
+            weights = [1 - here.alpha * after.sigma / (after.alpha * here.sigma)]
+            added = []
+        else:
+            h = lambdas[i + 1] - lambdas[first]
+            nodes = [(lambdas[i - k] - lambdas[first]) / h for k in range(place)]
+            weights = _block_weights(nodes, h, solver_type)
+        keep = after.sigma / here.sigma
+        new = [after.alpha * weight for weight in weights]
+        columns = [w - keep * old for w, old in zip(new, [0.0, *added], strict=True)]
+        rows.add(i, here, c_x=keep, e_0=1.0, **{f"c_{k}": c for k, c in enumerate(columns)})
+        added = new
+    return rows.table(order)
+
+
+def _places(steps: int, order: int, lower: bool) -> list[int]:
+    """For each step, which it is of its block, counted from 1."""
+    blocks = [list(range(1, order + 1))] * (steps // order)
+    left = steps % order
+    if lower and left == 0:  # the last block gives way to a shorter one and a step of order 1
+        blocks = [*blocks[:-1], list(range(1, order)), [1]] if order > 1 else blocks
+    elif left:
+        blocks = [*blocks, list(range(1, left + 1))]
+    return [place for block in blocks for place in block]
+
+
+def _block_weights(nodes: Sequence[float], h: float, solver_type: str) -> list[float]:
+    """Weights of x0 at the nodes, of which the last is 0, the first sample of the block."""
+    if solver_type == "heun":
+        return interpolating_weights(nodes, h)
+    slope = first_order_weight(h) / 2 if len(nodes) == 2 else h * phi(2, -h)
+    slope /= nodes[0]
+    return [slope, *[0.0] * (len(nodes) - 2), first_order_weight(h) - slope]

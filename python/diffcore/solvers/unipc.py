@@ -1,0 +1,113 @@
+"""UniPC: a predictor and a corrector that share one model call."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from ..coefficients import check_choice
+from .exponential import first_order_weight, interpolating_weights, last_finite
+from .levels import NoiseLevels, as_levels
+from .table import Rows, SolverTable, check_order
+
+Levels = NoiseLevels | Tensor | Sequence[float]
+ClipRange = float | tuple[float, float] | None
+
+SOLVER_TYPES = ("bh1", "bh2")
+
+
+def unipc_table(
+    levels: Levels,
+    *,
+    order: int = 2,
+    solver_type: str = "bh2",
+    lower_order_final: bool = True,
+    disable_corrector: Sequence[int] = (),
+    prediction_type: str = "epsilon",
+    clip_range: ClipRange = None,
+) -> SolverTable:
+    """UniPC of order p: predict by p values of x0, correct when the next one is known. Order p + 1.
+
+    Predictor: x' = (sigma' / sigma) x_c + alpha' sum of w_k x0_k, the w those of the polynomial in
+    lambda through the present x0 and the p - 1 before it; corrector: the same with the new x0 as
+    one more. B(h) = -h ("bh1") or expm1(-h) ("bh2") matters only where the solver of Zhao et al.
+    takes 1/2 for a weight: predictor of order 2, corrector of order 1. In one row: x is the
+    predicted sample, and x_c = x + alpha sum of (w^c_k - w_k) x0_k, for the factor of the x before
+    is the same in both; the prediction starts from x_c.
+
+    The first step has order 1, and the claimed order needs its error to die out (for p = 3 the
+    corrected first step has a local error of the third order). A step to sigma = 0 has order 1;
+    one from alpha = 0 order 1 and no corrector.
+
+    Args:
+        levels: The walk, or sigmas ``[N + 1]`` with alpha = 1.
+        order: p, 1 to 3.
+        solver_type: "bh1" or "bh2".
+        lower_order_final: The last steps have order at most 3, 2, 1.
+        disable_corrector: Steps whose result is left as it was predicted.
+        prediction_type: What the model predicts.
+        clip_range: Bounds of x_0.
+
+    Returns:
+        N rows.
+
+    Raises:
+        ValueError: Order outside 1 .. 3, unknown solver_type, or as ``NoiseLevels``.
+
+    Source:
+        Zhao et al. 2023 (arXiv 2302.04867) algorithms 1 and 2, eq. 5 and 9.
+    """
+    check_order(order, 3)
+    check_choice("solver_type", solver_type, SOLVER_TYPES)
+    walk = as_levels(levels)
+    rows = Rows(f"unipc-{order}", walk, prediction_type, clip_range)
+    track, steps = walk.levels(), len(walk)
+    lambdas = [level.lam for level in track]
+    predicted: list[float] = []  # weights of the last prediction, of x0 at i-1, i-2, ...
+    for i, (here, after) in enumerate(itertools.pairwise(track)):
+        used = min(order, steps - i) if lower_order_final else order
+        if after.sigma == 0 or lambdas[i] == lambdas[i + 1]:
+            used = 1
+        used = last_finite(lambdas, i, used) if math.isfinite(lambdas[i]) else 1
+        weights = _predictor(lambdas, i, used, solver_type)
+        if used == 1:  # no logarithm: either end may be infinite
+            weights = [1 - here.alpha * after.sigma / (after.alpha * here.sigma)]
+        c_x = after.sigma / here.sigma
+        columns = [after.alpha * w for w in weights] + [0.0] * (4 - used)
+        if i > 0 and i - 1 not in disable_corrector and math.isfinite(lambdas[i - 1]):
+            corrected = _corrector(lambdas, i - 1, len(predicted), solver_type)
+            for k, w in enumerate(corrected):
+                before = predicted[k - 1] if k else 0.0
+                columns[k] += c_x * here.alpha * (w - before)
+        rows.add(i, here, c_x=c_x, e_0=1.0, **{f"c_{k}": c for k, c in enumerate(columns)})
+        predicted = weights
+    return rows.table(order + 1)
+
+
+def _predictor(lambdas: Sequence[float], i: int, used: int, solver_type: str) -> list[float]:
+    """Weights of x0 at i, i-1, ... for the step from i to i+1."""
+    if used == 1:
+        return [1.0]
+    h = lambdas[i + 1] - lambdas[i]
+    nodes = [(lambdas[i - k] - lambdas[i]) / h for k in range(used)]
+    if used == 2:
+        slope = _half_b(h, solver_type) / nodes[1]
+        return [first_order_weight(h) - slope, slope]
+    return interpolating_weights(nodes, h)
+
+
+def _corrector(lambdas: Sequence[float], i: int, used: int, solver_type: str) -> list[float]:
+    """Weights of x0 at i+1, i, i-1, ... for the same step, once x0 at i+1 is known."""
+    h = lambdas[i + 1] - lambdas[i]
+    if used == 1:
+        slope = _half_b(h, solver_type)
+        return [slope, first_order_weight(h) - slope]
+    nodes = [(lambdas[i + 1 - k] - lambdas[i]) / h for k in range(used + 1)]
+    return interpolating_weights(nodes, h)
+
+
+def _half_b(h: float, solver_type: str) -> float:
+    return (h if solver_type == "bh1" else first_order_weight(h)) / 2
