@@ -237,6 +237,8 @@ def check_outputs(
 ) -> float:
     """Refuses a result further from float64 than twice eager torch is, plus one ulp.
 
+    Of a single number eager torch is taken to be an ulp off at least.
+
     Args:
         name: of the contestant, for the message.
         found: its outputs.
@@ -270,6 +272,8 @@ def check_outputs(
         ulp = _ulp(true, got.dtype)
         if whole:
             error, eager_error, ulp = (x.square().mean().sqrt() for x in (error, eager_error, ulp))
+        if got.numel() == 1:  # eager may be right by luck
+            eager_error = torch.maximum(eager_error, ulp)
         allowed = testing.FACTOR * eager_error.max()
         ratio = error / (allowed + ulp)
         outside = int((ratio > 1).sum())

@@ -94,6 +94,12 @@ def test_the_check_has_the_bound_of_the_library() -> None:
     assert contest.check_outputs("op", [inside], [eager], [truth]) <= 1
     with pytest.raises(contest.WrongResultError, match="op: output 0 is wrong at 3 of 3"):
         contest.check_outputs("op", [outside], [eager], [truth])
+    # One number, of which eager has every digit: three ulp are allowed.
+    one, ulp = torch.tensor(1.5, dtype=torch.float64), 2**-23
+    check = functools.partial(contest.check_outputs, eager=[one.float()], truth=[one])
+    assert check("op", [one.float() + 3 * ulp]) == 1
+    with pytest.raises(contest.WrongResultError, match="op: output 0"):
+        check("op", [one.float() + 4 * ulp])
 
 
 def test_contestants_take_turns_and_the_order_turns(monkeypatch: pytest.MonkeyPatch) -> None:
