@@ -69,14 +69,17 @@ struct Store<double> {
   DC_HD static double from(double x) { return x; }
 };
 
+// The bits of a float that is no NaN, rounded to nearest (ties to even) where those of a bf16 end.
+DC_HD uint32_t rounded_to_bf16(uint32_t u) { return u + 0x7fffu + ((u >> 16) & 1u); }
+
 template <>
-struct Store<Bf16> {  // round to nearest, ties to even
+struct Store<Bf16> {
   DC_HD static Bf16 from(float x) {
 #ifdef __CUDA_ARCH__
     return bit_cast<Bf16>(__float2bfloat16_rn(x));
 #else
     uint32_t u = bit_cast<uint32_t>(x);
-    uint32_t rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+    uint32_t rounded = rounded_to_bf16(u) >> 16;
     uint32_t quiet_nan = (u >> 16) | 0x40u;
     return {uint16_t((u & 0x7fffffffu) > 0x7f800000u ? quiet_nan : rounded)};
 #endif

@@ -112,11 +112,9 @@ struct Noise<Op, true> : RowNoise {
     } else if constexpr (same<S, double>) {
       for (int64_t i = 0; i < n; ++i) wide_[i] = z[i];
       return wide_;
-    } else if constexpr (same<S, Bf16>) {  // as Store rounds what is no NaN, without packing
-      for (int64_t i = 0; i < n; ++i) {
-        const uint32_t u = bit_cast<uint32_t>(z[i]);
-        rounded_[i] = bit_cast<float>((u + 0x7fffu + ((u >> 16) & 1u)) & 0xffff0000u);
-      }
+    } else if constexpr (same<S, Bf16>) {  // noise is no NaN: no need to store and load
+      for (int64_t i = 0; i < n; ++i)
+        rounded_[i] = bit_cast<float>(rounded_to_bf16(bit_cast<uint32_t>(z[i])) & 0xffff0000u);
       return rounded_;
     } else {
       S stored[kTile];

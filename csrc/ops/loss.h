@@ -8,12 +8,11 @@
 
 DC_KERNEL_NAMESPACE_BEGIN
 
-struct TargetLoss {  // weight · Σ (m - target)² / n
-  static constexpr const char* name = "target_loss";
-  static constexpr int n_in = 2, n_out = 0, n_sum = 1, n_coef = 2;  // m, target; weight, 1/n
+template <class Target>
+struct SquaredError {  // weight · Σ (m - target)² / n
   template <class R>
-  DC_HD static R error(const R*, const R* x) {
-    return x[0] - x[1];
+  DC_HD static R error(const R* c, const R* x) {
+    return x[0] - Target::target(c, x);
   }
   template <class R>
   DC_HD static void apply(const R* c, const R* x, R* y) {
@@ -25,20 +24,21 @@ struct TargetLoss {  // weight · Σ (m - target)² / n
   }
 };
 
-struct MixedTargetLoss {  // the target is a x_0 + b ε
+struct TargetLoss : SquaredError<TargetLoss> {
+  static constexpr const char* name = "target_loss";
+  static constexpr int n_in = 2, n_out = 0, n_sum = 1, n_coef = 2;  // m, target; weight, 1/n
+  template <class R>
+  DC_HD static R target(const R*, const R* x) {
+    return x[1];
+  }
+};
+
+struct MixedTargetLoss : SquaredError<MixedTargetLoss> {  // the target is a x_0 + b ε
   static constexpr const char* name = "mixed_target_loss";
   static constexpr int n_in = 3, n_out = 0, n_sum = 1, n_coef = 4;  // m, x_0, ε; weight, 1/n, a, b
   template <class R>
-  DC_HD static R error(const R* c, const R* x) {
-    return x[0] - mul_add(c[2], x[1], c[3] * x[2]);
-  }
-  template <class R>
-  DC_HD static void apply(const R* c, const R* x, R* y) {
-    y[0] = error(c, x) * error(c, x);
-  }
-  template <class R>
-  DC_HD static R sum_scale(const R* c) {
-    return c[0] * c[1];
+  DC_HD static R target(const R* c, const R* x) {
+    return mul_add(c[2], x[1], c[3] * x[2]);
   }
 };
 
