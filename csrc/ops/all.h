@@ -14,12 +14,27 @@ struct OpList {
   static constexpr int size = sizeof...(Op);
 };
 
-using AllOps =
-    OpList<Scale, ScaleTwice, LinearCombination, LinearPair,  // linear.h
-           Drawn<Randn>, Drawn<LinearCombination>, Drawn<LinearPair>, ReverseStep, ReverseStepNoise,
-           ReverseStepGuided,
-           ReverseStepGuidedNoise,                                          // reverse_step.h
-           Drawn<ReverseStepNoise>, Drawn<ReverseStepGuidedNoise>,          //
+template <class... List>
+struct Join;
+template <class... Op>
+struct Join<OpList<Op...>> {
+  using type = OpList<Op...>;
+};
+template <class... A, class... B, class... More>
+struct Join<OpList<A...>, OpList<B...>, More...> : Join<OpList<A..., B...>, More...> {};
+template <class... List>
+using Joined = typename Join<List...>::type;
+
+template <int kHistory>
+using Steps =
+    OpList<ReverseStep<false, kHistory, false>, ReverseStep<false, kHistory, true>,
+           ReverseStep<true, kHistory, false>, ReverseStep<true, kHistory, true>,
+           Drawn<ReverseStep<false, kHistory, true>>, Drawn<ReverseStep<true, kHistory, true>>>;
+
+using AllOps = Joined<
+    Steps<0>, Steps<1>, Steps<2>, Steps<3>,
+    OpList<Scale, ScaleTwice, LinearCombination, LinearPair,                // linear.h
+           Drawn<Randn>, Drawn<LinearCombination>, Drawn<LinearPair>,       //
            ReverseStepBackward, ReverseStepGuidedBackward,                  //
            NormalKl, NormalKlSum, NormalKlBackward, NormalKlBackwardFirst,  // gaussian.h
            NormalKlBackwardSecond, NormalKlSumBackward, NormalKlSumBackwardFirst,
@@ -34,6 +49,6 @@ using AllOps =
            TargetLoss, TargetLossGradient, MixedTargetLoss, MixedTargetLossGradient,
            Rescale,  // loss.h
            Drawn<TargetLoss>, Drawn<TargetLossGradient>, Drawn<MixedTargetLoss>,
-           Drawn<MixedTargetLossGradient>>;
+           Drawn<MixedTargetLossGradient>>>;
 
 DC_KERNEL_NAMESPACE_END

@@ -135,39 +135,57 @@ LINEAR_PAIR = drawing(
 # ---- reverse steps -----------------------------------------------------------------------------
 
 
-def _step_kernel(name: str, guided: bool, noisy: bool) -> Kernel:
-    def plain(*args: Any) -> Tensor:
-        tensors, coefs = args[: 2 + guided + noisy], args[2 + guided + noisy :]
+HISTORY_COEFS = ("c_1", "c_2", "c_3")
+MOST_HISTORY = len(HISTORY_COEFS)
+
+
+def _step_kernel(guided: bool, history: int, noisy: bool) -> Kernel:
+    read = 2 + guided + history
+
+    def plain(*args: Any) -> Any:
+        tensors, coefs = args[: read + noisy], args[read + noisy :]
         x, m, *rest = tensors
         noise, uncond = rest[-1] if noisy else None, rest[0] if guided else None
-        return reference.reverse_step(x, m, noise, uncond, *coefs)
+        earlier = rest[guided : guided + history]
+        return reference.reverse_step(x, m, noise, uncond, *coefs[:9], earlier, coefs[9:])
 
-    def backward(inputs: Tensors, call: Call, grads: Grads, needs: Needs) -> Grads:
+    def backward(inputs: Tensors, call: Call, grads: Grads, needs: Needs) -> Grads | None:
         _, coefs, step, _, _ = call
-        (g,) = grads
-        assert g is not None
+        g = grads[0]
+        if history or g is None:
+            return None  # rare: through the reference
         found: list[Tensor | None] = [None] * len(needs)
-        if any(needs[: 2 + guided]):
+        if any(needs[:read]):
             kernel = STEP_GUIDED_BACKWARD if guided else STEP_BACKWARD
-            found[: 2 + guided] = run_tuple(kernel, (g, *inputs[: 2 + guided]), coefs, step)
-        if len(needs) == 3 + guided and needs[-1]:
+            found[:read] = run_tuple(kernel, (g, *inputs[:read]), coefs, step)
+        if len(needs) == read + 1 and needs[-1]:
             found[-1] = run(SCALE, (g,), (split_coefs(coefs)[3],), step)
         return found
 
-    names = ("x", "model_output") + ("model_output_uncond",) * guided + ("noise",) * noisy
-    kernel = Kernel(name, names, STEP_COEFS, reference=plain, backward=backward)
+    names = ("x", "model_output") + ("model_output_uncond",) * guided
+    names += tuple(f"history_{n + 1}" for n in range(history)) + ("noise",) * noisy
+    coefs = (*STEP_COEFS, *HISTORY_COEFS[:history], *("e_x", "e_m", "e_0")[: 3 * history])
+    kernel = Kernel(
+        "reverse_step" + "_guided" * guided + f"_h{history}" * (history > 0) + "_noise" * noisy,
+        names,
+        coefs,
+        outputs=2 if history else 1,
+        reference=plain,
+        backward=backward,
+    )
     return drawing(kernel) if noisy else kernel
 
 
 REVERSE_STEP = {
-    (guided, noisy): _step_kernel(
-        "reverse_step" + "_guided" * guided + "_noise" * noisy, guided, noisy
-    )
+    (guided, history, noisy): _step_kernel(guided, history, noisy)
     for guided in (False, True)
+    for history in range(MOST_HISTORY + 1)
     for noisy in (False, True)
 }
 SOLVER_STEP = {
-    key: kernel.named(("x_t", *kernel.inputs[1:])) for key, kernel in REVERSE_STEP.items()
+    (guided, noisy): kernel.named(("x_t", *kernel.inputs[1:]))
+    for (guided, history, noisy), kernel in REVERSE_STEP.items()
+    if not history
 }
 STEP_BACKWARD = Kernel(
     "reverse_step_backward", ("grad", "x", "model_output"), STEP_COEFS, outputs=2

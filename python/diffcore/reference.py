@@ -130,8 +130,14 @@ def reverse_step(
     clip_min: Coef,
     clip_max: Coef,
     guidance_scale: Coef = 1.0,
-) -> Tensor:
-    """``x' = c_x x + c_m m + c_0 clip(a_x x + a_m m) + c_z z``, ``m = m_u + w (m_c - m_u)``."""
+    history: Sequence[Tensor] = (),
+    history_coefs: Sequence[Coef] = (),
+) -> Tensor | tuple[Tensor, Tensor]:
+    """``x' = c_x x + c_m m + c_0 x0 + Σ c_k h_k + c_z z`` with ``x0 = clip(a_x x + a_m m)``.
+
+    ``m = m_u + w (m_c - m_u)`` under guidance. With history the second result is
+    ``h' = e_x x + e_m m + e_0 x0``; `history_coefs` are c_1, ..., e_x, e_m, e_0.
+    """
     compute = compute_dtype(x.dtype)
     k = [
         per_sample(c, x) for c in (c_x, c_m, c_0, c_z, a_x, a_m, clip_min, clip_max, guidance_scale)
@@ -145,12 +151,20 @@ def reverse_step(
     # between versions
     x0 = torch.where(x0 < k[6], torch.zeros_like(x0) + k[6], x0)
     x0 = torch.where(x0 > k[7], torch.zeros_like(x0) + k[7], x0)
-    # Where m has no part of its own, an infinite one is met by the clip, not by 0 · inf.
-    own = torch.where(torch.as_tensor(k[1], device=m.device) == 0, torch.zeros_like(m), m)
-    y = k[0] * s + k[1] * own + k[2] * x0
+
+    def mix(c_x: Coef, c_m: Coef, c_0: Coef) -> Tensor:
+        # Where m has no part of its own, an infinite one is met by the clip, not by 0 · inf.
+        absent = torch.as_tensor(c_m, device=m.device) == 0
+        return c_x * s + c_m * torch.where(absent, torch.zeros_like(m), m) + c_0 * x0
+
+    y = mix(k[0], k[1], k[2])
+    earlier = [per_sample(c, x) for c in history_coefs]
+    for c, h in zip(earlier, history, strict=False):
+        y = y + c * h.to(compute)
     if noise is not None:
         y = y + k[3] * noise.to(compute)
-    return y.to(x.dtype)
+    y = y.to(x.dtype)
+    return (y, mix(*earlier[-3:]).to(x.dtype)) if history else y
 
 
 # ---- Gaussians ---------------------------------------------------------------------------------

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import overload
 
 from torch import Tensor
 
 from .. import _kernels as k
 from .. import coefficients as formulas
 from .._execute import Kernel
-from .._registry import Coef, Step, plain_eager, run
+from .._registry import Coef, Step, plain_eager, run, run_tuple
 from ._arguments import as_coef, as_table, in_float64
 from ._noise import Noise, noised
 
 ClipRange = float | tuple[float, float] | None
 
 
+@overload
 def reverse_step(
     x: Tensor,
     model_output: Tensor,
@@ -26,48 +28,97 @@ def reverse_step(
     model_output_uncond: Tensor | None = None,
     guidance_scale: Coef | None = None,
     out: Tensor | None = None,
-) -> Tensor:
+) -> Tensor: ...
+@overload
+def reverse_step(
+    x: Tensor,
+    model_output: Tensor,
+    coefficients: Tensor,
+    *,
+    t: Step = None,
+    noise: Noise | None = None,
+    model_output_uncond: Tensor | None = None,
+    guidance_scale: Coef | None = None,
+    history: Sequence[Tensor],
+) -> tuple[Tensor, Tensor]: ...
+def reverse_step(
+    x: Tensor,
+    model_output: Tensor,
+    coefficients: Tensor,
+    *,
+    t: Step = None,
+    noise: Noise | None = None,
+    model_output_uncond: Tensor | None = None,
+    guidance_scale: Coef | None = None,
+    history: Sequence[Tensor] = (),
+    out: Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
     """One step of any solver, with guidance, conversion, clip, update and noise in one launch.
 
     With ``m = m_u + w (m_c - m_u)`` under guidance and ``x0 = clip(a_x x + a_m m, clip_min,
     clip_max)``::
 
-        x' = c_x x + c_m m + c_0 x0 + c_z noise
+        x' = c_x x + c_m m + c_0 x0 + c_1 h_1 + ... + c_z noise
+        h' = e_x x + e_m m + e_0 x0
 
-    Differentiable in `x`, the model outputs and `noise`; outside the clip no gradient flows
-    through `x0`.
+    Differentiable in `x`, the model outputs, `history` and `noise`; outside the clip no gradient
+    flows through `x0`.
 
     Args:
         x: the current samples `[B, ...]`.
         model_output: m, or m_c under guidance, `[B, ...]`.
         coefficients: a table `[T, 8]` read at `t`, or `[B, 8]` or `[8]` without `t`, float64 or
-            float32; the columns c_x, c_m, c_0, c_z, a_x, a_m, clip_min, clip_max.
+            float32; the columns c_x, c_m, c_0, c_z, a_x, a_m, clip_min, clip_max. With `history`
+            six more: c_1, c_2, c_3, e_x, e_m, e_0.
         t: the row: an int, `[B]` or a one-element counter.
         noise: z `[B, ...]`, or a recipe for it; None leaves the last term out.
         model_output_uncond: m_u `[B, ...]`, for classifier-free guidance.
         guidance_scale: w, a number or `[B]`; needed with `model_output_uncond`, and only then.
-        out: where to write, `x` itself if you like; no gradient may be needed.
+        history: h_1, h_2, h_3 or the first of them, each `[B, ...]`: what earlier steps left.
+        out: where to write x', `x` itself if you like; no gradient may be needed, and no history.
 
     Returns:
-        The samples of the next step `[B, ...]`.
+        The samples of the next step `[B, ...]`; with `history`, those and h'.
 
     Source: docs/architecture.md, "A solver is a table"; guidance: Ho & Salimans 2022.
     """
-    return _step(
-        k.REVERSE_STEP,
-        x,
-        model_output,
-        (as_table("coefficients", coefficients, 8),),
-        t,
-        noise,
-        model_output_uncond,
-        guidance_scale,
-        out,
+    earlier = tuple(history)
+    if len(earlier) > k.MOST_HISTORY:
+        raise ValueError(f"history has {len(earlier)} tensors; wanted at most {k.MOST_HISTORY}")
+    if not earlier:
+        row: tuple[Coef, ...] = (as_table("coefficients", coefficients, 8),)
+        return _step(x, model_output, row, t, noise, model_output_uncond, guidance_scale, out)
+    if out is not None:
+        raise ValueError("out and history are both given; wanted one")
+    table = as_table("coefficients", coefficients, 14)
+    tensors, scale = _guided(x, model_output, model_output_uncond, guidance_scale)
+    coefs = (table[:, :8], scale, table[:, 8 : 8 + len(earlier)], table[:, 11:])
+    kernel = k.REVERSE_STEP[len(tensors) == 3, len(earlier), noise is not None]
+    both: tuple[Tensor, Tensor] = (
+        run_tuple(kernel, (*tensors, *earlier), coefs, t)
+        if noise is None
+        else noised(kernel, (*tensors, *earlier), noise, coefs, t)
     )
+    return both
+
+
+def _guided(
+    x: Tensor, model_output: Tensor, model_output_uncond: Tensor | None, guidance_scale: Coef | None
+) -> tuple[tuple[Tensor, ...], Coef]:
+    """The tensors that every step reads, and the guidance scale."""
+    guided = model_output_uncond is not None
+    if guided != (guidance_scale is not None):
+        raise ValueError(
+            "model_output_uncond and guidance_scale come together; "
+            f"got {'only model_output_uncond' if guided else 'only guidance_scale'}"
+        )
+    scale = 1.0 if guidance_scale is None else as_coef("guidance_scale", guidance_scale, None)
+    if model_output_uncond is None:
+        return (x, model_output), scale
+    return (x, model_output, model_output_uncond), scale
 
 
 def _step(
-    kernels: Mapping[tuple[bool, bool], Kernel],
     x: Tensor,
     model_output: Tensor,
     coefficients: tuple[Coef, ...],
@@ -76,21 +127,15 @@ def _step(
     model_output_uncond: Tensor | None,
     guidance_scale: Coef | None,
     out: Tensor | None,
+    *,
+    kernels: Mapping[tuple[bool, bool], Kernel] = k.PLAIN_STEP,
 ) -> Tensor:
-    guided = model_output_uncond is not None
-    if guided != (guidance_scale is not None):
-        raise ValueError(
-            "model_output_uncond and guidance_scale come together; "
-            f"got {'only model_output_uncond' if guided else 'only guidance_scale'}"
-        )
-    scale = 1.0 if guidance_scale is None else as_coef("guidance_scale", guidance_scale, None)
-    tensors = (
-        (x, model_output) if model_output_uncond is None else (x, model_output, model_output_uncond)
-    )
+    tensors, scale = _guided(x, model_output, model_output_uncond, guidance_scale)
     coefs = (*coefficients, scale)
+    kernel = kernels[len(tensors) == 3, noise is not None]
     if noise is None:
-        return run(kernels[guided, False], tensors, coefs, t, False, out)
-    x_next: Tensor = noised(kernels[guided, True], tensors, noise, coefs, t, out)
+        return run(kernel, tensors, coefs, t, False, out)
+    x_next: Tensor = noised(kernel, tensors, noise, coefs, t, out)
     return x_next
 
 
@@ -157,7 +202,15 @@ def ddpm_step(
     )
     row = _row(table, x_t)
     return _step(
-        k.SOLVER_STEP, x_t, model_output, row, None, noise, model_output_uncond, guidance_scale, out
+        x_t,
+        model_output,
+        row,
+        None,
+        noise,
+        model_output_uncond,
+        guidance_scale,
+        out,
+        kernels=k.SOLVER_STEP,
     )
 
 
@@ -216,5 +269,13 @@ def ddim_step(
     )
     row = _row(table, x_t)
     return _step(
-        k.SOLVER_STEP, x_t, model_output, row, None, noise, model_output_uncond, guidance_scale, out
+        x_t,
+        model_output,
+        row,
+        None,
+        noise,
+        model_output_uncond,
+        guidance_scale,
+        out,
+        kernels=k.SOLVER_STEP,
     )
