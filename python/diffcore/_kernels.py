@@ -147,7 +147,8 @@ def _step_kernel(guided: bool, history: int, noisy: bool) -> Kernel:
         x, m, *rest = tensors
         noise, uncond = rest[-1] if noisy else None, rest[0] if guided else None
         earlier = rest[guided : guided + history]
-        return reference.reverse_step(x, m, noise, uncond, *coefs[:9], earlier, coefs[9:])
+        every = (x, m, noise, uncond, *coefs[:9], earlier, coefs[9:])
+        return reference.reverse_step(*every)
 
     def backward(inputs: Tensors, call: Call, grads: Grads, needs: Needs) -> Grads | None:
         _, coefs, step, _, _ = call
@@ -182,11 +183,8 @@ REVERSE_STEP = {
     for history in range(MOST_HISTORY + 1)
     for noisy in (False, True)
 }
-SOLVER_STEP = {
-    (guided, noisy): kernel.named(("x_t", *kernel.inputs[1:]))
-    for (guided, history, noisy), kernel in REVERSE_STEP.items()
-    if not history
-}
+PLAIN_STEP = {(g, noisy): k for (g, history, noisy), k in REVERSE_STEP.items() if not history}
+SOLVER_STEP = {key: kernel.named(("x_t", *kernel.inputs[1:])) for key, kernel in PLAIN_STEP.items()}
 STEP_BACKWARD = Kernel(
     "reverse_step_backward", ("grad", "x", "model_output"), STEP_COEFS, outputs=2
 )

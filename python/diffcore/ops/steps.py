@@ -94,12 +94,11 @@ def reverse_step(
     tensors, scale = _guided(x, model_output, model_output_uncond, guidance_scale)
     coefs = (table[:, :8], scale, table[:, 8 : 8 + len(earlier)], table[:, 11:])
     kernel = k.REVERSE_STEP[len(tensors) == 3, len(earlier), noise is not None]
-    both: tuple[Tensor, Tensor] = (
-        run_tuple(kernel, (*tensors, *earlier), coefs, t)
-        if noise is None
-        else noised(kernel, (*tensors, *earlier), noise, coefs, t)
-    )
-    return both
+    if noise is None:
+        x_next, h_next = run_tuple(kernel, (*tensors, *earlier), coefs, t)
+    else:
+        x_next, h_next = noised(kernel, (*tensors, *earlier), noise, coefs, t)
+    return x_next, h_next
 
 
 def _guided(
