@@ -69,7 +69,7 @@ class Call {
       if (Status status = read_noise(noise, first)) return status;
     if (info_->n_sum && !whole) by_row_ = true;
     if (info_->n_sum && whole && by_row_) return kBadArguments;
-    if (Status status = read_tensors(outs, ins, first)) return status;
+    if (Status status = read_tensors(outs, ins, first, whole)) return status;
     task_.rows = by_row_ ? rows_ : 1;
     task_.cols = by_row_ ? (rows_ ? elements_ / rows_ : 0) : elements_;
     return read_sums(outs, first);
@@ -224,8 +224,7 @@ class Call {
     return kDone;
   }
 
-  Status read_tensors(py::tuple outs, py::tuple ins, const dlpack::Tensor& first) {
-    if (!dense(first, by_row_)) return kLayout;
+  Status read_tensors(py::tuple outs, py::tuple ins, const dlpack::Tensor& first, bool whole) {
     if (info_->draws) {
       constexpr int64_t kBlocks = int64_t(1) << 32;
       if (rows_ && task_.noise.first_block + (elements_ / rows_ + 3) / 4 > kBlocks)
@@ -235,7 +234,7 @@ class Call {
       task_.noise.inner = runs_of_row(first);
       if (!task_.noise.inner || task_.noise.inner > kMostRuns) return kLayout;
     }
-    int64_t bytes = elements_ * item_size(dtype_);
+    const int64_t bytes = elements_ * item_size(dtype_), row = rows_ ? elements_ / rows_ : 0;
     int maps = info_->n_out;
     for (int k = 0; k < info_->n_in + maps; ++k) {
       dlpack::Tensor x = first;
@@ -243,21 +242,33 @@ class Call {
       if (dtype_of(x.dtype) != dtype_ || !same_device(x, first) || !same_shape(x, first))
         return kBadArguments;
       if (!x.data && elements_) return kBadArguments;
-      if (k != 0 && elements_ && !same_strides(x, first)) return kLayout;
-      if (k < info_->n_in)
-        task_.in[k] = x.data;
-      else
+      if (k >= info_->n_in) {
         task_.out[k - info_->n_in] = x.data;
+        if (elements_ && !same_strides(x, first)) return kLayout;
+        continue;
+      }
+      task_.in[k] = x.data;
+      task_.row_stride[k] = row;
+      if (k == 0 || !elements_ || same_strides(x, first)) continue;
+      // A part of every sample of a larger tensor: the same rows, farther apart.
+      if (whole || !same_strides(x, first, 1) || x.strides[0] < 0) return kLayout;
+      task_.row_stride[k] = x.strides[0];
+      by_row_ = true;
     }
-    auto overlap = [&](const void* a, const void* b) {
+    if (!dense(first, by_row_)) return kLayout;
+    auto overlap = [&](const void* a, const void* b, int64_t bytes_of_b) {
       auto lo = reinterpret_cast<uintptr_t>(a), hi = reinterpret_cast<uintptr_t>(b);
-      return lo < hi + uintptr_t(bytes) && hi < lo + uintptr_t(bytes);
+      return lo < hi + uintptr_t(bytes_of_b) && hi < lo + uintptr_t(bytes);
     };
     for (int o = 0; o < maps; ++o) {
-      for (int k = 0; k < info_->n_in; ++k)
-        if (task_.out[o] != task_.in[k] && overlap(task_.out[o], task_.in[k])) return kLayout;
+      for (int k = 0; k < info_->n_in; ++k) {
+        const int64_t apart = task_.row_stride[k] - row;
+        const bool in_place = task_.out[o] == task_.in[k] && (!apart || rows_ == 1);
+        const int64_t span = bytes + (rows_ - 1) * apart * item_size(dtype_);
+        if (!in_place && overlap(task_.out[o], task_.in[k], span)) return kLayout;
+      }
       for (int other = 0; other < o; ++other)
-        if (overlap(task_.out[o], task_.out[other])) return kBadArguments;
+        if (overlap(task_.out[o], task_.out[other], bytes)) return kBadArguments;
     }
     return kDone;
   }

@@ -76,8 +76,8 @@ inline int64_t runs_of_row(const dlpack::Tensor& x) {
 inline bool same_shape(const dlpack::Tensor& a, const dlpack::Tensor& b) {
   return a.ndim == b.ndim && std::equal(a.shape, a.shape + a.ndim, b.shape);
 }
-inline bool same_strides(const dlpack::Tensor& a, const dlpack::Tensor& b) {
-  for (int d = 0; d < a.ndim; ++d)
+inline bool same_strides(const dlpack::Tensor& a, const dlpack::Tensor& b, int from = 0) {
+  for (int d = from; d < a.ndim; ++d)
     if (a.shape[d] != 1 && a.strides[d] != b.strides[d]) return false;
   return true;
 }

@@ -14,7 +14,16 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 
-from diffcore import GaussianDiffusion, _kernels, _library, _native, _registry, make_betas, ops
+from diffcore import (
+    GaussianDiffusion,
+    _kernels,
+    _library,
+    _native,
+    _registry,
+    _step,
+    make_betas,
+    ops,
+)
 
 INDUCTOR = ("q_sample", "normal_kl_sample")
 
@@ -45,14 +54,21 @@ def value_and_gradients(case: OpCase, f: Callable[..., Any], args: Arguments) ->
 
 def registered_kernels() -> list[_registry.Kernel]:
     """Every registered operator that a kernel of the module stands behind."""
-    kernels = [k for k in vars(_kernels).values() if isinstance(k, _registry.Kernel)]
-    for group in vars(_kernels).values():
+    groups = [*vars(_kernels).values(), *vars(_step).values()]
+    kernels = [k for k in groups if isinstance(k, _registry.Kernel)]
+    for group in groups:
         if isinstance(group, _kernels.Term):
             kernels += [group.elementwise, group.sum]
             kernels += [*group.of_elementwise.values(), *group.of_sum.values()]
         elif isinstance(group, _kernels.Loss):
             kernels += [group.plain, group.with_gradient]
-    kernels += _kernels.REVERSE_STEP.values()
+    for group in (
+        _step.REVERSE_STEP,
+        _step.STEP_BACKWARD,
+        _step.STEP_LOG_PROB,
+        _step.LOG_PROB_BACKWARD,
+    ):
+        kernels += group.values()
     kernels += [k.drawn for k in kernels if k.drawn is not None]
     return list({(k.name, k.draws): k for k in kernels}.values())
 

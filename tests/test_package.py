@@ -28,6 +28,7 @@ LAYERS = [
     {"testing", "_info"},
     {"ops"},
     {"noise"},
+    {"_step"},
     {"_kernels"},
     {"_registry", "coefficients"},
     {"_library"},

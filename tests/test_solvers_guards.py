@@ -51,11 +51,11 @@ def test_shape_and_meaning_of_a_table(name):
     assert table.column("c_z")[-1] == 0
     assert table.init_noise_sigma == 10.0
     assert 0 <= table.history <= 3
-    read = table.coefficients[:, 8:11] != 0
+    read = table.coefficients[:, 11:] != 0
     assert table.history == max([k + 1 for k in range(3) if read[:, k].any()], default=0)
     for row in range(rows):  # a row writes what a later row reads, and nothing else
         later = [read[row + k, k - 1] for k in (1, 2, 3) if row + k < rows]
-        assert bool((table.coefficients[row, 11:] != 0).any()) == any(later)
+        assert bool((table.coefficients[row, 8:11] != 0).any()) == any(later)
     assert not read[0].any()
 
 
@@ -220,9 +220,9 @@ def test_cosine_schedule_is_cut_where_lambda_asks():
 def test_long_walks_keep_their_order_to_the_end_and_short_ones_do_not():
     for steps, keeps in ((14, False), (15, True)):
         levels = spacing.get_sigmas_karras(steps + 1, 0.1, 10.0)[:-1]
-        last = solvers.dpmpp_table(levels, order=3).coefficients[-3:, 8:11] != 0
+        last = solvers.dpmpp_table(levels, order=3).coefficients[-3:, 11:] != 0
         assert last.tolist()[1:] == [[True, keeps, False], [keeps, keeps, False]]
-        euler = solvers.dpmpp_table(levels, order=3, euler_at_final=True).coefficients[-1, 8:11]
+        euler = solvers.dpmpp_table(levels, order=3, euler_at_final=True).coefficients[-1, 11:]
         assert not euler.any()
 
 

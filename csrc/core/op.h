@@ -32,4 +32,18 @@ DC_HD bool is_idle(const R* c) {
     return false;
 }
 
+// The sum of a row of n elements as it is stored: scaled, or whatever the op makes of it.
+template <class Op, class = void>
+constexpr bool kFinishes = false;
+template <class Op>
+constexpr bool kFinishes<Op, decltype(void(&Op::template finish<float>))> = true;
+
+template <class Op, class R>
+DC_HD R finished(const R* c, double total, int64_t n) {
+  if constexpr (kFinishes<Op>)
+    return R(Op::finish(c, total, double(n)));
+  else
+    return R(total * double(Op::template sum_scale<R>(c)));
+}
+
 DC_KERNEL_NAMESPACE_END

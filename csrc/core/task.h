@@ -6,10 +6,10 @@
 
 namespace diffcore {
 
-constexpr int kMaxIn = 5;
+constexpr int kMaxIn = 7;
 constexpr int kMaxOut = 4;
 constexpr int kMaxSum = 1;
-constexpr int kMaxCoef = 9;
+constexpr int kMaxCoef = 16;
 constexpr int kDtypes = 4;  // f32, f64, bf16, f16
 enum Dtype : int { kF32 = 0, kF64 = 1, kBf16 = 2, kF16 = 3, kNoDtype = -1 };
 
@@ -39,9 +39,10 @@ struct NoiseSource {
 };
 
 struct Task {
-  const void* in[kMaxIn] = {};  // [rows, cols], one storage type and layout for all
-  void* out[kMaxOut] = {};      // [rows, cols]
-  void* sum[kMaxSum] = {};      // [rows], compute type
+  const void* in[kMaxIn] = {};      // [rows, cols], one storage type and layout for all ...
+  int64_t row_stride[kMaxIn] = {};  // ... but for this: elements from row to row
+  void* out[kMaxOut] = {};          // [rows, cols]
+  void* sum[kMaxSum] = {};          // [rows], compute type
   Coef coef[kMaxCoef] = {};
   NoiseSource noise;
   const void* step = nullptr;  // [rows] or one counter for all (stride 0); null: `fixed_step`

@@ -25,8 +25,9 @@ constexpr bool same = false;
 template <class T>
 constexpr bool same<T, T> = true;
 
+// Once a tile: not inlined, so that the kernels of all ops share one copy of each conversion.
 template <class S>
-inline void load_tile(const S* from, int64_t n, float* to) {
+__attribute__((noinline)) void load_tile(const S* from, int64_t n, float* to) {
   int64_t i = 0;
 #if defined(__F16C__)
   if constexpr (same<S, F16>) {  // the portable conversion costs four times as much
@@ -40,7 +41,7 @@ inline void load_tile(const S* from, int64_t n, float* to) {
 }
 
 template <class S>
-inline void store_tile(const float* from, int64_t n, S* to) {
+__attribute__((noinline)) void store_tile(const float* from, int64_t n, S* to) {
   int64_t i = 0;
 #if defined(__F16C__)
   if constexpr (same<S, F16>) {
@@ -53,9 +54,11 @@ inline void store_tile(const float* from, int64_t n, S* to) {
   for (; i < n; ++i) to[i] = Store<S>::from(from[i]);
 }
 
-// y[i] = Op(x[i]) for i < n, all in the compute type; sums go to acc[i % kLanes].
+// y[i] = Op(x[i]) for i < n, all in the compute type; sums go to acc[i % kLanes]. One copy serves
+// float and the types that are converted to it.
 template <class Op, class R>
-DC_HD void span(const R* coefs, const R* const* from, R* const* to, int64_t n, R (*acc)[kLanes]) {
+__attribute__((noinline)) void span(const R* coefs, const R* const* from, R* const* to, int64_t n,
+                                    R (*acc)[kLanes]) {
   constexpr int kIn = Op::n_in, kOut = Op::n_out, kSum = Op::n_sum;
   // Copies that nothing in the loop can be thought to write to.
   R c[Op::n_coef + 1];
@@ -132,6 +135,15 @@ struct Noise<Op, true> : RowNoise {
   };
 };
 
+template <class Op>
+struct Formula {
+  using type = Op;
+};
+template <class Op>
+struct Formula<Drawn<Op>> {
+  using type = Op;
+};
+
 template <class Op, class S>
 struct CpuLoop {
   using R = Compute<S>;
@@ -158,7 +170,7 @@ struct CpuLoop {
           if (task.chunks > 1)
             task.partials[(k * task.rows + row) * task.chunks + unit % task.chunks] = acc[k][0];
           else
-            static_cast<R*>(task.sum[k])[row] = R(double(acc[k][0]) * Op::template sum_scale<R>(c));
+            static_cast<R*>(task.sum[k])[row] = finished<Op>(c, acc[k][0], task.cols);
         }
       }
     }
@@ -174,7 +186,7 @@ struct CpuLoop {
           const double* chunk = task.partials + (k * task.rows + row) * task.chunks;
           double total = 0;
           for (int64_t j = 0; j < task.chunks; ++j) total += chunk[j];
-          static_cast<R*>(task.sum[k])[row] = R(total * Op::template sum_scale<R>(c));
+          static_cast<R*>(task.sum[k])[row] = finished<Op>(c, total, task.cols);
         }
       }
     }
@@ -188,11 +200,12 @@ struct CpuLoop {
     const S* in[kIn + 1];
     S* out[kOut + 1];
     DC_UNROLL
-    for (int k = 0; k < kIn; ++k) in[k] = static_cast<const S*>(task.in[k]) + at;
+    for (int k = 0; k < kIn; ++k)
+      in[k] = static_cast<const S*>(task.in[k]) + row * task.row_stride[k] + first;
     DC_UNROLL
     for (int k = 0; k < kOut; ++k) out[k] = static_cast<S*>(task.out[k]) + at;
     if constexpr (!kConverted && !kDraws<Op>) {
-      span<Op, R>(c, in, out, n, acc);
+      span<typename Formula<Op>::type, R>(c, in, out, n, acc);
     } else {
       constexpr int kRoom = kConverted ? kTile : 1;
       alignas(64) R x[kIn + 1][kRoom];
@@ -217,7 +230,7 @@ struct CpuLoop {
         }
         DC_UNROLL
         for (int k = 0; k < kOut; ++k) ys[k] = pick<kConverted>(y[k], out[k] + i);
-        span<Op, R>(c, xs, ys, m, acc);
+        span<typename Formula<Op>::type, R>(c, xs, ys, m, acc);
         if constexpr (kConverted)
           for (int k = 0; k < kOut; ++k) store_tile(y[k], m, out[k] + i);
       }

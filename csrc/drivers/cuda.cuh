@@ -83,10 +83,10 @@ struct Elements {
     for (int k = 0; k < kSum; ++k) sums[k] += y[kOut + k];
   }
 
-  // kU packs of N elements, threads_x packs apart; `base` is where the row begins. `meanwhile` runs
-  // while the loads are on their way.
+  // kU packs of N elements, threads_x packs apart. `meanwhile` runs while the loads are on their
+  // way.
   template <int N, class Meanwhile>
-  __device__ __forceinline__ void packs(int64_t base, int64_t first, int64_t count, int threads_x,
+  __device__ __forceinline__ void packs(int64_t row, int64_t first, int64_t count, int threads_x,
                                         Meanwhile meanwhile) const {
     Pack<S, N> in[kU][kIn + 1];
     DC_UNROLL
@@ -95,8 +95,7 @@ struct Elements {
       if (p < count) {
         DC_UNROLL
         for (int k = 0; k < kIn; ++k)
-          in[u][k] =
-              reinterpret_cast<const Pack<S, N>*>(static_cast<const S*>(task.in[k]) + base)[p];
+          in[u][k] = reinterpret_cast<const Pack<S, N>*>(from(k, row))[p];
       }
     }
     meanwhile();
@@ -117,18 +116,16 @@ struct Elements {
           for (int k = 0; k < kOut; ++k) out[k].value[i] = stored[k];
         }
         DC_UNROLL
-        for (int k = 0; k < kOut; ++k)
-          reinterpret_cast<Pack<S, N>*>(static_cast<S*>(task.out[k]) + base)[p] = out[k];
+        for (int k = 0; k < kOut; ++k) reinterpret_cast<Pack<S, N>*>(to(k, row))[p] = out[k];
       }
     }
   }
 
-  // Column i of the row that begins at `base`.
-  __device__ __forceinline__ void one(int64_t base, int64_t i) const {
-    const int64_t at = base + i;
+  // Column i of the row.
+  __device__ __forceinline__ void one(int64_t row, int64_t i) const {
     S x[kIn + 1], stored[kOut + 1];
     DC_UNROLL
-    for (int k = 0; k < kIn; ++k) x[k] = static_cast<const S*>(task.in[k])[at];
+    for (int k = 0; k < kIn; ++k) x[k] = from(k, row)[i];
     float z = 0;
     if constexpr (kDraws<Op>) {
       const int64_t runs = task.noise.inner;
@@ -136,10 +133,17 @@ struct Elements {
     }
     apply(x, z, stored);
     DC_UNROLL
-    for (int k = 0; k < kOut; ++k) static_cast<S*>(task.out[k])[at] = stored[k];
+    for (int k = 0; k < kOut; ++k) to(k, row)[i] = stored[k];
   }
 
  private:
+  __device__ __forceinline__ const S* from(int k, int64_t row) const {
+    return static_cast<const S*>(task.in[k]) + row * task.row_stride[k];
+  }
+  __device__ __forceinline__ S* to(int k, int64_t row) const {
+    return static_cast<S*>(task.out[k]) + row * task.cols;
+  }
+
   template <int N>
   __device__ __forceinline__ void draw(int64_t element, float (&z)[N]) const {
     if constexpr (N == 2) {
@@ -183,7 +187,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm<Op, S>)
     NoiseKey key{};
     if constexpr (kDraws<Op>) key = noise_key(task.noise, row);
     const Elements<Op, S> elements{task, c, sums, key};
-    const int64_t base = row * task.cols, packs = shape.packed ? task.cols / kPack : 0;
+    const int64_t packs = shape.packed ? task.cols / kPack : 0;
     const auto load_c = [&] { share_coefs<Op::n_coef>(task, row, shape.threads_x, c); };
     if constexpr (kMayIdle<Op>) {
       load_c();
@@ -195,7 +199,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm<Op, S>)
 #pragma unroll 1
       for (int turn = 0; turn < turns; ++turn) {
         const int64_t first = (int64_t(blockIdx.x) * turns + turn) * step + x;
-        elements.template packs<kPack>(base, first, packs, shape.threads_x, [&] {
+        elements.template packs<kPack>(row, first, packs, shape.threads_x, [&] {
           if (turn == 0) load_c();
         });
       }
@@ -208,7 +212,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm<Op, S>)
       const int64_t begin = shape.packed ? packs * kPack : int64_t(blockIdx.x) * task.chunk;
       const int64_t end = begin + task.chunk < task.cols ? begin + task.chunk : task.cols;
 #pragma unroll 1
-      for (int64_t i = begin + x; i < end; i += shape.threads_x) elements.one(base, i);
+      for (int64_t i = begin + x; i < end; i += shape.threads_x) elements.one(row, i);
     }
   }
   if constexpr (Op::n_sum > 0) {
@@ -219,8 +223,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm<Op, S>)
         if (task.chunks > 1)
           task.partials[(k * task.rows + row) * task.chunks + blockIdx.x] = double(total);
         else
-          static_cast<R*>(task.sum[k])[row] =
-              R(double(total) * double(Op::template sum_scale<R>(c)));
+          static_cast<R*>(task.sum[k])[row] = finished<Op>(c, double(total), task.cols);
       }
     }
   }
@@ -239,7 +242,7 @@ __global__ void __launch_bounds__(kThreads) finish_kernel(const __grid_constant_
       if (threadIdx.x == 0) {
         R c[Op::n_coef + 1];
         load_coefs<Op::n_coef>(task, row, c);
-        static_cast<R*>(task.sum[k])[row] = R(total * double(Op::template sum_scale<R>(c)));
+        static_cast<R*>(task.sum[k])[row] = finished<Op>(c, total, task.cols);
       }
     }
   }
@@ -253,7 +256,10 @@ struct CudaLaunch {
     if (task.rows > 1 && task.cols % kPack != 0) return false;
     if (kDraws<Op> && task.noise.inner != 1) return false;
     uintptr_t low = 0;
-    for (int k = 0; k < kReads<Op>; ++k) low |= reinterpret_cast<uintptr_t>(task.in[k]);
+    for (int k = 0; k < kReads<Op>; ++k) {
+      low |= reinterpret_cast<uintptr_t>(task.in[k]);
+      if (task.rows > 1) low |= uintptr_t(task.row_stride[k]) * sizeof(S);
+    }
     for (int k = 0; k < Op::n_out; ++k) low |= reinterpret_cast<uintptr_t>(task.out[k]);
     return low % 16 == 0;
   }

@@ -14,13 +14,36 @@ struct OpList {
   static constexpr int size = sizeof...(Op);
 };
 
-using AllOps =
-    OpList<Scale, ScaleTwice, LinearCombination, LinearPair,  // linear.h
-           Drawn<Randn>, Drawn<LinearCombination>, Drawn<LinearPair>, ReverseStep, ReverseStepNoise,
-           ReverseStepGuided,
-           ReverseStepGuidedNoise,                                          // reverse_step.h
-           Drawn<ReverseStepNoise>, Drawn<ReverseStepGuidedNoise>,          //
-           ReverseStepBackward, ReverseStepGuidedBackward,                  //
+template <class... List>
+struct Join;
+template <class... Op>
+struct Join<OpList<Op...>> {
+  using type = OpList<Op...>;
+};
+template <class... A, class... B, class... More>
+struct Join<OpList<A...>, OpList<B...>, More...> : Join<OpList<A..., B...>, More...> {};
+template <class... List>
+using Joined = typename Join<List...>::type;
+
+template <bool kGuided, int kHistory, bool kKeeps>
+using Step = OpList<ReverseStep<kGuided, kHistory, kKeeps, kStill>,
+                    ReverseStep<kGuided, kHistory, kKeeps, kNoisy>,
+                    Drawn<ReverseStep<kGuided, kHistory, kKeeps, kNoisy>>>;
+
+// One history and three are instances; none that is kept, and two, are the next larger one with a
+// factor of 0 for a tensor that is there anyway.
+template <bool kGuided>
+using Steps = Joined<
+    Step<kGuided, 0, false>, Step<kGuided, 1, false>, Step<kGuided, 1, true>,
+    Step<kGuided, 3, true>,
+    OpList<ReverseStep<kGuided, 0, false, kLearnedNoise>,
+           Drawn<ReverseStep<kGuided, 0, false, kLearnedNoise>>, ReverseStepBackward<kGuided>,
+           StepLogProb<kGuided>, StepLogProbBackward<kGuided>>>;
+
+using AllOps = Joined<
+    Steps<false>, Steps<true>,                                              // reverse_step.h
+    OpList<Scale, ScaleTwice, LinearCombination, LinearPair,                // linear.h
+           Drawn<Randn>, Drawn<LinearCombination>, Drawn<LinearPair>,       //
            NormalKl, NormalKlSum, NormalKlBackward, NormalKlBackwardFirst,  // gaussian.h
            NormalKlBackwardSecond, NormalKlSumBackward, NormalKlSumBackwardFirst,
            NormalKlSumBackwardSecond,                                        //
@@ -34,6 +57,6 @@ using AllOps =
            TargetLoss, TargetLossGradient, MixedTargetLoss, MixedTargetLossGradient,
            Rescale,  // loss.h
            Drawn<TargetLoss>, Drawn<TargetLossGradient>, Drawn<MixedTargetLoss>,
-           Drawn<MixedTargetLossGradient>>;
+           Drawn<MixedTargetLossGradient>>>;
 
 DC_KERNEL_NAMESPACE_END

@@ -25,6 +25,7 @@ from .ops import reparameterize as reparameterize
 from .ops import reparameterize_kl as reparameterize_kl
 from .ops import reverse_step as reverse_step
 from .ops import standard_normal_kl as standard_normal_kl
+from .ops import step_log_prob as step_log_prob
 from .ops import velocity as velocity
 from .schedules import NoiseSchedule as NoiseSchedule
 from .schedules import betas_for_alpha_bar as betas_for_alpha_bar

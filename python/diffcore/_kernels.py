@@ -29,8 +29,6 @@ Tensors = tuple[Tensor, ...]
 Coefs = tuple[Coef, ...]
 Needs = Any
 
-STEP_COEFS = ("c_x", "c_m", "c_0", "c_z", "a_x", "a_m", "clip_min", "clip_max", "guidance_scale")
-
 
 # ---- noise that is read, or drawn --------------------------------------------------------------
 
@@ -129,54 +127,6 @@ LINEAR_PAIR = drawing(
         backward=_linear_pair_backward,
         saves_inputs=False,
     )
-)
-
-
-# ---- reverse steps -----------------------------------------------------------------------------
-
-
-def _step_kernel(name: str, guided: bool, noisy: bool) -> Kernel:
-    def plain(*args: Any) -> Tensor:
-        tensors, coefs = args[: 2 + guided + noisy], args[2 + guided + noisy :]
-        x, m, *rest = tensors
-        noise, uncond = rest[-1] if noisy else None, rest[0] if guided else None
-        return reference.reverse_step(x, m, noise, uncond, *coefs)
-
-    def backward(inputs: Tensors, call: Call, grads: Grads, needs: Needs) -> Grads:
-        _, coefs, step, _, _ = call
-        (g,) = grads
-        assert g is not None
-        found: list[Tensor | None] = [None] * len(needs)
-        if any(needs[: 2 + guided]):
-            kernel = STEP_GUIDED_BACKWARD if guided else STEP_BACKWARD
-            found[: 2 + guided] = run_tuple(kernel, (g, *inputs[: 2 + guided]), coefs, step)
-        if len(needs) == 3 + guided and needs[-1]:
-            found[-1] = run(SCALE, (g,), (split_coefs(coefs)[3],), step)
-        return found
-
-    names = ("x", "model_output") + ("model_output_uncond",) * guided + ("noise",) * noisy
-    kernel = Kernel(name, names, STEP_COEFS, reference=plain, backward=backward)
-    return drawing(kernel) if noisy else kernel
-
-
-REVERSE_STEP = {
-    (guided, noisy): _step_kernel(
-        "reverse_step" + "_guided" * guided + "_noise" * noisy, guided, noisy
-    )
-    for guided in (False, True)
-    for noisy in (False, True)
-}
-SOLVER_STEP = {
-    key: kernel.named(("x_t", *kernel.inputs[1:])) for key, kernel in REVERSE_STEP.items()
-}
-STEP_BACKWARD = Kernel(
-    "reverse_step_backward", ("grad", "x", "model_output"), STEP_COEFS, outputs=2
-)
-STEP_GUIDED_BACKWARD = Kernel(
-    "reverse_step_guided_backward",
-    ("grad", "x", "model_output", "model_output_uncond"),
-    STEP_COEFS,
-    outputs=3,
 )
 
 

@@ -10,14 +10,22 @@ from torch import Tensor
 
 from . import ops
 from .noise import PhiloxNoise
+from .solvers import SolverTable
+from .solvers.table import Row
 
 Model = Callable[..., Tensor]
 Noise = Tensor | PhiloxNoise
 StepNoise = Noise | Callable[[int, Tensor], Noise]
+Threshold = Callable[[Row, Tensor, Tensor, Tensor | None], Tensor]
+Callback = Callable[[dict[str, Any]], object]
 
 
 def call_model(
-    model: Model, x: Tensor, t: Tensor, model_kwargs: Mapping[str, Any] | None
+    model: Model,
+    x: Tensor,
+    t: Tensor,
+    model_kwargs: Mapping[str, Any] | None,
+    batches: int = 1,
 ) -> Tensor:
     """What a model says about ``x``, checked, in the dtype of ``x``.
 
@@ -26,6 +34,7 @@ def call_model(
         x: ``[B, ...]``.
         t: int64 ``[B]``, timesteps of the training schedule.
         model_kwargs: More arguments for the model.
+        batches: How many predictions it makes of a sample, one batch after the other.
 
     Returns:
         Its output; converted where autocast or the model chose another floating dtype.
@@ -39,8 +48,9 @@ def call_model(
         raise TypeError(f"model must return a tensor, got {type(output).__name__}")
     if not output.is_floating_point():
         raise TypeError(f"model must return floating point numbers, got {output.dtype}")
-    if output.shape != x.shape:
-        raise ValueError(f"model must return shape {list(x.shape)}, got {list(output.shape)}")
+    wanted = x.shape if batches == 1 else (batches * x.shape[0], *x.shape[1:])
+    if output.shape != wanted:
+        raise ValueError(f"model must return shape {list(wanted)}, got {list(output.shape)}")
     return output.to(x.dtype)
 
 
@@ -107,43 +117,87 @@ def start(
 def walk(
     model: Model,
     x: Tensor,
-    table: Tensor,
-    timesteps: Tensor,
-    noisy: bool,
+    table: SolverTable,
     step_noise: StepNoise,
-    model_kwargs: Mapping[str, Any] | None,
-    progress: bool,
+    *,
+    guidance_scale: float | Tensor | None = None,
+    model_kwargs: Mapping[str, Any] | None = None,
+    uncond_kwargs: Mapping[str, Any] | None = None,
+    threshold: Threshold | None = None,
+    callback: Callback | None = None,
+    progress: bool | None = False,
 ) -> Tensor:
-    """Take every step of a table, from its last row to its first.
+    """Walk down a solver's table: what every sampler here does.
 
     Rows are picked by Python ints, so nothing is ever read back from the device.
 
     Args:
-        model: ``model(x, t, **model_kwargs)``.
-        x: x_T.
-        table: float64 ``[S, 8]`` beside ``x``, row 0 being the step to x_0.
-        timesteps: int64 ``[S]`` beside ``x``, what the model is told at each row.
-        noisy: Whether the steps before the last take noise.
-        step_noise: ``(i, x) -> noise``, ``i`` counting steps from 0; a recipe, read at the stream
-            1 + i after its own; or a tensor ``[S, B, ...]``.
+        model: See ``diffcore.sample``, as for all that is not explained here.
+        x: What to start from.
+        table: The solver.
+        step_noise: ``(row, x) -> noise``; a recipe, read at the stream 1 + row after its own; or a
+            tensor ``[S, B, ...]``. The noise of churn before the first step has the row S.
+        guidance_scale: w.
         model_kwargs: More arguments for the model.
-        progress: Show a bar.
+        uncond_kwargs: The same for its unconditional call.
+        threshold: ``(row, x, m, m_u) -> s``, the bound of x_0.
+        callback: Told of every step.
+        progress: Show a bar; ``None`` for one on terminals only.
 
     Returns:
-        x_0.
+        The samples.
     """
-    rows: Iterable[int] = range(len(timesteps) - 1, -1, -1)
-    if progress:
-        from tqdm.auto import tqdm
-
-        rows = tqdm(rows)
-    for i, row in enumerate(rows):
-        output = call_model(model, x, timesteps[row].repeat(x.shape[0]), model_kwargs)
-        noise = None
-        if noisy and row > 0:
-            noise = _of_step(step_noise, i, x)
-        x = ops.reverse_step(x, output, table, t=row, noise=noise)
+    if table.start_noise:
+        noise = _of_step(step_noise, len(table), x)
+        x = ops.add_noise(x, noise, table.start_scale, table.start_noise)
+    told = _told(table, x)
+    batches = 2 if guidance_scale is not None and uncond_kwargs is None else 1
+    history: tuple[Tensor, ...] = ()
+    for i, row in enumerate(_with_bar(table, progress)):
+        seen = x if row.input_scale == 1 else row.input_scale * x
+        m = call_model(model, seen, told[i], model_kwargs, batches)
+        m_u = None if uncond_kwargs is None else call_model(model, seen, told[i], uncond_kwargs)
+        bound = None if threshold is None else threshold(row, x, m, m_u)
+        if callback is not None and row.begins:
+            denoised = table.denoised(
+                i,
+                x,
+                m,
+                model_output_uncond=m_u,
+                guidance_scale=guidance_scale,
+                threshold=bound,
+            )
+            state = {"x": x, "i": row.step, "t": told[i], "sigma": row.sigma, "denoised": denoised}
+            callback(state)
+        x, history = table.step(
+            i,
+            x,
+            m,
+            history,
+            noise=_of_step(step_noise, i, x) if row.noisy else None,
+            model_output_uncond=m_u,
+            guidance_scale=guidance_scale,
+            threshold=bound,
+        )
     return x
+
+
+def _with_bar(table: SolverTable, progress: bool | None) -> Iterable[Row]:
+    if progress is False:
+        return table.rows
+    from tqdm.auto import tqdm
+
+    disable = None if progress is None else False  # None: where there is no terminal
+    bar: Iterable[Row] = tqdm(table.rows, desc=table.name, disable=disable)
+    return bar
+
+
+def _told(table: SolverTable, x: Tensor) -> Tensor:
+    """What the model is told, ``[S, B]``: whole timesteps, or numbers as precise as x at least."""
+    timesteps = table.to(x.device).timesteps
+    if timesteps.is_floating_point() and x.dtype != torch.float64:
+        timesteps = timesteps.float()
+    return timesteps.unsqueeze(1).repeat(1, x.shape[0])
 
 
 def _of_step(step_noise: StepNoise, i: int, x: Tensor) -> Noise:

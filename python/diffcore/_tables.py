@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,13 +14,12 @@ from .coefficients import (
     VARIANCE_TYPES,
     Coef,
     check_choice,
-    ddim_coefficients,
-    ddpm_coefficients,
     parse_clip_range,
     posterior_coefficients,
     x0_coefficients,
 )
 from .schedules import TIMESTEP_SPACINGS, NoiseSchedule, check_betas, respaced_timesteps
+from .solvers import NoiseLevels, SolverTable, ddim_table, ddpm_table
 
 # Copies kept: a few samplers on a few devices, not every combination ever asked for.
 _MAX_TABLES = 64
@@ -85,6 +85,7 @@ class DiffusionTables:
         # The training timestep of each index, where this is a respaced view of another diffusion.
         self._timestep_map: tuple[int, ...] | None = None
         self._tables: dict[tuple[Any, ...], Tensor] = {}
+        self._solvers: dict[tuple[Any, ...], SolverTable] = {}
 
     def _times(self, rows: tuple[int, ...] | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(alpha, sigma) at rising timesteps and at the one before each; x_0 precedes the first."""
@@ -134,37 +135,60 @@ class DiffusionTables:
 
         return self._table(("x0", clip), build, device)
 
-    def _ddpm_table(
-        self, rows: tuple[int, ...] | None, clip: float | None, device: torch.device
-    ) -> Tensor:
-        return self._table(
-            ("ddpm", rows, clip),
-            lambda: ddpm_coefficients(
-                *self._times(rows),
-                prediction_type=self.prediction_type,
+    def _ddpm(self, rows: tuple[int, ...] | None, clip: float | None) -> SolverTable:
+        def build() -> SolverTable:
+            return ddpm_table(
+                self._levels(rows),
                 variance_type=self.variance_type,
+                prediction_type=self.prediction_type,
                 clip_range=clip,
-            ),
-            device,
+            )
+
+        return self._solver(("ddpm", rows, clip), build)
+
+    def _ddim(
+        self, rows: tuple[int, ...] | None, clip: float | None, eta: float, rederive_epsilon: bool
+    ) -> SolverTable:
+        def build() -> SolverTable:
+            return ddim_table(
+                self._levels(rows),
+                eta=eta,
+                rederive_epsilon=rederive_epsilon,
+                prediction_type=self.prediction_type,
+                clip_range=clip,
+            )
+
+        return self._solver(("ddim", rows, clip, eta, rederive_epsilon), build)
+
+    def _levels(self, rows: tuple[int, ...] | None) -> NoiseLevels:
+        """The walk down all timesteps, or some; the model is told those of the training."""
+        falling = list(range(self.num_timesteps) if rows is None else rows)[::-1]
+        levels = NoiseLevels.from_schedule(self.schedule, falling)
+        told = self._model_timesteps(rows, torch.device("cpu")).flip(0)
+        return replace(levels, timesteps=told)
+
+    def _solver(self, key: tuple[Any, ...], build: Callable[[], SolverTable]) -> SolverTable:
+        table = self._solvers.get(key)
+        if table is None:
+            if len(self._solvers) >= _MAX_TABLES:
+                self._solvers.clear()
+            with torch.inference_mode(False):
+                table = build()
+            self._solvers[key] = table
+        return table
+
+    def _ddpm_table(self, clip: float | None, device: torch.device) -> Tensor:
+        """The rows of the walk down all timesteps, in the order of these."""
+        return self._table(
+            ("ddpm", clip), lambda: self._ddpm(None, clip).coefficients.flip(0), device
         )
 
     def _ddim_table(
-        self,
-        rows: tuple[int, ...] | None,
-        clip: float | None,
-        eta: float,
-        rederive_epsilon: bool,
-        device: torch.device,
+        self, clip: float | None, eta: float, rederive_epsilon: bool, device: torch.device
     ) -> Tensor:
         return self._table(
-            ("ddim", rows, clip, eta, rederive_epsilon),
-            lambda: ddim_coefficients(
-                *self._times(rows),
-                eta=eta,
-                prediction_type=self.prediction_type,
-                rederive_epsilon=rederive_epsilon,
-                clip_range=clip,
-            ),
+            ("ddim", clip, eta, rederive_epsilon),
+            lambda: self._ddim(None, clip, eta, rederive_epsilon).coefficients.flip(0),
             device,
         )
 

@@ -221,7 +221,7 @@ class GaussianDiffusion(DiffusionTables):
         output = call_model(model, x, self._told(t), model_kwargs)
         clip = self._clip(clip_denoised)
         return {
-            "mean": ops.reverse_step(x, output, self._ddpm_table(None, clip, x.device), t=t),
+            "mean": ops.reverse_step(x, output, self._ddpm_table(clip, x.device), t=t),
             "variance": self._extract("_variance", t, x),
             "log_variance": self._extract("_log_variance", t, x),
             "pred_xstart": ops.reverse_step(x, output, self._x0_table(clip, x.device), t=t),
@@ -251,7 +251,7 @@ class GaussianDiffusion(DiffusionTables):
             ``sample`` (x_{t-1}) and ``pred_xstart``, like ``x``.
         """
         clip = self._clip(clip_denoised)
-        table = self._ddpm_table(None, clip, x.device)
+        table = self._ddpm_table(clip, x.device)
         return self._step(model, x, t, table, clip, noise, model_kwargs)
 
     def ddim_sample(
@@ -283,7 +283,7 @@ class GaussianDiffusion(DiffusionTables):
             ``sample`` (x_{t-1}) and ``pred_xstart``, like ``x``.
         """
         clip = self._clip(clip_denoised)
-        table = self._ddim_table(None, clip, eta, rederive_epsilon, x.device)
+        table = self._ddim_table(clip, eta, rederive_epsilon, x.device)
         return self._step(model, x, t, table, clip, noise, model_kwargs, noisy=eta > 0)
 
     # ---- reverse process, all steps ---------------------------------------------------------
@@ -327,9 +327,8 @@ class GaussianDiffusion(DiffusionTables):
         """
         rows = self._rows(num_steps, timestep_spacing)
         x, step_noise = start(model, shape, noise, step_noise, device, dtype, generator)
-        table = self._ddpm_table(rows, self._clip(clip_denoised), x.device)
-        timesteps = self._model_timesteps(rows, x.device)
-        return walk(model, x, table, timesteps, True, step_noise, model_kwargs, progress)
+        table = self._ddpm(rows, self._clip(clip_denoised))
+        return walk(model, x, table, step_noise, model_kwargs=model_kwargs, progress=progress)
 
     def ddim_sample_loop(
         self,
@@ -373,10 +372,8 @@ class GaussianDiffusion(DiffusionTables):
         """
         rows = self._rows(num_steps, timestep_spacing)
         x, step_noise = start(model, shape, noise, step_noise, device, dtype, generator)
-        clip = self._clip(clip_denoised)
-        table = self._ddim_table(rows, clip, eta, rederive_epsilon, x.device)
-        timesteps = self._model_timesteps(rows, x.device)
-        return walk(model, x, table, timesteps, eta > 0, step_noise, model_kwargs, progress)
+        table = self._ddim(rows, self._clip(clip_denoised), eta, rederive_epsilon)
+        return walk(model, x, table, step_noise, model_kwargs=model_kwargs, progress=progress)
 
     def _step(
         self,

@@ -38,7 +38,7 @@ from .linear import (
     velocity,
 )
 from .loss import denoising_loss
-from .steps import ddim_step, ddpm_step, reverse_step
+from .steps import ddim_step, ddpm_step, reverse_step, step_log_prob
 
 __all__ = [
     "PREDICTION_TYPES",
@@ -58,5 +58,6 @@ __all__ = [
     "reparameterize_kl",
     "reverse_step",
     "standard_normal_kl",
+    "step_log_prob",
     "velocity",
 ]

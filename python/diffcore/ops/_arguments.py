@@ -36,13 +36,15 @@ def _flat(name: str, value: Tensor) -> Tensor:
     return value.reshape(-1)
 
 
-def as_table(name: str, table: Tensor, columns: int) -> Tensor:
+def as_table(name: str, table: Tensor, *columns: int) -> Tensor:
+    """A table `[T, n]`, n one of `columns`; a row becomes a table of one."""
     if not isinstance(table, Tensor):
         raise TypeError(f"{name} is a {type(table).__name__}; wanted a torch.Tensor")
-    if table.ndim == 1 and len(table) == columns:
+    if table.ndim == 1 and len(table) in columns:
         return table.unsqueeze(0)
-    if table.ndim != 2 or table.shape[1] != columns:
-        raise ValueError(f"{name} has shape {tuple(table.shape)}; wanted [T, {columns}]")
+    if table.ndim != 2 or table.shape[1] not in columns:
+        wanted = " or ".join(f"[T, {n}]" for n in columns)
+        raise ValueError(f"{name} has shape {tuple(table.shape)}; wanted {wanted}")
     return table
 
 

@@ -1,12 +1,13 @@
-"""One reverse step of any solver, and the two of the lecture by name."""
+"""One reverse step of any solver, its log-probability, and the two of the lecture by name."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 
-from .. import _kernels as k
+from .. import _step as k
 from .. import coefficients as formulas
 from .._execute import Kernel
 from .._registry import Coef, Step, plain_eager, run
@@ -14,84 +15,208 @@ from ._arguments import as_coef, as_table, in_float64
 from ._noise import Noise, noised
 
 ClipRange = float | tuple[float, float] | None
+Row = Tensor | tuple[float, ...]
+
+_ALL = len(formulas.STEP_COLUMNS)
 
 
 def reverse_step(
     x: Tensor,
     model_output: Tensor,
-    coefficients: Tensor,
+    coefficients: Row,
     *,
     t: Step = None,
     noise: Noise | None = None,
     model_output_uncond: Tensor | None = None,
     guidance_scale: Coef | None = None,
+    threshold: Coef | None = None,
+    history: Sequence[Tensor] = (),
+    return_history: bool = False,
+    variance_output: Tensor | None = None,
+    variance_coefficients: Row | None = None,
+    return_log_prob: bool = False,
     out: Tensor | None = None,
-) -> Tensor:
+) -> Any:
     """One step of any solver, with guidance, conversion, clip, update and noise in one launch.
 
     With ``m = m_u + w (m_c - m_u)`` under guidance and ``x0 = clip(a_x x + a_m m, clip_min,
     clip_max)``::
 
-        x' = c_x x + c_m m + c_0 x0 + c_z noise
+        x' = c_x x + c_m m + c_0 x0 + c_1 h_1 + c_2 h_2 + c_3 h_3 + c_z noise
+        h' = e_x x + e_m m + e_0 x0
 
-    Differentiable in `x`, the model outputs and `noise`; outside the clip no gradient flows
-    through `x0`.
+    Differentiable in `x`, the model outputs, `history` and `noise`; outside the clip no gradient
+    flows through `x0`. ``SolverTable.step`` calls this for a step of a solver.
 
     Args:
         x: the current samples `[B, ...]`.
-        model_output: m, or m_c under guidance, `[B, ...]`.
-        coefficients: a table `[T, 8]` read at `t`, or `[B, 8]` or `[8]` without `t`, float64 or
-            float32; the columns c_x, c_m, c_0, c_z, a_x, a_m, clip_min, clip_max.
+        model_output: m, `[B, ...]`. Under guidance m_c, or, without `model_output_uncond`, both in
+            one tensor `[2 B, ...]`, m_u first.
+        coefficients: a table `[T, 8]` or `[T, 14]` read at `t`, or `[B, 8 or 14]` or a row of
+            numbers without `t`; float64 or float32. The columns are c_x, c_m, c_0, c_z, a_x, a_m,
+            clip_min, clip_max, and, where history is read or returned, e_x, e_m, e_0, c_1, c_2,
+            c_3 (``solvers.COLUMNS``).
         t: the row: an int, `[B]` or a one-element counter.
         noise: z `[B, ...]`, or a recipe for it; None leaves the last term out.
         model_output_uncond: m_u `[B, ...]`, for classifier-free guidance.
-        guidance_scale: w, a number or `[B]`; needed with `model_output_uncond`, and only then.
-        out: where to write, `x` itself if you like; no gradient may be needed.
+        guidance_scale: w, a number or `[B]`; needed under guidance, and only then.
+        threshold: s, a number or `[B]`: x0 is clipped to [-s, s] instead, and divided by s
+            (:func:`dynamic_threshold`); 0 for the sample's clip_min and clip_max.
+        history: h_1, h_2, h_3 or the first of them, `[B, ...]`: what earlier steps returned.
+        return_history: return h' too.
+        variance_output: v `[B, ...]`, where a model says the variance of its own step: the noise
+            is then ``c_z exp(s_0 + s_v v) noise``. Needs `noise`; not with history.
+        variance_coefficients: (s_0, s_v), like `coefficients`.
+        return_log_prob: return log p(x' | x) too (:func:`step_log_prob`), of x' as it is stored,
+            which takes a second launch; x' counts as a constant. Not with history.
+        out: where to write x', `x` itself if you like; no gradient may be needed.
 
     Returns:
-        The samples of the next step `[B, ...]`.
+        The samples of the next step `[B, ...]`; or a tuple of them and what was asked for: h'
+        `[B, ...]`, the log-probability `[B]`.
 
-    Source: docs/architecture.md, "A solver is a table"; guidance: Ho & Salimans 2022.
+    Source: docs/architecture.md, "A solver is a table"; guidance: Ho & Salimans 2022 (arXiv
+    2207.12598); threshold: Saharia et al. 2022 (arXiv 2205.11487).
     """
-    return _step(
-        k.REVERSE_STEP,
-        x,
-        model_output,
-        (as_table("coefficients", coefficients, 8),),
-        t,
-        noise,
-        model_output_uncond,
-        guidance_scale,
-        out,
-    )
+    earlier = tuple(history)
+    if len(earlier) > k.MOST_HISTORY:
+        raise ValueError(f"history has {len(earlier)} tensors; wanted at most {k.MOST_HISTORY}")
+    if (variance_output is None) != (variance_coefficients is None):
+        raise ValueError("variance_output and variance_coefficients come together; got one")
+    if return_log_prob and (out is not None or earlier or variance_output is not None):
+        raise ValueError("return_log_prob goes with neither out, history nor variance_output")
+    if out is not None and (return_history or len(earlier) > 1):
+        raise ValueError("out goes with neither return_history nor more than one h")
+    tensors, leading = _leading(x, model_output, model_output_uncond, guidance_scale, threshold)
+    guided = len(tensors) == 3
+    reads, keeps = len(earlier), return_history or len(earlier) > 1
+    if variance_output is not None:
+        if noise is None or reads or keeps:
+            raise ValueError("variance_output goes with noise and without history")
+        assert variance_coefficients is not None
+        kernel = k.REVERSE_STEP[guided, 0, False, k.LEARNED]
+        coefs = _columns(coefficients, k.PLAIN)
+        coefs += _columns(variance_coefficients, 2, "variance_coefficients")
+        tensors = (*tensors, variance_output)
+    elif not reads and not keeps:
+        kernel = k.REVERSE_STEP[guided, 0, False, noise is not None]
+        coefs = _columns(coefficients, k.PLAIN)
+    else:
+        # An instance may read more than there is: x, with a factor of 0.
+        instance = 1 if reads <= 1 else k.MOST_HISTORY
+        missing = instance - reads
+        kernel = k.REVERSE_STEP[guided, instance, keeps, noise is not None]
+        coefs = (*_columns(coefficients, k.KEPT + reads), *(0.0,) * missing)
+        tensors = (*tensors, *earlier, *(x,) * missing)
+    found = _launch(kernel, tensors, (*leading, *coefs), t, noise, out)
+    if keeps and not return_history:
+        found = found[0]
+    if return_log_prob:
+        made = found.detach()
+        return found, step_log_prob(
+            x,
+            model_output,
+            made,
+            coefficients,
+            t=t,
+            model_output_uncond=model_output_uncond,
+            guidance_scale=guidance_scale,
+            threshold=threshold,
+        )
+    return found
 
 
-def _step(
-    kernels: Mapping[tuple[bool, bool], Kernel],
+def step_log_prob(
     x: Tensor,
     model_output: Tensor,
-    coefficients: tuple[Coef, ...],
-    t: Step,
-    noise: Noise | None,
+    x_next: Tensor,
+    coefficients: Row,
+    *,
+    t: Step = None,
+    model_output_uncond: Tensor | None = None,
+    guidance_scale: Coef | None = None,
+    threshold: Coef | None = None,
+) -> Tensor:
+    """The log p(x' | x) of a step: a Gaussian around what :func:`reverse_step` gives unnoised.
+
+    With n elements in a sample and mean = c_x x + c_m m + c_0 x0::
+
+        -1/2 sum((x' - mean)²) / c_z² - n log c_z - n/2 log(2 pi)
+
+    A step without noise (c_z = 0: the last of most walks) has no density; it gives 0 and gradient
+    0. Differentiable; by m alone in one launch, as policy gradients need it.
+
+    Args:
+        x: the samples before the step `[B, ...]`.
+        model_output: as for :func:`reverse_step`.
+        x_next: x', the samples after it `[B, ...]`.
+        coefficients: as for :func:`reverse_step`; a step that reads history has no such form.
+        t: as for :func:`reverse_step`.
+        model_output_uncond: as for :func:`reverse_step`.
+        guidance_scale: as for :func:`reverse_step`.
+        threshold: as for :func:`reverse_step`.
+
+    Returns:
+        `[B]`, float32 (float64 for float64 samples): the sum over each sample, in nats.
+
+    Source: Black et al. 2023 (arXiv 2305.13301), section 4.
+    """
+    row = _columns(coefficients, k.PLAIN)
+    tensors, leading = _leading(x, model_output, model_output_uncond, guidance_scale, threshold)
+    kernel = k.STEP_LOG_PROB[len(tensors) == 3]
+    return run(kernel, (*tensors, x_next), (*leading, *row), t)
+
+
+def _leading(
+    x: Tensor,
+    model_output: Tensor,
     model_output_uncond: Tensor | None,
     guidance_scale: Coef | None,
+    threshold: Coef | None,
+) -> tuple[tuple[Tensor, ...], tuple[Coef, Coef]]:
+    """The tensors that every step reads, and the coefficients that no table holds."""
+    bound = 0.0 if threshold is None else as_coef("threshold", threshold, None)
+    if guidance_scale is None:
+        if model_output_uncond is not None:
+            raise ValueError(
+                "model_output_uncond and guidance_scale come together; got only model_output_uncond"
+            )
+        return (x, model_output), (1.0, bound)
+    scale = as_coef("guidance_scale", guidance_scale, None)
+    if model_output_uncond is None:
+        pair = isinstance(x, Tensor) and isinstance(model_output, Tensor) and x.ndim > 0
+        if not pair or model_output.ndim == 0 or len(model_output) != 2 * len(x):
+            raise ValueError(
+                "model_output_uncond and guidance_scale come together; got only guidance_scale, "
+                "and a model_output that is not two batches, the unconditional one first"
+            )
+        model_output_uncond, model_output = model_output.chunk(2)
+    return (x, model_output, model_output_uncond), (scale, bound)
+
+
+def _launch(
+    kernel: Kernel,
+    tensors: tuple[Tensor, ...],
+    coefs: tuple[Coef, ...],
+    t: Step,
+    noise: Noise | None,
     out: Tensor | None,
-) -> Tensor:
-    guided = model_output_uncond is not None
-    if guided != (guidance_scale is not None):
-        raise ValueError(
-            "model_output_uncond and guidance_scale come together; "
-            f"got {'only model_output_uncond' if guided else 'only guidance_scale'}"
-        )
-    scale = 1.0 if guidance_scale is None else as_coef("guidance_scale", guidance_scale, None)
-    tensors = (
-        (x, model_output) if model_output_uncond is None else (x, model_output, model_output_uncond)
-    )
-    coefs = (*coefficients, scale)
+) -> Any:
     if noise is None:
-        return run(kernels[guided, False], tensors, coefs, t, False, out)
-    x_next: Tensor = noised(kernels[guided, True], tensors, noise, coefs, t, out)
-    return x_next
+        return run(kernel, tensors, coefs, t, False, out)
+    return noised(kernel, tensors, noise, coefs, t, out)
+
+
+def _columns(row: Row, columns: int, name: str = "coefficients") -> tuple[Coef, ...]:
+    """The first columns of a table, or the first numbers of a row."""
+    widths = (columns,) if columns == 2 else (columns, _ALL) if columns == k.PLAIN else (_ALL,)
+    if isinstance(row, tuple):
+        if len(row) not in widths:
+            wanted = " or ".join(map(str, widths))
+            raise ValueError(f"{name} has {len(row)} numbers; wanted {wanted}")
+        return row[:columns]
+    table = as_table(name, row, *widths)
+    return (table if table.shape[1] == columns else table[:, :columns],)
 
 
 def _row(table: Tensor, like: Tensor) -> tuple[Coef, ...]:
@@ -156,9 +281,10 @@ def ddpm_step(
         clip_range=clip_range,
     )
     row = _row(table, x_t)
-    return _step(
-        k.SOLVER_STEP, x_t, model_output, row, None, noise, model_output_uncond, guidance_scale, out
-    )
+    tensors, leading = _leading(x_t, model_output, model_output_uncond, guidance_scale, None)
+    kernel = k.SOLVER_STEP[len(tensors) == 3, 0, False, noise is not None]
+    x_prev: Tensor = _launch(kernel, tensors, (*leading, *row), None, noise, out)
+    return x_prev
 
 
 def ddim_step(
@@ -215,6 +341,7 @@ def ddim_step(
         clip_range=clip_range,
     )
     row = _row(table, x_t)
-    return _step(
-        k.SOLVER_STEP, x_t, model_output, row, None, noise, model_output_uncond, guidance_scale, out
-    )
+    tensors, leading = _leading(x_t, model_output, model_output_uncond, guidance_scale, None)
+    kernel = k.SOLVER_STEP[len(tensors) == 3, 0, False, noise is not None]
+    x_prev: Tensor = _launch(kernel, tensors, (*leading, *row), None, noise, out)
+    return x_prev

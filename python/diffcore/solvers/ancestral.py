@@ -15,7 +15,8 @@ from ..coefficients import (
     posterior_coefficients,
 )
 from .levels import NoiseLevels, as_levels
-from .table import Rows, SolverTable, ancestral, at_least_zero, toward
+from .rows import Rows, ancestral, at_least_zero, toward
+from .table import SolverTable
 
 Levels = NoiseLevels | Tensor | Sequence[float]
 ClipRange = float | tuple[float, float] | None

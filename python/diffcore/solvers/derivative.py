@@ -14,7 +14,8 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from .levels import Level, NoiseLevels, as_levels
-from .table import MAX_HISTORY, Rows, SolverTable, ancestral, at_least_zero, check_order, toward
+from .rows import MAX_HISTORY, Rows, ancestral, at_least_zero, check_order, toward
+from .table import SolverTable
 
 Levels = NoiseLevels | Tensor | Sequence[float]
 ClipRange = float | tuple[float, float] | None

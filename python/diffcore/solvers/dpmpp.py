@@ -11,7 +11,8 @@ from torch import Tensor
 from ..coefficients import check_choice
 from .exponential import first_order_weight, interpolating_weights, last_finite, phi
 from .levels import NoiseLevels, as_levels
-from .table import Rows, SolverTable, ancestral, at_least_zero, check_order, toward
+from .rows import Rows, ancestral, at_least_zero, check_order, toward
+from .table import SolverTable
 
 Levels = NoiseLevels | Tensor | Sequence[float]
 ClipRange = float | tuple[float, float] | None

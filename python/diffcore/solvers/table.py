@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..coefficients import PREDICTION_TYPES, check_choice, parse_clip_range
-from .levels import Level, NoiseLevels
+from ..coefficients import STEP_COLUMNS, Coef, check_choice
+from ..noise import PhiloxNoise
+from ..ops import reverse_step
 
-COLUMNS = (
-    "c_x", "c_m", "c_0", "c_z", "a_x", "a_m", "clip_min", "clip_max",
-    "c_1", "c_2", "c_3", "e_x", "e_m", "e_0",
-)  # fmt: skip
-MAX_HISTORY = 3
+COLUMNS = STEP_COLUMNS
+_E, _C = slice(8, 11), slice(11, 14)  # e_x, e_m, e_0; c_1, c_2, c_3
+Noise = Tensor | PhiloxNoise
+
+
+class Row(NamedTuple):
+    """A row as numbers, and what it touches."""
+
+    coefficients: tuple[float, ...]
+    sigma: float
+    input_scale: float
+    step: int
+    begins: bool  # that step
+    reads: int  # how many tensors of the history
+    keeps: bool  # whether a later row reads what it leaves
+    noisy: bool
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,6 +61,7 @@ class SolverTable:
         init_noise_sigma: Standard deviation of the x to start from.
         start_scale: See above; 1 but for churn.
         start_noise: See above; 0 but for churn.
+        rows: All that once more as numbers; made of the tensors if not given.
     """
 
     name: str
@@ -63,9 +77,27 @@ class SolverTable:
     init_noise_sigma: float
     start_scale: float = 1.0
     start_noise: float = 0.0
+    rows: tuple[Row, ...] = field(default=(), repr=False)
     _copies: dict[torch.device, SolverTable] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
+
+    def __post_init__(self) -> None:
+        if self.rows:
+            return
+        rows, before = [], -1
+        for c, sigma, scale, step in zip(
+            self.coefficients.tolist(),
+            self.sigma.tolist(),
+            self.input_scale.tolist(),
+            self.step_index.tolist(),
+            strict=True,
+        ):
+            reads = max((k for k in (1, 2, 3) if c[_C][k - 1] != 0), default=0)
+            begins, keeps, noisy = step != before, any(c[_E]), c[3] != 0
+            rows.append(Row(tuple(c), sigma, scale, step, begins, reads, keeps, noisy))
+            before = step
+        object.__setattr__(self, "rows", tuple(rows))
 
     def __len__(self) -> int:
         """S, the number of calls of the model."""
@@ -79,7 +111,109 @@ class SolverTable:
     @property
     def stochastic(self) -> bool:
         """Whether any row draws noise, or the start does."""
-        return self.start_noise != 0 or bool((self.column("c_z") != 0).any())
+        return self.start_noise != 0 or any(row.noisy for row in self.rows)
+
+    def step(
+        self,
+        i: int | Tensor,
+        x: Tensor,
+        model_output: Tensor,
+        history: Sequence[Tensor] = (),
+        *,
+        noise: Noise | None = None,
+        model_output_uncond: Tensor | None = None,
+        guidance_scale: Coef | None = None,
+        threshold: Coef | None = None,
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Row i, in one launch: from x and what the model said of it to the next x.
+
+        Nothing is remembered here: what later steps need of this one is returned, and handed to the
+        next. So a table serves any number of threads and loops at once::
+
+            for i in range(len(table)):
+                x, history = table.step(i, x, model(...), history, noise=...)
+
+        Args:
+            i: The row: an int; or a tensor beside the samples, ``[B]``, a row for each of them, or
+                one element (a counter), with the copy of this table on that device.
+            x: ``[B, ...]``.
+            model_output: m, ``[B, ...]``; see ``ops.reverse_step``, as for the others.
+            history: What the step before returned; ``()`` for the first.
+            noise: z, or a recipe for it. A row without noise does not read it.
+            model_output_uncond: m_u, for classifier-free guidance.
+            guidance_scale: w, a number or ``[B]``.
+            threshold: Bound of x_0, a number or ``[B]``.
+
+        Returns:
+            x', and the history: a tuple of as many tensors as later rows read at most.
+
+        Raises:
+            ValueError: No such row, too short a history, or as ``ops.reverse_step``.
+        """
+        coefficients: Tensor | tuple[float, ...]
+        if isinstance(i, Tensor):
+            coefficients, t = self.to(i.device).coefficients, i
+            reads, keeps, noisy = self.history, self.history > 0, self.stochastic
+            history = (*history, *(x,) * (reads - len(history)))
+        else:
+            coefficients, *_, reads, keeps, noisy = self.rows[i]
+            t = None
+        if len(history) < reads:
+            raise ValueError(
+                f"row {i} of {self.name} reads {reads} tensors of history, got {len(history)}: "
+                "hand on what the step before returned"
+            )
+        if noisy and noise is None:
+            raise ValueError(f"row {i} of {self.name} adds noise, got none")
+        found = reverse_step(
+            x,
+            model_output,
+            coefficients,
+            t=t,
+            noise=noise if noisy else None,
+            model_output_uncond=model_output_uncond,
+            guidance_scale=guidance_scale,
+            threshold=threshold,
+            history=history[:reads],
+            return_history=keeps,
+        )
+        if not keeps:
+            return found, (x, *history)[: self.history]  # in its place, something that nobody reads
+        x_next, left = found
+        return x_next, (left, *history)[: self.history]
+
+    def denoised(
+        self,
+        i: int,
+        x: Tensor,
+        model_output: Tensor,
+        *,
+        model_output_uncond: Tensor | None = None,
+        guidance_scale: Coef | None = None,
+        threshold: Coef | None = None,
+    ) -> Tensor:
+        """The clean sample x0 that the model predicts at row i, as the step clips it.
+
+        Args:
+            i: The row.
+            x: ``[B, ...]``.
+            model_output: See ``step``, as for the others.
+            model_output_uncond: m_u.
+            guidance_scale: w.
+            threshold: Bound of x_0.
+
+        Returns:
+            x0, ``[B, ...]``.
+        """
+        x0: Tensor = reverse_step(
+            x,
+            model_output,
+            (0.0, 0.0, 1.0, 0.0, *self.rows[i].coefficients[4:8]),
+            model_output_uncond=model_output_uncond,
+            guidance_scale=guidance_scale,
+            threshold=threshold,
+        )
+        return x0
 
     def column(self, name: str) -> Tensor:
         """One column of the coefficients, float64 ``[S]``.
@@ -120,184 +254,3 @@ class SolverTable:
                 )
             copy = self._copies.setdefault(device, copy)
         return copy
-
-
-class Rows:
-    """A table under construction.
-
-    Args:
-        name: Of the solver.
-        levels: The walk.
-        prediction_type: What the model predicts.
-        clip_range: Bounds of x_0, see ``parse_clip_range``.
-    """
-
-    def __init__(
-        self,
-        name: str,
-        levels: NoiseLevels,
-        prediction_type: str,
-        clip_range: float | tuple[float, float] | None,
-    ) -> None:
-        check_choice("prediction_type", prediction_type, PREDICTION_TYPES)
-        self._name = name
-        self._levels = levels
-        self._ratios: list[float] = (levels.sigma / levels.alpha).tolist()
-        self._prediction_type = prediction_type
-        self._clip = parse_clip_range(clip_range)
-        self._rows: list[dict[str, float]] = []
-        self._called: list[Level] = []
-        self._steps: list[int] = []
-        self._noise: list[tuple[float, float]] = []
-
-    def add(
-        self,
-        step: int,
-        level: Level,
-        noise: tuple[float, float] | None = None,
-        /,
-        **columns: float,
-    ) -> None:
-        """Append the row of a model call.
-
-        Args:
-            step: Index of the step it belongs to.
-            level: Where the model is called.
-            noise: sigma / alpha before and after the row's noise; from ``level`` to the end of the
-                step if not given.
-            **columns: Those that are not 0; a_x, a_m and the clip bounds are filled in.
-        """
-        a_x, a_m = self._levels.x0(level, self._prediction_type)
-        low, high = self._clip
-        row = {"a_x": a_x, "a_m": a_m, "clip_min": low, "clip_max": high, **columns}
-        for column, value in row.items():
-            if math.isnan(value) or (math.isinf(value) and not column.startswith("clip")):
-                raise ValueError(f"{self._name}: {column} of step {step} is {value}")
-        self._rows.append(row)
-        self._called.append(level)
-        self._steps.append(step)
-        if noise is None:
-            noise = (level.ratio, self._ratios[step + 1])
-        self._noise.append(noise)
-
-    def table(
-        self,
-        order: int,
-        *,
-        start: tuple[float, float] = (1.0, 0.0),
-    ) -> SolverTable:
-        """The rows as a table.
-
-        Args:
-            order: What the solver claims.
-            start: start_scale and start_noise.
-
-        Returns:
-            The table.
-        """
-        rows = [[row.get(name, 0.0) for name in COLUMNS] for row in self._rows]
-        coefficients = torch.tensor(rows, dtype=torch.float64)
-        read = coefficients[:, 8:11] != 0
-        for r in range(len(rows)):
-            later = [read[r + k, k - 1] for k in (1, 2, 3) if r + k < len(rows)]
-            if not any(later):
-                coefficients[r, 11:] = 0
-        history = max((k for k in (1, 2, 3) if bool(read[:, k - 1].any())), default=0)
-        told = torch.tensor([level.timestep for level in self._called], dtype=torch.float64)
-        if self._levels.timesteps.dtype == torch.int64 and bool((told == told.round()).all()):
-            told = told.long()
-
-        def of(name: str) -> Tensor:
-            values = [getattr(level, name) for level in self._called]
-            return torch.tensor(values, dtype=torch.float64)
-
-        return SolverTable(
-            name=self._name,
-            coefficients=coefficients,
-            timesteps=told,
-            alpha=of("alpha"),
-            sigma=of("sigma"),
-            input_scale=of("input_scale"),
-            step_index=torch.tensor(self._steps),
-            noise_levels=torch.tensor(self._noise, dtype=torch.float64),
-            history=history,
-            order=order,
-            init_noise_sigma=self._levels.init_noise_sigma,
-            start_scale=start[0],
-            start_noise=start[1],
-        )
-
-
-def toward(level: Level, alpha: float, sigma: float) -> tuple[float, float]:
-    """(c_x, c_0) of the straight move to (alpha, sigma): x' = alpha x0 + sigma noise.
-
-    With noise = (x - level.alpha x0) / level.sigma. Exact if x_0 does not change on the way. No
-    logarithm and no division by alpha: both ends may be infinite in lambda.
-
-    Args:
-        level: Where x is.
-        alpha: Signal to end with.
-        sigma: Noise to end with.
-
-    Returns:
-        The two coefficients.
-    """
-    keep = sigma / level.sigma
-    return keep, alpha - level.alpha * keep
-
-
-def ancestral(level: Level, after: Level, eta: float) -> tuple[float, float]:
-    """(sigma_down, sigma_up) with sigma_down^2 + sigma_up^2 = after.sigma^2.
-
-    sigma_up = eta sqrt(beta_tilde), at most all of it; eta = 1 is the ancestral sampler. Written
-    with q = (sigma'/alpha') / (sigma/alpha), so that nothing cancels at eta = 1.
-
-    Args:
-        level: Where x is.
-        after: Where it goes.
-        eta: >= 0.
-
-    Returns:
-        What to step down to, and the noise to add.
-    """
-    if eta == 0 or after.sigma == 0:
-        return after.sigma, 0.0
-    q = level.alpha * after.sigma / (after.alpha * level.sigma)
-    left = (1 - eta * eta) + (eta * q) ** 2
-    if left <= 0:
-        return 0.0, after.sigma
-    return after.sigma * math.sqrt(left), after.sigma * eta * math.sqrt((1 - q) * (1 + q))
-
-
-def at_least_zero(name: str, value: float) -> None:
-    """Refuse what is no number of at least 0.
-
-    Args:
-        name: What to call it.
-        value: What came.
-
-    Raises:
-        TypeError: No number.
-        ValueError: Below 0, infinite or nan.
-    """
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    if not 0 <= value < math.inf:
-        raise ValueError(f"{name} must be at least 0 and finite, got {value}")
-
-
-def check_order(order: int, highest: int) -> int:
-    """An order of a solver, or an error that says which there are.
-
-    Args:
-        order: What came.
-        highest: The largest there is.
-
-    Returns:
-        It.
-    """
-    if isinstance(order, bool) or not isinstance(order, int):
-        raise TypeError(f"order must be an int, got {type(order).__name__}")
-    if not 1 <= order <= highest:
-        raise ValueError(f"order must be in 1 .. {highest}, got {order}")
-    return order

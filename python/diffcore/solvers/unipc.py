@@ -11,7 +11,8 @@ from torch import Tensor
 from ..coefficients import check_choice
 from .exponential import first_order_weight, interpolating_weights, last_finite
 from .levels import NoiseLevels, as_levels
-from .table import Rows, SolverTable, check_order
+from .rows import Rows, check_order
+from .table import SolverTable
 
 Levels = NoiseLevels | Tensor | Sequence[float]
 ClipRange = float | tuple[float, float] | None

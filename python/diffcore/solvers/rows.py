@@ -1,0 +1,196 @@
+"""What builds a solver's table: rows, and the moves that most of them are made of."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ..coefficients import PREDICTION_TYPES, STEP_COLUMNS, check_choice, parse_clip_range
+from .levels import Level, NoiseLevels
+from .table import SolverTable
+
+MAX_HISTORY = 3
+_KEPT, _READ = slice(8, 11), slice(11, 14)  # e_x, e_m, e_0; c_1, c_2, c_3
+
+
+class Rows:
+    """A table under construction.
+
+    Args:
+        name: Of the solver.
+        levels: The walk.
+        prediction_type: What the model predicts.
+        clip_range: Bounds of x_0, see ``parse_clip_range``.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        levels: NoiseLevels,
+        prediction_type: str,
+        clip_range: float | tuple[float, float] | None,
+    ) -> None:
+        check_choice("prediction_type", prediction_type, PREDICTION_TYPES)
+        self._name = name
+        self._levels = levels
+        self._ratios: list[float] = (levels.sigma / levels.alpha).tolist()
+        self._prediction_type = prediction_type
+        self._clip = parse_clip_range(clip_range)
+        self._rows: list[dict[str, float]] = []
+        self._called: list[Level] = []
+        self._steps: list[int] = []
+        self._noise: list[tuple[float, float]] = []
+
+    def add(
+        self,
+        step: int,
+        level: Level,
+        noise: tuple[float, float] | None = None,
+        /,
+        **columns: float,
+    ) -> None:
+        """Append the row of a model call.
+
+        Args:
+            step: Index of the step it belongs to.
+            level: Where the model is called.
+            noise: sigma / alpha before and after the row's noise; from ``level`` to the end of the
+                step if not given.
+            **columns: Those that are not 0; a_x, a_m and the clip bounds are filled in.
+        """
+        a_x, a_m = self._levels.x0(level, self._prediction_type)
+        low, high = self._clip
+        row = {"a_x": a_x, "a_m": a_m, "clip_min": low, "clip_max": high, **columns}
+        for column, value in row.items():
+            if math.isnan(value) or (math.isinf(value) and not column.startswith("clip")):
+                raise ValueError(f"{self._name}: {column} of step {step} is {value}")
+        self._rows.append(row)
+        self._called.append(level)
+        self._steps.append(step)
+        if noise is None:
+            noise = (level.ratio, self._ratios[step + 1])
+        self._noise.append(noise)
+
+    def table(
+        self,
+        order: int,
+        *,
+        start: tuple[float, float] = (1.0, 0.0),
+    ) -> SolverTable:
+        """The rows as a table.
+
+        Args:
+            order: What the solver claims.
+            start: start_scale and start_noise.
+
+        Returns:
+            The table.
+        """
+        rows = [[row.get(name, 0.0) for name in STEP_COLUMNS] for row in self._rows]
+        coefficients = torch.tensor(rows, dtype=torch.float64)
+        read = coefficients[:, _READ] != 0
+        for r in range(len(rows)):
+            later = [read[r + k, k - 1] for k in (1, 2, 3) if r + k < len(rows)]
+            if not any(later):
+                coefficients[r, _KEPT] = 0
+        history = max((k for k in (1, 2, 3) if bool(read[:, k - 1].any())), default=0)
+        told = torch.tensor([level.timestep for level in self._called], dtype=torch.float64)
+        if self._levels.timesteps.dtype == torch.int64 and bool((told == told.round()).all()):
+            told = told.long()
+
+        def of(name: str) -> Tensor:
+            values = [getattr(level, name) for level in self._called]
+            return torch.tensor(values, dtype=torch.float64)
+
+        return SolverTable(
+            name=self._name,
+            coefficients=coefficients,
+            timesteps=told,
+            alpha=of("alpha"),
+            sigma=of("sigma"),
+            input_scale=of("input_scale"),
+            step_index=torch.tensor(self._steps),
+            noise_levels=torch.tensor(self._noise, dtype=torch.float64),
+            history=history,
+            order=order,
+            init_noise_sigma=self._levels.init_noise_sigma,
+            start_scale=start[0],
+            start_noise=start[1],
+        )
+
+
+def toward(level: Level, alpha: float, sigma: float) -> tuple[float, float]:
+    """(c_x, c_0) of the straight move to (alpha, sigma): x' = alpha x0 + sigma noise.
+
+    With noise = (x - level.alpha x0) / level.sigma. Exact if x_0 does not change on the way. No
+    logarithm and no division by alpha: both ends may be infinite in lambda.
+
+    Args:
+        level: Where x is.
+        alpha: Signal to end with.
+        sigma: Noise to end with.
+
+    Returns:
+        The two coefficients.
+    """
+    keep = sigma / level.sigma
+    return keep, alpha - level.alpha * keep
+
+
+def ancestral(level: Level, after: Level, eta: float) -> tuple[float, float]:
+    """(sigma_down, sigma_up) with sigma_down^2 + sigma_up^2 = after.sigma^2.
+
+    sigma_up = eta sqrt(beta_tilde), at most all of it; eta = 1 is the ancestral sampler. Written
+    with q = (sigma'/alpha') / (sigma/alpha), so that nothing cancels at eta = 1.
+
+    Args:
+        level: Where x is.
+        after: Where it goes.
+        eta: >= 0.
+
+    Returns:
+        What to step down to, and the noise to add.
+    """
+    if eta == 0 or after.sigma == 0:
+        return after.sigma, 0.0
+    q = level.alpha * after.sigma / (after.alpha * level.sigma)
+    left = (1 - eta * eta) + (eta * q) ** 2
+    if left <= 0:
+        return 0.0, after.sigma
+    return after.sigma * math.sqrt(left), after.sigma * eta * math.sqrt((1 - q) * (1 + q))
+
+
+def at_least_zero(name: str, value: float) -> None:
+    """Refuse what is no number of at least 0.
+
+    Args:
+        name: What to call it.
+        value: What came.
+
+    Raises:
+        TypeError: No number.
+        ValueError: Below 0, infinite or nan.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    if not 0 <= value < math.inf:
+        raise ValueError(f"{name} must be at least 0 and finite, got {value}")
+
+
+def check_order(order: int, highest: int) -> int:
+    """An order of a solver, or an error that says which there are.
+
+    Args:
+        order: What came.
+        highest: The largest there is.
+
+    Returns:
+        It.
+    """
+    if isinstance(order, bool) or not isinstance(order, int):
+        raise TypeError(f"order must be an int, got {type(order).__name__}")
+    if not 1 <= order <= highest:
+        raise ValueError(f"order must be in 1 .. {highest}, got {order}")
+    return order
