@@ -144,7 +144,7 @@ def derived(timings: dict[str, Timing], elements: int, nbytes: int) -> dict[str,
     """Timings with what follows from them; every ratio is one of medians.
 
     Args:
-        timings: of each contestant, "diffcore", "eager" and "copy" among them.
+        timings: of each contestant, "diffcore" and "eager" among them.
         elements: of one tensor.
         nbytes: that the fused op must move.
     """
@@ -154,7 +154,7 @@ def derived(timings: dict[str, Timing], elements: int, nbytes: int) -> dict[str,
         "timings": {name: dataclasses.asdict(t) for name, t in timings.items()},
         "ns_per_element": {name: m * 1e9 / elements for name, m in medians.items()},
         "gb_per_s": nbytes / ours / 1e9,
-        "percent_of_copy": 100 * medians["copy"] / ours,
+        "percent_of_copy": 100 * medians["copy"] / ours if "copy" in medians else None,
         "times_eager": medians["eager"] / ours,
         "times_compile": medians["compile"] / ours if "compile" in medians else None,
     }

@@ -19,7 +19,7 @@ from diffcore import _native
 Row = Mapping[str, Any]
 Table = tuple[list[str], list[list[str]]]
 SCHEMA = 1
-LEFT = {"op", "mode", "dtype", "shape", "where", "what", "contestant"}  # columns of text
+LEFT = {"op", "mode", "dtype", "shape", "where", "what", "contestant", "step"}  # columns of text
 
 
 # ---- what the scripts share -----------------------------------------------------------------
@@ -250,11 +250,39 @@ def whole_table(rows: Sequence[Row]) -> Table:
     return header, body
 
 
+def steps_table(rows: Sequence[Row]) -> Table:
+    """One reverse step a row; what is wanted of it beside what it is."""
+    times_of = ("diffcore", "reverse_step", "diffusers", "eager", "compile", "copy")
+    used = [k for k in times_of if any(k in r["timings"] for r in rows)]
+    header = ["step", "dtype", "shape", *used, "% of copy", "× eager", "× compile"]
+    return [*header, "× diffusers", "wanted"], [
+        [
+            r["step"],
+            r["dtype"],
+            times(r["shape"]),
+            *(duration(r["timings"].get(k, {}).get("median")) for k in used),
+            number(r["percent_of_copy"], ".0f"),
+            number(r["times_eager"], unit="×"),
+            number(r["times_compile"], unit="×"),
+            number(r["times_diffusers"], ".1f", "×"),
+            _wanted(r["wanted"]),
+        ]
+        for r in rows
+    ]
+
+
+def _wanted(limits: Mapping[str, float]) -> str:
+    if "seconds" in limits:
+        return f"≤ {duration(limits['seconds'])}"
+    return f"≥ {limits['times']:g}×" if "times" in limits else "–"
+
+
 TABLES: dict[str, Callable[[Sequence[Row]], Table]] = {
     "ops": ops_table,
     "noise": noise_table,
     "overhead": overhead_table,
     "memory": memory_table,
+    "steps": steps_table,
     "training": whole_table,
     "sampling": whole_table,
 }

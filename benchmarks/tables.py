@@ -51,8 +51,9 @@ HEADINGS = {
     "noise": "Noise drawn where it is used, nanoseconds an element",
     "overhead": "What a call costs, on 64 elements",
     "memory": "Peak memory of a call, beyond its inputs",
+    "steps": "A reverse step, against diffusers",
     "training": "A training step",
-    "sampling": "A sampling step",
+    "sampling": "Whole sampling loops, time of a step",
 }
 
 
