@@ -136,34 +136,29 @@ class Contest:
 
     def diffcore(self) -> list[Call]:
         """``SolverTable.step``."""
+        step = self.walk.table.step
+        return [partial(step, AT, s["x"], s["m"], **self._options(s)) for s in self.sets]
+
+    def op(self) -> list[Call]:
+        """``ops.reverse_step``, which the table calls."""
+        row = self.row
         return [
             partial(
-                self.walk.table.step,
-                AT,
-                s["x"],
-                s["m"],
-                (s["h"],) if "h" in s else (),
-                noise=RECIPE if self.case.noise == DRAWN else s.get("z"),
-                model_output_uncond=s.get("m_u"),
-                guidance_scale=SCALE if self.case.guided else None,
+                ops.reverse_step,
+                *(s["x"], s["m"], row.coefficients),
+                **self._options(s),
+                return_history=row.keeps,
             )
             for s in self.sets
         ]
 
-    def op(self) -> list[Call]:
-        """``ops.reverse_step``, which the table calls."""
-        return [
-            partial(
-                ops.reverse_step,
-                s["x"],
-                s["m"],
-                self.row.coefficients,
-                noise=RECIPE if self.case.noise == DRAWN else s.get("z"),
-                history=(s["h"],) if "h" in s else (),
-                return_history=self.row.keeps,
-            )
-            for s in self.sets
-        ]
+    def _options(self, s: Tensors) -> dict[str, Any]:
+        return {
+            "noise": RECIPE if self.case.noise == DRAWN else s.get("z"),
+            "history": (s["h"],) if "h" in s else (),
+            "model_output_uncond": s.get("m_u"),
+            "guidance_scale": SCALE if self.case.guided else None,
+        }
 
     def diffusers(self) -> list[Call]:
         """``scheduler.step``, put back to this step before each call."""

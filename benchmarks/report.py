@@ -236,14 +236,16 @@ def _mib(nbytes: int) -> str:
 
 def whole_table(rows: Sequence[Row]) -> Table:
     """Whole pieces of work, the contestants below each other; eager is 1."""
-    header = ["what", "contestant", "time", "p20 – p80", "× eager", "peak memory"]
+    others = [k for k in ("eager", "diffusers") if any(k in r["timings"] for r in rows)]
+    header = ["what", "contestant", "time", "p20 – p80", *(f"× {k}" for k in others), "peak memory"]
     body = []
     for r in rows:
         for name, t in r["timings"].items():
-            ratio = r["timings"]["eager"]["median"] / t["median"]
             spread = f"{duration(t['p20'])} – {duration(t['p80'])}"
+            against = [r["timings"].get(k) for k in others]
+            ratios = [number(o and o["median"] / t["median"], unit="×") for o in against]
             peak = r.get("peak_bytes", {}).get(name)
-            cells = [duration(t["median"]), spread, number(ratio, unit="×")]
+            cells = [duration(t["median"]), spread, *ratios]
             body.append([r["what"], name, *cells, "–" if peak is None else _mib(peak)])
     if all(cells[-1] == "–" for cells in body):
         return header[:-1], [cells[:-1] for cells in body]

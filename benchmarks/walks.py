@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -28,6 +29,8 @@ TRAINING_STEPS = 1000
 CLIP = 1.0
 NO_DIFFUSERS = "diffusers is not installed and did not take part"
 
+Model = Callable[[Tensor, Tensor], Tensor]
+Noises = Callable[[Tensor], Tensor]
 Pair = tuple[Tensor, Tensor | None]
 Formula = Callable[..., Pair]
 """(x, m, h, z) -> x' and what the next step reads; h and z are None where there are none."""
@@ -111,9 +114,43 @@ class Walk:
 
         return dpmpp
 
-    def draws(self, i: int) -> bool:
-        """Whether step i adds noise."""
-        return self.table.rows[i].noisy
+    def by_hand(self, device: torch.device) -> Callable[..., Tensor]:
+        """The whole loop in plain PyTorch: (model, x, noise=torch.randn_like) -> samples.
+
+        Args:
+            device: Where it runs; what it needs is made now.
+        """
+        told = self.table.timesteps.to(device)
+        formulas = [self.formula(i) for i in range(self.steps)]
+        steps = list(zip(formulas, told, self.table.rows, strict=True))
+
+        def loop(model: Model, x: Tensor, noise: Noises = torch.randn_like) -> Tensor:
+            h = None
+            for formula, t, row in steps:
+                seen = x if row.input_scale == 1 else row.input_scale * x
+                m = model(seen, t.expand(len(x)))
+                x, h = formula(x, m, h, noise(x) if row.noisy else None)
+            return x
+
+        return loop
+
+    def diffusers(self, device: torch.device) -> Callable[..., Tensor]:
+        """The loop of diffusers' pipelines: (model, x) -> samples.
+
+        Args:
+            device: Where it runs; the scheduler is made now.
+        """
+        scheduler = self.scheduler(device)
+
+        def loop(model: Model, x: Tensor) -> Tensor:
+            # As set_timesteps leaves them, which pipelines call first and which is not timed.
+            scheduler._step_index, scheduler.lower_order_nums = None, 0
+            for t in scheduler.timesteps:
+                m = model(scheduler.scale_model_input(x, t), t.expand(len(x)))
+                x = scheduler.step(m, t, x, return_dict=False)[0]
+            return x
+
+        return loop
 
     def scheduler(self, device: torch.device) -> Any:
         """The scheduler of diffusers, at its first step.
@@ -122,14 +159,15 @@ class Walk:
             device: Where its timesteps go.
         """
         name, options = _SCHEDULERS[self.kind]
-        kind = getattr(importlib.import_module("diffusers"), name)
-        scheduler = kind(
-            TRAINING_STEPS,
-            beta_start=1e-4,
-            beta_end=0.02,
-            beta_schedule="linear",
-            timestep_spacing="trailing",
-            **options,
-        )
-        scheduler.set_timesteps(self.steps, device=device)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # its use of NumPy
+            scheduler = getattr(importlib.import_module("diffusers"), name)(
+                TRAINING_STEPS,
+                beta_start=1e-4,
+                beta_end=0.02,
+                beta_schedule="linear",
+                timestep_spacing="trailing",
+                **options,
+            )
+            scheduler.set_timesteps(self.steps, device=device)
         return scheduler

@@ -15,7 +15,17 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks import bench_noise, bench_ops, contest, report, tables, timing
+from benchmarks import (
+    bench_noise,
+    bench_ops,
+    bench_sampling,
+    bench_steps,
+    contest,
+    report,
+    tables,
+    timing,
+    walks,
+)
 from benchmarks.machine import ROOT
 
 from diffcore import PhiloxNoise, _native
@@ -223,6 +233,58 @@ def test_bench_noise_runs_with_each_instruction_set(tmp_path: Path) -> None:
     assert [65536, 2] in [r["shape"] for r in rows]
 
 
+def step_row(case: bench_steps.Case, shape: tuple[int, ...]) -> dict[str, Any]:
+    cpu = torch.device("cpu")
+    with torch.no_grad():
+        return bench_steps.time_step(case, "f32", shape, cpu, SHORTEST, compiled=False)
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 8, 8), bench_steps.SMALL[0]])
+@pytest.mark.parametrize("case", bench_steps.LARGE_CASES + bench_steps.SMALL_CASES[:3], ids=str)
+def test_a_step_is_checked_and_timed(
+    case: bench_steps.Case, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row = step_row(case, shape)
+    peers = {"diffusers"} if walks.has_diffusers() else set()
+    if shape == bench_steps.SMALL[0]:
+        assert set(row["timings"]) == {"diffcore", "eager", "reverse_step"} | peers
+        assert row["wanted"] == {"seconds": 4e-6}
+    else:
+        assert set(row["timings"]) == {"diffcore", "eager", "copy"} | peers
+        assert row["wanted"] == {}
+    assert row["relative_error"]["diffcore"] < 1e-6
+
+    right = bench_steps.Contest.diffcore
+
+    def wrong(self: bench_steps.Contest) -> list[timing.Call]:
+        return [lambda call=call: spoil(call()) for call in right(self)]
+
+    def spoil(result: Any) -> Any:
+        x, history = result
+        return 1.00001 * x, history
+
+    monkeypatch.setattr(bench_steps.Contest, "diffcore", wrong)
+    with pytest.raises(contest.WrongResultError, match=case.kind.replace("+", r"\+")):
+        step_row(case, shape)
+
+
+def test_steps_have_a_table_with_what_is_wanted() -> None:
+    case = bench_steps.LARGE_CASES[0]
+    row = {**step_row(case, (2, 1, 8, 8)), "wanted": {"times": 3.5}, "times_diffusers": 12.25}
+    header, body = report.steps_table([row])
+    assert (body[0][0], body[0][-2:]) == ("DDPM, guided, noise given", ["12.2×", "≥ 3.5×"])
+    assert len(header) == len(body[0])
+
+
+@pytest.mark.parametrize("kind", bench_sampling.KINDS)
+@pytest.mark.parametrize("steps", [5, 20])
+def test_loops_that_are_timed_agree(kind: str, steps: int) -> None:
+    walk = walks.Walk(kind, steps)
+    start = walk.table.init_noise_sigma * torch.randn(3, 2, 4)
+    with torch.no_grad():
+        bench_sampling.check(walk, lambda x, t: torch.tanh(x), start)
+
+
 def end_to_end(script: str, out: Path) -> list[dict[str, Any]]:
     run(script, "--device", "cpu", "--quick", "--seconds", "0.02", "--out", str(out))
     section = json.loads(out.read_text())[script.removeprefix("bench_")]
@@ -235,7 +297,17 @@ def end_to_end(script: str, out: Path) -> list[dict[str, Any]]:
 @pytest.mark.slow
 def test_bench_sampling_runs(tmp_path: Path) -> None:
     rows = end_to_end("bench_sampling", tmp_path / "result.json")
-    assert {r["what"][:4] for r in rows} == {"DDPM", "DDIM"}
+    assert {r["what"].partition(" step")[0] for r in rows} == set(bench_sampling.KINDS)
+
+
+@pytest.mark.slow
+def test_bench_steps_runs(tmp_path: Path) -> None:
+    out = tmp_path / "result.json"
+    run("bench_steps", "--device", "cpu", "--quick", "--seconds", "0.01", "--out", str(out))
+    section = json.loads(out.read_text())["steps"]
+    assert section["refused"] == []
+    cases = len(bench_steps.LARGE_CASES), len(bench_steps.SMALL_CASES)
+    assert len(section["rows"]) == 2 * cases[0] + 2 * cases[1]
 
 
 @pytest.mark.slow
