@@ -22,7 +22,7 @@ def _main(name: str) -> Callable[..., Any]:
 def test_every_example_is_tested() -> None:
     tested = {
         *("train_and_sample", "vae_loss", "ops_directly"),
-        *("same_images_everywhere", "sample_demo_checkpoint"),
+        *("same_images_everywhere", "sample_demo_checkpoint", "compare_solvers"),
     }
     assert {path.stem for path in EXAMPLES.glob("*.py")} == tested
 
@@ -84,6 +84,19 @@ def test_same_images_everywhere(tmp_path: Path) -> None:
     ).stdout
     assert "equal bits: True" in printed
     assert picture.exists() == ("no picture" not in printed)
+
+
+def test_compare_solvers_ranks_them_by_their_order(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib").use("Agg")
+    main, picture = _main("compare_solvers"), tmp_path / "solvers.png"
+    few, many = main(16, picture, count=200), main(64, count=200)
+    assert picture.stat().st_size > 1000
+    # Four times the calls: a quarter of the error of order 1, less than an eighth of order 2.
+    assert 0.15 < many["Euler"] / few["Euler"] < 0.4
+    for name in ("Heun", "DPM++ 2M", "UniPC"):
+        assert many[name] < few[name] / 8
+    # DDPM draws another sample of the same data: no solver ends where it does.
+    assert many["DDPM"] > 10 * many["Euler"]
 
 
 def test_sample_demo_checkpoint_draws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
