@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import _native, ops
-from ._loop import Model, Threshold, walk
+from ._loop import Model, thresholding, walk
 from .noise import PhiloxNoise
 from .solvers import SolverTable
 
@@ -64,15 +64,16 @@ def capture(
     x = torch.empty(tuple(shape), dtype=dtype, device=device)
     if x.ndim == 0:
         raise ValueError("shape is (); wanted [B, ...]")
+    if guidance_scale is not None:
+        scale = torch.as_tensor(guidance_scale, dtype=torch.float64)
+        guidance_scale = scale.to(x.device, copy=True)
     options = {
-        "model_kwargs": _kept(model_kwargs, x),
-        "uncond_kwargs": _kept(uncond_kwargs, x),
-        "guidance_scale": None
-        if guidance_scale is None
-        else torch.as_tensor(guidance_scale, dtype=torch.float64).to(x.device, copy=True),
+        "guidance_scale": guidance_scale,
+        "model_kwargs": _kept(model_kwargs),
+        "uncond_kwargs": _kept(uncond_kwargs),
+        "threshold": thresholding(dynamic_thresholding_ratio, sample_max_value, guidance_scale),
     }
-    threshold = dynamic_threshold(dynamic_thresholding_ratio, sample_max_value, guidance_scale)
-    return CapturedSampler(model, table, x, options, threshold)
+    return CapturedSampler(model, table, x, options)
 
 
 class CapturedSampler:
@@ -88,7 +89,6 @@ class CapturedSampler:
         table: SolverTable,
         x: Tensor,
         options: dict[str, Any],
-        threshold: Threshold | None,
     ) -> None:
         self._table, self._x, self._options = table, x, options
         # A seed, and an offset to every stream; the ids of the samples.
@@ -97,7 +97,7 @@ class CapturedSampler:
         noise = PhiloxNoise(self._key, sample_ids=self._ids)
 
         def loop() -> Tensor:
-            return walk(model, self._x, table, noise, threshold=threshold, **options)
+            return walk(model, self._x, table, noise, **options)
 
         self._replay = _recorded(loop, x.device)
 
@@ -164,12 +164,7 @@ class CapturedSampler:
             self._ids += ids
 
 
-def dynamic_threshold(
-    ratio: float | None, max_value: float, guidance_scale: float | Tensor | None
-) -> Threshold | None: ...
-
-
-def _kept(kwargs: Mapping[str, Any] | None, x: Tensor) -> dict[str, Any] | None:
+def _kept(kwargs: Mapping[str, Any] | None) -> dict[str, Any] | None:
     if kwargs is None:
         return None
     return {k: v.clone() if isinstance(v, Tensor) else v for k, v in kwargs.items()}

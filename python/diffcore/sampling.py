@@ -8,7 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
-from ._loop import Callback, Model, StepNoise, or_drawn, walk
+from ._capture import CapturedSampler as CapturedSampler
+from ._capture import capture as capture
+from ._loop import Callback, Model, StepNoise, or_drawn, thresholding, walk
 from .solvers import SolverTable
 
 
@@ -75,7 +77,7 @@ def sample(
         guidance_scale=guidance_scale,
         model_kwargs=model_kwargs,
         uncond_kwargs=uncond_kwargs,
-        threshold=None,
+        threshold=thresholding(dynamic_thresholding_ratio, sample_max_value, guidance_scale),
         callback=callback,
         progress=progress,
     )
