@@ -14,7 +14,16 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 
-from diffcore import GaussianDiffusion, _kernels, _library, _native, _registry, make_betas, ops
+from diffcore import (
+    GaussianDiffusion,
+    _kernels,
+    _library,
+    _native,
+    _registry,
+    _threshold,
+    make_betas,
+    ops,
+)
 
 INDUCTOR = ("q_sample", "normal_kl_sample")
 
@@ -52,7 +61,7 @@ def registered_kernels() -> list[_registry.Kernel]:
             kernels += [*group.of_elementwise.values(), *group.of_sum.values()]
         elif isinstance(group, _kernels.Loss):
             kernels += [group.plain, group.with_gradient]
-    kernels += _kernels.REVERSE_STEP.values()
+    kernels += [*_kernels.REVERSE_STEP.values(), *_threshold.X0_QUANTILE.values()]
     kernels += [k.drawn for k in kernels if k.drawn is not None]
     return list({(k.name, k.draws): k for k in kernels}.values())
 

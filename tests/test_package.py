@@ -28,7 +28,7 @@ LAYERS = [
     {"testing", "_info"},
     {"ops"},
     {"noise"},
-    {"_kernels"},
+    {"_kernels", "_threshold"},
     {"_registry", "coefficients"},
     {"_library"},
     {"_autograd"},

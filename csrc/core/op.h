@@ -32,4 +32,11 @@ DC_HD bool is_idle(const R* c) {
     return false;
 }
 
+// Some ops want a quantile of the magnitudes of a row instead of a sum: which one, says their
+// coefficient `ratio`; what they make of it, `selected`.
+template <class Op, class = void>
+constexpr bool kSelects = false;
+template <class Op>
+constexpr bool kSelects<Op, decltype(void(&Op::selected))> = true;
+
 DC_KERNEL_NAMESPACE_END

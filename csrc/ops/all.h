@@ -6,6 +6,7 @@
 #include "ops/linear.h"
 #include "ops/loss.h"
 #include "ops/reverse_step.h"
+#include "ops/threshold.h"
 
 DC_KERNEL_NAMESPACE_BEGIN
 
@@ -34,6 +35,7 @@ using AllOps =
            TargetLoss, TargetLossGradient, MixedTargetLoss, MixedTargetLossGradient,
            Rescale,  // loss.h
            Drawn<TargetLoss>, Drawn<TargetLossGradient>, Drawn<MixedTargetLoss>,
-           Drawn<MixedTargetLossGradient>>;
+           Drawn<MixedTargetLossGradient>,        //
+           X0Quantile<false>, X0Quantile<true>>;  // threshold.h
 
 DC_KERNEL_NAMESPACE_END

@@ -64,3 +64,14 @@ def in_float64(name: str, value: Coef) -> Coef:
     """A coefficient in float64, so that what is derived from it is rounded once only."""
     value = as_number(name, value)
     return _flat(name, value).double() if isinstance(value, Tensor) else value
+
+
+def is_guided(model_output_uncond: Tensor | None, guidance_scale: Coef | None) -> bool:
+    """Whether there is guidance; its two arguments come together."""
+    guided = model_output_uncond is not None
+    if guided != (guidance_scale is not None):
+        raise ValueError(
+            "model_output_uncond and guidance_scale come together; "
+            f"got {'only model_output_uncond' if guided else 'only guidance_scale'}"
+        )
+    return guided
