@@ -96,20 +96,19 @@ struct CpuSelect {
     }
 
     K* const room = scratch.room;
-    K largest = 0, above = kNoKey<R>;
     int kept = 0;
+    K above = kNoKey<R>;
+    bool nan = false;
     keys.each_tile([&, search](int n) {
-      for (int i = 0; i < n; ++i) {
-        largest = tile[i] > largest ? tile[i] : largest;
-        above = smaller_from(search.high() + 1, tile[i], above);
-      }
+      above = smaller(above, smallest_from(search.high() + 1, tile, n));
+      nan |= smallest_from(kNanKey<R>, tile, n) == kNanKey<R>;
       for (int i = 0; search.open && i < n; ++i) {
         room[kept] = tile[i];
         kept += search.holds(tile[i]);
       }
       kept = kept < kRoom ? kept : kRoom;  // they are no more, unless inputs change meanwhile
     });
-    if (largest == kNanKey<R>) return bit_cast<R>(largest);
+    if (nan) return bit_cast<R>(kNanKey<R>);
 
     while (search.open && search.count > 1) {
       const int rest = search.open - 1;
@@ -118,21 +117,19 @@ struct CpuSelect {
       const K counts[] = {zeros, K(search.count - zeros)};
       search.narrow(bucket_of(search.rank, counts, 2), rest);
     }
-    const auto smallest_from = [&](K from) {
-      K smallest = kNoKey<R>;
-      for (int i = 0; i < kept; ++i) smallest = smaller_from(from, room[i], smallest);
-      return smallest;
-    };
-    const K key = search.open ? smallest_from(search.low) : search.low;
+    const K key = search.open ? smallest_from(search.low, room, kept) : search.low;
     const bool again = search.rank + 1 < search.count;
-    const K next = again ? key : smaller_from(key, smallest_from(key + 1), above);
+    const K next = again ? key : smaller(above, smallest_from(key + 1, room, kept));
     return between<R>(key, next, position.weight);
   }
 
-  // Written for the compiler to find a vector minimum.
-  DC_HD static K smaller_from(K from, K key, K smallest) {
-    const K found = key >= from ? key : kNoKey<R>;
-    return found < smallest ? found : smallest;
+  DC_HD static K smaller(K a, K b) { return a < b ? a : b; }
+
+  // The smallest of the keys from `from` on. Those before it wrap around, to be the farthest.
+  DC_HD static K smallest_from(K from, const K* keys, int n) {
+    K least = kNoKey<R>;
+    for (int i = 0; i < n; ++i) least = smaller(least, keys[i] - from);
+    return least > kNanKey<R> ? kNoKey<R> : from + least;
   }
 };
 
