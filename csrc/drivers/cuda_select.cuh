@@ -20,10 +20,12 @@ struct Tally {
 
 // ---- what the threads of a block do together ------------------------------------------------
 
-template <class R, class Count>
-__device__ __forceinline__ void start(Tally<R, Count>& tally, int64_t rank, int64_t n) {
+template <class Op, class R, class Count>
+__device__ __forceinline__ void start(Tally<R, Count>& tally, const Task& task, int64_t row) {
   if (threadIdx.x == 0) {
-    tally.search = Search<R>::of(rank, n);
+    double c[Op::n_coef];
+    load_coefs<Op::n_coef>(task, row, c);
+    tally.search = Search<R>::of(position_of(c[Op::ratio], task.cols).rank, task.cols);
     tally.above = kNoKey<R>;
   }
 }
@@ -31,6 +33,16 @@ __device__ __forceinline__ void start(Tally<R, Count>& tally, int64_t rank, int6
 template <class R, class Count>
 __device__ __forceinline__ void clear(Tally<R, Count>& tally) {
   for (int i = threadIdx.x; i < kBuckets; i += kThreads) tally.counts[i] = 0;
+}
+
+// `above` becomes the smallest of what it is and what the threads have.
+template <class K>
+__device__ __forceinline__ void keep_smallest(unsigned long long& above, K mine) {
+  for (int offset = 16; offset > 0; offset /= 2) {
+    const K other = __shfl_down_sync(~0u, mine, offset);
+    mine = other < mine ? other : mine;
+  }
+  if (threadIdx.x % 32 == 0) atomicMin(&above, mine);
 }
 
 // The search goes on in the bucket of its rank. Nothing may be pending on `tally`, before or after:
@@ -68,22 +80,27 @@ __device__ void narrow(Tally<R, Count>& tally) {
   search = tally.search;
   if (search.open == 0) {  // what is left of the candidates are whole keys, too
     const int found = search.bucket(search.low);
+    Key<R> next = kNoKey<R>;
     for (int k = kMine - 1; k >= 0; --k) {
       const int beyond = x * kMine + k - found;
-      if (beyond > 0 && mine[k] > 0) atomicMin(&tally.above, search.low + unsigned(beyond));
+      if (beyond > 0 && mine[k] > 0) next = search.low + unsigned(beyond);
     }
+    keep_smallest(tally.above, next);
   }
   __syncthreads();
 }
 
 template <class Op, class R, class Count>
-__device__ __forceinline__ void store(const Task& task, int64_t row, const Tally<R, Count>& tally,
-                                      const double* c) {
-  const Search<R>& search = tally.search;
-  const bool again = search.rank + 1 < search.count;
-  const double found = between<R>(search.low, again ? search.low : Key<R>(tally.above),
-                                  position_of(c[Op::ratio], task.cols).weight);
-  static_cast<R*>(task.sum[0])[row] = R(Op::selected(c, found));
+__device__ __forceinline__ void store(const Tally<R, Count>& tally, const Task& task, int64_t row) {
+  if (threadIdx.x == 0) {
+    double c[Op::n_coef];
+    load_coefs<Op::n_coef>(task, row, c);
+    const Search<R>& search = tally.search;
+    const bool again = search.rank + 1 < search.count;
+    const double found = between<R>(search.low, again ? search.low : Key<R>(tally.above),
+                                    position_of(c[Op::ratio], task.cols).weight);
+    static_cast<R*>(task.sum[0])[row] = R(Op::selected(c, found));
+  }
 }
 
 // Counts the candidates among columns [begin, end) of a row in shared memory.
@@ -149,24 +166,22 @@ struct Counting {
 // ---- short rows -----------------------------------------------------------------------------
 
 template <class Op, class S>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm<Op, S>)
     select_kernel(const __grid_constant__ Task task, bool packed) {
   using R = Compute<S>;
   __shared__ Tally<R, unsigned> tally;
   for (int64_t row = blockIdx.x; row < task.rows; row += gridDim.x) {
-    double c[Op::n_coef];
-    load_coefs<Op::n_coef>(task, row, c);
-    start(tally, position_of(c[Op::ratio], task.cols).rank, task.cols);
+    start<Op>(tally, task, row);
     for (int digit = 0; digit < kDigits<R>; ++digit) {
       clear(tally);
       __syncthreads();
       Counting<Op, S> counting(task, row, tally.search, tally.counts);
       counting.columns(row, 0, task.cols, packed);
-      if (digit == kDigits<R> - 1) atomicMin(&tally.above, counting.above);
+      if (digit == kDigits<R> - 1) keep_smallest(tally.above, counting.above);
       __syncthreads();
       narrow(tally);
     }
-    if (threadIdx.x == 0) store<Op>(task, row, tally, c);
+    store<Op>(tally, task, row);
     __syncthreads();
   }
 }
@@ -180,33 +195,28 @@ template <class Op, class R>
 __global__ void __launch_bounds__(kThreads)
     select_begin_kernel(const __grid_constant__ Task task, RowTally<R>* tallies) {
   for (int64_t row = blockIdx.x; row < task.rows; row += gridDim.x) {
-    double c[Op::n_coef];
-    load_coefs<Op::n_coef>(task, row, c);
-    start(tallies[row], position_of(c[Op::ratio], task.cols).rank, task.cols);
+    start<Op>(tallies[row], task, row);
     clear(tallies[row]);
   }
 }
 
 template <class Op, class S>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm<Op, S>)
     select_count_kernel(const __grid_constant__ Task task, RowTally<Compute<S>>* tallies,
                         bool packed, bool last) {
   using R = Compute<S>;
   __shared__ unsigned counts[kBuckets];
-  __shared__ unsigned long long above;
   const int64_t row = blockIdx.x / task.chunks, begin = blockIdx.x % task.chunks * task.chunk;
   const int64_t end = begin + task.chunk < task.cols ? begin + task.chunk : task.cols;
   RowTally<R>& tally = tallies[row];
   for (int i = threadIdx.x; i < kBuckets; i += kThreads) counts[i] = 0;
-  if (threadIdx.x == 0) above = kNoKey<R>;
   __syncthreads();
   Counting<Op, S> counting(task, row, tally.search, counts);
   counting.columns(row, begin, end, packed);
-  if (last) atomicMin(&above, counting.above);
+  if (last) keep_smallest(tally.above, counting.above);
   __syncthreads();
   for (int i = threadIdx.x; i < kBuckets; i += kThreads)
     if (counts[i]) atomicAdd(&tally.counts[i], counts[i]);
-  if (last && threadIdx.x == 0) atomicMin(&tally.above, above);
 }
 
 template <class Op, class R>
@@ -216,11 +226,7 @@ __global__ void __launch_bounds__(kThreads)
     RowTally<R>& tally = tallies[row];
     narrow(tally);
     clear(tally);
-    if (last && threadIdx.x == 0) {
-      double c[Op::n_coef];
-      load_coefs<Op::n_coef>(task, row, c);
-      store<Op>(task, row, tally, c);
-    }
+    if (last) store<Op>(tally, task, row);
   }
 }
 
