@@ -227,6 +227,11 @@ def test_samples_of_one_number_and_no_samples(device: str) -> None:
     assert of_numbers(x.new_empty(0, 5), 0.3).shape == (0,)
 
 
+def test_many_rows(device: str) -> None:
+    x = numbers(70_001, 3).to(device)
+    check(of_numbers(x, 0.9), in_double(x) * SCALE, 0.9)
+
+
 def test_more_elements_than_float32_can_count(device: str) -> None:
     n = 2**24 + 7
     x = torch.arange(n - 1, -1, -1, device=device).div_(2, rounding_mode="floor").float()[None]
