@@ -253,6 +253,7 @@ def whole_table(rows: Sequence[Row]) -> Table:
 TABLES: dict[str, Callable[[Sequence[Row]], Table]] = {
     "ops": ops_table,
     "noise": noise_table,
+    "threshold": ops_table,
     "overhead": overhead_table,
     "memory": memory_table,
     "training": whole_table,

@@ -33,7 +33,7 @@ template <bool kGuided>
 struct Prediction {
   static constexpr int n = 2 + kGuided;
 
-  // The x0 that was said; a threshold s clips to [-s, s] instead and divides by s.
+  // Where the x0 that was said is clipped; a threshold s clips to [-s, s] and divides by s.
   template <class R>
   struct Bounds {
     R low, high, scale;
@@ -51,9 +51,13 @@ struct Prediction {
     return kGuided ? mul_add(c[kGuidance], x[1] - x[n - 1], x[n - 1]) : x[1];
   }
   template <class R>
+  DC_HD static R said(const R* c, R x, R m) {
+    return mul_add(c[kAx], x, c[kAm] * m);
+  }
+  template <class R>
   DC_HD static R x0(const R* c, R x, R m) {
     const Bounds<R> to(c);
-    return to.scale * clamp(mul_add(c[kAx], x, c[kAm] * m), to.low, to.high);
+    return to.scale * clamp(said(c, x, m), to.low, to.high);
   }
   // b_x x + b_m m + b_0 x0. Where m has no part of its own, one that overflowed to infinity is met
   // by the clip, not by 0 · inf.
@@ -73,7 +77,7 @@ struct Prediction {
     R x, m;
     DC_HD Slope(const R* c, const R* in, R b_x, R b_m, R b_0) {
       const Bounds<R> to(c);
-      const R x0 = mul_add(c[kAx], in[0], c[kAm] * output(c, in));
+      const R x0 = said(c, in[0], output(c, in));
       const R through = x0 < to.low || x0 > to.high ? R(0) : to.scale * b_0;
       x = mul_add(through, c[kAx], b_x);
       m = mul_add(through, c[kAm], b_m);

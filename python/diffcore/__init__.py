@@ -14,6 +14,7 @@ from .ops import add_noise as add_noise
 from .ops import ddim_step as ddim_step
 from .ops import ddpm_step as ddpm_step
 from .ops import denoising_loss as denoising_loss
+from .ops import dynamic_threshold as dynamic_threshold
 from .ops import gaussian_nll as gaussian_nll
 from .ops import linear_combination as linear_combination
 from .ops import normal_kl as normal_kl

@@ -25,12 +25,12 @@ def instance(reads: int) -> int:
     return 1 if reads <= 1 else MOST_HISTORY
 
 
-def _inputs(guided: bool) -> tuple[str, ...]:
+def inputs_of(guided: bool) -> tuple[str, ...]:
     return ("x", "model_output") + ("model_output_uncond",) * guided
 
 
 def _reverse_step(guided: bool, history: int, keeps: bool, noise: int) -> Kernel:
-    first = len(_inputs(guided))
+    first = len(inputs_of(guided))
     columns = KEPT + history if keeps or history else PLAIN
 
     def plain(*args: Any) -> Any:
@@ -73,7 +73,7 @@ def _reverse_step(guided: bool, history: int, keeps: bool, noise: int) -> Kernel
         *["learned"] * (noise == LEARNED),
         *["noise"] * (noise != STILL),
     ]
-    inputs = _inputs(guided) + tuple(f"history_{k + 1}" for k in range(history))
+    inputs = inputs_of(guided) + tuple(f"history_{k + 1}" for k in range(history))
     kernel = Kernel(
         "_".join(names),
         inputs + _NOISE_INPUTS[noise],
@@ -106,7 +106,7 @@ def _at(step: Step, *coefs: Coef) -> Step:
 
 
 def _log_prob(guided: bool) -> Kernel:
-    first = len(_inputs(guided))
+    first = len(inputs_of(guided))
 
     def plain(*args: Any, whole: bool) -> Tensor:
         x, m, *rest = args[: first + 1]
@@ -133,7 +133,7 @@ def _log_prob(guided: bool) -> Kernel:
 
     return Kernel(
         "step_log_prob" + "_guided" * guided,
-        (*_inputs(guided), "x_next"),
+        (*inputs_of(guided), "x_next"),
         LEADING + STEP_COLUMNS[:PLAIN],
         outputs=0,
         sums=1,
@@ -160,7 +160,7 @@ SOLVER_STEP = {
 STEP_BACKWARD = {
     (guided, keeps): Kernel(
         "reverse_step" + "_guided" * guided + "_keep" * keeps + "_backward",
-        ("grad", *["grad_history"] * keeps, *_inputs(guided)),
+        ("grad", *["grad_history"] * keeps, *inputs_of(guided)),
         LEADING + STEP_COLUMNS[: KEPT if keeps else PLAIN],
         outputs=2 + guided,
     )
@@ -171,7 +171,7 @@ STEP_LOG_PROB = {guided: _log_prob(guided) for guided in _GUIDANCE}
 LOG_PROB_BACKWARD = {
     (guided, of_samples): Kernel(
         "step_log_prob" + "_guided" * guided + "_backward" + "_all" * of_samples,
-        (*_inputs(guided), "x_next"),
+        (*inputs_of(guided), "x_next"),
         (*LEADING, *STEP_COLUMNS[:PLAIN], "grad"),
         outputs=1 + guided + 2 * of_samples,
     )

@@ -89,7 +89,7 @@ def reverse_step(
         raise ValueError("out goes with neither return_history nor more than one h")
     reads, keeps = len(earlier), return_history or len(earlier) > 1
     if variance_output is None:
-        columns = columns_of(_columns(coefficients, columns_read(reads, keeps)), reads, keeps)
+        columns = columns_of(first_columns(coefficients, columns_read(reads, keeps)), reads, keeps)
         found = take(
             x,
             model_output,
@@ -107,10 +107,12 @@ def reverse_step(
         if noise is None or reads or keeps:
             raise ValueError("variance_output goes with noise and without history")
         assert variance_coefficients is not None
-        tensors, leading = _leading(x, model_output, model_output_uncond, guidance_scale, threshold)
+        tensors, leading = leading_of(
+            x, model_output, model_output_uncond, guidance_scale, threshold
+        )
         kernel = k.REVERSE_STEP[len(tensors) == 3, 0, False, k.LEARNED]
-        columns = _columns(coefficients, k.PLAIN)
-        columns += _columns(variance_coefficients, 2, "variance_coefficients")
+        columns = first_columns(coefficients, k.PLAIN)
+        columns += first_columns(variance_coefficients, 2, "variance_coefficients")
         found = _launch(kernel, (*tensors, variance_output), (*leading, *columns), t, noise, out)
     if keeps and not return_history:
         found = found[0]
@@ -164,13 +166,13 @@ def step_log_prob(
 
     Source: Black et al. 2023 (arXiv 2305.13301), section 4.
     """
-    row = _columns(coefficients, k.PLAIN)
-    tensors, leading = _leading(x, model_output, model_output_uncond, guidance_scale, threshold)
+    row = first_columns(coefficients, k.PLAIN)
+    tensors, leading = leading_of(x, model_output, model_output_uncond, guidance_scale, threshold)
     kernel = k.STEP_LOG_PROB[len(tensors) == 3]
     return run(kernel, (*tensors, x_next), (*leading, *row), t)
 
 
-def _leading(
+def leading_of(
     x: Tensor,
     model_output: Tensor,
     model_output_uncond: Tensor | None,
@@ -224,7 +226,7 @@ def take(
     out: Tensor | None = None,
 ) -> Any:
     """`reverse_step` with its columns as `columns_of` leaves them, and no further options."""
-    tensors, leading = _leading(x, model_output, model_output_uncond, guidance_scale, threshold)
+    tensors, leading = leading_of(x, model_output, model_output_uncond, guidance_scale, threshold)
     guided, reads, noisy = len(tensors) == 3, len(history), noise is not None
     if reads or keeps:
         instance = k.instance(reads)
@@ -246,7 +248,7 @@ def columns_of(columns: tuple[Coef, ...], reads: int, keeps: bool) -> tuple[Coef
     return (*columns, *(0.0,) * missing)
 
 
-def _columns(row: Row, columns: int, name: str = "coefficients") -> tuple[Coef, ...]:
+def first_columns(row: Row, columns: int, name: str = "coefficients") -> tuple[Coef, ...]:
     """The first columns of a table, or the first numbers of a row."""
     widths = (columns,) if columns == 2 else (columns, _ALL) if columns == k.PLAIN else (_ALL,)
     if isinstance(row, tuple):
@@ -320,7 +322,7 @@ def ddpm_step(
         clip_range=clip_range,
     )
     row = _row(table, x_t)
-    tensors, leading = _leading(x_t, model_output, model_output_uncond, guidance_scale, None)
+    tensors, leading = leading_of(x_t, model_output, model_output_uncond, guidance_scale, None)
     kernel = k.SOLVER_STEP[len(tensors) == 3, 0, False, noise is not None]
     x_prev: Tensor = _launch(kernel, tensors, (*leading, *row), None, noise, out)
     return x_prev
@@ -380,7 +382,7 @@ def ddim_step(
         clip_range=clip_range,
     )
     row = _row(table, x_t)
-    tensors, leading = _leading(x_t, model_output, model_output_uncond, guidance_scale, None)
+    tensors, leading = leading_of(x_t, model_output, model_output_uncond, guidance_scale, None)
     kernel = k.SOLVER_STEP[len(tensors) == 3, 0, False, noise is not None]
     x_prev: Tensor = _launch(kernel, tensors, (*leading, *row), None, noise, out)
     return x_prev
