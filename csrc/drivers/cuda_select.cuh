@@ -45,8 +45,8 @@ __device__ __forceinline__ void keep_smallest(unsigned long long& above, K mine)
   if (threadIdx.x % 32 == 0) atomicMin(&above, mine);
 }
 
-// The search goes on in the bucket of its rank. Nothing may be pending on `tally`, before or after:
-// the threads wait for each other.
+// The search goes on in the bucket of its rank. All counts must be there before; after it the
+// result is, for every thread.
 template <class R, class Count>
 __device__ void narrow(Tally<R, Count>& tally) {
   constexpr int kMine = kBuckets / kThreads;
