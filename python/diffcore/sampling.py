@@ -8,6 +8,17 @@ from typing import Any
 
 from torch import Tensor
 
+from ._k_diffusion import sample_dpm_2 as sample_dpm_2
+from ._k_diffusion import sample_dpm_2_ancestral as sample_dpm_2_ancestral
+from ._k_diffusion import sample_dpmpp_2m as sample_dpmpp_2m
+from ._k_diffusion import sample_dpmpp_2m_sde as sample_dpmpp_2m_sde
+from ._k_diffusion import sample_dpmpp_2s_ancestral as sample_dpmpp_2s_ancestral
+from ._k_diffusion import sample_dpmpp_3m_sde as sample_dpmpp_3m_sde
+from ._k_diffusion import sample_dpmpp_sde as sample_dpmpp_sde
+from ._k_diffusion import sample_euler as sample_euler
+from ._k_diffusion import sample_euler_ancestral as sample_euler_ancestral
+from ._k_diffusion import sample_heun as sample_heun
+from ._k_diffusion import sample_lms as sample_lms
 from ._loop import Callback, Model, StepNoise, or_drawn, walk
 from .solvers import SolverTable
 
