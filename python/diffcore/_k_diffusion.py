@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 from . import solvers
-from ._loop import Callback, Model, or_drawn, walk
+from ._loop import Callback, Model, check_samples, or_drawn, walk
 from .noise import PhiloxNoise
 from .solvers import SolverTable
 from .solvers.paths import level_vector
@@ -265,6 +265,7 @@ def _walk(
     disable: bool | None,
     noise_sampler: NoiseSampler | None = None,
 ) -> Tensor:
+    check_samples(x)
     levels = level_vector("sigmas", sigmas)
     table = _table(make, tuple(levels.tolist()), **options)
 

@@ -155,6 +155,8 @@ class SolverTable:
             coefficients, t = self.to(i.device).coefficients, i
             reads, keeps, noisy = self.history, self.history > 0, self.stochastic
             history = (*history, *(x,) * (reads - len(history)))
+        elif not 0 <= i < len(self.rows):
+            raise ValueError(f"{self.name} has rows 0 .. {len(self) - 1}, got {i}")
         else:
             coefficients, *_, reads, keeps, noisy = self.rows[i]
             t = None
