@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -194,6 +195,18 @@ def test_two_rows_hand_on_what_they_read() -> None:
     for row in range(2, len(table) - 1):  # the newest first
         for k in range(table.history):
             assert torch.equal(steps[row][2][k], steps[row - 1 - k][1])
+
+
+def test_a_row_that_leaves_nothing_still_counts() -> None:
+    base = solvers.dpmpp_table(RATIOS[:4], order=3)
+    rows = torch.zeros(3, len(solvers.COLUMNS), dtype=torch.float64)
+    for row, columns in enumerate(({"c_x": 1, "e_x": 1}, {"c_x": 2}, {"c_x": 1, "c_2": 1})):
+        for column, value in columns.items():
+            rows[row, solvers.COLUMNS.index(column)] = value
+    table = replace(base, coefficients=rows, history=2, rows=())
+    x, _ = case(table)
+    assert torch.equal(sample(bent, x, table), 3 * x)
+    assert torch.equal(walk(table, bent, x), 3 * x)
 
 
 # ---- no state -----------------------------------------------------------------------------------
