@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffcore import PhiloxNoise, solvers
 from diffcore.sampling import sample
@@ -34,6 +35,18 @@ def ops_and_bytes(call: Callable[[], Any]) -> tuple[set[str], list[int]]:
     asked = [e.nbytes() for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]
     names = {e.name for e in seen.events()} - {"[memory]"}
     return {n.removeprefix("aten::") for n in names}, [n for n in asked if n > 0]
+
+
+class Watching(TorchDispatchMode):
+    """Collects the names of the operators that are dispatched."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ops: list[str] = []
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.ops.append(op.overloadpacket.__name__)
+        return op(*args, **(kwargs or {}))
 
 
 def tensors() -> list[torch.Tensor]:
@@ -69,6 +82,11 @@ def test_a_step_is_one_launch_and_allocates_its_outputs(launched: list[str], nam
     ops, asked = ops_and_bytes(step)
     assert ops <= NEW | VIEWS
     assert asked == [x.nbytes] * outputs
+    with Watching() as seen:  # to a mode it is one operator
+        step()
+    *views, op = seen.ops
+    assert set(views) <= VIEWS
+    assert op == kernel.replace("*", "_drawn")
 
 
 @pytest.mark.parametrize("noise", [None, "recipe"])
