@@ -7,10 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from test_diffusion import NoReadback
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
+from toys import half
+from waiting import no_waiting
 
-from diffcore import PhiloxNoise, solvers
+from diffcore import PhiloxNoise, sampling, solvers
 from diffcore.sampling import sample
 
 SIGMAS = [9.0, 5.0, 3.0, 1.0, 0.5, 0.0]
@@ -18,6 +21,7 @@ SHAPE = (2, 3, 8, 8)
 DDPM = solvers.ddpm_table(SIGMAS)
 DPMPP = solvers.dpmpp_2m_table(SIGMAS)
 EULER = solvers.euler_table(SIGMAS)
+CHURNED = solvers.heun_table(SIGMAS, s_churn=2.0)
 UNIPC = solvers.unipc_table(SIGMAS, order=3)
 ROW = {"int": 2, "counter": torch.tensor([2]), "each": torch.tensor([2, 1])}
 
@@ -109,13 +113,46 @@ def test_a_step_that_nothing_reads_leaves_nothing(launched: list[str]) -> None:
 
 def test_a_loop_is_a_launch_a_call_of_the_model(launched: list[str]) -> None:
     x, *_ = tensors()
-    heun = solvers.heun_table(SIGMAS, s_churn=2.0)
-    out = sample(lambda x, t: x, x, heun, noise=PhiloxNoise(3))
-    assert out.shape == x.shape
-    assert len(launched) == len(heun) + 1  # and one for the start, which churn raises
+    sample(half, x, CHURNED)
+    assert len(launched) == len(CHURNED) + 1  # and one for the start, which churn raises
     launched.clear()
-    sample(lambda x, t: x, x, DDPM)
+    sample(half, x, DDPM)
     assert launched == ["reverse_step_noise*"] * 4 + ["reverse_step"]
     launched.clear()
-    sample(lambda x, t: x, x, DPMPP)
+    sample(half, x, DPMPP)
     assert launched == ["reverse_step_h1_keep"] * 3 + ["reverse_step_h1", "reverse_step"]
+
+
+# ---- no waiting for the device ------------------------------------------------------------------
+
+
+def everything(device: str) -> None:
+    """Loops and steps of each kind, with all that may go with them."""
+    x = torch.randn(SHAPE, device=device)
+    w = torch.full((2,), 2.0, device=device)
+    counter = torch.zeros(1, dtype=torch.int64, device=device)
+    for table in (DDPM, DPMPP, UNIPC, CHURNED):
+        for noise in (None, PhiloxNoise(1), torch.randn(len(table) + 1, *SHAPE, device=device)):
+            sample(half, x, table, noise=noise, callback=lambda state: None)
+        sample(half, x, table, guidance_scale=w, uncond_kwargs={})
+        table.step(counter, x, x, (x,) * table.history, noise=PhiloxNoise(1, stream=counter))
+
+
+def test_nothing_is_read_back() -> None:
+    everything("cpu")  # makes the tables, once
+    with NoReadback():
+        everything("cpu")
+
+
+@pytest.mark.cuda
+def test_the_gpu_is_never_waited_for() -> None:
+    def k_diffusions() -> None:  # with sigmas on the host
+        x = torch.randn(SHAPE, device="cuda")
+        options = {"callback": lambda state: None, "noise_sampler": lambda *ends: x * ends[0]}
+        sampling.sample_dpmpp_sde(half, x, SIGMAS, disable=True, **options)
+
+    everything("cuda")  # moves the tables, once
+    k_diffusions()
+    with no_waiting():
+        everything("cuda")
+        k_diffusions()

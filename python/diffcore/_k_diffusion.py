@@ -29,7 +29,6 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from . import solvers
@@ -294,5 +293,4 @@ def _walk(
 def _table(
     make: Callable[..., SolverTable], sigmas: tuple[float, ...], **options: Any
 ) -> SolverTable:
-    with torch.inference_mode(False):  # it will serve other modes too
-        return make(sigmas, prediction_type="sample", **options)
+    return make(sigmas, prediction_type="sample", **options)
