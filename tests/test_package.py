@@ -23,7 +23,8 @@ MAX_LINES = 400
 LAYERS = [
     {"__main__", "cli"},
     {"demo", "diffusers"},
-    {"sampling", "_k_diffusion", "likelihood", "diffusion", "vae", "losses"},
+    {"sampling"},
+    {"_capture", "_k_diffusion", "likelihood", "diffusion", "vae", "losses"},
     {"_loop", "_tables", "solvers", "sigmas", "spacings", "schedules"},
     {"testing", "_info"},
     {"ops"},

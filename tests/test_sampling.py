@@ -351,8 +351,8 @@ REFUSED = {
     "no-noise": (lambda: NOISY.step(0, X, X), ValueError, "row 0 of ddpm adds noise, got none"),
     "no-history": (lambda: PLAIN.step(1, X, X), ValueError, "row 1 .* reads 1 .* got 0"),
     "history": (lambda: PLAIN.step(1, X, X, (X[:, :2],)), ValueError, "history_1 has shape"),
-    "row": (lambda: PLAIN.step(3, X, X), ValueError, "rows 0 .. 2, got 3"),
-    "row-negative": (lambda: PLAIN.step(-1, X, X, (X,)), ValueError, "rows 0 .. 2, got -1"),
+    "row": (lambda: PLAIN.step(3, X, X), ValueError, "i must be .* 0 .. 2, got 3"),
+    "row-negative": (lambda: PLAIN.step(-1, X, X, (X,)), ValueError, "i must be .* 0 .. 2, got -1"),
     "rows": (lambda: PLAIN.step(torch.tensor([0, 3]), X, X), ValueError, "t holds 3"),
 }
 

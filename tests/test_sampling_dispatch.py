@@ -26,7 +26,7 @@ UNIPC = solvers.unipc_table(SIGMAS, order=3)
 ROW = {"int": 2, "counter": torch.tensor([2]), "each": torch.tensor([2, 1])}
 
 # Python's bookkeeping on tensors: another view of the same memory.
-VIEWS = {"chunk", "split", "narrow", "slice", "as_strided"}
+VIEWS = {"chunk", "split", "narrow", "slice", "as_strided", "alias"}
 NEW = {"empty_like", "empty_strided"}
 
 

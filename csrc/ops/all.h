@@ -37,8 +37,9 @@ using Steps = Joined<
     Step<kGuided, 0, false>, Step<kGuided, 1, false>, Step<kGuided, 1, true>,
     Step<kGuided, 3, true>,
     OpList<ReverseStep<kGuided, 0, false, kLearnedNoise>,
-           Drawn<ReverseStep<kGuided, 0, false, kLearnedNoise>>, ReverseStepBackward<kGuided>,
-           StepLogProb<kGuided>, StepLogProbBackward<kGuided>>>;
+           Drawn<ReverseStep<kGuided, 0, false, kLearnedNoise>>, ReverseStepBackward<kGuided, false>,
+           ReverseStepBackward<kGuided, true>, StepLogProb<kGuided>, StepLogProbBackward<kGuided, false>,
+           StepLogProbBackward<kGuided, true>>>;
 
 using AllOps = Joined<
     Steps<false>, Steps<true>,                                              // reverse_step.h

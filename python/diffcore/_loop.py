@@ -196,6 +196,28 @@ def walk(
     return x
 
 
+def thresholding(
+    ratio: float | None, max_value: float, guidance_scale: float | Tensor | None
+) -> Threshold | None:
+    """Imagen's bound of x_0, as ``walk`` takes it; ``None`` for none."""
+    if ratio is None:
+        return None
+    p = ratio
+
+    def bound(row: Row, x: Tensor, m: Tensor, m_u: Tensor | None) -> Tensor:
+        return ops.dynamic_threshold(
+            x,
+            m,
+            row.coefficients,
+            ratio=p,
+            sample_max_value=max_value,
+            model_output_uncond=m_u,
+            guidance_scale=guidance_scale,
+        )
+
+    return bound
+
+
 def _with_bar(table: SolverTable, progress: bool | None) -> Iterable[Row]:
     if progress is False:
         return table.rows

@@ -27,7 +27,7 @@ def per_sample(coef: Coef, like: Tensor) -> Coef:
     if not isinstance(coef, Tensor):
         return coef
     coef = coef.to(compute_dtype(like.dtype))
-    return coef if coef.ndim == 0 else coef.reshape(-1, *([1] * (like.ndim - 1)))
+    return coef if coef.ndim == 0 else coef.reshape([-1, *[1] * (like.ndim - 1)][: like.ndim])
 
 
 def _elementwise(
@@ -142,7 +142,9 @@ def reverse_step(
     s, m, x0 = _prediction(x, model_output, model_output_uncond, k, guidance_scale, threshold)
     y = _mix(k[0], k[1], k[2], s, m, x0)
     for c, h in zip(k[11:], history, strict=True):
-        y = y + c * h.to(compute)
+        # Where c is 0, h is not read, whatever it holds.
+        unread = torch.as_tensor(c, device=x.device) == 0
+        y = y + c * torch.where(unread, torch.zeros_like(s), h.to(compute))
     if noise is not None:
         deviation = k[3]
         if variance_output is not None:

@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
+from ._capture import CapturedSampler as CapturedSampler
+from ._capture import capture as capture
 from ._k_diffusion import sample_dpm_2 as sample_dpm_2
 from ._k_diffusion import sample_dpm_2_ancestral as sample_dpm_2_ancestral
 from ._k_diffusion import sample_dpmpp_2m as sample_dpmpp_2m
@@ -19,7 +21,15 @@ from ._k_diffusion import sample_euler as sample_euler
 from ._k_diffusion import sample_euler_ancestral as sample_euler_ancestral
 from ._k_diffusion import sample_heun as sample_heun
 from ._k_diffusion import sample_lms as sample_lms
-from ._loop import Callback, Model, StepNoise, check_samples, or_drawn, walk
+from ._loop import (
+    Callback,
+    Model,
+    StepNoise,
+    check_samples,
+    or_drawn,
+    thresholding,
+    walk,
+)
 from .noise import PhiloxNoise
 from .solvers import SolverTable
 
@@ -90,7 +100,7 @@ def sample(
         guidance_scale=guidance_scale,
         model_kwargs=model_kwargs,
         uncond_kwargs=uncond_kwargs,
-        threshold=None,
+        threshold=thresholding(dynamic_thresholding_ratio, sample_max_value, guidance_scale),
         callback=callback,
         progress=progress,
     )

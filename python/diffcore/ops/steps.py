@@ -87,28 +87,31 @@ def reverse_step(
         raise ValueError("return_log_prob goes with neither out, history nor variance_output")
     if out is not None and (return_history or len(earlier) > 1):
         raise ValueError("out goes with neither return_history nor more than one h")
-    tensors, leading = _leading(x, model_output, model_output_uncond, guidance_scale, threshold)
-    guided = len(tensors) == 3
     reads, keeps = len(earlier), return_history or len(earlier) > 1
-    if variance_output is not None:
+    if variance_output is None:
+        columns = columns_of(_columns(coefficients, columns_read(reads, keeps)), reads, keeps)
+        found = take(
+            x,
+            model_output,
+            columns,
+            earlier,
+            keeps,
+            t,
+            noise,
+            model_output_uncond,
+            guidance_scale,
+            threshold,
+            out,
+        )
+    else:
         if noise is None or reads or keeps:
             raise ValueError("variance_output goes with noise and without history")
         assert variance_coefficients is not None
-        kernel = k.REVERSE_STEP[guided, 0, False, k.LEARNED]
-        coefs = _columns(coefficients, k.PLAIN)
-        coefs += _columns(variance_coefficients, 2, "variance_coefficients")
-        tensors = (*tensors, variance_output)
-    elif not reads and not keeps:
-        kernel = k.REVERSE_STEP[guided, 0, False, noise is not None]
-        coefs = _columns(coefficients, k.PLAIN)
-    else:
-        # An instance may read more than there is: x, with a factor of 0.
-        instance = 1 if reads <= 1 else k.MOST_HISTORY
-        missing = instance - reads
-        kernel = k.REVERSE_STEP[guided, instance, keeps, noise is not None]
-        coefs = (*_columns(coefficients, k.KEPT + reads), *(0.0,) * missing)
-        tensors = (*tensors, *earlier, *(x,) * missing)
-    found = _launch(kernel, tensors, (*leading, *coefs), t, noise, out)
+        tensors, leading = _leading(x, model_output, model_output_uncond, guidance_scale, threshold)
+        kernel = k.REVERSE_STEP[len(tensors) == 3, 0, False, k.LEARNED]
+        columns = _columns(coefficients, k.PLAIN)
+        columns += _columns(variance_coefficients, 2, "variance_coefficients")
+        found = _launch(kernel, (*tensors, variance_output), (*leading, *columns), t, noise, out)
     if keeps and not return_history:
         found = found[0]
     if return_log_prob:
@@ -205,6 +208,42 @@ def _launch(
     if noise is None:
         return run(kernel, tensors, coefs, t, False, out)
     return noised(kernel, tensors, noise, coefs, t, out)
+
+
+def take(
+    x: Tensor,
+    model_output: Tensor,
+    columns: tuple[Coef, ...],
+    history: tuple[Tensor, ...],
+    keeps: bool,
+    t: Step,
+    noise: Noise | None,
+    model_output_uncond: Tensor | None,
+    guidance_scale: Coef | None,
+    threshold: Coef | None,
+    out: Tensor | None = None,
+) -> Any:
+    """`reverse_step` with its columns as `columns_of` leaves them, and no further options."""
+    tensors, leading = _leading(x, model_output, model_output_uncond, guidance_scale, threshold)
+    guided, reads, noisy = len(tensors) == 3, len(history), noise is not None
+    if reads or keeps:
+        instance = k.instance(reads)
+        kernel = k.REVERSE_STEP[guided, instance, keeps, noisy]
+        tensors = (*tensors, *history, *(x,) * (instance - reads))
+    else:
+        kernel = k.REVERSE_STEP[guided, 0, False, noisy]
+    return _launch(kernel, tensors, leading + columns, t, noise, out)
+
+
+def columns_read(reads: int, keeps: bool) -> int:
+    """How many columns a step needs that reads so many h, and maybe keeps one."""
+    return k.KEPT + reads if reads or keeps else k.PLAIN
+
+
+def columns_of(columns: tuple[Coef, ...], reads: int, keeps: bool) -> tuple[Coef, ...]:
+    """The columns that a step needs, and zeros for what its kernel could read beyond."""
+    missing = k.instance(reads) - reads if reads or keeps else 0
+    return (*columns, *(0.0,) * missing)
 
 
 def _columns(row: Row, columns: int, name: str = "coefficients") -> tuple[Coef, ...]:
