@@ -24,7 +24,7 @@ LAYERS = [
     {"__main__", "cli"},
     {"demo", "diffusers"},
     {"sampling"},
-    {"_capture", "likelihood", "diffusion", "vae", "losses"},
+    {"_capture", "_k_diffusion", "likelihood", "diffusion", "vae", "losses"},
     {"_loop", "_tables", "solvers", "sigmas", "spacings", "schedules"},
     {"testing", "_info"},
     {"ops"},
@@ -158,6 +158,17 @@ def test_every_public_name_is_documented() -> None:
     functions = {name: value for name, value in public.items() if callable(value)}
     assert len(functions) > 20
     assert [name for name, value in functions.items() if not value.__doc__] == []
+
+
+def test_samplers_are_found_from_the_top() -> None:
+    out = run_python(
+        "import diffcore as d, torch\n"
+        "table = d.solvers.euler_table([2.0, 1.0, 0.0], prediction_type='sample')\n"
+        "assert isinstance(table, d.SolverTable)\n"
+        "x, model = torch.ones(1, 2), lambda x, t: 0 * x\n"
+        "print(d.sample(model, x, table), d.sampling.sample_euler(model, x, [2.0, 0.0]))"
+    )
+    assert out.split() == "tensor([[0., 0.]]) tensor([[0., 0.]])".split()
 
 
 def test_version_is_that_of_the_distribution() -> None:

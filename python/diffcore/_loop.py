@@ -54,6 +54,20 @@ def call_model(
     return output.to(x.dtype)
 
 
+def check_samples(x: Tensor) -> None:
+    """Refuse what is no batch of floating point numbers.
+
+    Args:
+        x: What came.
+
+    Raises:
+        TypeError: It is none.
+    """
+    if not isinstance(x, Tensor) or not x.is_floating_point() or x.ndim == 0:
+        what = f"{x.dtype} {list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+        raise TypeError(f"x must be a tensor of floating point numbers [B, ...], got {what}")
+
+
 def or_drawn(noise: Noise | None, like: Tensor) -> Noise:
     """The noise given, else a recipe seeded by torch's generator."""
     return PhiloxNoise.from_generator(device=like.device) if noise is None else noise

@@ -247,7 +247,9 @@ class SolverTable:
         Returns:
             This table, if it is there, else a copy.
         """
-        device = torch.empty(0, device=device).device  # "cuda" is the current CUDA device
+        device = torch.device(device)
+        if device.index is None and device.type != "cpu":
+            device = torch.empty(0, device=device).device  # "cuda" is the current CUDA device
         if self.coefficients.device == device:
             return self
         copy = self._copies.get(device)
