@@ -103,4 +103,5 @@ def sample(
         threshold=thresholding(dynamic_thresholding_ratio, sample_max_value, guidance_scale),
         callback=callback,
         progress=progress,
+        noise_name="noise",
     )
