@@ -33,8 +33,7 @@ from benchmarks.contest import WrongResultError, check_outputs
 from benchmarks.machine import RESULTS
 from benchmarks.timing import Budget, Call, interleave
 from benchmarks.walks import NO_DIFFUSERS, TRAINING_STEPS, Model, Noises, Walk, has_diffusers
-from diffcore import PhiloxNoise
-from diffcore.sampling import sample
+from diffcore import PhiloxNoise, sample
 
 KINDS = ("DDPM", "DDIM", "DPM++ 2M", "Euler")
 STEPS = 50

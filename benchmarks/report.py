@@ -282,6 +282,7 @@ def _wanted(limits: Mapping[str, float]) -> str:
 TABLES: dict[str, Callable[[Sequence[Row]], Table]] = {
     "ops": ops_table,
     "noise": noise_table,
+    "threshold": ops_table,
     "overhead": overhead_table,
     "memory": memory_table,
     "steps": steps_table,

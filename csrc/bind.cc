@@ -321,6 +321,7 @@ int survey(py::tuple tensors, py::tuple coefs) {
     if (is_negated(x.ptr())) found |= kNegated;
   }
   for (py::handle c : coefs) {
+    if (PyFloat_CheckExact(c.ptr())) continue;
     if (!PyObject_TypeCheck(c.ptr(), g_bindings.plain_types[0])) continue;
     if (requires_grad(c.ptr())) found |= kCoefRequiresGrad;
     if (is_negated(c.ptr())) found |= kCoefNegated;

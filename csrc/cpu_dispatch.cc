@@ -70,7 +70,7 @@ bool run_on_cpu(int op, Dtype dtype, Task& task) {
   if (!steps_in_range(task)) return false;
   const CpuKernel& kernel = isa().kernels[op * kDtypes + dtype];
   task.chunk = kChunk;
-  task.chunks = task.cols <= kChunk ? 1 : (task.cols + kChunk - 1) / kChunk;
+  task.chunks = kernel.scratch || task.cols <= kChunk ? 1 : (task.cols + kChunk - 1) / kChunk;
   int64_t units = task.rows * task.chunks;
   std::unique_ptr<double[]> partials;
   if (task.sum[0] && task.chunks > 1) {
@@ -78,17 +78,19 @@ bool run_on_cpu(int op, Dtype dtype, Task& task) {
     task.partials = partials.get();
   }
   int64_t elements = task.rows * task.cols;
-  int threads = elements < kParallelFrom ? 1 : cpu_threads();
+  int threads = elements < kParallelFrom || omp_in_parallel() ? 1 : cpu_threads();
   if (threads > units) threads = int(units);
-  if (threads <= 1 || omp_in_parallel()) {
-    kernel.run(task, 0, units);
+  std::unique_ptr<char[]> scratch(kernel.scratch ? new char[kernel.scratch * threads] : nullptr);
+  if (threads == 1) {
+    kernel.run(task, 0, units, scratch.get());
   } else {
 #pragma omp parallel num_threads(threads)
     {
       int64_t share = units / omp_get_num_threads(), extra = units % omp_get_num_threads();
       int64_t me = omp_get_thread_num();
       int64_t begin = me * share + (me < extra ? me : extra);
-      kernel.run(task, begin, begin + share + (me < extra ? 1 : 0));
+      kernel.run(task, begin, begin + share + (me < extra ? 1 : 0),
+                 scratch.get() + me * kernel.scratch);
     }
   }
   if (task.partials) kernel.finish(task);

@@ -2,6 +2,7 @@
 // v4 and the matching -march. Includes core/, ops/ and drivers/ only: an inline function of a
 // common header compiled here for a newer processor could be the copy the linker keeps for all.
 #include "drivers/cpu.h"
+#include "drivers/cpu_select.h"
 #include "kernel_table.h"
 #include "ops/all.h"
 
@@ -17,7 +18,10 @@ struct Table<OpList<Op...>> {
   };
   template <class O, class S>
   static constexpr CpuKernel kernel() {
-    return {&CpuLoop<O, S>::run, &CpuLoop<O, S>::finish};
+    if constexpr (kSelects<O>)
+      return {&CpuSelect<O, S>::run, nullptr, sizeof(typename CpuSelect<O, S>::Scratch)};
+    else
+      return {&CpuLoop<O, S>::run, &CpuLoop<O, S>::finish, 0};
   }
   template <class O>
   static constexpr Row row() {

@@ -1,6 +1,9 @@
 // The CUDA kernels of every op and storage type, and the few questions asked of the CUDA runtime.
 // cudart is linked statically: the module imports on a machine with neither GPU nor driver.
+#include <type_traits>
+
 #include "drivers/cuda.cuh"
+#include "drivers/cuda_select.cuh"
 #include "kernel_table.h"
 #include "ops/all.h"
 
@@ -28,7 +31,8 @@ struct Table<OpList<Op...>> {
   };
   template <class O, class S>
   static constexpr CudaKernel kernel() {
-    return {&CudaLaunch<O, S>::template run<Workspace>, &CudaLaunch<O, S>::load};
+    using Launch = std::conditional_t<kSelects<O>, CudaSelect<O, S>, CudaLaunch<O, S>>;
+    return {&Launch::template run<Workspace>, &Launch::load};
   }
   template <class O>
   static constexpr Row row() {

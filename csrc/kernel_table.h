@@ -7,8 +7,9 @@
 namespace diffcore {
 
 struct CpuKernel {
-  void (*run)(const Task&, int64_t unit_begin, int64_t unit_end);
+  void (*run)(const Task&, int64_t unit_begin, int64_t unit_end, void* scratch);
   void (*finish)(const Task&);
+  int64_t scratch;  // bytes for each thread; a kernel that wants any is given whole rows
 };
 
 namespace v2 {

@@ -4,7 +4,7 @@
 
 The data are a mixture of Gaussians, so the best denoiser is a closed formula; and in one dimension
 the probability flow keeps every sample at its quantile, so the exact flow is one, too. Everything
-is computed by ``diffcore.sampling.sample`` in float64.
+is computed by ``diffcore.sample`` in float64.
 """
 
 from __future__ import annotations
@@ -25,8 +25,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from diffcore import solvers
-from diffcore.sampling import sample
+from diffcore import sample, solvers
 from diffcore.sigmas import get_sigmas_exponential
 from diffcore.solvers import SolverTable
 

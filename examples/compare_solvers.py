@@ -15,8 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from diffcore import PhiloxNoise, solvers
-from diffcore.sampling import sample
+from diffcore import PhiloxNoise, sample, solvers
 from diffcore.sigmas import get_sigmas_karras
 
 STD = 0.08

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from diffcore import _native
+from diffcore import _execute, _native
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -69,3 +69,25 @@ def pytest_runtest_makereport(
 @pytest.fixture(autouse=True)
 def _same_numbers_every_run() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The kernels run since, by name; a star marks those that draw noise."""
+    if _execute._C is None:
+        pytest.skip("no kernels to launch without the compiled module")
+    real = _execute._C
+    names: list[str] = []
+
+    class Counted:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(real, name)
+
+        def call(self, index: int, *arguments: Any) -> int:
+            name, *_, draws = real.op_table()[index]
+            names.append(name + "*" * draws)
+            status: int = real.call(index, *arguments)
+            return status
+
+    monkeypatch.setattr(_execute, "_C", Counted())
+    return names

@@ -134,13 +134,62 @@ def reverse_step(
     noise: Any = None,
     model_output_uncond: Any = None,
     guidance_scale: Any = None,
+    threshold: Any = None,
+    history_1: Any = None,
+    history_2: Any = None,
+    history_3: Any = None,
+    return_history: bool = False,
+    variance_output: Any = None,
+    variance_coefficients: Any = (0.0, 0.0),
 ) -> Any:
+    c, m, x0 = _prediction(
+        x, model_output, coefficients, t, model_output_uncond, guidance_scale, threshold
+    )
+    step = c[0] * x + c[1] * m + c[2] * x0
+    for factor, h in zip(c[11:], (history_1, history_2, history_3), strict=False):
+        step = step if h is None else step + factor * h
+    if noise is not None:
+        deviation = c[3]
+        if variance_output is not None:
+            s_0, s_v = variance_coefficients
+            deviation = deviation * xp.exp(s_0 + s_v * variance_output)
+        step = step + deviation * noise
+    return (step, c[8] * x + c[9] * m + c[10] * x0) if return_history else step
+
+
+def step_log_prob(
+    xp: Any,
+    x: Any,
+    model_output: Any,
+    x_next: Any,
+    coefficients: Any,
+    t: Any = None,
+    model_output_uncond: Any = None,
+    guidance_scale: Any = None,
+) -> Any:
+    c, m, x0 = _prediction(x, model_output, coefficients, t, model_output_uncond, guidance_scale)
+    z = (x_next - (c[0] * x + c[1] * m + c[2] * x0)) / c[3]
+    terms = -(z * z) / 2 - xp.log(c[3]) - math.log(2 * math.pi) / 2
+    return terms.reshape(len(x), math.prod(x.shape[1:])).sum(1) if x.ndim > 1 else terms
+
+
+def _prediction(
+    x: Any,
+    model_output: Any,
+    coefficients: Any,
+    t: Any,
+    model_output_uncond: Any,
+    guidance_scale: Any,
+    threshold: Any = None,
+) -> tuple[list[Any], Any, Any]:
     rows = coefficients if t is None else coefficients[t]
-    c_x, c_m, c_0, c_z, a_x, a_m, low, high = (_column(rows[..., k], x) for k in range(8))
+    c = [_column(rows[..., k], x) for k in range(rows.shape[-1])]
     m = _guided(model_output, model_output_uncond, guidance_scale)
-    x0 = (a_x * x + a_m * m).clip(low, high)
-    step = c_x * x + c_m * m + c_0 * x0
-    return step if noise is None else step + c_z * noise
+    x0 = c[4] * x + c[5] * m
+    if threshold is None:
+        return c, m, x0.clip(c[6], c[7])
+    s = _column(threshold, x)
+    return c, m, x0.clip(-s, s) / s
 
 
 def ddpm_step(

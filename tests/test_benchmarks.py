@@ -285,6 +285,17 @@ def test_loops_that_are_timed_agree(kind: str, steps: int) -> None:
         bench_sampling.check(walk, lambda x, t: torch.tanh(x), start)
 
 
+def test_bench_threshold_runs(tmp_path: Path) -> None:
+    out = tmp_path / "result.json"
+    run("bench_threshold", *TINY, "--out", str(out))
+    section = json.loads(out.read_text())["threshold"]
+    assert section["refused"] == []
+    assert [r["op"] for r in section["rows"]] == ["dynamic_threshold", "dynamic_threshold_guided"]
+    for row in section["rows"]:
+        assert set(row["timings"]) == {"diffcore", "eager", "copy"}
+        assert row["error_over_bound"]["diffcore"] <= 1
+
+
 def end_to_end(script: str, out: Path) -> list[dict[str, Any]]:
     run(script, "--device", "cpu", "--quick", "--seconds", "0.02", "--out", str(out))
     section = json.loads(out.read_text())[script.removeprefix("bench_")]

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cases import extended
+from formulas import extended
 from test_isa_threads import ISAS, run_python
 from torch import Tensor
 

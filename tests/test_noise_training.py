@@ -8,7 +8,7 @@ import torch
 from bounds import each_low_dtype
 from toys import BETAS
 
-from diffcore import GaussianDiffusion, PhiloxNoise, _execute
+from diffcore import GaussianDiffusion, PhiloxNoise
 from diffcore.coefficients import PREDICTION_TYPES
 from diffcore.losses import edm_weights, min_snr_weights
 from diffcore.testing import assert_within_bound
@@ -71,26 +71,6 @@ def test_a_training_step_is_eagers_with_the_same_noise(prediction_type, weights,
 
 
 # ---- launches -----------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def launched(monkeypatch):
-    """The kernels run since, by name; a star marks those that draw noise."""
-    if _execute._C is None:
-        pytest.skip("no kernels to launch without the compiled module")
-    real, names = _execute._C, []
-
-    class Counted:
-        def __getattr__(self, name):
-            return getattr(real, name)
-
-        def call(self, index, *arguments):
-            name, *_, draws = real.op_table()[index]
-            names.append(name + "*" * draws)
-            return real.call(index, *arguments)
-
-    monkeypatch.setattr(_execute, "_C", Counted())
-    return names
 
 
 def training_step(diffusion, x, t, m, noise, weights):

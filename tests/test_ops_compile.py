@@ -21,6 +21,7 @@ from diffcore import (
     _native,
     _registry,
     _step,
+    _threshold,
     make_betas,
     ops,
 )
@@ -67,6 +68,7 @@ def registered_kernels() -> list[_registry.Kernel]:
         _step.STEP_BACKWARD,
         _step.STEP_LOG_PROB,
         _step.LOG_PROB_BACKWARD,
+        _threshold.X0_QUANTILE,
     ):
         kernels += group.values()
     kernels += [k.drawn for k in kernels if k.drawn is not None]

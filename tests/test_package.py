@@ -23,11 +23,13 @@ MAX_LINES = 400
 LAYERS = [
     {"__main__", "cli"},
     {"demo", "diffusers"},
-    {"sampling", "likelihood", "diffusion", "vae", "losses"},
+    {"sampling"},
+    {"_capture", "_k_diffusion", "likelihood", "diffusion", "vae", "losses"},
     {"_loop", "_tables", "solvers", "sigmas", "spacings", "schedules"},
     {"testing", "_info"},
     {"ops"},
     {"noise"},
+    {"_threshold"},
     {"_step"},
     {"_kernels"},
     {"_registry", "coefficients"},
@@ -158,6 +160,17 @@ def test_every_public_name_is_documented() -> None:
     assert [name for name, value in functions.items() if not value.__doc__] == []
 
 
+def test_samplers_are_found_from_the_top() -> None:
+    out = run_python(
+        "import diffcore as d, torch\n"
+        "table = d.solvers.euler_table([2.0, 1.0, 0.0], prediction_type='sample')\n"
+        "assert isinstance(table, d.SolverTable)\n"
+        "x, model = torch.ones(1, 2), lambda x, t: 0 * x\n"
+        "print(d.sample(model, x, table), d.sampling.sample_euler(model, x, [2.0, 0.0]))"
+    )
+    assert out.split() == "tensor([[0., 0.]]) tensor([[0., 0.]])".split()
+
+
 def test_version_is_that_of_the_distribution() -> None:
     from importlib.metadata import version
 
@@ -224,4 +237,4 @@ def test_instruction_set_objects_share_no_code() -> None:
                 assert f"8diffcore2{isa}" in name, f"{path} defines {name}"
             elif kind == "U":
                 # of libm, for double; of libc, which knows the CPU
-                assert name in ("exp", "memcpy"), f"{path} needs {name}"
+                assert name in ("exp", "memcpy", "memset"), f"{path} needs {name}"

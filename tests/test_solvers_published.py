@@ -13,6 +13,7 @@ import torch
 from walking import ancestral_noise, dummy, told, walk
 
 from diffcore import solvers
+from diffcore.sampling import sample
 from diffcore.schedules import NoiseSchedule, make_betas, respaced_timesteps
 from diffcore.sigmas import get_sigmas_exponential, get_sigmas_karras
 from diffcore.solvers import NoiseLevels
@@ -28,6 +29,28 @@ def model(x: torch.Tensor, t: float) -> torch.Tensor:
 
 def schedule(num_timesteps: int, beta_start: float = 1e-4) -> NoiseSchedule:
     return NoiseSchedule.from_betas(make_betas("linear", num_timesteps, beta_start=beta_start))
+
+
+def by_steps(table: Any, x: torch.Tensor, draw: Any) -> torch.Tensor:
+    """A loop of ``table.step`` that scales in place."""
+    history: tuple[torch.Tensor, ...] = ()
+    for i, row in enumerate(table.rows):
+        x = row.input_scale * x
+        m = model(x, float(table.timesteps[i]))
+        x, history = table.step(i, x, m, history, noise=draw(i) if row.noisy else None)
+    return x
+
+
+def run(walker: str, table: Any, x: torch.Tensor, draw: Any, in_place: bool) -> torch.Tensor:
+    """The walk that the table specifies, or the steps and the loop that users run."""
+    if walker == "walk":
+        return walk(table, model, x, draw, scale_in_place=in_place)
+    if in_place:
+        return by_steps(table, x, draw)
+    return sample(lambda x, t: model(x, float(t[0])), x, table, noise=lambda row, x: draw(row))
+
+
+each_walker = pytest.mark.parametrize("walker", ["walk", "sample"])
 
 
 # ---- published sums ----------------------------------------------------------------------------
@@ -153,25 +176,27 @@ PUBLISHED = {
 FLOAT32_SUMS = {"lms": 1e-2, "lms-karras": 5e-2, "dpm2_ancestral": 2e-2}
 
 
+@each_walker
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_published_sums(name: str) -> None:
+def test_published_sums(name: str, walker: str) -> None:
     make, total, mean, in_place = PUBLISHED[name]
     table = make()
     draws = iter(ancestral_noise(len(table)))
     x = dummy() * table.init_noise_sigma
-    out = walk(table, model, x, lambda row: next(draws), scale_in_place=in_place).abs()
+    out = run(walker, table, x, lambda row: next(draws), in_place).abs()
     if total is not None:
         assert abs(out.sum() - total) < FLOAT32_SUMS.get(name, OWN_TOLERANCE)
     else:
         assert abs(out.mean() - mean) < 1e-3
 
 
+@each_walker
 @pytest.mark.parametrize(("prediction_type", "total"), [("epsilon", 258.9606), (V, 202.0296)])
-def test_published_sums_of_ddpm(prediction_type: str, total: float) -> None:
+def test_published_sums_of_ddpm(prediction_type: str, total: float, walker: str) -> None:
     levels = NoiseLevels.from_schedule(schedule(1000), torch.arange(999, -1, -1))
     table = solvers.ddpm_table(levels, prediction_type=prediction_type, clip_range=1.0)
     draws = ancestral_noise(999)
-    out = walk(table, model, dummy(), lambda row: draws[row])
+    out = run(walker, table, dummy(), lambda row: draws[row], False)
     assert abs(out.abs().sum() - total) < OWN_TOLERANCE
 
 
@@ -216,14 +241,15 @@ PUBLISHED_PART = {
 }
 
 
+@each_walker
 @pytest.mark.parametrize("name", PUBLISHED_PART)
-def test_published_sums_of_loops_that_begin_in_the_middle(name: str) -> None:
+def test_published_sums_of_loops_that_begin_in_the_middle(name: str, walker: str) -> None:
     make_levels, make, start, total = PUBLISHED_PART[name]
     levels = make_levels()
     left = levels.skip(start)
     x = left.alpha[0] * dummy() * levels.init_noise_sigma + left.sigma[0] * dummy(flip=True)
     draws = iter(ancestral_noise(10))
-    out = walk(make(left), model, x, lambda row: next(draws), scale_in_place=levels.path == "ve")
+    out = run(walker, make(left), x, lambda row: next(draws), levels.path == "ve")
     # Float32: seven digits of large sums; of DDPM's 1 - alpha_t near t = 0 no more than four.
     relative = 1e-4 if name == "ddpm" else 2e-6
     assert abs(out.abs().sum() - total) < OWN_TOLERANCE / 2 + relative * total

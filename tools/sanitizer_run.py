@@ -10,6 +10,7 @@ in, so that they are not aligned.
 
 from __future__ import annotations
 
+import itertools
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -60,11 +61,25 @@ def exercise_drawn(case: OpCase, args: Arguments) -> None:
         exercise(drawn, Arguments(tensors, {**args.options, "noise": noise}))
 
 
+def exercise_thresholds() -> int:
+    """Thresholds of short and long rows, in every layout; how many calls."""
+    table = torch.full((8,), 0.5, dtype=torch.float64, device="cuda")
+    runs = 0
+    for shape, dtype in itertools.product((*SHAPES, (3, 40_003)), DTYPES):
+        x, m, u = torch.randn(3, *shape, device="cuda").to(dtype)
+        for layout in (torch.Tensor.clone, shifted, channels_last):
+            tensors = layout(x), layout(m), table
+            ops.dynamic_threshold(*tensors)
+            ops.dynamic_threshold(*tensors, model_output_uncond=layout(u), guidance_scale=2.0)
+            runs += 2
+    return runs
+
+
 def main() -> None:
     """Run all cases, then wait, so that every error has come out."""
     if not torch.cuda.is_available():
         sys.exit("no GPU")
-    runs = 0
+    runs = exercise_thresholds()
     for case in CASES:
         for shape in SHAPES:
             for dtype in DTYPES:
@@ -76,7 +91,7 @@ def main() -> None:
                         exercise_drawn(case, laid)
                     runs += 1 + 2 * ("noise" in case.tensors)
     torch.cuda.synchronize()
-    print(f"{runs} calls, forward and backward, of {len(CASES)} cases")
+    print(f"{runs} calls, forward and backward, of {len(CASES)} cases and of thresholds")
 
 
 if __name__ == "__main__":

@@ -46,4 +46,11 @@ DC_HD R finished(const R* c, double total, int64_t n) {
     return R(total * double(Op::template sum_scale<R>(c)));
 }
 
+// Some ops want a quantile of the magnitudes of a row instead of a sum: which one, says their
+// coefficient `ratio`; what they make of it, `selected`.
+template <class Op, class = void>
+constexpr bool kSelects = false;
+template <class Op>
+constexpr bool kSelects<Op, decltype(void(&Op::selected))> = true;
+
 DC_KERNEL_NAMESPACE_END

@@ -149,7 +149,7 @@ struct CpuLoop {
   using R = Compute<S>;
   static constexpr int kIn = kReads<Op>, kOut = Op::n_out, kSum = Op::n_sum;
 
-  static void run(const Task& task, int64_t begin, int64_t end) {
+  static void run(const Task& task, int64_t begin, int64_t end, void*) {
     R c[Op::n_coef + 1] = {};
     Noise<Op> noise(task);
     int64_t loaded = -1;

@@ -6,6 +6,7 @@
 #include "ops/linear.h"
 #include "ops/loss.h"
 #include "ops/reverse_step.h"
+#include "ops/threshold.h"
 
 DC_KERNEL_NAMESPACE_BEGIN
 
@@ -33,12 +34,13 @@ using Step = OpList<ReverseStep<kGuided, kHistory, kKeeps, kStill>,
 // One history and three are instances; none that is kept, and two, are the next larger one with a
 // factor of 0 for a tensor that is there anyway.
 template <bool kGuided>
-using Steps = Joined<
-    Step<kGuided, 0, false>, Step<kGuided, 1, false>, Step<kGuided, 1, true>,
-    Step<kGuided, 3, true>,
-    OpList<ReverseStep<kGuided, 0, false, kLearnedNoise>,
-           Drawn<ReverseStep<kGuided, 0, false, kLearnedNoise>>, ReverseStepBackward<kGuided>,
-           StepLogProb<kGuided>, StepLogProbBackward<kGuided>>>;
+using Steps = Joined<Step<kGuided, 0, false>, Step<kGuided, 1, false>, Step<kGuided, 1, true>,
+                     Step<kGuided, 3, true>,
+                     OpList<ReverseStep<kGuided, 0, false, kLearnedNoise>,
+                            Drawn<ReverseStep<kGuided, 0, false, kLearnedNoise>>,
+                            ReverseStepBackward<kGuided, false>, ReverseStepBackward<kGuided, true>,
+                            StepLogProb<kGuided>, StepLogProbBackward<kGuided, false>,
+                            StepLogProbBackward<kGuided, true>>>;
 
 using AllOps = Joined<
     Steps<false>, Steps<true>,                                              // reverse_step.h
@@ -57,6 +59,7 @@ using AllOps = Joined<
            TargetLoss, TargetLossGradient, MixedTargetLoss, MixedTargetLossGradient,
            Rescale,  // loss.h
            Drawn<TargetLoss>, Drawn<TargetLossGradient>, Drawn<MixedTargetLoss>,
-           Drawn<MixedTargetLossGradient>>>;
+           Drawn<MixedTargetLossGradient>,         //
+           X0Quantile<false>, X0Quantile<true>>>;  // threshold.h
 
 DC_KERNEL_NAMESPACE_END

@@ -33,7 +33,7 @@ template <bool kGuided>
 struct Prediction {
   static constexpr int n = 2 + kGuided;
 
-  // The x0 that was said; a threshold s clips to [-s, s] instead and divides by s.
+  // Where the x0 that was said is clipped; a threshold s clips to [-s, s] and divides by s.
   template <class R>
   struct Bounds {
     R low, high, scale;
@@ -51,9 +51,13 @@ struct Prediction {
     return kGuided ? mul_add(c[kGuidance], x[1] - x[n - 1], x[n - 1]) : x[1];
   }
   template <class R>
+  DC_HD static R said(const R* c, R x, R m) {
+    return mul_add(c[kAx], x, c[kAm] * m);
+  }
+  template <class R>
   DC_HD static R x0(const R* c, R x, R m) {
     const Bounds<R> to(c);
-    return to.scale * clamp(mul_add(c[kAx], x, c[kAm] * m), to.low, to.high);
+    return to.scale * clamp(said(c, x, m), to.low, to.high);
   }
   // b_x x + b_m m + b_0 x0. Where m has no part of its own, one that overflowed to infinity is met
   // by the clip, not by 0 · inf.
@@ -67,17 +71,18 @@ struct Prediction {
     const R m = output(c, x);
     return mix(c[kCx], c[kCm], c[kC0], x[0], m, x0(c, x[0], m));
   }
-  // (∂mean/∂x, ∂mean/∂m): the clip passes no gradient outside.
+  // How b_x x + b_m m + b_0 x0 changes with x and with m: the clip passes nothing outside.
   template <class R>
   struct Slope {
     R x, m;
-    DC_HD Slope(const R* c, const R* in) {
+    DC_HD Slope(const R* c, const R* in, R b_x, R b_m, R b_0) {
       const Bounds<R> to(c);
-      const R x0 = mul_add(c[kAx], in[0], c[kAm] * output(c, in));
-      const R through = x0 < to.low || x0 > to.high ? R(0) : to.scale * c[kC0];
-      x = mul_add(through, c[kAx], c[kCx]);
-      m = mul_add(through, c[kAm], c[kCm]);
+      const R x0 = said(c, in[0], output(c, in));
+      const R through = x0 < to.low || x0 > to.high ? R(0) : to.scale * b_0;
+      x = mul_add(through, c[kAx], b_x);
+      m = mul_add(through, c[kAm], b_m);
     }
+    DC_HD Slope(const R* c, const R* in) : Slope(c, in, c[kCx], c[kCm], c[kC0]) {}
   };
   // The gradient of m as that of m, or of m_c and m_u.
   template <class R>
@@ -121,7 +126,10 @@ struct ReverseStep {
     const R m = P::output(c, x), x0 = P::x0(c, x[0], m);
     R next = P::mix(c[kCx], c[kCm], c[kC0], x[0], m, x0);
     DC_UNROLL
-    for (int k = 0; k < kHistory; ++k) next = mul_add(c[kC1 + k], x[P::n + k], next);
+    for (int k = 0; k < kHistory; ++k) {
+      const R c_k = c[kC1 + k];  // 0: h_k is not read, whatever it holds
+      next = c_k == R(0) ? next : mul_add(c_k, x[P::n + k], next);
+    }
     if constexpr (kNoise == kNoisy) next = mul_add(c[kCz], x[n_in - 1], next);
     if constexpr (kNoise == kLearnedNoise) {
       const R deviation = c[kCz] * exp(mul_add(c[kColumns + 1], x[n_in - 2], c[kColumns]));
@@ -132,17 +140,29 @@ struct ReverseStep {
   }
 };
 
-template <bool kGuided>
-struct ReverseStepBackward {  // inputs: g, x, m (or m_c), [m_u]; outputs: dx, dm (or dm_c), [dm_u]
+// Inputs: g, [g_h], x, m (or m_c), [m_u]; outputs: dx, dm (or dm_c), [dm_u].
+template <bool kGuided, bool kKeeps>
+struct ReverseStepBackward {
   using P = Prediction<kGuided>;
   static constexpr const char* name =
-      kGuided ? "reverse_step_guided_backward" : "reverse_step_backward";
-  static constexpr int n_in = 1 + P::n, n_out = P::n, n_sum = 0, n_coef = kStepCoefs;
+      kGuided  ? kKeeps ? "reverse_step_guided_keep_backward" : "reverse_step_guided_backward"
+      : kKeeps ? "reverse_step_keep_backward"
+               : "reverse_step_backward";
+  static constexpr int kFirst = 1 + kKeeps;
+  static constexpr int n_in = kFirst + P::n, n_out = P::n, n_sum = 0;
+  static constexpr int n_coef = kKeeps ? kC1 : kStepCoefs;
   template <class R>
   DC_HD static void apply(const R* c, const R* x, R* y) {
-    const typename P::template Slope<R> slope(c, x + 1);
-    y[0] = x[0] * slope.x;
-    P::spread(c, x[0] * slope.m, y + 1);
+    using Slope = typename P::template Slope<R>;
+    const Slope slope(c, x + kFirst);
+    R dx = x[0] * slope.x, dm = x[0] * slope.m;
+    if constexpr (kKeeps) {
+      const Slope kept(c, x + kFirst, c[kEx], c[kEm], c[kE0]);
+      dx = mul_add(x[1], kept.x, dx);
+      dm = mul_add(x[1], kept.m, dm);
+    }
+    y[0] = dx;
+    P::spread(c, dm, y + 1);
   }
 };
 
@@ -162,22 +182,30 @@ struct StepLogProb {
   DC_HD static double finish(const R* c, double total, double n) {
     constexpr double kLogTwoPi = 1.8378770664093454836;
     const double deviation = c[kCz];
-    return deviation == 0 ? 0 : -0.5 * (total + n * kLogTwoPi) - n * ::log(deviation);
+    return deviation == 0 ? 0 : 0 - (0.5 * (total + n * kLogTwoPi) + n * ::log(deviation));
   }
 };
 
-template <bool kGuided>
-struct StepLogProbBackward {  // coefficients: and g, of each sample; outputs: dm (or dm_c), [dm_u]
+// Coefficients: and g, of each sample. Outputs: dm (or dm_c), [dm_u]; all: dx, those, dx'.
+template <bool kGuided, bool kAll>
+struct StepLogProbBackward {
   using P = Prediction<kGuided>;
   static constexpr const char* name =
-      kGuided ? "step_log_prob_guided_backward" : "step_log_prob_backward";
-  static constexpr int n_in = P::n + 1, n_out = 1 + kGuided, n_sum = 0, n_coef = kStepCoefs + 1;
+      kGuided ? kAll ? "step_log_prob_guided_backward_all" : "step_log_prob_guided_backward"
+      : kAll  ? "step_log_prob_backward_all"
+              : "step_log_prob_backward";
+  static constexpr int n_in = P::n + 1, n_out = 1 + kGuided + 2 * kAll, n_sum = 0;
+  static constexpr int n_coef = kStepCoefs + 1;
   template <class R>
   DC_HD static void apply(const R* c, const R* x, R* y) {
     const typename P::template Slope<R> slope(c, x);
     const R z = (x[n_in - 1] - P::mean(c, x)) / c[kCz];
     const R dmean = c[kCz] == R(0) ? R(0) : c[kStepCoefs] * z / c[kCz];
-    P::spread(c, dmean * slope.m, y);
+    P::spread(c, dmean * slope.m, y + kAll);
+    if constexpr (kAll) {
+      y[0] = dmean * slope.x;
+      y[n_out - 1] = -dmean;
+    }
   }
 };
 

@@ -1,9 +1,12 @@
 """Fused diffusion and VAE mathematics for PyTorch, on CPU and CUDA.
 
 The functional ops are in :mod:`diffcore.ops`; :class:`GaussianDiffusion` and :mod:`diffcore.vae`
-are the lecture's two models on top of them.
+are the lecture's two models on top of them. :func:`sample` walks any table of
+:mod:`diffcore.solvers`; :mod:`diffcore.sampling` has k-diffusion's samplers under their own names.
 """
 
+from . import sampling as sampling
+from . import solvers as solvers
 from ._native import info as info
 from ._native import warm_up as warm_up
 from .coefficients import PREDICTION_TYPES as PREDICTION_TYPES
@@ -14,6 +17,7 @@ from .ops import add_noise as add_noise
 from .ops import ddim_step as ddim_step
 from .ops import ddpm_step as ddpm_step
 from .ops import denoising_loss as denoising_loss
+from .ops import dynamic_threshold as dynamic_threshold
 from .ops import gaussian_nll as gaussian_nll
 from .ops import linear_combination as linear_combination
 from .ops import normal_kl as normal_kl
@@ -27,12 +31,15 @@ from .ops import reverse_step as reverse_step
 from .ops import standard_normal_kl as standard_normal_kl
 from .ops import step_log_prob as step_log_prob
 from .ops import velocity as velocity
+from .sampling import sample as sample
 from .schedules import NoiseSchedule as NoiseSchedule
 from .schedules import betas_for_alpha_bar as betas_for_alpha_bar
 from .schedules import betas_from_alphas_cumprod as betas_from_alphas_cumprod
 from .schedules import make_betas as make_betas
 from .schedules import rescale_zero_terminal_snr as rescale_zero_terminal_snr
 from .schedules import respaced_timesteps as respaced_timesteps
+from .solvers import NoiseLevels as NoiseLevels
+from .solvers import SolverTable as SolverTable
 from .vae import DiagonalGaussianDistribution as DiagonalGaussianDistribution
 from .vae import elbo as elbo
 from .vae import vae_loss as vae_loss

@@ -92,7 +92,7 @@ def _reference_backward(
         outs = run_reference(kernel, leaves, coefs, step, whole, None, noise)
     outs = outs if isinstance(outs, tuple) else (outs,)
     wanted = [x for x, n in zip(leaves, needs, strict=True) if n]
-    pairs = [(o, g) for o, g in zip(outs, grads, strict=True) if g is not None]
+    pairs = [(o, g) for o, g in zip(outs, grads, strict=True) if g is not None and o.requires_grad]
     found = iter(
         torch.autograd.grad(
             [o for o, _ in pairs],

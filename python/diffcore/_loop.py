@@ -54,6 +54,20 @@ def call_model(
     return output.to(x.dtype)
 
 
+def check_samples(x: Tensor) -> None:
+    """Refuse what is no batch of floating point numbers.
+
+    Args:
+        x: What came.
+
+    Raises:
+        TypeError: It is none.
+    """
+    if not isinstance(x, Tensor) or not x.is_floating_point() or x.ndim == 0:
+        what = f"{x.dtype} {list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+        raise TypeError(f"x must be a tensor of floating point numbers [B, ...], got {what}")
+
+
 def or_drawn(noise: Noise | None, like: Tensor) -> Noise:
     """The noise given, else a recipe seeded by torch's generator."""
     return PhiloxNoise.from_generator(device=like.device) if noise is None else noise
@@ -126,6 +140,7 @@ def walk(
     threshold: Threshold | None = None,
     callback: Callback | None = None,
     progress: bool | None = False,
+    noise_name: str = "step_noise",
 ) -> Tensor:
     """Walk down a solver's table: what every sampler here does.
 
@@ -143,12 +158,13 @@ def walk(
         threshold: ``(row, x, m, m_u) -> s``, the bound of x_0.
         callback: Told of every step.
         progress: Show a bar; ``None`` for one on terminals only.
+        noise_name: What the caller calls ``step_noise``, for errors.
 
     Returns:
         The samples.
     """
     if table.start_noise:
-        noise = _of_step(step_noise, len(table), x)
+        noise = _of_step(step_noise, len(table), x, noise_name)
         x = ops.add_noise(x, noise, table.start_scale, table.start_noise)
     told = _told(table, x)
     batches = 2 if guidance_scale is not None and uncond_kwargs is None else 1
@@ -174,12 +190,34 @@ def walk(
             x,
             m,
             history,
-            noise=_of_step(step_noise, i, x) if row.noisy else None,
+            noise=_of_step(step_noise, i, x, noise_name) if row.noisy else None,
             model_output_uncond=m_u,
             guidance_scale=guidance_scale,
             threshold=bound,
         )
     return x
+
+
+def thresholding(
+    ratio: float | None, max_value: float, guidance_scale: float | Tensor | None
+) -> Threshold | None:
+    """Imagen's bound of x_0, as ``walk`` takes it; ``None`` for none."""
+    if ratio is None:
+        return None
+    p = ratio
+
+    def bound(row: Row, x: Tensor, m: Tensor, m_u: Tensor | None) -> Tensor:
+        return ops.dynamic_threshold(
+            x,
+            m,
+            row.coefficients,
+            ratio=p,
+            sample_max_value=max_value,
+            model_output_uncond=m_u,
+            guidance_scale=guidance_scale,
+        )
+
+    return bound
 
 
 def _with_bar(table: SolverTable, progress: bool | None) -> Iterable[Row]:
@@ -200,18 +238,18 @@ def _told(table: SolverTable, x: Tensor) -> Tensor:
     return timesteps.unsqueeze(1).repeat(1, x.shape[0])
 
 
-def _of_step(step_noise: StepNoise, i: int, x: Tensor) -> Noise:
+def _of_step(step_noise: StepNoise, i: int, x: Tensor, name: str) -> Noise:
     if isinstance(step_noise, PhiloxNoise):
         return step_noise.at(step_noise.stream + 1 + i)
     if not isinstance(step_noise, Tensor):
         noise = step_noise(i, x)
         if not isinstance(noise, (Tensor, PhiloxNoise)):
             kind = type(noise).__name__
-            raise TypeError(f"step_noise must return a tensor or a PhiloxNoise, got {kind}")
+            raise TypeError(f"{name} must return a tensor or a PhiloxNoise, got {kind}")
         return noise
     if step_noise.shape[1:] != x.shape or i >= len(step_noise):
         raise ValueError(
-            f"step_noise must have shape [S, {', '.join(map(str, x.shape))}] with S the number of "
+            f"{name} must have shape [S, {', '.join(map(str, x.shape))}] with S the number of "
             f"steps that add noise, got {list(step_noise.shape)}"
         )
     return step_noise[i]

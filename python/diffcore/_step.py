@@ -8,7 +8,7 @@ from torch import Tensor
 
 from diffcore import reference
 from diffcore._kernels import SCALE, Needs, Tensors
-from diffcore._registry import Call, Grads, Kernel, drawing, run, run_tuple, split_coefs
+from diffcore._registry import Call, Coef, Grads, Kernel, Step, drawing, run, run_tuple, split_coefs
 from diffcore.coefficients import STEP_COLUMNS
 
 # Guidance and threshold, then columns of a solver's table.
@@ -20,12 +20,17 @@ STILL, NOISY, LEARNED = range(3)
 _NOISE_INPUTS: tuple[tuple[str, ...], ...] = ((), ("noise",), ("variance_output", "noise"))
 
 
-def _inputs(guided: bool) -> tuple[str, ...]:
+def instance(reads: int) -> int:
+    """How many h the kernel reads that serves a step with history: beyond the step's own, x."""
+    return 1 if reads <= 1 else MOST_HISTORY
+
+
+def inputs_of(guided: bool) -> tuple[str, ...]:
     return ("x", "model_output") + ("model_output_uncond",) * guided
 
 
 def _reverse_step(guided: bool, history: int, keeps: bool, noise: int) -> Kernel:
-    first = len(_inputs(guided))
+    first = len(inputs_of(guided))
     columns = KEPT + history if keeps or history else PLAIN
 
     def plain(*args: Any) -> Any:
@@ -46,17 +51,19 @@ def _reverse_step(guided: bool, history: int, keeps: bool, noise: int) -> Kernel
 
     def backward(inputs: Tensors, call: Call, grads: Grads, needs: Needs) -> Grads | None:
         _, coefs, step, _, _ = call
-        (g,) = grads
-        assert g is not None
+        g, *left = grads
+        if noise == LEARNED and any(needs[first:]):
+            return None  # rare: through the reference
+        each = split_coefs(coefs)
         found: list[Tensor | None] = [None] * len(needs)
         if any(needs[:first]):
-            found[:first] = run_tuple(STEP_BACKWARD[guided], (g, *inputs[:first]), coefs, step)
-        if len(needs) > first and needs[first]:
-            found[first] = run(SCALE, (g,), (split_coefs(coefs)[5],), step)
+            found[:first] = _of_step(guided, g, left[0] if left else None, inputs, each, step)
+        if g is not None:
+            factors = [*each[13 : 13 + history], *[each[5]] * (noise == NOISY)]
+            for k, c in enumerate(factors, first):
+                if k < len(needs) and needs[k]:
+                    found[k] = run(SCALE, (g,), (c,), _at(step, c))
         return found
-
-    def through_reference(*_: Any) -> None:
-        return None  # rare
 
     names = [
         "reverse_step",
@@ -66,20 +73,40 @@ def _reverse_step(guided: bool, history: int, keeps: bool, noise: int) -> Kernel
         *["learned"] * (noise == LEARNED),
         *["noise"] * (noise != STILL),
     ]
-    inputs = _inputs(guided) + tuple(f"history_{k + 1}" for k in range(history))
+    inputs = inputs_of(guided) + tuple(f"history_{k + 1}" for k in range(history))
     kernel = Kernel(
         "_".join(names),
         inputs + _NOISE_INPUTS[noise],
         LEADING + STEP_COLUMNS[:columns] + ("s_0", "s_v") * (noise == LEARNED),
         outputs=1 + keeps,
         reference=plain,
-        backward=through_reference if history or noise == LEARNED else backward,
+        backward=backward,
     )
     return drawing(kernel) if noise else kernel
 
 
+def _of_step(
+    guided: bool, g: Tensor | None, left: Tensor | None, inputs: Tensors, each: Any, step: Step
+) -> Tensors:
+    """The gradients of x, m (and m_u), from those of x' and of h'."""
+    if g is None:  # h' alone: as if it were x'
+        g, left = left, None
+        each = [*each[:2], *each[10:13], 0.0, *each[6:10]]
+    assert g is not None
+    keeps = left is not None
+    grads = (g,) if left is None else (g, left)
+    coefs = tuple(each[: 2 + (KEPT if keeps else PLAIN)])
+    kernel = STEP_BACKWARD[guided, keeps]
+    return run_tuple(kernel, (*grads, *inputs[: 2 + guided]), coefs, _at(step, *coefs))
+
+
+def _at(step: Step, *coefs: Coef) -> Step:
+    """The step, if there is a table to read at it."""
+    return step if any(isinstance(c, Tensor) and c.ndim == 2 for c in coefs) else None
+
+
 def _log_prob(guided: bool) -> Kernel:
-    first = len(_inputs(guided))
+    first = len(inputs_of(guided))
 
     def plain(*args: Any, whole: bool) -> Tensor:
         x, m, *rest = args[: first + 1]
@@ -98,14 +125,15 @@ def _log_prob(guided: bool) -> Kernel:
         _, coefs, step, _, _ = call
         (g,) = grads
         assert g is not None
-        if needs[0] or needs[-1]:
-            return None  # of the samples themselves: rare, through the reference
-        found: Any = run(LOG_PROB_BACKWARD[guided], inputs, (*coefs, g), step)
+        of_samples = bool(needs[0] or needs[-1])
+        found: Any = run(LOG_PROB_BACKWARD[guided, of_samples], inputs, (*coefs, g), step)
+        if of_samples:
+            return list(found)
         return [None, *(found if guided else (found,)), None]
 
     return Kernel(
         "step_log_prob" + "_guided" * guided,
-        (*_inputs(guided), "x_next"),
+        (*inputs_of(guided), "x_next"),
         LEADING + STEP_COLUMNS[:PLAIN],
         outputs=0,
         sums=1,
@@ -130,21 +158,23 @@ SOLVER_STEP = {
     if key[1:3] == (0, False)
 }
 STEP_BACKWARD = {
-    guided: Kernel(
-        "reverse_step" + "_guided" * guided + "_backward",
-        ("grad", *_inputs(guided)),
-        LEADING + STEP_COLUMNS[:PLAIN],
+    (guided, keeps): Kernel(
+        "reverse_step" + "_guided" * guided + "_keep" * keeps + "_backward",
+        ("grad", *["grad_history"] * keeps, *inputs_of(guided)),
+        LEADING + STEP_COLUMNS[: KEPT if keeps else PLAIN],
         outputs=2 + guided,
     )
     for guided in _GUIDANCE
+    for keeps in (False, True)
 }
 STEP_LOG_PROB = {guided: _log_prob(guided) for guided in _GUIDANCE}
 LOG_PROB_BACKWARD = {
-    guided: Kernel(
-        "step_log_prob" + "_guided" * guided + "_backward",
-        (*_inputs(guided), "x_next"),
+    (guided, of_samples): Kernel(
+        "step_log_prob" + "_guided" * guided + "_backward" + "_all" * of_samples,
+        (*inputs_of(guided), "x_next"),
         (*LEADING, *STEP_COLUMNS[:PLAIN], "grad"),
-        outputs=1 + guided,
+        outputs=1 + guided + 2 * of_samples,
     )
     for guided in _GUIDANCE
+    for of_samples in (False, True)
 }

@@ -27,7 +27,7 @@ def per_sample(coef: Coef, like: Tensor) -> Coef:
     if not isinstance(coef, Tensor):
         return coef
     coef = coef.to(compute_dtype(like.dtype))
-    return coef if coef.ndim == 0 else coef.reshape(-1, *([1] * (like.ndim - 1)))
+    return coef if coef.ndim == 0 else coef.reshape([-1, *[1] * (like.ndim - 1)][: like.ndim])
 
 
 def _elementwise(
@@ -142,7 +142,9 @@ def reverse_step(
     s, m, x0 = _prediction(x, model_output, model_output_uncond, k, guidance_scale, threshold)
     y = _mix(k[0], k[1], k[2], s, m, x0)
     for c, h in zip(k[11:], history, strict=True):
-        y = y + c * h.to(compute)
+        # Where c is 0, h is not read, whatever it holds.
+        unread = torch.as_tensor(c, device=x.device) == 0
+        y = y + c * torch.where(unread, torch.zeros_like(s), h.to(compute))
     if noise is not None:
         deviation = k[3]
         if variance_output is not None:
@@ -185,13 +187,8 @@ def _prediction(
     threshold: Coef,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(x, m, x0) in the compute type; k as in `reverse_step`, beside the samples."""
-    compute = compute_dtype(x.dtype)
-    s, m = x.to(compute), model_output.to(compute)
-    if model_output_uncond is not None:
-        u = model_output_uncond.to(compute)
-        m = u + per_sample(guidance_scale, x) * (m - u)
-    x0 = k[4] * s + k[5] * m
-    bound = torch.as_tensor(per_sample(threshold, x), dtype=compute, device=x.device)
+    s, m, x0 = _said(x, model_output, model_output_uncond, k, guidance_scale)
+    bound = torch.as_tensor(per_sample(threshold, x), dtype=s.dtype, device=x.device)
     low, high = (torch.where(bound == 0, b, sign * bound) for b, sign in ((k[6], -1), (k[7], 1)))
     # where, not clamp: clamp's gradient at a bound and its handling of two tensor bounds differ
     # between versions
@@ -200,10 +197,63 @@ def _prediction(
     return s, m, x0 / torch.where(bound == 0, 1.0, bound)
 
 
+def _said(
+    x: Tensor,
+    model_output: Tensor,
+    model_output_uncond: Tensor | None,
+    k: Sequence[Coef],
+    guidance_scale: Coef,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same, x0 not clipped."""
+    compute = compute_dtype(x.dtype)
+    s, m = x.to(compute), model_output.to(compute)
+    if model_output_uncond is not None:
+        u = model_output_uncond.to(compute)
+        m = u + per_sample(guidance_scale, x) * (m - u)
+    return s, m, k[4] * s + k[5] * m
+
+
 def _mix(b_x: Coef, b_m: Coef, b_0: Coef, x: Tensor, m: Tensor, x0: Tensor) -> Tensor:
     # Where m has no part of its own, an infinite one is met by the clip, not by 0 · inf.
     absent = torch.as_tensor(b_m, device=m.device) == 0
     return b_x * x + b_m * torch.where(absent, torch.zeros_like(m), m) + b_0 * x0
+
+
+def x0_quantile(
+    x: Tensor,
+    model_output: Tensor,
+    coefs: Sequence[Coef],
+    ratio: Coef,
+    sample_max_value: Coef,
+    *,
+    guidance_scale: Coef = 1.0,
+    model_output_uncond: Tensor | None = None,
+    whole: bool = False,
+) -> Tensor:
+    """``min(max(quantile(|a_x x + a_m m|, ratio), 1), sample_max_value)`` of each sample.
+
+    ``m = m_u + w (m_c - m_u)``, coefs as in `reverse_step`. The quantile lies ``ratio (n - 1)``
+    from the first of n in order, as numpy's; only that an infinite neighbour does not make it nan.
+    """
+    k = [per_sample(c, x) for c in coefs]
+    _, _, x0 = _said(x, model_output, model_output_uncond, k, guidance_scale)
+    rows = x0.reshape(-1) if whole or x0.ndim == 0 else x0.unsqueeze(-1).flatten(1)
+    ordered, n = rows.abs().sort(-1).values.double(), rows.shape[-1]
+
+    def as_double(c: Coef) -> Tensor:
+        return torch.as_tensor(c, dtype=torch.float64, device=x.device)
+
+    at = (as_double(ratio) * (n - 1)).clamp(0, n - 1).expand(rows.shape[:-1])
+    rank = at.floor().long()
+    a, b = (
+        ordered.gather(-1, i.clamp(max=n - 1).unsqueeze(-1)).squeeze(-1) for i in (rank, rank + 1)
+    )
+    quantile = torch.where((at == rank) | (a == b), a, a + (at - rank) * (b - a))
+    last = ordered[..., -1]
+    quantile = torch.where(last.isnan(), last, quantile)
+    threshold = torch.where(quantile < 1, torch.ones_like(quantile), quantile)
+    most = as_double(sample_max_value).expand(rows.shape[:-1])
+    return torch.where(threshold > most, most, threshold).to(x0.dtype)
 
 
 # ---- Gaussians ---------------------------------------------------------------------------------

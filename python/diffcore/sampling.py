@@ -8,7 +8,29 @@ from typing import Any
 
 from torch import Tensor
 
-from ._loop import Callback, Model, StepNoise, or_drawn, walk
+from ._capture import CapturedSampler as CapturedSampler
+from ._capture import capture as capture
+from ._k_diffusion import sample_dpm_2 as sample_dpm_2
+from ._k_diffusion import sample_dpm_2_ancestral as sample_dpm_2_ancestral
+from ._k_diffusion import sample_dpmpp_2m as sample_dpmpp_2m
+from ._k_diffusion import sample_dpmpp_2m_sde as sample_dpmpp_2m_sde
+from ._k_diffusion import sample_dpmpp_2s_ancestral as sample_dpmpp_2s_ancestral
+from ._k_diffusion import sample_dpmpp_3m_sde as sample_dpmpp_3m_sde
+from ._k_diffusion import sample_dpmpp_sde as sample_dpmpp_sde
+from ._k_diffusion import sample_euler as sample_euler
+from ._k_diffusion import sample_euler_ancestral as sample_euler_ancestral
+from ._k_diffusion import sample_heun as sample_heun
+from ._k_diffusion import sample_lms as sample_lms
+from ._loop import (
+    Callback,
+    Model,
+    StepNoise,
+    check_samples,
+    or_drawn,
+    thresholding,
+    walk,
+)
+from .noise import PhiloxNoise
 from .solvers import SolverTable
 
 
@@ -62,20 +84,24 @@ def sample(
     """
     if not isinstance(table, SolverTable):
         raise TypeError(f"table must be a SolverTable, got {type(table).__name__}")
-    if not isinstance(x, Tensor) or not x.is_floating_point() or x.ndim == 0:
-        what = f"{x.dtype} {list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
-        raise TypeError(f"x must be a tensor of floating point numbers [B, ...], got {what}")
+    check_samples(x)
+    if noise is not None and not isinstance(noise, (Tensor, PhiloxNoise)) and not callable(noise):
+        raise TypeError(
+            "noise must be a tensor, a PhiloxNoise or a function (r, x) -> noise, "
+            f"got {type(noise).__name__}"
+        )
     if uncond_kwargs is not None and guidance_scale is None:
         raise ValueError("uncond_kwargs is given; wanted a guidance_scale with it")
     return walk(
         model,
         x,
         table,
-        or_drawn(noise, x) if noise is None or isinstance(noise, Tensor) else noise,
+        or_drawn(None, x) if noise is None else noise,
         guidance_scale=guidance_scale,
         model_kwargs=model_kwargs,
         uncond_kwargs=uncond_kwargs,
-        threshold=None,
+        threshold=thresholding(dynamic_thresholding_ratio, sample_max_value, guidance_scale),
         callback=callback,
         progress=progress,
+        noise_name="noise",
     )

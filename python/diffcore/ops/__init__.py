@@ -39,6 +39,7 @@ from .linear import (
 )
 from .loss import denoising_loss
 from .steps import ddim_step, ddpm_step, reverse_step, step_log_prob
+from .threshold import dynamic_threshold
 
 __all__ = [
     "PREDICTION_TYPES",
@@ -47,6 +48,7 @@ __all__ = [
     "ddim_step",
     "ddpm_step",
     "denoising_loss",
+    "dynamic_threshold",
     "gaussian_nll",
     "linear_combination",
     "normal_kl",

@@ -87,28 +87,33 @@ def reverse_step(
         raise ValueError("return_log_prob goes with neither out, history nor variance_output")
     if out is not None and (return_history or len(earlier) > 1):
         raise ValueError("out goes with neither return_history nor more than one h")
-    tensors, leading = _leading(x, model_output, model_output_uncond, guidance_scale, threshold)
-    guided = len(tensors) == 3
     reads, keeps = len(earlier), return_history or len(earlier) > 1
-    if variance_output is not None:
+    if variance_output is None:
+        columns = columns_of(first_columns(coefficients, columns_read(reads, keeps)), reads, keeps)
+        found = take(
+            x,
+            model_output,
+            columns,
+            earlier,
+            keeps,
+            t,
+            noise,
+            model_output_uncond,
+            guidance_scale,
+            threshold,
+            out,
+        )
+    else:
         if noise is None or reads or keeps:
             raise ValueError("variance_output goes with noise and without history")
         assert variance_coefficients is not None
-        kernel = k.REVERSE_STEP[guided, 0, False, k.LEARNED]
-        coefs = _columns(coefficients, k.PLAIN)
-        coefs += _columns(variance_coefficients, 2, "variance_coefficients")
-        tensors = (*tensors, variance_output)
-    elif not reads and not keeps:
-        kernel = k.REVERSE_STEP[guided, 0, False, noise is not None]
-        coefs = _columns(coefficients, k.PLAIN)
-    else:
-        # An instance may read more than there is: x, with a factor of 0.
-        instance = 1 if reads <= 1 else k.MOST_HISTORY
-        missing = instance - reads
-        kernel = k.REVERSE_STEP[guided, instance, keeps, noise is not None]
-        coefs = (*_columns(coefficients, k.KEPT + reads), *(0.0,) * missing)
-        tensors = (*tensors, *earlier, *(x,) * missing)
-    found = _launch(kernel, tensors, (*leading, *coefs), t, noise, out)
+        tensors, leading = leading_of(
+            x, model_output, model_output_uncond, guidance_scale, threshold
+        )
+        kernel = k.REVERSE_STEP[len(tensors) == 3, 0, False, k.LEARNED]
+        columns = first_columns(coefficients, k.PLAIN)
+        columns += first_columns(variance_coefficients, 2, "variance_coefficients")
+        found = _launch(kernel, (*tensors, variance_output), (*leading, *columns), t, noise, out)
     if keeps and not return_history:
         found = found[0]
     if return_log_prob:
@@ -161,13 +166,13 @@ def step_log_prob(
 
     Source: Black et al. 2023 (arXiv 2305.13301), section 4.
     """
-    row = _columns(coefficients, k.PLAIN)
-    tensors, leading = _leading(x, model_output, model_output_uncond, guidance_scale, threshold)
+    row = first_columns(coefficients, k.PLAIN)
+    tensors, leading = leading_of(x, model_output, model_output_uncond, guidance_scale, threshold)
     kernel = k.STEP_LOG_PROB[len(tensors) == 3]
     return run(kernel, (*tensors, x_next), (*leading, *row), t)
 
 
-def _leading(
+def leading_of(
     x: Tensor,
     model_output: Tensor,
     model_output_uncond: Tensor | None,
@@ -207,7 +212,43 @@ def _launch(
     return noised(kernel, tensors, noise, coefs, t, out)
 
 
-def _columns(row: Row, columns: int, name: str = "coefficients") -> tuple[Coef, ...]:
+def take(
+    x: Tensor,
+    model_output: Tensor,
+    columns: tuple[Coef, ...],
+    history: tuple[Tensor, ...],
+    keeps: bool,
+    t: Step,
+    noise: Noise | None,
+    model_output_uncond: Tensor | None,
+    guidance_scale: Coef | None,
+    threshold: Coef | None,
+    out: Tensor | None = None,
+) -> Any:
+    """`reverse_step` with its columns as `columns_of` leaves them, and no further options."""
+    tensors, leading = leading_of(x, model_output, model_output_uncond, guidance_scale, threshold)
+    guided, reads, noisy = len(tensors) == 3, len(history), noise is not None
+    if reads or keeps:
+        instance = k.instance(reads)
+        kernel = k.REVERSE_STEP[guided, instance, keeps, noisy]
+        tensors = (*tensors, *history, *(x,) * (instance - reads))
+    else:
+        kernel = k.REVERSE_STEP[guided, 0, False, noisy]
+    return _launch(kernel, tensors, leading + columns, t, noise, out)
+
+
+def columns_read(reads: int, keeps: bool) -> int:
+    """How many columns a step needs that reads so many h, and maybe keeps one."""
+    return k.KEPT + reads if reads or keeps else k.PLAIN
+
+
+def columns_of(columns: tuple[Coef, ...], reads: int, keeps: bool) -> tuple[Coef, ...]:
+    """The columns that a step needs, and zeros for what its kernel could read beyond."""
+    missing = k.instance(reads) - reads if reads or keeps else 0
+    return (*columns, *(0.0,) * missing)
+
+
+def first_columns(row: Row, columns: int, name: str = "coefficients") -> tuple[Coef, ...]:
     """The first columns of a table, or the first numbers of a row."""
     widths = (columns,) if columns == 2 else (columns, _ALL) if columns == k.PLAIN else (_ALL,)
     if isinstance(row, tuple):
@@ -281,7 +322,7 @@ def ddpm_step(
         clip_range=clip_range,
     )
     row = _row(table, x_t)
-    tensors, leading = _leading(x_t, model_output, model_output_uncond, guidance_scale, None)
+    tensors, leading = leading_of(x_t, model_output, model_output_uncond, guidance_scale, None)
     kernel = k.SOLVER_STEP[len(tensors) == 3, 0, False, noise is not None]
     x_prev: Tensor = _launch(kernel, tensors, (*leading, *row), None, noise, out)
     return x_prev
@@ -341,7 +382,7 @@ def ddim_step(
         clip_range=clip_range,
     )
     row = _row(table, x_t)
-    tensors, leading = _leading(x_t, model_output, model_output_uncond, guidance_scale, None)
+    tensors, leading = leading_of(x_t, model_output, model_output_uncond, guidance_scale, None)
     kernel = k.SOLVER_STEP[len(tensors) == 3, 0, False, noise is not None]
     x_prev: Tensor = _launch(kernel, tensors, (*leading, *row), None, noise, out)
     return x_prev

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..coefficients import STEP_COLUMNS, Coef, check_choice
 from ..noise import PhiloxNoise
 from ..ops import reverse_step
+from ..ops.steps import columns_of, columns_read, take
 
 COLUMNS = STEP_COLUMNS
 _E, _C = slice(8, 11), slice(11, 14)  # e_x, e_m, e_0; c_1, c_2, c_3
@@ -22,6 +23,7 @@ class Row(NamedTuple):
     """A row as numbers, and what it touches."""
 
     coefficients: tuple[float, ...]
+    columns: tuple[Coef, ...]  # those of them that its kernel needs
     sigma: float
     input_scale: float
     step: int
@@ -94,8 +96,10 @@ class SolverTable:
             strict=True,
         ):
             reads = max((k for k in (1, 2, 3) if c[_C][k - 1] != 0), default=0)
-            begins, keeps, noisy = step != before, any(c[_E]), c[3] != 0
-            rows.append(Row(tuple(c), sigma, scale, step, begins, reads, keeps, noisy))
+            keeps = any(c[_E]) or reads > 1  # of those that read more there is no other kernel
+            columns = columns_of(tuple(c[: columns_read(reads, keeps)]), reads, keeps)
+            begins, noisy = step != before, c[3] != 0
+            rows.append(Row(tuple(c), columns, sigma, scale, step, begins, reads, keeps, noisy))
             before = step
         object.__setattr__(self, "rows", tuple(rows))
 
@@ -150,33 +154,40 @@ class SolverTable:
         Raises:
             ValueError: No such row, too short a history, or as ``ops.reverse_step``.
         """
-        coefficients: Tensor | tuple[float, ...]
+        columns: tuple[Coef, ...]
         if isinstance(i, Tensor):
-            coefficients, t = self.to(i.device).coefficients, i
-            reads, keeps, noisy = self.history, self.history > 0, self.stochastic
+            reads, keeps, noisy, t = self.history, self.history > 0, self.stochastic, i
             history = (*history, *(x,) * (reads - len(history)))
+            read = self.to(i.device).coefficients[:, : columns_read(reads, keeps)]
+            columns = columns_of((read,), reads, keeps)
+        elif 0 <= i < len(self.rows):
+            row, t = self.rows[i], None
+            columns, reads, keeps, noisy = row.columns, row.reads, row.keeps, row.noisy
         else:
-            coefficients, *_, reads, keeps, noisy = self.rows[i]
-            t = None
+            raise ValueError(f"i must be a row of {self.name}, 0 .. {len(self) - 1}, got {i}")
         if len(history) < reads:
             raise ValueError(
                 f"row {i} of {self.name} reads {reads} tensors of history, got {len(history)}: "
                 "hand on what the step before returned"
             )
-        if noisy and noise is None:
+        if not noisy:
+            noise = None
+        elif noise is None:
             raise ValueError(f"row {i} of {self.name} adds noise, got none")
-        found = reverse_step(
+        found = take(
             x,
             model_output,
-            coefficients,
-            t=t,
-            noise=noise if noisy else None,
-            model_output_uncond=model_output_uncond,
-            guidance_scale=guidance_scale,
-            threshold=threshold,
-            history=history[:reads],
-            return_history=keeps,
+            columns,
+            tuple(history[:reads]),
+            keeps,
+            t,
+            noise,
+            model_output_uncond,
+            guidance_scale,
+            threshold,
         )
+        if not self.history:
+            return found, ()
         if not keeps:
             return found, (x, *history)[: self.history]  # in its place, something that nobody reads
         x_next, left = found
@@ -236,7 +247,9 @@ class SolverTable:
         Returns:
             This table, if it is there, else a copy.
         """
-        device = torch.empty(0, device=device).device  # "cuda" is the current CUDA device
+        device = torch.device(device)
+        if device.index is None and device.type != "cpu":
+            device = torch.empty(0, device=device).device  # "cuda" is the current CUDA device
         if self.coefficients.device == device:
             return self
         copy = self._copies.get(device)
