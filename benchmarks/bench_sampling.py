@@ -58,11 +58,14 @@ def loops(walk: Walk, model: Model, start: Tensor, notes: list[str]) -> dict[str
     if has_diffusers():
         found["diffusers"] = partial(walk.diffusers(device), model, start)
     if device.type == "cuda":
-        try:
-            found["diffcore, captured"] = captured(walk, model, start)
-            found["eager, captured"] = graphed(by_hand, device)
-        except (RuntimeError, AttributeError) as error:
-            notes.append(f"no CUDA graphs: {error}")
+        for name, record in (
+            ("diffcore, captured", partial(captured, walk, model, start)),
+            ("eager, captured", partial(graphed, by_hand, device)),
+        ):
+            try:
+                found[name] = record()
+            except (RuntimeError, AttributeError) as error:
+                notes.append(f"{name}: {error}")
     return {name: [call] for name, call in found.items()}
 
 
