@@ -35,7 +35,7 @@ from benchmarks.timing import Budget, Call, interleave
 from benchmarks.walks import NO_DIFFUSERS, TRAINING_STEPS, Model, Noises, Walk, has_diffusers
 from diffcore import PhiloxNoise, sample
 
-KINDS = ("DDPM", "DDIM", "DPM++ 2M", "Euler")
+KINDS = ("DDPM", "DPM++ 2M", "Euler")
 STEPS = 50
 SHAPES = {"cpu": [(1, 4, 8, 8), (64, 3, 32, 32)], "cuda": [(1, 4, 64, 64), (64, 3, 256, 256)]}
 UNET = {"cpu": [(5, (64, 1, 28, 28))], "cuda": [(50, (1, 1, 28, 28)), (50, (64, 1, 28, 28))]}
