@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -113,13 +114,24 @@ def test_rows_apart_by_any_stride(dtype: torch.dtype, device: str) -> None:
         assert_same_bits(found, wanted)
 
 
-def test_in_place_over_a_part_of_an_input(device: str) -> None:
-    """x' over the first rows of the tensor that m is a part of: nothing is read after it went."""
+@pytest.mark.parametrize(
+    ("read", "written"),
+    [
+        (lambda both: both[::2], slice(4, 8)),  # beyond as many rows as m has
+        (lambda both: both[::2], slice(0, 4)),
+        (lambda both: both[:1].expand(4, -1, -1, -1), slice(0, 4)),  # from the same address
+        (lambda both: both[3:4].expand(4, -1, -1, -1), slice(0, 4)),
+    ],
+    ids=["behind", "every other", "one for all", "the last for all"],
+)
+def test_out_over_a_part_of_an_input(
+    read: Callable[[Tensor], Tensor], written: slice, device: str
+) -> None:
+    """Nothing is read after it was written over."""
     both = torch.randn(8, 3, 5, 7, device=device)
     x, _ = tensors(2, device)
-    m = both[::2]
+    m, out = read(both), both[written]
     wanted = ops.reverse_step(x, m.clone(), step_table().to(device), t=3)
-    out = both[:4]
     assert ops.reverse_step(x, m, step_table().to(device), t=3, out=out) is out
     assert_same_bits(out, wanted)
 
