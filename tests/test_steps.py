@@ -244,10 +244,9 @@ def test_what_does_not_go_together() -> None:
     learned: dict[str, Any] = {"variance_output": h, "variance_coefficients": (0.0, 1.0)}
     refused(ValueError, "goes with noise", step, x, m, table, t=0, **learned)
     refused(ValueError, "without history", step, x, m, table, t=0, noise=z, history=[h], **learned)
-    refused(ValueError, "return_log_prob", step, x, m, table, t=0, return_log_prob=True, out=h)
-    refused(
-        ValueError, "return_log_prob", step, x, m, table, t=0, return_log_prob=True, history=[h]
-    )
+    for option in ({"out": h}, {"history": [h]}, {"return_history": True}, {**learned, "noise": z}):
+        wanted = "return_log_prob goes with neither"
+        refused(ValueError, wanted, step, x, m, table, t=0, return_log_prob=True, **option)
     refused(ValueError, "out goes", step, x, m, table, t=0, return_history=True, out=z)
     refused(ValueError, "two batches", step, x, m, table, t=0, guidance_scale=2.0)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,6 +23,8 @@ from .solvers import NoiseLevels, SolverTable, ddim_table, ddpm_table
 
 # Copies kept: a few samplers on a few devices, not every combination ever asked for.
 _MAX_TABLES = 64
+
+Kept = TypeVar("Kept")
 
 
 class DiffusionTables:
@@ -100,16 +102,21 @@ class DiffusionTables:
         self, key: tuple[Any, ...], build: Callable[[], Coef], device: torch.device
     ) -> Tensor:
         """A float64 table on a device: built and moved at the first call, found at every other."""
-        key = (*key, device)
-        table = self._tables.get(key)
-        if table is None:
-            if len(self._tables) >= _MAX_TABLES:
-                self._tables.clear()
+        return self._kept(
+            self._tables, (*key, device), lambda: torch.as_tensor(build()).to(device, copy=True)
+        )
+
+    def _kept(
+        self, known: dict[tuple[Any, ...], Kept], key: tuple[Any, ...], build: Callable[[], Kept]
+    ) -> Kept:
+        found = known.get(key)
+        if found is None:
+            if len(known) >= _MAX_TABLES:
+                known.clear()
             # A table made under inference_mode could not serve a training step later.
             with torch.inference_mode(False):
-                table = torch.as_tensor(build()).to(device, copy=True)
-            self._tables[key] = table
-        return table
+                found = known[key] = build()
+        return found
 
     def _named_table(self, name: str, device: torch.device) -> Tensor:
         return self._table((name,), lambda: getattr(self, name), device)
@@ -144,7 +151,7 @@ class DiffusionTables:
                 clip_range=clip,
             )
 
-        return self._solver(("ddpm", rows, clip), build)
+        return self._kept(self._solvers, ("ddpm", rows, clip), build)
 
     def _ddim(
         self, rows: tuple[int, ...] | None, clip: float | None, eta: float, rederive_epsilon: bool
@@ -158,7 +165,7 @@ class DiffusionTables:
                 clip_range=clip,
             )
 
-        return self._solver(("ddim", rows, clip, eta, rederive_epsilon), build)
+        return self._kept(self._solvers, ("ddim", rows, clip, eta, rederive_epsilon), build)
 
     def _levels(self, rows: tuple[int, ...] | None) -> NoiseLevels:
         """The walk down all timesteps, or some; the model is told those of the training."""
@@ -166,16 +173,6 @@ class DiffusionTables:
         levels = NoiseLevels.from_schedule(self.schedule, falling)
         told = self._model_timesteps(rows, torch.device("cpu")).flip(0)
         return replace(levels, timesteps=told)
-
-    def _solver(self, key: tuple[Any, ...], build: Callable[[], SolverTable]) -> SolverTable:
-        table = self._solvers.get(key)
-        if table is None:
-            if len(self._solvers) >= _MAX_TABLES:
-                self._solvers.clear()
-            with torch.inference_mode(False):
-                table = build()
-            self._solvers[key] = table
-        return table
 
     def _ddpm_table(self, clip: float | None, device: torch.device) -> Tensor:
         """The rows of the walk down all timesteps, in the order of these."""

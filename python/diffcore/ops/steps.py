@@ -83,7 +83,8 @@ def reverse_step(
         raise ValueError(f"history has {len(earlier)} tensors; wanted at most {k.MOST_HISTORY}")
     if (variance_output is None) != (variance_coefficients is None):
         raise ValueError("variance_output and variance_coefficients come together; got one")
-    if return_log_prob and (out is not None or earlier or variance_output is not None):
+    more = bool(earlier) or return_history
+    if return_log_prob and (out is not None or more or variance_output is not None):
         raise ValueError("return_log_prob goes with neither out, history nor variance_output")
     if out is not None and (return_history or len(earlier) > 1):
         raise ValueError("out goes with neither return_history nor more than one h")
