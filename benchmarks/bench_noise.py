@@ -43,7 +43,7 @@ from benchmarks.contest import (
     input_sets,
     make_inputs,
 )
-from benchmarks.machine import RESULTS, ROOT
+from benchmarks.machine import ROOT
 from benchmarks.timing import Budget, interleave
 from diffcore import PhiloxNoise, _native, _philox, ops
 
@@ -342,13 +342,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, help="of timing, for each row")
     parser.add_argument("--no-compile", action="store_true", help="without torch.compile")
     args = parser.parse_args(argv)
-    wrong = False
-    for device in report.devices(args.device):
-        _native.warm_up(device)
-        section = measure(device, args)
-        report.finish({"noise": section}, device, args.out or RESULTS, argv)
-        wrong |= bool(section["refused"])
-    return int(wrong)
+    return report.on_each_device(lambda d: {"noise": measure(d, args)}, args, argv)
 
 
 if __name__ == "__main__":

@@ -36,7 +36,6 @@ from benchmarks.contest import (
     input_sets,
     make_inputs,
 )
-from benchmarks.machine import RESULTS
 from benchmarks.timing import Budget, Timing, call_overhead, interleave
 from diffcore import _native
 
@@ -280,11 +279,9 @@ def settings_of(args: argparse.Namespace, device: torch.device) -> Settings:
 def main(argv: Sequence[str] | None = None) -> int:
     """Measures, prints and writes; 1 if a result was refused."""
     args = parse(argv)
-    wrong = False
-    for device in report.devices(args.device):
-        settings = settings_of(args, device)
-        _native.warm_up(device)
-        sections = {}
+
+    def measure(device: torch.device) -> dict[str, dict[str, Any]]:
+        settings, sections = settings_of(args, device), {}
         if args.only in (None, "overhead"):
             quick = Budget(min(0.3, settings.budget.seconds), 0.02, min_rounds=5)
             sections["overhead"] = time_overhead(dataclasses.replace(settings, budget=quick))
@@ -292,9 +289,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             sections["memory"] = memory.measure(device, settings.shapes[-1])
         if args.only in (None, "ops"):
             sections["ops"] = time_ops(settings)
-        report.finish(sections, device, args.out or RESULTS, argv)
-        wrong |= any(section.get("refused") for section in sections.values())
-    return int(wrong)
+        return sections
+
+    return report.on_each_device(measure, args, argv)
 
 
 __all__ = ["OPS", "main", "time_op", "time_ops"]

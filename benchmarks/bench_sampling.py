@@ -30,7 +30,6 @@ import diffcore
 from benchmarks import report
 from benchmarks.bench_training import row
 from benchmarks.contest import WrongResultError, check_outputs
-from benchmarks.machine import RESULTS
 from benchmarks.timing import Budget, Call, interleave
 from benchmarks.walks import NO_DIFFUSERS, TRAINING_STEPS, Model, Noises, Walk, has_diffusers
 from diffcore import PhiloxNoise, sample
@@ -207,9 +206,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     report.add_common_arguments(parser)
     parser.add_argument("--seconds", type=float, help="of timing, for each row")
     args = parser.parse_args(argv)
-    for device in report.devices(args.device):
-        report.finish({"sampling": measure(device, args)}, device, args.out or RESULTS, argv)
-    return 0
+    return report.on_each_device(lambda d: {"sampling": measure(d, args)}, args, argv)
 
 
 if __name__ == "__main__":

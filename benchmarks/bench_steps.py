@@ -34,10 +34,10 @@ from torch import Tensor
 from benchmarks import report
 from benchmarks.bench_ops import DTYPES, derived
 from benchmarks.contest import WrongResultError, check_outputs, copy_calls
-from benchmarks.machine import RESULTS, last_level_cache, why_no_compile
+from benchmarks.machine import last_level_cache, why_no_compile
 from benchmarks.timing import Budget, Call, interleave
 from benchmarks.walks import NO_DIFFUSERS, Walk, has_diffusers
-from diffcore import PhiloxNoise, _native, ops
+from diffcore import PhiloxNoise, ops
 
 STEPS, AT = 50, 25
 SCALE = 7.5
@@ -333,13 +333,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, help="of timing, for each row")
     parser.add_argument("--no-compile", action="store_true", help="without torch.compile")
     args = parser.parse_args(argv)
-    wrong = False
-    for device in report.devices(args.device):
-        _native.warm_up(device)
-        section = measure(device, args)
-        report.finish({"steps": section}, device, args.out or RESULTS, argv)
-        wrong |= bool(section["refused"])
-    return int(wrong)
+    return report.on_each_device(lambda d: {"steps": measure(d, args)}, args, argv)
 
 
 if __name__ == "__main__":

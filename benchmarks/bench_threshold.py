@@ -24,7 +24,6 @@ import torch
 from benchmarks import report
 from benchmarks.bench_ops import DTYPES, time_op
 from benchmarks.contest import Compiler, OpCase, WrongResultError
-from benchmarks.machine import RESULTS
 from benchmarks.timing import Budget
 from diffcore import _native, ops
 
@@ -99,13 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, help="of timing, for each row")
     parser.add_argument("--no-compile", action="store_true", help="without torch.compile")
     args = parser.parse_args(argv)
-    wrong = False
-    for device in report.devices(args.device):
-        _native.warm_up(device)
-        section = measure(device, args)
-        report.finish({"threshold": section}, device, args.out or RESULTS, argv)
-        wrong |= bool(section["refused"])
-    return int(wrong)
+    return report.on_each_device(lambda d: {"threshold": measure(d, args)}, args, argv)
 
 
 if __name__ == "__main__":

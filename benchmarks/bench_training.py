@@ -28,7 +28,7 @@ from torch import Tensor
 
 from benchmarks import memory, report
 from benchmarks.contest import check_outputs
-from benchmarks.machine import RESULTS, why_no_compile
+from benchmarks.machine import why_no_compile
 from benchmarks.timing import Budget, Call, interleave
 from diffcore import PhiloxNoise, ops
 from diffcore.diffusion import GaussianDiffusion
@@ -282,9 +282,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, help="of timing, for each row")
     parser.add_argument("--no-compile", action="store_true", help="without torch.compile")
     args = parser.parse_args(argv)
-    for device in report.devices(args.device):
-        report.finish({"training": measure(device, args)}, device, args.out or RESULTS, argv)
-    return 0
+    return report.on_each_device(lambda d: {"training": measure(d, args)}, args, argv)
 
 
 if __name__ == "__main__":

@@ -60,6 +60,27 @@ def devices(name: str) -> list[torch.device]:
     return [torch.device("cuda", device.index or 0)]
 
 
+def on_each_device(
+    measure: Callable[[torch.device], Mapping[str, Mapping[str, Any]]],
+    args: argparse.Namespace,
+    argv: Sequence[str] | None,
+) -> int:
+    """Measures, prints and writes; 1 if a result was refused.
+
+    Args:
+        measure: gives the sections of a device, by name.
+        args: the common arguments, parsed.
+        argv: as for `finish`.
+    """
+    wrong = False
+    for device in devices(args.device):
+        _native.warm_up(device)
+        sections = measure(device)
+        finish(sections, device, args.out or machine.RESULTS, argv)
+        wrong |= any(section.get("refused") for section in sections.values())
+    return int(wrong)
+
+
 def progress(text: str) -> None:
     """Shows one line of progress in place, on a terminal only."""
     if sys.stderr.isatty():
