@@ -216,6 +216,17 @@ def test_a_step_and_the_probability_of_what_it_stored(
     assert log_prob.dtype == torch.float32
 
 
+def test_what_was_sampled_is_a_constant_to_its_probability(device: str) -> None:
+    x, m, z = tensors(3, device)
+    m.requires_grad_()
+    table = step_table().to(device)
+    after, log_prob = ops.reverse_step(x, m, table, t=3, noise=z, return_log_prob=True)
+    (found,) = torch.autograd.grad(log_prob.sum(), m)
+    again = ops.step_log_prob(x, m, after.detach(), table, t=3)
+    assert_same_bits(found, torch.autograd.grad(again.sum(), m))
+    assert found.any()
+
+
 def test_the_gradient_of_m_alone_is_one_launch(monkeypatch: pytest.MonkeyPatch) -> None:
     x, m, after, u = tensors(4)
     m.requires_grad_()
