@@ -16,10 +16,10 @@ from .coefficients import (
     check_choice,
     parse_clip_range,
     posterior_coefficients,
-    x0_coefficients,
 )
 from .schedules import TIMESTEP_SPACINGS, NoiseSchedule, check_betas, respaced_timesteps
 from .solvers import NoiseLevels, SolverTable, ddim_table, ddpm_table
+from .solvers.table import TO_X0
 
 # Copies kept: a few samplers on a few devices, not every combination ever asked for.
 _MAX_TABLES = 64
@@ -132,12 +132,8 @@ class DiffusionTables:
         """Coefficients of a ``reverse_step`` that stops at the clipped x_0."""
 
         def build() -> Tensor:
-            low, high = parse_clip_range(clip)
-            alpha, sigma = self.schedule.alpha, self.schedule.sigma
-            table = torch.zeros(self.num_timesteps, 8, dtype=torch.float64)
-            a_x, a_m = x0_coefficients(alpha, sigma, self.prediction_type)
-            table[:, 2] = 1
-            table[:, 4], table[:, 5], table[:, 6], table[:, 7] = a_x, a_m, low, high
+            table = self._ddpm(None, clip).coefficients.flip(0)
+            table[:, :4] = torch.tensor(TO_X0)
             return table
 
         return self._table(("x0", clip), build, device)

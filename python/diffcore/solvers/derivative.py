@@ -13,8 +13,9 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from .._step import MOST_HISTORY
 from .levels import Level, NoiseLevels, as_levels
-from .rows import MAX_HISTORY, Rows, ancestral, at_least_zero, check_order, toward
+from .rows import Rows, ancestral, at_least_zero, check_order, toward
 from .table import SolverTable
 
 Levels = NoiseLevels | Tensor | Sequence[float]
@@ -249,7 +250,7 @@ def lms_table(
     Source:
         Liu et al. 2022 (arXiv 2202.09778) eq. 12 for equal steps; k-diffusion's ``sample_lms``.
     """
-    check_order(order, MAX_HISTORY + 1)
+    check_order(order, MOST_HISTORY + 1)
     walk = as_levels(levels)
     straight = _straight(walk, "lms_table")
     rows = Rows("lms", walk, prediction_type, clip_range)

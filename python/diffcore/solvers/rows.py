@@ -9,10 +9,7 @@ from torch import Tensor
 
 from ..coefficients import PREDICTION_TYPES, STEP_COLUMNS, check_choice, parse_clip_range
 from .levels import Level, NoiseLevels
-from .table import SolverTable
-
-MAX_HISTORY = 3
-_KEPT, _READ = slice(8, 11), slice(11, 14)  # e_x, e_m, e_0; c_1, c_2, c_3
+from .table import KEPT, READ, SolverTable
 
 
 class Rows:
@@ -90,11 +87,11 @@ class Rows:
         """
         rows = [[row.get(name, 0.0) for name in STEP_COLUMNS] for row in self._rows]
         coefficients = torch.tensor(rows, dtype=torch.float64)
-        read = coefficients[:, _READ] != 0
+        read = coefficients[:, READ] != 0
         for r in range(len(rows)):
             later = [read[r + k, k - 1] for k in (1, 2, 3) if r + k < len(rows)]
             if not any(later):
-                coefficients[r, _KEPT] = 0
+                coefficients[r, KEPT] = 0
         history = max((k for k in (1, 2, 3) if bool(read[:, k - 1].any())), default=0)
         told = torch.tensor([level.timestep for level in self._called], dtype=torch.float64)
         if self._levels.timesteps.dtype == torch.int64 and bool((told == told.round()).all()):

@@ -15,7 +15,8 @@ from ..ops import reverse_step
 from ..ops.steps import columns_of, columns_read, take
 
 COLUMNS = STEP_COLUMNS
-_E, _C = slice(8, 11), slice(11, 14)  # e_x, e_m, e_0; c_1, c_2, c_3
+KEPT, READ = slice(8, 11), slice(11, 14)  # e_x, e_m, e_0; c_1, c_2, c_3
+TO_X0 = (0.0, 0.0, 1.0, 0.0)  # c_x, c_m, c_0, c_z of a step that stops at the predicted x_0
 Noise = Tensor | PhiloxNoise
 
 
@@ -95,8 +96,8 @@ class SolverTable:
             self.step_index.tolist(),
             strict=True,
         ):
-            reads = max((k for k in (1, 2, 3) if c[_C][k - 1] != 0), default=0)
-            keeps = any(c[_E]) or reads > 1  # of those that read more there is no other kernel
+            reads = max((k for k in (1, 2, 3) if c[READ][k - 1] != 0), default=0)
+            keeps = any(c[KEPT]) or reads > 1  # of those that read more there is no other kernel
             columns = columns_of(tuple(c[: columns_read(reads, keeps)]), reads, keeps)
             begins, noisy = step != before, c[3] != 0
             rows.append(Row(tuple(c), columns, sigma, scale, step, begins, reads, keeps, noisy))
@@ -219,7 +220,7 @@ class SolverTable:
         x0: Tensor = reverse_step(
             x,
             model_output,
-            (0.0, 0.0, 1.0, 0.0, *self.rows[i].coefficients[4:8]),
+            (*TO_X0, *self.rows[i].coefficients[4:8]),
             model_output_uncond=model_output_uncond,
             guidance_scale=guidance_scale,
             threshold=threshold,
