@@ -202,8 +202,8 @@ def shared_object() -> Path:
 
 
 def test_binary_is_small() -> None:
-    # The wheel, a compressed binary and a little Python, must stay under 4 MB; `make wheel` holds
-    # the wheel itself to that. A development build for one architecture is well below.
+    # `make wheel` holds the wheel, a compressed binary and a little Python, to a size of its own
+    # (tools/check_wheel.py). A development build is not for more architectures.
     assert shared_object().stat().st_size < 16_000_000
 
 
@@ -237,4 +237,4 @@ def test_instruction_set_objects_share_no_code() -> None:
                 assert f"8diffcore2{isa}" in name, f"{path} defines {name}"
             elif kind == "U":
                 # of libm, for double; of libc, which knows the CPU
-                assert name in ("exp", "memcpy", "memset"), f"{path} needs {name}"
+                assert name in ("exp", "log", "memcpy", "memset"), f"{path} needs {name}"
