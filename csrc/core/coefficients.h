@@ -2,6 +2,7 @@
 #pragma once
 
 #include "core/macros.h"
+#include "core/op.h"
 #include "core/task.h"
 
 DC_KERNEL_NAMESPACE_BEGIN
@@ -24,11 +25,17 @@ DC_HD R load_coef(const Coef& coef, int64_t row, int64_t step) {
                         : R(static_cast<const float*>(coef.data)[at]);
 }
 
-template <int kCoefs, class R>
+template <class Op, class R>
+DC_HD void prepare(R* c) {
+  if constexpr (kPrepares<Op>) Op::prepare(c);
+}
+
+template <class Op, class R>
 DC_HD void load_coefs(const Task& task, int64_t row, R* c) {
   int64_t step = task.steps ? step_of(task, row) : 0;
   DC_UNROLL
-  for (int k = 0; k < kCoefs; ++k) c[k] = load_coef<R>(task.coef[k], row, step);
+  for (int k = 0; k < Op::n_coef; ++k) c[k] = load_coef<R>(task.coef[k], row, step);
+  prepare<Op>(c);
 }
 
 DC_KERNEL_NAMESPACE_END

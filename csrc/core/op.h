@@ -32,6 +32,12 @@ DC_HD bool is_idle(const R* c) {
     return false;
 }
 
+// What an op makes of its coefficients once, where they are loaded, and not for each element.
+template <class Op, class = void>
+constexpr bool kPrepares = false;
+template <class Op>
+constexpr bool kPrepares<Op, decltype(void(&Op::template prepare<float>))> = true;
+
 // The sum of a row of n elements as it is stored: scaled, or whatever the op makes of it.
 template <class Op, class = void>
 constexpr bool kFinishes = false;

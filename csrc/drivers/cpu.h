@@ -156,7 +156,7 @@ struct CpuLoop {
     for (int64_t unit = begin; unit < end; ++unit) {
       int64_t row = unit / task.chunks, first = (unit - row * task.chunks) * task.chunk;
       int64_t left = task.cols - first;
-      if (row != loaded) load_coefs<Op::n_coef>(task, row, c);
+      if (row != loaded) load_coefs<Op>(task, row, c);
       loaded = row;
       if (is_idle<Op>(c) && task.in[0] == task.out[0]) continue;
       R acc[kSum + 1][kLanes];
@@ -182,7 +182,7 @@ struct CpuLoop {
       for (int k = 0; k < kSum; ++k) {
         for (int64_t row = 0; row < task.rows; ++row) {
           R c[Op::n_coef + 1] = {};
-          load_coefs<Op::n_coef>(task, row, c);
+          load_coefs<Op>(task, row, c);
           const double* chunk = task.partials + (k * task.rows + row) * task.chunks;
           double total = 0;
           for (int64_t j = 0; j < task.chunks; ++j) total += chunk[j];

@@ -25,9 +25,7 @@ struct RowKeys {
   R c[Op::n_coef];
   Key<R> tile[kTile];
 
-  RowKeys(const Task& task, int64_t row) : task(task), row(row) {
-    load_coefs<Op::n_coef>(task, row, c);
-  }
+  RowKeys(const Task& task, int64_t row) : task(task), row(row) { load_coefs<Op>(task, row, c); }
 
   // Calls use(n) for each tile of n keys.
   template <class Use>
@@ -73,7 +71,7 @@ struct CpuSelect {
   static void run(const Task& task, int64_t begin, int64_t end, void* scratch) {
     for (int64_t row = begin; row < end; ++row) {
       double c[Op::n_coef];
-      load_coefs<Op::n_coef>(task, row, c);
+      load_coefs<Op>(task, row, c);
       const double found = quantile(task, row, c[Op::ratio], *static_cast<Scratch*>(scratch));
       static_cast<R*>(task.sum[0])[row] = R(Op::selected(c, found));
     }

@@ -46,17 +46,18 @@ struct alignas(sizeof(S) * N) Pack {
 };
 
 // load_coefs, shared by the warp where one row spans it: each lane fetches one coefficient.
-template <int kCoefs, class R>
+template <class Op, class R>
 __device__ __forceinline__ void share_coefs(const Task& task, int64_t row, int threads_x, R* c) {
-  if (kCoefs > 1 && threads_x >= 32) {
+  if (Op::n_coef > 1 && threads_x >= 32) {
     const int lane = threadIdx.x % 32;
     R mine = R(0);
-    if (lane < kCoefs)
+    if (lane < Op::n_coef)
       mine = load_coef<R>(task.coef[lane], row, task.steps ? step_of(task, row) : 0);
     DC_UNROLL
-    for (int k = 0; k < kCoefs; ++k) c[k] = __shfl_sync(~0u, mine, k);
+    for (int k = 0; k < Op::n_coef; ++k) c[k] = __shfl_sync(~0u, mine, k);
+    prepare<Op>(c);
   } else {
-    load_coefs<kCoefs>(task, row, c);
+    load_coefs<Op>(task, row, c);
   }
 }
 
@@ -189,7 +190,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm<Op, S>)
     if constexpr (kDraws<Op>) key = noise_key(task.noise, row);
     const Elements<Op, S> elements{task, c, sums, key};
     const int64_t packs = shape.packed ? task.cols / kPack : 0;
-    const auto load_c = [&] { share_coefs<Op::n_coef>(task, row, shape.threads_x, c); };
+    const auto load_c = [&] { share_coefs<Op>(task, row, shape.threads_x, c); };
     if constexpr (kMayIdle<Op>) {
       load_c();
       if (is_idle<Op>(c) && task.in[0] == task.out[0]) return;
@@ -242,7 +243,7 @@ __global__ void __launch_bounds__(kThreads) finish_kernel(const __grid_constant_
       total = row_sum(total, kThreads, int(threadIdx.x));
       if (threadIdx.x == 0) {
         R c[Op::n_coef + 1];
-        load_coefs<Op::n_coef>(task, row, c);
+        load_coefs<Op>(task, row, c);
         static_cast<R*>(task.sum[k])[row] = finished<Op>(c, total, task.cols);
       }
     }

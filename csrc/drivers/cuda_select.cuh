@@ -24,7 +24,7 @@ template <class Op, class R, class Count>
 __device__ __forceinline__ void start(Tally<R, Count>& tally, const Task& task, int64_t row) {
   if (threadIdx.x == 0) {
     double c[Op::n_coef];
-    load_coefs<Op::n_coef>(task, row, c);
+    load_coefs<Op>(task, row, c);
     tally.search = Search<R>::of(position_of(c[Op::ratio], task.cols).rank, task.cols);
     tally.above = kNoKey<R>;
   }
@@ -94,7 +94,7 @@ template <class Op, class R, class Count>
 __device__ __forceinline__ void store(const Tally<R, Count>& tally, const Task& task, int64_t row) {
   if (threadIdx.x == 0) {
     double c[Op::n_coef];
-    load_coefs<Op::n_coef>(task, row, c);
+    load_coefs<Op>(task, row, c);
     const Search<R>& search = tally.search;
     const bool again = search.rank + 1 < search.count;
     const double found = between<R>(search.low, again ? search.low : Key<R>(tally.above),
@@ -118,7 +118,7 @@ struct Counting {
   __device__ __forceinline__ Counting(const Task& task, int64_t row, const Search<R>& search,
                                       unsigned* counts)
       : task(task), search(search), counts(counts) {
-    load_coefs<Op::n_coef>(task, row, c);
+    load_coefs<Op>(task, row, c);
   }
 
   __device__ __forceinline__ void count(const S* x) {

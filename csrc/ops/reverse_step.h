@@ -28,23 +28,21 @@ enum StepCoef {
 };
 constexpr int kStepCoefs = kEx;
 
+// A threshold s other than 0 clips to [-s, s] instead, and x0 counts divided by s.
+template <int kCoefs, class R>
+DC_HD void set_threshold(R* c) {
+  const R s = c[kThreshold];
+  if (s == R(0)) return;
+  c[kClipMin] = -s;
+  c[kClipMax] = s;
+  c[kC0] /= s;
+  if (kCoefs > kE0) c[kE0] /= s;
+}
+
 // What every step has in common. Inputs begin with x, m (or m_c), [m_u].
 template <bool kGuided>
 struct Prediction {
   static constexpr int n = 2 + kGuided;
-
-  // Where the x0 that was said is clipped; a threshold s clips to [-s, s] and divides by s.
-  template <class R>
-  struct Bounds {
-    R low, high, scale;
-    DC_HD explicit Bounds(const R* c) {
-      const R s = c[kThreshold];
-      const bool fixed = s == R(0);
-      low = fixed ? c[kClipMin] : -s;
-      high = fixed ? c[kClipMax] : s;
-      scale = fixed ? R(1) : R(1) / s;
-    }
-  };
 
   template <class R>
   DC_HD static R output(const R* c, const R* x) {
@@ -56,8 +54,7 @@ struct Prediction {
   }
   template <class R>
   DC_HD static R x0(const R* c, R x, R m) {
-    const Bounds<R> to(c);
-    return to.scale * clamp(said(c, x, m), to.low, to.high);
+    return clamp(said(c, x, m), c[kClipMin], c[kClipMax]);
   }
   // b_x x + b_m m + b_0 x0. Where m has no part of its own, one that overflowed to infinity is met
   // by the clip, not by 0 · inf.
@@ -76,9 +73,8 @@ struct Prediction {
   struct Slope {
     R x, m;
     DC_HD Slope(const R* c, const R* in, R b_x, R b_m, R b_0) {
-      const Bounds<R> to(c);
       const R x0 = said(c, in[0], output(c, in));
-      const R through = x0 < to.low || x0 > to.high ? R(0) : to.scale * b_0;
+      const R through = x0 < c[kClipMin] || x0 > c[kClipMax] ? R(0) : b_0;
       x = mul_add(through, c[kAx], b_x);
       m = mul_add(through, c[kAm], b_m);
     }
@@ -122,6 +118,10 @@ struct ReverseStep {
   static constexpr int n_coef = kColumns + (kNoise == kLearnedNoise ? 2 : 0);
 
   template <class R>
+  DC_HD static void prepare(R* c) {
+    set_threshold<n_coef>(c);
+  }
+  template <class R>
   DC_HD static void apply(const R* c, const R* x, R* y) {
     const R m = P::output(c, x), x0 = P::x0(c, x[0], m);
     R next = P::mix(c[kCx], c[kCm], c[kC0], x[0], m, x0);
@@ -152,6 +152,10 @@ struct ReverseStepBackward {
   static constexpr int n_in = kFirst + P::n, n_out = P::n, n_sum = 0;
   static constexpr int n_coef = kKeeps ? kC1 : kStepCoefs;
   template <class R>
+  DC_HD static void prepare(R* c) {
+    set_threshold<n_coef>(c);
+  }
+  template <class R>
   DC_HD static void apply(const R* c, const R* x, R* y) {
     using Slope = typename P::template Slope<R>;
     const Slope slope(c, x + kFirst);
@@ -173,6 +177,10 @@ struct StepLogProb {
   using P = Prediction<kGuided>;
   static constexpr const char* name = kGuided ? "step_log_prob_guided" : "step_log_prob";
   static constexpr int n_in = P::n + 1, n_out = 0, n_sum = 1, n_coef = kStepCoefs;
+  template <class R>
+  DC_HD static void prepare(R* c) {
+    set_threshold<n_coef>(c);
+  }
   template <class R>
   DC_HD static void apply(const R* c, const R* x, R* y) {
     const R z = (x[n_in - 1] - P::mean(c, x)) / c[kCz];
@@ -196,6 +204,10 @@ struct StepLogProbBackward {
               : "step_log_prob_backward";
   static constexpr int n_in = P::n + 1, n_out = 1 + kGuided + 2 * kAll, n_sum = 0;
   static constexpr int n_coef = kStepCoefs + 1;
+  template <class R>
+  DC_HD static void prepare(R* c) {
+    set_threshold<n_coef>(c);
+  }
   template <class R>
   DC_HD static void apply(const R* c, const R* x, R* y) {
     const typename P::template Slope<R> slope(c, x);
