@@ -61,7 +61,7 @@ def reverse_step(
         model_output_uncond: m_u `[B, ...]`, for classifier-free guidance.
         guidance_scale: w, a number or `[B]`; needed under guidance, and only then.
         threshold: s, a number or `[B]`: x0 is clipped to [-s, s] instead, and divided by s
-            (:func:`dynamic_threshold`); 0 for the sample's clip_min and clip_max.
+            (:func:`dynamic_threshold`); 0 for the row's own clip_min and clip_max.
         history: h_1, h_2, h_3 or the first of them, `[B, ...]`: what earlier steps returned.
         return_history: return h' too.
         variance_output: v `[B, ...]`, where a model says the variance of its own step: the noise
@@ -182,6 +182,8 @@ def leading_of(
 ) -> tuple[tuple[Tensor, ...], tuple[Coef, Coef]]:
     """The tensors that every step reads, and the coefficients that no table holds."""
     bound = 0.0 if threshold is None else as_coef("threshold", threshold, None)
+    if isinstance(bound, float) and bound < 0:
+        raise ValueError(f"threshold is {bound}; wanted at least 0")
     if guidance_scale is None:
         if model_output_uncond is not None:
             raise ValueError(
