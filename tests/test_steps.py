@@ -269,14 +269,7 @@ def test_tables_and_rows_of_the_wrong_width() -> None:
     refused(ValueError, r"\[T, 8\] or \[T, 14\]", step, x, m, torch.zeros(5, 9), t=0)
     refused(ValueError, "7 numbers; wanted 8 or 14", step, x, m, (0.0,) * 7)
     refused(TypeError, "c_x is a int", step, x, m, (0,) * 8)
-    refused(
-        ValueError,
-        "threshold has 3 entries",
-        step,
-        x,
-        m,
-        step_table(),
-        t=0,
-        threshold=torch.ones(3),
-    )
+    three, rows = torch.ones(3), step_table()
+    refused(ValueError, "threshold has 3 entries", step, x, m, rows, t=0, threshold=three)
+    refused(ValueError, "wanted at least 0", step, x, m, rows, t=0, threshold=-1.0)
     refused(ValueError, "t is given", step, x, m, (0.0,) * 8, t=0)
