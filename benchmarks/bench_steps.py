@@ -103,9 +103,9 @@ class Contest:
         self.walk = Walk(case.kind, STEPS)
         self.row = self.walk.table.rows[AT]
         self.formula = self.walk.formula(AT)
-        names = ["x", "m", *["m_u"] * case.guided, *["h"] * self.row.reads]
+        names = ["x", "m", *["m_u"] * case.guided, *["h"] * self.row.plan.reads]
         names += ["z"] * (case.noise == GIVEN)
-        self.moved = len(names) + 1 + self.row.keeps  # tensors read and written
+        self.moved = len(names) + 1 + self.row.plan.keeps  # tensors read and written
         size = math.prod(shape) * dtype.itemsize * len(names)
         self.count = 1
         if device.type == "cpu" and shape not in SMALL:  # as many as keep its cache cold
@@ -147,7 +147,7 @@ class Contest:
                 ops.reverse_step,
                 *(s["x"], s["m"], row.coefficients),
                 **self._options(s),
-                return_history=row.keeps,
+                return_history=row.plan.keeps,
             )
             for s in self.sets
         ]

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from diffcore import _execute, _native
+from diffcore import _execute, _native, _registry
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -79,15 +79,25 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     real = _execute._C
     names: list[str] = []
 
+    def count(index: int) -> None:
+        name, *_, draws = real.op_table()[index]
+        names.append(name + "*" * draws)
+
     class Counted:
         def __getattr__(self, name: str) -> Any:
             return getattr(real, name)
 
         def call(self, index: int, *arguments: Any) -> int:
-            name, *_, draws = real.op_table()[index]
-            names.append(name + "*" * draws)
+            count(index)
             status: int = real.call(index, *arguments)
             return status
 
+    def launch(index: int, *arguments: Any) -> Any:
+        found = real.launch(index, *arguments)
+        if not isinstance(found, int):
+            count(index)
+        return found
+
     monkeypatch.setattr(_execute, "_C", Counted())
+    monkeypatch.setattr(_registry, "_launch", launch)
     return names

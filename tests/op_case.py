@@ -111,12 +111,12 @@ def without_kernels() -> Iterator[None]:
     """Runs the public ops on `diffcore.reference`, as an install without the module does."""
     module = _native._C
     _native._C = _execute._C = None
-    _registry._survey = None
+    _registry._launch = None
     try:
         yield
     finally:
         _native._C = _execute._C = module
-        _registry._survey = None if module is None else module.survey
+        _registry._launch = None if module is None else module.launch
 
 
 def as_tuple(result: Any) -> tuple[Any, ...]:

@@ -10,7 +10,7 @@ import torch
 from cases import OpCase
 from torch import Tensor
 
-from diffcore import _execute
+from diffcore import _execute, _registry
 
 Op = Callable[..., Any]
 
@@ -29,8 +29,14 @@ def no_kernel_runs(monkeypatch: pytest.MonkeyPatch) -> None:
             assert status != 0, "a kernel ran on bad input"
             return status
 
+    def launch(*args: Any) -> Any:
+        found = real.launch(*args)
+        assert isinstance(found, int), "a kernel ran on bad input"
+        return found
+
     if real is not None:
         monkeypatch.setattr(_execute, "_C", Watched())
+        monkeypatch.setattr(_registry, "_launch", launch)
 
 
 def refused(kind: type[Exception], match: str, f: Op, *args: Any, **kwargs: Any) -> None:

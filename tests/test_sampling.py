@@ -184,7 +184,7 @@ def test_rows_by_int_by_counter_and_one_for_each_sample(name: str, dtype: torch.
     found, kept = table.step(rows, x, m, history, noise=z)
     for b, r in enumerate(rows):
         assert torch.equal(found[b], steps[r][3][b])
-        if table.rows[r].keeps:
+        if table.rows[r].plan.keeps:
             assert torch.equal(kept[0][b], steps[r][4][0][b])
 
 

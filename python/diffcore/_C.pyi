@@ -1,10 +1,25 @@
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
 
-def connect(exchange_api: Any, tensor: type, parameter: type) -> None: ...
-def survey(tensors: tuple[Any, ...], coefs: tuple[float | Tensor, ...]) -> int: ...
+def connect(
+    exchange_api: Any,
+    tensor: type,
+    parameter: type,
+    empty_like: Callable[[Tensor], Tensor],
+    modes: tuple[Callable[[], object], Callable[[], object]],
+    transforms: Callable[[], object],
+    grad_enabled: Callable[[], bool],
+) -> None: ...
+def launch(
+    op: int,
+    ins: tuple[Any, ...],
+    coefs: tuple[float | Tensor, ...],
+    step: int | Tensor | None,
+    noise: tuple[int | Tensor, int | Tensor, int | Tensor, int] | None,
+    look: bool,
+) -> Tensor | tuple[Tensor, ...] | int: ...
 def call(
     op: int,
     outs: tuple[Tensor, ...],

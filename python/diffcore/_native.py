@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch  # before _C: the module shares the OpenMP runtime that torch has loaded
@@ -23,13 +24,34 @@ MIN_CUDA_DRIVER = 13000
 if BACKEND not in ("native", "reference"):
     raise ValueError(f"DIFFCORE_BACKEND is {BACKEND!r}; wanted 'native' or 'reference'")
 
+
+def _unknown() -> bool:
+    return True
+
+
+# Private queries of torch: how many modes are active; None where no functorch transform is. Should
+# a torch lack one, the answer is "active": the slow, right route.
+dispatch_modes: Callable[[], Any] = getattr(torch._C, "_len_torch_dispatch_stack", _unknown)
+function_modes: Callable[[], Any] = getattr(torch._C, "_len_torch_function_stack", _unknown)
+transforms: Callable[[], Any] = getattr(
+    getattr(torch._C, "_functorch", None), "peek_interpreter_stack", _unknown
+)
+
 _load_error: str | None = None
 _C: Any = None
 if BACKEND == "native":
     try:
         from diffcore import _C  # type: ignore[no-redef,attr-defined,unused-ignore]
 
-        _C.connect(torch.Tensor.__dlpack_c_exchange_api__, torch.Tensor, torch.nn.Parameter)
+        _C.connect(
+            torch.Tensor.__dlpack_c_exchange_api__,
+            torch.Tensor,
+            torch.nn.Parameter,
+            torch.empty_like,
+            (dispatch_modes, function_modes),
+            transforms,
+            torch.is_grad_enabled,
+        )
     except (ImportError, AttributeError, RuntimeError) as error:
         _C = None
         _load_error = f"{type(error).__name__}: {error}"

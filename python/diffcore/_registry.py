@@ -6,7 +6,7 @@ A `Kernel` names one functor of csrc/ops. `run` takes the cheapest right route, 
 2. a functorch transform or forward-mode AD: the reference, whose plain torch ops compose with
    every transform;
 3. a gradient is needed: one lean `autograd.Function`;
-4. otherwise `_C.call` directly.
+4. otherwise `_C.launch`, and what that declines, with more care, through `_C.call`.
 """
 
 from __future__ import annotations
@@ -31,25 +31,18 @@ from diffcore._execute import direct, resolved, run_reference
 from diffcore._execute import split_coefs as split_coefs
 from diffcore._library import register, run_registered
 
-_compiling = torch.compiler.is_compiling
-_survey = None if _native._C is None else _native._C.survey
-
-
-def _unknown() -> bool:
-    return True
-
-
-# Private queries of torch. Should a torch lack one, the answer is "active": the slow, right route.
-_interpreter = getattr(getattr(torch._C, "_functorch", None), "peek_interpreter_stack", _unknown)
-_dispatch_modes = getattr(torch._C, "_len_torch_dispatch_stack", _unknown)
-_function_modes = getattr(torch._C, "_len_torch_function_stack", _unknown)
+# Nobody but Dynamo looks on without a mode.
+_compiling = torch.compiler.is_dynamo_compiling
+_launch = None if _native._C is None else _native._C.launch
 
 
 # Function.apply, less its search for functorch wrappers: no transform is active where it is called.
 _apply: Callable[..., Any] = super(torch.autograd.Function, Function).apply
 
-# What _C.survey finds.
-_NOT_PLAIN, _REQUIRES_GRAD, _NEGATED, _COEF_REQUIRES_GRAD, _COEF_NEGATED = 1, 2, 4, 8, 16
+# What _C.launch answers where it has not run the kernel.
+_NOT_PLAIN, _NEEDS_GRAD, _NEGATED, _COEF_NEEDS_GRAD, _COEF_NEGATED, _MODE, _TRANSFORM = (
+    1 << k for k in range(7)
+)
 
 
 class Kernel(_execute.Kernel):
@@ -80,22 +73,27 @@ def _run(
     """The outputs of a kernel, one tensor or a tuple: elementwise first, then sums."""
     if _compiling():
         return run_registered(kernel, inputs, coefs, step, whole, out, noise)
-    found = _NOT_PLAIN if _survey is None else _survey(inputs, coefs)
+    found = _NOT_PLAIN
+    if _launch is not None:
+        look = out is not None or forward_ad._current_level >= 0 or _native.DEBUG
+        found = _launch(kernel.index, inputs, coefs, step, noise, look)
+        if type(found) is not int:
+            return found
     if found & _NOT_PLAIN and not all(isinstance(x, Tensor) for x in inputs):
         _validate.refuse_non_tensor(kernel.inputs, inputs)
-    if found & _NOT_PLAIN or _dispatch_modes() or _function_modes():
+    if found & (_NOT_PLAIN | _MODE):
         return run_registered(kernel, inputs, coefs, step, whole, out, noise)
-    if forward_ad._current_level >= 0 or _interpreter() is not None:
+    if found & _TRANSFORM or forward_ad._current_level >= 0:
         return run_reference(kernel, inputs, coefs, step, whole, out, noise)
     if found:
         if found & _NEGATED:  # the exchange API knows nothing of it
             inputs = tuple([x.resolve_neg() for x in inputs])
         if found & _COEF_NEGATED:
             coefs = resolved(coefs)
-        if found & (_REQUIRES_GRAD | _COEF_REQUIRES_GRAD) and torch.is_grad_enabled():
+        if found & (_NEEDS_GRAD | _COEF_NEEDS_GRAD):
             if out is not None:
                 raise ValueError("out=: an argument requires grad; write to it under no_grad()")
-            if found & _COEF_REQUIRES_GRAD:
+            if found & _COEF_NEEDS_GRAD:
                 return run_reference(kernel, inputs, coefs, step, whole, None, noise)
             return _apply((kernel, coefs, step, whole, noise), *inputs)
     return direct(kernel, inputs, coefs, step, whole, out, noise)
@@ -106,9 +104,9 @@ def plain_eager() -> bool:
     return not (
         _compiling()
         or forward_ad._current_level >= 0
-        or _interpreter() is not None
-        or _dispatch_modes()
-        or _function_modes()
+        or _native.transforms() is not None
+        or _native.dispatch_modes()
+        or _native.function_modes()
     )
 
 

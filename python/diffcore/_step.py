@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from diffcore import reference
+from diffcore import _execute, reference
 from diffcore._kernels import SCALE, Needs, Tensors
 from diffcore._registry import Call, Coef, Grads, Kernel, Step, drawing, run, run_tuple, split_coefs
 from diffcore.coefficients import STEP_COLUMNS
@@ -18,11 +19,6 @@ MOST_HISTORY = 3
 
 STILL, NOISY, LEARNED = range(3)
 _NOISE_INPUTS: tuple[tuple[str, ...], ...] = ((), ("noise",), ("variance_output", "noise"))
-
-
-def instance(reads: int) -> int:
-    """How many h the kernel reads that serves a step with history: beyond the step's own, x."""
-    return 1 if reads <= 1 else MOST_HISTORY
 
 
 def inputs_of(guided: bool) -> tuple[str, ...]:
@@ -178,3 +174,41 @@ LOG_PROB_BACKWARD = {
     for guided in _GUIDANCE
     for of_samples in (False, True)
 }
+
+
+class Plan(NamedTuple):
+    """What is known of a step before its tensors are."""
+
+    kernel: _execute.Kernel
+    guided: _execute.Kernel
+    coefs: tuple[Coef, ...]  # no guidance, no threshold, the columns, zeros for the padding
+    reads: int  # how many h
+    keeps: bool  # whether it leaves an h
+    noisy: bool
+    padding: int  # how many h its kernel reads beyond those, with factor 0
+
+
+def columns_read(reads: int, keeps: bool) -> int:
+    """How many columns a step needs that reads so many h, and maybe keeps one."""
+    return KEPT + reads if reads or keeps else PLAIN
+
+
+def plan(
+    columns: tuple[Coef, ...],
+    reads: int,
+    keeps: bool,
+    noisy: bool,
+    kernels: Mapping[tuple[bool, int, bool, int], _execute.Kernel] = REVERSE_STEP,
+) -> Plan:
+    """How to take a step, given the `columns_read` of it."""
+    instance = 0 if not (reads or keeps) else 1 if reads <= 1 else MOST_HISTORY
+    plain, guided = kernels[False, instance, keeps, noisy], kernels[True, instance, keeps, noisy]
+    padding = instance - reads
+    coefs = (1.0, 0.0, *columns, *(0.0,) * padding)
+    return Plan(plain, guided, coefs, reads, keeps, noisy, padding)
+
+
+def learned_plan(columns: tuple[Coef, ...]) -> Plan:
+    """How to take a step of learned variance: ten columns, the last two s_0 and s_v."""
+    plain, guided = REVERSE_STEP[False, 0, False, LEARNED], REVERSE_STEP[True, 0, False, LEARNED]
+    return Plan(plain, guided, (1.0, 0.0, *columns), 0, False, True, 0)

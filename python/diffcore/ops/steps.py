@@ -9,7 +9,6 @@ from torch import Tensor
 
 from .. import _step as k
 from .. import coefficients as formulas
-from .._execute import Kernel
 from .._registry import Coef, Step, plain_eager, run
 from ._arguments import as_coef, as_table, in_float64
 from ._noise import Noise, noised
@@ -90,31 +89,29 @@ def reverse_step(
         raise ValueError("out goes with neither return_history nor more than one h")
     reads, keeps = len(earlier), return_history or len(earlier) > 1
     if variance_output is None:
-        columns = columns_of(first_columns(coefficients, columns_read(reads, keeps)), reads, keeps)
-        found = take(
-            x,
-            model_output,
-            columns,
-            earlier,
-            keeps,
-            t,
-            noise,
-            model_output_uncond,
-            guidance_scale,
-            threshold,
-            out,
-        )
+        row = first_columns(coefficients, k.columns_read(reads, keeps))
+        plan = k.plan(row, reads, keeps, noise is not None)
+        if plan.padding:
+            earlier += (x,) * plan.padding
     else:
         if noise is None or reads or keeps:
             raise ValueError("variance_output goes with noise and without history")
         assert variance_coefficients is not None
-        tensors, leading = leading_of(
-            x, model_output, model_output_uncond, guidance_scale, threshold
-        )
-        kernel = k.REVERSE_STEP[len(tensors) == 3, 0, False, k.LEARNED]
-        columns = first_columns(coefficients, k.PLAIN)
-        columns += first_columns(variance_coefficients, 2, "variance_coefficients")
-        found = _launch(kernel, (*tensors, variance_output), (*leading, *columns), t, noise, out)
+        row = first_columns(coefficients, k.PLAIN)
+        row += first_columns(variance_coefficients, 2, "variance_coefficients")
+        plan, earlier = k.learned_plan(row), (variance_output,)
+    found = take(
+        plan,
+        x,
+        model_output,
+        earlier,
+        t,
+        noise,
+        model_output_uncond,
+        guidance_scale,
+        threshold,
+        out,
+    )
     if keeps and not return_history:
         found = found[0]
     if return_log_prob:
@@ -202,25 +199,11 @@ def leading_of(
     return (x, model_output, model_output_uncond), (scale, bound)
 
 
-def _launch(
-    kernel: Kernel,
-    tensors: tuple[Tensor, ...],
-    coefs: tuple[Coef, ...],
-    t: Step,
-    noise: Noise | None,
-    out: Tensor | None,
-) -> Any:
-    if noise is None:
-        return run(kernel, tensors, coefs, t, False, out)
-    return noised(kernel, tensors, noise, coefs, t, out)
-
-
 def take(
+    plan: k.Plan,
     x: Tensor,
     model_output: Tensor,
-    columns: tuple[Coef, ...],
-    history: tuple[Tensor, ...],
-    keeps: bool,
+    others: tuple[Tensor, ...],
     t: Step,
     noise: Noise | None,
     model_output_uncond: Tensor | None,
@@ -228,27 +211,13 @@ def take(
     threshold: Coef | None,
     out: Tensor | None = None,
 ) -> Any:
-    """`reverse_step` with its columns as `columns_of` leaves them, and no further options."""
+    """`reverse_step` as planned; `others` is what its kernel reads beside x and the predictions."""
     tensors, leading = leading_of(x, model_output, model_output_uncond, guidance_scale, threshold)
-    guided, reads, noisy = len(tensors) == 3, len(history), noise is not None
-    if reads or keeps:
-        instance = k.instance(reads)
-        kernel = k.REVERSE_STEP[guided, instance, keeps, noisy]
-        tensors = (*tensors, *history, *(x,) * (instance - reads))
-    else:
-        kernel = k.REVERSE_STEP[guided, 0, False, noisy]
-    return _launch(kernel, tensors, leading + columns, t, noise, out)
-
-
-def columns_read(reads: int, keeps: bool) -> int:
-    """How many columns a step needs that reads so many h, and maybe keeps one."""
-    return k.KEPT + reads if reads or keeps else k.PLAIN
-
-
-def columns_of(columns: tuple[Coef, ...], reads: int, keeps: bool) -> tuple[Coef, ...]:
-    """The columns that a step needs, and zeros for what its kernel could read beyond."""
-    missing = k.instance(reads) - reads if reads or keeps else 0
-    return (*columns, *(0.0,) * missing)
+    kernel = plan.kernel if len(tensors) == 2 else plan.guided
+    coefs, inputs = leading + plan.coefs[2:], (*tensors, *others)
+    if noise is None:
+        return run(kernel, inputs, coefs, t, False, out)
+    return noised(kernel, inputs, noise, coefs, t, out)
 
 
 def first_columns(row: Row, columns: int, name: str = "coefficients") -> tuple[Coef, ...]:
@@ -325,9 +294,10 @@ def ddpm_step(
         clip_range=clip_range,
     )
     row = _row(table, x_t)
-    tensors, leading = leading_of(x_t, model_output, model_output_uncond, guidance_scale, None)
-    kernel = k.SOLVER_STEP[len(tensors) == 3, 0, False, noise is not None]
-    x_prev: Tensor = _launch(kernel, tensors, (*leading, *row), None, noise, out)
+    plan = k.plan(row, 0, False, noise is not None, k.SOLVER_STEP)
+    x_prev: Tensor = take(
+        plan, x_t, model_output, (), None, noise, model_output_uncond, guidance_scale, None, out
+    )
     return x_prev
 
 
@@ -385,7 +355,8 @@ def ddim_step(
         clip_range=clip_range,
     )
     row = _row(table, x_t)
-    tensors, leading = leading_of(x_t, model_output, model_output_uncond, guidance_scale, None)
-    kernel = k.SOLVER_STEP[len(tensors) == 3, 0, False, noise is not None]
-    x_prev: Tensor = _launch(kernel, tensors, (*leading, *row), None, noise, out)
+    plan = k.plan(row, 0, False, noise is not None, k.SOLVER_STEP)
+    x_prev: Tensor = take(
+        plan, x_t, model_output, (), None, noise, model_output_uncond, guidance_scale, None, out
+    )
     return x_prev

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from .._registry import run
+from .._step import Plan, columns_read, plan
 from ..coefficients import STEP_COLUMNS, Coef, check_choice
 from ..noise import PhiloxNoise
 from ..ops import reverse_step
-from ..ops.steps import columns_of, columns_read, take
+from ..ops._noise import noised
+from ..ops.steps import take
 
 COLUMNS = STEP_COLUMNS
 KEPT, READ = slice(8, 11), slice(11, 14)  # e_x, e_m, e_0; c_1, c_2, c_3
@@ -21,17 +25,19 @@ Noise = Tensor | PhiloxNoise
 
 
 class Row(NamedTuple):
-    """A row as numbers, and what it touches."""
+    """A row as numbers, and how to take it."""
 
     coefficients: tuple[float, ...]
-    columns: tuple[Coef, ...]  # those of them that its kernel needs
+    plan: Plan
     sigma: float
     input_scale: float
     step: int
     begins: bool  # that step
-    reads: int  # how many tensors of the history
-    keeps: bool  # whether a later row reads what it leaves
-    noisy: bool
+
+    @property
+    def noisy(self) -> bool:
+        """Whether it adds noise."""
+        return self.plan.noisy
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,9 +104,8 @@ class SolverTable:
         ):
             reads = max((k for k in (1, 2, 3) if c[READ][k - 1] != 0), default=0)
             keeps = any(c[KEPT]) or reads > 1  # of those that read more there is no other kernel
-            columns = columns_of(tuple(c[: columns_read(reads, keeps)]), reads, keeps)
-            begins, noisy = step != before, c[3] != 0
-            rows.append(Row(tuple(c), columns, sigma, scale, step, begins, reads, keeps, noisy))
+            how = plan(tuple(c[: columns_read(reads, keeps)]), reads, keeps, noisy=c[3] != 0)
+            rows.append(Row(tuple(c), how, sigma, scale, step, begins=step != before))
             before = step
         object.__setattr__(self, "rows", tuple(rows))
 
@@ -155,44 +160,59 @@ class SolverTable:
         Raises:
             ValueError: No such row, too short a history, or as ``ops.reverse_step``.
         """
-        columns: tuple[Coef, ...]
-        if isinstance(i, Tensor):
-            reads, keeps, noisy, t = self.history, self.history > 0, self.stochastic, i
-            history = (*history, *(x,) * (reads - len(history)))
-            read = self.to(i.device).coefficients[:, : columns_read(reads, keeps)]
-            columns = columns_of((read,), reads, keeps)
-        elif 0 <= i < len(self.rows):
-            row, t = self.rows[i], None
-            columns, reads, keeps, noisy = row.columns, row.reads, row.keeps, row.noisy
+        if type(i) is int and 0 <= i < len(self.rows):
+            how, t = self.rows[i].plan, None
         else:
-            raise ValueError(f"i must be a row of {self.name}, 0 .. {len(self) - 1}, got {i}")
-        if len(history) < reads:
-            raise ValueError(
-                f"row {i} of {self.name} reads {reads} tensors of history, got {len(history)}: "
-                "hand on what the step before returned"
-            )
-        if not noisy:
+            how, t = self._plan(i)
+        earlier = tuple(history)
+        if len(earlier) != how.reads or how.padding:
+            earlier = self._earlier(i, how, x, earlier)
+            if t is not None:
+                history = earlier[: how.reads]
+        if not how.noisy:
             noise = None
         elif noise is None:
             raise ValueError(f"row {i} of {self.name} adds noise, got none")
-        found = take(
-            x,
-            model_output,
-            columns,
-            tuple(history[:reads]),
-            keeps,
-            t,
-            noise,
-            model_output_uncond,
-            guidance_scale,
-            threshold,
-        )
+        found: Any
+        if guidance_scale is None and model_output_uncond is None and threshold is None:
+            inputs = (x, model_output, *earlier)  # nothing is left to be worked out
+            if noise is None:
+                found = run(how.kernel, inputs, how.coefs, t)
+            else:
+                found = noised(how.kernel, inputs, noise, how.coefs, t)
+        else:
+            found = take(
+                *(how, x, model_output, earlier, t),
+                *(noise, model_output_uncond, guidance_scale, threshold),
+            )
         if not self.history:
             return found, ()
-        if not keeps:
-            return found, (x, *history)[: self.history]  # in its place, something that nobody reads
-        x_next, left = found
-        return x_next, (left, *history)[: self.history]
+        # Where nothing is kept, x stands in for it: no later row reads that.
+        x_next, left = found if how.keeps else (found, x)
+        return x_next, (left,) if self.history == 1 else (left, *history)[: self.history]
+
+    def _plan(self, i: int | Tensor) -> tuple[Plan, Tensor | None]:
+        """How to take row i; with a tensor of rows, all that any of them needs."""
+        if not isinstance(i, Tensor):
+            index = operator.index(i)
+            if not 0 <= index < len(self.rows):
+                raise ValueError(f"i must be a row of {self.name}, 0 .. {len(self) - 1}, got {i}")
+            return self.rows[index].plan, None
+        reads, keeps = self.history, self.history > 0
+        columns = self.to(i.device).coefficients[:, : columns_read(reads, keeps)]
+        return plan((columns,), reads, keeps, self.stochastic), i
+
+    def _earlier(
+        self, i: int | Tensor, how: Plan, x: Tensor, history: tuple[Tensor, ...]
+    ) -> tuple[Tensor, ...]:
+        """As many h as the kernel reads; what stands in for those that the row does not, is x."""
+        if not isinstance(i, Tensor) and len(history) < how.reads:
+            raise ValueError(
+                f"row {i} of {self.name} reads {how.reads} tensors of history, got {len(history)}: "
+                "hand on what the step before returned"
+            )
+        history = history[: how.reads]
+        return (*history, *(x,) * (how.reads + how.padding - len(history)))
 
     def denoised(
         self,
