@@ -9,9 +9,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from .bound_coefficients import LEARNED, VARIANCE_TYPES, vlb_coefficients
 from .coefficients import (
     PREDICTION_TYPES,
-    VARIANCE_TYPES,
     Coef,
     check_choice,
     parse_clip_range,
@@ -138,6 +138,24 @@ class DiffusionTables:
 
         return self._table(("x0", clip), build, device)
 
+    def _vlb_table(
+        self, clip: float | None, decoder: str, given: str, device: torch.device
+    ) -> Tensor:
+        """The table of ``ops.vlb_term``."""
+
+        def build() -> Tensor:
+            return vlb_coefficients(
+                self.schedule.alpha,
+                self.schedule.sigma,
+                prediction_type=self.prediction_type,
+                variance_type=self.variance_type,
+                clip_range=clip,
+                decoder=decoder,
+                given=given,
+            )
+
+        return self._table(("vlb", clip, decoder, given), build, device)
+
     def _ddpm(self, rows: tuple[int, ...] | None, clip: float | None) -> SolverTable:
         def build() -> SolverTable:
             return ddpm_table(
@@ -228,6 +246,20 @@ class DiffusionTables:
             came = list(weights.shape) if isinstance(weights, Tensor) else type(weights).__name__
             raise ValueError(f"weights must have shape [{self.num_timesteps}], got {came}")
         return weights.to(device=device, dtype=torch.float64)
+
+    def _split(self, output: Tensor, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The prediction and, where the variance is learned, what the model says of it."""
+        if self.variance_type not in LEARNED:
+            return output, None
+        wanted = [x.shape[0], 2 * x.shape[1], *x.shape[2:]] if x.ndim > 1 else ["B", "2C", "..."]
+        if list(output.shape) != wanted:
+            raise ValueError(
+                f"model must return {wanted} with variance_type={self.variance_type!r}: the "
+                f"prediction and what it says of the variance along dimension 1; got "
+                f"{list(output.shape)}"
+            )
+        prediction, variance = output.chunk(2, dim=1)
+        return prediction, variance
 
     def _clip(self, clip_denoised: bool | None) -> float | None:
         clip = self.clip_sample if clip_denoised is None else clip_denoised

@@ -22,6 +22,7 @@ from __future__ import annotations
 from ..coefficients import PREDICTION_TYPES
 from ..noise import PhiloxNoise
 from ._noise import randn
+from .bound import discretized_gaussian_log_likelihood, prior_kl, vlb_term
 from .gaussian import (
     gaussian_nll,
     normal_kl,
@@ -48,12 +49,14 @@ __all__ = [
     "ddim_step",
     "ddpm_step",
     "denoising_loss",
+    "discretized_gaussian_log_likelihood",
     "dynamic_threshold",
     "gaussian_nll",
     "linear_combination",
     "normal_kl",
     "predict_epsilon",
     "predict_x0",
+    "prior_kl",
     "q_sample",
     "randn",
     "reparameterize",
@@ -62,4 +65,5 @@ __all__ = [
     "standard_normal_kl",
     "step_log_prob",
     "velocity",
+    "vlb_term",
 ]
