@@ -26,7 +26,8 @@ def test_epsilon_prediction_refuses_zero_terminal_snr():
     ("arguments", "error", "message"),
     [
         ((BETAS, "eps"), ValueError, "prediction_type"),
-        ((BETAS, "epsilon", "learned"), ValueError, "variance_type"),
+        ((BETAS, "epsilon", "fixed"), ValueError, "variance_type"),
+        ((BETAS, "epsilon", "fixed_small", True, 1.0, "l2"), ValueError, "loss_type"),
         ((BETAS, "epsilon", "fixed_small", True, 0.0), ValueError, "clip_range"),
         ((BETAS, "epsilon", "fixed_small", True, "1"), TypeError, "clip_sample_range"),
         ((torch.tensor([0.1, 2.0]),), ValueError, "betas"),

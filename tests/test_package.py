@@ -25,6 +25,7 @@ LAYERS = [
     {"demo", "diffusers"},
     {"sampling"},
     {"_capture", "_k_diffusion", "likelihood", "diffusion", "vae", "losses"},
+    {"_forward", "_training", "_reverse"},
     {"_loop", "_tables", "solvers", "sigmas", "spacings", "schedules"},
     {"testing", "_info"},
     {"ops"},

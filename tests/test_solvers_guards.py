@@ -294,7 +294,7 @@ REFUSED = {
         "algorithm_type must be one of",
     ),
     "variance": (
-        lambda: solvers.ddpm_table(SIGMAS, variance_type="learned"),
+        lambda: solvers.ddpm_table(SIGMAS, variance_type="small"),
         ValueError,
         "variance_type must be one of",
     ),

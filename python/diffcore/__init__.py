@@ -9,8 +9,8 @@ from . import sampling as sampling
 from . import solvers as solvers
 from ._native import info as info
 from ._native import warm_up as warm_up
+from .bound_coefficients import VARIANCE_TYPES as VARIANCE_TYPES
 from .coefficients import PREDICTION_TYPES as PREDICTION_TYPES
-from .coefficients import VARIANCE_TYPES as VARIANCE_TYPES
 from .diffusion import GaussianDiffusion as GaussianDiffusion
 from .noise import PhiloxNoise as PhiloxNoise
 from .ops import add_noise as add_noise

@@ -26,6 +26,7 @@ def call_model(
     t: Tensor,
     model_kwargs: Mapping[str, Any] | None,
     batches: int = 1,
+    learned: bool = False,
 ) -> Tensor:
     """What a model says about ``x``, checked, in the dtype of ``x``.
 
@@ -35,22 +36,31 @@ def call_model(
         t: int64 ``[B]``, timesteps of the training schedule.
         model_kwargs: More arguments for the model.
         batches: How many predictions it makes of a sample, one batch after the other.
+        learned: Whether it says its variance too: twice the channels, the prediction first.
 
     Returns:
         Its output; converted where autocast or the model chose another floating dtype.
 
     Raises:
         TypeError: The output is no tensor of floating point numbers.
-        ValueError: The output has another shape.
+        ValueError: The output has another shape, or ``x`` no channels to have twice.
     """
+    if learned and x.ndim < 2:
+        raise ValueError(
+            "a model that says its variance needs samples [B, C, ...]: the prediction and the "
+            f"variance are halves of dimension 1; got {list(x.shape)}"
+        )
     output = model(x, t, **(model_kwargs or {}))
     if not isinstance(output, Tensor):
         raise TypeError(f"model must return a tensor, got {type(output).__name__}")
     if not output.is_floating_point():
         raise TypeError(f"model must return floating point numbers, got {output.dtype}")
     wanted = x.shape if batches == 1 else (batches * x.shape[0], *x.shape[1:])
+    if learned:
+        wanted = (wanted[0], 2 * wanted[1], *wanted[2:])
     if output.shape != wanted:
-        raise ValueError(f"model must return shape {list(wanted)}, got {list(output.shape)}")
+        why = " (the prediction, then what it says of its variance)" if learned else ""
+        raise ValueError(f"model must return shape {list(wanted)}{why}, got {list(output.shape)}")
     return output.to(x.dtype)
 
 
@@ -141,6 +151,7 @@ def walk(
     callback: Callback | None = None,
     progress: bool | None = False,
     noise_name: str = "step_noise",
+    learned: bool = False,
 ) -> Tensor:
     """Walk down a solver's table: what every sampler here does.
 
@@ -159,6 +170,8 @@ def walk(
         callback: Told of every step.
         progress: Show a bar; ``None`` for one on terminals only.
         noise_name: What the caller calls ``step_noise``, for errors.
+        learned: Whether the model says its variance too, read or not; a table that reads it says so
+            itself.
 
     Returns:
         The samples.
@@ -169,10 +182,18 @@ def walk(
     told = _told(table, x)
     batches = 2 if guidance_scale is not None and uncond_kwargs is None else 1
     history: tuple[Tensor, ...] = ()
+    learned = learned or table.variance is not None
     for i, row in enumerate(_with_bar(table, progress)):
         seen = x if row.input_scale == 1 else row.input_scale * x
-        m = call_model(model, seen, told[i], model_kwargs, batches)
-        m_u = None if uncond_kwargs is None else call_model(model, seen, told[i], uncond_kwargs)
+        m = call_model(model, seen, told[i], model_kwargs, batches, learned)
+        m_u = v = None
+        if uncond_kwargs is not None:
+            m_u = call_model(model, seen, told[i], uncond_kwargs, 1, learned)
+        if learned:
+            m, said = m.chunk(2, dim=1)
+            m_u = None if m_u is None else m_u.chunk(2, dim=1)[0]
+            # Of two answers in one batch the conditional is the second.
+            v = None if table.variance is None else said[-len(x) :] if len(x) else said
         bound = None if threshold is None else threshold(row, x, m, m_u)
         if callback is not None and row.begins:
             denoised = table.denoised(
@@ -194,6 +215,7 @@ def walk(
             model_output_uncond=m_u,
             guidance_scale=guidance_scale,
             threshold=bound,
+            variance_output=v,
         )
     return x
 

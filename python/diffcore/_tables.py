@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from ._loop import Model, call_model
 from .bound_coefficients import LEARNED, VARIANCE_TYPES, vlb_coefficients
 from .coefficients import (
     PREDICTION_TYPES,
@@ -24,6 +25,8 @@ from .solvers.table import TO_X0
 # Copies kept: a few samplers on a few devices, not every combination ever asked for.
 _MAX_TABLES = 64
 
+LOSS_TYPES = ("mse", "rescaled_mse", "kl", "rescaled_kl")
+
 Kept = TypeVar("Kept")
 
 
@@ -36,6 +39,7 @@ class DiffusionTables:
         variance_type: One of ``VARIANCE_TYPES``.
         clip_sample: Whether x_0 is clipped while sampling.
         clip_sample_range: To plus or minus this.
+        loss_type: One of ``LOSS_TYPES``.
     """
 
     def __init__(
@@ -45,9 +49,11 @@ class DiffusionTables:
         variance_type: str,
         clip_sample: bool,
         clip_sample_range: float,
+        loss_type: str,
     ) -> None:
         check_choice("prediction_type", prediction_type, PREDICTION_TYPES)
         check_choice("variance_type", variance_type, VARIANCE_TYPES)
+        check_choice("loss_type", loss_type, LOSS_TYPES)
         if not isinstance(clip_sample_range, (int, float)):
             raise TypeError(f"clip_sample_range must be a number, got {clip_sample_range!r}")
         parse_clip_range(clip_sample_range)
@@ -57,6 +63,7 @@ class DiffusionTables:
         self.variance_type = variance_type
         self.clip_sample = bool(clip_sample)
         self.clip_sample_range = float(clip_sample_range)
+        self.loss_type = loss_type
         if prediction_type == "epsilon" and self.betas[-1] == 1:
             raise ValueError(
                 "betas end at 1 (zero terminal SNR): the last x_t holds no x_0, so a prediction of "
@@ -80,9 +87,11 @@ class DiffusionTables:
         if variance_type == "fixed_small":
             self._variance = self.posterior_variance
             self._log_variance = self.posterior_log_variance_clipped
-        else:
+        elif variance_type == "fixed_large":
             self._variance = torch.cat([first, self.betas[1:]])
             self._log_variance = self._variance.log()
+        else:
+            self._log_betas = self.betas.log()  # of t = 0 too, where the model is asked as well
 
         # The training timestep of each index, where this is a respaced view of another diffusion.
         self._timestep_map: tuple[int, ...] | None = None
@@ -194,6 +203,13 @@ class DiffusionTables:
             ("ddpm", clip), lambda: self._ddpm(None, clip).coefficients.flip(0), device
         )
 
+    def _variance_table(self, clip: float | None, device: torch.device) -> Tensor | None:
+        """s_0 and s_v of the same rows, where the model says its variance."""
+        learned = self._ddpm(None, clip).variance
+        if learned is None:
+            return None
+        return self._table(("ddpm", "variance"), lambda: learned.flip(0), device)
+
     def _ddim_table(
         self, clip: float | None, eta: float, rederive_epsilon: bool, device: torch.device
     ) -> Tensor:
@@ -247,17 +263,14 @@ class DiffusionTables:
             raise ValueError(f"weights must have shape [{self.num_timesteps}], got {came}")
         return weights.to(device=device, dtype=torch.float64)
 
-    def _split(self, output: Tensor, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The prediction and, where the variance is learned, what the model says of it."""
-        if self.variance_type not in LEARNED:
+    def _ask(
+        self, model: Model, x: Tensor, t: Tensor, model_kwargs: Mapping[str, Any] | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The model's prediction at t and, where the variance is learned, what it says of that."""
+        learned = self.variance_type in LEARNED
+        output = call_model(model, x, self._told(t), model_kwargs, learned=learned)
+        if not learned:
             return output, None
-        wanted = [x.shape[0], 2 * x.shape[1], *x.shape[2:]] if x.ndim > 1 else ["B", "2C", "..."]
-        if list(output.shape) != wanted:
-            raise ValueError(
-                f"model must return {wanted} with variance_type={self.variance_type!r}: the "
-                f"prediction and what it says of the variance along dimension 1; got "
-                f"{list(output.shape)}"
-            )
         prediction, variance = output.chunk(2, dim=1)
         return prediction, variance
 
@@ -291,6 +304,20 @@ class DiffusionTables:
             if low < 0 or high > last:
                 raise ValueError(f"t must lie in 0 .. {last}, got values from {low} to {high}")
         return t
+
+    def _variances(self, said: Tensor | None, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Variance and log-variance of the reverse step, by what the model said of it, if it did.
+
+        In the shape of ``x``, float64 beside float64, else float32.
+        """
+        if said is None:
+            return self._extract("_variance", t, x), self._extract("_log_variance", t, x)
+        log_variance = said if said.dtype == torch.float64 else said.float()
+        if self.variance_type == "learned_range":
+            small = self._extract("posterior_log_variance_clipped", t, x)
+            large = self._extract("_log_betas", t, x)
+            log_variance = small + 0.5 * (log_variance + 1) * (large - small)
+        return log_variance.exp(), log_variance
 
     def _extract(self, name: str, t: Tensor, x: Tensor) -> Tensor:
         """Entries ``t`` of a table in the shape of ``x``, float64 beside float64, else float32."""

@@ -8,12 +8,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from ..coefficients import (
-    VARIANCE_TYPES,
-    check_choice,
-    ddim_coefficients,
-    posterior_coefficients,
-)
+from ..bound_coefficients import LEARNED, VARIANCE_TYPES
+from ..coefficients import check_choice, ddim_coefficients, posterior_coefficients
 from .levels import NoiseLevels, as_levels
 from .rows import Rows, ancestral, at_least_zero, toward
 from .table import SolverTable
@@ -32,33 +28,43 @@ def ddpm_table(
     """Ancestral sampling: x' = A x0 + B x + c_z z, the posterior q(x' | x, x0). Order 1.
 
     c_z^2 = beta_tilde ("fixed_small") or beta ("fixed_large"), both of the step to the next level
-    of the walk, however far that is; 0 for a step to sigma = 0.
+    of the walk, however far that is; 0 for a step to sigma = 0. Or the model says it: the noise is
+    then exp(log_variance / 2) z, log_variance = v ("learned") or log beta_tilde + (v + 1) / 2 (log
+    beta - log beta_tilde) ("learned_range": from -1, "fixed_small", to 1, "fixed_large").
 
     Args:
         levels: The walk, or sigmas ``[N + 1]`` with alpha = 1.
-        variance_type: One of ``VARIANCE_TYPES``.
+        variance_type: "fixed_small", "fixed_large", "learned" or "learned_range". For the last two
+            the model answers ``[B, 2C, ...]``, its prediction and then v.
         prediction_type: What the model predicts.
         clip_range: Bounds of x_0.
 
     Returns:
-        N rows.
+        N rows, with a ``variance`` where it is learned.
 
     Raises:
         ValueError: Unknown variance_type, or as ``NoiseLevels``.
 
     Source:
-        Ho et al. 2020 (arXiv 2006.11239) algorithm 2.
+        Ho et al. 2020 (arXiv 2006.11239) algorithm 2; Nichol and Dhariwal 2021 (arXiv 2102.09672)
+        eq. 15.
     """
     check_choice("variance_type", variance_type, VARIANCE_TYPES)
     walk = as_levels(levels)
     rows = Rows("ddpm", walk, prediction_type, clip_range)
     c_0, c_x, beta_tilde, beta = (torch.as_tensor(c) for c in posterior_coefficients(*_ends(walk)))
-    variance = beta_tilde if variance_type == "fixed_small" else beta
-    c_z = torch.where(walk.sigma[1:] == 0, 0.0, variance).sqrt()
+    noisy, learned = walk.sigma[1:] != 0, None
+    if variance_type in LEARNED:
+        noisy &= beta_tilde > 0  # a step that goes nowhere needs no noise
+        learned = _log_deviation(variance_type, noisy, beta_tilde, beta)
+        c_z = noisy.double()
+    else:
+        variance = beta_tilde if variance_type == "fixed_small" else beta
+        c_z = torch.where(noisy, variance, 0.0).sqrt()
     columns = zip(walk.levels(), c_x.tolist(), c_0.tolist(), c_z.tolist(), strict=False)
     for i, (here, x, x0, z) in enumerate(columns):
         rows.add(i, here, c_x=x, c_0=x0, c_z=z)
-    return rows.table(1)
+    return rows.table(1, variance=learned)
 
 
 def ddim_table(
@@ -143,6 +149,14 @@ def euler_ancestral_table(
         c_x, c_0 = toward(here, after.alpha, down)
         rows.add(i, here, c_x=c_x, c_0=c_0, c_z=s_noise * up)
     return rows.table(1)
+
+
+def _log_deviation(variance_type: str, noisy: Tensor, beta_tilde: Tensor, beta: Tensor) -> Tensor:
+    """s_0 and s_v of each row: half the log-variance is s_0 + s_v v. 0 where there is no noise."""
+    if variance_type == "learned":
+        return noisy[:, None] * torch.tensor([0.0, 0.5], dtype=torch.float64)
+    small, large = (torch.where(noisy, c, 1.0).log() for c in (beta_tilde, beta))
+    return torch.stack([small + large, large - small], dim=1) / 4
 
 
 def _ends(walk: NoiseLevels) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -75,12 +75,14 @@ class Rows:
         order: int,
         *,
         start: tuple[float, float] = (1.0, 0.0),
+        variance: Tensor | None = None,
     ) -> SolverTable:
         """The rows as a table.
 
         Args:
             order: What the solver claims.
             start: start_scale and start_noise.
+            variance: s_0 and s_v of each row, where the model says its variance.
 
         Returns:
             The table.
@@ -115,6 +117,7 @@ class Rows:
             init_noise_sigma=self._levels.init_noise_sigma,
             start_scale=start[0],
             start_noise=start[1],
+            variance=variance,
         )
 
 

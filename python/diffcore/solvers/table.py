@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .._registry import run
-from .._step import Plan, columns_read, plan
+from .._step import PLAIN, Plan, columns_read, learned_plan, plan
 from ..coefficients import STEP_COLUMNS, Coef, check_choice
 from ..noise import PhiloxNoise
 from ..ops import reverse_step
@@ -51,6 +51,7 @@ class SolverTable:
         x' = c_x x + c_m m + c_0 x0 + c_1 h_1 + c_2 h_2 + c_3 h_3 + c_z z
         h' = e_x x + e_m m + e_0 x0
 
+    Where the model says its own variance, the noise is c_z exp(s_0 + s_v v) z, v what it says.
     Then x' is the next row's x, and h' its h_1 (h_1 becomes h_2, h_2 becomes h_3). A row whose e
     are all 0 leaves nothing that is ever read, so nothing need be written; a row with c_k = 0
     does not read h_k, whatever that holds. Before the first row x = start_scale x + start_noise z.
@@ -70,6 +71,8 @@ class SolverTable:
         init_noise_sigma: Standard deviation of the x to start from.
         start_scale: See above; 1 but for churn.
         start_noise: See above; 0 but for churn.
+        variance: float64 ``[S, 2]``: s_0 and s_v, where the model says its own variance: it answers
+            with twice the channels, m and then v. ``None`` where it does not. Not with history.
         rows: All that once more as numbers; made of the tensors if not given.
     """
 
@@ -86,6 +89,7 @@ class SolverTable:
     init_noise_sigma: float
     start_scale: float = 1.0
     start_noise: float = 0.0
+    variance: Tensor | None = None
     rows: tuple[Row, ...] = field(default=(), repr=False)
     _copies: dict[torch.device, SolverTable] = field(
         default_factory=dict, init=False, repr=False, compare=False
@@ -94,9 +98,18 @@ class SolverTable:
     def __post_init__(self) -> None:
         if self.rows:
             return
+        said: list[Any] = [None] * len(self)
+        if self.variance is not None:
+            if self.variance.shape != (len(self), 2) or self.history:
+                raise ValueError(
+                    f"variance must have shape [{len(self)}, 2] in a table without history, got "
+                    f"{list(self.variance.shape)} and history={self.history}"
+                )
+            said = self.variance.tolist()
         rows, before = [], -1
-        for c, sigma, scale, step in zip(
+        for c, v, sigma, scale, step in zip(
             self.coefficients.tolist(),
+            said,
             self.sigma.tolist(),
             self.input_scale.tolist(),
             self.step_index.tolist(),
@@ -104,7 +117,10 @@ class SolverTable:
         ):
             reads = max((k for k in (1, 2, 3) if c[READ][k - 1] != 0), default=0)
             keeps = any(c[KEPT]) or reads > 1  # of those that read more there is no other kernel
-            how = plan(tuple(c[: columns_read(reads, keeps)]), reads, keeps, noisy=c[3] != 0)
+            if v is not None and c[3] != 0:
+                how = learned_plan((*c[:PLAIN], *v))
+            else:
+                how = plan(tuple(c[: columns_read(reads, keeps)]), reads, keeps, noisy=c[3] != 0)
             rows.append(Row(tuple(c), how, sigma, scale, step, begins=step != before))
             before = step
         object.__setattr__(self, "rows", tuple(rows))
@@ -134,6 +150,7 @@ class SolverTable:
         model_output_uncond: Tensor | None = None,
         guidance_scale: Coef | None = None,
         threshold: Coef | None = None,
+        variance_output: Tensor | None = None,
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Row i, in one launch: from x and what the model said of it to the next x.
 
@@ -153,12 +170,15 @@ class SolverTable:
             model_output_uncond: m_u, for classifier-free guidance.
             guidance_scale: w, a number or ``[B]``.
             threshold: Bound of x_0, a number or ``[B]``.
+            variance_output: v, ``[B, ...]``, for a table with a ``variance``, and only then. A row
+                without noise does not read it.
 
         Returns:
             x', and the history: a tuple of as many tensors as later rows read at most.
 
         Raises:
-            ValueError: No such row, too short a history, or as ``ops.reverse_step``.
+            ValueError: No such row, too short a history, a v too many or too few, or as
+                ``ops.reverse_step``.
         """
         if type(i) is int and 0 <= i < len(self.rows):
             how, t = self.rows[i].plan, None
@@ -169,6 +189,8 @@ class SolverTable:
             earlier = self._earlier(i, how, x, earlier)
             if t is not None:
                 history = earlier[: how.reads]
+        if self.variance is not None or variance_output is not None:
+            earlier = self._said(how, variance_output)
         if not how.noisy:
             noise = None
         elif noise is None:
@@ -199,8 +221,25 @@ class SolverTable:
                 raise ValueError(f"i must be a row of {self.name}, 0 .. {len(self) - 1}, got {i}")
             return self.rows[index].plan, None
         reads, keeps = self.history, self.history > 0
-        columns = self.to(i.device).coefficients[:, : columns_read(reads, keeps)]
+        here = self.to(i.device)
+        columns = here.coefficients[:, : columns_read(reads, keeps)]
+        if here.variance is not None and self.stochastic:
+            return learned_plan((columns, here.variance)), i
         return plan((columns,), reads, keeps, self.stochastic), i
+
+    def _said(self, how: Plan, variance_output: Tensor | None) -> tuple[Tensor, ...]:
+        """What a kernel reads of the variance that a model says."""
+        if self.variance is None:
+            raise ValueError(
+                f"{self.name} knows its variance, got a variance_output; wanted a table with a "
+                "learned one (ddpm_table(variance_type='learned'))"
+            )
+        if variance_output is None:
+            raise ValueError(
+                f"{self.name} has a learned variance, got no variance_output; wanted what the "
+                "model says of it, the second half of its channels"
+            )
+        return (variance_output,) if how.noisy else ()
 
     def _earlier(
         self, i: int | Tensor, how: Plan, x: Tensor, history: tuple[Tensor, ...]
@@ -285,6 +324,7 @@ class SolverTable:
                     input_scale=self.input_scale.to(device),
                     step_index=self.step_index.to(device),
                     noise_levels=self.noise_levels.to(device),
+                    variance=None if self.variance is None else self.variance.to(device),
                 )
             copy = self._copies.setdefault(device, copy)
         return copy
