@@ -222,6 +222,9 @@ class Call {
     }
     const int64_t bytes = elements_ * item_size(dtype_), row = rows_ ? elements_ / rows_ : 0;
     int maps = info_->n_out;
+    // A part of every sample of a larger tensor is read where it is: the same rows, farther apart.
+    const bool part = elements_ && !whole && !dense(first, false) && dense_rows(first);
+    if (part) by_row_ = true;
     for (int k = 0; k < info_->n_in + maps; ++k) {
       dlpack::Tensor x = first;
       if (k != 0) borrow(k < info_->n_in ? ins[k].ptr() : outs[k - info_->n_in].ptr(), &x);
@@ -230,18 +233,18 @@ class Call {
       if (!x.data && elements_) return kBadArguments;
       if (k >= info_->n_in) {
         task_.out[k - info_->n_in] = x.data;
-        if (elements_ && !same_strides(x, first)) return kLayout;
+        if (elements_ && !same_strides(x, first, part)) return kLayout;
+        if (part && x.strides[0] != row) return kLayout;
         continue;
       }
       task_.in[k] = x.data;
-      task_.row_stride[k] = row;
+      task_.row_stride[k] = part ? x.strides[0] : row;
       if (k == 0 || !elements_ || same_strides(x, first)) continue;
-      // A part of every sample of a larger tensor: the same rows, farther apart.
       if (whole || !same_strides(x, first, 1) || x.strides[0] < 0) return kLayout;
       task_.row_stride[k] = x.strides[0];
       by_row_ = true;
     }
-    if (!dense(first, by_row_)) return kLayout;
+    if (!part && !dense(first, by_row_)) return kLayout;
     auto overlap = [&](const void* a, const void* b, int64_t bytes_of_b) {
       auto lo = reinterpret_cast<uintptr_t>(a), hi = reinterpret_cast<uintptr_t>(b);
       return lo < hi + uintptr_t(bytes_of_b) && hi < lo + uintptr_t(bytes);

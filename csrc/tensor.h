@@ -51,6 +51,18 @@ inline bool dense(const dlpack::Tensor& x, bool by_row) {
   return !by_row || x.shape[0] == 1 || order[dims - 1] == 0;
 }
 
+// The same of every sample by itself, where the samples lie farther apart than their size.
+inline bool dense_rows(const dlpack::Tensor& x) {
+  int64_t row = 1;
+  for (int d = 1; d < x.ndim; ++d) row *= x.shape[d];
+  if (x.ndim < 2 || x.strides[0] < row) return false;
+  dlpack::Tensor sample = x;
+  sample.ndim -= 1;
+  sample.shape += 1;
+  sample.strides += 1;
+  return dense(sample, false);
+}
+
 // How a row of a dense tensor lies in memory: 1 in row-major order, n where neighbours are elements
 // of n equal runs of that order in turn (channels_last: the channels), 0 in any other order.
 inline int64_t runs_of_row(const dlpack::Tensor& x) {

@@ -10,7 +10,7 @@ from bounds import assert_same_bits, check, each_case, each_dtype
 from cases import BY_NAME, CASES, OpCase, as_tuple
 from torch import Tensor
 
-from diffcore import ops
+from diffcore import _execute, ops
 
 SHAPE = (3, 4, 5, 7)
 SENTINEL = 77.0
@@ -45,6 +45,7 @@ OTHER: dict[str, Layout] = {
     "batch second": lambda x: inside(x, 0, (1, 0, 2, 3)),
     "gaps": gaps,
     "every other sample": lambda x: torch.stack([x, x + 1], 1).flatten(0, 1)[::2],
+    "half of the channels": lambda x: torch.cat([x, x + 1], dim=1)[:, : x.shape[1]],
     "cropped": lambda x: torch.nn.functional.pad(x, (1, 2, 2, 1), value=SENTINEL)[..., 2:-1, 1:-2],
 }
 EXPANDED: dict[str, Layout] = {
@@ -85,6 +86,23 @@ def test_operands_of_different_layouts(case: OpCase, device: str) -> None:
             for i, (name, x) in enumerate(args.tensors.items())
         }
         assert_same(case, case.op(**mixed, **args.options), wanted)
+
+
+@each_case
+@pytest.mark.parametrize("name", ["every other sample", "half of the channels"])
+def test_samples_farther_apart_are_read_in_place(
+    case: OpCase, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if _execute._C is None:
+        pytest.skip("plain torch reads anything")
+    args = case.make(SHAPE, torch.float32).map(OTHER[name])
+
+    def careful(*_: object) -> None:
+        raise AssertionError("a tensor is copied")
+
+    wanted = case.native(args.map(lambda x: x.contiguous()))
+    monkeypatch.setattr(_execute, "_careful", careful)
+    assert_same_bits(case.native(args), wanted, case.name)
 
 
 @pytest.mark.parametrize("layout", DENSE.values(), ids=DENSE)
