@@ -308,6 +308,26 @@ def test_gradcheck(loss_type: str, variance_type: str, decoder: str) -> None:
     torch.autograd.gradcheck(loss, (m, v))
 
 
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+def test_the_error_reads_its_half_in_place(
+    prediction_type: str, launched: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    d = GaussianDiffusion(BETAS, prediction_type, "learned_range")
+    x0, _, m, v = (c.float() for c in batch("learned_range", prediction_type))
+    both = torch.cat([m, v], dim=1).requires_grad_()
+
+    def careful(*_: Any) -> None:
+        raise AssertionError("a tensor is copied")
+
+    monkeypatch.setattr("diffcore._execute._careful", careful)
+    launched.clear()
+    d.training_losses(lambda x, t: both, x0, TIMES, noise=PhiloxNoise(1))
+    # x_t; the error, with its gradient; and the bound
+    assert len(launched) <= 3
+    assert launched[0] == "linear_combination*"
+    assert "loss" in launched[1]
+
+
 # ---- conventions -------------------------------------------------------------------------------
 
 
