@@ -193,7 +193,7 @@ def walk(
             m, said = m.chunk(2, dim=1)
             m_u = None if m_u is None else m_u.chunk(2, dim=1)[0]
             # Of two answers in one batch the conditional is the second.
-            v = None if table.variance is None else said[-len(x) :] if len(x) else said
+            v = None if table.variance is None else said.chunk(batches)[-1]
         bound = None if threshold is None else threshold(row, x, m, m_u)
         if callback is not None and row.begins:
             denoised = table.denoised(

@@ -42,7 +42,7 @@ class ReverseProcess(DiffusionTables):
             variances are float32, or float64 for float64 samples.
         """
         t = self._check_t(t, x, "x")
-        output, said = self._ask(model, x, t, model_kwargs)
+        output, said = self._predict(model, x, t, model_kwargs)
         clip = self._clip(clip_denoised)
         variance, log_variance = self._variances(said, t, x)
         return {
@@ -227,7 +227,7 @@ class ReverseProcess(DiffusionTables):
         noisy: bool = True,
         variance: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        output, said = self._ask(model, x, t, model_kwargs)
+        output, said = self._predict(model, x, t, model_kwargs)
         sample = ops.reverse_step(
             x,
             output,

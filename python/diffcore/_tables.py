@@ -263,7 +263,7 @@ class DiffusionTables:
             raise ValueError(f"weights must have shape [{self.num_timesteps}], got {came}")
         return weights.to(device=device, dtype=torch.float64)
 
-    def _ask(
+    def _predict(
         self, model: Model, x: Tensor, t: Tensor, model_kwargs: Mapping[str, Any] | None
     ) -> tuple[Tensor, Tensor | None]:
         """The model's prediction at t and, where the variance is learned, what it says of that."""

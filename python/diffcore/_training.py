@@ -73,7 +73,7 @@ class TrainingLosses(DiffusionTables):
         t = self._check_t(t, x_start)
         noise = or_drawn(noise, x_start)
         x_t = ops.q_sample(x_start, t, noise, self._noise_table(x_start.device))
-        output, variance = self._ask(model, x_t, t, model_kwargs)
+        output, variance = self._predict(model, x_t, t, model_kwargs)
         if of_bound:
             factor = self.num_timesteps if self.loss_type == "rescaled_kl" else 1.0
             vb = self._bound_term(x_start, output, variance, noise, t, decoder, factor)

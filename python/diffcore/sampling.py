@@ -57,7 +57,9 @@ def sample(
         model: ``model(x, t, **model_kwargs)`` with ``t`` ``[B]``, the table's timesteps (int64, or
             floating point numbers); its answer has the shape of ``x`` and is of the
             prediction_type that the table was made for. Under guidance without ``uncond_kwargs`` it
-            answers ``[2 B, ...]``, the unconditional half first.
+            answers ``[2 B, ...]``, the unconditional half first. For a table with a learned
+            variance it answers with twice the channels: the prediction, then what it says of the
+            variance; under guidance that of the conditional answer counts.
         x: The samples to start from, ``[B, ...]``: standard normal noise times
             ``table.init_noise_sigma``.
         table: The solver (``diffcore.solvers``).
