@@ -2,148 +2,26 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import pytest
 import torch
 from bounds import assert_same_bits
+from guided import BAR, T, at, losses_by_hand, target_of
 from refusals import refused
-from test_learned_variance import BAR, LOG_LARGE, LOG_SMALL, prediction
 from torch import Tensor
-from toys import BETAS, EPS
+from toys import BETAS, EPS, half
 
 from diffcore import GaussianDiffusion, PhiloxNoise, _native
 from diffcore.bound_coefficients import VARIANCE_TYPES
 from diffcore.coefficients import PREDICTION_TYPES
 
-T = len(BETAS)
 LEARNED = ("learned", "learned_range")
 LOSS_TYPES = ("mse", "rescaled_mse", "kl", "rescaled_kl")
 DECODERS = ("discretized", "gaussian")
 each_variance = pytest.mark.parametrize("variance_type", VARIANCE_TYPES)
 each_learned = pytest.mark.parametrize("variance_type", LEARNED)
 each_loss = pytest.mark.parametrize("loss_type", LOSS_TYPES)
-
-# ---- guided-diffusion's definitions ------------------------------------------------------------
-
-
-def at(table: Tensor, t: Tensor, like: Tensor) -> Tensor:
-    return table[t].view(-1, *[1] * (like.ndim - 1))
-
-
-def normal_kl(mean1: Tensor, logvar1: Tensor, mean2: Tensor, logvar2: Tensor) -> Tensor:
-    return 0.5 * (
-        -1.0
-        + logvar2
-        - logvar1
-        + torch.exp(logvar1 - logvar2)
-        + (mean1 - mean2) ** 2 * torch.exp(-logvar2)
-    )
-
-
-def nll_of_pixels(x: Tensor, mean: Tensor, log_scale: Tensor) -> Tensor:
-    """-log of the mass of a bin, by the exact normal distribution function (x near the mean)."""
-
-    def cdf(z: Tensor) -> Tensor:
-        return 0.5 * torch.special.erfc(-z / math.sqrt(2))
-
-    above = cdf((x - mean + 1 / 255) / log_scale.exp())
-    below = cdf((x - mean - 1 / 255) / log_scale.exp())
-    mass = torch.where(x < -0.999, above, torch.where(x > 0.999, 1 - below, above - below))
-    return -mass.log()
-
-
-def nll(x: Tensor, mean: Tensor, log_scale: Tensor) -> Tensor:
-    z = (x - mean) * torch.exp(-log_scale)
-    return 0.5 * (z**2 + math.log(2 * math.pi)) + log_scale
-
-
-def x0_of(m: Tensor, x_t: Tensor, t: Tensor, prediction_type: str) -> Tensor:
-    alpha, sigma = at(BAR.sqrt(), t, m), at((1 - BAR).sqrt(), t, m)
-    return {
-        "epsilon": (x_t - sigma * m) / alpha,
-        "sample": m,
-        "v_prediction": alpha * x_t - sigma * m,
-        "flow_prediction": (x_t - sigma * m) / (alpha + sigma),
-    }[prediction_type]
-
-
-def log_variance_of(v: Tensor | None, t: Tensor, like: Tensor, variance_type: str) -> Tensor:
-    small, large = at(LOG_SMALL, t, like), at(LOG_LARGE, t, like)
-    if variance_type == "fixed_small":
-        return small.expand_as(like)
-    if variance_type == "fixed_large":
-        return torch.where(at(torch.arange(T), t, like) == 0, small, large).expand_as(like)
-    assert v is not None
-    if variance_type == "learned":
-        return v
-    part = (v + 1) / 2
-    return part * large + (1 - part) * small
-
-
-def vb_terms_bpd(
-    x0: Tensor,
-    x_t: Tensor,
-    t: Tensor,
-    m: Tensor,
-    v: Tensor | None,
-    prediction_type: str,
-    variance_type: str,
-    decoder: str,
-) -> Tensor:
-    before = torch.cat([torch.ones(1, dtype=torch.float64), BAR[:-1]])
-    shift = at(BETAS * before.sqrt() / (1 - BAR), t, x0)
-    keep = at((1 - before) * (1 - BETAS).sqrt() / (1 - BAR), t, x0)
-    log_variance = log_variance_of(v, t, x0, variance_type)
-    mean = shift * x0_of(m, x_t, t, prediction_type) + keep * x_t
-    true_mean, true_log = shift * x0 + keep * x_t, at(LOG_SMALL, t, x0)
-    first = nll_of_pixels if decoder == "discretized" else nll
-    terms = [
-        first(x0[i], mean[i], 0.5 * log_variance[i])
-        if t[i] == 0
-        else normal_kl(true_mean[i], true_log[i], mean[i], log_variance[i])
-        for i in range(len(t))
-    ]
-    return torch.stack(terms).flatten(1).mean(1) / math.log(2)
-
-
-def target_of(x0: Tensor, noise: Tensor, t: Tensor, prediction_type: str) -> Tensor:
-    alpha, sigma = at(BAR.sqrt(), t, x0), at((1 - BAR).sqrt(), t, x0)
-    return {
-        "epsilon": noise,
-        "sample": x0,
-        "v_prediction": alpha * noise - sigma * x0,
-        "flow_prediction": noise - x0,
-    }[prediction_type]
-
-
-def losses_by_hand(
-    x0: Tensor,
-    noise: Tensor,
-    t: Tensor,
-    m: Tensor,
-    v: Tensor | None,
-    *,
-    prediction_type: str = "epsilon",
-    variance_type: str = "fixed_small",
-    loss_type: str = "mse",
-    decoder: str = "discretized",
-) -> dict[str, Tensor]:
-    x_t = at(BAR.sqrt(), t, x0) * x0 + at((1 - BAR).sqrt(), t, x0) * noise
-    how = (prediction_type, variance_type, decoder)
-    if "kl" in loss_type:
-        vb = vb_terms_bpd(x0, x_t, t, m, v, *how)
-        vb = T * vb if loss_type == "rescaled_kl" else vb
-        return {"loss": vb, "vb": vb}
-    found = {"mse": (target_of(x0, noise, t, prediction_type) - m).square().flatten(1).mean(1)}
-    found["loss"] = found["mse"]
-    if v is not None:
-        vb = vb_terms_bpd(x0, x_t, t, m.detach(), v, *how)
-        found["vb"] = vb * T / 1000 if loss_type == "rescaled_mse" else vb
-        found["loss"] = found["mse"] + found["vb"]
-    return found
-
 
 # ---- the losses --------------------------------------------------------------------------------
 
@@ -221,9 +99,7 @@ def test_what_the_rescaling_is(variance_type: str) -> None:
     torch.testing.assert_close(found["rescaled_mse"]["vb"], T / 1000 * vb, **close)
     assert torch.equal(found["rescaled_mse"]["mse"], found["mse"]["mse"])
     fixed = [
-        GaussianDiffusion(BETAS, loss_type=loss_type).training_losses(
-            prediction, x0, TIMES, noise=noise
-        )
+        GaussianDiffusion(BETAS, loss_type=loss_type).training_losses(half, x0, TIMES, noise=noise)
         for loss_type in ("mse", "rescaled_mse")
     ]
     assert fixed[0].keys() == fixed[1].keys() == {"loss", "mse"}
@@ -405,9 +281,9 @@ def test_bad_arguments() -> None:
     for loss_type in LOSS_TYPES:
         d = GaussianDiffusion(BETAS, variance_type="learned", loss_type=loss_type)
         loss = d.training_losses
-        refused(ValueError, r"shape \[2, 6, 4\] .* got \[2, 3, 4\]", loss, prediction, x, 3)
-        refused(ValueError, "decoder", loss, prediction, x, 3, decoder="laplace")
-        refused(ValueError, r"samples \[B, C, ...\]", loss, prediction, x[:, 0, 0], 3)
+        refused(ValueError, r"shape \[2, 6, 4\] .* got \[2, 3, 4\]", loss, half, x, 3)
+        refused(ValueError, "decoder", loss, half, x, 3, decoder="laplace")
+        refused(ValueError, r"samples \[B, C, ...\]", loss, half, x[:, 0, 0], 3)
 
 
 @pytest.mark.skipif(_native._C is None, reason="needs the compiled module")

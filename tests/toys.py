@@ -24,3 +24,14 @@ class Recorder:
         self.t.append(t)
         self.dtype.append(x.dtype)
         return scale * x
+
+
+class Says:
+    """A model of two halves: what it predicts, half of x, and a v, for each timestep or for all."""
+
+    def __init__(self, v, scale=0.5):
+        self.v, self.scale = torch.as_tensor(v, dtype=torch.float64), scale
+
+    def __call__(self, x, t):
+        v = self.v[t].view(-1, *[1] * (x.ndim - 1)) if self.v.ndim == 1 else self.v
+        return torch.cat([self.scale * x, v.to(x.dtype).expand(x.shape)], dim=1)
