@@ -61,6 +61,12 @@ __device__ __forceinline__ void share_coefs(const Task& task, int64_t row, int t
   }
 }
 
+// The other formula of a row: the rare one, so not worth a copy at each of its calls.
+template <class Op, class R>
+__device__ __noinline__ void apply_other(const R* c, const R* x, R* y) {
+  Op::Other::template apply<R>(c, x, y);
+}
+
 // What one thread does with its elements of a row; sums are left in `sums`.
 template <class Op, class S>
 struct Elements {
@@ -78,7 +84,14 @@ struct Elements {
     for (int k = 0; k < kIn; ++k) values[k] = load_value(x[k]);
     // As a tensor of noise would hold it.
     if constexpr (kDraws<Op>) values[kIn] = load_value(Store<S>::from(z));
-    Op::template apply<R>(c, values, y);
+    if constexpr (kSwitches<Op>) {
+      if (Op::other(c))
+        apply_other<Op, R>(c, values, y);
+      else
+        Op::template apply<R>(c, values, y);
+    } else {
+      Op::template apply<R>(c, values, y);
+    }
     DC_UNROLL
     for (int k = 0; k < kOut; ++k) stored[k] = Store<S>::from(y[k]);
     DC_UNROLL

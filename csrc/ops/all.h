@@ -2,6 +2,7 @@
 #pragma once
 
 #include "core/op.h"
+#include "ops/bound.h"
 #include "ops/gaussian.h"
 #include "ops/linear.h"
 #include "ops/loss.h"
@@ -59,7 +60,10 @@ using AllOps = Joined<
            TargetLoss, TargetLossGradient, MixedTargetLoss, MixedTargetLossGradient,
            Rescale,  // loss.h
            Drawn<TargetLoss>, Drawn<TargetLossGradient>, Drawn<MixedTargetLoss>,
-           Drawn<MixedTargetLossGradient>,         //
-           X0Quantile<false>, X0Quantile<true>>>;  // threshold.h
+           Drawn<MixedTargetLossGradient>,        //
+           X0Quantile<false>, X0Quantile<true>>,  // threshold.h
+    OpList<VlbTerm<false>, VlbTerm<true>, VlbTermBackward<false>, VlbTermBackward<true>,  // bound.h
+           Drawn<VlbTerm<false>>, Drawn<VlbTerm<true>>, Drawn<VlbTermBackward<false>>,
+           Drawn<VlbTermBackward<true>>, PriorKl>>;
 
 DC_KERNEL_NAMESPACE_END

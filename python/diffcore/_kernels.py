@@ -48,7 +48,7 @@ def noised(
     return run(kernel.drawn, inputs, coefs, step, False, out, noise)
 
 
-def _with_noise(inputs: Tensors, call: Call) -> tuple[Tensors, Tensor | Noise]:
+def with_noise(inputs: Tensors, call: Call) -> tuple[Tensors, Tensor | Noise]:
     """The inputs but the noise, and the noise: the last of them, or what it was drawn from."""
     return (inputs[:-1], inputs[-1]) if call[-1] is None else (inputs, call[-1])
 
@@ -222,7 +222,7 @@ def _reparameterize_backward(
     inputs: Tensors, call: Call, grads: Grads, needs: Needs
 ) -> Grads | None:
     g = grads[0]
-    (_, logvar), noise = _with_noise(inputs, call)
+    (_, logvar), noise = with_noise(inputs, call)
     if any(needs[2:]) or g is None:
         return None  # rare: through the reference
     g_logvar = noised(REPARAMETERIZE_BACKWARD, (g, logvar), noise) if needs[1] else None
@@ -233,7 +233,7 @@ def _reparameterize_kl_backward(
     inputs: Tensors, call: Call, grads: Grads, needs: Needs
 ) -> Grads | None:
     g_z, g_kl = grads
-    (mean, logvar), noise = _with_noise(inputs, call)
+    (mean, logvar), noise = with_noise(inputs, call)
     if any(needs[2:]):
         return None
     if g_kl is None:

@@ -87,6 +87,7 @@ def vlb_term(
 
 
 def prior_kl(x0: Tensor, factor: Coef, offset: Coef) -> Tensor:
-    """``factor Σ x_0² + offset`` of each sample."""
+    """``factor Σ x_0² + n offset`` of each sample."""
     x = x0.to(compute_dtype(x0.dtype))
-    return _row_sum(x * x, factor, whole=False) + offset
+    n = x[0].numel() if x.ndim else 1
+    return _row_sum(x * x, factor, whole=False) + n * offset
