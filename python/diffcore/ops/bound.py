@@ -56,14 +56,16 @@ def vlb_term(
         `[B]`, float32 (float64 for float64 samples): nats, the sum over each sample.
 
     Raises:
-        ValueError: neither or both of `x_t` and `noise`; a table of the wrong width.
+        TypeError: neither `x_t` nor `noise`.
+        ValueError: both; a table of the wrong width.
 
     Source: Ho et al. 2020 (arXiv 2006.11239) eq. 5, 8 and 13; learned variance: Nichol & Dhariwal
     2021 (arXiv 2102.09672) eq. 15.
     """
-    if (x_t is None) == (noise is None):
-        came = "neither" if x_t is None else "both"
-        raise ValueError(f"x_t and noise: got {came}; wanted one of them")
+    if x_t is None and noise is None:
+        raise TypeError("x_t is None, and so is noise; wanted one of them")
+    if x_t is not None and noise is not None:
+        raise ValueError("x_t and noise are both given; wanted one of them")
     learned = variance_output is not None
     width = len(VLB_COLUMNS) if learned else FIXED
     coefs = (as_coef("scale", scale, None), as_table("coefficients", coefficients, width))
