@@ -77,7 +77,7 @@ BOUND_CASES: list[OpCase] = [
         formulas.prior_kl,
         lambda b: {
             "alpha": float(ALPHA[STEPS // 2]),
-            "sigma": math.sqrt(1 - ALPHA[STEPS // 2] ** 2),
+            "sigma": float(SIGMA[STEPS // 2]),
         },
         ("x0",),
         1,

@@ -63,7 +63,7 @@ def vlb_term(
     2021 (arXiv 2102.09672) eq. 15.
     """
     if x_t is None and noise is None:
-        raise TypeError("x_t is None, and so is noise; wanted one of them")
+        raise TypeError("x_t is a NoneType, and so is noise; wanted one of them")
     if x_t is not None and noise is not None:
         raise ValueError("x_t and noise are both given; wanted one of them")
     learned = variance_output is not None

@@ -57,24 +57,25 @@ def vlb_term(
     ``(expm1(d) - d) / 2`` (``-d / 2`` where kl is 0) ``+ factor e² exp(d) + offset``; and where
     decoder is not 0, of minus the discretised log-likelihood under N(x_0 - e, exp(-d)).
     """
+    # Coefficients as the kernels read them, rounded to the compute type; then double throughout.
     compute = compute_dtype(x0.dtype)
-    x, y, m = (tensor.to(compute) for tensor in (x0, given, model_output))
     k = [
         torch.as_tensor(per_sample(c, x0), dtype=compute, device=x0.device).double() for c in coefs
     ]
+    x = x0.double()
     b_0, b_g, b_m = (high + low for high, low in zip(k[0:3], k[3:6], strict=True))
-    error = b_0 * x.double() + b_g * y.double() + b_m * m.double()
-    low, high = (x.double() - bound for bound in (k[6], k[7]))
+    error = b_0 * x + b_g * given.double() + b_m * model_output.double()
+    most, least = (x - bound for bound in (k[6], k[7]))
     # As in the steps: where, not clamp.
-    error = torch.where(error > low, torch.zeros_like(error) + low, error)
-    error = torch.where(error < high, torch.zeros_like(error) + high, error).to(compute)
-    decoder, factor, offset, d = (c.to(compute) for c in k[8:12])
+    error = torch.where(error > most, torch.zeros_like(error) + most, error)
+    error = torch.where(error < least, torch.zeros_like(error) + least, error)
+    decoder, factor, offset, d = k[8:12]
     if variance_output is None:
         terms = factor * error**2 + offset
         d = d + torch.zeros_like(error)
     else:
-        d_low, d_v, kl = (c.to(compute) for c in k[12:15])
-        d = d - d_v * variance_output.to(compute) + d_low
+        d_low, d_v, kl = k[12:15]
+        d = d - d_v * variance_output.double() + d_low
         spread = torch.where(kl != 0, expm1_minus(d), -d)
         # Where the decoder is discretised this is not read, and must not overflow.
         safe = torch.where(decoder == 0, d, torch.zeros_like(d))
@@ -82,8 +83,8 @@ def vlb_term(
     discretized = -_discretized_gaussian_log_likelihood(x, x - error, -0.5 * d)
     terms = torch.where(decoder == 0, terms, discretized)
     if isinstance(scale, Tensor):
-        scale = scale.to(compute)
-    return _row_sum(terms, scale, whole=False)
+        scale = scale.to(compute).double()
+    return _row_sum(terms, scale, whole=False).to(compute)
 
 
 def prior_kl(x0: Tensor, factor: Coef, offset: Coef) -> Tensor:
