@@ -138,9 +138,7 @@ def relative(found: Tensor, wanted: Tensor) -> float:
 @pytest.mark.parametrize("variance", ["fixed_small", "fixed_large", "optimal"])
 def test_every_term_is_its_closed_form(variance, prediction_type, given, device) -> None:
     found = expected(variance, prediction_type, given, device=device)
-    # x_t is given rounded, and where there is little signal the prediction multiplies that.
-    room = 1 if given == "noise" or prediction_type == "sample" else 1 / float(ALPHA[-1])
-    assert relative(found, WORLD.terms[variance]) < 1e-12 * room
+    assert relative(found, WORLD.terms[variance]) < 1e-12
     wanted = WORLD.terms[variance].sum() + WORLD.prior
     assert abs(found.sum() + WORLD.prior - wanted) < 1e-12
 

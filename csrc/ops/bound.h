@@ -95,7 +95,8 @@ struct VlbTerm : BoundError<kLearned> {
     const R e = R(Base::error(c, x, inside));
     if constexpr (kLearned) {
       const R d = Base::log_ratio(c, x);
-      const R spread = c[kKl] != R(0) ? HalfExpm1<R>(d).minus_d : R(-0.5) * d;
+      const HalfExpm1<R> half(d);
+      const R spread = c[kKl] != R(0) ? half.minus_d : R(-0.5) * d;
       y[0] = mul_add(c[kFactor] * e * e, exp(d), spread);
     } else {
       y[0] = e * e;
