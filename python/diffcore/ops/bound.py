@@ -10,8 +10,6 @@ from .._execute import Kernel, run_reference
 from .._registry import Coef, Step
 from ..bound_coefficients import FIXED, VLB_COLUMNS
 from ..noise import PhiloxNoise
-from ..reference import _reduce
-from ..reference.bound import _discretized_gaussian_log_likelihood
 from ..reference.bound import prior_kl as _prior_kl
 from ._arguments import as_coef, as_table
 from ._noise import Noise
@@ -60,10 +58,3 @@ def prior_kl(x0: Tensor, alpha: Coef, sigma: Coef) -> Tensor:
     factor, offset = prior_coefficients(float(alpha), float(sigma))
     n = x0[0].numel()
     return _prior_kl(x0, factor, offset * n)
-
-
-def discretized_gaussian_log_likelihood(
-    x: Tensor, *, means: Tensor, log_scales: Tensor, reduction: str = "none"
-) -> Tensor:
-    """Log of the mass of a Gaussian in the bin of a pixel."""
-    return _reduce(_discretized_gaussian_log_likelihood, (x, means, log_scales), reduction)
