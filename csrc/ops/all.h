@@ -4,6 +4,7 @@
 #include "core/op.h"
 #include "ops/bound.h"
 #include "ops/gaussian.h"
+#include "ops/likelihood.h"
 #include "ops/linear.h"
 #include "ops/loss.h"
 #include "ops/reverse_step.h"
@@ -53,7 +54,10 @@ using AllOps = Joined<
            StandardNormalKl, StandardNormalKlSum, StandardNormalKlBackward,  //
            StandardNormalKlSumBackward,                                      //
            GaussianNll, GaussianNllSum, GaussianNllBackward, GaussianNllBackwardParameters,
-           GaussianNllSumBackward, GaussianNllSumBackwardParameters,  //
+           GaussianNllSumBackward, GaussianNllSumBackwardParameters,               //
+           DiscretizedGaussianLogLikelihood, DiscretizedGaussianLogLikelihoodSum,  // likelihood.h
+           DiscretizedBackward, DiscretizedBackwardParameters, DiscretizedSumBackward,
+           DiscretizedSumBackwardParameters,  //
            Reparameterize, ReparameterizeBackward, ReparameterizeKl, ReparameterizeKlBackward,
            Drawn<Reparameterize>, Drawn<ReparameterizeBackward>, Drawn<ReparameterizeKl>,
            Drawn<ReparameterizeKlBackward>,  //

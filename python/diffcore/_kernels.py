@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from diffcore._registry import (
     run_tuple,
     split_coefs,
 )
+from diffcore.reference import bound
 
 Tensors = tuple[Tensor, ...]
 Coefs = tuple[Coef, ...]
@@ -137,9 +139,13 @@ class Term:
     """An elementwise term, its sum over samples, and the kernels of their gradients."""
 
     def __init__(
-        self, name: str, inputs: tuple[str, ...], gradients: dict[str, tuple[int, ...]]
+        self,
+        name: str,
+        inputs: tuple[str, ...],
+        gradients: dict[str, tuple[int, ...]],
+        home: ModuleType = reference,
     ) -> None:
-        formula = getattr(reference, f"_{name}")
+        formula = getattr(home, f"_{name}")
         self.gradients = gradients
         self.elementwise = Kernel(
             name,
@@ -213,6 +219,12 @@ NORMAL_KL = Term(
 )
 STANDARD_NORMAL_KL = Term("standard_normal_kl", ("mean", "logvar"), {"": (0, 1)})
 GAUSSIAN_NLL = Term("gaussian_nll", ("x", "mean", "logvar"), {"": (0, 1, 2), "_parameters": (1, 2)})
+DISCRETIZED = Term(
+    "discretized_gaussian_log_likelihood",
+    ("x", "means", "log_scales"),
+    {"": (0, 1, 2), "_parameters": (1, 2)},
+    home=bound,
+)
 
 
 # ---- reparameterisation ------------------------------------------------------------------------

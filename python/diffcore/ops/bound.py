@@ -7,8 +7,6 @@ from torch import Tensor
 from .. import _bound as k
 from .._registry import Coef, Step, run
 from ..bound_coefficients import FIXED, VLB_COLUMNS, prior_coefficients
-from ..reference import _reduce
-from ..reference.bound import _discretized_gaussian_log_likelihood
 from ._arguments import as_coef, as_table, float_of
 from ._noise import Noise, noised
 
@@ -100,10 +98,3 @@ def prior_kl(x0: Tensor, alpha: float, sigma: float) -> Tensor:
     if not s > 0:
         raise ValueError(f"sigma is {s}; wanted a positive number")
     return run(k.PRIOR_KL, (x0,), prior_coefficients(a, s))
-
-
-def discretized_gaussian_log_likelihood(
-    x: Tensor, *, means: Tensor, log_scales: Tensor, reduction: str = "none"
-) -> Tensor:
-    """Log of the mass of a Gaussian in the bin of a pixel."""
-    return _reduce(_discretized_gaussian_log_likelihood, (x, means, log_scales), reduction)
