@@ -45,6 +45,11 @@ struct BoundError {
     e = e > most ? most : e;
     return e < least ? least : e;
   }
+  // de / dm where it let it pass.
+  template <class R>
+  DC_HD static R slope(const R* c) {
+    return R(double(c[kBm]) + double(c[kBmLow]));
+  }
   // log β̃ - log σ², σ² being the variance of p; minus the latter where there is no β̃.
   template <class R>
   DC_HD static R log_ratio(const R* c, const R* x) {
@@ -120,7 +125,7 @@ struct DecoderTermBackward : BoundError<kLearned> {
     double of[2];  // the mean, the log-scale
     DiscretizedGradient<false>::apply<double>(1.0, seen.x, of);
     const R g = c[Base::n_coef] * c[kScale];
-    y[0] = seen.inside ? g * R(of[0]) * c[kBm] : R(0);
+    y[0] = seen.inside ? g * R(of[0]) * Base::slope(c) : R(0);
     if constexpr (kLearned) y[1] = R(-0.5) * g * c[kDv] * R(of[1]);
   }
 };
@@ -139,11 +144,12 @@ struct VlbTermBackward : BoundError<kLearned> {
     R slope = R(2) * c[kFactor] * e;
     if constexpr (kLearned) {
       const R d = Base::log_ratio(c, x), ratio = exp(d);
-      const R spread = c[kKl] != R(0) ? HalfExpm1<R>(d).plain : R(-0.5);
+      const HalfExpm1<R> half(d);
+      const R spread = c[kKl] != R(0) ? half.plain : R(-0.5);
       y[1] = -g * c[kDv] * mul_add(c[kFactor] * e * e, ratio, spread);
       slope *= ratio;
     }
-    y[0] = inside ? g * slope * c[kBm] : R(0);
+    y[0] = inside ? g * slope * Base::slope(c) : R(0);
   }
 };
 
