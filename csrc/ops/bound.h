@@ -31,6 +31,7 @@ enum BoundCoef {
 // Inputs begin with x_0, m, [v], given (x_t, or the noise in it).
 template <bool kLearned>
 struct BoundError {
+  static constexpr bool in_double = true;
   static constexpr int n = 3 + kLearned, n_coef = kLearned ? kKl + 1 : kDLow;
 
   // x_0 minus the prediction, clipped; `inside`: whether the clip let it pass.
