@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import formulas
+from bound_cases import BOUND_CASES
 from op_case import ALPHAS_CUMPROD as ALPHAS_CUMPROD
 from op_case import BETAS as BETAS
 from op_case import NOISE_TABLE as NOISE_TABLE
@@ -155,6 +156,7 @@ CASES: list[OpCase] = [
     _loss("sample", lambda b: {"weight": ramp(0.5, 2, STEPS), "t": steps_of(b)}, 2),
     _loss("v_prediction", lambda b: {**_levels(b), "weight": ramp(0.5, 2, b).float()}, 3),
     _loss("flow_prediction", lambda b: {"weight": 1.5}, 3),
+    *BOUND_CASES,
 ]
 
 BY_NAME: dict[str, OpCase] = {case.name: case for case in CASES}

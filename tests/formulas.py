@@ -173,6 +173,37 @@ def step_log_prob(
     return terms.reshape(len(x), math.prod(x.shape[1:])).sum(1) if x.ndim > 1 else terms
 
 
+def vlb_term(
+    xp: Any,
+    x0: Any,
+    model_output: Any,
+    coefficients: Any,
+    t: Any,
+    x_t: Any = None,
+    noise: Any = None,
+    variance_output: Any = None,
+    scale: Any = 1.0,
+) -> Any:
+    rows = coefficients[t]
+    c = [_column(rows[..., k], x0) for k in range(rows.shape[-1])]
+    given = noise if x_t is None else x_t
+    error = (c[0] + c[3]) * x0 + (c[1] + c[4]) * given + (c[2] + c[5]) * model_output
+    error = x0 - (x0 - error).clip(c[6], c[7])
+    if variance_output is None:
+        terms = c[9] * error**2 + c[10]
+    else:
+        d = c[11] + c[12] - c[13] * variance_output
+        spread = xp.where(c[14] != 0, xp.expm1(d) - d, -d) / 2
+        terms = spread + c[9] * error**2 * xp.exp(d) + c[10]
+    found = _per_sample(terms)
+    return found * (scale.to(found.dtype) if isinstance(scale, Tensor) else scale)
+
+
+def prior_kl(xp: Any, x0: Any, alpha: float, sigma: float) -> Any:
+    variance = sigma * sigma
+    return _per_sample((alpha**2 * x0**2 + variance - 1 - math.log(variance)) / 2)
+
+
 def _prediction(
     x: Any,
     model_output: Any,

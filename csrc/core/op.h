@@ -59,4 +59,16 @@ constexpr bool kSelects = false;
 template <class Op>
 constexpr bool kSelects<Op, decltype(void(&Op::selected))> = true;
 
+// Some ops compute in double whatever their tensors hold.
+template <class Op, class = void>
+constexpr bool kInDouble = false;
+template <class Op>
+constexpr bool kInDouble<Op, decltype(void(Op::in_double))> = true;
+
+// Some ops are one of two formulas, row by row: `Other` where the coefficients say so.
+template <class Op, class = void>
+constexpr bool kSwitches = false;
+template <class Op>
+constexpr bool kSwitches<Op, decltype(void(sizeof(typename Op::Other)))> = true;
+
 DC_KERNEL_NAMESPACE_END

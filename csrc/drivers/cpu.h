@@ -94,6 +94,14 @@ __attribute__((noinline)) void span(const R* coefs, const R* const* from, R* con
   }
 }
 
+// The same of a row, with the formula that is the row's.
+template <class Op, class R>
+void span_of_row(const R* c, const R* const* from, R* const* to, int64_t n, R (*acc)[kLanes]) {
+  if constexpr (kSwitches<Op>)
+    if (Op::other(c)) return span<typename Op::Other, R>(c, from, to, n, acc);
+  span<Op, R>(c, from, to, n, acc);
+}
+
 // What the rows of an op draw; nothing where their noise is read.
 template <class Op, bool = kDraws<Op>>
 struct Noise {
@@ -205,7 +213,7 @@ struct CpuLoop {
     DC_UNROLL
     for (int k = 0; k < kOut; ++k) out[k] = static_cast<S*>(task.out[k]) + at;
     if constexpr (!kConverted && !kDraws<Op>) {
-      span<typename Formula<Op>::type, R>(c, in, out, n, acc);
+      span_of_row<typename Formula<Op>::type, R>(c, in, out, n, acc);
     } else {
       constexpr int kRoom = kConverted ? kTile : 1;
       alignas(64) R x[kIn + 1][kRoom];
@@ -230,7 +238,7 @@ struct CpuLoop {
         }
         DC_UNROLL
         for (int k = 0; k < kOut; ++k) ys[k] = pick<kConverted>(y[k], out[k] + i);
-        span<typename Formula<Op>::type, R>(c, xs, ys, m, acc);
+        span_of_row<typename Formula<Op>::type, R>(c, xs, ys, m, acc);
         if constexpr (kConverted)
           for (int k = 0; k < kOut; ++k) store_tile(y[k], m, out[k] + i);
       }

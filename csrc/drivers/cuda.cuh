@@ -23,12 +23,12 @@ template <class Op>
 constexpr int kUnroll = Op::n_in <= 2 ? 2 : 1;
 // Blocks that have to fit on a multiprocessor, which bounds the registers: 64 a thread; 80 where
 // many tensors take part, or many coefficients besides packs of eight (with 64 they spill), or a
-// thread draws eight normals; 128 in double, and where it is both.
+// thread draws eight normals; 128 in double, even if only in between, and where it is both.
 template <class Op, class S>
 constexpr int kBlocksPerSm = [] {
   const int tensors = Op::n_in + Op::n_out;
   const bool draws_eight = kDraws<Op> && sizeof(S) == 2;
-  if (sizeof(S) == 8 || (draws_eight && tensors >= 5)) return 2;
+  if (sizeof(S) == 8 || kInDouble<Op> || (draws_eight && tensors >= 5)) return 2;
   const int held = tensors + (sizeof(S) == 2 ? Op::n_coef / 4 : 0);
   return held >= 9 || draws_eight ? 3 : 4;
 }();
@@ -62,7 +62,7 @@ __device__ __forceinline__ void share_coefs(const Task& task, int64_t row, int t
 }
 
 // What one thread does with its elements of a row; sums are left in `sums`.
-template <class Op, class S>
+template <class Op, class S, class Formula = Op>
 struct Elements {
   using R = Compute<S>;
   static constexpr int kIn = kReads<Op>, kOut = Op::n_out, kSum = Op::n_sum, kU = kUnroll<Op>;
@@ -78,7 +78,7 @@ struct Elements {
     for (int k = 0; k < kIn; ++k) values[k] = load_value(x[k]);
     // As a tensor of noise would hold it.
     if constexpr (kDraws<Op>) values[kIn] = load_value(Store<S>::from(z));
-    Op::template apply<R>(c, values, y);
+    Formula::template apply<R>(c, values, y);
     DC_UNROLL
     for (int k = 0; k < kOut; ++k) stored[k] = Store<S>::from(y[k]);
     DC_UNROLL
@@ -195,22 +195,35 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm<Op, S>)
       load_c();
       if (is_idle<Op>(c) && task.in[0] == task.out[0]) return;
     }
-    if (shape.packed) {
+    bool other = false;
+    if constexpr (kSwitches<Op>) {
+      load_c();
+      other = Op::other(c);
+    }
+    if (other) {  // rows of another formula are rare: one by one is fast enough
+      if constexpr (kSwitches<Op>) {
+        const Elements<Op, S, typename Op::Other> others{task, c, sums, key};
+        const int64_t begin = int64_t(blockIdx.x) * task.chunk;
+        const int64_t end = begin + task.chunk < task.cols ? begin + task.chunk : task.cols;
+#pragma unroll 1
+        for (int64_t i = begin + x; i < end; i += shape.threads_x) others.one(row, i);
+      }
+    } else if (shape.packed) {
       const int64_t step = int64_t(kUnroll<Op>) * shape.threads_x;
       const int turns = Op::n_sum ? shape.turns : 1;
 #pragma unroll 1
       for (int turn = 0; turn < turns; ++turn) {
         const int64_t first = (int64_t(blockIdx.x) * turns + turn) * step + x;
         elements.template packs<kPack>(row, first, packs, shape.threads_x, [&] {
-          if (turn == 0) load_c();
+          if (turn == 0 && !kSwitches<Op>) load_c();
         });
       }
-    } else {
+    } else if (!kSwitches<Op>) {
       load_c();
     }
     // One by one: everything when unaligned, else what is left behind the last whole pack, by the
     // last block.
-    if (!shape.packed || blockIdx.x == gridDim.x - 1) {
+    if (!other && (!shape.packed || blockIdx.x == gridDim.x - 1)) {
       const int64_t begin = shape.packed ? packs * kPack : int64_t(blockIdx.x) * task.chunk;
       const int64_t end = begin + task.chunk < task.cols ? begin + task.chunk : task.cols;
 #pragma unroll 1

@@ -2,7 +2,9 @@
 #pragma once
 
 #include "core/op.h"
+#include "ops/bound.h"
 #include "ops/gaussian.h"
+#include "ops/likelihood.h"
 #include "ops/linear.h"
 #include "ops/loss.h"
 #include "ops/reverse_step.h"
@@ -52,14 +54,20 @@ using AllOps = Joined<
            StandardNormalKl, StandardNormalKlSum, StandardNormalKlBackward,  //
            StandardNormalKlSumBackward,                                      //
            GaussianNll, GaussianNllSum, GaussianNllBackward, GaussianNllBackwardParameters,
-           GaussianNllSumBackward, GaussianNllSumBackwardParameters,  //
+           GaussianNllSumBackward, GaussianNllSumBackwardParameters,               //
+           DiscretizedGaussianLogLikelihood, DiscretizedGaussianLogLikelihoodSum,  // likelihood.h
+           DiscretizedBackward, DiscretizedBackwardParameters, DiscretizedSumBackward,
+           DiscretizedSumBackwardParameters,  //
            Reparameterize, ReparameterizeBackward, ReparameterizeKl, ReparameterizeKlBackward,
            Drawn<Reparameterize>, Drawn<ReparameterizeBackward>, Drawn<ReparameterizeKl>,
            Drawn<ReparameterizeKlBackward>,  //
            TargetLoss, TargetLossGradient, MixedTargetLoss, MixedTargetLossGradient,
            Rescale,  // loss.h
            Drawn<TargetLoss>, Drawn<TargetLossGradient>, Drawn<MixedTargetLoss>,
-           Drawn<MixedTargetLossGradient>,         //
-           X0Quantile<false>, X0Quantile<true>>>;  // threshold.h
+           Drawn<MixedTargetLossGradient>,        //
+           X0Quantile<false>, X0Quantile<true>>,  // threshold.h
+    OpList<VlbTerm<false>, VlbTerm<true>, VlbTermBackward<false>, VlbTermBackward<true>,  // bound.h
+           Drawn<VlbTerm<false>>, Drawn<VlbTerm<true>>, Drawn<VlbTermBackward<false>>,
+           Drawn<VlbTermBackward<true>>, PriorKl>>;
 
 DC_KERNEL_NAMESPACE_END

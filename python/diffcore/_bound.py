@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
-from diffcore._kernels import Needs, Tensors
-from diffcore._registry import Call, Grads, Kernel, drawing
+from diffcore._kernels import SCALE, Needs, Tensors, noised, with_noise
+from diffcore._registry import Call, Grads, Kernel, drawing, run
 from diffcore.bound_coefficients import FIXED, VLB_COLUMNS
 from diffcore.reference import bound
 
@@ -22,7 +22,15 @@ def _vlb_term(learned: bool) -> Kernel:
         return bound.vlb_term(x0, rest[-1], m, coefs, scale, variance_output=v)
 
     def backward(inputs: Tensors, call: Call, grads: Grads, needs: Needs) -> Grads | None:
-        return None
+        (g,) = grads
+        assert g is not None
+        read, given = with_noise(inputs, call)
+        if needs[0] or any(needs[2 + learned :]):
+            return None  # x_0 or x_t that are trained too: through the reference
+        _, coefs, step, _, _ = call
+        found: Any = noised(VLB_TERM_BACKWARD[learned], read, given, (*coefs, g), step)
+        made = found if learned else (found,)
+        return [None, *made, *[None] * (len(needs) - 2 - learned)]
 
     variance = ("variance_output",) * learned
     return drawing(
@@ -38,4 +46,27 @@ def _vlb_term(learned: bool) -> Kernel:
     )
 
 
+def _vlb_term_backward(learned: bool) -> Kernel:
+    forward = VLB_TERM[learned]
+    return drawing(
+        Kernel(f"{forward.name}_backward", forward.inputs, (*forward.coefs, "grad"), 1 + learned)
+    )
+
+
+def _prior_kl_backward(inputs: Tensors, call: Call, grads: Grads, needs: Needs) -> Grads:
+    (g,) = grads
+    assert g is not None
+    return [run(SCALE, inputs, (2 * call[1][0] * g,))]
+
+
 VLB_TERM = {learned: _vlb_term(learned) for learned in (False, True)}
+VLB_TERM_BACKWARD = {learned: _vlb_term_backward(learned) for learned in (False, True)}
+PRIOR_KL = Kernel(
+    "prior_kl",
+    ("x0",),
+    ("factor", "offset"),
+    outputs=0,
+    sums=1,
+    reference=lambda *args, whole: bound.prior_kl(*args),
+    backward=_prior_kl_backward,
+)

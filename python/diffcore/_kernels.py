@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from diffcore._registry import (
     run_tuple,
     split_coefs,
 )
+from diffcore.reference import bound
 
 Tensors = tuple[Tensor, ...]
 Coefs = tuple[Coef, ...]
@@ -48,7 +50,7 @@ def noised(
     return run(kernel.drawn, inputs, coefs, step, False, out, noise)
 
 
-def _with_noise(inputs: Tensors, call: Call) -> tuple[Tensors, Tensor | Noise]:
+def with_noise(inputs: Tensors, call: Call) -> tuple[Tensors, Tensor | Noise]:
     """The inputs but the noise, and the noise: the last of them, or what it was drawn from."""
     return (inputs[:-1], inputs[-1]) if call[-1] is None else (inputs, call[-1])
 
@@ -137,9 +139,13 @@ class Term:
     """An elementwise term, its sum over samples, and the kernels of their gradients."""
 
     def __init__(
-        self, name: str, inputs: tuple[str, ...], gradients: dict[str, tuple[int, ...]]
+        self,
+        name: str,
+        inputs: tuple[str, ...],
+        gradients: dict[str, tuple[int, ...]],
+        home: ModuleType = reference,
     ) -> None:
-        formula = getattr(reference, f"_{name}")
+        formula = getattr(home, f"_{name}")
         self.gradients = gradients
         self.elementwise = Kernel(
             name,
@@ -213,6 +219,12 @@ NORMAL_KL = Term(
 )
 STANDARD_NORMAL_KL = Term("standard_normal_kl", ("mean", "logvar"), {"": (0, 1)})
 GAUSSIAN_NLL = Term("gaussian_nll", ("x", "mean", "logvar"), {"": (0, 1, 2), "_parameters": (1, 2)})
+DISCRETIZED = Term(
+    "discretized_gaussian_log_likelihood",
+    ("x", "means", "log_scales"),
+    {"": (0, 1, 2), "_parameters": (1, 2)},
+    home=bound,
+)
 
 
 # ---- reparameterisation ------------------------------------------------------------------------
@@ -222,7 +234,7 @@ def _reparameterize_backward(
     inputs: Tensors, call: Call, grads: Grads, needs: Needs
 ) -> Grads | None:
     g = grads[0]
-    (_, logvar), noise = _with_noise(inputs, call)
+    (_, logvar), noise = with_noise(inputs, call)
     if any(needs[2:]) or g is None:
         return None  # rare: through the reference
     g_logvar = noised(REPARAMETERIZE_BACKWARD, (g, logvar), noise) if needs[1] else None
@@ -233,7 +245,7 @@ def _reparameterize_kl_backward(
     inputs: Tensors, call: Call, grads: Grads, needs: Needs
 ) -> Grads | None:
     g_z, g_kl = grads
-    (mean, logvar), noise = _with_noise(inputs, call)
+    (mean, logvar), noise = with_noise(inputs, call)
     if any(needs[2:]):
         return None
     if g_kl is None:

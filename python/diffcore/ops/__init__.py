@@ -22,7 +22,7 @@ from __future__ import annotations
 from ..coefficients import PREDICTION_TYPES
 from ..noise import PhiloxNoise
 from ._noise import randn
-from .bound import discretized_gaussian_log_likelihood, prior_kl, vlb_term
+from .bound import prior_kl, vlb_term
 from .gaussian import (
     gaussian_nll,
     normal_kl,
@@ -30,6 +30,7 @@ from .gaussian import (
     reparameterize_kl,
     standard_normal_kl,
 )
+from .likelihood import discretized_gaussian_log_likelihood
 from .linear import (
     add_noise,
     linear_combination,

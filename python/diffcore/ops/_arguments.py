@@ -66,3 +66,10 @@ def in_float64(name: str, value: Coef) -> Coef:
     """A coefficient in float64, so that what is derived from it is rounded once only."""
     value = as_number(name, value)
     return _flat(name, value).double() if isinstance(value, Tensor) else value
+
+
+def float_of(name: str, value: float) -> float:
+    """A number that no tensor may stand for."""
+    if isinstance(value, Tensor) or not hasattr(value, "__float__"):
+        raise TypeError(f"{name} is a {type(value).__name__}; wanted a number")
+    return float(value)

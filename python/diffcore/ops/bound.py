@@ -5,16 +5,14 @@ from __future__ import annotations
 from torch import Tensor
 
 from .. import _bound as k
-from .. import _native  # noqa: F401
-from .._execute import Kernel, run_reference
-from .._registry import Coef, Step
-from ..bound_coefficients import FIXED, VLB_COLUMNS
-from ..noise import PhiloxNoise
-from ..reference import _reduce
-from ..reference.bound import _discretized_gaussian_log_likelihood
-from ..reference.bound import prior_kl as _prior_kl
-from ._arguments import as_coef, as_table
-from ._noise import Noise
+from .._registry import Coef, Step, run
+from ..bound_coefficients import FIXED, VLB_COLUMNS, prior_coefficients
+from ._arguments import as_coef, as_table, float_of
+from ._noise import Noise, noised
+
+_OF_NOISE = {
+    learned: kernel.named((*kernel.inputs[:-1], "noise")) for learned, kernel in k.VLB_TERM.items()
+}
 
 
 def vlb_term(
@@ -28,42 +26,75 @@ def vlb_term(
     variance_output: Tensor | None = None,
     scale: Coef = 1.0,
 ) -> Tensor:
-    """A term of the variational bound: the KL L_t of each sample at t > 0, the decoder's at t = 0.
+    """A term of the variational bound for each sample: L_t at t > 0, the decoder's L_0 at t = 0.
 
-    (to be written)
+    With e = x_0 - clip(predicted x_0), formed in double, d = log beta_tilde_t - log v_t and n the
+    elements of a sample::
+
+        L_t = ½ Σ [ expm1(d) - d + A_t² e² / v_t ] = KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t))
+        L_0 = -log p(x_0 | x_1): of N(x_0 - e, v_0), the mass of the pixel's bin, or the density
+
+    Which of them, says the table's row. Differentiable in `model_output` and `variance_output` by
+    kernels (what the clip stops passes no gradient), in `x0`, `x_t` and `noise` through plain
+    torch. The branch that a sample does not take is not computed.
+
+    Args:
+        x0: clean samples `[B, ...]`.
+        model_output: m at x_t, `[B, ...]`.
+        coefficients: a table `[T, 12]`, or `[T, 15]` with `variance_output`, float64, of
+            ``bound_coefficients.vlb_coefficients``: made for x_t if that is given, else for noise.
+        t: the row: an int, `[B]` or a one-element counter.
+        x_t: what the model saw, `[B, ...]`; or
+        noise: the noise in it `[B, ...]`, or a recipe for it, drawn again. More exact: nothing
+            cancels where x_t holds little signal.
+        variance_output: v `[B, ...]`, where the model says the variance of its own step.
+        scale: factor of the result, a number or `[B]`: 1 / (n ln 2) for bits per dimension.
+
+    Returns:
+        `[B]`, float32 (float64 for float64 samples): nats, the sum over each sample.
+
+    Raises:
+        TypeError: neither `x_t` nor `noise`.
+        ValueError: both; a table of the wrong width.
+
+    Source: Ho et al. 2020 (arXiv 2006.11239) eq. 5, 8 and 13; learned variance: Nichol & Dhariwal
+    2021 (arXiv 2102.09672) eq. 15.
     """
-    if (x_t is None) == (noise is None):
-        raise ValueError("vlb_term wants x_t or noise, and not both")
+    if x_t is None and noise is None:
+        raise TypeError("x_t is a NoneType, and so is noise; wanted one of them")
+    if x_t is not None and noise is not None:
+        raise ValueError("x_t and noise are both given; wanted one of them")
     learned = variance_output is not None
-    table = as_table("coefficients", coefficients, len(VLB_COLUMNS) if learned else FIXED)
+    width = len(VLB_COLUMNS) if learned else FIXED
+    coefs = (as_coef("scale", scale, None), as_table("coefficients", coefficients, width))
     inputs: tuple[Tensor, ...] = (x0, model_output)
     if variance_output is not None:
         inputs = (*inputs, variance_output)
-    kernel: Kernel = k.VLB_TERM[learned]
-    recipe = None
-    given = x_t if noise is None else noise
-    if isinstance(given, PhiloxNoise):
-        assert kernel.drawn is not None
-        kernel, recipe = kernel.drawn, given._parts
+    found: Tensor
+    if x_t is not None:
+        found = run(k.VLB_TERM[learned], (*inputs, x_t), coefs, t)
     else:
-        assert given is not None
-        inputs = (*inputs, given)
-    coefs = (as_coef("scale", scale, None), table)
-    found: Tensor = run_reference(kernel, inputs, coefs, t, False, None, recipe)
+        assert noise is not None
+        found = noised(_OF_NOISE[learned], inputs, noise, coefs, t)
     return found
 
 
-def prior_kl(x0: Tensor, alpha: Coef, sigma: Coef) -> Tensor:
-    """L_T of each sample."""
-    from ..bound_coefficients import prior_coefficients
+def prior_kl(x0: Tensor, alpha: float, sigma: float) -> Tensor:
+    """L_T = KL(q(x_T | x_0) || N(0, I)) of each sample: ``½ Σ [ alpha² x_0² + expm1(d) - d ]``.
 
-    factor, offset = prior_coefficients(float(alpha), float(sigma))
-    n = x0[0].numel()
-    return _prior_kl(x0, factor, offset * n)
+    d = log sigma². It does not depend on the model, and is little where little signal is left.
 
+    Args:
+        x0: clean samples `[B, ...]`.
+        alpha: the signal coefficient of the last step, a number.
+        sigma: its noise coefficient, a number above 0.
 
-def discretized_gaussian_log_likelihood(
-    x: Tensor, *, means: Tensor, log_scales: Tensor, reduction: str = "none"
-) -> Tensor:
-    """Log of the mass of a Gaussian in the bin of a pixel."""
-    return _reduce(_discretized_gaussian_log_likelihood, (x, means, log_scales), reduction)
+    Returns:
+        `[B]`, float32 (float64 for float64 samples): nats, the sum over each sample.
+
+    Source: Ho et al. 2020 (arXiv 2006.11239) eq. 5.
+    """
+    a, s = float_of("alpha", alpha), float_of("sigma", sigma)
+    if not s > 0:
+        raise ValueError(f"sigma is {s}; wanted a positive number")
+    return run(k.PRIOR_KL, (x0,), prior_coefficients(a, s))

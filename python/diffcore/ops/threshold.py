@@ -10,6 +10,7 @@ from torch import Tensor
 from .._registry import Coef, Step, run
 from .._step import PLAIN
 from .._threshold import X0_QUANTILE
+from ._arguments import float_of
 from .steps import Row, first_columns, leading_of
 
 
@@ -48,7 +49,7 @@ def dynamic_threshold(
 
     Source: Saharia et al. 2022 (Imagen), section 2.3.
     """
-    p, most = _number("ratio", ratio), _number("sample_max_value", sample_max_value)
+    p, most = float_of("ratio", ratio), float_of("sample_max_value", sample_max_value)
     if not 0 <= p <= 1:
         raise ValueError(f"ratio is {p}; wanted 0 <= ratio <= 1")
     if not most >= 1:
@@ -59,12 +60,6 @@ def dynamic_threshold(
     coefs = (*leading, *first_columns(coefficients, PLAIN), p, most)
     kernel = X0_QUANTILE[len(tensors) == 3]
     return run(kernel, tuple(map(_constant, tensors)), tuple(map(_constant, coefs)), t)
-
-
-def _number(name: str, value: float) -> float:
-    if isinstance(value, Tensor) or not hasattr(value, "__float__"):
-        raise TypeError(f"{name} is a {type(value).__name__}; wanted a number")
-    return float(value)
 
 
 def _constant(value: Any) -> Any:
