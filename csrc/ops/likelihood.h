@@ -66,7 +66,7 @@ struct DiscretizedGaussianLogLikelihood {
     const PixelBin<R> bin(x);
     const double narrow = kLogBinPhi - double(x[2]) - 0.5 * bin.z * bin.z;
     const double rest = bin.tail ? -0.5 * bin.lo * bin.lo : lost_in(bin.part, -bin.outside);
-    y[0] = R((bin.narrow ? narrow : rest) + log<R>(bin.part));
+    y[0] = R(-__builtin_fabs((bin.narrow ? narrow : rest) + log<R>(bin.part)));  // -0 for 1
   }
 };
 
