@@ -32,7 +32,9 @@ def _discretized_gaussian_log_likelihood(x: Tensor, means: Tensor, log_scales: T
     dtype, x, scales = x.dtype, x.double(), log_scales.double()
     delta, is_open = x - means.double(), x.abs() > OPEN
     # Scales of 0 and infinity are small and large ones: no 0 times infinity.
-    inverse = torch.exp(-scales.clamp(*LOG_SCALES))
+    low, high = LOG_SCALES
+    limited = torch.where(scales < low, torch.full_like(scales, low), scales)
+    inverse = torch.exp(-torch.where(scales > high, torch.full_like(scales, high), limited))
     away = torch.where(torch.where(is_open, x, delta) < 0, -delta, delta)
     z, eta, lo = away * inverse, BIN * inverse, (away - BIN) * inverse
     narrow = ~is_open & (torch.maximum(eta, z * eta) < NARROW)
