@@ -304,6 +304,7 @@ TABLES: dict[str, Callable[[Sequence[Row]], Table]] = {
     "ops": ops_table,
     "noise": noise_table,
     "threshold": ops_table,
+    "likelihood": whole_table,
     "overhead": overhead_table,
     "memory": memory_table,
     "steps": steps_table,

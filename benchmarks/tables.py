@@ -50,6 +50,7 @@ HEADINGS = {
     "ops": "Every op, nanoseconds an element",
     "noise": "Noise drawn where it is used, nanoseconds an element",
     "threshold": "The threshold of dynamic thresholding, nanoseconds an element",
+    "likelihood": "The discretised likelihood, exact, against its approximation (eager, compile)",
     "overhead": "What a call costs, on 64 elements",
     "memory": "Peak memory of a call, beyond its inputs",
     "steps": "A reverse step, against diffusers",

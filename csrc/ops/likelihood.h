@@ -19,9 +19,8 @@ constexpr double kHalfBin = 1.0 / 255.0, kOpen = 0.999;
 // one is taken: a loop with branches would not become one of vectors. R: how exact it has to be.
 template <class R>
 struct PixelBin {
-  double sign, inverse, z, eta, lo;  // sign: of d z / d x
-  double drop;                       // e^{-b2} - 1
-  double spread, outside, part;
+  double sign, inverse, z, eta, lo;    // sign: of d z / d x
+  double drop, spread, outside, part;  // drop: e^{-b2} - 1
   bool narrow, tail;
 
   DC_HD explicit PixelBin(const R* inputs) {
@@ -37,7 +36,7 @@ struct PixelBin {
     drop = is_open ? -1.0 : 2.0 * HalfExpm1<double>(-2.0 * slope).plain;
     narrow = (is_open ? 1.0 : (eta > slope ? eta : slope)) < 0x1p-5;
     tail = lo >= 0.0;
-    // φ(lo) is this times φ(z), 1 or φ(0).
+    // φ(lo) / φ(z), or φ(lo) / φ(0).
     spread = exp(narrow ? slope - 0.5 * eta * eta : -0.5 * lo * lo);
     const double near = scaled_tail<R>(__builtin_fabs(lo));
     const double far = scaled_tail<R>(__builtin_fabs(z + eta)) * (1.0 + drop);

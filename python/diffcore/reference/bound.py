@@ -46,7 +46,8 @@ def _discretized_gaussian_log_likelihood(x: Tensor, means: Tensor, log_scales: T
         return torch.where(where, value, torch.full_like(value, harmless))
 
     def scaled_tail(t: Tensor) -> Tensor:
-        return 0.5 * torch.special.erfcx(t / math.sqrt(2))
+        scaled: Tensor = torch.special.erfcx(t / math.sqrt(2))
+        return 0.5 * scaled
 
     closed = ~is_open & ~narrow
     near = scaled_tail(lo.abs())
