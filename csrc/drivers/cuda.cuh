@@ -23,12 +23,12 @@ template <class Op>
 constexpr int kUnroll = Op::n_in <= 2 ? 2 : 1;
 // Blocks that have to fit on a multiprocessor, which bounds the registers: 64 a thread; 80 where
 // many tensors take part, or many coefficients besides packs of eight (with 64 they spill), or a
-// thread draws eight normals; 128 in double, and where it is both.
+// thread draws eight normals; 128 in double, whatever the type, and where it is both.
 template <class Op, class S>
 constexpr int kBlocksPerSm = [] {
   const int tensors = Op::n_in + Op::n_out;
   const bool draws_eight = kDraws<Op> && sizeof(S) == 2;
-  if (sizeof(S) == 8 || (draws_eight && tensors >= 5)) return 2;
+  if (sizeof(S) == 8 || kInDouble<Op> || (draws_eight && tensors >= 5)) return 2;
   const int held = tensors + (sizeof(S) == 2 ? Op::n_coef / 4 : 0);
   return held >= 9 || draws_eight ? 3 : 4;
 }();

@@ -58,6 +58,7 @@ struct PixelBin {
 // log of the mass of N(mean, e^{2 log_scale}) in the bin of x
 struct DiscretizedGaussianLogLikelihood {
   static constexpr const char* name = "discretized_gaussian_log_likelihood";
+  static constexpr bool in_double = true;
   static constexpr int n_in = 3, n_out = 1, n_sum = 0, n_coef = 0;  // x, mean, log_scale
   template <class R>
   DC_HD static void apply(const R*, const R* x, R* y) {
@@ -91,18 +92,23 @@ struct DiscretizedGradient {  // of (mean, log_scale), or of (x, mean, log_scale
 
 struct DiscretizedGaussianLogLikelihoodSum : SumOf<DiscretizedGaussianLogLikelihood> {
   static constexpr const char* name = "discretized_gaussian_log_likelihood_sum";
+  static constexpr bool in_double = true;
 };
 struct DiscretizedBackward : ElementwiseGradient<DiscretizedGradient<true>> {
   static constexpr const char* name = "discretized_gaussian_log_likelihood_backward";
+  static constexpr bool in_double = true;
 };
 struct DiscretizedBackwardParameters : ElementwiseGradient<DiscretizedGradient<false>> {
   static constexpr const char* name = "discretized_gaussian_log_likelihood_backward_parameters";
+  static constexpr bool in_double = true;
 };
 struct DiscretizedSumBackward : SumGradient<DiscretizedGradient<true>> {
   static constexpr const char* name = "discretized_gaussian_log_likelihood_sum_backward";
+  static constexpr bool in_double = true;
 };
 struct DiscretizedSumBackwardParameters : SumGradient<DiscretizedGradient<false>> {
   static constexpr const char* name = "discretized_gaussian_log_likelihood_sum_backward_parameters";
+  static constexpr bool in_double = true;
 };
 
 DC_KERNEL_NAMESPACE_END
