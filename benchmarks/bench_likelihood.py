@@ -1,165 +1,135 @@
-"""Times the terms of the variational bound against the code that is copied for them.
+"""Times the exact discretised likelihood against the approximation in use, and its exact formula.
 
     python -m benchmarks.bench_likelihood [--device auto|cpu|cuda] [--out FOLDER-OR-FILE] [--quick]
 
-``vlb_term``: eager PyTorch forms the two means and the two log-variances, then their KL, as
-guided-diffusion does; "whole" is all of its code, which computes the decoder's term of every sample
-too and picks with ``torch.where``. No sample is at t = 0 here.
+`eager` and `compile` are the approximation of Φ by a tanh, clamped at 1e-12, as in OpenAI's
+improved-diffusion and guided-diffusion, from its formula; they are not exact and not checked. The
+exact formula in PyTorch, by ``log_ndtr``, stands beside them. Gradients are in mean and scale.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import itertools
 import math
 import sys
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 if __package__ in (None, ""):  # run as a file
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import numpy as np
 import torch
-from torch import Tensor
 
 from benchmarks import report
-from benchmarks.bench_ops import DTYPES, time_op
-from benchmarks.contest import MODES, Compiler, OpCase, WrongResultError
-from benchmarks.timing import Budget
-from diffcore import _native, ops
-from diffcore.bound_coefficients import log_variances, vlb_coefficients
-from diffcore.coefficients import posterior_coefficients
-
-SHAPES = ("64x3x64x64",)
-STEPS = 1000
-BETAS = torch.linspace(1e-4, 0.02, STEPS, dtype=torch.float64)
-LOG_BAR = torch.log1p(-BETAS).cumsum(0)
-ALPHA, SIGMA = (0.5 * LOG_BAR).exp(), (-torch.expm1(LOG_BAR)).sqrt()
-HALF_BIN, EDGE = 1 / 255, 0.999
-
-
-def _tables() -> dict[str, Tensor]:
-    """guided-diffusion's tables, `[T]`."""
-    before = [torch.cat([torch.tensor([v]).double(), c[:-1]]) for c, v in ((ALPHA, 1), (SIGMA, 0))]
-    c_0, c_x, _, _ = (torch.as_tensor(c) for c in posterior_coefficients(ALPHA, SIGMA, *before))
-    small, large = log_variances(ALPHA, SIGMA)
-    return {
-        "c_0": c_0,
-        "c_x": c_x,
-        "a_x": 1 / ALPHA,
-        "a_m": -SIGMA / ALPHA,
-        "log_small": small,
-        "log_large": large,
-    }
-
-
-TABLES = _tables()
-
-
-def _vlb(
-    xp: Any,
-    x0: Any,
-    model_output: Any,
-    x_t: Any,
-    t: Any,
-    variance_output: Any = None,
-    *,
-    whole: bool,
-    **_: Any,
-) -> Any:
-    """As guided-diffusion computes it, with the tables beside the samples."""
-    c = {}
-    for name, table in TABLES.items():
-        rows = (np.asarray(table) if xp is np else table.to(x0))[t]
-        c[name] = rows.reshape(-1, 1, 1, 1)
-    predicted = (c["a_x"] * x_t + c["a_m"] * model_output).clip(-1, 1)
-    mean, true = (c["c_0"] * x + c["c_x"] * x_t for x in (predicted, x0))
-    log_variance = c["log_small"] + 0 * x0
-    if variance_output is not None:
-        share = (variance_output + 1) / 2
-        log_variance = share * c["log_large"] + (1 - share) * c["log_small"]
-    d = c["log_small"] - log_variance
-    kl = 0.5 * (xp.exp(d) - 1 - d + (true - mean) ** 2 * xp.exp(-log_variance))
-    kl = kl.reshape(len(x0), -1).mean(1) / math.log(2)
-    if not whole:
-        return kl
-    decoder = -approximate_log_likelihood(xp, x0, mean, 0.5 * log_variance)
-    decoder = decoder.reshape(len(x0), -1).mean(1) / math.log(2)
-    return xp.where(t == 0, decoder, kl)
-
-
-def approximate_log_likelihood(xp: Any, x: Any, means: Any, log_scales: Any) -> Any:
-    """The discretised Gaussian of the copied code: a tanh in place of the erf, clamped logs."""
-
-    def cdf(z: Any) -> Any:
-        return 0.5 * (1 + xp.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)))
-
-    centred, inverse = x - means, xp.exp(-log_scales)
-    above, below = cdf(inverse * (centred + HALF_BIN)), cdf(inverse * (centred - HALF_BIN))
-    log_above, log_below = xp.log(above.clip(1e-12)), xp.log((1 - below).clip(1e-12))
-    inside = xp.log((above - below).clip(1e-12))
-    return xp.where(x < -EDGE, log_above, xp.where(x > EDGE, log_below, inside))
-
-
-def _steps_of(batch: int) -> Tensor:
-    return torch.arange(batch) * 37 % (STEPS - 1) + 1
-
-
-def _case(name: str, *, learned: bool, whole: bool) -> OpCase:
-    tensors = ("x0", "model_output", "x_t") + ("variance_output",) * learned
-    table = vlb_coefficients(
-        ALPHA,
-        SIGMA,
-        variance_type="learned_range" if learned else "fixed_small",
-        clip_range=1.0,
-    )
-
-    def options(batch: int) -> dict[str, Any]:
-        scale = 1 / (math.prod(SIZE) * math.log(2))
-        return {"coefficients": table, "t": _steps_of(batch), "scale": scale}
-
-    outputs = tuple(name for name in tensors if "output" in name)
-    return OpCase(
-        name,
-        ops.vlb_term,
-        tensors,
-        partial(_vlb, whole=whole),
-        options,
-        outputs,
-        len(tensors),
-        len(tensors) + len(outputs),
-        has_exp=learned,
-    )
-
-
-SIZE = (3, 64, 64)
-CASES = (
-    _case("vlb_term", learned=False, whole=False),
-    _case("vlb_term, learned", learned=True, whole=False),
-    _case("vlb_term, whole", learned=False, whole=True),
-    _case("vlb_term, learned, whole", learned=True, whole=True),
+from benchmarks.bench_ops import DTYPES
+from benchmarks.contest import (
+    BY_NAME,
+    MODES,
+    Arguments,
+    Compiler,
+    Contest,
+    OpCase,
+    WrongResultError,
+    check_contest,
+    input_sets,
 )
+from benchmarks.timing import Budget, Call, interleave
+from diffcore import _native
+
+SHAPE = "64x3x64x64"
+EXACT = dataclasses.replace(
+    BY_NAME["discretized_gaussian_log_likelihood"], differentiable=("means", "log_scales")
+)
+
+
+def _cdf(xp: Any, z: Any) -> Any:
+    return 0.5 * (1.0 + xp.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)))
+
+
+def approximation(xp: Any, x: Any, means: Any, log_scales: Any) -> Any:
+    """``log Φ`` of both ends of the bin by a tanh, no mass less than 1e-12."""
+    delta, inverse = x - means, xp.exp(-log_scales)
+    above = _cdf(xp, inverse * (delta + 1 / 255))
+    below = _cdf(xp, inverse * (delta - 1 / 255))
+    log_above = xp.log(above.clip(1e-12))
+    log_beyond = xp.log((1 - below).clip(1e-12))
+    inside = xp.log((above - below).clip(1e-12))
+    return xp.where(x < -0.999, log_above, xp.where(x > 0.999, log_beyond, inside))
+
+
+APPROXIMATE = dataclasses.replace(EXACT, name="approximation", formula=approximation)
+
+
+def inputs(
+    case: OpCase, shape: Sequence[int], dtype: torch.dtype, device: torch.device, seed: int
+) -> Arguments:
+    """Pixels, means that are off by a few of them, and scales of 0.7 to 40 pixels."""
+    draw = torch.Generator().manual_seed(seed)
+    x = torch.randint(256, tuple(shape), generator=draw) / 127.5 - 1
+    means = x + 0.05 * torch.randn(x.shape, generator=draw)
+    log_scales = 4 * torch.rand(x.shape, generator=draw) - 5
+    tensors = dict(zip(case.tensors, (x, means, log_scales), strict=True))
+    return Arguments({k: v.to(device, dtype) for k, v in tensors.items()}, {})
+
+
+def contestants(
+    mode: str,
+    dtype: torch.dtype,
+    shape: tuple[int, ...],
+    device: torch.device,
+    compiler: Compiler,
+) -> dict[str, list[Call]]:
+    """What is timed, by name.
+
+    Raises:
+        WrongResultError: diffcore's result is wrong.
+    """
+    exact, approximate = (
+        Contest(
+            case,
+            mode,
+            [
+                inputs(case, shape, dtype, device, seed)
+                for seed in range(input_sets(case, shape, dtype, device))
+            ],
+        )
+        for case in (EXACT, APPROXIMATE)
+    )
+    check_contest(exact, {})
+    found = {"diffcore": exact.diffcore, "eager": approximate.eager, "exact, eager": exact.eager}
+    for name, contest in (("compile", approximate), ("exact, compile", exact)):
+        compiled = compiler.calls(contest)
+        if compiled is not None:
+            found[name] = compiled
+    return found
 
 
 def measure(device: torch.device, args: argparse.Namespace) -> dict[str, Any]:
     """The "likelihood" section."""
     dtypes = (args.dtypes or ("f32" if args.quick else "f32,bf16")).split(",")
-    shape = (4, *SIZE) if args.quick else (64 if device.type == "cpu" else 1024, *SIZE)
-    seconds = args.seconds or (0.1 if args.quick else 2.0 if device.type == "cpu" else 0.15)
+    shapes = args.shape or (["16x3x64x64"] if args.quick else [SHAPE])
+    sizes = [tuple(int(n) for n in shape.split("x")) for shape in shapes]
+    seconds = args.seconds or (0.1 if args.quick else 3.0 if device.type == "cpu" else 0.15)
     least = 3 if args.quick else 10
     budget = Budget(seconds, warmup_seconds=min(0.1, seconds / 5), min_rounds=least)
     compiler = Compiler(device, 0.0 if args.quick or args.no_compile else math.inf)
     rows, refused = [], []
-    for dtype, mode, case in itertools.product(dtypes, MODES, CASES):
-        report.progress(f"{case.name} {mode} {dtype}")
+    for shape, dtype, mode in itertools.product(sizes, dtypes, MODES):
+        what = f"{mode}, {dtype}, {report.times(shape)}"
+        report.progress(what)
         try:
-            rows.append(time_op(case, mode, DTYPES[dtype], shape, device, budget, compiler))
+            calls = contestants(mode, DTYPES[dtype], shape, device, compiler)
         except WrongResultError as error:
-            refused.append(f"{case.name} {mode} {dtype}: {error}")
+            refused.append(f"{what}: {error}")
             print(f"REFUSED {refused[-1]}", file=sys.stderr)
+            continue
+        timings = interleave(calls, device, budget)
+        rows.append(
+            {"what": what, "timings": {k: dataclasses.asdict(t) for k, t in timings.items()}}
+        )
     report.progress("")
     notes = compiler.notes
     if not _native.has_kernels(device):
@@ -172,6 +142,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     report.add_common_arguments(parser)
     parser.add_argument("--dtypes", help="among f32, bf16, f16, f64 [default: f32,bf16]")
+    parser.add_argument("--shape", action="append", help=f"such as {SHAPE}; may be repeated")
     parser.add_argument("--seconds", type=float, help="of timing, for each row")
     parser.add_argument("--no-compile", action="store_true", help="without torch.compile")
     args = parser.parse_args(argv)

@@ -54,6 +54,7 @@ OPS = (
     "normal_kl_sample",
     "standard_normal_kl_sample",
     "gaussian_nll",
+    "discretized_gaussian_log_likelihood",
     "reparameterize",
     "reparameterize_kl",
     "denoising_loss_epsilon",

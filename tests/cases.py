@@ -130,6 +130,11 @@ CASES: list[OpCase] = [
     *_reduced(ops.normal_kl, formulas.normal_kl, ("mean1", "logvar1", "mean2", "logvar2")),
     *_reduced(ops.standard_normal_kl, formulas.standard_normal_kl, ("mean", "logvar")),
     *_reduced(ops.gaussian_nll, formulas.gaussian_nll, ("x", "mean", "logvar")),
+    *_reduced(
+        ops.discretized_gaussian_log_likelihood,
+        formulas.discretized_gaussian_log_likelihood,
+        ("x", "means", "log_scales"),
+    ),
     OpCase(
         "reparameterize",
         ops.reparameterize,

@@ -70,7 +70,7 @@ class OpCase:
         tensors = {}
         for name in self.tensors:
             x = torch.randn(shape, generator=generator, dtype=draw)
-            tensors[name] = (0.7 * x - 0.5 if "logvar" in name else x).to(dtype)
+            tensors[name] = (0.7 * x - 0.5 if "log" in name else x).to(dtype)
         return Arguments(tensors, self.options(shape[0] if shape else 1)).to(device)
 
     def native(self, args: Arguments) -> Any:

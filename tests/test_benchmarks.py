@@ -296,6 +296,15 @@ def test_bench_threshold_runs(tmp_path: Path) -> None:
         assert row["error_over_bound"]["diffcore"] <= 1
 
 
+def test_bench_likelihood_runs(tmp_path: Path) -> None:
+    out = tmp_path / "result.json"
+    run("bench_likelihood", *TINY, "--out", str(out))
+    section = json.loads(out.read_text())["likelihood"]
+    assert section["refused"] == []
+    assert [r["what"] for r in section["rows"]] == [f"{m}, f32, 2×1×8×8" for m in contest.MODES]
+    assert set(section["rows"][0]["timings"]) == {"diffcore", "eager", "exact, eager"}
+
+
 def end_to_end(script: str, out: Path) -> list[dict[str, Any]]:
     run(script, "--device", "cpu", "--quick", "--seconds", "0.02", "--out", str(out))
     section = json.loads(out.read_text())[script.removeprefix("bench_")]

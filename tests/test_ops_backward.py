@@ -25,7 +25,12 @@ from torch import Tensor
 from diffcore import _autograd, _execute, _registry, ops
 from diffcore.testing import assert_within_bound
 
-GAUSSIANS = ["normal_kl", "standard_normal_kl", "gaussian_nll"]
+GAUSSIANS = [
+    "normal_kl",
+    "standard_normal_kl",
+    "gaussian_nll",
+    "discretized_gaussian_log_likelihood",
+]
 
 
 def gradients(

@@ -26,6 +26,12 @@ from diffcore.testing import assert_within_bound
 
 # Around vector widths (4 ... 16), groups of them, lanes of a sum (64), tiles (512), chunks (8192).
 COLUMNS = (1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 19, 35, 63, 64, 65, 67, 131, 511, 512, 513, 1023)
+GAUSSIANS = [
+    "normal_kl",
+    "standard_normal_kl",
+    "gaussian_nll",
+    "discretized_gaussian_log_likelihood",
+]
 LONG_COLUMNS = (8191, 8192, 8193, 16385)
 
 
@@ -105,7 +111,7 @@ def test_more_rows_than_a_cuda_grid_is_high(case: OpCase, device: str) -> None:
 
 
 @pytest.mark.parametrize("reduction", ["none", "sample", "batchmean", "mean", "sum"])
-@pytest.mark.parametrize("name", ["normal_kl", "standard_normal_kl", "gaussian_nll"])
+@pytest.mark.parametrize("name", GAUSSIANS)
 @each_dtype
 def test_reductions(name: str, reduction: str, dtype: torch.dtype, device: str) -> None:
     case = BY_NAME[name]
@@ -117,7 +123,7 @@ def test_reductions(name: str, reduction: str, dtype: torch.dtype, device: str) 
     check_stacked(trials, f"{name}, {reduction}")
 
 
-@pytest.mark.parametrize("name", ["normal_kl", "standard_normal_kl", "gaussian_nll"])
+@pytest.mark.parametrize("name", GAUSSIANS)
 def test_reductions_of_nothing_are_those_of_torch(name: str, device: str) -> None:
     args = BY_NAME[name].make((0, 3), torch.float32, device)
     empty = torch.zeros(0, 3)

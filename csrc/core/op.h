@@ -32,6 +32,12 @@ DC_HD bool is_idle(const R* c) {
     return false;
 }
 
+// Some ops compute in double whatever the type: they need the registers of double.
+template <class Op, class = void>
+constexpr bool kInDouble = false;
+template <class Op>
+constexpr bool kInDouble<Op, decltype(void(Op::in_double))> = Op::in_double;
+
 // What an op makes of its coefficients once, where they are loaded, and not for each element.
 template <class Op, class = void>
 constexpr bool kPrepares = false;
@@ -58,12 +64,6 @@ template <class Op, class = void>
 constexpr bool kSelects = false;
 template <class Op>
 constexpr bool kSelects<Op, decltype(void(&Op::selected))> = true;
-
-// Some ops compute in double whatever their tensors hold.
-template <class Op, class = void>
-constexpr bool kInDouble = false;
-template <class Op>
-constexpr bool kInDouble<Op, decltype(void(Op::in_double))> = true;
 
 // Some ops are one of two formulas, row by row: `Other` where the coefficients say so.
 template <class Op, class = void>

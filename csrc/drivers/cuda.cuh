@@ -23,7 +23,7 @@ template <class Op>
 constexpr int kUnroll = Op::n_in <= 2 ? 2 : 1;
 // Blocks that have to fit on a multiprocessor, which bounds the registers: 64 a thread; 80 where
 // many tensors take part, or many coefficients besides packs of eight (with 64 they spill), or a
-// thread draws eight normals; 128 in double, even if only in between, and where it is both.
+// thread draws eight normals; 128 in double, whatever the type, and where it is both.
 template <class Op, class S>
 constexpr int kBlocksPerSm = [] {
   const int tensors = Op::n_in + Op::n_out;

@@ -19,9 +19,8 @@ constexpr double kHalfBin = 1.0 / 255.0, kOpen = 0.999;
 // one is taken: a loop with branches would not become one of vectors. R: how exact it has to be.
 template <class R>
 struct PixelBin {
-  double sign, inverse, z, eta, lo;  // sign: of d z / d x
-  double drop;                       // e^{-b2} - 1
-  double spread, outside, part;
+  double sign, inverse, z, eta, lo;    // sign: of d z / d x
+  double drop, spread, outside, part;  // drop: e^{-b2} - 1
   bool narrow, tail;
 
   DC_HD explicit PixelBin(const R* inputs) {
@@ -37,7 +36,7 @@ struct PixelBin {
     drop = is_open ? -1.0 : 2.0 * HalfExpm1<double>(-2.0 * slope).plain;
     narrow = (is_open ? 1.0 : (eta > slope ? eta : slope)) < 0x1p-5;
     tail = lo >= 0.0;
-    // φ(lo) is this times φ(z), 1 or φ(0).
+    // φ(lo) / φ(z), or φ(lo) / φ(0).
     spread = exp(narrow ? slope - 0.5 * eta * eta : -0.5 * lo * lo);
     const double near = scaled_tail<R>(__builtin_fabs(lo));
     const double far = scaled_tail<R>(__builtin_fabs(z + eta)) * (1.0 + drop);
@@ -59,6 +58,7 @@ struct PixelBin {
 // log of the mass of N(mean, e^{2 log_scale}) in the bin of x
 struct DiscretizedGaussianLogLikelihood {
   static constexpr const char* name = "discretized_gaussian_log_likelihood";
+  static constexpr bool in_double = true;
   static constexpr int n_in = 3, n_out = 1, n_sum = 0, n_coef = 0;  // x, mean, log_scale
   template <class R>
   DC_HD static void apply(const R*, const R* x, R* y) {
@@ -66,7 +66,7 @@ struct DiscretizedGaussianLogLikelihood {
     const PixelBin<R> bin(x);
     const double narrow = kLogBinPhi - double(x[2]) - 0.5 * bin.z * bin.z;
     const double rest = bin.tail ? -0.5 * bin.lo * bin.lo : lost_in(bin.part, -bin.outside);
-    y[0] = R((bin.narrow ? narrow : rest) + log<R>(bin.part));
+    y[0] = R(-__builtin_fabs((bin.narrow ? narrow : rest) + log<R>(bin.part)));  // -0 for 1
   }
 };
 
@@ -92,18 +92,23 @@ struct DiscretizedGradient {  // of (mean, log_scale), or of (x, mean, log_scale
 
 struct DiscretizedGaussianLogLikelihoodSum : SumOf<DiscretizedGaussianLogLikelihood> {
   static constexpr const char* name = "discretized_gaussian_log_likelihood_sum";
+  static constexpr bool in_double = true;
 };
 struct DiscretizedBackward : ElementwiseGradient<DiscretizedGradient<true>> {
   static constexpr const char* name = "discretized_gaussian_log_likelihood_backward";
+  static constexpr bool in_double = true;
 };
 struct DiscretizedBackwardParameters : ElementwiseGradient<DiscretizedGradient<false>> {
   static constexpr const char* name = "discretized_gaussian_log_likelihood_backward_parameters";
+  static constexpr bool in_double = true;
 };
 struct DiscretizedSumBackward : SumGradient<DiscretizedGradient<true>> {
   static constexpr const char* name = "discretized_gaussian_log_likelihood_sum_backward";
+  static constexpr bool in_double = true;
 };
 struct DiscretizedSumBackwardParameters : SumGradient<DiscretizedGradient<false>> {
   static constexpr const char* name = "discretized_gaussian_log_likelihood_sum_backward_parameters";
+  static constexpr bool in_double = true;
 };
 
 DC_KERNEL_NAMESPACE_END

@@ -17,6 +17,7 @@ from .ops import add_noise as add_noise
 from .ops import ddim_step as ddim_step
 from .ops import ddpm_step as ddpm_step
 from .ops import denoising_loss as denoising_loss
+from .ops import discretized_gaussian_log_likelihood as discretized_gaussian_log_likelihood
 from .ops import dynamic_threshold as dynamic_threshold
 from .ops import gaussian_nll as gaussian_nll
 from .ops import linear_combination as linear_combination

@@ -32,7 +32,9 @@ def _discretized_gaussian_log_likelihood(x: Tensor, means: Tensor, log_scales: T
     dtype, x, scales = x.dtype, x.double(), log_scales.double()
     delta, is_open = x - means.double(), x.abs() > OPEN
     # Scales of 0 and infinity are small and large ones: no 0 times infinity.
-    inverse = torch.exp(-scales.clamp(*LOG_SCALES))
+    low, high = LOG_SCALES
+    limited = torch.where(scales < low, torch.full_like(scales, low), scales)
+    inverse = torch.exp(-torch.where(scales > high, torch.full_like(scales, high), limited))
     away = torch.where(torch.where(is_open, x, delta) < 0, -delta, delta)
     z, eta, lo = away * inverse, BIN * inverse, (away - BIN) * inverse
     narrow = ~is_open & (torch.maximum(eta, z * eta) < NARROW)
@@ -44,7 +46,8 @@ def _discretized_gaussian_log_likelihood(x: Tensor, means: Tensor, log_scales: T
         return torch.where(where, value, torch.full_like(value, harmless))
 
     def scaled_tail(t: Tensor) -> Tensor:
-        return 0.5 * torch.special.erfcx(t / math.sqrt(2))
+        scaled: Tensor = torch.special.erfcx(t / math.sqrt(2))
+        return 0.5 * scaled
 
     closed = ~is_open & ~narrow
     near = scaled_tail(lo.abs())

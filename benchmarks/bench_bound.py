@@ -1,0 +1,168 @@
+"""Times the terms of the variational bound against the code that is copied for them.
+
+    python -m benchmarks.bench_bound [--device auto|cpu|cuda] [--out FOLDER-OR-FILE] [--quick]
+
+``vlb_term``: eager PyTorch forms the two means and the two log-variances, then their KL, as
+guided-diffusion does; "whole" is all of its code, which computes the decoder's term of every sample
+too and picks with ``torch.where``. No sample is at t = 0 here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import math
+import sys
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+if __package__ in (None, ""):  # run as a file
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from benchmarks import report
+from benchmarks.bench_likelihood import approximation
+from benchmarks.bench_ops import DTYPES, time_op
+from benchmarks.contest import MODES, Compiler, OpCase, WrongResultError
+from benchmarks.timing import Budget
+from diffcore import _native, ops
+from diffcore.bound_coefficients import log_variances, vlb_coefficients
+from diffcore.coefficients import posterior_coefficients
+
+STEPS = 1000
+BETAS = torch.linspace(1e-4, 0.02, STEPS, dtype=torch.float64)
+LOG_BAR = torch.log1p(-BETAS).cumsum(0)
+ALPHA, SIGMA = (0.5 * LOG_BAR).exp(), (-torch.expm1(LOG_BAR)).sqrt()
+
+
+def _tables() -> dict[str, Tensor]:
+    """guided-diffusion's tables, `[T]`."""
+    before = [torch.cat([torch.tensor([v]).double(), c[:-1]]) for c, v in ((ALPHA, 1), (SIGMA, 0))]
+    c_0, c_x, _, _ = (torch.as_tensor(c) for c in posterior_coefficients(ALPHA, SIGMA, *before))
+    small, large = log_variances(ALPHA, SIGMA)
+    return {
+        "c_0": c_0,
+        "c_x": c_x,
+        "a_x": 1 / ALPHA,
+        "a_m": -SIGMA / ALPHA,
+        "log_small": small,
+        "log_large": large,
+    }
+
+
+TABLES = _tables()
+
+
+def _vlb(
+    xp: Any,
+    x0: Any,
+    model_output: Any,
+    x_t: Any,
+    t: Any,
+    variance_output: Any = None,
+    *,
+    whole: bool,
+    **_: Any,
+) -> Any:
+    """As guided-diffusion computes it, with the tables beside the samples."""
+    c = {}
+    for name, table in TABLES.items():
+        rows = (np.asarray(table) if xp is np else table.to(x0))[t]
+        c[name] = rows.reshape(-1, 1, 1, 1)
+    predicted = (c["a_x"] * x_t + c["a_m"] * model_output).clip(-1, 1)
+    mean, true = (c["c_0"] * x + c["c_x"] * x_t for x in (predicted, x0))
+    log_variance = c["log_small"] + 0 * x0
+    if variance_output is not None:
+        share = (variance_output + 1) / 2
+        log_variance = share * c["log_large"] + (1 - share) * c["log_small"]
+    d = c["log_small"] - log_variance
+    kl = 0.5 * (xp.exp(d) - 1 - d + (true - mean) ** 2 * xp.exp(-log_variance))
+    kl = kl.reshape(len(x0), -1).mean(1) / math.log(2)
+    if not whole:
+        return kl
+    decoder = -approximation(xp, x0, mean, 0.5 * log_variance)
+    decoder = decoder.reshape(len(x0), -1).mean(1) / math.log(2)
+    return xp.where(t == 0, decoder, kl)
+
+
+def _steps_of(batch: int) -> Tensor:
+    return torch.arange(batch) * 37 % (STEPS - 1) + 1
+
+
+def _case(name: str, *, learned: bool, whole: bool) -> OpCase:
+    tensors = ("x0", "model_output", "x_t") + ("variance_output",) * learned
+    table = vlb_coefficients(
+        ALPHA,
+        SIGMA,
+        variance_type="learned_range" if learned else "fixed_small",
+        clip_range=1.0,
+    )
+
+    def options(batch: int) -> dict[str, Any]:
+        scale = 1 / (math.prod(SIZE) * math.log(2))
+        return {"coefficients": table, "t": _steps_of(batch), "scale": scale}
+
+    outputs = tuple(name for name in tensors if "output" in name)
+    return OpCase(
+        name,
+        ops.vlb_term,
+        tensors,
+        partial(_vlb, whole=whole),
+        options,
+        outputs,
+        len(tensors),
+        len(tensors) + len(outputs),
+        has_exp=learned,
+    )
+
+
+SIZE = (3, 64, 64)
+CASES = (
+    _case("vlb_term", learned=False, whole=False),
+    _case("vlb_term, learned", learned=True, whole=False),
+    _case("vlb_term, whole", learned=False, whole=True),
+    _case("vlb_term, learned, whole", learned=True, whole=True),
+)
+
+
+def measure(device: torch.device, args: argparse.Namespace) -> dict[str, Any]:
+    """The "bound" section."""
+    dtypes = (args.dtypes or ("f32" if args.quick else "f32,bf16")).split(",")
+    shape = (4, *SIZE) if args.quick else (64 if device.type == "cpu" else 1024, *SIZE)
+    seconds = args.seconds or (0.1 if args.quick else 2.0 if device.type == "cpu" else 0.15)
+    least = 3 if args.quick else 10
+    budget = Budget(seconds, warmup_seconds=min(0.1, seconds / 5), min_rounds=least)
+    compiler = Compiler(device, 0.0 if args.quick or args.no_compile else math.inf)
+    rows, refused = [], []
+    for dtype, mode, case in itertools.product(dtypes, MODES, CASES):
+        report.progress(f"{case.name} {mode} {dtype}")
+        try:
+            rows.append(time_op(case, mode, DTYPES[dtype], shape, device, budget, compiler))
+        except WrongResultError as error:
+            refused.append(f"{case.name} {mode} {dtype}: {error}")
+            print(f"REFUSED {refused[-1]}", file=sys.stderr)
+    report.progress("")
+    notes = compiler.notes
+    if not _native.has_kernels(device):
+        notes.append("diffcore has no kernels here and ran in plain PyTorch")
+    return {"rows": rows, "refused": refused, "notes": notes}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measures, prints and writes; 1 if a result was refused."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    report.add_common_arguments(parser)
+    parser.add_argument("--dtypes", help="among f32, bf16, f16, f64 [default: f32,bf16]")
+    parser.add_argument("--seconds", type=float, help="of timing, for each row")
+    parser.add_argument("--no-compile", action="store_true", help="without torch.compile")
+    args = parser.parse_args(argv)
+    return report.on_each_device(lambda d: {"bound": measure(d, args)}, args, argv)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,88 @@
+"""The polynomials of csrc/core/special.h: where their coefficients come from, how far they are off.
+
+Each interpolates, in the nodes of Chebyshev, which is next to the best polynomial there is; it is
+found in 40 digits and its coefficients are rounded to double.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+mpmath = pytest.importorskip("mpmath")
+
+HEADER = Path(__file__).resolve().parent.parent / "csrc" / "core" / "special.h"
+K = 5  # of u = K / (t + K)
+Function = Callable[[Any], Any]
+
+
+def tail(q: Any) -> Any:
+    """e^{t²/2} P(Z > t) / u, with q = 2 u - 1 and u = K / (t + K)."""
+    u = (1 + q) / 2
+    if u < mpmath.mpf(10) ** -4:  # t > 50,000: Mills' ratio, u (K + t) being K
+        t = K / u - K
+        return (
+            (1 - 1 / t**2 + 3 / t**4 - 15 / t**6) * (1 + K / t) / (K * mpmath.sqrt(2 * mpmath.pi))
+        )
+    t = K / u - K
+    return mpmath.exp(t * t / 2) * mpmath.erfc(t / mpmath.sqrt(2)) / 2 / u
+
+
+def log(z: Any) -> Any:
+    """(2 atanh s - 2 s) / s³, with z = s²."""
+    s = mpmath.sqrt(z)
+    return 2 * (mpmath.atanh(s) - s) / s**3
+
+
+def nodes(ends: tuple[Any, Any], count: int) -> list[Any]:
+    a, b = (mpmath.mpf(end) for end in ends)
+    turns = (mpmath.pi * (2 * k + 1) / (2 * count) for k in range(count))
+    return [(a + b) / 2 + (b - a) / 2 * mpmath.cos(turn) for turn in turns]
+
+
+def interpolating(f: Function, ends: tuple[Any, Any], degree: int) -> list[float]:
+    at = nodes(ends, degree + 1)
+    powers = mpmath.matrix([[x**k for k in range(degree + 1)] for x in at])
+    return [float(c) for c in mpmath.lu_solve(powers, mpmath.matrix([f(x) for x in at]))]
+
+
+def written(name: str) -> list[float]:
+    """The array of that name in the header."""
+    text = HEADER.read_text(encoding="utf-8")
+    found = re.search(rf"double {name}\[\] = \{{(.*?)\}}", text, re.DOTALL)
+    assert found is not None
+    return [float.fromhex(c) for c in found.group(1).split(",")]
+
+
+@pytest.fixture(autouse=True)
+def _forty_digits() -> Any:
+    with mpmath.workdps(40):
+        yield
+
+
+@pytest.mark.parametrize(
+    ("name", "f", "error"),
+    [("kTail32", tail, 1.9e-11), ("kTail64", tail, 1.4e-16)],
+)
+def test_tail(name: str, f: Function, error: float) -> None:
+    coefficients = written(name)
+    assert coefficients == interpolating(f, (-1, 1), len(coefficients) - 1)
+    found = [
+        mpmath.polyval(coefficients[::-1], q) / f(q) - 1 for q in [*nodes((-1, 1), 500), 1, -0.9999]
+    ]
+    assert 0.5 * error < max(map(abs, found)) < error
+
+
+# 2 s + s³ p(s²) is to be log m to the last place: of 2 s, the part of z p / 2.
+@pytest.mark.parametrize(("name", "error"), [("kLog32", 1.8e-11), ("kLog64", 5e-18)])
+def test_log(name: str, error: float) -> None:
+    s = (mpmath.sqrt(2) - 1) / (mpmath.sqrt(2) + 1)
+    ends = (0, s * s)
+    coefficients = written(name)
+    assert coefficients == interpolating(log, ends, len(coefficients) - 1)
+    found = [z / 2 * (mpmath.polyval(coefficients[::-1], z) - log(z)) for z in nodes(ends, 500)]
+    assert max(map(abs, found)) < error
