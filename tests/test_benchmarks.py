@@ -16,6 +16,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import (
+    bench_bound,
     bench_noise,
     bench_ops,
     bench_sampling,
@@ -318,6 +319,15 @@ def end_to_end(script: str, out: Path) -> list[dict[str, Any]]:
 def test_bench_sampling_runs(tmp_path: Path) -> None:
     rows = end_to_end("bench_sampling", tmp_path / "result.json")
     assert {r["what"].partition(" step")[0] for r in rows} == set(bench_sampling.KINDS)
+
+
+@pytest.mark.slow
+def test_bench_bound_runs(tmp_path: Path) -> None:
+    out = tmp_path / "result.json"
+    run("bench_bound", "--device", "cpu", "--quick", "--seconds", "0.01", "--out", str(out))
+    section = json.loads(out.read_text())["bound"]
+    assert section["refused"] == []
+    assert len(section["rows"]) == 2 * len(bench_bound.CASES)
 
 
 @pytest.mark.slow
