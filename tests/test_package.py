@@ -25,7 +25,7 @@ LAYERS = [
     {"demo", "diffusers"},
     {"sampling"},
     {"_capture", "_k_diffusion", "likelihood", "diffusion", "vae", "losses"},
-    {"_loop", "_tables", "solvers", "sigmas", "spacings", "schedules"},
+    {"_loop", "_tables", "_bound_terms", "solvers", "sigmas", "spacings", "schedules"},
     {"testing", "_info"},
     {"ops"},
     {"noise"},

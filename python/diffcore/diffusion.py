@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from . import ops
+from ._bound_terms import VariationalBound
 from ._loop import Model, Noise, StepNoise, call_model, or_drawn, start, walk
-from ._tables import DiffusionTables
 
 
-class GaussianDiffusion(DiffusionTables):
+class GaussianDiffusion(VariationalBound):
     """Variance preserving diffusion with discrete timesteps 0 .. T-1, and its reverse process.
 
     x_t = sqrt(alphas_cumprod_t) x_0 + sqrt(1 - alphas_cumprod_t) noise. A model is called as
