@@ -264,17 +264,19 @@ def importance_weighted_bound(
     Source:
         Burda, Grosse and Salakhutdinov 2016 (arXiv 1509.00519) eq. 8.
     """
-    pairs = ("x_recon", x_recon, "x", x), ("z", z, "mean", mean), ("logvar", logvar, "mean", mean)
-    for name, tensor, like, other in pairs:
-        if not isinstance(tensor, Tensor) or not isinstance(other, Tensor):
-            raise TypeError(f"{name} and {like} must be tensors")
-        samples = tensor.shape[:1] if name != "logvar" else ()
-        if tensor.shape != (*samples, *other.shape) or (name != "logvar" and not samples):
-            k = "" if name == "logvar" else "K, "
-            wanted = f"[{k}{', '.join(map(str, other.shape))}], as {like}"
-            raise ValueError(f"{name} must have shape {wanted}, got {list(tensor.shape)}")
-    if len(x_recon) != len(z) or len(z) == 0:
-        raise ValueError(f"x_recon and z must have K >= 1 samples, got {len(x_recon)} and {len(z)}")
+    for name, tensor in (("x", x), ("z", z), ("mean", mean)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    if z.ndim == 0 or len(z) == 0:
+        raise ValueError(f"z must hold K >= 1 samples [K, B, ...], got {list(z.shape)}")
+    for name, tensor, wanted in (
+        ("x_recon", x_recon, (len(z), *x.shape)),
+        ("z", z, (len(z), *mean.shape)),
+        ("logvar", logvar, mean.shape),
+    ):
+        if not isinstance(tensor, Tensor) or tensor.shape != wanted:
+            what = list(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise ValueError(f"{name} must have shape {list(wanted)}, got {what}")
     n, k = x.shape[1:].numel(), len(z)
     # K samples of each x are K B samples to the ops, which have no broadcasting.
     each = [v.expand(k, *v.shape).flatten(0, 1) for v in (x, mean, logvar)]
