@@ -205,9 +205,12 @@ def test_the_estimator_is_unbiased_and_says_its_variance(timesteps, draws):
 
 
 def test_one_draw_bounds_the_variance_and_leaves_timesteps_out():
+    many = data(400)
+    options = {"noise": RECIPE, "timesteps": 4, "batch_size": 400}
+    found = bits_per_dim(SMALL, model, many, **options)
+    truth = bits_per_dim(SMALL, model, many, draws=8, **options)
+    assert found.estimator_variance > 0.6 * 8 * truth.estimator_variance  # of 400, with a tail
     found = bits_per_dim(DIFFUSION, model, data(), noise=RECIPE, timesteps=6)
-    truth = bits_per_dim(DIFFUSION, model, data(), noise=RECIPE, timesteps=6, draws=10)
-    assert found.estimator_variance > 10 * truth.estimator_variance
     visited = found.visits > 0
     assert visited[0]
     assert not visited.all()
