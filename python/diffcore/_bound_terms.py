@@ -69,9 +69,8 @@ class VariationalBound(DiffusionTables):
         t = self._check_t(t, x_start)
         clip = self._clip(clip_denoised)
         table = self._vlb_table(clip, decoder, "x_t", x_start.device)
-        if decoder == "discretized" and plain_eager():
-            if x_start.device.type == "cpu" or _native.DEBUG:
-                check_pixels("x_start", x_start)
+        if decoder == "discretized" and may_look(x_start):
+            check_pixels("x_start", x_start)
         prediction, variance = self._predict(model, x_t, t, model_kwargs)
         output = ops.vlb_term(
             x_start,
@@ -224,6 +223,11 @@ def check_decoder(decoder: str, name: str, x: Tensor) -> None:
     check_choice("decoder", decoder, DECODERS)
     if decoder == "discretized":
         check_pixels(name, x)
+
+
+def may_look(x: Tensor) -> bool:
+    """Whether values can be looked at without breaking a graph or waiting for a device."""
+    return plain_eager() and (x.device.type == "cpu" or _native.DEBUG)
 
 
 def check_pixels(name: str, x: Tensor) -> None:

@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from . import ops
-from ._bound_terms import check_noise, check_pixels
+from ._bound_terms import check_noise, check_pixels, may_look
 from ._loop import Model, Noise, call_model, check_samples
-from ._registry import plain_eager
 from .bound_coefficients import DECODERS, FIXED, VLB_COLUMNS
 from .coefficients import PREDICTION_TYPES, check_choice, target_coefficients, x0_coefficients
 from .noise import PhiloxNoise
@@ -117,7 +116,7 @@ def vdm_bound(
     Raises:
         TypeError: An argument of the wrong type.
         ValueError: Neither or both of gamma and its range, t of another shape, or, with
-            "discretized", x that is no pixel (on CUDA not looked at).
+            "discretized", x that is no pixel (on CUDA with ``DIFFCORE_DEBUG=1`` only).
 
     Source:
         Kingma et al. 2021 (arXiv 2107.00630) eq. 11 to 17 and appendix I.1.
@@ -129,7 +128,7 @@ def vdm_bound(
         raise ValueError(f"num_timesteps must be positive, got {num_timesteps}")
     at = torch.device("cpu") if gamma is None else x.device
     gamma, gamma_prime = _schedule(gamma_min, gamma_max, gamma, gamma_prime)
-    if decoder == "discretized" and x.device.type == "cpu" and plain_eager():
+    if decoder == "discretized" and may_look(x):
         check_pixels("x", x)
     if noise is None:
         noise = PhiloxNoise.from_generator(generator, device=x.device)
