@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 for _package in ("matplotlib", "PIL", "safetensors", "tqdm", "sklearn", "mlxtend"):
     pytest.importorskip(_package)
 
-from diffcore.demo import checkpoint, data, ddpm, vae  # noqa: E402
+from diffcore.demo import checkpoint, data, ddpm, likelihood, vae  # noqa: E402
 from diffcore.demo.config import DemoConfig, quick_config  # noqa: E402
 from diffcore.demo.run import build_trainers, choose_config, choose_device, run_demo  # noqa: E402
 from diffcore.demo.training import Interrupted, Trainer, TrainingConfig  # noqa: E402
@@ -27,6 +28,7 @@ PICTURES = (
     "vae_reconstructions.png",
     "ddpm_training.png",
     "ddpm_samples.png",
+    "ddpm_bits.png",
     "ddim_samples.png",
     "forward.png",
     "reverse.png",
@@ -273,6 +275,36 @@ def test_vae_learns_more_than_the_mean_image(smoke_run: Path) -> None:
     measured = vae.held_out_elbo(untrained, images.test, decoder_std=config.decoder_std, seed=0)
     assert measured["elbo_nats"] < bound
     assert _report(smoke_run)["vae"]["held_out"]["elbo_nats"] > bound  # type: ignore[index]
+
+
+def test_the_likelihoods_are_reported(smoke_run: Path) -> None:
+    report: Any = _report(smoke_run)
+    bits, exact = (report["ddpm"]["held_out_bits"], report["ddpm"]["held_out_bits"]["exact"])
+    assert 0 < bits["bits_per_dim"] < 8  # what independent uniform pixels take
+    apart = bits["bits_per_dim"] - exact["bits_per_dim"]
+    assert abs(apart) < 5 * math.hypot(bits["standard_error"], exact["standard_error"])
+    assert len(exact["terms"]) == report["config"]["num_timesteps"]
+    total = exact["prior"] + sum(exact["terms"])
+    assert exact["bits_per_dim"] == pytest.approx(total, rel=1e-9)
+    assert bits["images"] == report["data"]["test_images"]
+    assert exact["images"] == report["config"]["bits_exact_images"]
+    config = quick_config("digits")
+    untrained = ddpm.build_network(config, (1, 8, 8))
+    images = data.load_images("digits").test[:20]
+    diffusion = ddpm.build_diffusion(config)
+    worse, _ = likelihood.held_out_bits(
+        diffusion, untrained, images, config, seed=0, progress=False
+    )
+    assert bits["bits_per_dim"] < worse.total
+
+    vae_bound = report["vae"]["held_out"]
+    elbo = vae_bound["log_likelihood_nats"] - vae_bound["kl_nats"]
+    assert vae_bound["elbo_nats"] == pytest.approx(elbo)
+    assert vae_bound["bits_per_dim"] == pytest.approx(-elbo / (64 * math.log(2)))
+    assert vae_bound["importance_weighted_nats"] > elbo
+    lines = likelihood.summary(bits, vae_bound)
+    assert f"{bits['bits_per_dim']:.3f} ± {bits['standard_error']:.3f} bits/dim" in lines[0]
+    assert f"ELBO {elbo:.1f} nats" in lines[2]
 
 
 def test_weights_load_into_a_new_model_and_sample(smoke_run: Path) -> None:

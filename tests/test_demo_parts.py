@@ -13,7 +13,7 @@ from torch import nn
 for _package in ("matplotlib", "PIL", "safetensors", "tqdm", "sklearn", "mlxtend"):
     pytest.importorskip(_package)
 
-from diffcore.demo import data, ddpm, networks, pictures  # noqa: E402
+from diffcore.demo import data, ddpm, likelihood, networks, pictures  # noqa: E402
 from diffcore.demo.config import full_config  # noqa: E402
 
 # ---- data ---------------------------------------------------------------------------------------
@@ -74,6 +74,17 @@ def test_bad_data_is_refused(tmp_path: Path) -> None:
     (tmp_path / "x.gz").write_bytes(gzip.compress(b"\x00\x00\x0d\x01"))
     with pytest.raises(ValueError, match="not an IDX file"):
         data.read_idx(tmp_path / "x.gz")
+
+
+def test_pixels_go_to_the_nearest_grey_level_of_eight_bits() -> None:
+    mnist, digits = (data.load_images(name).test for name in ("mnist", "digits"))
+    moved = (likelihood.on_grid(mnist) - mnist).abs().max()
+    assert moved <= 2 * torch.finfo(torch.float32).eps  # they are there
+    found = likelihood.on_grid(digits)
+    levels = (found * 127.5 + 127.5).unique()
+    assert len(levels) == 17
+    assert (levels - levels.round()).abs().max() < 1e-4
+    assert (found - digits).abs().max() <= 0.5001 / 127.5
 
 
 # ---- networks -----------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ def test_every_example_is_tested() -> None:
     tested = {
         *("train_and_sample", "vae_loss", "ops_directly"),
         *("same_images_everywhere", "sample_demo_checkpoint", "compare_solvers"),
+        "bits_per_dim",
     }
     assert {path.stem for path in EXAMPLES.glob("*.py")} == tested
 
@@ -97,6 +98,16 @@ def test_compare_solvers_ranks_them_by_their_order(tmp_path: Path) -> None:
         assert many[name] < few[name] / 8
     # DDPM draws another sample of the same data: no solver ends where it does.
     assert many["DDPM"] > 10 * many["Euler"]
+
+
+def test_bits_per_dim_are_the_entropy() -> None:
+    # The best model of Gaussian data: its bound is their entropy, and what is left at T.
+    entropy, every, few = _main("bits_per_dim")(200, 8)
+    for bits in (every, few):
+        assert abs(bits.total - entropy) < 4 * bits.standard_error
+        assert bits.standard_error < 0.1
+    assert few.model_calls == 18 < every.model_calls
+    assert every.prior < 1e-4
 
 
 def test_sample_demo_checkpoint_draws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,8 +3,10 @@
 The functional ops are in :mod:`diffcore.ops`; :class:`GaussianDiffusion` and :mod:`diffcore.vae`
 are the lecture's two models on top of them. :func:`sample` walks any table of
 :mod:`diffcore.solvers`; :mod:`diffcore.sampling` has k-diffusion's samplers under their own names.
+:mod:`diffcore.likelihood` has the variational bound of a data set, in bits a dimension.
 """
 
+from . import likelihood as likelihood
 from . import sampling as sampling
 from . import solvers as solvers
 from ._native import info as info
@@ -12,6 +14,8 @@ from ._native import warm_up as warm_up
 from .bound_coefficients import VARIANCE_TYPES as VARIANCE_TYPES
 from .coefficients import PREDICTION_TYPES as PREDICTION_TYPES
 from .diffusion import GaussianDiffusion as GaussianDiffusion
+from .likelihood import BitsPerDim as BitsPerDim
+from .likelihood import bits_per_dim as bits_per_dim
 from .noise import PhiloxNoise as PhiloxNoise
 from .ops import add_noise as add_noise
 from .ops import ddim_step as ddim_step
@@ -43,6 +47,8 @@ from .solvers import NoiseLevels as NoiseLevels
 from .solvers import SolverTable as SolverTable
 from .vae import DiagonalGaussianDistribution as DiagonalGaussianDistribution
 from .vae import elbo as elbo
+from .vae import elbo_terms as elbo_terms
+from .vae import importance_weighted_bound as importance_weighted_bound
 from .vae import vae_loss as vae_loss
 
 __version__ = "0.1.0"

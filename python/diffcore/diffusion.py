@@ -11,12 +11,13 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from ._bound_terms import VariationalBound
 from ._forward import ForwardProcess
 from ._reverse import ReverseProcess
 from ._training import TrainingLosses
 
 
-class GaussianDiffusion(ForwardProcess, TrainingLosses, ReverseProcess):
+class GaussianDiffusion(ForwardProcess, TrainingLosses, ReverseProcess, VariationalBound):
     """Variance preserving diffusion with discrete timesteps 0 .. T-1, and its reverse process.
 
     x_t = sqrt(alphas_cumprod_t) x_0 + sqrt(1 - alphas_cumprod_t) noise. A model is called as

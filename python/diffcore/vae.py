@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import cached_property
 
 import torch
@@ -199,3 +200,96 @@ def elbo(
     """
     kl = ops.standard_normal_kl(mean, logvar, reduction="sample")
     return -vae_loss(x, x_recon, kl, decoder_std=decoder_std)["loss"]
+
+
+def elbo_terms(
+    x: Tensor, x_recon: Tensor, kl: Tensor, *, decoder_std: float = 1.0
+) -> dict[str, Tensor]:
+    """The bound with its constant, log p(x) >= E[log N(x; D(z), s^2 I)] - KL, and its two terms.
+
+    log N(x; D(z), s^2 I) = -L1 - n (log s + 1/2 log 2 pi) for x of n dimensions.
+
+    Args:
+        x: The data, ``[B, ...]``.
+        x_recon: What the decoder made of z, like ``x``.
+        kl: ``[B]``, as for ``vae_loss``.
+        decoder_std: s, the standard deviation of the decoder; 1 in the lecture.
+
+    Returns:
+        ``elbo`` = ``log_likelihood`` - ``kl``, each ``[B]``, in nats a sample, and ``bpd`` ``[B]``,
+        -elbo / (n log 2), in bits a dimension. It is of a density: an x that was scaled by a has
+        log2 a bits a dimension more.
+
+    Source:
+        Kingma and Welling 2014 (arXiv 1312.6114) eq. 3.
+    """
+    terms = vae_loss(x, x_recon, kl, decoder_std=decoder_std)
+    n = x.shape[1:].numel()
+    log_likelihood = -terms["reconstruction"] - n * _log_normaliser(decoder_std)
+    bound = log_likelihood - kl
+    bpd = bound / (-n * math.log(2))
+    return {"elbo": bound, "log_likelihood": log_likelihood, "kl": kl, "bpd": bpd}
+
+
+def importance_weighted_bound(
+    x: Tensor,
+    x_recon: Tensor,
+    z: Tensor,
+    mean: Tensor,
+    logvar: Tensor,
+    *,
+    decoder_std: float = 1.0,
+) -> Tensor:
+    """A tighter bound from K samples of z: log p(x) >= E[log 1/K sum_k p(x, z_k) / q(z_k | x)].
+
+    With log p(x, z) - log q(z | x) = log N(x; D(z), s^2 I) + log N(z; 0, I) - log N(z; mean,
+    exp(logvar)), constants included. K = 1 is an ELBO whose KL is sampled too; the bound rises with
+    K, to log p(x).
+
+    Args:
+        x: The data, ``[B, ...]``.
+        x_recon: What the decoder made of each z, ``[K, B, ...]``.
+        z: Samples of N(mean, exp(logvar)), ``[K, B, ...]``.
+        mean: Of the posterior of z, ``[B, ...]``.
+        logvar: Of the posterior of z, like ``mean``.
+        decoder_std: s, the standard deviation of the decoder; 1 in the lecture.
+
+    Returns:
+        ``[B]``, in nats.
+
+    Raises:
+        TypeError: An argument is no tensor.
+        ValueError: Shapes that do not fit.
+
+    Source:
+        Burda, Grosse and Salakhutdinov 2016 (arXiv 1509.00519) eq. 8.
+    """
+    for name, tensor in (("x", x), ("z", z), ("mean", mean)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    if z.ndim == 0 or len(z) == 0:
+        raise ValueError(f"z must hold K >= 1 samples [K, B, ...], got {list(z.shape)}")
+    for name, tensor, wanted in (
+        ("x_recon", x_recon, (len(z), *x.shape)),
+        ("z", z, (len(z), *mean.shape)),
+        ("logvar", logvar, mean.shape),
+    ):
+        if not isinstance(tensor, Tensor) or tensor.shape != wanted:
+            what = list(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise ValueError(f"{name} must have shape {list(wanted)}, got {what}")
+    n, k = x.shape[1:].numel(), len(z)
+    # K samples of each x are K B samples to the ops, which have no broadcasting.
+    each = [v.expand(k, *v.shape).flatten(0, 1) for v in (x, mean, logvar)]
+    drawn = z.flatten(0, 1)
+    zero = torch.zeros_like(drawn)
+    log_weights = (
+        -reconstruction_loss(each[0], x_recon.flatten(0, 1), decoder_std=decoder_std)
+        - ops.gaussian_nll(drawn, zero, zero, reduction="sample")
+        + ops.gaussian_nll(drawn, each[1], each[2], reduction="sample")
+    )
+    bound = log_weights.reshape(k, -1).logsumexp(dim=0) - math.log(k)
+    return bound - n * _log_normaliser(decoder_std)
+
+
+def _log_normaliser(decoder_std: float) -> float:
+    return math.log(decoder_std) + 0.5 * math.log(2 * math.pi)

@@ -32,6 +32,9 @@ class DemoConfig:
         decoder_std: Standard deviation s of the VAE's Gaussian decoder N(D(z), s^2 I), for pixels
             in [-1, 1].
         samples: Images in a sample grid.
+        bits_images: Held-out images whose bits a dimension are estimated, at most.
+        bits_strata: Strata of the estimate; it calls the network once more.
+        bits_exact_images: Images of which every timestep is visited, for the picture.
         checkpoint_every: Steps between two saves of the training state.
     """
 
@@ -52,6 +55,9 @@ class DemoConfig:
     latent_dim: int = 16
     decoder_std: float = 1.0
     samples: int = 64
+    bits_images: int = 500
+    bits_strata: int = 16
+    bits_exact_images: int = 50
     checkpoint_every: int = 250
 
     def __post_init__(self) -> None:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 import time
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from diffcore.demo import ddpm, pictures, vae
+from diffcore.demo import ddpm, likelihood, pictures, vae
 from diffcore.demo.config import DemoConfig
 from diffcore.demo.data import ImageData
 from diffcore.demo.networks import ConvVAE
@@ -28,7 +28,7 @@ def _grid(images: Tensor) -> Tensor:
     return images.reshape(-1, columns, *images.shape[-2:])
 
 
-def _training_summary(trainer: Trainer) -> dict[str, object]:
+def _training_summary(trainer: Trainer) -> dict[str, Any]:
     history = trainer.history.cpu()
     tail = max(1, len(history) // 20)
     return {
@@ -53,7 +53,7 @@ def draw_vae(
     *,
     sample_seed: int,
     evaluation_seed: int,
-) -> dict[str, object]:
+) -> dict[str, Any]:
     """Draw the VAE's curves, samples and reconstructions, and measure it on held-out images.
 
     Args:
@@ -110,7 +110,8 @@ def draw_vae(
         "latent_dim": config.latent_dim,
         "held_out": bound,
         "elbo_is": "log-density of pixels in [-1, 1] under N(D(z), decoder_std^2 I) minus KL, "
-        "in nats, constants included, one latent draw an image, averaged weights",
+        "in nats, constants included, one latent draw an image, averaged weights; bits_per_dim is "
+        "its negative in bits a pixel",
     }
 
 
@@ -123,7 +124,7 @@ def draw_ddpm(
     sample_seed: int,
     evaluation_seed: int,
     progress: bool,
-) -> dict[str, object]:
+) -> dict[str, Any]:
     """Draw the DDPM's curve, samples and strips, and measure it on held-out images.
 
     Args:
@@ -132,8 +133,8 @@ def draw_ddpm(
         images: The data.
         trainer: The trained DDPM.
         sample_seed: Governs the samples.
-        evaluation_seed: Governs timesteps and noise of the held-out loss.
-        progress: Whether to show bars while sampling.
+        evaluation_seed: Governs timesteps and noise of the held-out loss and bound.
+        progress: Whether to show bars while sampling and measuring.
 
     Returns:
         What was measured.
@@ -143,6 +144,12 @@ def draw_ddpm(
     device = trainer.device
     test = images.test.to(device)
     held_out = ddpm.held_out_loss(diffusion, model, test, seed=evaluation_seed)
+    started = time.perf_counter()
+    bits = likelihood.held_out_bits(
+        diffusion, model, test, config, seed=evaluation_seed, progress=progress
+    )
+    bits_seconds = time.perf_counter() - started
+    pictures.save_terms(out / "ddpm_bits.png", bits[1])
     x_T = ddpm.initial_noise((config.samples, *images.image_shape), sample_seed, device)
     started = time.perf_counter()
     ancestral = ddpm.sample_ddpm(diffusion, model, x_T, seed=sample_seed + 1, progress=progress)
@@ -178,6 +185,8 @@ def draw_ddpm(
     return {
         **_training_summary(trainer),
         "held_out_loss": held_out,
+        "held_out_bits": likelihood.as_report(bits, config.num_timesteps),
+        "bits_seconds": round(bits_seconds, 3),
         "samples": config.samples,
         "ddpm_steps": config.num_timesteps,
         "ddpm_sampling_seconds": round(between - started, 3),

@@ -11,6 +11,8 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from diffcore.likelihood import BitsPerDim
+
 _DPI = 150
 _COLOURS = ("#1f5fa8", "#c8501e", "#2f7d4f")
 
@@ -163,4 +165,35 @@ def save_curves(path: Path, panels: Sequence[Curves]) -> None:
         axes.grid(alpha=0.25, linewidth=0.5)
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False, fontsize=8)
+    figure.savefig(path, facecolor="white")
+
+
+def save_terms(path: Path, bits: BitsPerDim) -> None:
+    """Save the terms of the variational bound by timestep, on a logarithmic axis.
+
+    Args:
+        path: File to write.
+        bits: Measured at every timestep.
+    """
+    figure = Figure(figsize=(6.8, 3.8), dpi=_DPI, layout="constrained")
+    axes = figure.subplots()
+    terms = bits.terms.numpy()
+    rest = float(terms[1:].sum())
+    label = f"L_t, t > 0: {rest:.3f} in all"
+    axes.plot(np.arange(1, len(terms)), terms[1:], color=_COLOURS[0], linewidth=1.6, label=label)
+    label = f"L_0, the decoder's: {terms[0]:.3f}"
+    axes.plot([0], terms[:1], "o", color=_COLOURS[1], markersize=6, clip_on=False, label=label)
+    label = f"L_T, the prior's: {bits.prior:.2g}"
+    axes.axhline(bits.prior, color="0.25", linestyle="--", linewidth=1, label=label)
+    axes.set_yscale("log")
+    axes.set_xlim(0, max(1, len(terms) - 1))
+    axes.set(
+        title=f"The bound on {bits.samples} held-out images: "
+        f"{bits.total:.3f} ± {bits.standard_error:.3f} bits/dim",
+        xlabel="timestep t",
+        ylabel="term of the bound (bits/dim)",
+    )
+    axes.grid(alpha=0.25, linewidth=0.5)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=8)
     figure.savefig(path, facecolor="white")

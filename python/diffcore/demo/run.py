@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from diffcore._info import collect_info, installed_version
-from diffcore.demo import ddpm, vae
+from diffcore.demo import ddpm, likelihood, vae
 from diffcore.demo.checkpoint import read_scalars, save_checkpoint
 from diffcore.demo.config import DemoConfig, full_config, quick_config
 from diffcore.demo.data import ImageData, load_images, resolve
@@ -185,8 +185,11 @@ def run_demo(
         "sample_seed": config.seed + _STREAM_SAMPLES,
         "evaluation_seed": config.seed + _STREAM_EVALUATION,
     }
-    report["vae"] = draw_vae(out, config, images, vae_trainer, **streams)
-    report["ddpm"] = draw_ddpm(out, config, images, ddpm_trainer, progress=bars, **streams)
+    of_vae = draw_vae(out, config, images, vae_trainer, **streams)
+    of_ddpm = draw_ddpm(out, config, images, ddpm_trainer, progress=bars, **streams)
+    for line in likelihood.summary(of_ddpm["held_out_bits"], of_vae["held_out"]):
+        log(line)
+    report["vae"], report["ddpm"] = of_vae, of_ddpm
     report["total_seconds"] = round(time.perf_counter() - started, 2)
     (out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
     log(f"Pictures, checkpoints and report.json are in {out}")

@@ -1,0 +1,128 @@
+"""How probable the models find images they have not seen, in bits a dimension and in nats."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffcore.demo.config import DemoConfig
+from diffcore.diffusion import GaussianDiffusion
+from diffcore.likelihood import BitsPerDim, bits_per_dim
+from diffcore.noise import PhiloxNoise
+
+_CHUNK = 250
+
+
+def on_grid(images: Tensor) -> Tensor:
+    """Round pixels to the nearest k/127.5 - 1, which is where those of 8 bits are already.
+
+    Args:
+        images: Pixels in [-1, 1].
+
+    Returns:
+        The same, to half a grey level of 255 (the 17 levels of the 8x8 digits lie between them).
+    """
+    return (images * 127.5 + 127.5).round().clamp(0, 255) / 127.5 - 1
+
+
+def held_out_bits(
+    diffusion: GaussianDiffusion,
+    model: torch.nn.Module,
+    images: Tensor,
+    config: DemoConfig,
+    *,
+    seed: int,
+    progress: bool,
+) -> tuple[BitsPerDim, BitsPerDim]:
+    """The variational bound of unseen images: estimated from a few timesteps, and at all of them.
+
+    Every timestep of every image would be most of the time of a demo; the estimate is unbiased.
+
+    Args:
+        diffusion: The noising process.
+        model: Predicts the noise.
+        images: ``[N, C, H, W]`` in [-1, 1]; some of them, evenly spread, if there are many.
+        config: Settings of the run: how many, and how many strata.
+        seed: Governs noise and timesteps.
+        progress: Whether to show bars.
+
+    Returns:
+        The estimate, and the exact one of fewer images, in bits a dimension.
+    """
+    strata = min(config.bits_strata, diffusion.num_timesteps - 1)
+    found = []
+    for most, timesteps in ((config.bits_images, strata), (config.bits_exact_images, None)):
+        count = min(len(images), most)
+        chosen = torch.linspace(0, len(images) - 1, count).round().long().to(images.device)
+        measured = bits_per_dim(
+            diffusion,
+            model,
+            on_grid(images[chosen]),
+            timesteps=timesteps,
+            noise=PhiloxNoise(seed),
+            batch_size=_CHUNK,
+            progress=progress,
+        )
+        found.append(measured)
+    return found[0], found[1]
+
+
+def as_report(found: tuple[BitsPerDim, BitsPerDim], num_timesteps: int) -> dict[str, Any]:
+    """What goes into ``report.json``.
+
+    Args:
+        found: From `held_out_bits`.
+        num_timesteps: T.
+
+    Returns:
+        Numbers and lists, in bits a dimension.
+    """
+    estimate, exact = found
+    return {
+        "images": estimate.samples,
+        "calls_per_image": 1 + (estimate.timesteps or 0),
+        "bits_per_dim": estimate.total,
+        "standard_error": estimate.standard_error,
+        "prior": estimate.prior,
+        "decoder": estimate.terms[0].item(),
+        "exact": {
+            "images": exact.samples,
+            "calls_per_image": num_timesteps,
+            "bits_per_dim": exact.total,
+            "standard_error": exact.standard_error,
+            "prior": exact.prior,
+            "terms": exact.terms.tolist(),
+        },
+        "is": "variational bound on -log2 of the probability of 8-bit pixels, per pixel, averaged "
+        "weights: a stratified estimate, and exactly at every timestep of fewer images; terms[t] "
+        "is that of timestep t, terms[0] = L_0 the decoder's",
+    }
+
+
+def summary(ddpm: Mapping[str, Any], vae: Mapping[str, Any]) -> list[str]:
+    """What is said on the terminal.
+
+    Args:
+        ddpm: From `as_report`.
+        vae: From `diffcore.demo.vae.held_out_elbo`.
+
+    Returns:
+        Lines.
+    """
+    exact = ddpm["exact"]
+    rest = ddpm["bits_per_dim"] - ddpm["prior"] - ddpm["decoder"]
+    return [
+        f"DDPM: {ddpm['bits_per_dim']:.3f} ± {ddpm['standard_error']:.3f} bits/dim on "
+        f"{ddpm['images']} held-out images, {ddpm['calls_per_image']} calls an image: "
+        f"L_0 {ddpm['decoder']:.3f} + L_t {rest:.3f} + L_T {ddpm['prior']:.2g}",
+        f"DDPM: {exact['bits_per_dim']:.3f} ± {exact['standard_error']:.3f} bits/dim on "
+        f"{exact['images']} of them at all {exact['calls_per_image']} timesteps",
+        f"VAE: ELBO {vae['elbo_nats']:.1f} nats an image = log-likelihood "
+        f"{vae['log_likelihood_nats']:.1f} - KL {vae['kl_nats']:.1f}; "
+        f"{vae['bits_per_dim']:.3f} bits/dim of a density on [-1, 1]",
+        f"VAE: with {vae['importance_samples']} importance-weighted latents "
+        f"{vae['importance_weighted_nats']:.1f} nats an image",
+    ]
