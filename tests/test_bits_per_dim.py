@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from diffcore import BitsPerDim, GaussianDiffusion, PhiloxNoise, bits_per_dim, make_betas
 from diffcore._strata import Moments, Strata
 
-T, N = 50, 12
+T, N = 25, 12
 DIFFUSION = GaussianDiffusion(make_betas("linear", T, scale_to_1000=True))
 RECIPE = PhiloxNoise(5, sample_ids=100, stream=7)
 
@@ -112,6 +112,27 @@ def test_a_model_with_parameters_says_where_to_work():
     one = bits_per_dim(DIFFUSION, model, data(1), timesteps=3)
     assert math.isnan(one.standard_error)
     assert math.isnan(one.estimator_variance)
+
+
+def test_one_timestep():
+    one = GaussianDiffusion(torch.tensor([0.3], dtype=torch.float64))
+    found = bits_per_dim(one, model, data(), noise=RECIPE)
+    assert found.terms.shape == (1,)
+    assert found.total == pytest.approx(found.prior + found.terms[0].item(), rel=1e-14)
+    with pytest.raises(ValueError, match=r"timesteps must be in 1 .* = 0, got 1"):
+        bits_per_dim(one, model, data(), timesteps=1)
+
+
+def test_learned_variances_are_split_off():
+    learned = GaussianDiffusion(DIFFUSION.betas, variance_type="learned_range")
+
+    def both(x, t):
+        return torch.cat([model(x, t), torch.full_like(x, -1.0)], dim=1)
+
+    # -1 says log beta_tilde: the same bound as with that variance
+    found = bits_per_dim(learned, both, data(), noise=RECIPE, timesteps=5)
+    plain = bits_per_dim(DIFFUSION, model, data(), noise=RECIPE, timesteps=5)
+    assert found.total == pytest.approx(plain.total, rel=1e-5)
 
 
 def test_a_bar_counts_calls(capsys):
@@ -319,8 +340,8 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path):
 def test_mistakes_are_named():
     x = data()
     for name, options in (
-        ("timesteps must be in 1 .. T - 1 = 49, got 50", {"timesteps": 50}),
-        ("timesteps must be in 1 .. T - 1 = 49, got 0", {"timesteps": 0}),
+        ("timesteps must be in 1 .. T - 1 = 24, got 25", {"timesteps": 25}),
+        ("timesteps must be in 1 .. T - 1 = 24, got 0", {"timesteps": 0}),
         ("draws must be positive, got 0", {"draws": 0}),
         ("batch_size must be positive, got -1", {"batch_size": -1}),
         ("decoder", {"decoder": "categorical"}),
