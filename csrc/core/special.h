@@ -32,15 +32,16 @@ struct Exponential {
 #else
     using K = ExpConstants<double>;
     const double shifted = mul_add(x, K::kLog2E, K::kRound), whole = shifted - K::kRound;
-    const double r = mul_add(-whole, K::kLn2Low, mul_add(-whole, K::kLn2High, x));
     const double scale = bit_cast<double>((bit_cast<uint64_t>(shifted) + K::kBias) << K::kMantissa);
-    double q;
+    double r, q;
     if constexpr (sizeof(R) == 4) {
+      r = mul_add(-whole, 0x1.62e42fefa39efp-1, x);
       constexpr double kExp32[] = {0x1.0000000b8f62bp-1,  0x1.5555555a78232p-3,
                                    0x1.5554e9114ecf9p-5,  0x1.1110e0f726534p-7,
                                    0x1.6d431504c53d3p-10, 0x1.a124e3f154d32p-13};
       q = polynomial(kExp32, r);
     } else {
+      r = mul_add(-whole, K::kLn2Low, mul_add(-whole, K::kLn2High, x));
       q = K::q(K::kDegree);
       DC_UNROLL
       for (int k = K::kDegree - 1; k >= 0; --k) q = mul_add(q, r, K::q(k));
@@ -56,51 +57,36 @@ struct Exponential {
 // ------------------------------------------------------------------------------------------------
 //
 // With u = 5 / (t + 5), in (0, 1], it is u times a polynomial in 2 u - 1: to 1.3e-16 of itself at
-// every t for double, 1e-9 for float.
+// every t for double, 1e-9 for float; 0 at infinity.
 
-// Two at a time, for one division: it costs as much as the polynomial.
 template <class R>
-struct ScaledTails {
-  double near, far;
-
-  DC_HD ScaledTails(double s, double t) {
+DC_HD double scaled_tail(double t) {
 #ifdef __CUDA_ARCH__
-    near = 0.5 * ::erfcx(s * 0x1.6a09e667f3bcdp-1);
-    far = 0.5 * ::erfcx(t * 0x1.6a09e667f3bcdp-1);
+  return 0.5 * ::erfcx(t * 0x1.6a09e667f3bcdp-1);
 #else
-    constexpr double kFar = 1e150;  // whose square is a number
-    const double a = (s > kFar ? kFar : s) + 5.0, b = (t > kFar ? kFar : t) + 5.0;
-    const double five = 5.0 / (a * b);
-    near = of(five * b);
-    far = of(five * a);
+  const double u = 5.0 / (t + 5.0), q = mul_add(2.0, u, -1.0);
+  if constexpr (sizeof(R) == 4) {
+    constexpr double kTail32[] = {
+        0x1.3b0fbcb4c77bep-3,   0x1.108a69d22f795p-3,   0x1.95c11e1184ea5p-4,
+        0x1.00d89c646f235p-4,   0x1.0e5e7e747eeb6p-5,   0x1.c4fd8e17c1fcep-7,
+        0x1.1094d54aa08e6p-8,   0x1.3911fbb53cc3ap-11,  -0x1.507bd04bf3642p-13,
+        -0x1.be0e0d645f4e2p-14, -0x1.5b2e06c0fae97p-17, 0x1.038fc2691dfecp-17,
+        0x1.0a4f86bf68a1bp-19};
+    return u * polynomial(kTail32, q);
+  } else {
+    constexpr double kTail64[] = {
+        0x1.3b0fbcb4c77bep-3,   0x1.108a698eca1b3p-3,   0x1.95c11dc6c5945p-4,
+        0x1.00d8ab2d2a9acp-4,   0x1.0e5e8ee59a878p-5,   0x1.c4f9d547a3937p-7,
+        0x1.1090aa5d9a50cp-8,   0x1.39e0d84ffc291p-11,  -0x1.4ea693544b3b2p-13,
+        -0x1.c9182206e009bp-14, -0x1.8e76a1463293bp-17, 0x1.4df2126ab0ebep-17,
+        0x1.bfc7a3e83bb9bp-19,  -0x1.ab2007b25af15p-21, -0x1.295afad1a370fp-21,
+        0x1.1c63054067988p-24,  0x1.74d3624186635p-24,  -0x1.ec48cb0af8f9ap-28,
+        -0x1.d217f994e0f94p-27, 0x1.13bcff5c31984p-30,  0x1.03ac238f195fep-29,
+        -0x1.bb15f5bbc8569p-34, -0x1.672727b7fa6e1p-33};
+    return u * polynomial(kTail64, q);
+  }
 #endif
-  }
-
- private:
-  DC_HD static double of(double u) {
-    const double q = mul_add(2.0, u, -1.0);
-    if constexpr (sizeof(R) == 4) {
-      constexpr double kTail32[] = {
-          0x1.3b0fbcb4c77bep-3,   0x1.108a69d22f795p-3,   0x1.95c11e1184ea5p-4,
-          0x1.00d89c646f235p-4,   0x1.0e5e7e747eeb6p-5,   0x1.c4fd8e17c1fcep-7,
-          0x1.1094d54aa08e6p-8,   0x1.3911fbb53cc3ap-11,  -0x1.507bd04bf3642p-13,
-          -0x1.be0e0d645f4e2p-14, -0x1.5b2e06c0fae97p-17, 0x1.038fc2691dfecp-17,
-          0x1.0a4f86bf68a1bp-19};
-      return u * polynomial(kTail32, q);
-    } else {
-      constexpr double kTail64[] = {
-          0x1.3b0fbcb4c77bep-3,   0x1.108a698eca1b3p-3,   0x1.95c11dc6c5945p-4,
-          0x1.00d8ab2d2a9acp-4,   0x1.0e5e8ee59a878p-5,   0x1.c4f9d547a3937p-7,
-          0x1.1090aa5d9a50cp-8,   0x1.39e0d84ffc291p-11,  -0x1.4ea693544b3b2p-13,
-          -0x1.c9182206e009bp-14, -0x1.8e76a1463293bp-17, 0x1.4df2126ab0ebep-17,
-          0x1.bfc7a3e83bb9bp-19,  -0x1.ab2007b25af15p-21, -0x1.295afad1a370fp-21,
-          0x1.1c63054067988p-24,  0x1.74d3624186635p-24,  -0x1.ec48cb0af8f9ap-28,
-          -0x1.d217f994e0f94p-27, 0x1.13bcff5c31984p-30,  0x1.03ac238f195fep-29,
-          -0x1.bb15f5bbc8569p-34, -0x1.672727b7fa6e1p-33};
-      return u * polynomial(kTail64, q);
-    }
-  }
-};
+}
 
 // ---- log
 // ------------------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ struct PixelBin {
   DC_HD explicit PixelBin(const R* inputs) {
     const double x = inputs[0], d = x - double(inputs[1]);
     const bool is_open = __builtin_fabs(x) > kOpen;
-    sign = (is_open ? x : d) < 0.0 ? -1.0 : 1.0;
+    sign = __builtin_copysign(1.0, is_open ? x : d);
     // Scales of 0 and infinity are small and large ones: no 0 times infinity.
     inverse = Exponential<R>(-clamp(double(inputs[2]), -690.0, 345.0)).plain;
     z = sign * d * inverse;
@@ -40,8 +40,8 @@ struct PixelBin {
     // φ(lo) / φ(z), or φ(lo) / φ(0).
     const double at = narrow ? slope - 0.5 * eta * eta : -0.5 * lo * lo;
     spread = at < -700.0 ? 0.0 : Exponential<R>(at).plain;
-    const ScaledTails<R> tails(__builtin_fabs(lo), __builtin_fabs(z + eta));
-    const double near = tails.near, far = tails.far * (1.0 + drop);
+    const double near = scaled_tail<R>(__builtin_fabs(lo));
+    const double far = scaled_tail<R>(__builtin_fabs(z + eta)) * (1.0 + drop);
     outside = (near + far) * spread;
     part = narrow ? 1.0 + series(slope * slope, eta * eta) : (tail ? near - far : 1.0 - outside);
   }
