@@ -26,18 +26,20 @@ struct PixelBin {
   DC_HD explicit PixelBin(const R* inputs) {
     const double x = inputs[0], d = x - double(inputs[1]);
     const bool is_open = __builtin_fabs(x) > kOpen;
-    sign = (is_open ? x : d) < 0.0 ? -1.0 : 1.0;
+    sign = __builtin_copysign(1.0, is_open ? x : d);
     // Scales of 0 and infinity are small and large ones: no 0 times infinity.
-    inverse = clamp(exp(-double(inputs[2])), 1e-150, 1e300);
+    inverse = Exponential<R>(-clamp(double(inputs[2]), -690.0, 345.0)).plain;
     z = sign * d * inverse;
     eta = kHalfBin * inverse;
     lo = (sign * d - kHalfBin) * inverse;
     const double slope = z * eta;
-    drop = is_open ? -1.0 : 2.0 * HalfExpm1<double>(-2.0 * slope).plain;
+    const double shrunk = slope > 30.0 ? -1.0 : Exponential<R>(-2.0 * slope).minus_one;
+    drop = is_open ? -1.0 : shrunk;
     narrow = (is_open ? 1.0 : (eta > slope ? eta : slope)) < 0x1p-5;
     tail = lo >= 0.0;
     // φ(lo) / φ(z), or φ(lo) / φ(0).
-    spread = exp(narrow ? slope - 0.5 * eta * eta : -0.5 * lo * lo);
+    const double at = narrow ? slope - 0.5 * eta * eta : -0.5 * lo * lo;
+    spread = at < -700.0 ? 0.0 : Exponential<R>(at).plain;
     const double near = scaled_tail<R>(__builtin_fabs(lo));
     const double far = scaled_tail<R>(__builtin_fabs(z + eta)) * (1.0 + drop);
     outside = (near + far) * spread;
