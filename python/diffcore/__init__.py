@@ -28,6 +28,7 @@ from .ops import linear_combination as linear_combination
 from .ops import normal_kl as normal_kl
 from .ops import predict_epsilon as predict_epsilon
 from .ops import predict_x0 as predict_x0
+from .ops import prior_kl as prior_kl
 from .ops import q_sample as q_sample
 from .ops import randn as randn
 from .ops import reparameterize as reparameterize
@@ -36,6 +37,7 @@ from .ops import reverse_step as reverse_step
 from .ops import standard_normal_kl as standard_normal_kl
 from .ops import step_log_prob as step_log_prob
 from .ops import velocity as velocity
+from .ops import vlb_term as vlb_term
 from .sampling import sample as sample
 from .schedules import NoiseSchedule as NoiseSchedule
 from .schedules import betas_for_alpha_bar as betas_for_alpha_bar
