@@ -31,6 +31,7 @@ struct Table<OpList<Op...>> {
   };
   template <class O, class S>
   static constexpr CudaKernel kernel() {
+    if constexpr (std::is_same_v<S, double> && kDraws<O> && kReads<O> > 0) return {};
     using Launch = std::conditional_t<kSelects<O>, CudaSelect<O, S>, CudaLaunch<O, S>>;
     return {&Launch::template run<Workspace>, &Launch::load};
   }
@@ -99,7 +100,7 @@ const char* load_cuda_kernels(int device) {
   if (guard.error()) return guard.error();
   for (const auto& row : Kernels::rows)
     for (const CudaKernel& kernel : row.by_dtype)
-      if (const char* error = kernel.load()) return error;
+      if (const char* error = kernel.load ? kernel.load() : nullptr) return error;
   return nullptr;
 }
 

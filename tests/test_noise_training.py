@@ -89,6 +89,8 @@ def batch(diffusion, rows, columns, dtype, device):
 @each_weight
 @each_prediction
 def test_a_training_step_is_two_launches(launched, prediction_type, weights, dtype, device):
+    if dtype == torch.float64 and device != "cpu":
+        pytest.skip("on CUDA noise in double is drawn by a launch of its own")
     diffusion = GaussianDiffusion(BETAS, prediction_type)
     table = weights(diffusion.schedule.snr, prediction_type)
     x, t, m = batch(diffusion, 4, 9, dtype, device)

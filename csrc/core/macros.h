@@ -5,9 +5,13 @@
 
 #ifdef __CUDACC__
 #define DC_HD __host__ __device__ __forceinline__
+// What is long: called on CUDA, where a pack would hold eight copies of it; on the CPU a call would
+// keep its loop from becoming one of vectors.
+#define DC_OUTLINED __host__ __device__ __noinline__
 #define DC_UNROLL _Pragma("unroll")
 #else
 #define DC_HD inline __attribute__((always_inline))
+#define DC_OUTLINED DC_HD
 #define DC_UNROLL _Pragma("GCC unroll 32")
 #endif
 

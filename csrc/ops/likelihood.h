@@ -58,37 +58,53 @@ struct PixelBin {
 };
 
 // log of the mass of N(mean, e^{2 log_scale}) in the bin of x
+template <class R>
+DC_OUTLINED double log_mass(R x, R mean, R log_scale) {
+  constexpr double kLogBinPhi = -5.7670548978031535786;  // log(2/255 φ(0))
+  const R inputs[] = {x, mean, log_scale};
+  const PixelBin<R> bin(inputs);
+  const double narrow = kLogBinPhi - double(log_scale) - 0.5 * bin.z * bin.z;
+  const double rest = bin.tail ? -0.5 * bin.lo * bin.lo : lost_in(bin.part, -bin.outside);
+  return -__builtin_fabs((bin.narrow ? narrow : rest) + log<R>(bin.part));  // -0 for 1
+}
+
+// Its gradient: the mass loses φ(lo) at lo and, where the bin is closed, gains φ(hi) = φ(lo)
+// e^{-b2} at hi.
+struct LogMassSlope {
+  double of_x, of_log_scale;
+};
+template <class R>
+DC_OUTLINED LogMassSlope log_mass_slope(R x, R mean, R log_scale) {
+  constexpr double kPhi0 = 0.39894228040143267794;
+  const R inputs[] = {x, mean, log_scale};
+  const PixelBin<R> bin(inputs);
+  const double at_lo =  // φ(lo) over the mass
+      (bin.narrow ? 0.5 * bin.spread : (bin.tail ? kPhi0 : kPhi0 * bin.spread)) /
+      ((bin.narrow ? bin.eta : 1.0) * bin.part);
+  // Of the scale: lo φ(lo) - hi φ(hi), which would cancel.
+  return {bin.sign * at_lo * bin.drop * bin.inverse,
+          -at_lo * mul_add(bin.z, bin.drop, bin.eta * (2.0 + bin.drop))};
+}
+
 struct DiscretizedGaussianLogLikelihood {
   static constexpr const char* name = "discretized_gaussian_log_likelihood";
   static constexpr bool in_double = true;
   static constexpr int n_in = 3, n_out = 1, n_sum = 0, n_coef = 0;  // x, mean, log_scale
   template <class R>
   DC_HD static void apply(const R*, const R* x, R* y) {
-    constexpr double kLogBinPhi = -5.7670548978031535786;  // log(2/255 φ(0))
-    const PixelBin<R> bin(x);
-    const double narrow = kLogBinPhi - double(x[2]) - 0.5 * bin.z * bin.z;
-    const double rest = bin.tail ? -0.5 * bin.lo * bin.lo : lost_in(bin.part, -bin.outside);
-    y[0] = R(-__builtin_fabs((bin.narrow ? narrow : rest) + log<R>(bin.part)));  // -0 for 1
+    y[0] = R(log_mass(x[0], x[1], x[2]));
   }
 };
 
-// The mass loses φ(lo) at lo and, where the bin is closed, gains φ(hi) = φ(lo) e^{-b2} at hi.
 template <bool kOfX>
 struct DiscretizedGradient {  // of (mean, log_scale), or of (x, mean, log_scale)
   static constexpr int n_in = 3, n_out = 2 + kOfX;
   template <class R>
   DC_HD static void apply(R g, const R* x, R* y) {
-    constexpr double kPhi0 = 0.39894228040143267794;
-    const PixelBin<R> bin(x);
-    const double at_lo =  // φ(lo) over the mass
-        (bin.narrow ? 0.5 * bin.spread : (bin.tail ? kPhi0 : kPhi0 * bin.spread)) /
-        ((bin.narrow ? bin.eta : 1.0) * bin.part);
-    const double slope = bin.sign * at_lo * bin.drop * bin.inverse;
-    // lo φ(lo) - hi φ(hi), which would cancel
-    const double scale = -at_lo * mul_add(bin.z, bin.drop, bin.eta * (2.0 + bin.drop));
-    if (kOfX) y[0] = R(double(g) * slope);
-    y[n_out - 2] = R(-double(g) * slope);
-    y[n_out - 1] = R(double(g) * scale);
+    const LogMassSlope slope = log_mass_slope(x[0], x[1], x[2]);
+    if (kOfX) y[0] = R(double(g) * slope.of_x);
+    y[n_out - 2] = R(-double(g) * slope.of_x);
+    y[n_out - 1] = R(double(g) * slope.of_log_scale);
   }
 };
 
