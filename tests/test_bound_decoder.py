@@ -143,6 +143,22 @@ def test_low_precision_is_rounded_inputs_and_nothing_else(dtype: torch.dtype, de
     assert torch.allclose(found.double(), exact, rtol=2e-6)
 
 
+@pytest.mark.parametrize("decoder", ["discretized", "gaussian"])
+def test_infinite_log_variances(decoder: str, device: str) -> None:
+    x0 = torch.full((4, 1), 51 / 127.5 - 1, device=device)
+    m = x0 + torch.tensor([[0.0], [0.3], [0.0], [0.3]], device=device)
+    v = torch.tensor([[torch.inf], [torch.inf], [-torch.inf], [-torch.inf]], device=device)
+    rows = table("learned", decoder=decoder, prediction_type="sample").to(device)
+    kl, first = (ops.vlb_term(x0, m, rows, t=t, x_t=x0, variance_output=v).tolist() for t in (5, 0))
+    assert kl[:2] == first[:2] == [torch.inf, torch.inf]
+    assert kl[3] == torch.inf
+    assert kl[2] != kl[2]  # 0 · inf, and said to be
+    if decoder == "discretized":
+        assert first[2:] == [0, torch.inf]
+    else:
+        assert all(x != x for x in first[2:])
+
+
 def test_bad_arguments() -> None:
     x = inputs("learned")
     rows = table("learned")

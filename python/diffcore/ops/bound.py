@@ -36,7 +36,9 @@ def vlb_term(
 
     Which of them, says the table's row. Differentiable in `model_output` and `variance_output` by
     kernels (what the clip stops passes no gradient), in `x0`, `x_t` and `noise` through plain
-    torch. The branch that a sample does not take is not computed.
+    torch. The branch that a sample does not take is not computed. A log-variance of inf gives inf;
+    of -inf, which is a point: inf, 0 for a pixel in whose bin it lies, and nan for a KL whose error
+    is 0 or where the decoder is a density.
 
     Args:
         x0: clean samples `[B, ...]`.
