@@ -28,8 +28,7 @@ def vlb_term(
 ) -> Tensor:
     """A term of the variational bound for each sample: L_t at t > 0, the decoder's L_0 at t = 0.
 
-    With e = x_0 - clip(predicted x_0), formed in double, d = log beta_tilde_t - log v_t and n the
-    elements of a sample::
+    With e = x_0 - clip(predicted x_0), formed in double, and d = log beta_tilde_t - log v_t::
 
         L_t = ½ Σ [ expm1(d) - d + A_t² e² / v_t ] = KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t))
         L_0 = -log p(x_0 | x_1): of N(x_0 - e, v_0), the mass of the pixel's bin, or the density
