@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from diffcore import (
     GaussianDiffusion,
+    _bound,
     _kernels,
     _library,
     _native,
@@ -55,7 +56,8 @@ def value_and_gradients(case: OpCase, f: Callable[..., Any], args: Arguments) ->
 
 def registered_kernels() -> list[_registry.Kernel]:
     """Every registered operator that a kernel of the module stands behind."""
-    groups = [*vars(_kernels).values(), *vars(_step).values()]
+    modules = (_kernels, _step, _bound)
+    groups = [group for module in modules for group in vars(module).values()]
     kernels = [k for k in groups if isinstance(k, _registry.Kernel)]
     for group in groups:
         if isinstance(group, _kernels.Term):
@@ -69,6 +71,8 @@ def registered_kernels() -> list[_registry.Kernel]:
         _step.STEP_LOG_PROB,
         _step.LOG_PROB_BACKWARD,
         _threshold.X0_QUANTILE,
+        _bound.VLB_TERM,
+        _bound.VLB_TERM_BACKWARD,
     ):
         kernels += group.values()
     kernels += [k.drawn for k in kernels if k.drawn is not None]
