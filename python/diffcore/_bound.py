@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from diffcore._execute import expand_coefs
 from diffcore._kernels import SCALE, Needs, Tensors, noised, with_noise
 from diffcore._registry import Call, Grads, Kernel, drawing, run
 from diffcore.bound_coefficients import FIXED, VLB_COLUMNS
@@ -56,7 +57,8 @@ def _vlb_term_backward(learned: bool) -> Kernel:
 def _prior_kl_backward(inputs: Tensors, call: Call, grads: Grads, needs: Needs) -> Grads:
     (g,) = grads
     assert g is not None
-    return [run(SCALE, inputs, (2 * call[1][0] * g,))]
+    factor = expand_coefs(call[1], call[2])[0]
+    return [run(SCALE, inputs, (2 * factor * g,))]
 
 
 VLB_TERM = {learned: _vlb_term(learned) for learned in (False, True)}
