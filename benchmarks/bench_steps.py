@@ -153,12 +153,14 @@ class Contest:
         ]
 
     def _options(self, s: Tensors) -> dict[str, Any]:
-        return {
+        """What a user would name: what the step has."""
+        every = {
             "noise": RECIPE if self.case.noise == DRAWN else s.get("z"),
-            "history": (s["h"],) if "h" in s else (),
+            "history": (s["h"],) if "h" in s else None,
             "model_output_uncond": s.get("m_u"),
             "guidance_scale": SCALE if self.case.guided else None,
         }
+        return {name: value for name, value in every.items() if value is not None}
 
     def diffusers(self) -> list[Call]:
         """``scheduler.step``, put back to this step before each call."""
