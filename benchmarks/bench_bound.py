@@ -27,10 +27,9 @@ from torch import Tensor
 
 from benchmarks import report
 from benchmarks.bench_likelihood import approximation
-from benchmarks.bench_ops import DTYPES, time_op
-from benchmarks.contest import MODES, Compiler, OpCase, WrongResultError
-from benchmarks.timing import Budget
-from diffcore import _native, ops
+from benchmarks.bench_ops import time_cases
+from benchmarks.contest import MODES, OpCase
+from diffcore import ops
 from diffcore.bound_coefficients import log_variances, vlb_coefficients
 from diffcore.coefficients import posterior_coefficients
 
@@ -134,23 +133,8 @@ def measure(device: torch.device, args: argparse.Namespace) -> dict[str, Any]:
     """The "bound" section."""
     dtypes = (args.dtypes or ("f32" if args.quick else "f32,bf16")).split(",")
     shape = (4, *SIZE) if args.quick else (64 if device.type == "cpu" else 1024, *SIZE)
-    seconds = args.seconds or (0.1 if args.quick else 2.0 if device.type == "cpu" else 0.15)
-    least = 3 if args.quick else 10
-    budget = Budget(seconds, warmup_seconds=min(0.1, seconds / 5), min_rounds=least)
-    compiler = Compiler(device, 0.0 if args.quick or args.no_compile else math.inf)
-    rows, refused = [], []
-    for dtype, mode, case in itertools.product(dtypes, MODES, CASES):
-        report.progress(f"{case.name} {mode} {dtype}")
-        try:
-            rows.append(time_op(case, mode, DTYPES[dtype], shape, device, budget, compiler))
-        except WrongResultError as error:
-            refused.append(f"{case.name} {mode} {dtype}: {error}")
-            print(f"REFUSED {refused[-1]}", file=sys.stderr)
-    report.progress("")
-    notes = compiler.notes
-    if not _native.has_kernels(device):
-        notes.append("diffcore has no kernels here and ran in plain PyTorch")
-    return {"rows": rows, "refused": refused, "notes": notes}
+    grid = ((c, mode, d, shape) for d, mode, c in itertools.product(dtypes, MODES, CASES))
+    return time_cases(grid, device, args, 2.0 if device.type == "cpu" else 0.15)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

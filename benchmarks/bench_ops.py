@@ -13,7 +13,7 @@ import dataclasses
 import itertools
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +138,43 @@ def time_op(
         "error_over_bound": errors,
         **derived(timings, elements, moved * elements),
     }
+
+
+def time_cases(
+    grid: Iterable[tuple[OpCase, str, str, tuple[int, ...]]],
+    device: torch.device,
+    args: argparse.Namespace,
+    seconds: float,
+) -> dict[str, Any]:
+    """A section of rows made by :func:`time_op`.
+
+    Args:
+        grid: cases, each with its mode, dtype and shape.
+        device: where they run.
+        args: of the script: `quick`, `no_compile` and `seconds`.
+        seconds: of timing for each row, if `args` does not say.
+
+    Returns:
+        What the JSON holds: rows, what was refused, notes.
+    """
+    seconds = args.seconds or (0.1 if args.quick else seconds)
+    least = 3 if args.quick else 10
+    budget = Budget(seconds, warmup_seconds=min(0.1, seconds / 5), min_rounds=least)
+    compiler = Compiler(device, 0.0 if args.quick or args.no_compile else math.inf)
+    rows, refused = [], []
+    for case, mode, dtype, shape in grid:
+        what = f"{case.name} {mode} {dtype} {report.times(shape)}"
+        report.progress(what)
+        try:
+            rows.append(time_op(case, mode, DTYPES[dtype], shape, device, budget, compiler))
+        except WrongResultError as error:
+            refused.append(f"{what}: {error}")
+            print(f"REFUSED {refused[-1]}", file=sys.stderr)
+    report.progress("")
+    notes = compiler.notes
+    if not _native.has_kernels(device):
+        notes.append("diffcore has no kernels here and ran in plain PyTorch")
+    return {"rows": rows, "refused": refused, "notes": notes}
 
 
 def derived(timings: dict[str, Timing], elements: int, nbytes: int) -> dict[str, Any]:

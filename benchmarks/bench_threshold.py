@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,10 +21,9 @@ if __package__ in (None, ""):  # run as a file
 import torch
 
 from benchmarks import report
-from benchmarks.bench_ops import DTYPES, time_op
-from benchmarks.contest import Compiler, OpCase, WrongResultError
-from benchmarks.timing import Budget
-from diffcore import _native, ops
+from benchmarks.bench_ops import time_cases
+from benchmarks.contest import OpCase
+from diffcore import ops
 
 SHAPES = ("16x3x256x256", "16x4x64x64", "4x3x1024x1024")
 A_X, A_M, GUIDANCE = 1.25, -0.75, 3.0
@@ -70,23 +68,8 @@ def measure(device: torch.device, args: argparse.Namespace) -> dict[str, Any]:
     dtypes = (args.dtypes or ("f32" if args.quick else "f32,bf16")).split(",")
     shapes = args.shape or (["16x3x64x64"] if args.quick else SHAPES)
     sizes = [tuple(int(n) for n in shape.split("x")) for shape in shapes]
-    seconds = args.seconds or (0.1 if args.quick else 3.0 if device.type == "cpu" else 0.15)
-    least = 3 if args.quick else 10
-    budget = Budget(seconds, warmup_seconds=min(0.1, seconds / 5), min_rounds=least)
-    compiler = Compiler(device, 0.0 if args.quick or args.no_compile else math.inf)
-    rows, refused = [], []
-    for shape, dtype, case in itertools.product(sizes, dtypes, cases()):
-        report.progress(f"{case.name} {dtype} {report.times(shape)}")
-        try:
-            rows.append(time_op(case, "forward", DTYPES[dtype], shape, device, budget, compiler))
-        except WrongResultError as error:
-            refused.append(f"{case.name} {dtype}: {error}")
-            print(f"REFUSED {refused[-1]}", file=sys.stderr)
-    report.progress("")
-    notes = compiler.notes
-    if not _native.has_kernels(device):
-        notes.append("diffcore has no kernels here and ran in plain PyTorch")
-    return {"rows": rows, "refused": refused, "notes": notes}
+    grid = ((c, "forward", d, n) for n, d, c in itertools.product(sizes, dtypes, cases()))
+    return time_cases(grid, device, args, 3.0 if device.type == "cpu" else 0.15)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
