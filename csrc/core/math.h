@@ -86,6 +86,19 @@ struct ExpConstants<double> {
   }
 };
 
+// c ? a : b in bits. Where conditions meet, a compiler may follow them into one another, and then
+// finds no vector loop.
+template <class R>
+DC_HD R blend(bool c, R a, R b) {
+#ifdef __CUDA_ARCH__
+  return c ? a : b;
+#else
+  using Bits = typename ExpConstants<R>::Bits;
+  const Bits mask = c ? ~Bits(0) : Bits(0);
+  return bit_cast<R>((bit_cast<Bits>(a) & mask) | (bit_cast<Bits>(b) & ~mask));
+#endif
+}
+
 template <class R>
 struct ExpReduction {
   using K = ExpConstants<R>;
@@ -107,9 +120,9 @@ struct ExpReduction {
   }
 };
 
-// e^x to about 1 ulp; 0 below the smallest normal number, infinity above the largest, NaN for NaN.
+// e^x to about 1 ulp where that is a normal number; elsewhere arbitrary, and NaN for NaN.
 template <class R>
-DC_HD R exp(R x) {
+DC_HD R normal_exp(R x) {
 #ifdef __CUDA_ARCH__
   if constexpr (sizeof(R) == 4)
     return ::expf(x);
@@ -120,7 +133,18 @@ DC_HD R exp(R x) {
   using Bits = typename K::Bits;
   ExpReduction<R> e(x);
   R significand = R(1) + mul_add(e.r * e.r, e.q, e.r);
-  R y = bit_cast<R>(Bits(bit_cast<Bits>(significand) + (e.n << K::kMantissa)));
+  return bit_cast<R>(Bits(bit_cast<Bits>(significand) + (e.n << K::kMantissa)));
+#endif
+}
+
+// e^x to about 1 ulp; 0 below the smallest normal number, infinity above the largest, NaN for NaN.
+template <class R>
+DC_HD R exp(R x) {
+#ifdef __CUDA_ARCH__
+  return normal_exp(x);
+#else
+  using K = ExpConstants<R>;
+  R y = normal_exp(x);
   R edge = x < R(0) ? R(0) : x * K::kHuge;  // infinity, or the NaN that x is
   return x >= K::kLow && x <= K::kHigh ? y : edge;
 #endif

@@ -1,15 +1,15 @@
-// The normal distribution's tail and the logarithm, in double, for formulas that would cancel in
-// float. `R` is the type of the result: float asks for fewer terms. tests/test_special.py derives
-// the coefficients.
+// The normal distribution's tail and the logarithm, and the exponential in double for formulas that
+// would cancel in float. float asks for fewer terms. tests/test_special.py derives the
+// coefficients.
 #pragma once
 
 #include "core/math.h"
 
 DC_KERNEL_NAMESPACE_BEGIN
 
-template <int kCount>
-DC_HD double polynomial(const double (&c)[kCount], double x) {
-  double y = c[kCount - 1];
+template <class R, int kCount>
+DC_HD R polynomial(const R (&c)[kCount], R x) {
+  R y = c[kCount - 1];
   DC_UNROLL
   for (int k = kCount - 2; k >= 0; --k) y = mul_add(y, x, c[k]);
   return y;
@@ -19,7 +19,8 @@ DC_HD double polynomial(const double (&c)[kCount], double x) {
 // ------------------------------------------------------------------------------------------------
 //
 // As in math.h, for arguments where e^x is a normal number; elsewhere the result is arbitrary, and
-// NaN for NaN. What is within that range the caller knows best.
+// NaN for NaN. What is within that range the caller knows best. R is the type of the result: for
+// float the error is 1.8e-10.
 
 template <class R>
 struct Exponential {
@@ -56,24 +57,23 @@ struct Exponential {
 // ---- e^{t²/2} P(Z > t) = erfcx(t / sqrt 2) / 2 for t >= 0
 // ------------------------------------------------------------------------------------------------
 //
-// With u = 5 / (t + 5), in (0, 1], it is u times a polynomial in 2 u - 1: to 1.3e-16 of itself at
-// every t for double, 1e-9 for float; 0 at infinity.
+// With u = k / (t + k), in (0, 1], it is u times a polynomial in 2 u - 1: to 1.3e-16 of itself at
+// every t for double, 3.2e-8 for float, before rounding; 0 at infinity.
 
 template <class R>
-DC_HD double scaled_tail(double t) {
-#ifdef __CUDA_ARCH__
-  return 0.5 * ::erfcx(t * 0x1.6a09e667f3bcdp-1);
-#else
-  const double u = 5.0 / (t + 5.0), q = mul_add(2.0, u, -1.0);
+DC_HD R scaled_tail(R t) {
+  constexpr R k = sizeof(R) == 4 ? R(3.5) : R(5);
+  const R u = k / (t + k), q = mul_add(R(2), u, R(-1));
   if constexpr (sizeof(R) == 4) {
-    constexpr double kTail32[] = {
-        0x1.3b0fbcb4c77bep-3,   0x1.108a69d22f795p-3,   0x1.95c11e1184ea5p-4,
-        0x1.00d89c646f235p-4,   0x1.0e5e7e747eeb6p-5,   0x1.c4fd8e17c1fcep-7,
-        0x1.1094d54aa08e6p-8,   0x1.3911fbb53cc3ap-11,  -0x1.507bd04bf3642p-13,
-        -0x1.be0e0d645f4e2p-14, -0x1.5b2e06c0fae97p-17, 0x1.038fc2691dfecp-17,
-        0x1.0a4f86bf68a1bp-19};
+    constexpr float kTail32[] = {0x1.b396fap-3f,   0x1.4aef3cp-3f,  0x1.71233p-4f,
+                                 0x1.0f9fp-5f,     0x1.45ebc6p-8f,  -0x1.e43c26p-10f,
+                                 -0x1.dc3382p-11f, 0x1.f4a476p-14f, 0x1.0f3f7cp-13f,
+                                 -0x1.4c0c08p-17f, -0x1.dd1d3cp-17f};
     return u * polynomial(kTail32, q);
   } else {
+#ifdef __CUDA_ARCH__
+    return 0.5 * ::erfcx(t * 0x1.6a09e667f3bcdp-1);
+#else
     constexpr double kTail64[] = {
         0x1.3b0fbcb4c77bep-3,   0x1.108a698eca1b3p-3,   0x1.95c11dc6c5945p-4,
         0x1.00d8ab2d2a9acp-4,   0x1.0e5e8ee59a878p-5,   0x1.c4f9d547a3937p-7,
@@ -84,8 +84,8 @@ DC_HD double scaled_tail(double t) {
         -0x1.d217f994e0f94p-27, 0x1.13bcff5c31984p-30,  0x1.03ac238f195fep-29,
         -0x1.bb15f5bbc8569p-34, -0x1.672727b7fa6e1p-33};
     return u * polynomial(kTail64, q);
-  }
 #endif
+  }
 }
 
 // ---- log
@@ -94,36 +94,58 @@ DC_HD double scaled_tail(double t) {
 // x = 2^k m with sqrt ½ <= m < sqrt 2. With f = m - 1 and s = f / (2 + f), log m = 2 atanh s =
 // f - s (f - s² p(s²)), where f²/2 is split off because it is the larger part of what is small.
 
-// log x to about 1 ulp for positive normal x; arbitrary for others, NaN among them.
 template <class R>
-DC_HD double log(double x) {
-#ifdef __CUDA_ARCH__
-  return ::log(x);
-#else
-  constexpr uint64_t kSqrtHalf = 0x3fe6a09e667f3bcd, kMantissa = 0xfffffffffffff;
-  constexpr double kLn2High = 0x1.62e42p-1, kLn2Low = 0x1.fdf473de6af28p-22;
-  // 1024 more than k, so that it is positive, in the low bits of 2^52.
-  const uint64_t t = bit_cast<uint64_t>(x) - kSqrtHalf + (uint64_t(1024) << 52);
-  const double k = bit_cast<double>((t >> 52) | 0x4330000000000000) - (0x1p52 + 1024.0);
-  const double f = bit_cast<double>((t & kMantissa) + kSqrtHalf) - 1.0;
-  const double s = f / (2.0 + f), z = s * s, half = 0.5 * f * f;
-  double p;
-  if constexpr (sizeof(R) == 4) {
-    constexpr double kLog32[] = {0x1.55555b7f8de11p-1, 0x1.997c305d84f6dp-2, 0x1.2ee610023bfcfp-2};
-    p = z * polynomial(kLog32, z);
-  } else {
+struct LogConstants;
+
+template <>
+struct LogConstants<float> {
+  static constexpr uint32_t kSqrtHalf = 0x3f3504f3;  // its bits
+  DC_HD static float p(float z) {
+    constexpr float kLog32[] = {0x1.55555cp-1f, 0x1.997c3p-2f, 0x1.2ee61p-2f};
+    return polynomial(kLog32, z);
+  }
+};
+
+template <>
+struct LogConstants<double> {
+  static constexpr uint64_t kSqrtHalf = 0x3fe6a09e667f3bcd;
+  DC_HD static double p(double z) {
     constexpr double kLog64[] = {0x1.5555555555558p-1, 0x1.99999999952e2p-2, 0x1.2492492df148dp-2,
                                  0x1.c71c62e5800a1p-3, 0x1.7462b4ab2ef6bp-3, 0x1.39fe606542ddep-3,
                                  0x1.2b584aae78a57p-3};
-    p = z * polynomial(kLog64, z);
+    return polynomial(kLog64, z);
   }
-  const double low = mul_add(s, half + p, k * kLn2Low);
-  return mul_add(k, kLn2High, f - (half - low));
+};
+
+// log x to about 1 ulp for positive normal x; arbitrary for others, NaN among them.
+template <class R>
+DC_HD R log(R x) {
+#ifdef __CUDA_ARCH__
+  if constexpr (sizeof(R) == 4)
+    return ::logf(x);
+  else
+    return ::log(x);
+#else
+  using K = ExpConstants<R>;
+  using L = LogConstants<R>;
+  using Bits = typename K::Bits;
+  // A power of two more than k, so that it is positive, in the low bits of 2^kMantissa.
+  constexpr R kWhole = R(Bits(1) << K::kMantissa), kMore = R(K::kBias + 1);
+  const Bits t = bit_cast<Bits>(x) - L::kSqrtHalf + (Bits(K::kBias + 1) << K::kMantissa);
+  const R k = bit_cast<R>((t >> K::kMantissa) | bit_cast<Bits>(kWhole)) - (kWhole + kMore);
+  const Bits mantissa = t & ((Bits(1) << K::kMantissa) - 1);
+  const R f = bit_cast<R>(mantissa + L::kSqrtHalf) - R(1);
+  const R s = f / (R(2) + f), z = s * s, half = R(0.5) * f * f;
+  const R low = mul_add(s, mul_add(z, L::p(z), half), k * K::kLn2Low);
+  return mul_add(k, K::kLn2High, f - (half - low));
 #endif
 }
 
 // What log(1 + y) is more than log of the sum as it is rounded: over the sum, which matters only
 // where y is so small that it is 1.
-DC_HD double lost_in(double sum, double y) { return y - (sum - 1.0); }
+template <class R>
+DC_HD R lost_in(R sum, R y) {
+  return y - (sum - R(1));
+}
 
 DC_KERNEL_NAMESPACE_END
