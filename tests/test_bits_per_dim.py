@@ -335,6 +335,28 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path):
     bits_per_dim(DIFFUSION, model, loader, timesteps=4, checkpoint=path)
     with pytest.raises(ValueError, match=r"gave 9 samples in their first 3 batches, .* had 12"):
         bits_per_dim(DIFFUSION, model, data().split(3)[:3], timesteps=4, checkpoint=path)
+    for other in (loader[::-1], [*loader[:2], -loader[2]]):  # of which the last has two samples
+        with pytest.raises(ValueError, match="not the same batches in the same order"):
+            bits_per_dim(DIFFUSION, model, other, timesteps=4, checkpoint=path)
+
+
+def test_a_checkpoint_of_other_parameters_is_refused(tmp_path):
+    class Shrinking(torch.nn.Module):
+        def __init__(self, by):
+            super().__init__()
+            self.by = torch.nn.Parameter(torch.tensor(by))
+            self.register_buffer("nothing", torch.zeros(0, dtype=torch.bfloat16))
+
+        def forward(self, x, t):
+            return self.by * model(x, t)
+
+    def run(by):
+        path = tmp_path / "bits.json"
+        return bits_per_dim(DIFFUSION, Shrinking(by), data(), timesteps=4, checkpoint=path)
+
+    same_bits(run(0.5), run(0.5))
+    with pytest.raises(ValueError, match="belongs to a run with model = "):
+        run(0.25)
 
 
 def test_mistakes_are_named():

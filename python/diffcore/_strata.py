@@ -129,6 +129,7 @@ class Tally:
         kind: Shape and dtype of a sample, once one was seen.
         batches: How many.
         calls: Of the model.
+        seen: A digest of the batches, where a checkpoint is kept.
         totals: Moments of (total, prior) of a sample, in bits a dimension.
         parts: Moments of each stratum's share of a sample's total.
         within: Sum over the samples of the variance between the draws.
@@ -140,6 +141,7 @@ class Tally:
     kind: list[Any] = field(default_factory=list)
     batches: int = 0
     calls: int = 0
+    seen: str = ""
 
     def __post_init__(self) -> None:
         """Start at nothing."""
@@ -215,6 +217,7 @@ class Tally:
             "kind": self.kind,
             "batches": self.batches,
             "calls": self.calls,
+            "seen": self.seen,
             "samples": self.samples,
             "sums": {name: tensor.tolist() for name, tensor in self._tensors().items()},
         }
@@ -224,7 +227,8 @@ class Tally:
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from what ``save`` wrote and ``read_state`` read."""
-        self.kind, self.batches, self.calls = state["kind"], state["batches"], state["calls"]
+        self.kind, self.batches = state["kind"], state["batches"]
+        self.calls, self.seen = state["calls"], state["seen"]
         self.totals.count = self.parts.count = state["samples"]
         for name, tensor in self._tensors().items():
             tensor.copy_(torch.tensor(state["sums"][name], dtype=torch.float64))

@@ -6,6 +6,7 @@ dimension is that divided by their number. A bound is an upper one of -log2 p: l
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
@@ -129,7 +130,8 @@ def bits_per_dim(
         batch_size: Of ``data`` if it is a tensor; 64 if ``None``.
         progress: Show a bar (tqdm) of model calls; ``None`` for one on terminals only.
         checkpoint: A file, written after every batch. If it is there, the run goes on where that
-            one stopped and ends with the same bits; model and data are yours to keep the same.
+            one stopped and ends with the same bits. It knows the data it has counted and the
+            parameters of a module; another function as ``model`` is yours to keep the same.
         device: Where to work; ``None`` for that of the model's parameters, else of the data.
 
     Returns:
@@ -138,7 +140,7 @@ def bits_per_dim(
     Raises:
         TypeError: An argument of the wrong type.
         ValueError: Counts out of range, no data, data that are no pixels for "discretized", or a
-            checkpoint of other settings.
+            checkpoint of other settings, parameters or data.
 
     Source:
         Ho et al. 2020 (arXiv 2006.11239) eq. 5; Kingma et al. 2021 (arXiv 2107.00630) section 5.
@@ -163,6 +165,7 @@ def bits_per_dim(
         "noise": _described(noise),
         "data": list(data.shape) if isinstance(data, Tensor) else "batches",
         "batch_size": (batch_size or _BATCH) if isinstance(data, Tensor) else None,
+        "model": None if checkpoint is None else _parameters(model),
     }
     strata = Strata.of(diffusion.schedule.log_snr, last if timesteps is None else timesteps)
     tally = Tally(strata, diffusion.num_timesteps)
@@ -184,6 +187,8 @@ def bits_per_dim(
         for batch, x in source:
             diffusion._check_t(0, x, "data")
             tally.check_kind([list(x.shape[1:]), str(x.dtype)])
+            if path is not None:
+                tally.seen = _digest(x, tally.seen)
             x = x if device is None else x.to(device)
             check_decoder(decoder, "data", x)
             kwargs = model_kwargs(batch) if callable(model_kwargs) else model_kwargs
@@ -288,11 +293,17 @@ def _batches(
 
 def _skip(source: Iterator[tuple[Any, Tensor]], tally: Tally, path: Path | None) -> None:
     """Pass over the batches that were counted before an interruption."""
-    sizes = [len(x) for _, (_, x) in zip(range(tally.batches), source, strict=False)]
-    if sum(sizes) != tally.samples:
+    samples, seen = 0, ""
+    for _, (_, x) in zip(range(tally.batches), source, strict=False):
+        samples += len(x)
+        seen = _digest(x, seen)
+    gave, had = f"{samples} samples", str(tally.samples)
+    if samples == tally.samples and seen != tally.seen:
+        gave, had = "values", "others"
+    if (samples, seen) != (tally.samples, tally.seen):
         raise ValueError(
-            f"data gave {sum(sizes)} samples in their first {tally.batches} batches, where the run "
-            f"of checkpoint {path} had {tally.samples}: not the same batches"
+            f"data gave {gave} in their first {tally.batches} batches, where the run of checkpoint "
+            f"{path} had {had}: not the same batches in the same order"
         )
 
 
@@ -323,9 +334,18 @@ def _described(noise: Noise | None) -> Any:
     return [p.tolist() if isinstance(p, Tensor) else p for p in parts]
 
 
-def _digest(tensor: Tensor) -> str:
-    content = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
-    return hashlib.sha256(content).hexdigest()
+def _digest(tensor: Tensor, before: str = "") -> str:
+    """Of its bytes, and of those before it."""
+    content = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+    return hashlib.sha256(before.encode() + content.tobytes()).hexdigest()
+
+
+def _parameters(model: Model) -> str | None:
+    """The digest of a module's parameters and buffers, in their order."""
+    if not isinstance(model, torch.nn.Module):
+        return None
+    held = (value for value in model.state_dict().values() if isinstance(value, Tensor))
+    return functools.reduce(lambda seen, tensor: _digest(tensor, seen), held, "")
 
 
 def _check_count(name: str, value: Any, most: int | None) -> None:
