@@ -211,6 +211,22 @@ def test_wide_scales(dtype: torch.dtype, kernels: bool) -> None:
     torch.testing.assert_close(of_scale.double(), z * z - 1, rtol=1e-5, atol=0)
 
 
+def test_the_widest_of_narrow_bins() -> None:
+    # Where the series has the most to add: all of its terms show in float64.
+    z, eta = torch.meshgrid(
+        torch.linspace(0, 1, 9, dtype=torch.float64),
+        torch.tensor([0.02, 0.025, 0.03, 0.0312], dtype=torch.float64),
+        indexing="ij",
+    )
+    log_scales = -torch.log(255 * eta)
+    x = torch.zeros_like(z)
+    means = -z * log_scales.exp()
+    y = ops.discretized_gaussian_log_likelihood(x, means=means, log_scales=log_scales)
+    columns = (column.flatten().tolist() for column in (x, means, log_scales))
+    wanted = [float(exact(*point)[0]) for point in zip(*columns, strict=True)]
+    assert y.flatten().tolist() == pytest.approx(wanted, rel=5e-15, abs=0)
+
+
 # ---- values that have to be defined -------------------------------------------------------------
 
 
