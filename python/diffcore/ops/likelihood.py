@@ -15,9 +15,10 @@ def discretized_gaussian_log_likelihood(
 
     ``log(Φ((x + 1/255 - mean) / scale) - Φ((x - 1/255 - mean) / scale))`` for a pixel
     x = k / 127.5 - 1; the bin has no lower end where x < -0.999 and no upper one where x > 0.999,
-    so that the masses of the 256 values sum to 1. Computed in float64 for every dtype, in a form
-    without cancellation: finite wherever the result can be represented, with gradients that live
-    in both tails. (The usual approximation of Φ by a tanh, clamped at 1e-12, has neither.)
+    so that the masses of the 256 values sum to 1. In a form without cancellation, whose bins are
+    float64 for every dtype: to 2e-6 of itself in float32, finite wherever the result can be
+    represented, with gradients that live in both tails. (The usual approximation of Φ by a tanh,
+    clamped at 1e-12, has neither.)
 
     Whether x lies on the grid is not looked at: its bin is x ± 1/255 all the same. A scale of 0
     (log_scales -inf) gives the limit, 0 inside the bin and -inf outside of it; an infinite one
