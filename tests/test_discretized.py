@@ -227,6 +227,20 @@ def test_the_widest_of_narrow_bins() -> None:
     assert y.flatten().tolist() == pytest.approx(wanted, rel=5e-15, abs=0)
 
 
+def test_the_gradient_of_the_scale_next_to_its_zero() -> None:
+    # Little is left of the two terms of which it is made, and float32 has that to 2e-6 of itself.
+    draw = torch.Generator().manual_seed(7)
+    log_scales = (1.5 * torch.rand(300, generator=draw, dtype=torch.float64)).float()
+    x = pixels(torch.randint(1, 255, (300,), generator=draw).double()).float()
+    means = (x.double() - log_scales.double().exp()).float()
+    *_, of_scale = values_and_gradients((x, means, log_scales))
+    columns = (column.double().tolist() for column in (x, means, log_scales))
+    for found, point in zip(of_scale.tolist(), zip(*columns, strict=True), strict=True):
+        _, _, true, terms = exact(*point)
+        assert abs(true) < 1e-4 * terms
+        assert abs(mpmath.mpf(found) - true) <= 2e-6 * abs(true), (point, found, float(true))
+
+
 # ---- values that have to be defined -------------------------------------------------------------
 
 

@@ -206,6 +206,29 @@ def test_one_timestep():
     assert found["total_bpd"].isfinite().all()
 
 
+def test_it_clips_where_the_diffusion_does():
+    x, noise = pixels(), PhiloxNoise(2)
+
+    def model(x, t):
+        return 3 * x
+
+    for clip in (False, True):
+        diffusion = GaussianDiffusion(betas_of("linear"), clip_sample=clip)
+        found, said = (
+            diffusion.calc_bpd_loop(model, x, noise=noise, clip_denoised=given)["total_bpd"]
+            for given in (None, clip)
+        )
+        other = diffusion.calc_bpd_loop(model, x, noise=noise, clip_denoised=not clip)["total_bpd"]
+        assert torch.equal(found, said)
+        assert (found - other).abs().min() > 1
+
+
+def test_samples_of_no_elements_have_no_bits():
+    diffusion = GaussianDiffusion(betas_of("linear"))
+    found = diffusion.calc_bpd_loop(lambda x, t: x, torch.zeros(3, 0, 4))
+    assert all(not value.any() for value in found.values())
+
+
 def test_the_model_is_called_once_a_timestep_and_told_those_of_the_training():
     diffusion = GaussianDiffusion(betas_of("linear")).respace([3, 10, 39])
     seen = []

@@ -25,7 +25,7 @@ LAYERS = [
     {"demo", "diffusers"},
     {"sampling"},
     {"_capture", "_k_diffusion", "likelihood", "vdm", "diffusion", "vae", "losses"},
-    {"_forward", "_training", "_reverse", "_bound_terms"},
+    {"_forward", "_training", "_reverse", "_bound_terms", "_fingerprint"},
     {"_loop", "_tables", "_strata", "solvers", "sigmas", "spacings", "schedules"},
     {"testing", "_info"},
     {"ops"},

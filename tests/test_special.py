@@ -109,4 +109,4 @@ def test_exp() -> None:
     assert coefficients == interpolating(exp, (-half, half), len(coefficients) - 1)
     at = nodes((-half, half), 500)
     found = [r * r * (mpmath.polyval(coefficients[::-1], r) - exp(r)) for r in at]
-    assert max(map(abs, found)) < 1.8e-10
+    assert max(map(abs, found)) < 6e-14

@@ -124,6 +124,27 @@ def test_it_has_gradients():
     assert torch.autograd.gradcheck(bound, (mean, logvar))
 
 
+def test_the_deviation_of_the_decoder_may_be_trained():
+    torch.manual_seed(2)
+    x, z, mean = (torch.randn(*s, dtype=torch.float64) for s in ((4, 3), (2, 4, 5), (4, 5)))
+    recon = torch.randn(2, 4, 3, dtype=torch.float64)
+    kl = torch.rand(4, dtype=torch.float64)
+
+    def terms(std):
+        return elbo_terms(x, recon[0], kl, decoder_std=std)["elbo"]
+
+    def weighted(std):
+        return importance_weighted_bound(x, recon, z, mean, mean, decoder_std=std)
+
+    for f in (terms, weighted):
+        torch.testing.assert_close(f(torch.tensor(0.6, dtype=torch.float64)), f(0.6))
+        for shape in ((), (1,)):
+            std = torch.full(shape, 0.6, dtype=torch.float64, requires_grad=True)
+            assert torch.autograd.gradcheck(f, std)
+        with pytest.raises(ValueError, match=r"decoder_std must be .* got \[3\]"):
+            f(torch.ones(3))
+
+
 def test_mistakes_are_named():
     x, z, mean = torch.zeros(4, 3), torch.zeros(2, 4, 5), torch.zeros(4, 5)
     good = {"x": x, "x_recon": torch.zeros(2, 4, 3), "z": z, "mean": mean, "logvar": mean}
@@ -137,6 +158,9 @@ def test_mistakes_are_named():
     ):
         with pytest.raises(ValueError, match=name):
             importance_weighted_bound(**{**good, name: value})
+    one = {"x": x[:1], "x_recon": torch.zeros(1, 1, 3), "z": z[:1], "mean": mean, "logvar": mean}
+    with pytest.raises(ValueError, match="x must have a batch of 4, as mean has"):
+        importance_weighted_bound(**one)
     with pytest.raises(TypeError, match="mean must be a tensor"):
         importance_weighted_bound(**{**good, "mean": 0.0})
     with pytest.raises(ValueError, match="decoder_std"):

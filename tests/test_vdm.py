@@ -140,6 +140,20 @@ def test_low_precision_is_near_float64():
         torch.testing.assert_close(found.double(), truth, rtol=8 * eps, atol=0)
 
 
+def test_inference_mode():
+    x, options = pixels(), {"t": torch.rand(6, dtype=torch.float64), "noise": PhiloxNoise(3)}
+
+    def bent(t):
+        return LOW + (HIGH - LOW) * t**2
+
+    wanted = vdm_bound(model, x, gamma=bent, **options)
+    with torch.inference_mode():
+        found = vdm_bound(model, x, gamma=bent, **options)
+        drawn = vdm_bound(model, x, gamma=bent)
+    assert torch.equal(found.total_nats, wanted.total_nats)
+    assert drawn.total_nats.isfinite().all()
+
+
 def test_mistakes_are_named():
     x = pixels()
     for name, options in (
@@ -151,6 +165,9 @@ def test_mistakes_are_named():
         ("prediction_type", {**RANGE, "prediction_type": "x0"}),
         ("decoder", {**RANGE, "decoder": "x0"}),
         ("noise must have the shape", {**RANGE, "noise": x[:2]}),
+        ("t must lie in", {**RANGE, "t": torch.full((6,), 1.1)}),
+        ("t must lie in", {**RANGE, "t": torch.full((6,), math.nan)}),
+        ("gamma must rise", {"gamma": lambda t: HIGH - t}),
     ):
         with pytest.raises(ValueError, match=name):
             vdm_bound(model, x, **options)
@@ -158,6 +175,11 @@ def test_mistakes_are_named():
         vdm_bound(model, 0.99 * x, **RANGE)
     with pytest.raises(TypeError, match="t must be a tensor of floating point numbers"):
         vdm_bound(model, x, **RANGE, t=torch.zeros(6, dtype=torch.int64))
+    with pytest.raises(ValueError, match="x must have samples"):
+        vdm_bound(model, x[:0], **RANGE)
+    for count in (2.5, True):
+        with pytest.raises(TypeError, match="num_timesteps must be an int"):
+            vdm_bound(model, x, **RANGE, num_timesteps=count)
     with pytest.raises(TypeError, match="x must be a tensor"):
         vdm_bound(model, x.long(), **RANGE)
     assert vdm_bound(model, 0.99 * x, **RANGE, decoder="gaussian").total_nats.isfinite().all()

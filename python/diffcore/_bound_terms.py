@@ -93,7 +93,7 @@ class VariationalBound(DiffusionTables):
         model: Model,
         x_start: Tensor,
         *,
-        clip_denoised: bool = True,
+        clip_denoised: bool | None = None,
         model_kwargs: Mapping[str, Any] | None = None,
         noise: Noise | None = None,
         decoder: str = "discretized",
@@ -107,7 +107,7 @@ class VariationalBound(DiffusionTables):
         Args:
             model: ``model(x_t, t, **model_kwargs)``.
             x_start: x_0, ``[B, ...]``.
-            clip_denoised: Clip the predicted x_0 to the range of the constructor.
+            clip_denoised: Clip the predicted x_0; ``None`` for ``clip_sample`` of the constructor.
             model_kwargs: More arguments for the model.
             noise: Like ``x_start``, the noise of every x_t; or a recipe, of which timestep t takes
                 the stream t after its own; ``None`` for a recipe seeded by torch's generator.
@@ -176,7 +176,7 @@ class VariationalBound(DiffusionTables):
             scale=_bits(x_start),
         )
         errors = self._mse_table(clip, device)
-        scale = 1 / x_start.shape[1:].numel()
+        scale = 1 / max(1, x_start.shape[1:].numel())
         return term, ops.vlb_term(x_start, prediction, errors, t=t, noise=noise, scale=scale)
 
     def _mse_table(self, clip: float | None, device: torch.device) -> Tensor:

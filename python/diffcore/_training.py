@@ -53,7 +53,8 @@ class TrainingLosses(DiffusionTables):
                 ``None``. Keep it on the device of ``x_start``: moving it there waits. They weigh
                 the mse alone, and go with no kl.
             decoder: L_0 for pixels k/127.5 - 1 ("discretized": the mass of their bin) or for
-                anything, latents above all ("gaussian": the density).
+                anything, latents above all ("gaussian": the density). Whether they are pixels is
+                not looked at while training: of another x_0 the bin is x_0 ± 1/255.
 
         Returns:
             ``loss`` and the ``mse`` and ``vb`` that it is the sum of, as far as there are, each

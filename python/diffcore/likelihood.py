@@ -6,8 +6,6 @@ dimension is that divided by their number. A bound is an upper one of -log2 p: l
 
 from __future__ import annotations
 
-import functools
-import hashlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass
@@ -18,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ._bound_terms import check_decoder
+from ._fingerprint import described, digest, of_model
 from ._loop import Model, Noise
 from ._strata import Strata, Tally, read_state
 from .bound_coefficients import DECODERS
@@ -47,7 +46,8 @@ class BitsPerDim:
         estimator_variance: The part of ``standard_error``² that is due to drawing noise and
             timesteps, the data as they are. From the differences between the draws of a sample;
             with ``draws=1`` there are none, and this is an upper bound, which counts differences
-            between samples too (nan for one sample).
+            between samples too (nan for one sample; ``standard_error``² if the noise was a tensor,
+            which all timesteps share).
         samples: How many.
         dimensions: Of a sample.
         timesteps: ``None`` where every timestep was visited, else the number of strata.
@@ -92,7 +92,7 @@ def bits_per_dim(
     timesteps: int | None = None,
     draws: int = 1,
     decoder: str = "discretized",
-    clip_denoised: bool = True,
+    clip_denoised: bool | None = None,
     model_kwargs: Kwargs | None = None,
     noise: Noise | None = None,
     batch_size: int | None = None,
@@ -120,7 +120,7 @@ def bits_per_dim(
         draws: Timesteps and noises drawn in each stratum (of one timestep, noises only). From two
             on, they tell the variance of the estimator.
         decoder: "discretized" for pixels k/127.5 - 1, "gaussian" for anything else.
-        clip_denoised: Clip the predicted x_0 to the range of ``diffusion``.
+        clip_denoised: Clip the predicted x_0; ``None`` for ``clip_sample`` of ``diffusion``.
         model_kwargs: More arguments for the model, or a function of a batch that makes them.
         noise: A recipe, whose first sample is that of the data. Stratum k, which is timestep k if
             every t is visited, draws j at the stream k + j (1 + K) after its own, and the timesteps
@@ -130,8 +130,8 @@ def bits_per_dim(
         batch_size: Of ``data`` if it is a tensor; 64 if ``None``.
         progress: Show a bar (tqdm) of model calls; ``None`` for one on terminals only.
         checkpoint: A file, written after every batch. If it is there, the run goes on where that
-            one stopped and ends with the same bits. It knows the data it has counted and the
-            parameters of a module; another function as ``model`` is yours to keep the same.
+            one stopped and ends with the same bits. It knows the data it has counted, ``noise``,
+            ``model_kwargs`` and the parameters of a module; functions are yours to keep the same.
         device: Where to work; ``None`` for that of the model's parameters, else of the data.
 
     Returns:
@@ -151,25 +151,31 @@ def bits_per_dim(
         _check_count("timesteps", timesteps, last)
     if isinstance(noise, Tensor) and (timesteps is not None or draws != 1):
         raise ValueError("noise must be a PhiloxNoise with timesteps= or draws=, got a tensor")
+    if isinstance(noise, Tensor) and isinstance(data, Tensor) and noise.shape != data.shape:
+        raise ValueError(
+            f"noise must have the shape of the data, {list(data.shape)}, got {list(noise.shape)}"
+        )
     check_choice("decoder", decoder, DECODERS)
     source, number = _batches(data, batch_size)
     clip = diffusion._clip(clip_denoised)
     settings = {
-        "betas": _digest(diffusion.betas),
+        "betas": digest(diffusion.betas),
         "prediction_type": diffusion.prediction_type,
         "variance_type": diffusion.variance_type,
         "timesteps": timesteps,
         "draws": draws,
         "decoder": decoder,
         "clip": clip,
-        "noise": _described(noise),
+        "noise": described(noise),
         "data": list(data.shape) if isinstance(data, Tensor) else "batches",
         "batch_size": (batch_size or _BATCH) if isinstance(data, Tensor) else None,
-        "model": None if checkpoint is None else _parameters(model),
+        **({} if checkpoint is None else of_model(model, model_kwargs)),
     }
     strata = Strata.of(diffusion.schedule.log_snr, last if timesteps is None else timesteps)
     tally = Tally(strata, diffusion.num_timesteps)
     path = None if checkpoint is None else Path(checkpoint)
+    if path is not None and (path.is_dir() or not path.parent.is_dir()):
+        raise ValueError(f"checkpoint must be a file in a folder that is there, got {path}")
     state = None if path is None else read_state(path, settings)
     if state is not None:
         tally.restore(state)
@@ -188,7 +194,7 @@ def bits_per_dim(
             diffusion._check_t(0, x, "data")
             tally.check_kind([list(x.shape[1:]), str(x.dtype)])
             if path is not None:
-                tally.seen = _digest(x, tally.seen)
+                tally.seen = digest(x, tally.seen)
             x = x if device is None else x.to(device)
             check_decoder(decoder, "data", x)
             kwargs = model_kwargs(batch) if callable(model_kwargs) else model_kwargs
@@ -208,7 +214,7 @@ def bits_per_dim(
             bar.set_postfix_str(f"{tally.totals.mean[0].item():.4f} bits/dim")
     if tally.samples == 0:
         raise ValueError("data must have samples, got none")
-    return _result(tally, timesteps, draws, decoder)
+    return _result(tally, timesteps, draws, decoder, shared=isinstance(noise, Tensor))
 
 
 def _visit(
@@ -238,15 +244,21 @@ def _visit(
     return t, values[0], values[1]
 
 
-def _result(tally: Tally, timesteps: int | None, draws: int, decoder: str) -> BitsPerDim:
+def _result(
+    tally: Tally, timesteps: int | None, draws: int, decoder: str, shared: bool
+) -> BitsPerDim:
+    """``shared``: one noise at every timestep, so that the terms of a sample go together."""
     total, prior = tally.totals.mean.tolist()
-    if draws > 1:
+    square = tally.totals.variance_of_mean()[0].item()
+    if shared:
+        variance = square
+    elif draws > 1:
         variance = tally.within.item() / tally.samples**2
     else:
         variance = tally.parts.variance_of_mean().sum().item()
     return BitsPerDim(
         total=total,
-        standard_error=math.sqrt(tally.totals.variance_of_mean()[0].item()),
+        standard_error=math.sqrt(square),
         prior=prior,
         terms=tally.terms / tally.visits,
         visits=tally.visits.long(),
@@ -296,7 +308,7 @@ def _skip(source: Iterator[tuple[Any, Tensor]], tally: Tally, path: Path | None)
     samples, seen = 0, ""
     for _, (_, x) in zip(range(tally.batches), source, strict=False):
         samples += len(x)
-        seen = _digest(x, seen)
+        seen = digest(x, seen)
     gave, had = f"{samples} samples", str(tally.samples)
     if samples == tally.samples and seen != tally.seen:
         gave, had = "values", "others"
@@ -318,34 +330,6 @@ def _of_samples(noise: Noise, first: int, x: Tensor) -> Noise:
             f"has {list(part.shape)}"
         )
     return part.to(x)
-
-
-def _described(noise: Noise | None) -> Any:
-    """What a checkpoint says of the noise it was given."""
-    if noise is None:
-        return None
-    if isinstance(noise, Tensor):
-        return _digest(noise)
-    if not isinstance(noise, PhiloxNoise):
-        raise TypeError(f"noise must be a tensor or a PhiloxNoise, got {type(noise).__name__}")
-    if isinstance(noise.sample_ids, Tensor) and noise.sample_ids.ndim:
-        raise ValueError("noise must name its first sample only: the others follow the data")
-    parts = (noise.seed, noise.sample_ids, noise.stream, noise.first_element)
-    return [p.tolist() if isinstance(p, Tensor) else p for p in parts]
-
-
-def _digest(tensor: Tensor, before: str = "") -> str:
-    """Of its bytes, and of those before it."""
-    content = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
-    return hashlib.sha256(before.encode() + content.tobytes()).hexdigest()
-
-
-def _parameters(model: Model) -> str | None:
-    """The digest of a module's parameters and buffers, in their order."""
-    if not isinstance(model, torch.nn.Module):
-        return None
-    held = (value for value in model.state_dict().values() if isinstance(value, Tensor))
-    return functools.reduce(lambda seen, tensor: _digest(tensor, seen), held, "")
 
 
 def _check_count(name: str, value: Any, most: int | None) -> None:

@@ -136,20 +136,26 @@ class DiagonalGaussianDistribution:
         return mean.new_zeros(len(mean), dtype=compute_dtype(mean.dtype))
 
 
-def reconstruction_loss(x: Tensor, x_recon: Tensor, *, decoder_std: float = 1.0) -> Tensor:
+def reconstruction_loss(x: Tensor, x_recon: Tensor, *, decoder_std: float | Tensor = 1.0) -> Tensor:
     """The lecture's L1 = |x - D(z)|^2 / (2 s^2): -log N(x; D(z), s^2 I) up to a constant.
 
     Args:
         x: The data, ``[B, ...]``.
         x_recon: What the decoder made of z, like ``x``.
-        decoder_std: s, the standard deviation of the decoder; 1 in the lecture.
+        decoder_std: s, the standard deviation of the decoder, a number, or a tensor of one element,
+            which may be trained; 1 in the lecture.
 
     Returns:
         ``[B]``, in nats, summed over each sample.
     """
     if not isinstance(x, Tensor):
         raise TypeError(f"x must be a tensor, got {type(x).__name__}")
-    if not decoder_std > 0:
+    if isinstance(decoder_std, Tensor):
+        if decoder_std.numel() != 1:
+            shape = list(decoder_std.shape)
+            raise ValueError(f"decoder_std must be a number or of one element, got {shape}")
+        decoder_std = decoder_std.reshape(())
+    elif not decoder_std > 0:
         raise ValueError(f"decoder_std must be positive, got {decoder_std}")
     # The fused squared error is a mean over each sample: its weight turns it into the sum wanted.
     weight = x.shape[1:].numel() / (2 * decoder_std**2)
@@ -157,7 +163,7 @@ def reconstruction_loss(x: Tensor, x_recon: Tensor, *, decoder_std: float = 1.0)
 
 
 def vae_loss(
-    x: Tensor, x_recon: Tensor, kl: Tensor, *, decoder_std: float = 1.0
+    x: Tensor, x_recon: Tensor, kl: Tensor, *, decoder_std: float | Tensor = 1.0
 ) -> dict[str, Tensor]:
     """The lecture's two terms and their sum, -ELBO up to a constant, for each sample.
 
@@ -165,7 +171,8 @@ def vae_loss(
         x: The data, ``[B, ...]``.
         x_recon: What the decoder made of z, like ``x``.
         kl: ``[B]``, from ``DiagonalGaussianDistribution.sample_kl`` or ``ops.reparameterize_kl``.
-        decoder_std: s, the standard deviation of the decoder; 1 in the lecture.
+        decoder_std: s, the standard deviation of the decoder, a number, or a tensor of one element,
+            which may be trained; 1 in the lecture.
 
     Returns:
         ``loss`` = ``reconstruction`` (L1) + ``kl`` (L2), each ``[B]``, in nats.
@@ -181,7 +188,7 @@ def vae_loss(
 
 
 def elbo(
-    x: Tensor, x_recon: Tensor, mean: Tensor, logvar: Tensor, *, decoder_std: float = 1.0
+    x: Tensor, x_recon: Tensor, mean: Tensor, logvar: Tensor, *, decoder_std: float | Tensor = 1.0
 ) -> Tensor:
     """The evidence lower bound -(L1 + L2) with one sample of z, for each sample of x.
 
@@ -193,7 +200,8 @@ def elbo(
         x_recon: What the decoder made of z, like ``x``.
         mean: Of the posterior of z, ``[B, ...]``.
         logvar: Of the posterior of z, like ``mean``.
-        decoder_std: s, the standard deviation of the decoder; 1 in the lecture.
+        decoder_std: s, the standard deviation of the decoder, a number, or a tensor of one element,
+            which may be trained; 1 in the lecture.
 
     Returns:
         ``[B]``, in nats.
@@ -203,7 +211,7 @@ def elbo(
 
 
 def elbo_terms(
-    x: Tensor, x_recon: Tensor, kl: Tensor, *, decoder_std: float = 1.0
+    x: Tensor, x_recon: Tensor, kl: Tensor, *, decoder_std: float | Tensor = 1.0
 ) -> dict[str, Tensor]:
     """The bound with its constant, log p(x) >= E[log N(x; D(z), s^2 I)] - KL, and its two terms.
 
@@ -213,7 +221,8 @@ def elbo_terms(
         x: The data, ``[B, ...]``.
         x_recon: What the decoder made of z, like ``x``.
         kl: ``[B]``, as for ``vae_loss``.
-        decoder_std: s, the standard deviation of the decoder; 1 in the lecture.
+        decoder_std: s, the standard deviation of the decoder, a number, or a tensor of one element,
+            which may be trained; 1 in the lecture.
 
     Returns:
         ``elbo`` = ``log_likelihood`` - ``kl``, each ``[B]``, in nats a sample, and ``bpd`` ``[B]``,
@@ -238,7 +247,7 @@ def importance_weighted_bound(
     mean: Tensor,
     logvar: Tensor,
     *,
-    decoder_std: float = 1.0,
+    decoder_std: float | Tensor = 1.0,
 ) -> Tensor:
     """A tighter bound from K samples of z: log p(x) >= E[log 1/K sum_k p(x, z_k) / q(z_k | x)].
 
@@ -252,7 +261,8 @@ def importance_weighted_bound(
         z: Samples of N(mean, exp(logvar)), ``[K, B, ...]``.
         mean: Of the posterior of z, ``[B, ...]``.
         logvar: Of the posterior of z, like ``mean``.
-        decoder_std: s, the standard deviation of the decoder; 1 in the lecture.
+        decoder_std: s, the standard deviation of the decoder, a number, or a tensor of one element,
+            which may be trained; 1 in the lecture.
 
     Returns:
         ``[B]``, in nats.
@@ -277,6 +287,8 @@ def importance_weighted_bound(
         if not isinstance(tensor, Tensor) or tensor.shape != wanted:
             what = list(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
             raise ValueError(f"{name} must have shape {list(wanted)}, got {what}")
+    if x.shape[:1] != mean.shape[:1]:
+        raise ValueError(f"x must have a batch of {len(mean)}, as mean has, got {list(x.shape)}")
     n, k = x.shape[1:].numel(), len(z)
     # K samples of each x are K B samples to the ops, which have no broadcasting.
     each = [v.expand(k, *v.shape).flatten(0, 1) for v in (x, mean, logvar)]
@@ -291,5 +303,7 @@ def importance_weighted_bound(
     return bound - n * _log_normaliser(decoder_std)
 
 
-def _log_normaliser(decoder_std: float) -> float:
+def _log_normaliser(decoder_std: float | Tensor) -> float | Tensor:
+    if isinstance(decoder_std, Tensor):
+        return decoder_std.reshape(()).log() + 0.5 * math.log(2 * math.pi)
     return math.log(decoder_std) + 0.5 * math.log(2 * math.pi)

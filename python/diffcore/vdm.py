@@ -115,8 +115,9 @@ def vdm_bound(
 
     Raises:
         TypeError: An argument of the wrong type.
-        ValueError: Neither or both of gamma and its range, t of another shape, or, with
-            "discretized", x that is no pixel (on CUDA with ``DIFFCORE_DEBUG=1`` only).
+        ValueError: Neither or both of gamma and its range, a gamma that does not rise, no samples,
+            t of another shape or outside [0, 1], or, with "discretized", x that is no pixel (the
+            last two on CUDA with ``DIFFCORE_DEBUG=1`` only).
 
     Source:
         Kingma et al. 2021 (arXiv 2107.00630) eq. 11 to 17 and appendix I.1.
@@ -124,10 +125,20 @@ def vdm_bound(
     check_samples(x)
     check_choice("prediction_type", prediction_type, PREDICTION_TYPES)
     check_choice("decoder", decoder, DECODERS)
-    if num_timesteps is not None and not num_timesteps >= 1:
-        raise ValueError(f"num_timesteps must be positive, got {num_timesteps}")
+    if len(x) == 0:
+        raise ValueError("x must have samples, got an empty batch")
+    if num_timesteps is not None:
+        if isinstance(num_timesteps, bool) or not isinstance(num_timesteps, int):
+            raise TypeError(f"num_timesteps must be an int, got {type(num_timesteps).__name__}")
+        if num_timesteps < 1:
+            raise ValueError(f"num_timesteps must be positive, got {num_timesteps}")
     at = torch.device("cpu") if gamma is None else x.device
     gamma, gamma_prime = _schedule(gamma_min, gamma_max, gamma, gamma_prime)
+    # A linear gamma is known here: nothing waits for the device.
+    ends = gamma(torch.tensor([0.0, 1.0], dtype=torch.float64, device=at)).detach()
+    first, last = ends.tolist()
+    if not first < last:
+        raise ValueError(f"gamma must rise from t = 0 to 1, got {first} and {last}")
     if decoder == "discretized" and may_look(x):
         check_pixels("x", x)
     if noise is None:
@@ -153,13 +164,11 @@ def vdm_bound(
     rows = torch.arange(len(x), device=x.device)
     diffusion = ops.vlb_term(x, output, table, t=rows, noise=noise)
 
-    # A linear gamma is known here: nothing waits for the device.
-    ends = gamma(torch.tensor([0.0, 1.0], dtype=torch.float64, device=at)).detach()
     decoded = _decoder(ends[:1].to(x.device), decoder)
     in_z_0 = noise.at(noise.stream + 1) if isinstance(noise, PhiloxNoise) else noise
     # The mean of p(x | z_0) is z_0 / alpha_0: no model says it, and x itself stands in for one.
     reconstruction = ops.vlb_term(x, x, decoded, t=torch.zeros_like(rows), noise=in_z_0)
-    alpha_1, sigma_1 = (c.item() for c in _coefficients(ends[1]))
+    alpha_1, sigma_1 = (c.item() for c in _coefficients(torch.tensor(last, dtype=torch.float64)))
     return VDMBound(
         prior_nats=ops.prior_kl(x, alpha_1, sigma_1),
         diffusion_nats=diffusion,
@@ -213,12 +222,14 @@ def _times(t: Tensor | None, x: Tensor, generator: torch.Generator | None) -> Te
         at = x.device if generator is None else generator.device
         u = torch.rand(1, dtype=torch.float64, generator=generator, device=at).to(x.device)
         i = torch.arange(len(x), dtype=torch.float64, device=x.device)
-        return torch.remainder(u + i / max(1, len(x)), 1.0)
+        return torch.remainder(u + i / len(x), 1.0)
     if not isinstance(t, Tensor) or not t.is_floating_point():
         what = t.dtype if isinstance(t, Tensor) else type(t).__name__
         raise TypeError(f"t must be a tensor of floating point numbers, got {what}")
     if t.shape != x.shape[:1]:
         raise ValueError(f"t must have shape {list(x.shape[:1])}, got {list(t.shape)}")
+    if may_look(t) and not bool(((t >= 0) & (t <= 1)).all()):
+        raise ValueError(f"t must lie in [0, 1], got {t.tolist()}")
     return t.to(x.device, torch.float64)
 
 
@@ -232,8 +243,8 @@ def _schedule(
         function = gamma
 
         def slope(t: Tensor) -> Tensor:
-            with torch.enable_grad():
-                t = t.detach().requires_grad_()
+            with torch.inference_mode(False), torch.enable_grad():
+                t = t.detach().clone().requires_grad_()
                 return torch.autograd.grad(function(t).sum(), t)[0]
 
         return function, slope if gamma_prime is None else gamma_prime

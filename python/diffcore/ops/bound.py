@@ -35,9 +35,11 @@ def vlb_term(
 
     Which of them, says the table's row. Differentiable in `model_output` and `variance_output` by
     kernels (what the clip stops passes no gradient), in `x0`, `x_t` and `noise` through plain
-    torch. The branch that a sample does not take is not computed. A log-variance of inf gives inf;
-    of -inf, which is a point: inf, 0 for a pixel in whose bin it lies, and nan for a KL whose error
-    is 0 or where the decoder is a density.
+    torch. The branch that a sample does not take is not computed. A log-variance of inf gives inf
+    (log 2 for a pixel in an open bin); of -inf, which is a point: inf, 0 for a pixel in whose bin
+    it lies, and nan for a KL whose error is 0 or where the decoder is a density. Where a range of
+    variances is one point, as for T = 1, a v of ±inf is nan. Whether x_0 is a pixel is not looked
+    at: its bin is x_0 ± 1/255 all the same.
 
     Args:
         x0: clean samples `[B, ...]`.

@@ -20,7 +20,9 @@ def discretized_gaussian_log_likelihood(
     represented, with gradients that live in both tails. (The usual approximation of Φ by a tanh,
     clamped at 1e-12, has neither.)
 
-    Whether x lies on the grid is not looked at: its bin is x ± 1/255 all the same. A scale of 0
+    Whether x lies on the grid is not looked at: its bin is x ± 1/255 all the same. In 16 bits x is
+    a rounded pixel and its bin lies around that: masses sum to 1 for scales wide beside the
+    rounding, and float32 pixels are better ones. A scale of 0
     (log_scales -inf) gives the limit, 0 inside the bin and -inf outside of it; an infinite one
     -inf, and log ½ in an open bin. nan in, nan out.
 
