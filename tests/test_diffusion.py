@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import pickle
 import sys
 
 import pytest
@@ -13,6 +14,7 @@ from toys import BETAS, EPS, Recorder, half
 from waiting import no_waiting
 
 from diffcore.diffusion import GaussianDiffusion
+from diffcore.noise import PhiloxNoise
 from diffcore.schedules import make_betas
 
 FLOATING = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -350,6 +352,14 @@ def test_tables_made_under_inference_mode_serve_training():
     loss.mean().backward()
     assert torch.equal(loss.detach(), before)
     assert net.weight.grad.abs().sum() > 0
+
+
+def test_what_has_sampled_can_be_pickled():
+    d, noise = GaussianDiffusion(BETAS), PhiloxNoise(3)
+    wanted = d.p_sample_loop(half, (2, 3), num_steps=5, noise=noise)
+    d.p_sample(half, torch.zeros(2, 3), 4)
+    again = pickle.loads(pickle.dumps(d))
+    assert torch.equal(again.p_sample_loop(half, (2, 3), num_steps=5, noise=noise), wanted)
 
 
 def test_copies_do_not_share_what_they_cache():

@@ -115,3 +115,18 @@ def test_bad_timesteps(method, t, error):
 def test_bad_arguments(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+def test_timesteps_to_keep_are_integers():
+    diffusion = GaussianDiffusion(BETAS)
+    with pytest.raises(TypeError, match="timesteps must be integers"):
+        diffusion.respace([0.5, 3.9])
+    kept = diffusion.respace(torch.tensor([3, 0]))
+    assert torch.equal(kept.betas, diffusion.respace([0, 3]).betas)
+
+
+def test_samples_have_a_batch():
+    diffusion = GaussianDiffusion(BETAS)
+    for loop in (diffusion.p_sample_loop, diffusion.ddim_sample_loop):
+        with pytest.raises(ValueError, match=r"shape must be \[B, ...\], got \(\)"):
+            loop(half, ())

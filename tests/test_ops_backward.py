@@ -297,6 +297,28 @@ def test_changing_a_saved_input_in_place_is_noticed(device: str) -> None:
         kl.sum().backward()
 
 
+def test_changing_a_coefficient_or_the_timesteps_in_place_is_noticed(device: str) -> None:
+    x, noise = torch.randn(2, 3, 5, device=device)
+    x.requires_grad_()
+    alpha, t = torch.ones(3, device=device), torch.zeros(3, dtype=torch.int64, device=device)
+    table = torch.rand(4, 2, dtype=torch.float64, device=device)
+    logvar = torch.randn(3, 5, device=device)
+    for changed, y in (
+        (alpha, ops.add_noise(x, noise, alpha, 0.5)),
+        (t, ops.q_sample(x, t, noise, table)),
+        (table, ops.q_sample(x, t, noise, table)),
+    ):
+        changed.add_(1)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            y.sum().backward()
+    # What a loss has read it does not read again.
+    weight = torch.ones(3, device=device)
+    loss = ops.denoising_loss(x, noise, logvar, prediction_type="sample", weight=weight)
+    weight.mul_(7)
+    loss.sum().backward()
+    torch.testing.assert_close(x.grad, 2 / 5 * (x - noise).detach())
+
+
 def test_writing_with_out_is_noticed_by_autograd(device: str) -> None:
     mean, logvar = torch.randn(2, 3, 5, device=device)
     mean.requires_grad_()

@@ -98,5 +98,22 @@ def test_forward_mode(case: OpCase) -> None:
     )
 
 
+def test_timesteps_out_of_range_do_not_wrap() -> None:
+    x, table = torch.ones(2, 3), torch.tensor([[1.0, 0.0], [2.0, 0.0], [3.0, 0.0]])
+
+    def noised(x: Tensor, t: Tensor) -> Tensor:
+        return ops.q_sample(x, t, torch.zeros_like(x), table)
+
+    def gradient(x: Tensor, t: Tensor) -> Tensor:
+        return torch.func.grad(lambda x, t: noised(x, t).sum())(x, t)
+
+    each = torch.vmap(lambda x, t: noised(x[None], t)[0])
+    for f in (gradient, each):
+        assert f(x, torch.tensor([0, 2])).tolist() == [[1.0] * 3, [3.0] * 3]
+        for wrong in (-1, 3):
+            with pytest.raises((IndexError, RuntimeError), match="out of"):
+                f(x, torch.tensor([0, wrong]))
+
+
 def test_every_case_has_its_route() -> None:
     assert len({case.name for case in CASES}) == len(CASES)

@@ -258,6 +258,9 @@ def test_min_snr_weights_at_the_ends():
     assert min_snr_weights(ends, prediction_type="sample").tolist() == [0.0, 5.0]
     assert min_snr_weights(ends, prediction_type="v_prediction").tolist() == [0.0, 0.0]
     assert min_snr_weights(ends, prediction_type="flow_prediction").tolist() == [0.0, 0.0]
+    some = torch.tensor([0.0, 2.0, 100.0], dtype=torch.float64)
+    assert min_snr_weights(some, gamma=math.inf).tolist() == [1.0, 1.0, 1.0]
+    assert min_snr_weights(some, gamma=math.inf, prediction_type="sample").tolist() == [0, 2, 100]
 
 
 ONES = torch.ones(3)

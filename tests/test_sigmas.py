@@ -38,6 +38,16 @@ def test_karras(n, rho):
     digits(expected, sigmas.get_sigmas_karras(n, LOW, HIGH, rho))
 
 
+def test_karras_of_any_rho():
+    geometric = sigmas.get_sigmas_exponential(7, LOW, HIGH)
+    assert torch.equal(sigmas.get_sigmas_karras(7, LOW, HIGH, math.inf), geometric)
+    near = sigmas.get_sigmas_karras(7, LOW, HIGH, 1e12)
+    torch.testing.assert_close(near, geometric, rtol=1e-9, atol=0)
+    # sigma_max^(1 / rho) is not a number that float64 can hold.
+    steep = sigmas.get_sigmas_karras(3, 0.1, 10.0, 1e-3)
+    torch.testing.assert_close(steep[1], torch.tensor(10 * 0.5**1e-3, dtype=torch.float64))
+
+
 @pytest.mark.parametrize("n", [1, 2, 7, 40])
 @pytest.mark.parametrize("rho", [1.0, 2.0, 0.5])
 def test_polyexponential_and_its_case_exponential(n, rho):
@@ -59,7 +69,10 @@ def test_vp():
     digits(expected[-1:], got[-2:])
 
 
-@pytest.mark.parametrize(("a", "b"), [(0.6, 0.6), (0.5, 0.9), (2.0, 3.0), (1.0, 1.0), (0.3, 5.0)])
+_BETAS = [(0.6, 0.6), (0.5, 0.9), (2, 3), (1, 1), (0.3, 5), (30, 30), (2, 150), (1000, 900)]
+
+
+@pytest.mark.parametrize(("a", "b"), _BETAS)
 def test_beta(a, b):
     stats = pytest.importorskip("scipy.stats")
     got = sigmas.get_sigmas_beta(12, LOW, HIGH, a, b)

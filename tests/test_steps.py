@@ -264,6 +264,13 @@ def test_what_does_not_go_together() -> None:
     refused(ValueError, "two batches", step, x, m, table, t=0, guidance_scale=2.0)
 
 
+def test_a_stochastic_ddim_step_wants_noise() -> None:
+    x, m, z = tensors(3)
+    levels = (0.6, 0.8, 0.8, 0.6)
+    refused(ValueError, "eta is 0.5 and noise is None", ops.ddim_step, m, x, *levels, eta=0.5)
+    assert ops.ddim_step(m, x, *levels, eta=0.5, noise=z).isfinite().all()
+
+
 def test_tables_and_rows_of_the_wrong_width() -> None:
     x, m, h = tensors(3)
     step = ops.reverse_step

@@ -7,7 +7,9 @@ are the lecture's two models on top of them. :func:`sample` walks any table of
 """
 
 from . import likelihood as likelihood
+from . import losses as losses
 from . import sampling as sampling
+from . import sigmas as sigmas
 from . import solvers as solvers
 from ._native import info as info
 from ._native import warm_up as warm_up

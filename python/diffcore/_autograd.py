@@ -30,13 +30,29 @@ class Function(torch.autograd.Function):
             made = outs[:1]
             ctx.mark_non_differentiable(*made)
         if kernel.saves_inputs:
-            ctx.save_for_backward(*to_save(inputs, made, noise))
+            ctx.save_for_backward(*to_save(inputs, made, noise), *_watched(call))
+        else:
+            ctx.save_for_backward(*_watched(call))
         return outs
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         needs = ctx.needs_input_grad[1:]
-        return (None, *run_backward(ctx.saved_tensors, ctx.call, grads, needs))
+        saved = ctx.saved_tensors
+        if not ctx.call[0].saves_inputs:
+            saved = ()
+        return (None, *run_backward(saved, ctx.call, grads, needs))
+
+
+def _watched(call: Call) -> list[Tensor]:
+    """Coefficients and timesteps that the backward reads again.
+
+    Saved only for autograd to notice when one of them is changed in place before that.
+    """
+    kernel, coefs, step, _, _ = call
+    if kernel.makes_gradient:
+        return []  # read in the forward pass, for good
+    return [c for c in (*coefs, step) if isinstance(c, Tensor) and not c.is_inference()]
 
 
 def to_save(

@@ -184,7 +184,11 @@ def expand_coefs(coefs: tuple[Coef, ...], step: Step) -> list[Coef]:
         if not isinstance(c, Tensor) or c.ndim < 2:
             expanded.append(c)
         else:
-            rows = c if step is None else c[step]
+            if isinstance(step, Tensor):
+                # Indexing would take negative steps, which under a transform nobody has refused.
+                rows = c.index_select(0, step.reshape(-1))
+            else:
+                rows = c if step is None else c[step]
             if rows.ndim == 2 and rows.shape[0] == 1:
                 rows = rows[0]
             expanded.extend(rows.unbind(-1))

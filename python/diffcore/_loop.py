@@ -109,6 +109,8 @@ def start(
     Returns:
         A tensor of the given shape, and ``step_noise`` or what stands in for it.
     """
+    if len(shape) == 0:
+        raise ValueError("shape must be [B, ...], got ()")
     if noise is not None and not isinstance(noise, (Tensor, PhiloxNoise)):
         raise TypeError(f"noise must be a tensor or a PhiloxNoise, got {type(noise).__name__}")
     if isinstance(noise, Tensor):

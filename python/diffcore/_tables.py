@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -233,7 +234,10 @@ class DiffusionTables:
         if isinstance(timesteps, int):
             rows = self._rows(timesteps, timestep_spacing)
         else:
-            rows = tuple(sorted(set(timesteps)))
+            try:
+                rows = tuple(sorted({operator.index(t) for t in timesteps}))
+            except TypeError as error:
+                raise TypeError(f"timesteps must be integers, got {timesteps!r}") from error
         if not rows or not 0 <= rows[0] <= rows[-1] < self.num_timesteps:
             last = self.num_timesteps - 1
             raise ValueError(f"timesteps must lie in 0 .. {last}, got {timesteps}")

@@ -16,7 +16,7 @@ def min_snr_weights(snr: Tensor, *, gamma: float = 5.0, prediction_type: str = "
 
     Args:
         snr: alpha^2 / sigma^2 at each timestep, ``[T]``, such as ``NoiseSchedule.snr``.
-        gamma: Where the weight stops growing.
+        gamma: Where the weight stops growing; infinity for never.
         prediction_type: What the model predicts, one of ``PREDICTION_TYPES``.
 
     Returns:
@@ -34,7 +34,7 @@ def min_snr_weights(snr: Tensor, *, gamma: float = 5.0, prediction_type: str = "
         raise ValueError(f"gamma must be positive, got {gamma}")
     snr = snr.to(torch.float64)
     if prediction_type == "epsilon":
-        return gamma / snr.clamp_min(gamma)
+        return torch.where(snr > gamma, gamma / snr, 1.0)
     capped = snr.clamp_max(gamma)
     if prediction_type == "sample":
         return capped

@@ -36,8 +36,11 @@ def get_sigmas_karras(
     _check_range(n, sigma_min, sigma_max)
     if not rho > 0:
         raise ValueError(f"rho must be above 0, got {rho}")
-    first, last = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
-    sigmas = (first + _ramp(n) * (last - first)) ** rho
+    if math.isinf(rho):
+        return get_sigmas_exponential(n, sigma_min, sigma_max, device)
+    # Over sigma_max, so that no power leaves the range: 1 + u ((sigma_min / sigma_max)^(1/rho) - 1)
+    fall = math.expm1(math.log(sigma_min / sigma_max) / rho)
+    sigmas = sigma_max * torch.exp(rho * torch.log1p(_ramp(n) * fall))
     return _with_ends(sigmas, sigma_min, sigma_max).to(device)
 
 
@@ -241,13 +244,21 @@ def _beta_quantile(p: float, a: float, b: float) -> float:
 
 
 def _beta_cdf(x: float, a: float, b: float) -> float:
-    """The regularised incomplete beta function for x <= 1/2, by its power series."""
+    """The regularised incomplete beta function I_x(a, b) for x <= 1/2.
+
+    x^a (1 - x)^b / (a B(a, b)) times a series of positive terms, sum_k prod_{j < k} (a + b + j) x /
+    (a + 1 + j): nothing cancels (DLMF 8.17.8).
+    """
     if x == 0:
         return 0.0
-    term, total, k = 1.0, 1 / a, 0
-    while abs(term) > 1e-18 * total * a:
+    term, total, k = 1.0, 1.0, 0
+    # Terms rise while (a + b + k) x > a + 1 + k; x <= 1/2 makes them fall in the end.
+    while term > 1e-17 * total or (a + b + k) * x > a + 1 + k:
+        term *= (a + b + k) * x / (a + 1 + k)
+        total += term
         k += 1
-        term *= (k - b) / k * x
-        total += term / (a + k)
+        if total > 1e280:  # far above the mean of so narrow a distribution
+            return 1.0
     log_beta = math.lgamma(a) + math.lgamma(b) - math.lgamma(a + b)
-    return total * math.exp(a * math.log(x) - log_beta)
+    log_factor = a * math.log(x) + b * math.log1p(-x) - log_beta - math.log(a)
+    return min(1.0, math.exp(log_factor + math.log(total)))

@@ -342,8 +342,13 @@ def ddim_step(
     Returns:
         The samples of the next step `[B, ...]`.
 
+    Raises:
+        ValueError: eta above 0 without noise.
+
     Source: Song et al. 2021, eqs. 12 and 16.
     """
+    if noise is None and eta != 0:
+        raise ValueError(f"eta is {eta} and noise is None; wanted noise where eta is not 0")
     table = formulas.ddim_coefficients(
         in_float64("alpha", alpha),
         in_float64("sigma", sigma),

@@ -125,6 +125,15 @@ class SolverTable:
             before = step
         object.__setattr__(self, "rows", tuple(rows))
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What makes the rest: kernels and copies on other devices are not pickled."""
+        return {**self.__dict__, "rows": (), "_copies": {}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Make them again."""
+        self.__dict__.update(state)
+        self.__post_init__()
+
     def __len__(self) -> int:
         """S, the number of calls of the model."""
         return len(self.coefficients)
