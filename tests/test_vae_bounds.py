@@ -138,7 +138,7 @@ def test_the_deviation_of_the_decoder_may_be_trained():
 
     for f in (terms, weighted):
         torch.testing.assert_close(f(torch.tensor(0.6, dtype=torch.float64)), f(0.6))
-        for shape in ((), (1,)):
+        for shape in ((), (1,), (1, 1)):
             std = torch.full(shape, 0.6, dtype=torch.float64, requires_grad=True)
             assert torch.autograd.gradcheck(f, std)
         with pytest.raises(ValueError, match=r"decoder_std must be .* got \[3\]"):
