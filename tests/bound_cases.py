@@ -9,7 +9,7 @@ from op_case import NOISE_TABLE, STEPS, OpCase, ramp, steps_of
 from torch import Tensor
 
 from diffcore import ops
-from diffcore.bound_coefficients import vlb_coefficients
+from diffcore.coefficients.bound import vlb_coefficients
 
 ALPHA, SIGMA = NOISE_TABLE.unbind(1)
 

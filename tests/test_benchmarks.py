@@ -29,7 +29,8 @@ from benchmarks import (
 )
 from benchmarks.machine import ROOT
 
-from diffcore import PhiloxNoise, _native
+from diffcore import PhiloxNoise
+from diffcore._engine import native
 
 TINY = ["--device", "cpu", "--quick", "--shape", "2x1x8x8", "--seconds", "0.01"]
 
@@ -226,7 +227,7 @@ def test_bench_noise_runs_with_each_instruction_set(tmp_path: Path) -> None:
     assert section["refused"] == []
     rows = section["rows"]
     assert {r["op"] for r in rows} == {c.name for c in bench_noise.cases()}
-    best = _native.info().get("best_instruction_set")
+    best = native.info().get("best_instruction_set")
     known = bench_noise.INSTRUCTION_SETS
     sets = known[: known.index(best) + 1] if best else ()
     alone = {f"1 thread, {isa}" for isa in sets}

@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 from diffcore import BitsPerDim, GaussianDiffusion, PhiloxNoise, bits_per_dim, make_betas
-from diffcore._strata import Moments, Strata
+from diffcore.likelihood.strata import Moments, Strata
 
 T, N = 25, 12
 DIFFUSION = GaussianDiffusion(make_betas("linear", T, scale_to_1000=True))

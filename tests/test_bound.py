@@ -16,14 +16,14 @@ import torch
 from torch import Tensor
 
 from diffcore import PhiloxNoise, ops
-from diffcore.bound_coefficients import (
+from diffcore.coefficients.bound import (
     GIVEN,
     VARIANCE_TYPES,
     log_variances,
     prior_coefficients,
     vlb_coefficients,
 )
-from diffcore.coefficients import PREDICTION_TYPES
+from diffcore.coefficients.step import PREDICTION_TYPES
 
 STEPS = 1000
 BETAS = torch.linspace(1e-4, 0.02, STEPS, dtype=torch.float64)

@@ -10,7 +10,7 @@ from test_bound import ALPHA, SIGMA
 from torch import Tensor
 
 from diffcore import ops
-from diffcore.bound_coefficients import VARIANCE_TYPES, log_variances, vlb_coefficients
+from diffcore.coefficients.bound import VARIANCE_TYPES, log_variances, vlb_coefficients
 
 SHAPE = (6, 3, 4, 5)
 TIMES = torch.tensor([0, 1, 0, 500, 999, 0])

@@ -18,7 +18,8 @@ from cases import without_kernels
 from test_isa_threads import ISAS, run_python
 from torch import Tensor
 
-from diffcore import _native, ops
+from diffcore import ops
+from diffcore._engine import native
 from diffcore.testing import ulp
 
 mpmath = pytest.importorskip("mpmath")
@@ -131,7 +132,7 @@ def test_values_and_gradients(dtype: torch.dtype, kernels: bool) -> None:
     check_points(dtype, kernels)
 
 
-@pytest.mark.skipif(_native._C is None, reason="needs the compiled module")
+@pytest.mark.skipif(native._C is None, reason="needs the compiled module")
 @pytest.mark.parametrize("isa", ISAS)
 def test_on_every_instruction_set(isa: str) -> None:
     if (

@@ -19,9 +19,10 @@ from bounds import LOW, assert_law, assert_same_bits, check, with_noise
 from cases import CASES, NOISED, as_tuple, without_kernels
 from torch import Tensor
 
-from diffcore import PhiloxNoise, _native, ops
+from diffcore import PhiloxNoise, ops
+from diffcore._engine import native
 
-pytestmark = pytest.mark.skipif(_native._C is None, reason="needs the compiled module")
+pytestmark = pytest.mark.skipif(native._C is None, reason="needs the compiled module")
 
 ISAS = ("v2", "v3", "v4")
 SHAPE = (21, 203)

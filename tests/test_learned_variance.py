@@ -13,7 +13,7 @@ from torch import Tensor
 from toys import BETAS, EPS, Says, half
 
 from diffcore import GaussianDiffusion, PhiloxNoise
-from diffcore.coefficients import PREDICTION_TYPES
+from diffcore.coefficients.step import PREDICTION_TYPES
 from diffcore.schedules import respaced_timesteps
 
 STEPS = len(BETAS)

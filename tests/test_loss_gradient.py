@@ -13,7 +13,8 @@ from cases import NOISE_TABLE, STEPS, steps_of
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from diffcore import PhiloxNoise, _native, losses, ops
+from diffcore import PhiloxNoise, losses, ops
+from diffcore._engine import native
 from diffcore.testing import assert_within_bound
 
 BATCH, COLUMNS = 6, 1031
@@ -42,7 +43,7 @@ UPSTREAM: dict[str, Callable[[Tensor], Tensor]] = {
 each_kind = pytest.mark.parametrize("kind", ops.PREDICTION_TYPES)
 each_weight = pytest.mark.parametrize("weight", WEIGHTS.values(), ids=WEIGHTS)
 each_noise = pytest.mark.parametrize("drawn", [False, True], ids=["tensor", "recipe"])
-needs_module = pytest.mark.skipif(_native._C is None, reason="needs the compiled module")
+needs_module = pytest.mark.skipif(native._C is None, reason="needs the compiled module")
 
 
 def _at() -> Options:

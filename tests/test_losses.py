@@ -8,7 +8,7 @@ import torch
 from toys import BETAS
 
 from diffcore import GaussianDiffusion, NoiseSchedule, PhiloxNoise, ops
-from diffcore.coefficients import PREDICTION_TYPES
+from diffcore.coefficients.step import PREDICTION_TYPES
 from diffcore.losses import edm_weights
 from diffcore.schedules import make_betas
 

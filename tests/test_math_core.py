@@ -17,12 +17,13 @@ from formulas import extended
 from test_isa_threads import ISAS, run_python
 from torch import Tensor
 
-from diffcore import _native, ops, reference
+from diffcore import ops, reference
+from diffcore._engine import native
 from diffcore.testing import ulp
 
 mpmath = pytest.importorskip("mpmath")
 
-pytestmark = pytest.mark.skipif(_native._C is None, reason="needs the compiled module")
+pytestmark = pytest.mark.skipif(native._C is None, reason="needs the compiled module")
 
 HALF_DTYPES = (torch.float16, torch.bfloat16)
 
@@ -196,7 +197,7 @@ def check_rounding() -> None:
             assert same(y, floats.to(dtype)[:, None].expand(-1, columns).contiguous())
 
 
-BEST = _native.info().get("instruction_set")
+BEST = native.info().get("instruction_set")
 CHECKS = ("exp_float32", "exp_float64", "expm1_float32", "expm1_float64", "halves", "rounding")
 
 

@@ -1,4 +1,4 @@
-"""The bits of the noise: the kernels give those of the specification, `diffcore._philox`.
+"""The bits of the noise: the kernels give those of the specification, `diffcore.reference.philox`.
 
 On every device, in every dtype, layout, batch, shard and number of threads; `test_isa_threads` has
 the instruction sets.
@@ -16,7 +16,8 @@ from refusals import refused
 from test_ops_layouts import DENSE, OTHER, Layout, inside
 from torch import Tensor
 
-from diffcore import PhiloxNoise, _philox, ops
+from diffcore import PhiloxNoise, ops
+from diffcore.reference import philox
 
 SEEDS = (0, 1, -1, 2**63 - 1, -(2**63), 2**64 - 1, 2**32 - 1, 2**32, -(2**32), 0x9E3779B97F4A7C15)
 IDS = (0, 1, -1, 2**32 - 1, 2**32, -(2**32), 2**63 - 1, -(2**63), 5)
@@ -34,7 +35,7 @@ SHAPES = (
 def specified(recipe: PhiloxNoise, shape: tuple[int, ...]) -> Tensor:
     """The noise in float32, in plain torch on the CPU."""
     parts = tuple(p.cpu() if isinstance(p, Tensor) else p for p in recipe._parts)
-    return _philox.normals(parts, shape, torch.float32, "cpu")
+    return philox.normals(parts, shape, torch.float32, "cpu")
 
 
 def check(recipe: PhiloxNoise, shape: tuple[int, ...], device: str) -> None:
@@ -292,7 +293,7 @@ def known(key: Any, counter: Any) -> PhiloxNoise:
 @pytest.mark.parametrize(("key", "counter", "words"), KNOWN, ids=["zeros", "ones", "pi"])
 def test_known_answers_of_philox(key: Any, counter: Any, words: Any, device: str) -> None:
     w = [torch.tensor(word) for word in words]
-    wanted = torch.stack([*_philox.box_muller(w[0], w[1]), *_philox.box_muller(w[2], w[3])])
+    wanted = torch.stack([*philox.box_muller(w[0], w[1]), *philox.box_muller(w[2], w[3])])
     recipe = known(key, counter)
     for columns in (4, 40, 400):  # in a draw of many rows, of one, of a part of one
         if recipe.first_element + columns <= 2**34:

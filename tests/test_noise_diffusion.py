@@ -14,7 +14,7 @@ from bounds import assert_same_bits
 from toys import BETAS, half
 
 from diffcore import GaussianDiffusion, PhiloxNoise
-from diffcore.coefficients import PREDICTION_TYPES
+from diffcore.coefficients.step import PREDICTION_TYPES
 from diffcore.losses import edm_weights, min_snr_weights
 
 SHAPE = (5, 3, 7)

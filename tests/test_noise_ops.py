@@ -18,12 +18,13 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 
-from diffcore import PhiloxNoise, _native, _registry, ops
+from diffcore import PhiloxNoise, ops
+from diffcore._engine import dispatch, native
 
 RECIPE = PhiloxNoise(2**63 + 5, sample_ids=2**32 - 2, stream=9, first_element=64)
 
 each_noised_case = pytest.mark.parametrize("case", NOISED, ids=lambda case: case.name)
-needs_module = pytest.mark.skipif(_native._C is None, reason="needs the compiled module")
+needs_module = pytest.mark.skipif(native._C is None, reason="needs the compiled module")
 
 # As in test_noise_bits: about what a draw, a tile, a chunk holds; short rows, many and few.
 SHAPES = (
@@ -174,7 +175,7 @@ def test_out_partly_over_an_input(device: str) -> None:
 
 def operator(case: OpCase, args: Arguments) -> Any:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_registry, "_compiling", lambda: True)
+        patch.setattr(dispatch, "_compiling", lambda: True)
         return case.native(args)
 
 

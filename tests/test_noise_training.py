@@ -9,7 +9,7 @@ from bounds import each_low_dtype
 from toys import BETAS
 
 from diffcore import GaussianDiffusion, PhiloxNoise
-from diffcore.coefficients import PREDICTION_TYPES
+from diffcore.coefficients.step import PREDICTION_TYPES
 from diffcore.losses import edm_weights, min_snr_weights
 from diffcore.testing import assert_within_bound
 

@@ -14,7 +14,7 @@ from toys import Recorder
 from walking import walk
 
 from diffcore import PhiloxNoise, solvers
-from diffcore.coefficients import PREDICTION_TYPES
+from diffcore.coefficients.step import PREDICTION_TYPES
 from diffcore.sampling import sample
 from diffcore.solvers import SolverTable
 

@@ -10,14 +10,15 @@ from bounds import assert_same_bits
 from torch import Tensor
 from torch._dynamo.utils import counters
 
-from diffcore import PhiloxNoise, _native, solvers
+from diffcore import PhiloxNoise, solvers
+from diffcore._engine import native
 from diffcore.sampling import sample
 from diffcore.schedules import NoiseSchedule, make_betas, respaced_timesteps
 from diffcore.sigmas import get_sigmas_karras
 from diffcore.solvers import NoiseLevels, SolverTable
 
 pytestmark = [
-    pytest.mark.skipif(_native._C is None, reason="needs the compiled module"),
+    pytest.mark.skipif(native._C is None, reason="needs the compiled module"),
     # torch's own compiler warns about its own deprecations
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore::FutureWarning"),

@@ -21,7 +21,9 @@ from test_isa_threads import ISAS, run_python
 from torch import Tensor
 from waiting import no_waiting
 
-from diffcore import _native, _threshold, ops
+from diffcore import ops
+from diffcore._engine import native
+from diffcore._kernels import threshold
 
 RATIOS = (0.0, 0.001, 0.5, 0.9, 0.995, 1.0)
 SIZES = (1, 2, 3, 511, 512, 513, 8191, 65537)
@@ -268,7 +270,7 @@ def test_any_number_of_threads_gives_the_same_bits() -> None:
         torch.set_num_threads(threads)
 
 
-@pytest.mark.skipif(_native._C is None, reason="needs the compiled module")
+@pytest.mark.skipif(native._C is None, reason="needs the compiled module")
 @pytest.mark.parametrize("isa", ISAS)
 def test_every_instruction_set(isa: str, tmp_path: Path) -> None:
     code = """
@@ -300,14 +302,14 @@ def test_the_reference_agrees(device: str) -> None:
             torch.testing.assert_close(found, wanted, rtol=1e-15, atol=0, equal_nan=True)
 
 
-@pytest.mark.skipif(_native._C is None, reason="needs the compiled module")
+@pytest.mark.skipif(native._C is None, reason="needs the compiled module")
 @pytest.mark.parametrize("ratio", [-3.0, 1.5, math.inf])
 def test_the_operator_takes_a_wild_ratio_for_the_nearest(ratio: float, device: str) -> None:
     # The public op refuses it, but nobody looks at what is on a device.
     x = numbers(2, 40_000).to(device)
     columns = [0.0, 0.0, 0.0, 0.0, SCALE, 0.0, -1.0, 1.0]
     numbers_ = [1.0, 0.0, *columns, ratio, math.inf]
-    kernel = _threshold.X0_QUANTILE[False]
+    kernel = threshold.X0_QUANTILE[False]
     found = kernel.op(x, x, [None] * len(numbers_), numbers_, None, -1, False)
     assert_same_bits(found, of_numbers(x, min(max(ratio, 0.0), 1.0)))
 
