@@ -21,8 +21,8 @@ MAX_LINES = 400
 
 # Imports only go down: each name may import from those before it.
 ORDER = (
-    "_C _checks reference coefficients _engine _kernels noise ops schedules solvers sampling "
-    "diffusion likelihood vae losses testing sigmas spacings demo cli __main__"
+    "_C _types _checks reference coefficients _engine _kernels noise ops schedules solvers "
+    "sampling diffusion likelihood vae losses testing sigmas spacings demo cli __main__"
 ).split()
 LEVEL = {name: level for level, name in enumerate(ORDER)}
 
@@ -130,7 +130,11 @@ def test_the_specifications_import_only_torch(folder: str) -> None:
             if isinstance(node, ast.Import):
                 roots |= {alias.name.split(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and node.module is not None:
-                own = node.module.split(".")[:2] in (["diffcore", folder], ["diffcore", "_checks"])
+                own = node.module.split(".")[:2] in (
+                    ["diffcore", folder],
+                    ["diffcore", "_checks"],
+                    ["diffcore", "_types"],
+                )
                 roots |= set() if own else {node.module.split(".")[0]}
         assert roots - set(sys.stdlib_module_names) == {"torch"} or path.stem == "__init__", path
 

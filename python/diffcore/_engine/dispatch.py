@@ -23,13 +23,12 @@ from diffcore._engine import execute, messages, native
 from diffcore._engine.autograd import Function
 from diffcore._engine.execute import Backward as Backward
 from diffcore._engine.execute import Call as Call
-from diffcore._engine.execute import Coef as Coef
 from diffcore._engine.execute import Grads as Grads
 from diffcore._engine.execute import Noise as Noise
-from diffcore._engine.execute import Step as Step
 from diffcore._engine.execute import direct, resolved, run_reference
 from diffcore._engine.execute import split_coefs as split_coefs
 from diffcore._engine.library import register, run_registered
+from diffcore._types import Coef, Step
 
 # Nobody but Dynamo looks on without a mode.
 _compiling = torch.compiler.is_dynamo_compiling

@@ -12,11 +12,10 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from diffcore._engine import messages, native
+from diffcore._types import Coef, NoiseParts, Step
 from diffcore.reference import philox
 
-Coef = float | Tensor
-Step = int | Tensor | None
-Noise = philox.Noise | None  # what a kernel draws its noise from; None where it is read
+Noise = NoiseParts | None  # what a kernel generates its noise from; None where it is read
 Grads = Sequence[Tensor | None]
 
 _C = native._C

@@ -17,16 +17,15 @@ from torch import Tensor
 from diffcore._engine import messages, native
 from diffcore._engine.autograd import run_backward, to_save
 from diffcore._engine.execute import (
-    Coef,
     Kernel,
     Noise,
-    Step,
     allocate,
     coefs_need_grad,
     direct,
     resolved,
     run_reference,
 )
+from diffcore._types import Coef, Step
 
 _LIBRARY = torch.library.Library("diffcore", "DEF")
 

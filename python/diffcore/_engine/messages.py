@@ -13,7 +13,8 @@ from torch import Tensor
 from diffcore._engine import native
 
 if TYPE_CHECKING:
-    from diffcore._engine.execute import Coef, Kernel, Noise, Step
+    from diffcore._engine.execute import Kernel, Noise
+    from diffcore._types import Coef, Step
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 REDUCTIONS = ("none", "sample", "batchmean", "mean", "sum")

@@ -9,7 +9,8 @@ from torch import Tensor
 from diffcore._engine.dispatch import Call, Grads, Kernel, drawing, run
 from diffcore._engine.execute import expand_coefs
 from diffcore._kernels.linear import SCALE
-from diffcore._kernels.noise import Needs, Tensors, noised, with_noise
+from diffcore._kernels.noise import Needs, noised, with_noise
+from diffcore._types import Tensors
 from diffcore.coefficients.bound import FIXED, VLB_COLUMNS
 from diffcore.reference import bound
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from diffcore import reference
 from diffcore._engine.dispatch import Call, Grads, Kernel, drawing, run_tuple
-from diffcore._kernels.noise import Needs, Tensors, noised, with_noise
+from diffcore._kernels.noise import Needs, noised, with_noise
 from diffcore._kernels.term import Term
+from diffcore._types import Tensors
 from diffcore.reference import gaussian as formulas
 
 NORMAL_KL = Term(

@@ -7,18 +7,9 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from diffcore import reference
-from diffcore._engine.dispatch import (
-    Call,
-    Coef,
-    Grads,
-    Kernel,
-    Step,
-    drawing,
-    run,
-    run_tuple,
-    split_coefs,
-)
-from diffcore._kernels.noise import Needs, Tensors
+from diffcore._engine.dispatch import Call, Grads, Kernel, drawing, run, run_tuple, split_coefs
+from diffcore._kernels.noise import Needs
+from diffcore._types import Coef, Step, Tensors
 
 
 def _linear_backward(inputs: Tensors, call: Call, grads: Grads, needs: Needs) -> Grads:

@@ -12,7 +12,8 @@ from torch import Tensor
 from diffcore._engine import execute
 from diffcore._engine.autograd import last_use
 from diffcore._engine.dispatch import Call, Grads, Kernel, drawing, plain_eager, run
-from diffcore._kernels.noise import Needs, Tensors
+from diffcore._kernels.noise import Needs
+from diffcore._types import Tensors
 from diffcore.reference import loss as formulas
 
 

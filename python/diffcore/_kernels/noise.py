@@ -7,10 +7,9 @@ from typing import Any
 from torch import Tensor
 
 from diffcore._engine import execute
-from diffcore._engine.dispatch import Call, Coef, Kernel, Noise, Step, run
+from diffcore._engine.dispatch import Call, Kernel, Noise, run
+from diffcore._types import Coefs, Step, Tensors
 
-Tensors = tuple[Tensor, ...]
-Coefs = tuple[Coef, ...]
 Needs = Any
 
 

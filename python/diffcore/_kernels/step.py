@@ -9,19 +9,10 @@ from torch import Tensor
 
 from diffcore import reference
 from diffcore._engine import execute
-from diffcore._engine.dispatch import (
-    Call,
-    Coef,
-    Grads,
-    Kernel,
-    Step,
-    drawing,
-    run,
-    run_tuple,
-    split_coefs,
-)
+from diffcore._engine.dispatch import Call, Grads, Kernel, drawing, run, run_tuple, split_coefs
 from diffcore._kernels.linear import SCALE
-from diffcore._kernels.noise import Needs, Tensors
+from diffcore._kernels.noise import Needs
+from diffcore._types import Coef, Step, Tensors
 from diffcore.coefficients.step import STEP_COLUMNS
 
 # Guidance and threshold, then columns of a solver's table.

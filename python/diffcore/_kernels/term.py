@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffcore._engine.dispatch import Call, Coef, Grads, Kernel, run_tuple
-from diffcore._kernels.noise import Needs, Tensors
+from diffcore._engine.dispatch import Call, Grads, Kernel, run_tuple
+from diffcore._kernels.noise import Needs
+from diffcore._types import Coef, Tensors
 from diffcore.reference import common
 
 

@@ -20,8 +20,7 @@ import torch
 from torch import Tensor
 
 from diffcore._checks import check_choice
-
-Coef = float | Tensor
+from diffcore._types import Coef
 
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction", "flow_prediction")
 VARIANCE_TYPES = ("fixed_small", "fixed_large")

@@ -13,11 +13,11 @@ from diffcore import ops
 from diffcore._checks import check_choice
 from diffcore._engine import native
 from diffcore._engine.dispatch import plain_eager
+from diffcore._types import Model, Noise
 from diffcore.coefficients.bound import DECODERS, FIXED, VLB_COLUMNS
 from diffcore.coefficients.step import x0_coefficients
 from diffcore.diffusion.tables import DiffusionTables
 from diffcore.noise import PhiloxNoise
-from diffcore.sampling.loop import Model, Noise
 
 
 class VariationalBound(DiffusionTables):

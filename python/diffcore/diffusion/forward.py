@@ -5,8 +5,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from diffcore import ops
+from diffcore._types import Noise
 from diffcore.diffusion.tables import DiffusionTables
-from diffcore.sampling.loop import Noise, or_drawn
+from diffcore.sampling.loop import or_drawn
 
 
 class ForwardProcess(DiffusionTables):

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from diffcore import ops
+from diffcore._types import Model, Noise, StepNoise
 from diffcore.coefficients.bound import LEARNED
 from diffcore.diffusion.tables import DiffusionTables
-from diffcore.sampling.loop import Model, Noise, StepNoise, or_drawn, start, walk
+from diffcore.sampling.loop import or_drawn, start, walk
 
 
 class ReverseProcess(DiffusionTables):

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from diffcore import ops
 from diffcore._checks import check_choice
+from diffcore._types import Model, Noise
 from diffcore.coefficients.bound import DECODERS
 from diffcore.diffusion.tables import DiffusionTables
-from diffcore.sampling.loop import Model, Noise, or_drawn
+from diffcore.sampling.loop import or_drawn
 
 
 class TrainingLosses(DiffusionTables):

@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 
 from diffcore._checks import check_choice
+from diffcore._types import Model, Noise
 from diffcore.coefficients.bound import DECODERS
 from diffcore.diffusion import GaussianDiffusion
 from diffcore.diffusion.bound import check_decoder
 from diffcore.likelihood.fingerprint import described, digest, of_model
 from diffcore.likelihood.strata import Strata, Tally, read_state
 from diffcore.noise import PhiloxNoise
-from diffcore.sampling.loop import Model, Noise
 
 _BATCH = 64
 Kwargs = Mapping[str, Any] | Callable[[Any], Mapping[str, Any]]

@@ -9,12 +9,11 @@ import torch
 from torch import Tensor
 
 from diffcore._engine import messages
-from diffcore._engine.dispatch import Coef, Step, run
+from diffcore._engine.dispatch import run
 from diffcore._engine.execute import Kernel
 from diffcore._kernels import noise as k
+from diffcore._types import Coef, Noise, Step
 from diffcore.noise import PhiloxNoise, draw
-
-Noise = Tensor | PhiloxNoise
 
 
 def noised(

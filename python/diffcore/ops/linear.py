@@ -7,11 +7,12 @@ from typing import Literal, overload
 from torch import Tensor
 
 from diffcore._engine import messages
-from diffcore._engine.dispatch import Coef, Step, run
+from diffcore._engine.dispatch import run
 from diffcore._kernels import linear as k
+from diffcore._types import Coef, Noise, Step
 from diffcore.coefficients import step as formulas
 from diffcore.ops._arguments import as_coef, as_number, as_table, in_float64
-from diffcore.ops._noise import Noise, noised
+from diffcore.ops._noise import noised
 
 # One kernel, under the names that its arguments have in each op.
 _PAIR, _LEVELS = ("x0", "noise"), ("alpha", "sigma")

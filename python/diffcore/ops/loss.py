@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 
 from diffcore._engine import messages
-from diffcore._engine.dispatch import Coef, Step
 from diffcore._kernels import loss as k
+from diffcore._types import Coef, Noise, Step
 from diffcore.coefficients.step import PREDICTION_TYPES
 from diffcore.noise import PhiloxNoise
 from diffcore.ops._arguments import as_coef, as_number
-from diffcore.ops._noise import Noise, noised
+from diffcore.ops._noise import noised
 
 _COMMON = ("weight", "inverse_n")
 _NOISE_LOSS = k.TARGET_LOSS.named(("model_output", "noise"), _COMMON)

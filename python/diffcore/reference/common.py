@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-Coef = float | Tensor
+from diffcore._types import Coef
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from diffcore.reference.common import Coef, compute_dtype, per_sample, row_sum
+from diffcore._types import Coef
+from diffcore.reference.common import compute_dtype, per_sample, row_sum
 
 
 def target_loss(

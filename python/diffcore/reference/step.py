@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from diffcore.reference.common import Coef, compute_dtype, per_sample, row_sum
+from diffcore._types import Coef
+from diffcore.reference.common import compute_dtype, per_sample, row_sum
 
 
 def reverse_step(

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from diffcore.reference.common import Coef, per_sample
+from diffcore._types import Coef
+from diffcore.reference.common import per_sample
 from diffcore.reference.step import predicted_x0
 
 

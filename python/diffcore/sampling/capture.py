@@ -11,8 +11,9 @@ from torch import Tensor
 
 from diffcore import ops
 from diffcore._engine import native
+from diffcore._types import Model
 from diffcore.noise import PhiloxNoise
-from diffcore.sampling.loop import Model, thresholding, walk
+from diffcore.sampling.loop import thresholding, walk
 from diffcore.solvers import SolverTable
 
 

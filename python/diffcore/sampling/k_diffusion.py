@@ -32,8 +32,9 @@ from typing import Any
 from torch import Tensor
 
 from diffcore import solvers
+from diffcore._types import Callback, Model
 from diffcore.noise import PhiloxNoise
-from diffcore.sampling.loop import Callback, Model, check_samples, or_drawn, walk
+from diffcore.sampling.loop import check_samples, or_drawn, walk
 from diffcore.solvers import SolverTable
 from diffcore.solvers.paths import level_vector
 

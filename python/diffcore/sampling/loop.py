@@ -9,15 +9,12 @@ import torch
 from torch import Tensor
 
 from diffcore import ops
+from diffcore._types import Callback, Model, Noise, StepNoise
 from diffcore.noise import PhiloxNoise
 from diffcore.solvers import SolverTable
 from diffcore.solvers.table import Row
 
-Model = Callable[..., Tensor]
-Noise = Tensor | PhiloxNoise
-StepNoise = Noise | Callable[[int, Tensor], Noise]
 Threshold = Callable[[Row, Tensor, Tensor, Tensor | None], Tensor]
-Callback = Callable[[dict[str, Any]], object]
 
 
 def call_model(

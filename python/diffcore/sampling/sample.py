@@ -8,16 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
+from diffcore._types import Callback, Model, StepNoise
 from diffcore.noise import PhiloxNoise
-from diffcore.sampling.loop import (
-    Callback,
-    Model,
-    StepNoise,
-    check_samples,
-    or_drawn,
-    thresholding,
-    walk,
-)
+from diffcore.sampling.loop import check_samples, or_drawn, thresholding, walk
 from diffcore.solvers import SolverTable
 
 
