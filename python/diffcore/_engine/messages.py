@@ -13,7 +13,8 @@ from torch import Tensor
 from diffcore._engine import native
 
 if TYPE_CHECKING:
-    from diffcore._engine.execute import Kernel, Noise
+    from diffcore._engine.execute import Noise
+    from diffcore._engine.kernel import Kernel
     from diffcore._types import Coef, Step
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -46,7 +47,6 @@ def explain(
     inputs: tuple[Tensor, ...],
     coefs: tuple[Coef, ...],
     step: Step,
-    whole: bool,
     out: Tensor | None = None,
     noise: Noise = None,
 ) -> None:
