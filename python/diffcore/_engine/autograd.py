@@ -31,9 +31,9 @@ class Function(torch.autograd.Function):
             made = outs[:1]
             ctx.mark_non_differentiable(*made)
         if kernel.saves_inputs:
-            ctx.save_for_backward(*to_save(inputs, made, noise), *_watched(call))
+            ctx.save_for_backward(*to_save(inputs, made, noise), *read_again(call))
         else:
-            ctx.save_for_backward(*_watched(call))
+            ctx.save_for_backward(*read_again(call))
         return outs
 
     @staticmethod
@@ -45,7 +45,7 @@ class Function(torch.autograd.Function):
         return (None, *run_backward(saved, ctx.call, grads, needs))
 
 
-def _watched(call: Call) -> list[Tensor]:
+def read_again(call: Call) -> list[Tensor]:
     """Coefficients and timesteps that the backward reads again.
 
     Saved only for autograd to notice when one of them is changed in place before that.

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from diffcore._engine import messages, native
-from diffcore._engine.autograd import run_backward, to_save
+from diffcore._engine.autograd import read_again, run_backward, to_save
 from diffcore._engine.execute import (
     Noise,
     allocate,
@@ -83,8 +83,20 @@ def run_registered(
         torch.is_grad_enabled() and coefs_need_grad(coefs)
     ):
         return run_reference(kernel, inputs, coefs, step, reduce_all, out, noise)
+    compiling = torch.compiler.is_compiling()
+    if not compiling and native.dispatch_modes():  # fake tensors: no kernel will check anything
+        messages.explain(kernel, inputs, coefs, step, None, noise)
     op = getattr(torch.ops.diffcore, kernel.operator).default
-    result = op(*inputs, *pack(coefs, step), reduce_all, *pack_noise(noise))
+    arguments = (*inputs, *pack(coefs, step), reduce_all, *pack_noise(noise))
+    if compiling:
+        result = op(*arguments)
+    else:
+        try:
+            result = op(*arguments)
+        except (TypeError, ValueError):
+            # The operator names the arguments of the kernel; the user knows those of the function.
+            messages.explain(kernel, inputs, coefs, step, None, noise)
+            raise
     if out is None:
         return result
     messages.check_out(kernel, inputs, out)
@@ -141,10 +153,11 @@ def define(kernel: Kernel) -> Kernel:
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.call = inputs[arity:]
+        coefs, step = unpack(*inputs[arity : arity + 4])
+        noise = unpack_noise(inputs[arity + 5 :])
         made = (output[0],) if kernel.makes_gradient else ()
-        if kernel.saves_inputs:
-            noise = unpack_noise(inputs[arity + 5 :])
-            ctx.save_for_backward(*to_save(inputs[:arity], made, noise))
+        kept = to_save(inputs[:arity], made, noise) if kernel.saves_inputs else ()
+        ctx.save_for_backward(*kept, *read_again((kernel, coefs, step, False, noise)))
 
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         if kernel.backward is None:
@@ -155,7 +168,8 @@ def define(kernel: Kernel) -> Kernel:
         coefs, step = unpack(*ctx.call[:4])
         needs = ctx.needs_input_grad[:arity]
         call = (kernel, coefs, step, ctx.call[4], unpack_noise(ctx.call[5:]))
-        found = run_backward(ctx.saved_tensors, call, grads, needs)
+        saved = ctx.saved_tensors
+        found = run_backward(saved if kernel.saves_inputs else (), call, grads, needs)
         return (*found, *map(_no_gradient, ctx.call))
 
     qualified = f"diffcore::{name}"

@@ -164,7 +164,8 @@ def _check_step(step: Step, steps: int, rows: int, first: Tensor) -> None:
             "or a single step"
         )
     _check_memory("t", step)
-    readable = step.device.type == "cpu" or native.DEBUG
+    # A dispatch mode may have no values, or may record that they are read.
+    readable = (step.device.type == "cpu" or native.DEBUG) and not native.dispatch_modes()
     if readable and type(step) is Tensor and not _is_traced(step) and step.numel():
         low, high = int(step.min()), int(step.max())
         if low < 0 or high >= steps:
