@@ -7,7 +7,7 @@
 #include "ops/likelihood.h"
 #include "ops/linear.h"
 #include "ops/loss.h"
-#include "ops/reverse_step.h"
+#include "ops/step.h"
 #include "ops/threshold.h"
 
 DC_KERNEL_NAMESPACE_BEGIN
@@ -45,7 +45,7 @@ using Steps = Joined<Step<kGuided, 0, false>, Step<kGuided, 1, false>, Step<kGui
                             StepLogProbBackward<kGuided, true>>>;
 
 using AllOps = Joined<
-    Steps<false>, Steps<true>,                                              // reverse_step.h
+    Steps<false>, Steps<true>,                                              // step.h
     OpList<Scale, ScaleTwice, LinearCombination, LinearPair,                // linear.h
            Drawn<Randn>, Drawn<LinearCombination>, Drawn<LinearPair>,       //
            NormalKl, NormalKlSum, NormalKlBackward, NormalKlBackwardFirst,  // gaussian.h

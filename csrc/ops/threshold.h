@@ -2,7 +2,7 @@
 // makes it before its clip, at least 1 and at most a given maximum.
 #pragma once
 
-#include "ops/reverse_step.h"
+#include "ops/step.h"
 
 DC_KERNEL_NAMESPACE_BEGIN
 

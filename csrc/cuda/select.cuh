@@ -5,7 +5,7 @@
 #pragma once
 
 #include "core/selection.h"
-#include "drivers/cuda.cuh"
+#include "cuda/map.cuh"
 
 namespace diffcore {
 

@@ -3,7 +3,7 @@
 // python/diffcore/_philox.py is the specification, docs/numerics.md has the errors.
 #pragma once
 
-#include "core/philox.h"
+#include "noise/philox.h"
 
 DC_KERNEL_NAMESPACE_BEGIN
 

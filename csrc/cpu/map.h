@@ -13,7 +13,7 @@
 #include "core/number.h"
 #include "core/op.h"
 #include "core/task.h"
-#include "drivers/cpu_noise.h"
+#include "cpu/noise.h"
 
 DC_KERNEL_NAMESPACE_BEGIN
 

@@ -1,5 +1,5 @@
-// Stands in for cuda_kernels.cu in a build without CUDA.
-#include "kernel_table.h"
+// Stands in for cuda/kernels.cu in a build without CUDA.
+#include "cuda/kernels.h"
 
 namespace diffcore {
 

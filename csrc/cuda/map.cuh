@@ -7,10 +7,10 @@
 #include <cuda_runtime.h>
 
 #include "core/coefficients.h"
-#include "core/normal.h"
 #include "core/number.h"
 #include "core/op.h"
 #include "core/task.h"
+#include "noise/normal.h"
 
 namespace diffcore {
 

@@ -2,10 +2,10 @@
 // cudart is linked statically: the module imports on a machine with neither GPU nor driver.
 #include <type_traits>
 
-#include "drivers/cuda.cuh"
-#include "drivers/cuda_select.cuh"
-#include "kernel_table.h"
-#include "ops/all.h"
+#include "cuda/kernels.h"
+#include "cuda/map.cuh"
+#include "cuda/select.cuh"
+#include "ops/kernel_matrix.h"
 
 namespace diffcore {
 namespace {
@@ -21,28 +21,16 @@ struct CudaKernel {
   const char* (*load)();
 };
 
-template <class List>
-struct Table;
-
-template <class... Op>
-struct Table<OpList<Op...>> {
-  struct Row {
-    CudaKernel by_dtype[kDtypes];
-  };
-  template <class O, class S>
-  static constexpr CudaKernel kernel() {
-    if constexpr (std::is_same_v<S, double> && kDraws<O> && kReads<O> > 0) return {};
-    using Launch = std::conditional_t<kSelects<O>, CudaSelect<O, S>, CudaLaunch<O, S>>;
+struct CudaEntry {
+  template <class Op, class S>
+  static constexpr CudaKernel make() {
+    if constexpr (std::is_same_v<S, double> && kDraws<Op> && kReads<Op> > 0) return {};
+    using Launch = std::conditional_t<kSelects<Op>, CudaSelect<Op, S>, CudaLaunch<Op, S>>;
     return {&Launch::template run<Workspace>, &Launch::load};
   }
-  template <class O>
-  static constexpr Row row() {
-    return {{kernel<O, float>(), kernel<O, double>(), kernel<O, Bf16>(), kernel<O, F16>()}};
-  }
-  static constexpr Row rows[sizeof...(Op)] = {row<Op>()...};
 };
 
-using Kernels = Table<AllOps>;
+using Kernels = KernelMatrix<CudaKernel, CudaEntry, AllOps>;
 
 // Our cudart is not torch's: torch's current device says nothing about ours.
 class DeviceGuard {

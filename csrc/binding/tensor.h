@@ -3,7 +3,7 @@
 
 #include <algorithm>
 
-#include "core/dlpack_abi.h"
+#include "binding/dlpack_abi.h"
 #include "core/task.h"
 
 namespace diffcore {

@@ -6,7 +6,7 @@
 #include <cstring>
 #include <memory>
 
-#include "kernel_table.h"
+#include "cpu/kernels.h"
 
 namespace diffcore {
 namespace {

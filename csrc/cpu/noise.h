@@ -1,8 +1,8 @@
 // The normals of a span of columns, drawn many at a time.
 #pragma once
 
-#include "core/normal.h"
-#include "drivers/cpu_lanes.h"
+#include "cpu/lanes.h"
+#include "noise/normal.h"
 
 DC_KERNEL_NAMESPACE_BEGIN
 

@@ -5,7 +5,7 @@
 #pragma once
 
 #include "core/selection.h"
-#include "drivers/cpu.h"
+#include "cpu/map.h"
 
 DC_KERNEL_NAMESPACE_BEGIN
 

@@ -7,9 +7,10 @@
 
 #include <string>
 
-#include "kernel_table.h"
-#include "ops/all.h"
-#include "tensor.h"
+#include "binding/op_table.h"
+#include "binding/tensor.h"
+#include "cpu/kernels.h"
+#include "cuda/kernels.h"
 
 namespace diffcore {
 namespace py = pybind11;
@@ -20,14 +21,6 @@ constexpr int64_t kReleaseGilFrom =
     32 * 1024;  // elements; below, the call ends before another thread could use it
 
 inline const dlpack::ExchangeApi* g_torch = nullptr;
-
-template <class... Op>
-const OpInfo* info_table(OpList<Op...>) {
-  static const OpInfo table[] = {
-      {Op::name, kReads<Op>, Op::n_out, Op::n_sum, Op::n_coef, kDraws<Op>}...};
-  return table;
-}
-inline const OpInfo* ops() { return info_table(AllOps{}); }
 
 // A borrowed view; valid while the caller's reference to the tensor is.
 inline bool borrow(PyObject* object, dlpack::Tensor* out) {

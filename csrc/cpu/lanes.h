@@ -1,9 +1,9 @@
-// Vectors of the instruction set this unit is compiled for, as core/normal.h wants its numbers.
+// Vectors of the instruction set this unit is compiled for, as noise/normal.h wants its numbers.
 #pragma once
 
 #include <immintrin.h>
 
-#include "core/philox.h"
+#include "noise/philox.h"
 
 DC_KERNEL_NAMESPACE_BEGIN
 
