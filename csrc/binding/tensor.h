@@ -4,7 +4,7 @@
 #include <algorithm>
 
 #include "binding/dlpack_abi.h"
-#include "core/task.h"
+#include "core/launch_args.h"
 
 namespace diffcore {
 

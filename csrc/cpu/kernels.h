@@ -2,13 +2,13 @@
 // kernel of it.
 #pragma once
 
-#include "core/task.h"
+#include "core/launch_args.h"
 
 namespace diffcore {
 
 struct CpuKernel {
-  void (*run)(const Task&, int64_t unit_begin, int64_t unit_end, void* scratch);
-  void (*finish)(const Task&);
+  void (*run)(const LaunchArgs&, int64_t unit_begin, int64_t unit_end, void* scratch);
+  void (*finish)(const LaunchArgs&);
   int64_t scratch;  // bytes for each thread; a kernel that needs any is given complete rows
 };
 
@@ -28,6 +28,6 @@ const char* cpu_isa();       // in use
 const char* best_cpu_isa();  // that the processor has
 int cpu_threads();
 // false: a step is out of range, nothing was done
-bool run_on_cpu(int op, Dtype dtype, Task& task);
+bool run_on_cpu(int op, Dtype dtype, LaunchArgs& args);
 
 }  // namespace diffcore

@@ -17,7 +17,7 @@ struct Workspace {
 };
 
 struct CudaKernel {
-  const char* (*run)(Task&, cudaStream_t, Workspace);
+  const char* (*run)(LaunchArgs&, cudaStream_t, Workspace);
   const char* (*load)();
 };
 
@@ -75,12 +75,12 @@ int cuda_driver_version() {
   return cudaDriverGetVersion(&version) == cudaSuccess ? version : 0;
 }
 
-const char* run_on_cuda(int op, Dtype dtype, Task& task, Device device, Allocate allocate,
+const char* run_on_cuda(int op, Dtype dtype, LaunchArgs& args, Device device, Allocate allocate,
                         void* context) {
   DeviceGuard guard(device.id);
   if (guard.error()) return guard.error();
   const CudaKernel& kernel = Kernels::rows[op].by_dtype[dtype];
-  return kernel.run(task, static_cast<cudaStream_t>(device.stream), Workspace{allocate, context});
+  return kernel.run(args, static_cast<cudaStream_t>(device.stream), Workspace{allocate, context});
 }
 
 const char* load_cuda_kernels(int device) {

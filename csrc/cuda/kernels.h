@@ -1,7 +1,7 @@
 // The CUDA kernels as the binding calls them: kernels.cu, or absent.cc in a build without CUDA.
 #pragma once
 
-#include "core/task.h"
+#include "core/launch_args.h"
 
 namespace diffcore {
 
@@ -16,7 +16,7 @@ const char* cuda_architectures();
 int cuda_device_count();
 int cuda_driver_version();
 // null, or what went wrong
-const char* run_on_cuda(int op, Dtype dtype, Task& task, Device device, Allocate allocate,
+const char* run_on_cuda(int op, Dtype dtype, LaunchArgs& args, Device device, Allocate allocate,
                         void* context);
 const char* load_cuda_kernels(int device);
 

@@ -2,8 +2,8 @@
 // gives the kernel of each cell.
 #pragma once
 
+#include "core/launch_args.h"
 #include "core/number.h"
-#include "core/task.h"
 #include "ops/all.h"
 
 DC_KERNEL_NAMESPACE_BEGIN
