@@ -97,8 +97,8 @@ struct Reparameterize : OpBase {
     y[0] = mul_add(exp(R(0.5) * x[1]), x[2], x[0]);
   }
 };
-struct ReparameterizeBackward
-    : OpBase {  // inputs: g, logvar, ε; output: dlogvar (dmean is g itself)
+// Inputs: g, logvar, ε; output: dlogvar (dmean is g itself).
+struct ReparameterizeBackward : OpBase {
   static constexpr const char* name = "reparameterize_backward";
   static constexpr int n_in = 3, n_out = 1;
   template <class R>
