@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._registry import Coef, Step, plain_eager
+from diffcore._engine.dispatch import Coef, Step, plain_eager
 
 
 def as_coef(name: str, value: Coef, step: Step) -> Coef:

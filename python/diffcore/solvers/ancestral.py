@@ -8,11 +8,12 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from ..bound_coefficients import LEARNED, VARIANCE_TYPES
-from ..coefficients import check_choice, ddim_coefficients, posterior_coefficients
-from .levels import NoiseLevels, as_levels
-from .rows import Rows, ancestral, at_least_zero, toward
-from .table import SolverTable
+from diffcore._checks import check_choice
+from diffcore.coefficients.bound import LEARNED, VARIANCE_TYPES
+from diffcore.coefficients.step import ddim_coefficients, posterior_coefficients
+from diffcore.solvers.levels import NoiseLevels, as_levels
+from diffcore.solvers.rows import Rows, ancestral, at_least_zero, toward
+from diffcore.solvers.table import SolverTable
 
 Levels = NoiseLevels | Tensor | Sequence[float]
 ClipRange = float | tuple[float, float] | None

@@ -13,10 +13,10 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from .._step import MOST_HISTORY
-from .levels import Level, NoiseLevels, as_levels
-from .rows import Rows, ancestral, at_least_zero, check_order, toward
-from .table import SolverTable
+from diffcore._kernels.step import MOST_HISTORY
+from diffcore.solvers.levels import Level, NoiseLevels, as_levels
+from diffcore.solvers.rows import Rows, ancestral, at_least_zero, check_order, toward
+from diffcore.solvers.table import SolverTable
 
 Levels = NoiseLevels | Tensor | Sequence[float]
 ClipRange = float | tuple[float, float] | None

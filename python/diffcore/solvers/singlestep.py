@@ -7,12 +7,12 @@ from itertools import pairwise
 
 from torch import Tensor
 
-from ..coefficients import check_choice
-from .dpmpp import SOLVER_TYPES
-from .exponential import first_order_weight, interpolating_weights, phi
-from .levels import NoiseLevels, as_levels
-from .rows import Rows, check_order
-from .table import SolverTable
+from diffcore._checks import check_choice
+from diffcore.solvers.dpmpp import SOLVER_TYPES
+from diffcore.solvers.exponential import first_order_weight, interpolating_weights, phi
+from diffcore.solvers.levels import NoiseLevels, as_levels
+from diffcore.solvers.rows import Rows, check_order
+from diffcore.solvers.table import SolverTable
 
 Levels = NoiseLevels | Tensor | Sequence[float]
 ClipRange = float | tuple[float, float] | None

@@ -10,13 +10,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .._registry import run
-from .._step import PLAIN, Plan, columns_read, learned_plan, plan
-from ..coefficients import STEP_COLUMNS, Coef, check_choice
-from ..noise import PhiloxNoise
-from ..ops import reverse_step
-from ..ops._noise import noised
-from ..ops.steps import take
+from diffcore._checks import check_choice
+from diffcore._engine.dispatch import run
+from diffcore._kernels.step import PLAIN, Plan, columns_read, learned_plan, plan
+from diffcore.coefficients.step import STEP_COLUMNS, Coef
+from diffcore.noise import PhiloxNoise
+from diffcore.ops import reverse_step
+from diffcore.ops._noise import noised
+from diffcore.ops.step import take
 
 COLUMNS = STEP_COLUMNS
 KEPT, READ = slice(8, 11), slice(11, 14)  # e_x, e_m, e_0; c_1, c_2, c_3
