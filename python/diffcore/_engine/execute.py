@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from diffcore._engine import messages, native
+from diffcore._engine.messages import Arguments
 from diffcore.reference import philox
 
 Coef = float | Tensor
@@ -20,7 +21,6 @@ Noise = philox.Noise | None  # what a kernel draws its noise from; None where it
 Grads = Sequence[Tensor | None]
 
 _C = native._C
-_DONE, _LAYOUT = 0, 2
 _OPS = () if _C is None else _C.op_table()
 _INDEX: dict[tuple[str, bool], int] = {(op[0], op[5]): i for i, op in enumerate(_OPS)}
 _new_like = torch.empty_like
@@ -76,11 +76,14 @@ def direct(
     out: Tensor | None = None,
     noise: Noise = None,
 ) -> Any:
-    """Allocates and calls the kernel; whatever the kernel refuses is explained or mended."""
+    """Allocates and calls the kernel.
+
+    What is wrong is raised; what a kernel does not read as it lies in memory is copied first.
+    """
     if _C is None:
         return run_reference(kernel, inputs, coefs, step, whole, out, noise)
     if native.DEBUG:  # a CUDA kernel clamps a step that is out of range instead of refusing it
-        messages.explain(kernel, inputs, coefs, step, whole, out, noise)
+        messages.explain(Arguments(kernel, inputs, coefs, step, out, noise))
     first = inputs[0]
     if kernel.sums:
         outs = allocate(kernel, first, whole)
@@ -89,56 +92,60 @@ def direct(
     else:
         outs = tuple([_new_like(first) for _ in range(kernel.outputs)])
     if out is not None and (type(out) is not Tensor or out.requires_grad):
-        return _careful(kernel, outs, inputs, coefs, step, whole, out, noise)
+        messages.check_out(kernel, inputs, out)
     read = inputs if kernel.reads_inputs else ()
-    try:
-        status = _C.call(kernel.index, outs, read, coefs, step, whole, noise)
-    except RuntimeError:  # a tensor without storage of its own: sparse, quantised, meta
-        messages.explain(kernel, inputs, coefs, step, whole, out, noise)
-        if not native.has_kernels(first.device):
-            return run_reference(kernel, inputs, coefs, step, whole, out, noise)
-        raise
-    if status != _DONE:
-        return _careful(kernel, outs, inputs, coefs, step, whole, out, noise)
+    reason = _C.call(kernel.index, outs, read, coefs, step, whole, noise)
+    if reason is not None:
+        args = Arguments(kernel, inputs, coefs, step, out, noise)
+        return _careful(reason, outs, args, whole)
     if out is not None:
         increment_version(out)
     return outs[0] if len(outs) == 1 else outs
 
 
-def _careful(
-    kernel: Kernel,
-    outs: tuple[Tensor, ...],
-    inputs: tuple[Tensor, ...],
-    coefs: tuple[Coef, ...],
-    step: Step,
-    whole: bool,
-    out: Tensor | None,
-    noise: Noise,
-) -> Any:
-    """The slow twin of `direct`: explains what is wrong, falls back, makes layouts agree."""
-    messages.explain(kernel, inputs, coefs, step, whole, out, noise)
-    if not native.has_kernels(inputs[0].device):
-        return run_reference(kernel, inputs, coefs, step, whole, out, noise)
+# Reasons that are no mistake: the arguments lie in memory as kernels do not read or write them.
+_COPIES = ("layout", "noise_layout", "overlap", "outputs_overlap")
+
+
+def _careful(reason: native.Reason, outs: tuple[Tensor, ...], args: Arguments, whole: bool) -> Any:
+    """What `direct` does where the kernel did not run: falls back, copies, or raises."""
+    kernel, inputs, coefs, step, out, noise = args
+    code = messages.code_of(reason)
+    if code in ("unreadable", "device_kind"):  # sparse, quantized, meta, or of another device
+        messages.explain(args)
+        if not native.has_kernels(inputs[0].device):
+            return run_reference(kernel, inputs, coefs, step, whole, out, noise)
+    if code not in _COPIES:
+        messages.refuse(reason, args)
+    if out is not None:
+        messages.check_out(kernel, inputs, out)
     like = outs[0] if kernel.outputs else _new_like(inputs[0])
     tensors = tuple(_as(like, x) for x in inputs) if kernel.reads_inputs else ()
-    status = _C.call(kernel.index, outs, tensors, coefs, step, whole, noise)
-    if status == _LAYOUT and kernel.reading is not None:  # an order that kernels do not draw in
-        z = torch.empty_like(inputs[0], memory_format=torch.contiguous_format)
-        _C.call(_INDEX["randn", True], (z,), (), (), None, False, noise)
-        return direct(kernel.reading, (*tensors, _as(like, z)), coefs, step, whole, out)
-    if status != _DONE:  # samples interleaved in memory, or an output partly over an input
+    again = _C.call(kernel.index, outs, tensors, coefs, step, whole, noise)
+    if again is not None and kernel.reading is not None:
+        if messages.code_of(again) in ("layout", "noise_layout"):
+            z = _generated(noise, inputs[0])
+            return direct(kernel.reading, (*tensors, _as(like, z)), coefs, step, whole, out)
+    if again is not None:  # samples interleaved in memory, or an output partly over an input
         tensors = tuple(x.contiguous() for x in tensors)
         fresh = tuple(torch.empty_like(o, memory_format=torch.contiguous_format) for o in outs)
-        status = _C.call(kernel.index, fresh, tensors, coefs, step, whole, noise)
-        if status != _DONE:
-            raise RuntimeError(
-                f"{kernel.name}: the kernel refused its arguments (status {status}); please report"
-            )
+        last = _C.call(kernel.index, fresh, tensors, coefs, step, whole, noise)
+        if last is not None:
+            messages.refuse(last, args)
         for o, f in zip(outs, fresh, strict=True):
             o.copy_(f)
     elif out is not None:
         increment_version(out)
     return outs[0] if len(outs) == 1 else outs
+
+
+def _generated(noise: Noise, like: Tensor) -> Tensor:
+    """The noise of a key in a contiguous tensor, where kernels do not generate it in that order."""
+    z = torch.empty_like(like, memory_format=torch.contiguous_format)
+    reason = _C.call(_INDEX["randn", True], (z,), (), (), None, False, noise)
+    if reason is not None:
+        raise RuntimeError(f"randn: the kernel refused ({messages.code_of(reason)}); please report")
+    return z
 
 
 def _as(like: Tensor, x: Tensor) -> Tensor:
@@ -166,7 +173,7 @@ def run_reference(
     out: Tensor | None = None,
     noise: Noise = None,
 ) -> Any:
-    messages.explain(kernel, inputs, coefs, step, whole, out, noise)
+    messages.explain(Arguments(kernel, inputs, coefs, step, out, noise))
     assert kernel.reference is not None, kernel.name
     if noise is not None:
         like = inputs[0]

@@ -21,6 +21,9 @@ DEBUG = os.environ.get("DIFFCORE_DEBUG", "") not in ("", "0")
 MIN_CUDA_DRIVER = 13000
 """The static CUDA 13 runtime in the module needs a driver of at least this version (R580)."""
 
+Reason = tuple[int, int, int, int]
+"""Why the compiled module did not run a call: code, argument, index of the argument, detail."""
+
 if BACKEND not in ("native", "reference"):
     raise ValueError(f"DIFFCORE_BACKEND is {BACKEND!r}; wanted 'native' or 'reference'")
 
@@ -69,6 +72,13 @@ if _C is not None and _ISA and _C.build_info()["instruction_set"] != _ISA:
     raise ValueError(
         f"DIFFCORE_ISA is {_ISA!r}; wanted v2, v3 or v4, and this processor has {best}"
     )
+
+
+def check_columns(name: str, columns: tuple[str, ...]) -> None:
+    """Raises ImportError unless the compiled kernels read the same columns in the same order."""
+    if _C is not None and getattr(_C, name) != columns:
+        raise ImportError(f"{name} of diffcore and of its compiled module differ; rebuild it")
+
 
 _cuda_usable: bool | None = None
 

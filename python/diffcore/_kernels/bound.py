@@ -6,12 +6,15 @@ from typing import Any
 
 from torch import Tensor
 
+from diffcore._engine import native
 from diffcore._engine.dispatch import Call, Grads, Kernel, drawing, run
 from diffcore._engine.execute import expand_coefs
 from diffcore._kernels.linear import SCALE
 from diffcore._kernels.noise import Needs, Tensors, noised, with_noise
 from diffcore.coefficients.bound import FIXED, VLB_COLUMNS
 from diffcore.reference import bound
+
+native.check_columns("VLB_COLUMNS", ("scale", *VLB_COLUMNS))
 
 
 def _vlb_term(learned: bool) -> Kernel:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from diffcore import reference
-from diffcore._engine import execute
+from diffcore._engine import execute, native
 from diffcore._engine.dispatch import (
     Call,
     Coef,
@@ -28,6 +28,8 @@ from diffcore.coefficients.step import STEP_COLUMNS
 LEADING = ("guidance_scale", "threshold")
 PLAIN, KEPT = 8, 11  # columns that every step has, and one that keeps a history
 MOST_HISTORY = 3
+
+native.check_columns("STEP_COLUMNS", ("guidance", "threshold", *STEP_COLUMNS))
 
 STILL, NOISY, LEARNED = range(3)
 _NOISE_INPUTS: tuple[tuple[str, ...], ...] = ((), ("noise",), ("variance_output", "noise"))
