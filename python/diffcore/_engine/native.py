@@ -23,6 +23,9 @@ DEBUG = os.environ.get("DIFFCORE_DEBUG", "") not in ("", "0")
 MIN_CUDA_DRIVER = 13000
 """The static CUDA 13 runtime in the module needs a driver of at least this version (R580)."""
 
+Reason = tuple[int, int, int, int]
+"""Why the compiled module did not run a call: code, argument, index of the argument, detail."""
+
 if BACKEND not in ("native", "reference"):
     raise ValueError(f"DIFFCORE_BACKEND is {BACKEND!r}; wanted 'native' or 'reference'")
 
@@ -49,8 +52,8 @@ def check_columns(module: Any) -> None:
         ("STEP_COLUMNS", 2, StepColumns._fields),
         ("VLB_COLUMNS", 1, VlbColumns._fields),
     ):
-        found = getattr(module, name, None)
-        if found is not None and tuple(found[leading:]) != columns:
+        found = getattr(module, name)
+        if tuple(found[leading:]) != columns:
             raise ImportError(f"_C.{name} must be {columns}, got {found[leading:]}; build it again")
 
 
@@ -87,6 +90,7 @@ if _C is not None and _ISA and _C.build_info()["instruction_set"] != _ISA:
     raise ValueError(
         f"DIFFCORE_ISA is {_ISA!r}; wanted v2, v3 or v4, and this processor has {best}"
     )
+
 
 _cuda_usable: bool | None = None
 
