@@ -20,7 +20,16 @@ from diffcore.diffusion import GaussianDiffusion as GaussianDiffusion
 from diffcore.likelihood import BitsPerDim as BitsPerDim
 from diffcore.likelihood import bits_per_dim as bits_per_dim
 from diffcore.noise import PhiloxNoise as PhiloxNoise
-from diffcore.ops import *
+
+# Family by family: type checkers do not follow an __all__ that is put together.
+from diffcore.ops._noise import *
+from diffcore.ops.bound import *
+from diffcore.ops.gaussian import *
+from diffcore.ops.likelihood import *
+from diffcore.ops.linear import *
+from diffcore.ops.loss import *
+from diffcore.ops.step import *
+from diffcore.ops.threshold import *
 from diffcore.sampling import sample as sample
 from diffcore.schedules import NoiseSchedule as NoiseSchedule
 from diffcore.schedules import betas_for_alpha_bar as betas_for_alpha_bar
