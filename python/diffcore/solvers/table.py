@@ -16,7 +16,7 @@ from diffcore._kernels.step import PLAIN, Plan, columns_read, learned_plan, plan
 from diffcore._types import Coef, Noise
 from diffcore.coefficients.step import STEP_COLUMNS
 from diffcore.ops import reverse_step
-from diffcore.ops._noise import noised
+from diffcore.ops._noise import run_noisy
 from diffcore.ops.step import take
 
 COLUMNS = STEP_COLUMNS
@@ -210,7 +210,7 @@ class SolverTable:
             if noise is None:
                 found = run(how.kernel, inputs, how.coefs, t)
             else:
-                found = noised(how.kernel, inputs, noise, how.coefs, t)
+                found = run_noisy(how.kernel, inputs, noise, how.coefs, t)
         else:
             found = take(
                 *(how, x, model_output, earlier, t),
