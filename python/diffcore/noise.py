@@ -109,7 +109,7 @@ class PhiloxNoise:
             Stream 0 of samples 0 .. B-1.
         """
         if generator is not None and not isinstance(generator, torch.Generator):
-            raise TypeError(f"generator is a {type(generator).__name__}; wanted a torch.Generator")
+            raise TypeError(f"generator must be a torch.Generator, got {type(generator).__name__}")
         source = torch.device("cpu") if generator is None else generator.device
         at = source if device is None else torch.device(device)
         drawn_at = at if generator is None else source
@@ -148,8 +148,8 @@ class PhiloxNoise:
         if device is None:
             device = next((p.device for p in self._parts if isinstance(p, Tensor)), None)
         if dtype is not None and dtype not in messages.DTYPES:
-            wanted = "float32, float64, bfloat16 or float16"
-            raise TypeError(f"dtype is {dtype}; wanted {wanted}")
+            allowed = "float32, float64, bfloat16 or float16"
+            raise TypeError(f"dtype must be {allowed}, got {dtype}")
         return draw(self, torch.empty(_sizes(shape), dtype=dtype, device=device))
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -182,17 +182,17 @@ def draw(noise: PhiloxNoise, out: Tensor) -> Tensor:
 
 
 def _sizes(shape: Any) -> tuple[int, ...]:
-    wanted = "a sequence of sizes, such as (64, 3, 32, 32)"
+    allowed = "a sequence of sizes, such as (64, 3, 32, 32)"
     if not hasattr(shape, "__iter__"):
-        raise TypeError(f"shape is {shape!r}; wanted {wanted}")
+        raise TypeError(f"shape must be {allowed}, got {shape!r}")
     sizes = tuple(shape)
     ints = (int, torch.SymInt)
     if any(
         isinstance(n, bool) or not (isinstance(n, ints) or hasattr(n, "__index__")) for n in sizes
     ):
-        raise TypeError(f"shape is {shape!r}; wanted {wanted}")
+        raise TypeError(f"shape must be {allowed}, got {shape!r}")
     if any(n < 0 for n in sizes):
-        raise ValueError(f"shape is {shape!r}; wanted {wanted}")
+        raise ValueError(f"shape must be {allowed}, got {shape!r}")
     return sizes
 
 
@@ -220,16 +220,16 @@ def _integer(name: str, value: Any, low: int, high: int) -> Any:
     """An int in low .. high - 1, or an int64 tensor."""
     if isinstance(value, Tensor):
         if value.dtype != torch.int64 or name == "first_element":
-            raise TypeError(f"{name} is a tensor of {value.dtype}; wanted {_WANTED[name]}")
+            raise TypeError(f"{name} must be {_ALLOWED[name]}, got a tensor of {value.dtype}")
         return value
     # A compiler's symbolic int is an int to isinstance, but has no __index__.
     is_int = isinstance(value, int)
     if isinstance(value, bool) or not (is_int or hasattr(value, "__index__")):
-        raise TypeError(f"{name} is a {type(value).__name__}; wanted {_WANTED[name]}")
+        raise TypeError(f"{name} must be {_ALLOWED[name]}, got {type(value).__name__}")
     if not is_int and not isinstance(value, torch.SymInt):
         value = value.__index__()
     if not low <= value < high:
-        raise ValueError(f"{name} is {value}; wanted {_WANTED[name]}")
+        raise ValueError(f"{name} must be {_ALLOWED[name]}, got {value}")
     return value
 
 
@@ -242,12 +242,12 @@ def _check_shapes(seed: Any, sample_ids: Any, stream: Any, first_element: int) -
         if not isinstance(part, Tensor):
             continue
         if part.ndim > 1 or (most and not 1 <= part.numel() <= most):
-            raise ValueError(f"{name} has shape {tuple(part.shape)}; wanted {_WANTED[name]}")
+            raise ValueError(f"{name} must be {_ALLOWED[name]}, got shape {tuple(part.shape)}")
     if first_element % 4:
-        raise ValueError(f"first_element is {first_element}; wanted {_WANTED['first_element']}")
+        raise ValueError(f"first_element must be {_ALLOWED['first_element']}, got {first_element}")
 
 
-_WANTED = {
+_ALLOWED = {
     "seed": "a 64-bit int, or an int64 or uint64 tensor of shape [], [1] or [2]",
     "sample_ids": "None, a 64-bit int, or an int64 tensor [B]",
     "stream": "an int in 0 .. 2^32 - 1, or an int64 tensor of one element",

@@ -25,7 +25,7 @@ from diffcore._engine.kernel import Kernel
 from diffcore._engine.library import run_registered
 from diffcore._types import Coefs, Step, Tensors
 
-# Nobody but Dynamo looks on without a mode.
+# The one tracer that activates no mode.
 _compiling = torch.compiler.is_dynamo_compiling
 _launch = None if native._C is None else native._C.launch
 
@@ -66,13 +66,15 @@ def _run(
     if found & _TRANSFORM or forward_ad._current_level >= 0:
         return run_reference(kernel, inputs, coefs, step, reduce_all, out, noise)
     if found:
-        if found & _NEGATED:  # the exchange API knows nothing of it
+        if found & _NEGATED:  # the exchange API does not carry it
             inputs = tuple([x.resolve_neg() for x in inputs])
         if found & _COEF_NEGATED:
             coefs = resolved(coefs)
         if found & (_NEEDS_GRAD | _COEF_NEEDS_GRAD):
             if out is not None:
-                raise ValueError("out=: an argument requires grad; write to it under no_grad()")
+                raise ValueError(
+                    "out must be None where an argument requires grad; call under torch.no_grad()"
+                )
             if found & _COEF_NEEDS_GRAD:
                 return run_reference(kernel, inputs, coefs, step, reduce_all, None, noise)
             return _apply((kernel, coefs, step, reduce_all, noise), *inputs)
@@ -80,7 +82,7 @@ def _run(
 
 
 def plain_eager() -> bool:
-    """Whether a plain tensor is just its numbers: no compiler, transform or mode is looking on."""
+    """Whether calls on plain tensors are neither compiled, transformed nor seen by a mode."""
     return not (
         _compiling()
         or forward_ad._current_level >= 0

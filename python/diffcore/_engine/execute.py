@@ -31,7 +31,8 @@ def direct(
 ) -> Any:
     """Allocates and calls the kernel.
 
-    What is wrong is raised; what a kernel does not read as it lies in memory is copied first.
+    Raises what is wrong with the arguments; copies first what lies in memory in an order that
+    kernels do not read.
     """
     if _C is None:
         return run_reference(kernel, inputs, coefs, step, reduce_all, out, noise)
@@ -146,7 +147,7 @@ def expand_coefs(coefs: Coefs, step: Step) -> list[Coef]:
             expanded.append(c)
         else:
             if isinstance(step, Tensor):
-                # Indexing would take negative steps, which under a transform nobody has refused.
+                # Indexing would take negative steps, which no kernel refuses under a transform.
                 rows = c.index_select(0, step.reshape(-1))
             else:
                 rows = c if step is None else c[step]
@@ -168,7 +169,7 @@ def split_coefs(coefs: Coefs) -> list[Coef]:
 
 
 def resolved(coefs: Coefs) -> Coefs:
-    """The coefficients without pending negations, of which the exchange API knows nothing."""
+    """The coefficients without pending negations, which the exchange API does not carry."""
     return tuple(c.resolve_neg() if isinstance(c, Tensor) else c for c in coefs)
 
 

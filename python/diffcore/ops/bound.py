@@ -72,9 +72,9 @@ def vlb_term(
     2021 (arXiv 2102.09672) eq. 15.
     """
     if x_t is None and noise is None:
-        raise TypeError("x_t is a NoneType, and so is noise; wanted one of them")
+        raise TypeError("x_t must be a torch.Tensor where noise is None, got NoneType")
     if x_t is not None and noise is not None:
-        raise ValueError("x_t and noise are both given; wanted one of them")
+        raise ValueError("x_t must be None where noise is given, got both")
     learned = variance_output is not None
     width = len(VLB_COLUMNS) if learned else FIXED
     coefs = (as_coef("scale", scale, None), as_table("coefficients", coefficients, width))
@@ -107,5 +107,5 @@ def prior_kl(x0: Tensor, alpha: float, sigma: float) -> Tensor:
     """
     a, s = float_of("alpha", alpha), float_of("sigma", sigma)
     if not s > 0:
-        raise ValueError(f"sigma is {s}; wanted a positive number")
+        raise ValueError(f"sigma must be positive, got {s}")
     return run(k.PRIOR_KL, (x0,), prior_coefficients(a, s))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from diffcore._checks import check_choice
 from diffcore._engine import messages
 from diffcore._engine.dispatch import run
 from diffcore._kernels import gaussian as k
@@ -29,7 +30,7 @@ def reduced(term: Term, inputs: tuple[Tensor, ...], reduction: str) -> Tensor:
         return run(term.sum, inputs, (1.0,))
     if reduction == "sum":
         return run(term.sum, inputs, (1.0,), None, True)
-    messages.choice("reduction", reduction, messages.REDUCTIONS)
+    check_choice("reduction", reduction, messages.REDUCTIONS)
     if not isinstance(inputs[0], Tensor):
         messages.refuse_non_tensor(term.sum.inputs, inputs)
     n = inputs[0].numel() if reduction == "mean" else (inputs[0].shape[0] if inputs[0].ndim else 1)

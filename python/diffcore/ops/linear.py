@@ -6,7 +6,7 @@ from typing import Literal, overload
 
 from torch import Tensor
 
-from diffcore._engine import messages
+from diffcore._checks import check_choice
 from diffcore._engine.dispatch import run
 from diffcore._kernels import linear as k
 from diffcore._types import Coef, Noise, Step
@@ -42,14 +42,17 @@ def _target(name: str, alpha: Coef, sigma: Coef) -> tuple[Coef, Coef]:
     if name == "v_prediction":
         return -as_number("sigma", sigma), alpha
     if name == "sample":
-        raise ValueError("return_target is 'sample'; its target is x0 itself")
-    messages.choice("return_target", name, ("epsilon", "v_prediction", "flow_prediction"))
+        raise ValueError(
+            "return_target must be one of 'epsilon', 'v_prediction', 'flow_prediction', got "
+            "'sample'; its target is x0 itself"
+        )
+    check_choice("return_target", name, ("epsilon", "v_prediction", "flow_prediction"))
     return (0.0 if name == "epsilon" else -1.0), 1.0
 
 
 def _refuse_out(out: Tensor | None) -> None:
     if out is not None:
-        raise ValueError("out and return_target are both given; wanted one")
+        raise ValueError("out must be None where return_target is given, got both")
 
 
 @overload
@@ -150,7 +153,7 @@ def q_sample(
     Source: Ho et al. 2020, eq. 4.
     """
     if t is None:
-        raise TypeError("t is None; wanted an int or an int64 or int32 tensor")
+        raise TypeError("t must be an int or an int64 or int32 tensor, got NoneType")
     table = as_table("table", table, 2)
     if return_target is None:
         x_t: Tensor = run_noisy(_Q_SAMPLE, (x0,), noise, (table,), t, out)

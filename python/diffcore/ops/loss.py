@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from diffcore._checks import check_choice
 from diffcore._engine import messages
 from diffcore._kernels import loss as k
 from diffcore._types import Coef, Noise, Step
@@ -59,9 +60,9 @@ def denoising_loss(
 
     Source: Ho et al. 2020, eq. 14 and Algorithm 1; weights: Hang et al. 2023.
     """
-    messages.choice("prediction_type", prediction_type, PREDICTION_TYPES)
+    check_choice("prediction_type", prediction_type, PREDICTION_TYPES)
     if not isinstance(model_output, Tensor):
-        raise TypeError(f"model_output is a {type(model_output).__name__}; wanted a torch.Tensor")
+        raise TypeError(f"model_output must be a torch.Tensor, got {type(model_output).__name__}")
     w = 1.0 if weight is None else as_coef("weight", weight, t)
     step = t if isinstance(w, Tensor) and w.ndim == 2 else None
     if prediction_type == "epsilon":
@@ -74,12 +75,12 @@ def denoising_loss(
         else:
             _check_unread("noise", noise, model_output)
         if not isinstance(x0, Tensor):
-            raise TypeError(f"x0 is a {type(x0).__name__}; wanted a torch.Tensor")
+            raise TypeError(f"x0 must be a torch.Tensor, got {type(x0).__name__}")
         return _loss(_X0_LOSS, (model_output,), x0, w, (), step)
     if prediction_type == "flow_prediction":
         return _loss(k.MIXED_TARGET_LOSS, (model_output, x0), noise, w, (-1.0, 1.0), step)
     if alpha is None or sigma is None:
-        raise ValueError("alpha and sigma are needed for prediction_type='v_prediction'")
+        raise ValueError("alpha and sigma are required for prediction_type='v_prediction'")
     a = as_coef("sigma", -as_number("sigma", sigma), t)
     return _loss(_V_LOSS, (model_output, x0), noise, w, (a, as_coef("alpha", alpha, t)), t)
 
@@ -97,15 +98,15 @@ def _loss(
     target: tuple[Coef, ...],
     step: Step,
 ) -> Tensor:
-    """`last`: what the functor reads last, the noise or x_0, or a recipe; `target`: a and b."""
+    """``last``: the last input of the functor, noise or x_0; ``target``: its coefficients a, b."""
     model_output, *others = inputs
     if isinstance(last, Tensor):
         others.append(last)
     inverse_n = 1.0 / max(model_output.shape[1:].numel() if model_output.ndim else 1, 1)
     coefs = (weight, inverse_n, *target)
     found: Tensor
-    wanted = torch.is_grad_enabled() and model_output.requires_grad
-    if wanted and not any(isinstance(x, Tensor) and x.requires_grad for x in others):
+    needed = torch.is_grad_enabled() and model_output.requires_grad
+    if needed and not any(isinstance(x, Tensor) and x.requires_grad for x in others):
         slope = k.expected_gradient(model_output) * inverse_n
         _, found = run_noisy(loss.with_gradient, inputs, last, (*coefs, slope), step)
     else:

@@ -85,14 +85,18 @@ def reverse_step(
     """
     earlier = tuple(history)
     if len(earlier) > k.MOST_HISTORY:
-        raise ValueError(f"history has {len(earlier)} tensors; wanted at most {k.MOST_HISTORY}")
+        raise ValueError(f"history must hold at most {k.MOST_HISTORY} tensors, got {len(earlier)}")
     if (variance_output is None) != (variance_coefficients is None):
-        raise ValueError("variance_output and variance_coefficients come together; got one")
+        raise ValueError(
+            "variance_output and variance_coefficients must be given together, got one"
+        )
     more = bool(earlier) or return_history
     if return_log_prob and (out is not None or more or variance_output is not None):
-        raise ValueError("return_log_prob goes with neither out, history nor variance_output")
+        raise ValueError(
+            "return_log_prob must be False with out, history or variance_output, got True"
+        )
     if out is not None and (return_history or len(earlier) > 1):
-        raise ValueError("out goes with neither return_history nor more than one h")
+        raise ValueError("out must be None with return_history or more than one h, got a tensor")
     reads, keeps = len(earlier), return_history or len(earlier) > 1
     if variance_output is None:
         row = first_columns(coefficients, k.columns_read(reads, keeps))
@@ -101,7 +105,7 @@ def reverse_step(
             earlier += (x,) * plan.padding
     else:
         if noise is None or reads or keeps:
-            raise ValueError("variance_output goes with noise and without history")
+            raise ValueError("variance_output must come with noise and without history")
         assert variance_coefficients is not None
         row = first_columns(coefficients, k.PLAIN)
         row += first_columns(variance_coefficients, 2, "variance_coefficients")
@@ -186,11 +190,11 @@ def leading_of(
     """The tensors that every step reads, and the coefficients that no table holds."""
     bound = 0.0 if threshold is None else as_coef("threshold", threshold, None)
     if isinstance(bound, float) and bound < 0:
-        raise ValueError(f"threshold is {bound}; wanted at least 0")
+        raise ValueError(f"threshold must be at least 0, got {bound}")
     if guidance_scale is None:
         if model_output_uncond is not None:
             raise ValueError(
-                "model_output_uncond and guidance_scale come together; got only model_output_uncond"
+                "guidance_scale is required with model_output_uncond, got only model_output_uncond"
             )
         return (x, model_output), (1.0, bound)
     scale = as_coef("guidance_scale", guidance_scale, None)
@@ -198,8 +202,8 @@ def leading_of(
         pair = isinstance(x, Tensor) and isinstance(model_output, Tensor) and x.ndim > 0
         if not pair or model_output.ndim == 0 or len(model_output) != 2 * len(x):
             raise ValueError(
-                "model_output_uncond and guidance_scale come together; got only guidance_scale, "
-                "and a model_output that is not two batches, the unconditional one first"
+                "model_output_uncond is required with guidance_scale, got only guidance_scale; or "
+                "pass a model_output [2 B, ...] with the unconditional batch first"
             )
         model_output_uncond, model_output = model_output.chunk(2)
     return (x, model_output, model_output_uncond), (scale, bound)
@@ -231,8 +235,8 @@ def first_columns(row: Row, columns: int, name: str = "coefficients") -> tuple[C
     widths = (columns,) if columns == 2 else (columns, _ALL) if columns == k.PLAIN else (_ALL,)
     if isinstance(row, tuple):
         if len(row) not in widths:
-            wanted = " or ".join(map(str, widths))
-            raise ValueError(f"{name} has {len(row)} numbers; wanted {wanted}")
+            counts = " or ".join(map(str, widths))
+            raise ValueError(f"{name} must hold {counts} numbers, got {len(row)}")
         return row[:columns]
     table = as_table(name, row, *widths)
     return (table if table.shape[1] == columns else table[:, :columns],)
@@ -354,7 +358,9 @@ def ddim_step(
     Source: Song et al. 2021, eqs. 12 and 16.
     """
     if noise is None and eta != 0:
-        raise ValueError(f"eta is {eta} and noise is None; wanted noise where eta is not 0")
+        raise ValueError(
+            f"noise is required where eta is not 0, got eta={eta}; pass a tensor or a PhiloxNoise"
+        )
     table = formulas.ddim_coefficients(
         in_float64("alpha", alpha),
         in_float64("sigma", sigma),

@@ -56,11 +56,11 @@ def dynamic_threshold(
     """
     p, most = float_of("ratio", ratio), float_of("sample_max_value", sample_max_value)
     if not 0 <= p <= 1:
-        raise ValueError(f"ratio is {p}; wanted 0 <= ratio <= 1")
+        raise ValueError(f"ratio must be in [0, 1], got {p}")
     if not most >= 1:
-        raise ValueError(f"sample_max_value is {most}; wanted at least 1")
+        raise ValueError(f"sample_max_value must be at least 1, got {most}")
     if isinstance(x, Tensor) and x.ndim and not x.shape[1:].numel():
-        raise ValueError(f"x has shape {tuple(x.shape)}; wanted at least one element per sample")
+        raise ValueError(f"x must have at least one element per sample, got shape {tuple(x.shape)}")
     tensors, leading = leading_of(x, model_output, model_output_uncond, guidance_scale, None)
     coefs = (*leading, *first_columns(coefficients, PLAIN), p, most)
     kernel = X0_QUANTILE[len(tensors) == 3]
