@@ -1,4 +1,4 @@
-"""Noise as a function of (seed, sample id, stream, element), drawn where it is used."""
+"""Noise as a function of (seed, sample id, stream, element), generated where it is used."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ _MAX_FIRST = 4 * _WORDS
 
 
 class PhiloxNoise:
-    """A recipe for standard normal noise: ``z = normal(seed, sample id, stream, element)``.
+    """A noise key, used like a JAX key: ``z = normal(seed, sample id, stream, element)``.
 
-    Whatever takes ``noise=`` takes a recipe in place of a tensor. The noise is then drawn inside
-    the kernel and never stored, and can be drawn again: the same recipe gives the same bits on CPU
-    and GPU, in any batch split or order, memory layout, number of threads and instruction set. The
-    draw is float32, rounded to the dtype of the tensors it meets; so ``op(noise=recipe)`` is
-    ``op(noise=recipe.tensor(shape, dtype=..., device=...))`` to the bit.
+    Every ``noise=`` argument takes a key in place of a tensor. The kernel then generates the
+    standard normal noise and never stores it, and can generate it again: the same key gives the
+    same bits on CPU and GPU, in any batch split or order, memory layout, number of threads and
+    instruction set. The noise is generated in float32 and rounded to the dtype of the samples; so
+    ``op(noise=key)`` equals ``op(noise=key.tensor(shape, dtype=..., device=...))`` to the bit.
 
     Philox4x32-10 with the seed as its key and the counter (element // 4, stream, sample id), and
     Box-Muller on its words; ``element`` counts along the row-major order inside a sample, whatever
-    the memory layout. A sample is an entry of the first dimension. Recipes are immutable, can be
+    the memory layout. A sample is an entry of the first dimension. Keys are immutable, can be
     pickled, and compare by value.
 
     Args:
@@ -97,13 +97,13 @@ class PhiloxNoise:
         *,
         device: torch.device | str | None = None,
     ) -> PhiloxNoise:
-        """A recipe with a seed drawn from torch's generator: ``torch.manual_seed`` governs.
+        """A key whose seed comes from torch's generator, so that ``torch.manual_seed`` sets it.
 
         Args:
             generator: ``None`` for the default one of the device.
             device: Where the noise will be needed; ``None`` for the generator's device, else the
                 CPU. On the CPU the seed is an int; elsewhere, and under ``torch.compile``, it is a
-                tensor, so that nothing waits and a captured graph draws anew at each replay.
+                tensor, so that nothing waits and a captured graph uses a new seed at each replay.
 
         Returns:
             Stream 0 of samples 0 .. B-1.
@@ -112,19 +112,19 @@ class PhiloxNoise:
             raise TypeError(f"generator must be a torch.Generator, got {type(generator).__name__}")
         source = torch.device("cpu") if generator is None else generator.device
         at = source if device is None else torch.device(device)
-        drawn_at = at if generator is None else source
-        seed = torch.randint(-(2**63), 2**63 - 1, (1,), generator=generator, device=drawn_at)
-        if drawn_at.type == "cpu" and plain_eager():
+        seeded_on = at if generator is None else source
+        seed = torch.randint(-(2**63), 2**63 - 1, (1,), generator=generator, device=seeded_on)
+        if seeded_on.type == "cpu" and plain_eager():
             return cls(int(seed))
         return cls(seed.to(at))
 
     def at(self, stream: int | Tensor) -> PhiloxNoise:
-        """The same recipe at another stream: another, independent noise of the same samples."""
+        """The same key at another stream: independent noise of the same samples."""
         seed, ids, _, first = self._parts
         return PhiloxNoise(seed, sample_ids=ids, stream=stream, first_element=first)
 
     def for_samples(self, sample_ids: int | Tensor | None) -> PhiloxNoise:
-        """The same recipe for other samples: of a batch's slice, of another process, ..."""
+        """The same key for other samples: a slice of the batch, another process, ..."""
         seed, _, stream, first = self._parts
         return PhiloxNoise(seed, sample_ids=sample_ids, stream=stream, first_element=first)
 
@@ -140,10 +140,10 @@ class PhiloxNoise:
         Args:
             shape: Its shape; the first dimension counts samples.
             dtype: float32, float64, bfloat16 or float16; torch's default if ``None``.
-            device: ``None`` for that of the recipe's tensors, else torch's default.
+            device: ``None`` for that of the key's tensors, else torch's default.
 
         Returns:
-            Standard normal noise: the float32 draw, rounded to ``dtype``.
+            Standard normal noise, generated in float32 and rounded to ``dtype``.
         """
         if device is None:
             device = next((p.device for p in self._parts if isinstance(p, Tensor)), None)
@@ -176,7 +176,7 @@ class PhiloxNoise:
 
 
 def draw(noise: PhiloxNoise, out: Tensor) -> Tensor:
-    """The noise in the shape, dtype and layout of `out`: in `out` itself, save under a compiler."""
+    """The noise in shape, dtype and layout of ``out``; in ``out`` itself except under a compiler."""
     into = out if plain_eager() else None
     return run(RANDN, (out,), (), None, False, into, noise._parts)
 

@@ -1,12 +1,12 @@
 """From a public op to a kernel, once for all ops: routes, layouts, autograd, torch.library.
 
-A `Kernel` names one functor of csrc/ops. `run` takes the cheapest right route, in this order:
+A ``Kernel`` names one functor of csrc/ops. ``run`` takes the cheapest right route, in this order:
 
 1. compiling or tracing, a tensor subclass, or a dispatch or function mode: the registered operator;
 2. a functorch transform or forward-mode AD: the reference, whose plain torch ops compose with
    every transform;
-3. a gradient is needed: one lean `autograd.Function`;
-4. otherwise `_C.launch`, and what that declines, with more care, through `_C.call`.
+3. a gradient is needed: one lean ``autograd.Function``;
+4. otherwise ``_C.launch``, and what that declines, with more care, through ``_C.call``.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def _run(
 
 
 def plain_eager() -> bool:
-    """Whether calls on plain tensors are neither compiled, transformed nor seen by a mode."""
+    """Whether calls on plain tensors are neither compiled, transformed nor watched by a mode."""
     return not (
         _compiling()
         or forward_ad._current_level >= 0

@@ -62,7 +62,7 @@ _COPIES = ("layout", "noise_layout", "overlap", "outputs_overlap")
 
 
 def _careful(reason: native.Reason, outs: Tensors, args: Arguments, reduce_all: bool) -> Any:
-    """What `direct` does where the kernel did not run: falls back, copies, or raises."""
+    """What ``direct`` does where the kernel did not run: falls back, copies, or raises."""
     kernel, inputs, coefs, step, out, noise = args
     code = messages.code_of(reason)
     if code in ("unreadable", "device_kind"):  # sparse, quantized, meta, or of another device
@@ -103,7 +103,7 @@ def _generated(noise: Noise, like: Tensor) -> Tensor:
 
 
 def _as(like: Tensor, x: Tensor) -> Tensor:
-    """`x` in the memory layout of `like`."""
+    """``x`` in the memory layout of ``like``."""
     return x if x.stride() == like.stride() else _new_like(like).copy_(x)
 
 
@@ -140,7 +140,7 @@ def run_reference(
 
 
 def expand_coefs(coefs: Coefs, step: Step) -> list[Coef]:
-    """One number, 0-dim or `[B]` tensor a coefficient, tables gathered at the step."""
+    """One number, 0-dim or ``[B]`` tensor a coefficient, tables gathered at the step."""
     expanded: list[Coef] = []
     for c in coefs:
         if not isinstance(c, Tensor) or c.ndim < 2:

@@ -111,7 +111,7 @@ def _no_gradient(argument: Any) -> Any:
 
 
 def _slice(argument: Any, dim: Any, i: int) -> Any:
-    """The `i`-th slice of what is batched in (nested lists of) arguments."""
+    """The ``i``-th slice of what is batched in (nested lists of) arguments."""
     if isinstance(argument, (list, tuple)):
         dims = dim if isinstance(dim, (list, tuple)) else [dim] * len(argument)
         return [_slice(a, d, i) for a, d in zip(argument, dims, strict=True)]

@@ -1,8 +1,8 @@
 """The errors of wrong arguments of an op, by name.
 
 The compiled module answers a wrong call with a reason: a code and the argument it is about.
-`refuse` raises the error of a reason. `explain` finds what is wrong in Python, for the routes that
-do not reach the compiled module; both build the same messages.
+``refuse`` raises the error of a reason. ``explain`` finds what is wrong in Python, for the routes
+that do not reach the compiled module; both build the same messages.
 """
 
 from __future__ import annotations
@@ -238,7 +238,7 @@ def _columns(c: Coef) -> int:
 
 
 def _coef_name(kernel: Kernel, c: Coef, k: int) -> str:
-    """What the caller calls the coefficient whose first column is the `k`-th."""
+    """What the caller calls the coefficient whose first column is the ``k``-th."""
     return kernel.coefs[k] if k < len(kernel.coefs) and _columns(c) == 1 else kernel.table
 
 
@@ -354,7 +354,7 @@ def _check_step(step: Step, steps: int, first: Tensor) -> None:
 
 
 def check_noise(noise: tuple[Any, ...], rows: int, first: Tensor) -> None:
-    """Raises unless the noise key fits the samples of `first`."""
+    """Raises unless the noise key fits the samples of ``first``."""
     for name, part in zip(("seed", "sample_ids", "stream"), noise, strict=False):
         if not isinstance(part, Tensor):
             continue

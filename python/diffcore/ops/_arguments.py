@@ -1,4 +1,4 @@
-"""Coefficients and tables as users pass them, in the form the kernels take."""
+"""Coefficients and tables as users pass them, converted to what the kernels take."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from diffcore._types import Coef, Step
 
 
 def as_coef(name: str, value: Coef, step: Step) -> Coef:
-    """A float, a 0-dim or `[B]` tensor, or, with a step, a table `[T, 1]`."""
+    """A float, a 0-dim or ``[B]`` tensor, or, with a step, a table ``[T, 1]``."""
     if type(value) is float:
         return value
     if not isinstance(value, Tensor):
@@ -29,7 +29,7 @@ def as_coef(name: str, value: Coef, step: Step) -> Coef:
 
 
 def _flat(name: str, value: Tensor) -> Tensor:
-    """`[B, 1, ...]` as `[B]`."""
+    """``[B, 1, ...]`` as ``[B]``."""
     if value.ndim < 2:
         return value
     if value.numel() != len(value):
@@ -38,7 +38,7 @@ def _flat(name: str, value: Tensor) -> Tensor:
 
 
 def as_table(name: str, table: Tensor, *columns: int) -> Tensor:
-    """A table `[T, n]`, n one of `columns`; a row becomes a table of one."""
+    """A table ``[T, n]``, n one of ``columns``; a row becomes a table of one."""
     if not isinstance(table, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(table).__name__}")
     if table.ndim == 1 and len(table) in columns:

@@ -78,7 +78,8 @@ def randn(
     Returns:
         ``[B, ...]``.
 
-    Source: Salmon et al. 2011; Box & Muller 1958.
+    Source:
+        Salmon et al. 2011; Box & Muller 1958.
     """
     if not isinstance(noise, PhiloxNoise):
         raise TypeError(f"noise must be a PhiloxNoise, got {type(noise).__name__}")

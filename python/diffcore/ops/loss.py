@@ -39,26 +39,29 @@ def denoising_loss(
     """The weighted squared error, per sample: ``weight · mean_i (m_i - target_i)²``.
 
     The target is noise ("epsilon"), x_0 ("sample"), alpha noise - sigma x_0 ("v_prediction") or
-    noise - x_0 ("flow_prediction"). It is never written to memory, nor is a noise that is given as
-    a recipe: it is drawn again. The gradient of `model_output`, where one is needed, is made in the
-    same pass, as that of the mean over the batch; the backward pass rescales it if it is asked for
-    that of another function of the losses.
+    noise - x_0 ("flow_prediction"). The target is never written to memory; neither is the noise of
+    a key, which the kernel generates again. Where ``model_output`` needs a gradient, the same pass
+    computes it for the mean over the batch, and the backward pass rescales it for any other
+    function of the losses.
 
     Args:
-        model_output: m, `[B, ...]`.
-        x0: clean samples `[B, ...]`.
-        noise: the noise that was added `[B, ...]`, or the recipe for it.
-        prediction_type: what the model predicts.
-        alpha: signal coefficient, for "v_prediction" only: a number, `[B]`, or a table `[T]` with
-            `t`.
-        sigma: noise coefficient, likewise.
-        weight: the weight of each sample (1 when None), likewise.
-        t: the step that gathers the tables.
+        model_output: m, ``[B, ...]``.
+        x0: Clean samples ``[B, ...]``.
+        noise: The noise that was added ``[B, ...]``, or its noise key.
+        prediction_type: "epsilon", "sample", "v_prediction" or "flow_prediction".
+        alpha: Signal coefficient, for "v_prediction" only. A number, 0-dim, ``[B]``, or a table
+            ``[T]`` with ``t``.
+        sigma: Noise coefficient, for "v_prediction" only. A number, 0-dim, ``[B]``, or a table
+            ``[T]`` with ``t``.
+        weight: Weight of each sample; ``None`` for 1. A number, 0-dim, ``[B]``, or a table ``[T]``
+            with ``t``.
+        t: The step at which the tables are read: an int, ``[B]`` or a one-element counter.
 
     Returns:
-        The loss of each sample, `[B]` (float32 for 16-bit inputs).
+        The loss of each sample, ``[B]`` (float32 for 16-bit inputs).
 
-    Source: Ho et al. 2020, eq. 14 and Algorithm 1; weights: Hang et al. 2023.
+    Source:
+        Ho et al. 2020, eq. 14 and Algorithm 1; weights: Hang et al. 2023.
     """
     check_choice("prediction_type", prediction_type, PREDICTION_TYPES)
     if not isinstance(model_output, Tensor):

@@ -1,4 +1,4 @@
-"""One reverse step of any solver, its log-probability, and the two of the lecture by name."""
+"""One reverse step of any solver and its log-probability, and the DDPM and DDIM steps by name."""
 
 from __future__ import annotations
 
@@ -50,38 +50,40 @@ def reverse_step(
         x' = c_x x + c_m m + c_0 x0 + c_1 h_1 + c_2 h_2 + c_3 h_3 + c_z noise
         h' = e_x x + e_m m + e_0 x0
 
-    Differentiable in `x`, the model outputs, `history` and `noise`; outside the clip no gradient
-    flows through `x0`. ``SolverTable.step`` calls this for a step of a solver.
+    Differentiable in ``x``, the model outputs, ``history`` and ``noise``; outside the clip no
+    gradient flows through ``x0``. ``SolverTable.step`` calls this for a step of a solver.
 
     Args:
-        x: the current samples `[B, ...]`.
-        model_output: m, `[B, ...]`. Under guidance m_c, or, without `model_output_uncond`, both in
-            one tensor `[2 B, ...]`, m_u first.
-        coefficients: a table `[T, 8]` or `[T, 14]` read at `t`, or `[B, 8 or 14]` or a row of
-            numbers without `t`; float64 or float32. The columns are c_x, c_m, c_0, c_z, a_x, a_m,
-            clip_min, clip_max, and, where history is read or returned, e_x, e_m, e_0, c_1, c_2,
-            c_3 (``solvers.COLUMNS``).
-        t: the row: an int, `[B]` or a one-element counter.
-        noise: z `[B, ...]`, or a recipe for it; None leaves the last term out.
-        model_output_uncond: m_u `[B, ...]`, for classifier-free guidance.
-        guidance_scale: w, a number or `[B]`; needed under guidance, and only then.
-        threshold: s, a number or `[B]`: x0 is clipped to [-s, s] instead, and divided by s
+        x: The current samples ``[B, ...]``.
+        model_output: m, ``[B, ...]``. Under guidance m_c, or, without ``model_output_uncond``, both
+            in one tensor ``[2 B, ...]``, m_u first.
+        coefficients: A table ``[T, 8]`` or ``[T, 14]`` read at ``t``, or ``[B, 8 or 14]`` or a row
+            of numbers without ``t``; float64 or float32. The columns are c_x, c_m, c_0, c_z, a_x,
+            a_m, clip_min, clip_max, and, where history is read or returned, e_x, e_m, e_0, c_1,
+            c_2, c_3 (``solvers.COLUMNS``).
+        t: The row: an int, ``[B]`` or a one-element counter.
+        noise: z ``[B, ...]``, or a noise key; ``None`` omits the last term.
+        model_output_uncond: m_u ``[B, ...]``, for classifier-free guidance.
+        guidance_scale: w, a number or ``[B]``; needed under guidance, and only then.
+        threshold: s, a number or ``[B]``: x0 is clipped to [-s, s] instead, and divided by s
             (:func:`dynamic_threshold`); 0 for the row's own clip_min and clip_max.
-        history: h_1, h_2, h_3 or the first of them, `[B, ...]`: what earlier steps returned.
-        return_history: return h' too.
-        variance_output: v `[B, ...]`, where a model says the variance of its own step: the noise
-            is then ``c_z exp(s_0 + s_v v) noise``. Needs `noise`; not with history.
-        variance_coefficients: (s_0, s_v), like `coefficients`.
-        return_log_prob: return log p(x' | x) too (:func:`step_log_prob`), of x' as it is stored,
-            which takes a second launch; x' counts as a constant. Not with history.
-        out: where to write x', `x` itself if you like; no gradient may be needed.
+        history: h_1, h_2, h_3 or the first of them, ``[B, ...]``: the h' that earlier steps
+            returned.
+        return_history: Return h' as well.
+        variance_output: v ``[B, ...]``, where the model predicts the variance of its step: the
+            noise is then ``c_z exp(s_0 + s_v v) noise``. Needs ``noise``; not with history.
+        variance_coefficients: (s_0, s_v), like ``coefficients``.
+        return_log_prob: Return log p(x' | x) as well (:func:`step_log_prob`), of x' as it is
+            stored, which takes a second launch; x' counts as a constant. Not with history.
+        out: Tensor to write x' to, such as ``x`` itself. Not where a gradient is needed.
 
     Returns:
-        The samples of the next step `[B, ...]`; or a tuple of them and what was asked for: h'
-        `[B, ...]`, the log-probability `[B]`.
+        The samples of the next step ``[B, ...]``; or a tuple of them and what was asked for: h'
+        ``[B, ...]``, the log-probability ``[B]``.
 
-    Source: docs/architecture.md, "A solver is a table"; guidance: Ho & Salimans 2022 (arXiv
-    2207.12598); threshold: Saharia et al. 2022 (arXiv 2205.11487).
+    Source:
+        docs/architecture.md, "A solver is a table"; guidance: Ho & Salimans 2022 (arXiv
+        2207.12598); threshold: Saharia et al. 2022 (arXiv 2205.11487).
     """
     earlier = tuple(history)
     if len(earlier) > k.MOST_HISTORY:
@@ -150,29 +152,30 @@ def step_log_prob(
     guidance_scale: Coef | None = None,
     threshold: Coef | None = None,
 ) -> Tensor:
-    """The log p(x' | x) of a step: a Gaussian around what :func:`reverse_step` gives unnoised.
+    """The log p(x' | x) of a step: a Gaussian around the noise-free :func:`reverse_step`.
 
     With n elements in a sample and mean = c_x x + c_m m + c_0 x0::
 
         -1/2 sum((x' - mean)²) / c_z² - n log c_z - n/2 log(2 pi)
 
-    A step without noise (c_z = 0: the last of most walks) has no density; it gives 0 and gradient
-    0. Differentiable; by m alone in one launch, as policy gradients need it.
+    A step without noise (c_z = 0: the last step of most sampling loops) has no density; it gives 0
+    and gradient 0. Differentiable; in m alone with one launch, as policy gradients need it.
 
     Args:
-        x: the samples before the step `[B, ...]`.
-        model_output: as for :func:`reverse_step`.
-        x_next: x', the samples after it `[B, ...]`.
-        coefficients: as for :func:`reverse_step`; a step that reads history has no such form.
-        t: as for :func:`reverse_step`.
-        model_output_uncond: as for :func:`reverse_step`.
-        guidance_scale: as for :func:`reverse_step`.
-        threshold: as for :func:`reverse_step`.
+        x: The samples before the step ``[B, ...]``.
+        model_output: As for :func:`reverse_step`.
+        x_next: x', the samples after it ``[B, ...]``.
+        coefficients: As for :func:`reverse_step`; a step that reads history has no such form.
+        t: As for :func:`reverse_step`.
+        model_output_uncond: As for :func:`reverse_step`.
+        guidance_scale: As for :func:`reverse_step`.
+        threshold: As for :func:`reverse_step`.
 
     Returns:
-        `[B]`, float32 (float64 for float64 samples): the sum over each sample, in nats.
+        ``[B]``, float32 (float64 for float64 samples): the sum over each sample, in nats.
 
-    Source: Black et al. 2023 (arXiv 2305.13301), section 4.
+    Source:
+        Black et al. 2023 (arXiv 2305.13301), section 4.
     """
     row = first_columns(coefficients, k.PLAIN)
     tensors, leading = leading_of(x, model_output, model_output_uncond, guidance_scale, threshold)
@@ -221,7 +224,7 @@ def take(
     threshold: Coef | None,
     out: Tensor | None = None,
 ) -> Any:
-    """`reverse_step` as planned; `others` is what its kernel reads beside x and the predictions."""
+    """``reverse_step`` as planned; its kernel reads ``others`` beside x and the predictions."""
     tensors, leading = leading_of(x, model_output, model_output_uncond, guidance_scale, threshold)
     kernel = plan.kernel if len(tensors) == 2 else plan.guided
     coefs, inputs = leading + plan.coefs[2:], (*tensors, *others)
@@ -243,7 +246,7 @@ def first_columns(row: Row, columns: int, name: str = "coefficients") -> tuple[C
 
 
 def _row(table: Tensor, like: Tensor) -> tuple[Coef, ...]:
-    """Coefficients just computed: as numbers where they are, so that none is sent to a device."""
+    """Coefficients just computed, as numbers where possible, so that none is sent to a device."""
     if table.ndim == 1 and table.device.type == "cpu" and not table.requires_grad and plain_eager():
         return tuple(table.tolist())
     if isinstance(like, Tensor) and table.device != like.device:
@@ -275,24 +278,26 @@ def ddpm_step(
     once and use :func:`reverse_step`.
 
     Args:
-        model_output: the model's prediction at `x_t`, `[B, ...]`.
-        x_t: the current samples `[B, ...]`.
-        alpha: signal coefficient now: a number or `[B]`.
-        sigma: noise coefficient now.
-        alpha_prev: signal coefficient after the step (1 at the end).
-        sigma_prev: noise coefficient after the step (0 at the end).
-        noise: z `[B, ...]`, or a recipe for it; None for the last step.
+        model_output: The model's prediction at ``x_t``, ``[B, ...]``.
+        x_t: The current samples ``[B, ...]``.
+        alpha: Signal coefficient before the step. A number, 0-dim or ``[B]``.
+        sigma: Noise coefficient before the step. A number, 0-dim or ``[B]``.
+        alpha_prev: Signal coefficient after the step (1 at the end). A number, 0-dim or ``[B]``.
+        sigma_prev: Noise coefficient after the step (0 at the end). A number, 0-dim or ``[B]``.
+        noise: z ``[B, ...]``, or a noise key; ``None`` for the last step.
         prediction_type: "epsilon", "sample", "v_prediction" or "flow_prediction".
         variance_type: "fixed_small" or "fixed_large".
         clip_range: None, c for [-c, c], or (low, high): where x0 is clipped.
-        model_output_uncond: the unconditional prediction `[B, ...]`, for classifier-free guidance.
+        model_output_uncond: The unconditional prediction ``[B, ...]``, for classifier-free
+            guidance.
         guidance_scale: w in m_u + w (m_c - m_u).
-        out: where to write, `x_t` itself if you like; no gradient may be needed.
+        out: Tensor to write to, such as ``x_t`` itself. Not where a gradient is needed.
 
     Returns:
-        `x_{t-1}` `[B, ...]`.
+        ``x_{t-1}`` ``[B, ...]``.
 
-    Source: Ho et al. 2020, eqs. 6-7 and Algorithm 2.
+    Source:
+        Ho et al. 2020, eqs. 6-7 and Algorithm 2.
     """
     table = formulas.ddpm_coefficients(
         in_float64("alpha", alpha),
@@ -333,29 +338,31 @@ def ddim_step(
     s is eta times the deviation of :func:`ddpm_step` ("fixed_small").
 
     Args:
-        model_output: the model's prediction at `x_t`, `[B, ...]`.
-        x_t: the current samples `[B, ...]`.
-        alpha: signal coefficient now: a number or `[B]`.
-        sigma: noise coefficient now.
-        alpha_prev: signal coefficient after the step (1 at the end).
-        sigma_prev: noise coefficient after the step (0 at the end).
+        model_output: The model's prediction at ``x_t``, ``[B, ...]``.
+        x_t: The current samples ``[B, ...]``.
+        alpha: Signal coefficient before the step. A number, 0-dim or ``[B]``.
+        sigma: Noise coefficient before the step. A number, 0-dim or ``[B]``.
+        alpha_prev: Signal coefficient after the step (1 at the end). A number, 0-dim or ``[B]``.
+        sigma_prev: Noise coefficient after the step (0 at the end). A number, 0-dim or ``[B]``.
         eta: 0 is deterministic, 1 has DDPM's ("fixed_small") variance.
-        noise: z `[B, ...]`, or a recipe for it; needed only where eta > 0.
+        noise: z ``[B, ...]``, or a noise key; required where eta > 0.
         prediction_type: "epsilon", "sample", "v_prediction" or "flow_prediction".
-        rederive_epsilon: after the clip, take epsilon from the clipped x0 (guided-diffusion's
+        rederive_epsilon: After the clip, take epsilon from the clipped x0 (guided-diffusion's
             rule) or keep the model's (diffusers' default).
         clip_range: None, c for [-c, c], or (low, high): where x0 is clipped.
-        model_output_uncond: the unconditional prediction `[B, ...]`, for classifier-free guidance.
+        model_output_uncond: The unconditional prediction ``[B, ...]``, for classifier-free
+            guidance.
         guidance_scale: w in m_u + w (m_c - m_u).
-        out: where to write, `x_t` itself if you like; no gradient may be needed.
+        out: Tensor to write to, such as ``x_t`` itself. Not where a gradient is needed.
 
     Returns:
-        The samples of the next step `[B, ...]`.
+        The samples of the next step ``[B, ...]``.
 
     Raises:
-        ValueError: eta above 0 without noise.
+        ValueError: ``eta`` is above 0 and ``noise`` is ``None``.
 
-    Source: Song et al. 2021, eqs. 12 and 16.
+    Source:
+        Song et al. 2021, eqs. 12 and 16.
     """
     if noise is None and eta != 0:
         raise ValueError(
