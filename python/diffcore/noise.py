@@ -176,7 +176,7 @@ class PhiloxNoise:
 
 
 def draw(noise: PhiloxNoise, out: Tensor) -> Tensor:
-    """The noise in shape, dtype and layout of ``out``; in ``out`` itself except under a compiler."""
+    """The noise in shape, dtype and layout of ``out``; in ``out`` itself unless compiled."""
     into = out if plain_eager() else None
     return run(RANDN, (out,), (), None, False, into, noise._parts)
 

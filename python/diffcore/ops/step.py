@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, NamedTuple, overload
 
 from torch import Tensor
 
 from diffcore._engine.dispatch import plain_eager, run
 from diffcore._kernels import step as k
-from diffcore._types import ClipRange, Coef, Noise, Row, Step
+from diffcore._types import ClipRange, Coef, Coefs, Noise, Row, Step, Tensors
 from diffcore.coefficients import step as formulas
 from diffcore.ops._arguments import as_coef, as_table, in_float64
 from diffcore.ops._noise import run_noisy
@@ -25,6 +25,78 @@ __all__ = [
 _ALL = len(formulas.STEP_COLUMNS)
 
 
+class Guidance(NamedTuple):
+    """Classifier-free guidance, ``m = m_u + w (m_c - m_u)``, as the user passed it.
+
+    Without ``output_uncond`` the model output holds both predictions, m_u first.
+    """
+
+    output_uncond: Tensor | None
+    scale: Coef | None
+
+
+class LearnedVariance(NamedTuple):
+    """A predicted variance, ``c_z exp(s_0 + s_v v)``: v, and the columns s_0 and s_v."""
+
+    output: Tensor
+    coefficients: Row
+
+
+@overload
+def reverse_step(
+    x: Tensor,
+    model_output: Tensor,
+    coefficients: Row,
+    *,
+    t: Step = None,
+    noise: Noise | None = None,
+    model_output_uncond: Tensor | None = None,
+    guidance_scale: Coef | None = None,
+    threshold: Coef | None = None,
+    history: Sequence[Tensor] = (),
+    return_history: Literal[False] = False,
+    variance_output: Tensor | None = None,
+    variance_coefficients: Row | None = None,
+    return_log_prob: Literal[False] = False,
+    out: Tensor | None = None,
+) -> Tensor: ...
+@overload
+def reverse_step(
+    x: Tensor,
+    model_output: Tensor,
+    coefficients: Row,
+    *,
+    t: Step = None,
+    noise: Noise | None = None,
+    model_output_uncond: Tensor | None = None,
+    guidance_scale: Coef | None = None,
+    threshold: Coef | None = None,
+    history: Sequence[Tensor] = (),
+    return_history: Literal[True],
+    variance_output: Tensor | None = None,
+    variance_coefficients: Row | None = None,
+    return_log_prob: Literal[False] = False,
+    out: Tensor | None = None,
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def reverse_step(
+    x: Tensor,
+    model_output: Tensor,
+    coefficients: Row,
+    *,
+    t: Step = None,
+    noise: Noise | None = None,
+    model_output_uncond: Tensor | None = None,
+    guidance_scale: Coef | None = None,
+    threshold: Coef | None = None,
+    history: Sequence[Tensor] = (),
+    return_history: Literal[False] = False,
+    variance_output: Tensor | None = None,
+    variance_coefficients: Row | None = None,
+    return_log_prob: Literal[True],
+    out: Tensor | None = None,
+) -> tuple[Tensor, Tensor]: ...
+@overload
 def reverse_step(
     x: Tensor,
     model_output: Tensor,
@@ -41,7 +113,24 @@ def reverse_step(
     variance_coefficients: Row | None = None,
     return_log_prob: bool = False,
     out: Tensor | None = None,
-) -> Any:
+) -> Tensor | tuple[Tensor, Tensor]: ...
+def reverse_step(
+    x: Tensor,
+    model_output: Tensor,
+    coefficients: Row,
+    *,
+    t: Step = None,
+    noise: Noise | None = None,
+    model_output_uncond: Tensor | None = None,
+    guidance_scale: Coef | None = None,
+    threshold: Coef | None = None,
+    history: Sequence[Tensor] = (),
+    return_history: bool = False,
+    variance_output: Tensor | None = None,
+    variance_coefficients: Row | None = None,
+    return_log_prob: bool = False,
+    out: Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
     """One step of any solver, with guidance, conversion, clip, update and noise in one launch.
 
     With ``m = m_u + w (m_c - m_u)`` under guidance and ``x0 = clip(a_x x + a_m m, clip_min,
@@ -86,59 +175,35 @@ def reverse_step(
         2207.12598); threshold: Saharia et al. 2022 (arXiv 2205.11487).
     """
     earlier = tuple(history)
+    keeps = return_history or len(earlier) > 1
+    variance = _variance_of(variance_output, variance_coefficients)
     if len(earlier) > k.MOST_HISTORY:
         raise ValueError(f"history must hold at most {k.MOST_HISTORY} tensors, got {len(earlier)}")
-    if (variance_output is None) != (variance_coefficients is None):
-        raise ValueError(
-            "variance_output and variance_coefficients must be given together, got one"
-        )
-    more = bool(earlier) or return_history
-    if return_log_prob and (out is not None or more or variance_output is not None):
+    if return_log_prob and (out is not None or earlier or keeps or variance is not None):
         raise ValueError(
             "return_log_prob must be False with out, history or variance_output, got True"
         )
-    if out is not None and (return_history or len(earlier) > 1):
+    if out is not None and keeps:
         raise ValueError("out must be None with return_history or more than one h, got a tensor")
-    reads, keeps = len(earlier), return_history or len(earlier) > 1
-    if variance_output is None:
-        row = first_columns(coefficients, k.columns_read(reads, keeps))
-        plan = k.plan(row, reads, keeps, noise is not None)
+    guidance = _guidance_of(model_output_uncond, guidance_scale)
+    if variance is None:
+        row = step_columns(coefficients, k.columns_read(len(earlier), keeps))
+        plan = k.plan(row, len(earlier), keeps, noise is not None)
         if plan.padding:
             earlier += (x,) * plan.padding
     else:
-        if noise is None or reads or keeps:
+        if noise is None or earlier or keeps:
             raise ValueError("variance_output must come with noise and without history")
-        assert variance_coefficients is not None
-        row = first_columns(coefficients, k.PLAIN)
-        row += first_columns(variance_coefficients, 2, "variance_coefficients")
-        plan, earlier = k.learned_plan(row), (variance_output,)
-    found = take(
-        plan,
-        x,
-        model_output,
-        earlier,
-        t,
-        noise,
-        model_output_uncond,
-        guidance_scale,
-        threshold,
-        out,
-    )
+        row = step_columns(coefficients, k.PLAIN) + variance_columns(variance.coefficients)
+        plan, earlier = k.learned_plan(row), (variance.output,)
+    found: Any = launch(plan, x, model_output, earlier, t, noise, guidance, threshold, out)
     if keeps and not return_history:
         found = found[0]
     if return_log_prob:
-        made = found.detach()
-        return found, step_log_prob(
-            x,
-            model_output,
-            made,
-            coefficients,
-            t=t,
-            model_output_uncond=model_output_uncond,
-            guidance_scale=guidance_scale,
-            threshold=threshold,
+        return found, _log_prob(
+            x, model_output, found.detach(), coefficients, t, guidance, threshold
         )
-    return found
+    return found  # type: ignore[no-any-return]
 
 
 def step_log_prob(
@@ -177,65 +242,119 @@ def step_log_prob(
     Source:
         Black et al. 2023 (arXiv 2305.13301), section 4.
     """
-    row = first_columns(coefficients, k.PLAIN)
-    tensors, leading = leading_of(x, model_output, model_output_uncond, guidance_scale, threshold)
+    guidance = _guidance_of(model_output_uncond, guidance_scale)
+    return _log_prob(x, model_output, x_next, coefficients, t, guidance, threshold)
+
+
+def _log_prob(
+    x: Tensor,
+    model_output: Tensor,
+    x_next: Tensor,
+    coefficients: Row,
+    t: Step,
+    guidance: Guidance | None,
+    threshold: Coef | None,
+) -> Tensor:
+    row = step_columns(coefficients, k.PLAIN)
+    tensors, leading = predictions(x, model_output, guidance, threshold)
     kernel = k.STEP_LOG_PROB[len(tensors) == 3]
     return run(kernel, (*tensors, x_next), (*leading, *row), t)
 
 
-def leading_of(
+# ---- from a row and a plan to a launch -----------------------------------------------------------
+
+
+def launch(
+    plan: k.Plan,
     x: Tensor,
     model_output: Tensor,
-    model_output_uncond: Tensor | None,
-    guidance_scale: Coef | None,
-    threshold: Coef | None,
-) -> tuple[tuple[Tensor, ...], tuple[Coef, Coef]]:
+    others: Tensors,
+    t: Step,
+    noise: Noise | None,
+    guidance: Guidance | None = None,
+    threshold: Coef | None = None,
+    out: Tensor | None = None,
+) -> Any:
+    """Takes a planned step in one launch.
+
+    Args:
+        plan: The kernel and the coefficients.
+        x: The current samples.
+        model_output: m, or m_c under guidance.
+        others: The other tensors that the kernel reads: history, or a predicted variance.
+        t: The row, where the plan holds a table.
+        noise: z or a noise key; given if the plan is noisy.
+        guidance: ``None`` without guidance.
+        threshold: Bound of x_0, or ``None``.
+        out: Tensor to write to.
+
+    Returns:
+        x', or (x', h') if the plan keeps history.
+    """
+    if guidance is None and threshold is None:
+        kernel, inputs, coefs = plan.kernel, (x, model_output, *others), plan.coefs
+    else:
+        tensors, leading = predictions(x, model_output, guidance, threshold)
+        kernel = plan.kernel if len(tensors) == 2 else plan.guided
+        inputs, coefs = (*tensors, *others), leading + plan.coefs[2:]
+    if noise is None:
+        return run(kernel, inputs, coefs, t, False, out)
+    return run_noisy(kernel, inputs, noise, coefs, t, out)
+
+
+def predictions(
+    x: Tensor, model_output: Tensor, guidance: Guidance | None, threshold: Coef | None
+) -> tuple[Tensors, tuple[Coef, Coef]]:
     """The tensors that every step reads, and the coefficients that no table holds."""
     bound = 0.0 if threshold is None else as_coef("threshold", threshold, None)
     if isinstance(bound, float) and bound < 0:
         raise ValueError(f"threshold must be at least 0, got {bound}")
-    if guidance_scale is None:
-        if model_output_uncond is not None:
-            raise ValueError(
-                "guidance_scale is required with model_output_uncond, got only model_output_uncond"
-            )
+    if guidance is None:
         return (x, model_output), (1.0, bound)
-    scale = as_coef("guidance_scale", guidance_scale, None)
-    if model_output_uncond is None:
+    uncond, scale = guidance
+    if scale is None:
+        raise ValueError(
+            "guidance_scale is required with model_output_uncond, got only model_output_uncond"
+        )
+    scale = as_coef("guidance_scale", scale, None)
+    if uncond is None:
         pair = isinstance(x, Tensor) and isinstance(model_output, Tensor) and x.ndim > 0
         if not pair or model_output.ndim == 0 or len(model_output) != 2 * len(x):
             raise ValueError(
                 "model_output_uncond is required with guidance_scale, got only guidance_scale; or "
                 "pass a model_output [2 B, ...] with the unconditional batch first"
             )
-        model_output_uncond, model_output = model_output.chunk(2)
-    return (x, model_output, model_output_uncond), (scale, bound)
+        uncond, model_output = model_output.chunk(2)
+    return (x, model_output, uncond), (scale, bound)
 
 
-def take(
-    plan: k.Plan,
-    x: Tensor,
-    model_output: Tensor,
-    others: tuple[Tensor, ...],
-    t: Step,
-    noise: Noise | None,
-    model_output_uncond: Tensor | None,
-    guidance_scale: Coef | None,
-    threshold: Coef | None,
-    out: Tensor | None = None,
-) -> Any:
-    """``reverse_step`` as planned; its kernel reads ``others`` beside x and the predictions."""
-    tensors, leading = leading_of(x, model_output, model_output_uncond, guidance_scale, threshold)
-    kernel = plan.kernel if len(tensors) == 2 else plan.guided
-    coefs, inputs = leading + plan.coefs[2:], (*tensors, *others)
-    if noise is None:
-        return run(kernel, inputs, coefs, t, False, out)
-    return run_noisy(kernel, inputs, noise, coefs, t, out)
+def _guidance_of(output_uncond: Tensor | None, scale: Coef | None) -> Guidance | None:
+    return None if output_uncond is None and scale is None else Guidance(output_uncond, scale)
 
 
-def first_columns(row: Row, columns: int, name: str = "coefficients") -> tuple[Coef, ...]:
-    """The first columns of a table, or the first numbers of a row."""
-    widths = (columns,) if columns == 2 else (columns, _ALL) if columns == k.PLAIN else (_ALL,)
+def _variance_of(output: Tensor | None, coefficients: Row | None) -> LearnedVariance | None:
+    if output is None and coefficients is None:
+        return None
+    if output is None or coefficients is None:
+        raise ValueError(
+            "variance_output and variance_coefficients must be given together, got one"
+        )
+    return LearnedVariance(output, coefficients)
+
+
+def step_columns(row: Row, columns: int) -> Coefs:
+    """The first columns of a step, of a row or table that may have all of them."""
+    return _columns(
+        "coefficients", row, columns, (columns, _ALL) if columns == k.PLAIN else (_ALL,)
+    )
+
+
+def variance_columns(row: Row) -> Coefs:
+    """s_0 and s_v."""
+    return _columns("variance_coefficients", row, 2, (2,))
+
+
+def _columns(name: str, row: Row, columns: int, widths: tuple[int, ...]) -> Coefs:
     if isinstance(row, tuple):
         if len(row) not in widths:
             counts = " or ".join(map(str, widths))
@@ -245,7 +364,47 @@ def first_columns(row: Row, columns: int, name: str = "coefficients") -> tuple[C
     return (table if table.shape[1] == columns else table[:, :columns],)
 
 
-def _row(table: Tensor, like: Tensor) -> tuple[Coef, ...]:
+# The names that solvers/ and sampling/ call until they call the functions above.
+
+
+def take(
+    plan: k.Plan,
+    x: Tensor,
+    model_output: Tensor,
+    others: Tensors,
+    t: Step,
+    noise: Noise | None,
+    model_output_uncond: Tensor | None,
+    guidance_scale: Coef | None,
+    threshold: Coef | None,
+    out: Tensor | None = None,
+) -> Any:
+    """As :func:`launch`, with guidance as two arguments."""
+    guidance = _guidance_of(model_output_uncond, guidance_scale)
+    return launch(plan, x, model_output, others, t, noise, guidance, threshold, out)
+
+
+def leading_of(
+    x: Tensor,
+    model_output: Tensor,
+    model_output_uncond: Tensor | None,
+    guidance_scale: Coef | None,
+    threshold: Coef | None,
+) -> tuple[Tensors, tuple[Coef, Coef]]:
+    """As :func:`predictions`, with guidance as two arguments."""
+    guidance = _guidance_of(model_output_uncond, guidance_scale)
+    return predictions(x, model_output, guidance, threshold)
+
+
+def first_columns(row: Row, columns: int, name: str = "coefficients") -> Coefs:
+    """As :func:`step_columns`, or :func:`variance_columns` for two columns."""
+    return variance_columns(row) if columns == 2 else step_columns(row, columns)
+
+
+# ---- the DDPM and DDIM steps ---------------------------------------------------------------------
+
+
+def _row(table: Tensor, like: Tensor) -> Coefs:
     """Coefficients just computed, as numbers where possible, so that none is sent to a device."""
     if table.ndim == 1 and table.device.type == "cpu" and not table.requires_grad and plain_eager():
         return tuple(table.tolist())
@@ -310,9 +469,8 @@ def ddpm_step(
     )
     row = _row(table, x_t)
     plan = k.plan(row, 0, False, noise is not None, k.SOLVER_STEP)
-    x_prev: Tensor = take(
-        plan, x_t, model_output, (), None, noise, model_output_uncond, guidance_scale, None, out
-    )
+    guidance = _guidance_of(model_output_uncond, guidance_scale)
+    x_prev: Tensor = launch(plan, x_t, model_output, (), None, noise, guidance, None, out)
     return x_prev
 
 
@@ -380,7 +538,6 @@ def ddim_step(
     )
     row = _row(table, x_t)
     plan = k.plan(row, 0, False, noise is not None, k.SOLVER_STEP)
-    x_prev: Tensor = take(
-        plan, x_t, model_output, (), None, noise, model_output_uncond, guidance_scale, None, out
-    )
+    guidance = _guidance_of(model_output_uncond, guidance_scale)
+    x_prev: Tensor = launch(plan, x_t, model_output, (), None, noise, guidance, None, out)
     return x_prev
