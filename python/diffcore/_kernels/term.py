@@ -64,7 +64,7 @@ class Term:
         ]
         return min(fits, key=lambda s: len(self.gradients[s]))
 
-    def _spread(self, suffix: str, found: Tensors, needs: Needs) -> Grads:
+    def _by_input(self, suffix: str, found: Tensors, needs: Needs) -> Grads:
         by_input = dict(zip(self.gradients[suffix], found, strict=True))
         return [by_input[i] if n else None for i, n in enumerate(needs)]
 
@@ -80,14 +80,14 @@ class Term:
             found = run_tuple(self.of_sum[suffix], inputs, (number, 1.0), None)
         else:
             found = run_tuple(self.of_elementwise[suffix], (*inputs, g), (), None)
-        return self._spread(suffix, found, needs)
+        return self._by_input(suffix, found, needs)
 
     def _sum_backward(self, inputs: Tensors, call: Call, grads: Grads, needs: Needs) -> Grads:
         _, coefs, step, _, _ = call
         (g,) = grads
         assert g is not None
         suffix = self._smallest(needs)
-        return self._spread(
+        return self._by_input(
             suffix, run_tuple(self.of_sum[suffix], inputs, (g, *coefs), step), needs
         )
 
