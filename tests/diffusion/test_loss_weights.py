@@ -85,7 +85,7 @@ def test_one_estimate_has_one_loss_whatever_the_model_calls_it():
             }[prediction_type]()
 
         weights = edm_weights(schedule.snr, prediction_type=prediction_type)
-        losses.append(diffusion.training_losses(model, x0, t, noise, weights=weights)["loss"])
+        losses.append(diffusion.training_losses(model, x0, t, noise=noise, weights=weights)["loss"])
     # epsilon's error is alpha / sigma times smaller than what it is a difference of.
     close = {"rtol": 64 * EPS * schedule.snr.max().sqrt().item(), "atol": 0}
     torch.testing.assert_close(losses[1], losses[0], **close)

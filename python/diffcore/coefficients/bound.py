@@ -147,7 +147,7 @@ def prior_coefficients(alpha: float, sigma: float) -> tuple[float, float]:
     Returns:
         1/2 alpha², and 1/2 [sigma² - 1 - log sigma²].
     """
-    d = torch.tensor(2 * math.log(sigma), dtype=torch.float64)
+    d = torch.tensor(2 * math.log(sigma), dtype=torch.float64, device="cpu")
     return 0.5 * alpha**2, float(_half_expm1_minus(d))
 
 

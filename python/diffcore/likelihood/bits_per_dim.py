@@ -19,7 +19,7 @@ from diffcore._checks import check_choice
 from diffcore._types import Model, Noise
 from diffcore.coefficients.bound import DECODERS
 from diffcore.diffusion import GaussianDiffusion
-from diffcore.diffusion.bound import check_decoder
+from diffcore.diffusion.checks import check_batch, check_decoder
 from diffcore.likelihood.fingerprint import described, digest, of_model
 from diffcore.likelihood.strata import Strata, Tally, read_state
 from diffcore.noise import PhiloxNoise
@@ -155,7 +155,7 @@ def bits_per_dim(
         )
     check_choice("decoder", decoder, DECODERS)
     source, number = _batches(data, batch_size)
-    clip = diffusion._clip(clip_denoised)
+    clip = diffusion._clip_range(clip_denoised)
     settings = {
         "betas": digest(diffusion.betas),
         "prediction_type": diffusion.prediction_type,
@@ -189,7 +189,7 @@ def bits_per_dim(
     total = None if number is None else number * calls
     with _bar(progress, total, tally.calls) as bar:
         for batch, x in source:
-            diffusion._check_t(0, x, "data")
+            check_batch("data", x)
             tally.check_kind([list(x.shape[1:]), str(x.dtype)])
             if path is not None:
                 tally.seen = digest(x, tally.seen)
