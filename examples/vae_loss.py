@@ -1,9 +1,9 @@
-"""Train a VAE whose best bound is known, with the KL and the draw of z in one fused pass.
+"""Train a VAE whose optimal bound is known, with the KL and the sample of z from one kernel.
 
     python examples/vae_loss.py
 
-The data are Gaussian, x = W z + noise, and encoder and decoder are linear. Then the bound is tight
-at the optimum: it reaches the mean log-density of the data under their true distribution.
+The data are Gaussian, x = W z + noise, and encoder and decoder are linear. The bound is then tight
+at the optimum: it equals the mean log-density of the data under their true distribution.
 """
 
 from __future__ import annotations
@@ -21,12 +21,14 @@ DIM, LATENT = 8, 2
 
 
 def main(steps: int) -> tuple[float, float]:
-    """Train, and return the bound and the log-density that it cannot exceed, in nats."""
+    """Train; return the bound and its maximum, the mean log-density, in nats."""
     torch.manual_seed(0)
     weight = torch.randn(DIM, LATENT)
 
     encoder, decoder = nn.Linear(DIM, LATENT), nn.Linear(LATENT, DIM)
-    logvar = nn.Parameter(torch.zeros(LATENT))  # a linear model's posterior has one variance
+    logvar = nn.Parameter(
+        torch.zeros(LATENT)
+    )  # the posterior of a linear model has the same variance for every x
     parameters = [*encoder.parameters(), *decoder.parameters(), logvar]
     optimizer = torch.optim.Adam(parameters, lr=1e-2)
 
@@ -47,7 +49,7 @@ def main(steps: int) -> tuple[float, float]:
         posterior_logvar = logvar.expand_as(mean).contiguous()
         z = diffcore.reparameterize(mean, posterior_logvar)
         bound = elbo(x, decoder(z), mean, posterior_logvar).mean().item()
-    bound -= 0.5 * DIM * math.log(2 * math.pi)  # the constant that L1 leaves out
+    bound -= 0.5 * DIM * math.log(2 * math.pi)  # the constant that L1 omits
     covariance = weight @ weight.T + torch.eye(DIM)
     truth = torch.distributions.MultivariateNormal(torch.zeros(DIM), covariance)
     density = truth.log_prob(x).mean().item()
