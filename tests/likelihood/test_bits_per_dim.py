@@ -292,7 +292,7 @@ def test_mistakes_are_named():
         bits_per_dim(DIFFUSION, model, 3)
     with pytest.raises(TypeError, match="data must give tensors, got int"):
         bits_per_dim(DIFFUSION, model, [3])
-    with pytest.raises(TypeError, match="data must be a tensor of floating point"):
+    with pytest.raises(TypeError, match="data must be a floating-point tensor"):
         bits_per_dim(DIFFUSION, model, x.long())
     with pytest.raises(ValueError, match="batch_size must be None"):
         bits_per_dim(DIFFUSION, model, [x], batch_size=3)

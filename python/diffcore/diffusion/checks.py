@@ -103,7 +103,7 @@ def check_pixels(name: str, x: Tensor) -> None:
     bad = exact[~good]
     raise ValueError(
         f"{name} must be pixels k/127.5 - 1, k = 0 .. 255, with decoder='discretized', "
-        f"got {bad.numel()} of {x.numel()} other values, such as {bad[0].item():.6g}; use "
+        f"got {bad.numel()} of {x.numel()} values off this grid, such as {bad[0].item():.6g}; use "
         "decoder='gaussian' for latents and other data that are not 8-bit pixels"
     )
 
