@@ -61,7 +61,7 @@ def test_variance_at_the_first_step_is_guided_diffusions(variance_type):
 
 
 @pytest.mark.parametrize("variance_type", ["fixed_small", "fixed_large"])
-def test_one_timestep(variance_type):
+def test_variance_of_a_process_of_one_timestep(variance_type):
     d = GaussianDiffusion(torch.tensor([0.25]), "sample", variance_type)
     x = torch.randn(2, 3, dtype=torch.float64)
     t = torch.zeros(2, dtype=torch.int64)

@@ -99,7 +99,7 @@ def test_every_rank_of_a_few_numbers(device: str) -> None:
 
 
 @pytest.mark.parametrize("n", [7, 40_000])
-def test_ties(n: int, device: str) -> None:
+def test_equal_elements_around_the_quantile(n: int, device: str) -> None:
     x = torch.randint(-2, 3, (4, n)).float().to(device)
     x[2] = -3.0
     for ratio in RATIOS:
@@ -107,7 +107,7 @@ def test_ties(n: int, device: str) -> None:
 
 
 @pytest.mark.parametrize("n", [7, 40_000])
-def test_zeros(n: int, device: str) -> None:
+def test_zeros_of_either_sign(n: int, device: str) -> None:
     x = torch.zeros(2, n, device=device)
     x[1] = -0.0
     for ratio in RATIOS:

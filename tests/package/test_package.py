@@ -53,15 +53,12 @@ def source_files() -> list[Path]:
     return [f for f in files if f.suffix in SOURCE_SUFFIXES]
 
 
-def test_there_are_sources() -> None:
-    assert {f.suffix for f in source_files()} >= {".py", ".h", ".cc"}
-
-
 def test_no_file_is_longer_than_400_lines() -> None:
     lengths = {
         str(f.relative_to(ROOT)): len(f.read_text(encoding="utf-8").splitlines())
         for f in source_files()
     }
+    assert len(lengths) > 150  # the folders were found
     assert {f: n for f, n in lengths.items() if n > MAX_LINES} == {}
 
 
