@@ -5,6 +5,7 @@
 #   DIFFCORE_CUDA_ARCHS architectures of the development build         this machine's GPU, else 80-real
 #   BENCH               which benchmarks: ops, training, ...           all
 #   OUT                 where `make gpu-check` leaves its results       gpu-check-out
+#   JOBS                how many processes run the tests             2, 0 for one without a pool
 #   PYTEST_ARGS, DEMO_ARGS, BENCH_ARGS                                 passed on
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -17,6 +18,7 @@ PYTHON ?= python3
 VENV ?= .venv
 OUT ?= gpu-check-out
 DEMO_OUT ?= demo-output
+JOBS ?= 2
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
 BENCH_ARGS ?=
@@ -82,7 +84,7 @@ demo: $(VENV)/.installed  ## train the VAE and the diffusion model on real digit
 	$(PY) -m diffcore demo --out $(DEMO_OUT) $(DEMO_ARGS)
 
 test: $(VENV)/.installed  ## build and run every test that this machine can run
-	$(PY) -m pytest $(PYTEST_ARGS)
+	$(PY) -m pytest -n $(JOBS) --dist worksteal $(PYTEST_ARGS)
 
 # ---- checks --------------------------------------------------------------------------------------------------------
 

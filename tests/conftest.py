@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Generator
 from typing import Any
 
@@ -17,6 +18,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="a skipped CUDA test counts as failed: a GPU run cannot pass by skipping",
     )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Parallel test processes share the cores; with more threads than cores they get slower."""
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    if workers > 1:
+        threads = max(1, torch.get_num_threads() // workers)
+        torch.set_num_threads(threads)
+        os.environ.setdefault("OMP_NUM_THREADS", str(threads))  # of processes that tests start
 
 
 def why_no_cuda() -> str | None:

@@ -295,7 +295,7 @@ def test_compile_with_out() -> None:
     assert_same_bits(compiled(x, m, step_table()), f(x, m, step_table()))
 
 
-def test_export() -> None:
+def test_an_exported_program_holds_the_operator() -> None:
     class Step(torch.nn.Module):
         def forward(self, x: Tensor, m: Tensor, rows: Tensor, t: Tensor) -> Tensor:
             return ops.reverse_step(x, m, rows, t=t)
@@ -335,7 +335,7 @@ class Tagged(torch.Tensor):
 
 
 @each_case
-def test_subclasses(case: OpCase) -> None:
+def test_tensor_subclasses_keep_their_type(case: OpCase) -> None:
     args = case.make((3, 37), torch.float32)
     found = as_tuple(case.native(args.map(lambda x: x.as_subclass(Tagged))))
     for y, w in zip(found, as_tuple(case.native(args)), strict=True):

@@ -35,10 +35,6 @@ def source_files() -> list[Path]:
     return [f for f in files if f.suffix in SOURCE_SUFFIXES]
 
 
-def test_there_are_sources() -> None:
-    assert {f.suffix for f in source_files()} >= {".py", ".h", ".cc"}
-
-
 def lines_without_docstrings(path: Path) -> int:
     text = path.read_text(encoding="utf-8")
     count = len(text.splitlines())
@@ -55,6 +51,7 @@ def lines_without_docstrings(path: Path) -> int:
 
 def test_no_file_is_longer_than_400_lines() -> None:
     lengths = {str(f.relative_to(ROOT)): lines_without_docstrings(f) for f in source_files()}
+    assert len(lengths) > 150  # the folders were found
     assert {f: n for f, n in lengths.items() if n > MAX_LINES} == {}
 
 
