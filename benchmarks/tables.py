@@ -69,6 +69,10 @@ HEADINGS = {
 }
 
 
+DETAILS = {"reverse_step", "copy", "% of copy"}
+"""Columns that only the full tables have."""
+
+
 def measured_on(section: Mapping[str, Any]) -> str:
     """One line: device, threads or driver, versions, date and command."""
     facts = section["machine"]
@@ -130,7 +134,10 @@ def summary(results: Mapping[str, Any]) -> str:
         section = results.get(name, {"rows": []})
         rows = [r for r in section["rows"] if wants(r)]
         if rows:
-            table = report.markdown(*report.TABLES[name](rows))
+            header, body = report.TABLES[name](rows)
+            keep = [k for k, column in enumerate(header) if column not in DETAILS]
+            columns = [[row[k] for k in keep] for row in (header, *body)]
+            table = report.markdown(columns[0], columns[1:])
             parts.append(f"**{heading}.** {measured_on(section)}\n\n{table}")
     return "\n\n".join(parts)
 

@@ -94,9 +94,9 @@ def draw_chain(path: Path) -> None:
     factors = [(1.0, 0.0), *zip(schedule.alpha.tolist(), schedule.sigma.tolist(), strict=True)]
     for k, (alpha, sigma) in enumerate(factors):
         ax = figure.add_axes((0.045 + 0.335 * k, 0.13, 0.27, 0.47))
-        spread = math.sqrt((alpha * std) ** 2 + sigma**2)
+        width = math.sqrt((alpha * std) ** 2 + sigma**2)
         parts = [
-            w * log_density(x, alpha * mean, spread).exp()
+            w * log_density(x, alpha * mean, width).exp()
             for w, mean in zip(weights, means, strict=True)
         ]
         density = torch.stack(parts).sum(0)

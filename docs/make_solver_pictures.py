@@ -44,12 +44,12 @@ Callback = Callable[[dict[str, Any]], object]
 
 
 def std_of(sigma: float) -> Tensor:
-    """Standard deviation of each component of the noised mixture."""
+    """Standard deviation of each component of the noisy mixture."""
     return (STDS**2 + sigma**2).sqrt()
 
 
 def density(x: Tensor, sigma: float) -> Tensor:
-    """Density of the noised data."""
+    """Density of the noisy data."""
     std = std_of(sigma)
     z = (x[..., None] - MEANS) / std
     return (WEIGHTS * torch.exp(-(z**2) / 2) / std).sum(-1) / math.sqrt(2 * math.pi)
@@ -64,7 +64,7 @@ def denoised(x: Tensor, sigma: float) -> Tensor:
 
 
 def at_quantile(q: Tensor, sigma: float) -> Tensor:
-    """The quantiles q of the noised data, by bisection. The exact flow keeps q."""
+    """The quantiles q of the noisy data, by bisection. The exact flow keeps q."""
     std = std_of(sigma)
     reach = 3 + 10 * float(std.max())
     low, high = torch.full_like(q, -reach), torch.full_like(q, reach)
@@ -111,7 +111,7 @@ COLORS = plt.colormaps["viridis"](torch.linspace(0.05, 0.85, len(STARTS)).numpy(
 
 
 def draw_trajectories(path: Path) -> None:
-    """Six solvers, each against the exact flow, over the density of the noised data.
+    """Six solvers, each against the exact flow, over the density of the noisy data.
 
     The picture shows x / sqrt(1 + sigma^2), which has about the same range at every sigma.
     """
@@ -140,7 +140,7 @@ def draw_trajectories(path: Path) -> None:
         ax.set_xlabel("sigma, from noise to data", fontsize=9, color=INK)
     for ax in axes[:, 0]:
         ax.set_ylabel("x / sqrt(1 + sigma²)", fontsize=9, color=INK)
-    title = f"{CALLS} model calls each; dashed: the exact flow; shade: the density of noised data"
+    title = f"{CALLS} model calls each; dashed: the exact flow; shade: the density of noisy data"
     _finish(figure, title, path)
 
 
