@@ -169,7 +169,7 @@ def test_katex_and_its_fonts_are_in_the_site(site: Path) -> None:
     assert fonts
     assert [f for f in fonts if not (site / "assets/katex" / f).is_file()] == []
     page = (site / "glossary/index.html").read_text(encoding="utf-8")
-    for part in ("katex/katex.min.css", "katex/katex.min.js", "assets/formulas.js"):
+    for part in ("katex/katex.min.css", "katex/katex.min.js", "assets/site.js"):
         assert part in page
     assert 'class="arithmatex">\\(' in page
 
