@@ -30,8 +30,8 @@ from benchmarks.bench_likelihood import approximation
 from benchmarks.bench_ops import time_cases
 from benchmarks.contest import MODES, OpCase
 from diffcore import ops
-from diffcore.bound_coefficients import log_variances, vlb_coefficients
-from diffcore.coefficients import posterior_coefficients
+from diffcore.coefficients.bound import log_variances, vlb_coefficients
+from diffcore.coefficients.step import posterior_coefficients
 
 STEPS = 1000
 BETAS = torch.linspace(1e-4, 0.02, STEPS, dtype=torch.float64)

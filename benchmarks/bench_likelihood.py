@@ -37,7 +37,7 @@ from benchmarks.contest import (
     input_sets,
 )
 from benchmarks.timing import Budget, Call, interleave
-from diffcore import _native
+from diffcore._engine import native
 
 SHAPE = "64x3x64x64"
 EXACT = dataclasses.replace(
@@ -132,7 +132,7 @@ def measure(device: torch.device, args: argparse.Namespace) -> dict[str, Any]:
         )
     report.progress("")
     notes = compiler.notes
-    if not _native.has_kernels(device):
+    if not native.has_kernels(device):
         notes.append("diffcore has no kernels here and ran in plain PyTorch")
     return {"rows": rows, "refused": refused, "notes": notes}
 

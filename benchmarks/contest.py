@@ -19,7 +19,7 @@ from benchmarks.timing import Call
 from diffcore import testing
 
 sys.path.insert(0, str(ROOT / "tests"))  # one list of cases serves tests and benchmarks
-from cases import BY_NAME, Arguments, OpCase, as_tuple
+from support.cases import BY_NAME, Arguments, OpCase, as_tuple
 
 __all__ = [
     "BY_NAME",

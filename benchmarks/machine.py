@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from diffcore._info import collect_info
+from diffcore._engine.info import collect_info
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from benchmarks import machine
-from diffcore import _native
+from diffcore._engine import native
 
 Row = Mapping[str, Any]
 Table = tuple[list[str], list[list[str]]]
@@ -51,7 +51,7 @@ def devices(name: str) -> list[torch.device]:
     gpu = torch.cuda.is_available()
     if name == "auto":
         cuda = torch.device("cuda", 0)
-        return [torch.device("cpu"), *([cuda] if gpu and _native.has_kernels(cuda) else [])]
+        return [torch.device("cpu"), *([cuda] if gpu and native.has_kernels(cuda) else [])]
     device = torch.device(name)
     if device.type != "cuda":
         return [device]
@@ -74,7 +74,7 @@ def on_each_device(
     """
     wrong = False
     for device in devices(args.device):
-        _native.warm_up(device)
+        native.warm_up(device)
         sections = measure(device)
         finish(sections, device, args.out or machine.RESULTS, argv)
         wrong |= any(section.get("refused") for section in sections.values())

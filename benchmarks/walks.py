@@ -17,13 +17,7 @@ import torch
 from torch import Tensor
 
 from diffcore.schedules import NoiseSchedule, make_betas, respaced_timesteps
-from diffcore.solvers import (
-    NoiseLevels,
-    ddim_table,
-    ddpm_table,
-    dpmpp_table,
-    euler_table,
-)
+from diffcore.solvers import NoiseLevels, ddim_table, ddpm_table, dpmpp_table, euler_table
 
 TRAINING_STEPS = 1000
 CLIP = 1.0

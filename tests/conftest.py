@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from diffcore import _execute, _native, _registry
+from diffcore._engine import dispatch, execute, native
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -23,7 +23,7 @@ def why_no_cuda() -> str | None:
     """Why CUDA tests cannot run here; None when they can."""
     if not torch.cuda.is_available():
         return "torch sees no CUDA device"
-    if not _native.has_kernels(torch.device("cuda")):
+    if not native.has_kernels(torch.device("cuda")):
         return "diffcore is built without CUDA kernels, or the driver is too old for them"
     return None
 
@@ -74,9 +74,9 @@ def _same_numbers_every_run() -> None:
 @pytest.fixture
 def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The kernels run since, by name; a star marks those that draw noise."""
-    if _execute._C is None:
+    if execute._C is None:
         pytest.skip("no kernels to launch without the compiled module")
-    real = _execute._C
+    real = execute._C
     names: list[str] = []
 
     def count(index: int) -> None:
@@ -98,6 +98,6 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             count(index)
         return found
 
-    monkeypatch.setattr(_execute, "_C", Counted())
-    monkeypatch.setattr(_registry, "_launch", launch)
+    monkeypatch.setattr(execute, "_C", Counted())
+    monkeypatch.setattr(dispatch, "_launch", launch)
     return names

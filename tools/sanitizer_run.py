@@ -18,9 +18,8 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
-from cases import CASES, Arguments, OpCase, as_tuple
-
 from diffcore import PhiloxNoise, ops
+from support.cases import CASES, Arguments, OpCase, as_tuple
 
 SHAPES = ((3, 1023), (2, 5, 7, 3))
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from support.pages import ROOT, blocks, pages
 
 EXCERPT = re.compile(r'^```\w+ title="([^"]+)"\n(.*?)^```', re.MULTILINE | re.DOTALL)

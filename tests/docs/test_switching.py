@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from support.pages import ROOT, blocks
 from torch import Tensor
 from torch.nn import functional as F
 
 import diffcore
 from diffcore import solvers
+from support.pages import ROOT, blocks
 
 diffusers = pytest.importorskip("diffusers", reason="what the pages claim is about diffusers")
 pytestmark = pytest.mark.filterwarnings("ignore")  # theirs

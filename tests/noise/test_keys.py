@@ -1,0 +1,322 @@
+"""The recipe as a value, where it comes from, and what is said of a wrong one."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import re
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import diffcore
+from diffcore import PhiloxNoise, ops
+from support.bounds import assert_same_bits
+from support.cases import NOISE_TABLE, NOISED, OpCase
+from support.refusals import no_kernel_runs, pair, read_by, refused  # noqa: F401
+
+SHAPE = (3, 10)
+
+RECIPES: dict[str, Callable[[], PhiloxNoise]] = {
+    "seed": lambda: PhiloxNoise(5),
+    "ints": lambda: PhiloxNoise(-5, sample_ids=2**40, stream=7, first_element=8),
+    "tensors": lambda: PhiloxNoise(
+        torch.tensor([5, 2]), sample_ids=torch.tensor([4, -1, 9]), stream=torch.tensor(3)
+    ),
+}
+each_recipe = pytest.mark.parametrize("make", RECIPES.values(), ids=RECIPES)
+
+
+@pytest.fixture
+def drawing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Undoes `no_kernel_runs`, for the tests that draw."""
+    monkeypatch.undo()
+
+
+# ---- a value ------------------------------------------------------------------------------------
+
+
+def test_it_is_where_users_look_for_it() -> None:
+    assert diffcore.PhiloxNoise is PhiloxNoise
+    assert diffcore.randn is ops.randn
+    assert "randn" in ops.__all__
+
+
+@each_recipe
+def test_equal_recipes(make: Callable[[], PhiloxNoise]) -> None:
+    recipe = make()
+    for twin in (make(), copy.copy(recipe), copy.deepcopy(recipe)):
+        assert twin == recipe
+        assert not twin != recipe
+        assert hash(twin) == hash(recipe)
+        assert len({twin, recipe}) == 1
+
+
+def test_different_recipes() -> None:
+    recipe = RECIPES["ints"]()
+    others: list[Any] = [
+        PhiloxNoise(5, sample_ids=2**40, stream=7, first_element=8),
+        recipe.for_samples(2**40 + 1),
+        recipe.at(8),
+        PhiloxNoise(-5, sample_ids=2**40, stream=7, first_element=12),
+        PhiloxNoise(torch.tensor(-5), sample_ids=2**40, stream=7, first_element=8),
+        recipe.for_samples(torch.tensor([2**40, 0])),
+        None,
+        -5,
+        (-5, 2**40, 7, 8),
+    ]
+    for other in others:
+        assert recipe != other
+        assert other != recipe
+    tensors = RECIPES["tensors"]()
+    assert tensors != tensors.for_samples(torch.tensor([4, -1, 8]))
+    assert tensors != tensors.for_samples(torch.tensor([4, -1]))
+    assert tensors != tensors.at(torch.tensor(4))
+
+
+def test_one_recipe_by_several_names() -> None:
+    assert PhiloxNoise(2**64 - 1) == PhiloxNoise(-1)
+    assert PhiloxNoise(2**63) == PhiloxNoise(-(2**63))
+    assert PhiloxNoise(np.int64(3)) == PhiloxNoise(np.uint64(3)) == PhiloxNoise(3)
+    assert PhiloxNoise(3, sample_ids=None) == PhiloxNoise(3, sample_ids=0)
+    key = torch.tensor([2**63 + 5, 9], dtype=torch.uint64)
+    assert PhiloxNoise(key) == PhiloxNoise(torch.tensor([5 - 2**63, 9]))
+    assert PhiloxNoise(np.int64(3)).seed.__class__ is int
+
+
+@each_recipe
+@pytest.mark.parametrize("protocol", range(2, pickle.HIGHEST_PROTOCOL + 1))
+def test_pickles(make: Callable[[], PhiloxNoise], protocol: int, drawing: None) -> None:
+    recipe = make()
+    twin = pickle.loads(pickle.dumps(recipe, protocol))
+    assert twin == recipe
+    assert_same_bits(twin.tensor(SHAPE), recipe.tensor(SHAPE))
+
+
+def test_a_deep_copy_shares_nothing() -> None:
+    recipe = RECIPES["tensors"]()
+    twin, shallow = copy.deepcopy(recipe), copy.copy(recipe)
+    assert isinstance(recipe.stream, Tensor)
+    recipe.stream.add_(1)
+    assert twin != recipe
+    assert shallow == recipe
+
+
+@each_recipe
+def test_nothing_in_it_can_be_changed(make: Callable[[], PhiloxNoise]) -> None:
+    recipe = make()
+    for name in ("seed", "sample_ids", "stream", "first_element", "_parts", "other"):
+        with pytest.raises(AttributeError):
+            setattr(recipe, name, 1)
+        with pytest.raises(AttributeError):
+            delattr(recipe, name)
+    assert recipe == make()
+
+
+def test_what_it_says_of_itself() -> None:
+    assert repr(PhiloxNoise(5)) == "PhiloxNoise(5, sample_ids=0, stream=0)"
+    recipe = RECIPES["ints"]()
+    assert eval(repr(recipe)) == recipe
+    assert (recipe.seed, recipe.sample_ids, recipe.stream, recipe.first_element) == (
+        -5,
+        2**40,
+        7,
+        8,
+    )
+    assert "tensor([ 4, -1,  9])" in repr(RECIPES["tensors"]())
+
+
+@each_recipe
+def test_at_and_for_samples_replace_one_part(make: Callable[[], PhiloxNoise]) -> None:
+    recipe = make()
+    elsewhere = recipe.at(11)
+    assert elsewhere.stream == 11
+    assert elsewhere.at(recipe.stream) == recipe
+    others = recipe.for_samples(20)
+    assert others.sample_ids == 20
+    assert others.for_samples(recipe.sample_ids) == recipe
+    assert recipe.for_samples(None).sample_ids == 0
+    assert recipe == make()
+
+
+# ---- from torch's generator ---------------------------------------------------------------------
+
+
+def test_manual_seed_governs() -> None:
+    torch.manual_seed(3)
+    first, second = PhiloxNoise.from_generator(), PhiloxNoise.from_generator()
+    assert first != second
+    torch.manual_seed(3)
+    assert PhiloxNoise.from_generator() == first
+    state = torch.get_rng_state()
+    torch.manual_seed(4)
+    assert PhiloxNoise.from_generator() != first
+    torch.set_rng_state(state)
+    assert PhiloxNoise.from_generator(device="cpu") == second
+
+
+def test_seeds_have_64_bits() -> None:
+    seeds = [PhiloxNoise.from_generator().seed for _ in range(200)]
+    for shift in (0, 32):
+        halves = [int(s) >> shift & 0xFFFFFFFF for s in seeds]
+        assert len(set(halves)) == 200
+        for bit in range(32):
+            assert 50 < sum(h >> bit & 1 for h in halves) < 150, bit  # seven sigma
+
+
+def test_a_generator_of_ones_own_governs_alone() -> None:
+    state = torch.get_rng_state()
+    recipe = PhiloxNoise.from_generator(torch.Generator().manual_seed(3))
+    assert PhiloxNoise.from_generator(torch.Generator().manual_seed(3)) == recipe
+    assert PhiloxNoise.from_generator(torch.Generator().manual_seed(4)) != recipe
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_fork_rng() -> None:
+    torch.manual_seed(3)
+    with torch.random.fork_rng(devices=[]):
+        inside = PhiloxNoise.from_generator()
+    assert PhiloxNoise.from_generator() == inside
+
+
+def test_from_a_generator_where_it_is_wanted() -> None:
+    recipe = PhiloxNoise.from_generator(device="meta")
+    assert isinstance(recipe.seed, Tensor)
+    assert recipe.seed.device.type == "meta"
+    on_cpu = PhiloxNoise.from_generator(torch.Generator().manual_seed(3), device="cpu")
+    assert isinstance(on_cpu.seed, int)
+    assert (on_cpu.sample_ids, on_cpu.stream, on_cpu.first_element) == (0, 0, 0)
+    refused(TypeError, "^generator is a int; wanted", PhiloxNoise.from_generator, 3)
+
+
+# ---- wrong recipes ------------------------------------------------------------------------------
+
+INT64 = torch.int64
+WRONG: dict[str, list[Any]] = {
+    "seed": [None, "3", 1.5, True, [1], 1j, 2**64, -(2**63) - 1, np.float32(1), np.bool_(True)],
+    "sample_ids": ["3", 1.5, True, [0, 1], 2**63, -(2**63) - 1],
+    "stream": [None, "3", 1.5, True, -1, 2**32],
+    "first_element": [None, "4", 4.0, True, -4, 2, 2**34, torch.tensor(4)],
+}
+WRONG["seed"] += [torch.zeros(3, dtype=INT64), torch.zeros(0, dtype=INT64)]
+WRONG["seed"] += [torch.zeros(1, 1, dtype=INT64)]
+WRONG["sample_ids"] += [torch.zeros(2, 3, dtype=INT64), torch.zeros(3, dtype=torch.uint64)]
+WRONG["stream"] += [torch.zeros(n, dtype=INT64) for n in (0, 2, (1, 1))]
+for bad_dtype in (torch.float32, torch.int32, torch.bool):
+    for wrong_values in (WRONG["seed"], WRONG["sample_ids"], WRONG["stream"]):
+        wrong_values.append(torch.zeros((), dtype=bad_dtype))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [(n, v) for n, values in WRONG.items() for v in values],
+    ids=lambda v: f"{v.dtype}{list(v.shape)}" if isinstance(v, Tensor) else repr(v),
+)
+def test_wrong_parts(name: str, value: Any) -> None:
+    number = isinstance(value, int) and not isinstance(value, bool)
+    shape = isinstance(value, Tensor) and value.dtype == INT64 and name != "first_element"
+    kind = ValueError if number or shape else TypeError
+    came = f"(is {re.escape(str(value))}|is a (tensor of )?\\S+|has shape .*)"
+    make: Any = {
+        "seed": lambda: PhiloxNoise(value),
+        "stream": lambda: PhiloxNoise(0).at(value),
+        "sample_ids": lambda: PhiloxNoise(0).for_samples(value),
+        "first_element": lambda: PhiloxNoise(0, first_element=value),
+    }[name]
+    refused(kind, f"^{name} {came}; wanted ", make)
+
+
+def recipes_elsewhere() -> dict[str, PhiloxNoise]:
+    nowhere = torch.zeros(4, dtype=INT64, device="meta")
+    return {
+        "seed": PhiloxNoise(nowhere[0]),
+        "sample_ids": PhiloxNoise(0, sample_ids=nowhere),
+        "stream": PhiloxNoise(0, stream=nowhere[:1]),
+    }
+
+
+READ = [case for case in NOISED if "noise" in read_by(case)]
+
+
+@pytest.mark.parametrize("case", READ, ids=lambda case: case.name)
+def test_recipes_that_do_not_fit(case: OpCase) -> None:
+    args = case.make((4, 3), torch.float32)
+    for name, recipe in recipes_elsewhere().items():
+        args.tensors["noise"] = recipe
+        refused(ValueError, f"^{name} is on meta; wanted cpu", case.native, args)
+    for entries in (0, 1, 3, 5):
+        ids = torch.arange(entries)
+        args.tensors["noise"] = PhiloxNoise(0, sample_ids=ids)
+        refused(ValueError, f"^sample_ids has {entries} entries; wanted 4", case.native, args)
+
+
+@pytest.mark.parametrize("case", NOISED, ids=lambda case: case.name)
+def test_a_recipe_is_no_other_tensor(case: OpCase) -> None:
+    for name in case.tensors:
+        for noise in (torch.randn(4, 3), PhiloxNoise(0)):
+            args = case.make((4, 3), torch.float32)
+            args.tensors["noise"] = noise
+            if name != "noise":
+                args.tensors[name] = PhiloxNoise(1)
+                refused(TypeError, f"^{name} is a PhiloxNoise; wanted", case.native, args)
+    for bad in (3.0, "x", [1.0], (0, 0, 0, 0), np.zeros((4, 3))):
+        args.tensors["noise"] = bad
+        refused(TypeError, f"^noise is a {type(bad).__name__}; wanted", case.native, args)
+
+
+def test_a_recipe_is_no_coefficient_step_or_output() -> None:
+    x, _ = pair()
+    recipe = PhiloxNoise(0)
+    refused(TypeError, "^alpha is a PhiloxNoise", ops.add_noise, x, recipe, recipe, 0.6)
+    refused(TypeError, "^t is a PhiloxNoise", ops.q_sample, x, recipe, recipe, NOISE_TABLE)
+    refused(TypeError, "^out is a PhiloxNoise", ops.add_noise, x, recipe, 0.8, 0.6, out=recipe)
+    refused(TypeError, "^y is a PhiloxNoise", ops.linear_combination, x, recipe, (0.8, 0.6))
+    refused(TypeError, "^x_t is a PhiloxNoise", ops.predict_x0, x, recipe, 0.8, 0.6)
+
+
+def test_freed_parts() -> None:
+    def freed(x: Tensor) -> Tensor:
+        x.untyped_storage().resize_(0)
+        return x
+
+    x, _ = pair()
+    for name, value in (("seed", [3]), ("sample_ids", [0, 1, 2, 3]), ("stream", [1])):
+        recipe = PhiloxNoise(**{"seed": 0, name: torch.tensor(value)})
+        freed(getattr(recipe, name))
+        refused(ValueError, f"^{name} has no memory", ops.add_noise, x, recipe, 0.8, 0.6)
+
+
+# ---- wrong calls of randn -----------------------------------------------------------------------
+
+
+def test_wrong_shapes_and_dtypes() -> None:
+    recipe = PhiloxNoise(0)
+    for f in (recipe.tensor, lambda shape, **kwargs: ops.randn(shape, recipe, **kwargs)):
+        for shape in (5, None, "ab", (2.0, 3), (2, "3")):
+            refused(TypeError, "^shape is ", f, shape)
+        refused(ValueError, "^shape is ", f, (2, -1))
+        for dtype in (torch.int32, torch.complex64, torch.float8_e4m3fn, torch.bool, "float32"):
+            refused(TypeError, "^dtype is ", f, SHAPE, dtype=dtype)
+    refused(
+        ValueError, "^sample_ids has 2 entries", recipe.for_samples(torch.arange(2)).tensor, SHAPE
+    )
+    for bad in (None, 3, torch.randn(SHAPE), (0, 0, 0, 0)):
+        refused(TypeError, f"^noise is a {type(bad).__name__}; wanted", ops.randn, SHAPE, bad)
+
+
+def test_wrong_outputs() -> None:
+    recipe, out = PhiloxNoise(0), torch.empty(SHAPE)
+    refused(ValueError, "^shape is ", ops.randn, (3, 9), recipe, out=out)
+    refused(ValueError, "^dtype is ", ops.randn, SHAPE, recipe, dtype=torch.float64, out=out)
+    refused(ValueError, "^device is ", ops.randn, SHAPE, recipe, device="meta", out=out)
+    refused(ValueError, "^out has strides", ops.randn, SHAPE, recipe, out=out[:1].expand(SHAPE))
+    refused(ValueError, "^out requires grad", ops.randn, SHAPE, recipe, out=out.requires_grad_())
+    refused(TypeError, "^out is a int", ops.randn, SHAPE, recipe, out=3)
+    refused(TypeError, "^out has dtype", ops.randn, SHAPE, recipe, out=torch.empty(SHAPE).int())
+    refused(
+        TypeError, "^out has layout", ops.randn, SHAPE, recipe, out=torch.ones(SHAPE).to_sparse()
+    )

@@ -1,0 +1,275 @@
+"""Bad input: each kind is a TypeError or ValueError that names the argument; no kernel runs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from diffcore import ops
+from diffcore._engine import execute, native
+from support.bounds import each_case
+from support.cases import NOISE_TABLE, STEPS, OpCase, as_tuple, step_table
+from support.refusals import any_of, no_kernel_runs, pair, read_by, refused  # noqa: F401
+
+# ---- elementwise tensors ------------------------------------------------------------------------
+
+
+@each_case
+@pytest.mark.parametrize("bad", [None, 3.0, [1.0, 2.0], "x"], ids=repr)
+def test_non_tensors(case: OpCase, bad: Any, device: str) -> None:
+    for name in list(case.tensors):
+        optional = name.startswith(("noise", "model_output_uncond", "history", "variance"))
+        if bad is None and optional:
+            continue  # there None means "without"
+        args = case.make((4, 3), torch.float32, device)
+        args.tensors[name] = bad
+        refused(TypeError, f"^{name} is a {type(bad).__name__}", case.native, args)
+
+
+@each_case
+def test_wrong_shapes(case: OpCase, device: str) -> None:
+    for name in list(case.tensors)[1:]:
+        for wrong in ((4, 4), (4,), (1, 3), (4, 3, 1), (3, 4), ()):
+            args = case.make((4, 3), torch.float32, device)
+            args.tensors[name] = torch.randn(wrong, device=device)
+            refused(ValueError, f"^{any_of(case)} has shape", case.native, args)
+
+
+@each_case
+def test_mixed_dtypes(case: OpCase, device: str) -> None:
+    for name in read_by(case)[1:]:
+        args = case.make((4, 3), torch.float32, device)
+        args.tensors[name] = args.tensors[name].bfloat16()
+        refused(TypeError, f"^{any_of(case)} has dtype", case.native, args)
+
+
+@each_case
+@pytest.mark.parametrize(
+    "dtype", [torch.int64, torch.bool, torch.complex64, torch.float8_e4m3fn], ids=str
+)
+def test_dtypes_without_kernels(case: OpCase, dtype: torch.dtype, device: str) -> None:
+    args = case.make((4, 3), torch.float32, device).map(lambda x: x.to(dtype))
+    refused(TypeError, f"^{any_of(case)} has dtype {dtype}", case.native, args)
+
+
+@each_case
+def test_mixed_devices(case: OpCase) -> None:
+    for name in read_by(case)[1:]:
+        args = case.make((4, 3), torch.float32)
+        args.tensors[name] = args.tensors[name].to("meta")
+        refused(ValueError, f"^{any_of(case)} has device", case.native, args)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda x: x.to_sparse(),
+        lambda x: x.to_sparse_csr(),
+        lambda x: torch.quantize_per_tensor(x, 0.1, 0, torch.qint8),
+    ],
+    ids=["sparse", "csr", "quantized"],
+)
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support", "ignore:torch.quantize_per_tensor")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+def test_layouts_without_kernels(make: Callable[[Tensor], Tensor]) -> None:
+    x, y = pair()
+    refused(TypeError, "^x0 has (layout|dtype)", ops.add_noise, make(x), y, 0.8, 0.6)
+    refused(TypeError, "^noise has (layout|dtype)", ops.add_noise, x, make(y), 0.8, 0.6)
+
+
+# ---- tensors with no memory ---------------------------------------------------------------------
+
+
+def fake(x: Tensor) -> Tensor:
+    return FakeTensorMode().from_tensor(x)
+
+
+def functional(x: Tensor) -> Tensor:
+    return torch._to_functional_tensor(x)
+
+
+def freed(x: Tensor) -> Tensor:
+    x = x.clone()
+    x.untyped_storage().resize_(0)
+    return x
+
+
+@each_case
+@pytest.mark.parametrize("make", [fake, functional, freed], ids=["fake", "functional", "freed"])
+def test_tensors_without_memory(case: OpCase, make: Callable[[Tensor], Tensor]) -> None:
+    def outcome(name: str) -> Any:
+        # In here, because pytest shows arguments, and showing a freed tensor ends the process.
+        args = case.make((4, 3), torch.float32)
+        args.tensors[name] = make(args.tensors[name])
+        try:
+            return all(type(y) is not Tensor or hollow(y) for y in as_tuple(case.native(args)))
+        except (ValueError, TypeError, RuntimeError, AssertionError) as error:
+            return str(error)
+
+    for name in read_by(case):
+        result = outcome(name)
+        if make is freed:
+            assert result.startswith(f"{name} has no memory"), result
+        else:  # a fake or functional result is as good as an error; a real one is not
+            assert result, name
+            assert "a kernel ran" not in str(result)
+
+
+def hollow(x: Tensor) -> bool:
+    return bool(torch._is_functional_tensor(x)) or x.data_ptr() == 0
+
+
+def test_coefficients_and_steps_without_memory() -> None:
+    x, y = pair()
+    for name, call in {
+        "alpha": lambda: ops.add_noise(x, y, freed(torch.rand(4)), 0.6),
+        "t": lambda: ops.q_sample(x, freed(torch.zeros(4, dtype=torch.int64)), y, NOISE_TABLE),
+        "table": lambda: ops.q_sample(x, 3, y, freed(NOISE_TABLE)),
+        "out": lambda: ops.add_noise(x, y, 0.8, 0.6, out=freed(x)),
+    }.items():
+        with pytest.raises(ValueError, match=f"^{name} has no memory"):
+            call()
+
+
+# ---- coefficients -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bad", [None, "0.8", [0.8, 0.7], 1j], ids=repr)
+def test_coefficients_that_are_no_numbers(bad: Any, device: str) -> None:
+    x, y = pair(device)
+    for op in (ops.add_noise, ops.velocity, ops.predict_x0, ops.predict_epsilon):
+        refused(TypeError, "alpha", op, x, y, bad, 0.6)
+        refused(TypeError, "sigma", op, x, y, 0.8, bad)
+    refused(TypeError, "sigma_prev", ops.ddpm_step, x, y, 0.8, 0.6, 0.9, bad)
+    if bad is not None:
+        refused(TypeError, "weight", ops.denoising_loss, x, y, y, weight=bad)
+        rows = step_table().to(device)
+        with pytest.raises(TypeError, match="guidance_scale"):
+            ops.reverse_step(x, y, rows, t=0, model_output_uncond=y, guidance_scale=bad)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64], ids=str)
+def test_coefficient_dtypes(dtype: torch.dtype, device: str) -> None:
+    x, y = pair(device)
+    bad = torch.ones(4, device=device).to(dtype)
+    for op in (ops.add_noise, ops.velocity, ops.predict_x0):
+        refused(TypeError, "alpha", op, x, y, bad, 0.6)
+        refused(TypeError, "sigma", op, x, y, 0.8, bad)
+    refused(TypeError, "table", ops.q_sample, x, 0, y, NOISE_TABLE.to(device).to(dtype))
+    refused(
+        TypeError, "coefficients", ops.reverse_step, x, y, step_table().to(device).to(dtype), t=0
+    )
+
+
+def test_coefficient_shapes(device: str) -> None:
+    x, y = pair(device)
+    for wrong in ((3,), (5,), (2, 2), (4, 3), (1, 4, 3)):
+        bad = torch.rand(wrong, device=device)
+        for op in (ops.add_noise, ops.velocity):
+            refused(ValueError, "^alpha has", op, x, y, bad, 0.6)
+            refused(ValueError, "^sigma has", op, x, y, 0.8, bad)
+    table = torch.rand(STEPS, 3, device=device)
+    refused(ValueError, r"table has shape .*wanted \[T, 2\]", ops.q_sample, x, 0, y, table)
+    for bad in (torch.rand(8, STEPS), torch.rand(7), torch.rand(2, 3, 8), torch.rand(())):
+        refused(ValueError, "coefficients has shape", ops.reverse_step, x, y, bad.to(device), t=0)
+    rows = torch.rand(3, 8, device=device)
+    refused(ValueError, "wanted 1 or 4", ops.reverse_step, x, y, rows)
+    refused(TypeError, "table is a list", ops.q_sample, x, 0, y, [[1.0, 0.0]])
+    refused(TypeError, "coefficients is a list", ops.reverse_step, x, y, [1.0] * 8)
+
+
+def test_coefficients_on_another_device() -> None:
+    x, y = pair()
+    refused(ValueError, "is on meta", ops.add_noise, x, y, torch.rand(4, device="meta"), 0.6)
+    refused(ValueError, "is on meta", ops.q_sample, x, 0, y, NOISE_TABLE.to("meta"))
+
+
+def test_tables_of_different_lengths(device: str) -> None:
+    x, y = pair(device)
+    a, b = torch.rand(5, device=device), torch.rand(6, device=device)
+    with pytest.raises(ValueError, match="6 rows; wanted 5"):
+        ops.add_noise(x, y, a, b, t=0)
+    with pytest.raises(ValueError, match="0 rows"):
+        ops.q_sample(x, 0, y, torch.rand(0, 2, device=device))
+
+
+# ---- steps --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("t", [-1, STEPS, 2**31, 2**40, 2**63, -(2**63) - 1], ids=str)
+def test_a_step_out_of_range(t: int, device: str) -> None:
+    x, y = pair(device)
+    table, rows = NOISE_TABLE.to(device), step_table().to(device)
+    refused(ValueError, "t is ", ops.q_sample, x, t, y, table)
+    refused(ValueError, "t is ", ops.reverse_step, x, y, rows, t=t)
+    refused(ValueError, "t is ", ops.add_noise, x, y, table[:, 0], table[:, 1], t=t)
+
+
+@pytest.mark.parametrize("t", [-1, STEPS, 2**40], ids=str)
+@pytest.mark.parametrize("place", [0, 1, 3])
+def test_a_step_of_one_sample_out_of_range(t: int, place: int) -> None:
+    x, y = pair()
+    steps = torch.zeros(4, dtype=torch.int64)
+    steps[place] = t
+    refused(ValueError, f"t holds {t}", ops.q_sample, x, steps, y, NOISE_TABLE)
+    refused(ValueError, f"t holds {t}", ops.reverse_step, x, y, step_table(), t=steps)
+    if t == STEPS:
+        refused(ValueError, f"t holds {t}", ops.q_sample, x, steps.int(), y, NOISE_TABLE)
+    counter = torch.tensor([t])
+    refused(ValueError, f"t holds {t}", ops.q_sample, x, counter, y, NOISE_TABLE)
+
+
+@pytest.mark.parametrize("bad", [1.0, "3", True, [0, 1, 2, 3], math.nan], ids=repr)
+def test_steps_of_the_wrong_type(bad: Any, device: str) -> None:
+    x, y = pair(device)
+    refused(TypeError, "t is a", ops.q_sample, x, bad, y, NOISE_TABLE.to(device))
+    refused(TypeError, "t is a", ops.reverse_step, x, y, step_table().to(device), t=bad)
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bool, torch.int16, torch.uint8, torch.complex64], ids=str
+)
+def test_steps_of_the_wrong_dtype(dtype: torch.dtype, device: str) -> None:
+    x, y = pair(device)
+    bad = torch.zeros(4, device=device).to(dtype)
+    refused(TypeError, "t has dtype", ops.q_sample, x, bad, y, NOISE_TABLE.to(device))
+
+
+def test_steps_of_the_wrong_shape(device: str) -> None:
+    x, y = pair(device)
+    for shape in ((3,), (5,), (4, 1), (0,)):
+        bad = torch.zeros(shape, dtype=torch.int64, device=device)
+        refused(ValueError, "t has shape", ops.q_sample, x, bad, y, NOISE_TABLE.to(device))
+
+
+def test_steps_on_another_device() -> None:
+    x, y = pair()
+    bad = torch.zeros(4, dtype=torch.int64, device="meta")
+    refused(ValueError, "t is on meta", ops.q_sample, x, bad, y, NOISE_TABLE)
+
+
+def test_a_step_without_a_table(device: str) -> None:
+    x, y = pair(device)
+    refused(ValueError, "t is given", ops.add_noise, x, y, 0.8, 0.6, t=3)
+    refused(TypeError, "t is None", ops.q_sample, x, None, y, NOISE_TABLE.to(device))
+
+
+def test_debug_mode_checks_before_the_kernel_runs(
+    device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # On CUDA a kernel would clamp the step and run; the watched one here stands for it.
+    def run(*args: Any) -> int:
+        raise AssertionError("the kernel ran")
+
+    x, y = pair(device)
+    monkeypatch.setattr(native, "DEBUG", True)
+    monkeypatch.setattr(execute, "_C", SimpleNamespace(call=run))
+    bad = torch.full((4,), len(NOISE_TABLE), device=device)
+    refused(ValueError, "t holds", ops.q_sample, x, bad, y, NOISE_TABLE.to(device))

@@ -1,0 +1,1 @@
+"""What test modules share: cases, formulas, bounds, worlds with known answers, helpers."""

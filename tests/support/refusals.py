@@ -1,0 +1,59 @@
+"""How the tests of bad input ask: no kernel may run, and the error names the argument."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from diffcore._engine import dispatch, execute
+from support.cases import OpCase
+
+Op = Callable[..., Any]
+
+
+@pytest.fixture(autouse=True)
+def no_kernel_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel that accepts its arguments fails the test: bad input has to stop before it."""
+    real = execute._C
+
+    class Watched:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(real, name)
+
+        def call(self, *args: Any) -> int:
+            status: int = real.call(*args)
+            assert status != 0, "a kernel ran on bad input"
+            return status
+
+    def launch(*args: Any) -> Any:
+        found = real.launch(*args)
+        assert isinstance(found, int), "a kernel ran on bad input"
+        return found
+
+    if real is not None:
+        monkeypatch.setattr(execute, "_C", Watched())
+        monkeypatch.setattr(dispatch, "_launch", launch)
+
+
+def refused(kind: type[Exception], match: str, f: Op, *args: Any, **kwargs: Any) -> None:
+    with pytest.raises(kind, match=match):
+        f(*args, **kwargs)
+
+
+def pair(device: str = "cpu", **kwargs: Any) -> tuple[Tensor, Tensor]:
+    x, y = torch.randn(2, 4, 3, device=device, **kwargs)
+    return x, y
+
+
+def read_by(case: OpCase) -> list[str]:
+    """The elementwise arguments an op reads; a loss may leave one of its three alone."""
+    unused = {"denoising_loss_epsilon": "x0", "denoising_loss_sample": "noise"}.get(case.name)
+    return [name for name in case.tensors if name != unused]
+
+
+def any_of(case: OpCase) -> str:
+    return "(" + "|".join(case.tensors) + ")"
