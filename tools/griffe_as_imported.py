@@ -39,9 +39,7 @@ class AsImported(griffe.Extension):
             loader: What loaded it.
             **kwargs: What else griffe passes.
         """
-        loader.resolve_aliases(
-            implicit=True
-        )  # while hidden modules can be found
+        loader.resolve_aliases(implicit=True)  # while hidden modules can be found
         functions: dict[str, griffe.Object] = {}
         for module in _modules(pkg):
             for name, source in module.imports.items():
