@@ -71,7 +71,7 @@ endef
 $(VENV)/.installed: $(NATIVE_SOURCES) $(VENV)/.requirements $(VENV)/.modules
 	@$(CHECK_TOOLCHAIN)
 	PATH="$(abspath $(VENV))/bin:$$PATH" DIFFCORE_CUDA_ARCHS='$(DEV_CUDA_ARCHS)' \
-	  $(PIP_INSTALL) --no-build-isolation --config-settings=build-dir=$(BUILD_DIR) -e '.[cli,demo,test,bench]'
+	  $(PIP_INSTALL) --no-build-isolation --config-settings=build-dir=$(BUILD_DIR) -e '.[cli,demo,test,bench,docs]'
 	@touch $@
 
 .PHONY: build
@@ -111,10 +111,13 @@ wheel: $(VENV)/.requirements  ## wheel and sdist in dist/, then a smoke test of 
 bench: $(VENV)/.installed  ## time the ops against eager, torch.compile and a copy of the same bytes
 	set -e; for name in $(BENCH); do $(PY) -m benchmarks.bench_$$name $(BENCH_ARGS); done
 
+# The packages of the extra [docs], without the package itself: the reference is made from the sources as text.
+DOCS_PACKAGES := $(shell sed -n 's/^docs = \[\(.*\)\].*/\1/p' pyproject.toml | tr -d ',')
+
 .PHONY: docs
 docs: $(VENV)/.requirements  ## the documentation site, in site/
-	$(PIP_INSTALL) mkdocs mkdocs-material
-	$(PY) -m mkdocs build --strict
+	$(PIP_INSTALL) $(DOCS_PACKAGES)
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
 
 # For a machine that already has torch, the build tools and a GPU, and maybe no network: no virtual environment, no registry.
 .PHONY: gpu-check
