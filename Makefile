@@ -100,7 +100,8 @@ test: $(VENV)/.installed  ## build and run every test that this machine can run
 # ---- checks --------------------------------------------------------------------------------------------------------
 
 .PHONY: lint format
-lint: $(VENV)/.installed  ## ruff, mypy --strict, clang-format
+lint: $(VENV)/.installed  ## ruff, mypy --strict, clang-format, ends of lines and YAML
+	$(PY) tools/tidy_text.py --check
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
@@ -109,6 +110,7 @@ lint: $(VENV)/.installed  ## ruff, mypy --strict, clang-format
 format: $(VENV)/.requirements  ## rewrite the files as `make lint` wants them
 	$(PY) -m ruff check --fix-only .
 	$(PY) -m ruff format .
+	$(PY) tools/tidy_text.py || true
 	$(if $(CLANG_FORMATTED),$(VENV)/bin/clang-format -i $(CLANG_FORMATTED))
 
 # A second build of the package, in a folder that no installation knows: -S keeps the editable install of the
