@@ -191,8 +191,7 @@ def measure(device: torch.device, args: argparse.Namespace) -> dict[str, Any]:
     notes = [] if has_diffusers() else [NO_DIFFUSERS]
     for kind in KINDS:
         walk = Walk(kind, 5 if args.quick else STEPS)
-        for shape in SHAPES[device.type]:
-            rows.append(time_solver(walk, shape, device, budget, notes))
+        rows += [time_solver(walk, shape, device, budget, notes) for shape in SHAPES[device.type]]
     for steps, shape in UNET[device.type]:
         batch = 4 if args.quick else shape[0]
         few = Walk("DPM++ 2M", 5 if args.quick else steps)

@@ -20,7 +20,7 @@ ANNOUNCES_CODE = re.compile(r"::$", re.MULTILINE)
 class AsImported(griffe.Extension):
     """Adjusts names and docstrings once the package is loaded."""
 
-    def on_object(self, *, obj: griffe.Object, **kwargs: Any) -> None:
+    def on_object(self, *, obj: griffe.Object, **kwargs: Any) -> None:  # noqa: ARG002
         """Rewrite the docstring of one object.
 
         Args:
@@ -31,7 +31,7 @@ class AsImported(griffe.Extension):
             text = ROLE.sub("", obj.docstring.value)
             obj.docstring.value = ANNOUNCES_CODE.sub(":", text)
 
-    def on_package(self, *, pkg: griffe.Module, loader: griffe.GriffeLoader, **kwargs: Any) -> None:
+    def on_package(self, *, pkg: griffe.Module, loader: griffe.GriffeLoader, **kwargs: Any) -> None:  # noqa: ARG002
         """Put functions in the place of the modules that they hide.
 
         Args:

@@ -212,7 +212,7 @@ def resolved(coefs: tuple[Coef, ...]) -> tuple[Coef, ...]:
 
 
 def coefs_need_grad(coefs: tuple[Coef, ...]) -> bool:
-    for c in coefs:
+    for c in coefs:  # noqa: SIM110 - in every call, where a generator costs more
         if type(c) is not float and c.requires_grad:  # type: ignore[union-attr]
             return True
     return False

@@ -46,7 +46,7 @@ def explain(
     inputs: tuple[Tensor, ...],
     coefs: tuple[Coef, ...],
     step: Step,
-    whole: bool,
+    whole: bool,  # noqa: ARG001 (the arguments of a call, all of them)
     out: Tensor | None = None,
     noise: Noise = None,
 ) -> None:
