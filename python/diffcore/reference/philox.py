@@ -1,6 +1,6 @@
 """Normal numbers as a function of (seed, sample, stream, element): the specification of the noise.
 
-`csrc/core/normal.h` computes the same bits, on every instruction set and on CUDA. Here they are
+`csrc/noise/normal.h` computes the same bits, on every instruction set and on CUDA. Here they are
 plain tensor operations, each rounded once, on any device and under torch's transforms.
 
 Philox4x32-10 turns a counter of four 32-bit words and a key of two into four random words; one

@@ -3,17 +3,10 @@
 // python/diffcore/_philox.py is the specification, docs/numerics.md has the errors.
 #pragma once
 
-#include "core/philox.h"
+#include "core/math.h"
+#include "noise/philox.h"
 
 DC_KERNEL_NAMESPACE_BEGIN
-
-template <class Lanes, int kCount>
-DC_HD typename Lanes::F horner(const float (&c)[kCount], typename Lanes::F x) {
-  typename Lanes::F y = Lanes::real(c[kCount - 1]);
-  DC_UNROLL
-  for (int k = kCount - 2; k >= 0; --k) y = Lanes::add(Lanes::mul(y, x), Lanes::real(c[k]));
-  return y;
-}
 
 // sqrt(-2 ln u), u = (w >> 1) 2^-31 + 2^-32 in (0, 1]
 template <class Lanes>
@@ -29,7 +22,7 @@ DC_HD typename Lanes::F radius(typename Lanes::U w) {
   // u = 2^k m, sqrt ½ <= m < sqrt 2, and f = m - 1
   const I t = bit_cast<I>(s) - (kSqrtHalf + kExponent31);
   const F f = Lanes::add(bit_cast<F>(I((t & 0x7fffff) + kSqrtHalf)), Lanes::real(-1.0f));
-  const F log = Lanes::mul(f, horner<Lanes>(kLog, f));  // -2 ln m
+  const F log = Lanes::mul(f, polynomial<Lanes>(kLog, f));  // -2 ln m
   const F scale = Lanes::mul(Lanes::to_real(I(t >> 23)), Lanes::real(-0x1.62e43p+0f));
   return Lanes::sqrt(Lanes::add(scale, log));
 }
@@ -46,8 +39,8 @@ DC_HD void box_muller(typename Lanes::U w, typename Lanes::U v, typename Lanes::
   constexpr float kCos[] = {-0x1.ffffbap-2f, 0x1.553faap-5f, -0x1.647822p-10f};
   const F x = Lanes::mul(Lanes::to_real(I(v << 2)), Lanes::real(0x1.921fb6p-32f));
   const F y = Lanes::mul(x, x);
-  const F sine = Lanes::add(x, Lanes::mul(x, Lanes::mul(y, horner<Lanes>(kSin, y))));
-  const F cosine = Lanes::add(Lanes::real(1.0f), Lanes::mul(y, horner<Lanes>(kCos, y)));
+  const F sine = Lanes::add(x, Lanes::mul(x, Lanes::mul(y, polynomial<Lanes>(kSin, y))));
+  const F cosine = Lanes::add(Lanes::real(1.0f), Lanes::mul(y, polynomial<Lanes>(kCos, y)));
   const F r = bit_cast<F>(U(bit_cast<U>(radius<Lanes>(w)) ^ (v & 0x80000000u)));
   const I swap = I(v << 1);
   z0 = Lanes::mul(r, Lanes::where_negative(swap, sine, cosine));

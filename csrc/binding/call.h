@@ -7,9 +7,10 @@
 
 #include <string>
 
-#include "kernel_table.h"
-#include "ops/all.h"
-#include "tensor.h"
+#include "binding/op_table.h"
+#include "binding/tensor.h"
+#include "cpu/kernels.h"
+#include "cuda/kernels.h"
 
 namespace diffcore {
 namespace py = pybind11;
@@ -20,14 +21,6 @@ constexpr int64_t kReleaseGilFrom =
     32 * 1024;  // elements; below, the call ends before another thread could use it
 
 inline const dlpack::ExchangeApi* g_torch = nullptr;
-
-template <class... Op>
-const OpInfo* info_table(OpList<Op...>) {
-  static const OpInfo table[] = {
-      {Op::name, kReads<Op>, Op::n_out, Op::n_sum, Op::n_coef, kDraws<Op>}...};
-  return table;
-}
-inline const OpInfo* ops() { return info_table(AllOps{}); }
 
 // A borrowed view; valid while the caller's reference to the tensor is.
 inline bool borrow(PyObject* object, dlpack::Tensor* out) {
@@ -57,25 +50,25 @@ class Call {
     if (info_->n_sum && !whole) by_row_ = true;
     if (info_->n_sum && whole && by_row_) return kBadArguments;
     if (Status status = read_tensors(outs, ins, first, whole)) return status;
-    task_.rows = by_row_ ? rows_ : 1;
-    task_.cols = by_row_ ? (rows_ ? elements_ / rows_ : 0) : elements_;
+    args_.rows = by_row_ ? rows_ : 1;
+    args_.cols = by_row_ ? (rows_ ? elements_ / rows_ : 0) : elements_;
     return read_sums(outs, first);
   }
 
   Status run(int op) {
-    if (task_.rows == 0 || (task_.cols == 0 && !info_->n_sum)) return kDone;
+    if (args_.rows == 0 || (args_.cols == 0 && !info_->n_sum)) return kDone;
     if (device_.type == dlpack::kCpu) {
       bool done;
       if (elements_ >= kReleaseGilFrom) {
         py::gil_scoped_release release;
-        done = run_on_cpu(op, dtype_, task_);
+        done = run_on_cpu(op, dtype_, args_);
       } else {
-        done = run_on_cpu(op, dtype_, task_);
+        done = run_on_cpu(op, dtype_, args_);
       }
       return done ? kDone : kStepRange;
     }
     if (!cuda_built()) return kDevice;
-    if (!task_.step && task_.steps && (task_.fixed_step < 0 || task_.fixed_step >= task_.steps))
+    if (!args_.step && args_.steps && (args_.fixed_step < 0 || args_.fixed_step >= args_.steps))
       return kStepRange;
     Device device{device_.id, nullptr};
     if (g_torch->current_stream(dlpack::kCuda, device_.id, &device.stream) != 0)
@@ -95,7 +88,7 @@ class Call {
       if (g_torch->allocate(&prototype, context->workspace, nullptr, ignore) != 0) return nullptr;
       return (*context->workspace)->tensor.data;
     };
-    const char* error = run_on_cuda(op, dtype_, task_, device, allocate, &context);
+    const char* error = run_on_cuda(op, dtype_, args_, device, allocate, &context);
     // The launches are on the stream the allocator knows, so freeing now only lets later work on it
     // reuse the memory.
     if (workspace && workspace->deleter) workspace->deleter(workspace);
@@ -110,7 +103,7 @@ class Call {
     for (py::handle item : coefs) {
       if (n >= info_->n_coef) return kBadArguments;
       if (PyFloat_CheckExact(item.ptr())) {
-        task_.coef[n++].value = PyFloat_AS_DOUBLE(item.ptr());
+        args_.coef[n++].value = PyFloat_AS_DOUBLE(item.ptr());
         continue;
       }
       dlpack::Tensor x;
@@ -123,15 +116,15 @@ class Call {
       bool by_step = x.ndim == 2 && !step.is_none();
       int64_t length = x.ndim ? x.shape[0] : 1;
       if (by_step) {
-        if (length == 0 || (table && length != task_.steps)) return kBadArguments;
+        if (length == 0 || (table && length != args_.steps)) return kBadArguments;
         table = true;
-        task_.steps = length;
+        args_.steps = length;
       } else if (length != 1) {
         if (length != rows_) return kBadArguments;
         by_row_ = true;
       }
       for (int k = 0; k < columns; ++k) {
-        Coef& coef = task_.coef[n++];
+        Coef& coef = args_.coef[n++];
         coef.data = static_cast<char*>(x.data) + (k ? k * x.strides[1] : 0) * item_size(dtype);
         coef.stride = by_step || length > 1 ? x.strides[0] : 0;
         coef.is_double = dtype == kF64;
@@ -144,8 +137,8 @@ class Call {
 
   Status read_step(py::handle step, const dlpack::Tensor& first) {
     if (PyLong_CheckExact(step.ptr())) {
-      task_.fixed_step = PyLong_AsLongLong(step.ptr());
-      if (task_.fixed_step == -1 && PyErr_Occurred()) {
+      args_.fixed_step = PyLong_AsLongLong(step.ptr());
+      if (args_.fixed_step == -1 && PyErr_Occurred()) {
         PyErr_Clear();
         return kStepRange;
       }
@@ -159,9 +152,9 @@ class Call {
     int64_t length = x.ndim ? x.shape[0] : 1;
     if (length != 1 && length != rows_) return kBadArguments;
     if (!x.data && length) return kBadArguments;
-    task_.step = x.data;
-    task_.step_is_64 = x.dtype.bits == 64;
-    task_.step_stride = length > 1 ? x.strides[0] : 0;
+    args_.step = x.data;
+    args_.step_is_64 = x.dtype.bits == 64;
+    args_.step_stride = length > 1 ? x.strides[0] : 0;
     if (length != 1) by_row_ = true;
     return kDone;
   }
@@ -170,7 +163,7 @@ class Call {
   Status read_noise(py::handle noise, const dlpack::Tensor& first) {
     if (!info_->draws || !PyTuple_CheckExact(noise.ptr()) || PyTuple_GET_SIZE(noise.ptr()) != 4)
       return kBadArguments;
-    NoiseSource& source = task_.noise;
+    NoiseSource& source = args_.noise;
     int64_t length, stride, element;
     bool scalar;
     const int64_t* unused = nullptr;
@@ -215,12 +208,12 @@ class Call {
       // Nobody is in a hurry in double on CUDA: kernels read there what randn draws.
       if (device_.type == dlpack::kCuda && dtype_ == kF64 && info_->n_in) return kLayout;
       constexpr int64_t kBlocks = int64_t(1) << 32;
-      if (rows_ && task_.noise.first_block + (elements_ / rows_ + 3) / 4 > kBlocks)
+      if (rows_ && args_.noise.first_block + (elements_ / rows_ + 3) / 4 > kBlocks)
         return kBadArguments;
       // Long runs draw well; short ones do not, nor does an order of another kind.
       constexpr int64_t kMostRuns = 64;
-      task_.noise.inner = runs_of_row(first);
-      if (!task_.noise.inner || task_.noise.inner > kMostRuns) return kLayout;
+      args_.noise.inner = runs_of_row(first);
+      if (!args_.noise.inner || args_.noise.inner > kMostRuns) return kLayout;
     }
     const int64_t bytes = elements_ * item_size(dtype_), row = rows_ ? elements_ / rows_ : 0;
     int maps = info_->n_out;
@@ -234,16 +227,16 @@ class Call {
         return kBadArguments;
       if (!x.data && elements_) return kBadArguments;
       if (k >= info_->n_in) {
-        task_.out[k - info_->n_in] = x.data;
+        args_.out[k - info_->n_in] = x.data;
         if (elements_ && !same_strides(x, first, part)) return kLayout;
         if (part && x.strides[0] != row) return kLayout;
         continue;
       }
-      task_.in[k] = x.data;
-      task_.row_stride[k] = part ? x.strides[0] : row;
+      args_.in[k] = x.data;
+      args_.row_stride[k] = part ? x.strides[0] : row;
       if (k == 0 || !elements_ || same_strides(x, first)) continue;
       if (whole || !same_strides(x, first, 1) || x.strides[0] < 0) return kLayout;
-      task_.row_stride[k] = x.strides[0];
+      args_.row_stride[k] = x.strides[0];
       by_row_ = true;
     }
     if (!part && !dense(first, by_row_)) return kLayout;
@@ -253,13 +246,13 @@ class Call {
     };
     for (int o = 0; o < maps; ++o) {
       for (int k = 0; k < info_->n_in; ++k) {
-        const int64_t apart = task_.row_stride[k] - row;
-        const bool in_place = task_.out[o] == task_.in[k] && (!apart || rows_ == 1);
+        const int64_t apart = args_.row_stride[k] - row;
+        const bool in_place = args_.out[o] == args_.in[k] && (!apart || rows_ == 1);
         const int64_t span = bytes + (rows_ - 1) * apart * item_size(dtype_);
-        if (!in_place && overlap(task_.out[o], task_.in[k], span)) return kLayout;
+        if (!in_place && overlap(args_.out[o], args_.in[k], span)) return kLayout;
       }
       for (int other = 0; other < o; ++other)
-        if (overlap(task_.out[o], task_.out[other], bytes)) return kBadArguments;
+        if (overlap(args_.out[o], args_.out[other], bytes)) return kBadArguments;
     }
     return kDone;
   }
@@ -269,17 +262,17 @@ class Call {
     for (int k = 0; k < info_->n_sum; ++k) {
       dlpack::Tensor x;
       borrow(outs[info_->n_out + k].ptr(), &x);
-      if (dtype_of(x.dtype) != compute || !same_device(x, first) || count(x) != task_.rows ||
+      if (dtype_of(x.dtype) != compute || !same_device(x, first) || count(x) != args_.rows ||
           !contiguous(x))
         return kBadArguments;
-      if (!x.data && task_.rows) return kBadArguments;
-      task_.sum[k] = x.data;
+      if (!x.data && args_.rows) return kBadArguments;
+      args_.sum[k] = x.data;
     }
     return kDone;
   }
 
   const OpInfo* info_ = nullptr;
-  Task task_;
+  LaunchArgs args_;
   dlpack::DeviceRef device_{};
   Dtype dtype_ = kNoDtype;
   int64_t elements_ = 0, rows_ = 0;

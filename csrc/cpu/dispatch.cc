@@ -6,7 +6,8 @@
 #include <cstring>
 #include <memory>
 
-#include "kernel_table.h"
+#include "core/coefficients.h"
+#include "cpu/kernels.h"
 
 namespace diffcore {
 namespace {
@@ -44,18 +45,14 @@ const Isa& isa() {
 }
 
 constexpr int64_t kChunk = 8192;  // columns of a unit
-constexpr int64_t kParallelFrom =
-    32 * 1024;  // elements; below, starting threads costs more than it saves
+// Elements; below, starting threads costs more than it saves.
+constexpr int64_t kParallelFrom = 32 * 1024;
 
-bool steps_in_range(const Task& task) {
-  if (!task.steps) return true;
-  if (!task.step) return task.fixed_step >= 0 && task.fixed_step < task.steps;
-  for (int64_t row = 0; row < task.rows; ++row) {
-    int64_t at = row * task.step_stride;
-    int64_t step = task.step_is_64 ? static_cast<const int64_t*>(task.step)[at]
-                                   : static_cast<const int32_t*>(task.step)[at];
-    if (step < 0 || step >= task.steps) return false;
-    if (!task.step_stride) break;
+bool steps_in_range(const LaunchArgs& args) {
+  const int64_t rows = args.steps ? (args.step_stride ? args.rows : 1) : 0;
+  for (int64_t row = 0; row < rows; ++row) {
+    const int64_t step = given_step(args, row);
+    if (step < 0 || step >= args.steps) return false;
   }
   return true;
 }
@@ -66,34 +63,34 @@ const char* cpu_isa() { return isa().name; }
 const char* best_cpu_isa() { return has_v4() ? "v4" : has_v3() ? "v3" : "v2"; }
 int cpu_threads() { return omp_get_max_threads(); }
 
-bool run_on_cpu(int op, Dtype dtype, Task& task) {
-  if (!steps_in_range(task)) return false;
+bool run_on_cpu(int op, Dtype dtype, LaunchArgs& args) {
+  if (!steps_in_range(args)) return false;
   const CpuKernel& kernel = isa().kernels[op * kDtypes + dtype];
-  task.chunk = kChunk;
-  task.chunks = kernel.scratch || task.cols <= kChunk ? 1 : (task.cols + kChunk - 1) / kChunk;
-  int64_t units = task.rows * task.chunks;
+  args.chunk = kChunk;
+  args.chunks = kernel.scratch || args.cols <= kChunk ? 1 : (args.cols + kChunk - 1) / kChunk;
+  int64_t units = args.rows * args.chunks;
   std::unique_ptr<double[]> partials;
-  if (task.sum[0] && task.chunks > 1) {
+  if (args.sum[0] && args.chunks > 1) {
     partials.reset(new double[kMaxSum * units]);
-    task.partials = partials.get();
+    args.partials = partials.get();
   }
-  int64_t elements = task.rows * task.cols;
+  int64_t elements = args.rows * args.cols;
   int threads = elements < kParallelFrom || omp_in_parallel() ? 1 : cpu_threads();
   if (threads > units) threads = int(units);
   std::unique_ptr<char[]> scratch(kernel.scratch ? new char[kernel.scratch * threads] : nullptr);
   if (threads == 1) {
-    kernel.run(task, 0, units, scratch.get());
+    kernel.run(args, 0, units, scratch.get());
   } else {
 #pragma omp parallel num_threads(threads)
     {
       int64_t share = units / omp_get_num_threads(), extra = units % omp_get_num_threads();
       int64_t me = omp_get_thread_num();
       int64_t begin = me * share + (me < extra ? me : extra);
-      kernel.run(task, begin, begin + share + (me < extra ? 1 : 0),
+      kernel.run(args, begin, begin + share + (me < extra ? 1 : 0),
                  scratch.get() + me * kernel.scratch);
     }
   }
-  if (task.partials) kernel.finish(task);
+  if (args.partials) kernel.finish(args);
   return true;
 }
 

@@ -1,7 +1,7 @@
 // The Python module `diffcore._C`. Two entries serve every op: `launch`, which allocates and runs
 // the kernel if the call is a plain one, and `call`, which is handed everything. Whatever is not
 // plain, or not right, goes back to Python, which sees to it or says what was wrong.
-#include "call.h"
+#include "binding/call.h"
 
 #ifndef DIFFCORE_BUILD_FLAGS
 #define DIFFCORE_BUILD_FLAGS ""

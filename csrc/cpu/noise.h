@@ -1,8 +1,8 @@
 // The normals of a span of columns, drawn many at a time.
 #pragma once
 
-#include "core/normal.h"
-#include "drivers/cpu_lanes.h"
+#include "cpu/lanes.h"
+#include "noise/normal.h"
 
 DC_KERNEL_NAMESPACE_BEGIN
 
@@ -95,34 +95,35 @@ class RowNoise {
  public:
   static constexpr int kAtOnce = 1024;  // columns, at most; more would crowd the innermost cache
 
-  explicit RowNoise(const Task& task) : task_(task) {
-    blocks_ = task.cols <= kDraw / 2 ? int((task.cols + 3) / 4) : 0;
+  explicit RowNoise(const LaunchArgs& args) : args_(args) {
+    blocks_ = args.cols <= kDraw / 2 ? int((args.cols + 3) / 4) : 0;
   }
 
   // Memory that will be wanted for the columns about to be drawn: fetched meanwhile, because
   // drawing leaves the memory idle otherwise.
-  struct Ahead {
+  struct Prefetch {
     const char* at[kMaxIn + kMaxOut];
     int count;
     int column_bytes;
   };
 
   // `first` is a multiple of kAtOnce. So many columns from there as the row has, up to kAtOnce.
-  __attribute__((noinline)) const float* columns(int64_t row, int64_t first, const Ahead& ahead) {
-    if (blocks_ && task_.noise.inner == 1) {  // short rows: several in a draw
+  __attribute__((noinline)) const float* columns(int64_t row, int64_t first,
+                                                 const Prefetch& prefetch) {
+    if (blocks_ && args_.noise.inner == 1) {  // short rows: several in a draw
       if (row < row_ || row >= row_ + kDrawBlocks / blocks_) {
-        drawer_.set(task_.noise, row, task_.rows, blocks_);
+        drawer_.set(args_.noise, row, args_.rows, blocks_);
         drawer_.draw(0, z_);
         row_ = row;
       }
       return z_ + (row - row_) * 4 * blocks_;
     }
-    if (row != row_) drawer_.set(noise_key(task_.noise, row));
+    if (row != row_) drawer_.set(noise_key(args_.noise, row));
     row_ = row;
-    const int64_t left = task_.cols - first, n = left < kAtOnce ? left : kAtOnce;
-    if (task_.noise.inner == 1) {
+    const int64_t left = args_.cols - first, n = left < kAtOnce ? left : kAtOnce;
+    if (args_.noise.inner == 1) {
       for (int64_t i = 0; i < n; i += kDraw) {
-        fetch(ahead, i);
+        fetch(prefetch, i);
         drawer_.draw(uint32_t((first + i) / 4), z_ + i);
       }
     } else {
@@ -132,16 +133,16 @@ class RowNoise {
   }
 
  private:
-  static void fetch(const Ahead& ahead, int64_t column) {
+  static void fetch(const Prefetch& prefetch, int64_t column) {
     constexpr int kLine = 64;
-    for (int k = 0; k < ahead.count; ++k)
-      for (int b = 0; b < kDraw * ahead.column_bytes; b += kLine)
-        __builtin_prefetch(ahead.at[k] + column * ahead.column_bytes + b);
+    for (int k = 0; k < prefetch.count; ++k)
+      for (int b = 0; b < kDraw * prefetch.column_bytes; b += kLine)
+        __builtin_prefetch(prefetch.at[k] + column * prefetch.column_bytes + b);
   }
 
   // Column p is element p % inner · outer + p / inner: every `inner`-th column is one run.
   void transposed(int64_t first, int64_t n) {
-    const int64_t inner = task_.noise.inner, outer = task_.cols / inner;
+    const int64_t inner = args_.noise.inner, outer = args_.cols / inner;
     alignas(64) float run[kAtOnce + 2 * kDraw];
     for (int64_t k = 0; k < inner; ++k) {
       int64_t p = first + (k - first % inner + inner) % inner;
@@ -153,7 +154,7 @@ class RowNoise {
     }
   }
 
-  const Task& task_;
+  const LaunchArgs& args_;
   Drawer drawer_;
   int64_t row_ = INT64_MIN / 2;
   int blocks_;  // of a row, where rows are short

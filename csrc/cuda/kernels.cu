@@ -2,10 +2,10 @@
 // cudart is linked statically: the module imports on a machine with neither GPU nor driver.
 #include <type_traits>
 
-#include "drivers/cuda.cuh"
-#include "drivers/cuda_select.cuh"
-#include "kernel_table.h"
-#include "ops/all.h"
+#include "cuda/kernels.h"
+#include "cuda/map.cuh"
+#include "cuda/select.cuh"
+#include "ops/kernel_matrix.h"
 
 namespace diffcore {
 namespace {
@@ -17,32 +17,20 @@ struct Workspace {
 };
 
 struct CudaKernel {
-  const char* (*run)(Task&, cudaStream_t, Workspace);
+  const char* (*run)(LaunchArgs&, cudaStream_t, Workspace);
   const char* (*load)();
 };
 
-template <class List>
-struct Table;
-
-template <class... Op>
-struct Table<OpList<Op...>> {
-  struct Row {
-    CudaKernel by_dtype[kDtypes];
-  };
-  template <class O, class S>
-  static constexpr CudaKernel kernel() {
-    if constexpr (std::is_same_v<S, double> && kDraws<O> && kReads<O> > 0) return {};
-    using Launch = std::conditional_t<kSelects<O>, CudaSelect<O, S>, CudaLaunch<O, S>>;
+struct CudaEntry {
+  template <class Op, class S>
+  static constexpr CudaKernel make() {
+    if constexpr (std::is_same_v<S, double> && kDraws<Op> && kReads<Op> > 0) return {};
+    using Launch = std::conditional_t<kSelects<Op>, CudaSelect<Op, S>, CudaLaunch<Op, S>>;
     return {&Launch::template run<Workspace>, &Launch::load};
   }
-  template <class O>
-  static constexpr Row row() {
-    return {{kernel<O, float>(), kernel<O, double>(), kernel<O, Bf16>(), kernel<O, F16>()}};
-  }
-  static constexpr Row rows[sizeof...(Op)] = {row<Op>()...};
 };
 
-using Kernels = Table<AllOps>;
+using Kernels = KernelMatrix<CudaKernel, CudaEntry, AllOps>;
 
 // Our cudart is not torch's: torch's current device says nothing about ours.
 class DeviceGuard {
@@ -87,12 +75,12 @@ int cuda_driver_version() {
   return cudaDriverGetVersion(&version) == cudaSuccess ? version : 0;
 }
 
-const char* run_on_cuda(int op, Dtype dtype, Task& task, Device device, Allocate allocate,
+const char* run_on_cuda(int op, Dtype dtype, LaunchArgs& args, Device device, Allocate allocate,
                         void* context) {
   DeviceGuard guard(device.id);
   if (guard.error()) return guard.error();
   const CudaKernel& kernel = Kernels::rows[op].by_dtype[dtype];
-  return kernel.run(task, static_cast<cudaStream_t>(device.stream), Workspace{allocate, context});
+  return kernel.run(args, static_cast<cudaStream_t>(device.stream), Workspace{allocate, context});
 }
 
 const char* load_cuda_kernels(int device) {

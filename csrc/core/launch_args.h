@@ -38,7 +38,7 @@ struct NoiseSource {
   int64_t inner = 1;
 };
 
-struct Task {
+struct LaunchArgs {
   const void* in[kMaxIn] = {};      // [rows, cols], one storage type and layout for all ...
   int64_t row_stride[kMaxIn] = {};  // ... but for this: elements from row to row
   void* out[kMaxOut] = {};          // [rows, cols]
@@ -52,9 +52,8 @@ struct Task {
   int64_t steps = 0;  // length of the coefficient table
   int64_t rows = 0;
   int64_t cols = 0;
-  int64_t chunk =
-      1;  // columns handled as one unit; sums are formed per chunk, so it fixes their order
-  int64_t chunks = 1;          // per row
+  int64_t chunk = 1;   // columns of one unit; sums are formed per chunk, so it fixes their order
+  int64_t chunks = 1;  // per row
   double* partials = nullptr;  // [n_sum, rows, chunks] when chunks > 1
 };
 

@@ -7,10 +7,10 @@
 #include <cuda_runtime.h>
 
 #include "core/coefficients.h"
-#include "core/normal.h"
+#include "core/launch_args.h"
 #include "core/number.h"
 #include "core/op.h"
-#include "core/task.h"
+#include "noise/normal.h"
 
 namespace diffcore {
 
@@ -34,9 +34,9 @@ constexpr int kBlocksPerSm = [] {
 }();
 
 // How the blocks lie over [rows, cols].
-struct Shape {
+struct BlockLayout {
   int threads_x;  // a power of two
-  int turns;      // how often a thread comes back for more packs
+  int rounds;     // how often a thread returns for another kUnroll packs
   bool packed;    // 16-byte accesses; else single elements
 };
 
@@ -47,27 +47,29 @@ struct alignas(sizeof(S) * N) Pack {
 
 // load_coefs, shared by the warp where one row spans it: each lane fetches one coefficient.
 template <class Op, class R>
-__device__ __forceinline__ void share_coefs(const Task& task, int64_t row, int threads_x, R* c) {
+__device__ __forceinline__ void share_coefs(const LaunchArgs& args, int64_t row, int threads_x,
+                                            R* c) {
   if (Op::n_coef > 1 && threads_x >= 32) {
+    static_assert(Op::n_coef <= 32, "each lane of a warp fetches one coefficient");
     const int lane = threadIdx.x % 32;
     R mine = R(0);
     if (lane < Op::n_coef)
-      mine = load_coef<R>(task.coef[lane], row, task.steps ? step_of(task, row) : 0);
+      mine = load_coef<R>(args.coef[lane], row, args.steps ? step_of(args, row) : 0);
     DC_UNROLL
     for (int k = 0; k < Op::n_coef; ++k) c[k] = __shfl_sync(~0u, mine, k);
-    prepare<Op>(c);
+    Op::prepare(c);
   } else {
-    load_coefs<Op>(task, row, c);
+    load_coefs<Op>(args, row, c);
   }
 }
 
 // What one thread does with its elements of a row; sums are left in `sums`.
 template <class Op, class S, class Formula = Op>
-struct Elements {
+struct RowWorker {
   using R = Compute<S>;
   static constexpr int kIn = kReads<Op>, kOut = Op::n_out, kSum = Op::n_sum, kU = kUnroll<Op>;
 
-  const Task& task;
+  const LaunchArgs& args;
   R* c;
   R* sums;
   const NoiseKey& key;
@@ -130,8 +132,8 @@ struct Elements {
     for (int k = 0; k < kIn; ++k) x[k] = from(k, row)[i];
     float z = 0;
     if constexpr (kDraws<Op>) {
-      const int64_t runs = task.noise.inner;
-      z = normal(key, runs == 1 ? i : i % runs * (task.cols / runs) + i / runs);
+      const int64_t runs = args.noise.inner;
+      z = normal(key, runs == 1 ? i : i % runs * (args.cols / runs) + i / runs);
     }
     apply(x, z, stored);
     DC_UNROLL
@@ -140,10 +142,10 @@ struct Elements {
 
  private:
   __device__ __forceinline__ const S* from(int k, int64_t row) const {
-    return static_cast<const S*>(task.in[k]) + row * task.row_stride[k];
+    return static_cast<const S*>(args.in[k]) + row * args.row_stride[k];
   }
   __device__ __forceinline__ S* to(int k, int64_t row) const {
-    return static_cast<S*>(task.out[k]) + row * task.cols;
+    return static_cast<S*>(args.out[k]) + row * args.cols;
   }
 
   template <int N>
@@ -177,23 +179,23 @@ __device__ __forceinline__ T row_sum(T value, int threads_x, int x) {
 
 template <class Op, class S>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSm<Op, S>)
-    op_kernel(const __grid_constant__ Task task, const Shape shape) {
+    op_kernel(const __grid_constant__ LaunchArgs args, const BlockLayout layout) {
   using R = Compute<S>;
   constexpr int kPack = 16 / sizeof(S);
-  const int x = threadIdx.x % shape.threads_x, y = threadIdx.x / shape.threads_x;
+  const int x = threadIdx.x % layout.threads_x, y = threadIdx.x / layout.threads_x;
   const int64_t row_block = int64_t(blockIdx.z) * gridDim.y + blockIdx.y;
-  const int64_t row = row_block * (kThreads / shape.threads_x) + y;
+  const int64_t row = row_block * (kThreads / layout.threads_x) + y;
   R c[Op::n_coef + 1];
   R sums[Op::n_sum + 1] = {};
-  if (row < task.rows) {
+  if (row < args.rows) {
     NoiseKey key{};
-    if constexpr (kDraws<Op>) key = noise_key(task.noise, row);
-    const Elements<Op, S> elements{task, c, sums, key};
-    const int64_t packs = shape.packed ? task.cols / kPack : 0;
-    const auto load_c = [&] { share_coefs<Op>(task, row, shape.threads_x, c); };
+    if constexpr (kDraws<Op>) key = noise_key(args.noise, row);
+    const RowWorker<Op, S> worker{args, c, sums, key};
+    const int64_t packs = layout.packed ? args.cols / kPack : 0;
+    const auto load_c = [&] { share_coefs<Op>(args, row, layout.threads_x, c); };
     if constexpr (kMayIdle<Op>) {
       load_c();
-      if (is_idle<Op>(c) && task.in[0] == task.out[0]) return;
+      if (Op::idle(c) && args.in[0] == args.out[0]) return;
     }
     bool other = false;
     if constexpr (kSwitches<Op>) {
@@ -202,20 +204,20 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm<Op, S>)
     }
     if (other) {  // rows of another formula are rare: one by one is fast enough
       if constexpr (kSwitches<Op>) {
-        const Elements<Op, S, typename Op::Other> others{task, c, sums, key};
-        const int64_t begin = int64_t(blockIdx.x) * task.chunk;
-        const int64_t end = begin + task.chunk < task.cols ? begin + task.chunk : task.cols;
+        const RowWorker<Op, S, typename Op::Other> other_worker{args, c, sums, key};
+        const int64_t begin = int64_t(blockIdx.x) * args.chunk;
+        const int64_t end = begin + args.chunk < args.cols ? begin + args.chunk : args.cols;
 #pragma unroll 1
-        for (int64_t i = begin + x; i < end; i += shape.threads_x) others.one(row, i);
+        for (int64_t i = begin + x; i < end; i += layout.threads_x) other_worker.one(row, i);
       }
-    } else if (shape.packed) {
-      const int64_t step = int64_t(kUnroll<Op>) * shape.threads_x;
-      const int turns = Op::n_sum ? shape.turns : 1;
+    } else if (layout.packed) {
+      const int64_t step = int64_t(kUnroll<Op>) * layout.threads_x;
+      const int rounds = Op::n_sum ? layout.rounds : 1;
 #pragma unroll 1
-      for (int turn = 0; turn < turns; ++turn) {
-        const int64_t first = (int64_t(blockIdx.x) * turns + turn) * step + x;
-        elements.template packs<kPack>(row, first, packs, shape.threads_x, [&] {
-          if (turn == 0 && !kSwitches<Op>) load_c();
+      for (int round = 0; round < rounds; ++round) {
+        const int64_t first = (int64_t(blockIdx.x) * rounds + round) * step + x;
+        worker.template packs<kPack>(row, first, packs, layout.threads_x, [&] {
+          if (round == 0 && !kSwitches<Op>) load_c();
         });
       }
     } else if (!kSwitches<Op>) {
@@ -223,22 +225,23 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm<Op, S>)
     }
     // One by one: everything when unaligned, else what is left behind the last whole pack, by the
     // last block.
-    if (!other && (!shape.packed || blockIdx.x == gridDim.x - 1)) {
-      const int64_t begin = shape.packed ? packs * kPack : int64_t(blockIdx.x) * task.chunk;
-      const int64_t end = begin + task.chunk < task.cols ? begin + task.chunk : task.cols;
+    if (!other && (!layout.packed || blockIdx.x == gridDim.x - 1)) {
+      const int64_t begin = layout.packed ? packs * kPack : int64_t(blockIdx.x) * args.chunk;
+      const int64_t end = begin + args.chunk < args.cols ? begin + args.chunk : args.cols;
 #pragma unroll 1
-      for (int64_t i = begin + x; i < end; i += shape.threads_x) elements.one(row, i);
+      for (int64_t i = begin + x; i < end; i += layout.threads_x) worker.one(row, i);
     }
   }
   if constexpr (Op::n_sum > 0) {
     DC_UNROLL
     for (int k = 0; k < Op::n_sum; ++k) {
-      const R total = row_sum(sums[k], shape.threads_x, x);
-      if (x == 0 && row < task.rows) {
-        if (task.chunks > 1)
-          task.partials[(k * task.rows + row) * task.chunks + blockIdx.x] = double(total);
+      const R total = row_sum(sums[k], layout.threads_x, x);
+      if (x == 0 && row < args.rows) {
+        if (args.chunks > 1)
+          args.partials[(k * args.rows + row) * args.chunks + blockIdx.x] = double(total);
         else
-          static_cast<R*>(task.sum[k])[row] = finished<Op>(c, double(total), task.cols);
+          static_cast<R*>(args.sum[k])[row] =
+              R(Op::finalize_sum(c, double(total), double(args.cols)));
       }
     }
   }
@@ -246,18 +249,18 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm<Op, S>)
 
 // Combines the blocks of each row.
 template <class Op, class S>
-__global__ void __launch_bounds__(kThreads) finish_kernel(const __grid_constant__ Task task) {
+__global__ void __launch_bounds__(kThreads) finish_kernel(const __grid_constant__ LaunchArgs args) {
   using R = Compute<S>;
-  for (int64_t row = blockIdx.x; row < task.rows; row += gridDim.x) {
+  for (int64_t row = blockIdx.x; row < args.rows; row += gridDim.x) {
     for (int k = 0; k < Op::n_sum; ++k) {
-      const double* chunk = task.partials + (k * task.rows + row) * task.chunks;
+      const double* chunk = args.partials + (k * args.rows + row) * args.chunks;
       double total = 0;
-      for (int64_t j = threadIdx.x; j < task.chunks; j += kThreads) total += chunk[j];
+      for (int64_t j = threadIdx.x; j < args.chunks; j += kThreads) total += chunk[j];
       total = row_sum(total, kThreads, int(threadIdx.x));
       if (threadIdx.x == 0) {
         R c[Op::n_coef + 1];
-        load_coefs<Op>(task, row, c);
-        static_cast<R*>(task.sum[k])[row] = finished<Op>(c, total, task.cols);
+        load_coefs<Op>(args, row, c);
+        static_cast<R*>(args.sum[k])[row] = R(Op::finalize_sum(c, total, double(args.cols)));
       }
     }
   }
@@ -267,54 +270,54 @@ template <class Op, class S>
 struct CudaLaunch {
   static constexpr int kPack = 16 / sizeof(S);
 
-  static bool aligned(const Task& task) {
-    if (task.rows > 1 && task.cols % kPack != 0) return false;
-    if (kDraws<Op> && task.noise.inner != 1) return false;
+  static bool aligned(const LaunchArgs& args) {
+    if (args.rows > 1 && args.cols % kPack != 0) return false;
+    if (kDraws<Op> && args.noise.inner != 1) return false;
     uintptr_t low = 0;
     for (int k = 0; k < kReads<Op>; ++k) {
-      low |= reinterpret_cast<uintptr_t>(task.in[k]);
-      if (task.rows > 1) low |= uintptr_t(task.row_stride[k]) * sizeof(S);
+      low |= reinterpret_cast<uintptr_t>(args.in[k]);
+      if (args.rows > 1) low |= uintptr_t(args.row_stride[k]) * sizeof(S);
     }
-    for (int k = 0; k < Op::n_out; ++k) low |= reinterpret_cast<uintptr_t>(task.out[k]);
+    for (int k = 0; k < Op::n_out; ++k) low |= reinterpret_cast<uintptr_t>(args.out[k]);
     return low % 16 == 0;
   }
 
   // Queues the work on the stream. `workspace(bytes)` gives memory ordered on that stream; null:
   // none could be had.
   template <class Workspace>
-  static const char* run(Task& task, cudaStream_t stream, Workspace workspace) {
-    Shape shape{1, 1, aligned(task)};
-    const int64_t threads = (task.cols + kPack - 1) / kPack;
-    while (shape.threads_x < kThreads && shape.threads_x < threads) shape.threads_x *= 2;
-    const int64_t per_turn = int64_t(kUnroll<Op>) * kPack * shape.threads_x;
-    // Sums: one block a row where eight turns suffice, else enough blocks to fill the device
+  static const char* run(LaunchArgs& args, cudaStream_t stream, Workspace workspace) {
+    BlockLayout layout{1, 1, aligned(args)};
+    const int64_t threads = (args.cols + kPack - 1) / kPack;
+    while (layout.threads_x < kThreads && layout.threads_x < threads) layout.threads_x *= 2;
+    const int64_t per_round = int64_t(kUnroll<Op>) * kPack * layout.threads_x;
+    // Sums: one block a row where eight rounds suffice, else enough blocks to fill the device
     // without leaving many partial results. The choice depends on the row's length alone, so the
     // result does not depend on the device.
-    const int64_t turns = (task.cols + per_turn - 1) / per_turn;
+    const int64_t rounds = (args.cols + per_round - 1) / per_round;
     if (Op::n_sum > 0)
-      shape.turns = turns <= 1                       ? 1
-                    : turns <= 8                     ? int(turns)
-                    : task.cols < (int64_t(1) << 20) ? 2
-                                                     : 8;
-    const int64_t rows_per_block = kThreads / shape.threads_x;
-    const int64_t blocks_y = (task.rows + rows_per_block - 1) / rows_per_block;
-    task.chunk = per_turn * shape.turns;
-    task.chunks = task.cols ? (task.cols + task.chunk - 1) / task.chunk : 1;
-    if (task.chunks > INT32_MAX) return "too many elements for one launch";
-    if (Op::n_sum > 0 && task.chunks > 1) {
-      task.partials = static_cast<double*>(
-          workspace(int64_t(sizeof(double)) * Op::n_sum * task.rows * task.chunks));
-      if (!task.partials) return "out of memory for the partial sums";
+      layout.rounds = rounds <= 1                      ? 1
+                      : rounds <= 8                    ? int(rounds)
+                      : args.cols < (int64_t(1) << 20) ? 2
+                                                       : 8;
+    const int64_t rows_per_block = kThreads / layout.threads_x;
+    const int64_t blocks_y = (args.rows + rows_per_block - 1) / rows_per_block;
+    args.chunk = per_round * layout.rounds;
+    args.chunks = args.cols ? (args.cols + args.chunk - 1) / args.chunk : 1;
+    if (args.chunks > INT32_MAX) return "too many elements for one launch";
+    if (Op::n_sum > 0 && args.chunks > 1) {
+      args.partials = static_cast<double*>(
+          workspace(int64_t(sizeof(double)) * Op::n_sum * args.rows * args.chunks));
+      if (!args.partials) return "out of memory for the partial sums";
     }
     constexpr int64_t kMaxGridY = 65535;
     const int64_t grid_y = blocks_y < kMaxGridY ? blocks_y : kMaxGridY;
-    const dim3 grid(unsigned(task.chunks), unsigned(grid_y),
+    const dim3 grid(unsigned(args.chunks), unsigned(grid_y),
                     unsigned((blocks_y + grid_y - 1) / grid_y));
-    op_kernel<Op, S><<<grid, kThreads, 0, stream>>>(task, shape);
+    op_kernel<Op, S><<<grid, kThreads, 0, stream>>>(args, layout);
     if constexpr (Op::n_sum > 0) {
-      if (task.chunks > 1)
+      if (args.chunks > 1)
         finish_kernel<Op, S>
-            <<<unsigned(task.rows < 65535 ? task.rows : 65535), kThreads, 0, stream>>>(task);
+            <<<unsigned(args.rows < 65535 ? args.rows : 65535), kThreads, 0, stream>>>(args);
     }
     const cudaError_t error = cudaGetLastError();
     return error == cudaSuccess ? nullptr : cudaGetErrorString(error);

@@ -3,8 +3,8 @@
 
 #include <algorithm>
 
-#include "core/dlpack_abi.h"
-#include "core/task.h"
+#include "binding/dlpack_abi.h"
+#include "core/launch_args.h"
 
 namespace diffcore {
 

@@ -10,10 +10,10 @@
 #endif
 
 #include "core/coefficients.h"
+#include "core/launch_args.h"
 #include "core/number.h"
 #include "core/op.h"
-#include "core/task.h"
-#include "drivers/cpu_noise.h"
+#include "cpu/noise.h"
 
 DC_KERNEL_NAMESPACE_BEGIN
 
@@ -57,8 +57,8 @@ __attribute__((noinline)) void store_tile(const float* from, int64_t n, S* to) {
 // y[i] = Op(x[i]) for i < n, all in the compute type; sums go to acc[i % kLanes]. One copy serves
 // float and the types that are converted to it.
 template <class Op, class R>
-__attribute__((noinline)) void span(const R* coefs, const R* const* from, R* const* to, int64_t n,
-                                    R (*acc)[kLanes]) {
+__attribute__((noinline)) void map_columns(const R* coefs, const R* const* from, R* const* to,
+                                           int64_t n, R (*acc)[kLanes]) {
   constexpr int kIn = Op::n_in, kOut = Op::n_out, kSum = Op::n_sum;
   // Copies that nothing in the loop can be thought to write to.
   R c[Op::n_coef + 1];
@@ -96,27 +96,27 @@ __attribute__((noinline)) void span(const R* coefs, const R* const* from, R* con
 
 // The same of a row, with the formula that is the row's.
 template <class Op, class R>
-void span_of_row(const R* c, const R* const* from, R* const* to, int64_t n, R (*acc)[kLanes]) {
+void map_row(const R* c, const R* const* from, R* const* to, int64_t n, R (*acc)[kLanes]) {
   if constexpr (kSwitches<Op>)
-    if (Op::other(c)) return span<typename Op::Other, R>(c, from, to, n, acc);
-  span<Op, R>(c, from, to, n, acc);
+    if (Op::other(c)) return map_columns<typename Op::Other, R>(c, from, to, n, acc);
+  map_columns<Op, R>(c, from, to, n, acc);
 }
 
 // What the rows of an op draw; nothing where their noise is read.
 template <class Op, bool = kDraws<Op>>
 struct Noise {
-  explicit Noise(const Task&) {}
+  explicit Noise(const LaunchArgs&) {}
 };
 template <class Op>
 struct Noise<Op, true> : RowNoise {
   using RowNoise::RowNoise;
 
   // n columns from `first` on, n at most kTile, as a tensor of type S would hold them.
-  // `ahead`: what else is read and written from column `first` on.
+  // `prefetch`: what else is read and written from column `first` on.
   template <class S>
-  const Compute<S>* tile(int64_t row, int64_t first, int64_t n, const Ahead& ahead) {
+  const Compute<S>* tile(int64_t row, int64_t first, int64_t n, const Prefetch& prefetch) {
     const int64_t within = first % kAtOnce;
-    if (within == 0) drawn_ = columns(row, first, ahead);
+    if (within == 0) drawn_ = columns(row, first, prefetch);
     const float* z = drawn_ + within;
     if constexpr (same<S, float>) {
       return z;
@@ -157,63 +157,64 @@ struct CpuLoop {
   using R = Compute<S>;
   static constexpr int kIn = kReads<Op>, kOut = Op::n_out, kSum = Op::n_sum;
 
-  static void run(const Task& task, int64_t begin, int64_t end, void*) {
+  static void run(const LaunchArgs& args, int64_t begin, int64_t end, void*) {
     R c[Op::n_coef + 1] = {};
-    Noise<Op> noise(task);
+    Noise<Op> noise(args);
     int64_t loaded = -1;
     for (int64_t unit = begin; unit < end; ++unit) {
-      int64_t row = unit / task.chunks, first = (unit - row * task.chunks) * task.chunk;
-      int64_t left = task.cols - first;
-      if (row != loaded) load_coefs<Op>(task, row, c);
+      int64_t row = unit / args.chunks, first = (unit - row * args.chunks) * args.chunk;
+      int64_t left = args.cols - first;
+      if (row != loaded) load_coefs<Op>(args, row, c);
       loaded = row;
-      if (is_idle<Op>(c) && task.in[0] == task.out[0]) continue;
+      if (Op::idle(c) && args.in[0] == args.out[0]) continue;
       R acc[kSum + 1][kLanes];
       for (int k = 0; k < kSum; ++k)
         for (int lane = 0; lane < kLanes; ++lane) acc[k][lane] = R(0);
-      columns(task, noise, c, row, first, left < task.chunk ? left : task.chunk, acc);
+      columns(args, noise, c, row, first, left < args.chunk ? left : args.chunk, acc);
       if constexpr (kSum > 0) {
         for (int k = 0; k < kSum; ++k) {
           for (int width = kLanes / 2; width > 0; width /= 2)
             for (int lane = 0; lane < width; ++lane) acc[k][lane] += acc[k][lane + width];
-          if (task.chunks > 1)
-            task.partials[(k * task.rows + row) * task.chunks + unit % task.chunks] = acc[k][0];
+          if (args.chunks > 1)
+            args.partials[(k * args.rows + row) * args.chunks + unit % args.chunks] = acc[k][0];
           else
-            static_cast<R*>(task.sum[k])[row] = finished<Op>(c, acc[k][0], task.cols);
+            static_cast<R*>(args.sum[k])[row] =
+                R(Op::finalize_sum(c, double(acc[k][0]), double(args.cols)));
         }
       }
     }
   }
 
   // Combines the chunks of every row.
-  static void finish(const Task& task) {
+  static void finish(const LaunchArgs& args) {
     if constexpr (kSum > 0) {
       for (int k = 0; k < kSum; ++k) {
-        for (int64_t row = 0; row < task.rows; ++row) {
+        for (int64_t row = 0; row < args.rows; ++row) {
           R c[Op::n_coef + 1] = {};
-          load_coefs<Op>(task, row, c);
-          const double* chunk = task.partials + (k * task.rows + row) * task.chunks;
+          load_coefs<Op>(args, row, c);
+          const double* chunk = args.partials + (k * args.rows + row) * args.chunks;
           double total = 0;
-          for (int64_t j = 0; j < task.chunks; ++j) total += chunk[j];
-          static_cast<R*>(task.sum[k])[row] = finished<Op>(c, total, task.cols);
+          for (int64_t j = 0; j < args.chunks; ++j) total += chunk[j];
+          static_cast<R*>(args.sum[k])[row] = R(Op::finalize_sum(c, total, double(args.cols)));
         }
       }
     }
   }
 
  private:
-  static void columns(const Task& task, Noise<Op>& noise, const R* c, int64_t row, int64_t first,
-                      int64_t n, R (*acc)[kLanes]) {
+  static void columns(const LaunchArgs& args, Noise<Op>& noise, const R* c, int64_t row,
+                      int64_t first, int64_t n, R (*acc)[kLanes]) {
     constexpr bool kConverted = !same<S, R>;
-    const int64_t at = row * task.cols + first;
+    const int64_t at = row * args.cols + first;
     const S* in[kIn + 1];
     S* out[kOut + 1];
     DC_UNROLL
     for (int k = 0; k < kIn; ++k)
-      in[k] = static_cast<const S*>(task.in[k]) + row * task.row_stride[k] + first;
+      in[k] = static_cast<const S*>(args.in[k]) + row * args.row_stride[k] + first;
     DC_UNROLL
-    for (int k = 0; k < kOut; ++k) out[k] = static_cast<S*>(task.out[k]) + at;
+    for (int k = 0; k < kOut; ++k) out[k] = static_cast<S*>(args.out[k]) + at;
     if constexpr (!kConverted && !kDraws<Op>) {
-      span_of_row<typename Formula<Op>::type, R>(c, in, out, n, acc);
+      map_row<typename Formula<Op>::type, R>(c, in, out, n, acc);
     } else {
       constexpr int kRoom = kConverted ? kTile : 1;
       alignas(64) R x[kIn + 1][kRoom];
@@ -228,17 +229,17 @@ struct CpuLoop {
           xs[k] = pick<kConverted>(x[k], in[k] + i);
         }
         if constexpr (kDraws<Op>) {
-          RowNoise::Ahead ahead{{}, kIn + kOut, sizeof(S)};
+          RowNoise::Prefetch prefetch{{}, kIn + kOut, sizeof(S)};
           DC_UNROLL
-          for (int k = 0; k < kIn; ++k) ahead.at[k] = reinterpret_cast<const char*>(in[k] + i);
+          for (int k = 0; k < kIn; ++k) prefetch.at[k] = reinterpret_cast<const char*>(in[k] + i);
           DC_UNROLL
           for (int k = 0; k < kOut; ++k)
-            ahead.at[kIn + k] = reinterpret_cast<const char*>(out[k] + i);
-          xs[kIn] = noise.template tile<S>(row, first + i, m, ahead);
+            prefetch.at[kIn + k] = reinterpret_cast<const char*>(out[k] + i);
+          xs[kIn] = noise.template tile<S>(row, first + i, m, prefetch);
         }
         DC_UNROLL
         for (int k = 0; k < kOut; ++k) ys[k] = pick<kConverted>(y[k], out[k] + i);
-        span_of_row<typename Formula<Op>::type, R>(c, xs, ys, m, acc);
+        map_row<typename Formula<Op>::type, R>(c, xs, ys, m, acc);
         if constexpr (kConverted)
           for (int k = 0; k < kOut; ++k) store_tile(y[k], m, out[k] + i);
       }

@@ -3,8 +3,8 @@
 // vector of them.
 #pragma once
 
+#include "core/launch_args.h"
 #include "core/number.h"
-#include "core/task.h"
 
 DC_KERNEL_NAMESPACE_BEGIN
 
@@ -22,6 +22,7 @@ struct ScalarLanes {
     *low = uint32_t(product);
   }
   DC_HD static F real(float x) { return x; }
+  DC_HD static F multiply_add(F a, F b, F c) { return add(mul(a, b), c); }
   DC_HD static F where_negative(I i, F a, F b) { return i < 0 ? a : b; }
 #ifdef __CUDA_ARCH__
   DC_HD static F mul(F a, F b) { return __fmul_rn(a, b); }

@@ -5,7 +5,7 @@
 #pragma once
 
 #include "core/selection.h"
-#include "drivers/cuda.cuh"
+#include "cuda/map.cuh"
 
 namespace diffcore {
 
@@ -21,11 +21,11 @@ struct Tally {
 // ---- what the threads of a block do together ------------------------------------------------
 
 template <class Op, class R, class Count>
-__device__ __forceinline__ void start(Tally<R, Count>& tally, const Task& task, int64_t row) {
+__device__ __forceinline__ void start(Tally<R, Count>& tally, const LaunchArgs& args, int64_t row) {
   if (threadIdx.x == 0) {
     double c[Op::n_coef];
-    load_coefs<Op>(task, row, c);
-    tally.search = Search<R>::of(position_of(c[Op::ratio], task.cols).rank, task.cols);
+    load_coefs<Op>(args, row, c);
+    tally.search = Search<R>::of(position_of(c[Op::ratio], args.cols).rank, args.cols);
     tally.above = kNoKey<R>;
   }
 }
@@ -91,15 +91,16 @@ __device__ void narrow(Tally<R, Count>& tally) {
 }
 
 template <class Op, class R, class Count>
-__device__ __forceinline__ void store(const Tally<R, Count>& tally, const Task& task, int64_t row) {
+__device__ __forceinline__ void store(const Tally<R, Count>& tally, const LaunchArgs& args,
+                                      int64_t row) {
   if (threadIdx.x == 0) {
     double c[Op::n_coef];
-    load_coefs<Op>(task, row, c);
+    load_coefs<Op>(args, row, c);
     const Search<R>& search = tally.search;
     const bool again = search.rank + 1 < search.count;
     const double found = between<R>(search.low, again ? search.low : Key<R>(tally.above),
-                                    position_of(c[Op::ratio], task.cols).weight);
-    static_cast<R*>(task.sum[0])[row] = R(Op::selected(c, found));
+                                    position_of(c[Op::ratio], args.cols).weight);
+    static_cast<R*>(args.sum[0])[row] = R(Op::selected(c, found));
   }
 }
 
@@ -109,16 +110,16 @@ struct Counting {
   using R = Compute<S>;
   static constexpr int kIn = Op::n_in, kPack = 16 / sizeof(S);
 
-  const Task& task;
+  const LaunchArgs& args;
   const Search<R> search;
   unsigned* counts;
   R c[Op::n_coef];
   Key<R> above = kNoKey<R>;
 
-  __device__ __forceinline__ Counting(const Task& task, int64_t row, const Search<R>& search,
+  __device__ __forceinline__ Counting(const LaunchArgs& args, int64_t row, const Search<R>& search,
                                       unsigned* counts)
-      : task(task), search(search), counts(counts) {
-    load_coefs<Op>(task, row, c);
+      : args(args), search(search), counts(counts) {
+    load_coefs<Op>(args, row, c);
   }
 
   __device__ __forceinline__ void count(const S* x) {
@@ -138,7 +139,7 @@ struct Counting {
     const S* in[kIn];
     DC_UNROLL
     for (int k = 0; k < kIn; ++k)
-      in[k] = static_cast<const S*>(task.in[k]) + row * task.row_stride[k];
+      in[k] = static_cast<const S*>(args.in[k]) + row * args.row_stride[k];
     const int64_t packs = packed ? end / kPack : 0;
 #pragma unroll 1
     for (int64_t p = begin / kPack + threadIdx.x; p < packs; p += kThreads) {
@@ -168,21 +169,21 @@ struct Counting {
 
 template <class Op, class S>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSm<Op, S>)
-    select_kernel(const __grid_constant__ Task task, bool packed) {
+    select_kernel(const __grid_constant__ LaunchArgs args, bool packed) {
   using R = Compute<S>;
   __shared__ Tally<R, unsigned> tally;
-  for (int64_t row = blockIdx.x; row < task.rows; row += gridDim.x) {
-    start<Op>(tally, task, row);
+  for (int64_t row = blockIdx.x; row < args.rows; row += gridDim.x) {
+    start<Op>(tally, args, row);
     for (int digit = 0; digit < kDigits<R>; ++digit) {
       clear(tally);
       __syncthreads();
-      Counting<Op, S> counting(task, row, tally.search, tally.counts);
-      counting.columns(row, 0, task.cols, packed);
+      Counting<Op, S> counting(args, row, tally.search, tally.counts);
+      counting.columns(row, 0, args.cols, packed);
       if (digit == kDigits<R> - 1) keep_smallest(tally.above, counting.above);
       __syncthreads();
       narrow(tally);
     }
-    store<Op>(tally, task, row);
+    store<Op>(tally, args, row);
     __syncthreads();
   }
 }
@@ -194,25 +195,25 @@ using RowTally = Tally<R, unsigned long long>;
 
 template <class Op, class R>
 __global__ void __launch_bounds__(kThreads)
-    select_begin_kernel(const __grid_constant__ Task task, RowTally<R>* tallies) {
-  for (int64_t row = blockIdx.x; row < task.rows; row += gridDim.x) {
-    start<Op>(tallies[row], task, row);
+    select_begin_kernel(const __grid_constant__ LaunchArgs args, RowTally<R>* tallies) {
+  for (int64_t row = blockIdx.x; row < args.rows; row += gridDim.x) {
+    start<Op>(tallies[row], args, row);
     clear(tallies[row]);
   }
 }
 
 template <class Op, class S>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSm<Op, S>)
-    select_count_kernel(const __grid_constant__ Task task, RowTally<Compute<S>>* tallies,
+    select_count_kernel(const __grid_constant__ LaunchArgs args, RowTally<Compute<S>>* tallies,
                         bool packed, bool last) {
   using R = Compute<S>;
   __shared__ unsigned counts[kBuckets];
-  const int64_t row = blockIdx.x / task.chunks, begin = blockIdx.x % task.chunks * task.chunk;
-  const int64_t end = begin + task.chunk < task.cols ? begin + task.chunk : task.cols;
+  const int64_t row = blockIdx.x / args.chunks, begin = blockIdx.x % args.chunks * args.chunk;
+  const int64_t end = begin + args.chunk < args.cols ? begin + args.chunk : args.cols;
   RowTally<R>& tally = tallies[row];
   for (int i = threadIdx.x; i < kBuckets; i += kThreads) counts[i] = 0;
   __syncthreads();
-  Counting<Op, S> counting(task, row, tally.search, counts);
+  Counting<Op, S> counting(args, row, tally.search, counts);
   counting.columns(row, begin, end, packed);
   if (last) keep_smallest(tally.above, counting.above);
   __syncthreads();
@@ -222,12 +223,12 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm<Op, S>)
 
 template <class Op, class R>
 __global__ void __launch_bounds__(kThreads)
-    select_narrow_kernel(const __grid_constant__ Task task, RowTally<R>* tallies, bool last) {
-  for (int64_t row = blockIdx.x; row < task.rows; row += gridDim.x) {
+    select_narrow_kernel(const __grid_constant__ LaunchArgs args, RowTally<R>* tallies, bool last) {
+  for (int64_t row = blockIdx.x; row < args.rows; row += gridDim.x) {
     RowTally<R>& tally = tallies[row];
     narrow(tally);
     clear(tally);
-    if (last) store<Op>(tally, task, row);
+    if (last) store<Op>(tally, args, row);
   }
 }
 
@@ -237,24 +238,24 @@ struct CudaSelect {
 
   // As CudaLaunch::run.
   template <class Workspace>
-  static const char* run(Task& task, cudaStream_t stream, Workspace workspace) {
-    const bool packed = CudaLaunch<Op, S>::aligned(task);
-    const unsigned blocks = unsigned(task.rows < 65535 ? task.rows : 65535);
-    task.chunk = 16384;
-    task.chunks = (task.cols + task.chunk - 1) / task.chunk;
-    if (task.chunks <= 1) {
-      select_kernel<Op, S><<<blocks, kThreads, 0, stream>>>(task, packed);
+  static const char* run(LaunchArgs& args, cudaStream_t stream, Workspace workspace) {
+    const bool packed = CudaLaunch<Op, S>::aligned(args);
+    const unsigned blocks = unsigned(args.rows < 65535 ? args.rows : 65535);
+    args.chunk = 16384;
+    args.chunks = (args.cols + args.chunk - 1) / args.chunk;
+    if (args.chunks <= 1) {
+      select_kernel<Op, S><<<blocks, kThreads, 0, stream>>>(args, packed);
     } else {
-      if (task.rows > INT32_MAX / task.chunks) return "too many elements for one launch";
+      if (args.rows > INT32_MAX / args.chunks) return "too many elements for one launch";
       auto* tallies =
-          static_cast<RowTally<R>*>(workspace(int64_t(sizeof(RowTally<R>)) * task.rows));
+          static_cast<RowTally<R>*>(workspace(int64_t(sizeof(RowTally<R>)) * args.rows));
       if (!tallies) return "out of memory for the counts";
-      const unsigned all = unsigned(task.rows * task.chunks);
-      select_begin_kernel<Op, R><<<blocks, kThreads, 0, stream>>>(task, tallies);
+      const unsigned all = unsigned(args.rows * args.chunks);
+      select_begin_kernel<Op, R><<<blocks, kThreads, 0, stream>>>(args, tallies);
       for (int digit = 0; digit < kDigits<R>; ++digit) {
         const bool last = digit == kDigits<R> - 1;
-        select_count_kernel<Op, S><<<all, kThreads, 0, stream>>>(task, tallies, packed, last);
-        select_narrow_kernel<Op, R><<<blocks, kThreads, 0, stream>>>(task, tallies, last);
+        select_count_kernel<Op, S><<<all, kThreads, 0, stream>>>(args, tallies, packed, last);
+        select_narrow_kernel<Op, R><<<blocks, kThreads, 0, stream>>>(args, tallies, last);
       }
     }
     const cudaError_t error = cudaGetLastError();

@@ -1,9 +1,9 @@
-// Vectors of the instruction set this unit is compiled for, as core/normal.h wants its numbers.
+// Vectors of the instruction set this unit is compiled for, as noise/normal.h wants its numbers.
 #pragma once
 
 #include <immintrin.h>
 
-#include "core/philox.h"
+#include "noise/philox.h"
 
 DC_KERNEL_NAMESPACE_BEGIN
 
@@ -57,42 +57,47 @@ struct Side {
   }
 };
 
-template <class V, class F>
-DC_HD Side<V> each(F f) {
+// f of each vector of the sides.
+template <class V, class F, class... A>
+DC_HD Side<V> map(F f, const Side<A>&... a) {
   Side<V> y;
   DC_UNROLL
-  for (int i = 0; i < kSide; ++i) y.v[i] = f(i);
+  for (int i = 0; i < kSide; ++i) y.v[i] = f(a.v[i]...);
   return y;
 }
-#define DC_EACH(...) \
-  each<V>([&]([[maybe_unused]] int i) __attribute__((always_inline)) { return __VA_ARGS__; })
+
 template <class V>
 DC_HD Side<V> operator^(const Side<V>& a, const Side<V>& b) {
-  return DC_EACH(a.v[i] ^ b.v[i]);
+  return map<V>([](const V& x, const V& y) { return x ^ y; }, a, b);
 }
 template <class V>
 DC_HD Side<V> operator^(const Side<V>& a, uint32_t b) {
-  return DC_EACH(a.v[i] ^ b);
+  return map<V>([b](const V& x) { return x ^ b; }, a);
 }
 template <class V, class C>
 DC_HD Side<V> operator&(const Side<V>& a, C b) {
-  return DC_EACH(a.v[i] & b);
+  return map<V>([b](const V& x) { return x & b; }, a);
 }
 template <class V, class C>
 DC_HD Side<V> operator+(const Side<V>& a, C b) {
-  return DC_EACH(a.v[i] + b);
+  return map<V>([b](const V& x) { return x + b; }, a);
 }
 template <class V>
 DC_HD Side<V> operator-(const Side<V>& a, int32_t b) {
-  return DC_EACH(a.v[i] - b);
+  return map<V>([b](const V& x) { return x - b; }, a);
 }
 template <class V>
 DC_HD Side<V> operator<<(const Side<V>& a, int n) {
-  return DC_EACH(a.v[i] << n);
+  return map<V>([n](const V& x) { return x << n; }, a);
 }
 template <class V>
 DC_HD Side<V> operator>>(const Side<V>& a, int n) {
-  return DC_EACH(a.v[i] >> n);
+  return map<V>([n](const V& x) { return x >> n; }, a);
+}
+// The same number in all lanes.
+template <class V, class C>
+DC_HD Side<V> filled(C number) {
+  return map<V>([number](const V&) { return V{} + number; }, Side<V>{});
 }
 
 struct VectorLanes {
@@ -102,26 +107,31 @@ struct VectorLanes {
   using U = Side<VectorU>;
   using I = Side<VectorI>;
   using F = Side<VectorF>;
-  using V = VectorF;
 
   DC_HD static void multiply(const Word& a, uint32_t b, Word* high, Word* low) {
-    using V = VectorU64;
-    *low = DC_EACH(products(a.v[i], V{} + b));
+    *low = map<VectorU64>([b](const VectorU64& x) { return products(x, VectorU64{} + b); }, a);
     *high = *low >> 32;
   }
-  DC_HD static Word word(uint32_t x) {
-    using V = VectorU64;
-    return DC_EACH(V{} + x);
+  DC_HD static Word word(uint32_t x) { return filled<VectorU64>(x); }
+  DC_HD static F real(float x) { return filled<VectorF>(x); }
+  DC_HD static F mul(const F& a, const F& b) {
+    return map<VectorF>([](const VectorF& x, const VectorF& y) { return x * y; }, a, b);
   }
-  DC_HD static F real(float x) { return DC_EACH(V{} + x); }
-  DC_HD static F mul(const F& a, const F& b) { return DC_EACH(a.v[i] * b.v[i]); }
-  DC_HD static F add(const F& a, const F& b) { return DC_EACH(a.v[i] + b.v[i]); }
-  DC_HD static F sqrt(const F& a) { return DC_EACH(roots(a.v[i])); }
-  DC_HD static F to_real(const I& a) { return DC_EACH(__builtin_convertvector(a.v[i], V)); }
+  DC_HD static F add(const F& a, const F& b) {
+    return map<VectorF>([](const VectorF& x, const VectorF& y) { return x + y; }, a, b);
+  }
+  DC_HD static F multiply_add(const F& a, const F& b, const F& c) { return add(mul(a, b), c); }
+  DC_HD static F sqrt(const F& a) {
+    return map<VectorF>([](const VectorF& x) { return roots(x); }, a);
+  }
+  DC_HD static F to_real(const I& a) {
+    return map<VectorF>([](const VectorI& x) { return __builtin_convertvector(x, VectorF); }, a);
+  }
   DC_HD static F where_negative(const I& sign, const F& a, const F& b) {
-    return DC_EACH(sign.v[i] < 0 ? a.v[i] : b.v[i]);
+    return map<VectorF>(
+        [](const VectorI& s, const VectorF& x, const VectorF& y) { return s < 0 ? x : y; }, sign, a,
+        b);
   }
 };
-#undef DC_EACH
 
 DC_KERNEL_NAMESPACE_END

@@ -5,7 +5,7 @@
 #pragma once
 
 #include "core/selection.h"
-#include "drivers/cpu.h"
+#include "cpu/map.h"
 
 DC_KERNEL_NAMESPACE_BEGIN
 
@@ -20,17 +20,19 @@ template <class Op, class S>
 struct RowKeys {
   using R = Compute<S>;
 
-  const Task& task;
+  const LaunchArgs& args;
   const int64_t row;
   R c[Op::n_coef];
   Key<R> tile[kTile];
 
-  RowKeys(const Task& task, int64_t row) : task(task), row(row) { load_coefs<Op>(task, row, c); }
+  RowKeys(const LaunchArgs& args, int64_t row) : args(args), row(row) {
+    load_coefs<Op>(args, row, c);
+  }
 
   // Calls use(n) for each tile of n keys.
   template <class Use>
   DC_HD void each_tile(Use use) {
-    for (int64_t first = 0; first < task.cols; first += kTile) use(load(first));
+    for (int64_t first = 0; first < args.cols; first += kTile) use(load(first));
   }
 
  private:
@@ -40,10 +42,10 @@ struct RowKeys {
     alignas(64) R values[kTile];
     const R* in[Op::n_in];
     R* const out[] = {values};
-    const int n = task.cols - first < kTile ? int(task.cols - first) : kTile;
+    const int n = args.cols - first < kTile ? int(args.cols - first) : kTile;
     DC_UNROLL
     for (int k = 0; k < Op::n_in; ++k) {
-      const S* from = static_cast<const S*>(task.in[k]) + row * task.row_stride[k] + first;
+      const S* from = static_cast<const S*>(args.in[k]) + row * args.row_stride[k] + first;
       if constexpr (kConverted) {
         load_tile(from, n, x[k]);
         in[k] = x[k];
@@ -51,7 +53,7 @@ struct RowKeys {
         in[k] = from;
       }
     }
-    span<Summand<Op>, R>(c, in, out, n, nullptr);
+    map_columns<Summand<Op>, R>(c, in, out, n, nullptr);
     for (int i = 0; i < n; ++i) tile[i] = key_of(values[i]);
     return n;
   }
@@ -68,21 +70,21 @@ struct CpuSelect {
     K room[kRoom + kTile];
   };
 
-  static void run(const Task& task, int64_t begin, int64_t end, void* scratch) {
+  static void run(const LaunchArgs& args, int64_t begin, int64_t end, void* scratch) {
     for (int64_t row = begin; row < end; ++row) {
       double c[Op::n_coef];
-      load_coefs<Op>(task, row, c);
-      const double found = quantile(task, row, c[Op::ratio], *static_cast<Scratch*>(scratch));
-      static_cast<R*>(task.sum[0])[row] = R(Op::selected(c, found));
+      load_coefs<Op>(args, row, c);
+      const double found = quantile(args, row, c[Op::ratio], *static_cast<Scratch*>(scratch));
+      static_cast<R*>(args.sum[0])[row] = R(Op::selected(c, found));
     }
   }
 
  private:
-  static double quantile(const Task& task, int64_t row, double share, Scratch& scratch) {
-    RowKeys<Op, S> keys(task, row);
+  static double quantile(const LaunchArgs& args, int64_t row, double share, Scratch& scratch) {
+    RowKeys<Op, S> keys(args, row);
     const K* tile = keys.tile;
-    const Position position = position_of(share, task.cols);
-    Search<R> search = Search<R>::of(position.rank, task.cols);
+    const Position position = position_of(share, args.cols);
+    Search<R> search = Search<R>::of(position.rank, args.cols);
 
     while (search.open && search.count > kRoom) {
       int64_t (&counts)[kBuckets] = scratch.counts;
