@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import diffcore
+from diffcore._engine import native
 from diffcore._engine.info import collect_info
 from support.subprocess import run_python
 
@@ -23,30 +24,15 @@ SOURCE_FOLDERS = ("csrc", "python", "tests", "benchmarks", "examples", "tools")
 MAX_LINES = 400
 
 # Imports only go down: each name may import from those before it.
+# fmt: off
 ORDER = [
-    "_C",
-    "_types",
-    "_checks",
-    "reference",
-    "coefficients",
-    "_engine",
-    "_kernels",
-    "noise",
-    "ops",
-    "schedules",
-    "solvers",
-    "sampling",
-    "diffusion",
-    "likelihood",
-    "vae",
-    "losses",
-    "testing",
-    "sigmas",
-    "spacings",
-    "demo",
-    "cli",
-    "__main__",
+    "_C", "_types", "_checks", "reference", "coefficients", "_engine",
+    "_kernels", "noise", "ops", "schedules", "solvers",
+    "sampling", "diffusion", "likelihood", "vae",
+    "losses", "testing", "sigmas", "spacings", "demo",
+    "cli", "__main__",
 ]
+# fmt: on
 LEVEL = {name: level for level, name in enumerate(ORDER)}
 
 
