@@ -306,11 +306,18 @@ def test_a_step_needs_v_exactly_when_its_table_has_a_variance() -> None:
     x = torch.zeros(SHAPE)
     learned, fixed = table_of("learned"), table_of("fixed_small")
     for i in (0, 4, torch.tensor(1), torch.arange(4)):
-        refused(ValueError, "got no variance_output", learned.step, i, x, x, noise=x)
+        refused(ValueError, "variance_output is required", learned.step, i, x, x, noise=x)
         refused(
-            ValueError, "got a variance_output", fixed.step, i, x, x, noise=x, variance_output=x
+            ValueError,
+            "variance_output must be None",
+            fixed.step,
+            i,
+            x,
+            x,
+            noise=x,
+            variance_output=x,
         )
-    refused(ValueError, "adds noise, got none", learned.step, 0, x, x, variance_output=x)
+    refused(ValueError, "noise is required: row 0", learned.step, 0, x, x, variance_output=x)
     refused(
         ValueError, "variance_output has shape", learned.step, 0, x, x, noise=x,
         variance_output=x[:1],
@@ -322,7 +329,7 @@ def test_tables_that_cannot_be() -> None:
     table, learned = solvers.dpmpp_2m_table(table_levels()), table_of("learned")
     two = torch.zeros(len(table), 2, dtype=torch.float64)
     refused(ValueError, "without history", replace, table, variance=two, rows=())
-    refused(ValueError, r"shape \[5, 2\]", replace, learned, variance=two[:2], rows=())
+    refused(ValueError, r"shape \(5, 2\)", replace, learned, variance=two[:2], rows=())
 
 
 def table_levels() -> solvers.NoiseLevels:

@@ -184,7 +184,7 @@ def test_rows_by_int_by_counter_and_one_for_each_sample(name: str, dtype: torch.
     found, kept = table.step(rows, x, m, history, noise=z)
     for b, r in enumerate(rows):
         assert torch.equal(found[b], steps[r][3][b])
-        if table.rows[r].plan.keeps:
+        if table.coefficients[r, 8:11].any():
             assert torch.equal(kept[0][b], steps[r][4][0][b])
 
 
@@ -348,8 +348,16 @@ REFUSED = {
         TypeError,
         "noise must return .* got NoneType",
     ),
-    "no-noise": (lambda: NOISY.step(0, X, X), ValueError, "row 0 of ddpm adds noise, got none"),
-    "no-history": (lambda: PLAIN.step(1, X, X), ValueError, "row 1 .* reads 1 .* got 0"),
+    "no-noise": (
+        lambda: NOISY.step(0, X, X),
+        ValueError,
+        "noise is required: row 0 of ddpm is stochastic",
+    ),
+    "no-history": (
+        lambda: PLAIN.step(1, X, X),
+        ValueError,
+        "history must hold at least 1 .* got 0",
+    ),
     "history": (lambda: PLAIN.step(1, X, X, (X[:, :2],)), ValueError, "history_1 has shape"),
     "row": (lambda: PLAIN.step(3, X, X), ValueError, "i must be .* 0 .. 2, got 3"),
     "row-negative": (lambda: PLAIN.step(-1, X, X, (X,)), ValueError, "i must be .* 0 .. 2, got -1"),
