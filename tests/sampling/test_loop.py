@@ -307,19 +307,19 @@ PLAIN = solvers.dpmpp_2m_table(SIGMAS)
 NOISY = solvers.ddpm_table(SIGMAS)
 REFUSED = {
     "table": (lambda: sample(bent, X, SIGMAS), TypeError, "table must be a SolverTable"),
-    "x-int": (lambda: sample(bent, X.int(), PLAIN), TypeError, "x must be a tensor of floating"),
+    "x-int": (lambda: sample(bent, X.int(), PLAIN), TypeError, "x must be a floating-point"),
     "x-list": (lambda: sample(bent, [1.0], PLAIN), TypeError, "x must .* got list"),
-    "x-0-dim": (lambda: sample(bent, X[0, 0], PLAIN), TypeError, r"x must .* \[\]"),
+    "x-0-dim": (lambda: sample(bent, X[0, 0], PLAIN), TypeError, r"x must .* \(\)"),
     "no-scale": (
         lambda: sample(bent, X, PLAIN, uncond_kwargs={}),
         ValueError,
-        "wanted a guidance_scale",
+        "guidance_scale is required",
     ),
-    "half": (lambda: sample(bent, X, PLAIN, guidance_scale=2.0), ValueError, r"shape \[4, 3\]"),
+    "half": (lambda: sample(bent, X, PLAIN, guidance_scale=2.0), ValueError, r"shape \(4, 3\)"),
     "both": (
         lambda: sample(stacked, X, PLAIN, guidance_scale=2.0, uncond_kwargs={}),
         ValueError,
-        r"shape \[2, 3\], got \[4, 3\]",
+        r"shape \(2, 3\), got \(4, 3\)",
     ),
     "scales": (
         lambda: sample(stacked, X, PLAIN, guidance_scale=torch.ones(3)),
@@ -331,12 +331,12 @@ REFUSED = {
     "noise-shape": (
         lambda: sample(bent, X, NOISY, noise=torch.ones(3, 2, 2)),
         ValueError,
-        r"noise must have shape \[S, 2, 3\]",
+        r"noise must have the shape \[S, 2, 3\]",
     ),
     "noise-rows": (
         lambda: sample(bent, X, NOISY, noise=torch.ones(1, 2, 3)),
         ValueError,
-        r"noise must have shape \[S, 2, 3\]",
+        r"noise must have the shape \[S, 2, 3\]",
     ),
     "noise-dtype": (
         lambda: sample(bent, X, NOISY, noise=torch.ones(3, 2, 3).double()),
