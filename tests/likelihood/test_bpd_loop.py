@@ -307,5 +307,5 @@ def test_mistakes_are_named():
     learned = GaussianDiffusion(betas_of("linear"), variance_type="learned")
     with pytest.raises(ValueError, match=r"model must return the shape \(3, 4, 4, 4\)"):
         learned.calc_bpd_loop(lambda x, t: x, x)
-    with pytest.raises(TypeError, match="model must return a torch.Tensor"):
+    with pytest.raises(TypeError, match=r"model must return a torch\.Tensor"):
         learned.calc_bpd_loop(lambda x, t: None, x)

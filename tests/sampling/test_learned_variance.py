@@ -286,7 +286,7 @@ def test_what_a_model_must_return() -> None:
         refused(ValueError, wanted + r"\(4, 3, 2, 5\)", call, half)
         refused(ValueError, wanted + r"\(4, 9, 2, 5\)", call, lambda x, t: torch.cat([x] * 3, 1))
         refused(ValueError, wanted + r"\(8, 3, 2, 5\)", call, lambda x, t: torch.cat([x, x]))
-        refused(ValueError, wanted + r"\(120\)", call, lambda x, t: x.flatten())
+        refused(ValueError, wanted + r"\(120,\)", call, lambda x, t: x.flatten())
         refused(TypeError, "must return a torch.Tensor", call, lambda x, t: (x, x))
     for flat in (
         lambda: d.p_sample(Says(0.0), x.flatten(), 3),

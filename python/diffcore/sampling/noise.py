@@ -72,11 +72,21 @@ def initial_sample(
 
     Raises:
         TypeError: ``noise`` or ``step_noise`` has another type.
-        ValueError: ``shape`` is empty, ``noise`` has another shape, or there is no seed that
-            ``generator`` could give.
+        ValueError: ``shape`` is empty, ``noise`` has another shape, or ``generator`` comes with
+            noise that leaves it nothing to seed.
     """
     if len(shape) == 0:
         raise ValueError("shape must be [B, ...], got ()")
+    if generator is not None and isinstance(noise, PhiloxNoise):
+        raise ValueError(
+            "generator must be None where noise is a PhiloxNoise, which has a seed already, got "
+            "a torch.Generator; pass one of the two"
+        )
+    if generator is not None and noise is not None and step_noise is not None:
+        raise ValueError(
+            "generator must be None where noise and step_noise are both given, got a "
+            "torch.Generator; nothing is left to seed"
+        )
     if noise is not None and not isinstance(noise, (Tensor, PhiloxNoise)):
         raise TypeError(
             f"noise must be a torch.Tensor or a PhiloxNoise, got {type(noise).__name__}"
@@ -128,9 +138,11 @@ def noise_of_row(step_noise: StepNoise, i: int, x: Tensor, table: SolverTable, n
             raise TypeError(f"{name} must return a torch.Tensor or a PhiloxNoise, got {kind}")
         return noise
     if step_noise.shape[1:] != x.shape or i >= len(step_noise):
-        rows = f"one entry for each of the S = {len(table)} rows of {table.name}"
+        count, entries = "S", f"an entry for each of the S = {len(table)} rows of {table.name}"
+        if table.start_noise:
+            count, entries = "S + 1", f"{entries} and one for the start, which churn raises"
         raise ValueError(
-            f"{name} must have the shape [S, {', '.join(map(str, x.shape))}], {rows}, got "
-            f"{tuple(step_noise.shape)}"
+            f"{name} must have the shape [{', '.join([count, *map(str, x.shape)])}], {entries}, "
+            f"got {tuple(step_noise.shape)}"
         )
     return step_noise[i]
