@@ -27,6 +27,8 @@ VARIANCE_TYPES = ("fixed_small", "fixed_large")
 
 STEP_COLUMNS = StepColumns._fields
 """The columns of a solver's table: see ``ops.reverse_step``."""
+HISTORY_WRITTEN, HISTORY_READ = slice(8, 11), slice(11, 14)
+"""Where the columns e_x, e_m, e_0 and c_1, c_2, c_3 are."""
 
 # Inputs may have been rounded to float32 before they came here; a beta that is negative by more
 # than that is a mistake.
