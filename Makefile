@@ -135,7 +135,7 @@ sanitize: $(VENV)/.installed  ## build with AddressSanitizer and UBSan (GCC); ev
 	  --config-settings=cmake.build-type=RelWithDebInfo --config-settings=install.strip=false \
 	  --config-settings=cmake.define.DIFFCORE_SANITIZE=ON --config-settings=cmake.define.DIFFCORE_CUDA=OFF .
 	$(SANITIZED_PYTHON) tools/sanitizer_run.py --device cpu
-	$(SANITIZED_PYTHON) -m pytest -p no:cacheprovider $(SANITIZE_TESTS) $(PYTEST_ARGS)
+	$(SANITIZED_PYTHON) -m pytest -p no:cacheprovider -m 'not slow' $(SANITIZE_TESTS) $(PYTEST_ARGS)
 
 .PHONY: wheel
 wheel: $(VENV)/.requirements  ## wheel and sdist in dist/, then a smoke test of the wheel in a throw-away environment
