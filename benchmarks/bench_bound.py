@@ -1,10 +1,10 @@
-"""Times the terms of the variational bound against the code that is copied for them.
+"""Times the terms of the variational bound against the code in common use.
 
     python -m benchmarks.bench_bound [--device auto|cpu|cuda] [--out FOLDER-OR-FILE] [--quick]
 
-``vlb_term``: eager PyTorch forms the two means and the two log-variances, then their KL, as
-guided-diffusion does; "whole" is all of its code, which computes the decoder's term of every sample
-too and picks with ``torch.where``. No sample is at t = 0 here.
+For ``vlb_term``, eager PyTorch computes the two means, the two log-variances and their KL, as
+guided-diffusion does. "whole" is all of guided-diffusion's code, which also computes the decoder's
+term of every sample and selects with ``torch.where``. No sample is at t = 0 here.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from benchmarks.bench_likelihood import approximation
 from benchmarks.bench_ops import time_cases
 from benchmarks.contest import MODES, OpCase
 from diffcore import ops
-from diffcore.bound_coefficients import log_variances, vlb_coefficients
-from diffcore.coefficients import posterior_coefficients
+from diffcore.coefficients.bound import log_variances, vlb_coefficients
+from diffcore.coefficients.step import posterior_coefficients
 
 STEPS = 1000
 BETAS = torch.linspace(1e-4, 0.02, STEPS, dtype=torch.float64)

@@ -1,11 +1,11 @@
-"""Times noise that is drawn inside the kernels against noise that PyTorch draws into memory.
+"""Times noise generated inside the kernels against noise that PyTorch writes to memory.
 
     python -m benchmarks.bench_noise [--device auto|cpu|cuda] [--out FOLDER-OR-FILE] [--quick]
 
-Eager PyTorch and ``torch.compile`` draw with ``randn_like``, diffcore from a recipe; of the losses
-only diffcore draws, again, what the others have kept. The same recipe as a tensor is the noise with
-which a result is checked against float64 before it is timed. On the CPU one core alone is timed
-too, with each instruction set.
+Eager PyTorch and ``torch.compile`` call ``randn_like``; diffcore generates noise from a key. In the
+losses only diffcore generates noise, again, and the others read the noise that they kept. Before a
+result is timed, it is checked against float64 with the key's noise tensor. On the CPU one core is
+timed as well, with each instruction set.
 """
 
 from __future__ import annotations
@@ -45,7 +45,9 @@ from benchmarks.contest import (
 )
 from benchmarks.machine import ROOT
 from benchmarks.timing import Budget, interleave
-from diffcore import PhiloxNoise, _native, _philox, ops
+from diffcore import PhiloxNoise, ops
+from diffcore._engine import native
+from diffcore.reference import philox
 
 RECIPE = PhiloxNoise(2026)
 SHORT_ROWS = ((65536, 2), (4096, 112))
@@ -165,7 +167,7 @@ def check(case: DrawnCase, contest: Contest) -> float:
     x = next(iter(args.tensors.values()))
     found = as_tuple(contest.diffcore[0]())
     if case.name == "randn":
-        wanted = _philox.normals(RECIPE._parts, x.shape, x.dtype, x.device)
+        wanted = philox.normals(RECIPE._parts, x.shape, x.dtype, x.device)
         if not torch.equal(found[0], wanted):
             raise WrongResultError("randn: not the bits of the specification")
         return 0.0
@@ -257,7 +259,7 @@ def time_case(
 def one_core(shape: tuple[int, ...], dtypes: Sequence[str], budget: Budget) -> list[dict[str, Any]]:
     """Rows of noising, and of the noise alone, in this process: its one thread and its kernels."""
     torch.set_num_threads(1)
-    cpu, isa = torch.device("cpu"), _native.info().get("instruction_set", "none")
+    cpu, isa = torch.device("cpu"), native.info().get("instruction_set", "none")
     chosen = [c for c in cases() if c.name in ("q_sample", "randn")]
     return [
         time_case(c, dtype, shape, cpu, budget, where=f"1 thread, {isa}")
@@ -274,7 +276,7 @@ def one_core_each(
     Raises:
         RuntimeError: such a process failed.
     """
-    best = _native.info().get("best_instruction_set")
+    best = native.info().get("best_instruction_set")
     known = INSTRUCTION_SETS[: INSTRUCTION_SETS.index(best) + 1] if best else ()
     settings = json.dumps([shape, list(dtypes), dataclasses.asdict(budget)])
     code = (
@@ -328,7 +330,7 @@ def measure(device: torch.device, args: argparse.Namespace) -> dict[str, Any]:
         rows += one_core_each(sizes[-1], dtypes, budget)
     report.progress("")
     notes = compiler.notes
-    if not _native.has_kernels(device):
+    if not native.has_kernels(device):
         notes.append("diffcore has no kernels here and ran in plain PyTorch")
     return {"rows": rows, "refused": refused, "notes": notes}
 

@@ -37,7 +37,7 @@ from benchmarks.contest import (
     make_inputs,
 )
 from benchmarks.timing import Budget, Timing, call_overhead, interleave
-from diffcore import _native
+from diffcore._engine import native
 
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16, "f64": torch.float64}
 
@@ -172,7 +172,7 @@ def time_cases(
             print(f"REFUSED {refused[-1]}", file=sys.stderr)
     report.progress("")
     notes = compiler.notes
-    if not _native.has_kernels(device):
+    if not native.has_kernels(device):
         notes.append("diffcore has no kernels here and ran in plain PyTorch")
     return {"rows": rows, "refused": refused, "notes": notes}
 
@@ -226,7 +226,7 @@ def time_ops(settings: Settings) -> dict[str, Any]:
             f"torch.compile for the first {len(grid) - compiler.skipped} of {len(grid)} rows only: "
             f"its {settings.compile_seconds:g} s were over (--compile-seconds)"
         )
-    if not _native.has_kernels(settings.device):
+    if not native.has_kernels(settings.device):
         notes.append("diffcore has no kernels here and ran in plain PyTorch")
     return {"rows": rows, "refused": refused, "notes": notes}
 

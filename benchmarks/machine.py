@@ -1,4 +1,4 @@
-"""What a number was measured on, and whether ``torch.compile`` can be a baseline there."""
+"""The machine of a measurement, and whether ``torch.compile`` can be a baseline on it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from diffcore._info import collect_info
+from diffcore._engine.info import collect_info
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"

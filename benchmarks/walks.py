@@ -1,7 +1,7 @@
-"""A solver three times: as our table, as formulas written by hand, as diffusers' scheduler.
+"""A sampling loop three times: a diffcore table, formulas in plain PyTorch, diffusers' scheduler.
 
-All three take the same steps over the same schedule. diffusers is no dependency: without it the
-other two remain.
+All three take the same steps over the same schedule. diffusers is optional: without it the other
+two remain.
 """
 
 from __future__ import annotations
@@ -17,13 +17,7 @@ import torch
 from torch import Tensor
 
 from diffcore.schedules import NoiseSchedule, make_betas, respaced_timesteps
-from diffcore.solvers import (
-    NoiseLevels,
-    ddim_table,
-    ddpm_table,
-    dpmpp_table,
-    euler_table,
-)
+from diffcore.solvers import NoiseLevels, ddim_table, ddpm_table, dpmpp_table, euler_table
 
 TRAINING_STEPS = 1000
 CLIP = 1.0

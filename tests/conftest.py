@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Generator
 from typing import Any
@@ -9,7 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from diffcore import _execute, _native, _registry
+from diffcore._engine import dispatch, execute, native
+
+PEERS = ("diffusers",)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -19,9 +22,23 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="a skipped CUDA test counts as failed: a GPU run cannot pass by skipping",
     )
 
+    parser.addoption(
+        "--require-peers",
+        action="store_true",
+        default=os.environ.get("CI") == "true",
+        help="fail without the packages that tests compare with; the default where CI=true",
+    )
+
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Parallel test processes share the cores; with more threads than cores they get slower."""
+    required = config.getoption("--require-peers")
+    missing = [p for p in PEERS if required and importlib.util.find_spec(p) is None]
+    if missing:
+        raise pytest.UsageError(
+            f"--require-peers: {', '.join(missing)} is not installed; "
+            "run pip install -r requirements-dev.txt -c constraints-dev.txt"
+        )
+    # Parallel test processes share the cores; with more threads than cores they get slower.
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
     if workers > 1:
         threads = max(1, torch.get_num_threads() // workers)
@@ -33,7 +50,7 @@ def why_no_cuda() -> str | None:
     """Why CUDA tests cannot run here; None when they can."""
     if not torch.cuda.is_available():
         return "torch sees no CUDA device"
-    if not _native.has_kernels(torch.device("cuda")):
+    if not native.has_kernels(torch.device("cuda")):
         return "diffcore is built without CUDA kernels, or the driver is too old for them"
     return None
 
@@ -84,9 +101,9 @@ def _same_numbers_every_run() -> None:
 @pytest.fixture
 def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The kernels run since, by name; a star marks those that draw noise."""
-    if _execute._C is None:
+    if execute._C is None:
         pytest.skip("no kernels to launch without the compiled module")
-    real = _execute._C
+    real = execute._C
     names: list[str] = []
 
     def count(index: int) -> None:
@@ -108,6 +125,6 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             count(index)
         return found
 
-    monkeypatch.setattr(_execute, "_C", Counted())
-    monkeypatch.setattr(_registry, "_launch", launch)
+    monkeypatch.setattr(execute, "_C", Counted())
+    monkeypatch.setattr(dispatch, "_launch", launch)
     return names

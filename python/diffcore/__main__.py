@@ -15,7 +15,7 @@ def main() -> None:
         app()
         return
     if sys.argv[1:] == ["info"]:
-        from diffcore._info import collect_info
+        from diffcore._engine.info import collect_info
 
         for name, value in collect_info().items():
             print(f"{name}: {value}")

@@ -32,7 +32,7 @@ def info(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, not a table.")] = False,
 ) -> None:
     """Show version, build flags, CUDA architectures, driver, instruction set, threads, devices."""
-    from diffcore._info import collect_info
+    from diffcore._engine.info import collect_info
 
     facts = collect_info()
     if as_json:

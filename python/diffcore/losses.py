@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .coefficients import PREDICTION_TYPES, check_choice
+from diffcore._checks import check_choice
+from diffcore.coefficients.step import PREDICTION_TYPES
 
 
 def min_snr_weights(snr: Tensor, *, gamma: float = 5.0, prediction_type: str = "epsilon") -> Tensor:

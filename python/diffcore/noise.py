@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _kernels as k
-from . import _validate
-from ._registry import plain_eager, run
+from diffcore._engine import messages
+from diffcore._engine.dispatch import plain_eager, run
+from diffcore._kernels.noise import RANDN
 
 _WORDS = 2**32
 _MAX_FIRST = 4 * _WORDS
@@ -147,7 +147,7 @@ class PhiloxNoise:
         """
         if device is None:
             device = next((p.device for p in self._parts if isinstance(p, Tensor)), None)
-        if dtype is not None and dtype not in _validate.DTYPES:
+        if dtype is not None and dtype not in messages.DTYPES:
             wanted = "float32, float64, bfloat16 or float16"
             raise TypeError(f"dtype is {dtype}; wanted {wanted}")
         return draw(self, torch.empty(_sizes(shape), dtype=dtype, device=device))
@@ -178,7 +178,7 @@ class PhiloxNoise:
 def draw(noise: PhiloxNoise, out: Tensor) -> Tensor:
     """The noise in the shape, dtype and layout of `out`: in `out` itself, save under a compiler."""
     into = out if plain_eager() else None
-    return run(k.RANDN, (out,), (), None, False, into, noise._parts)
+    return run(RANDN, (out,), (), None, False, into, noise._parts)
 
 
 def _sizes(shape: Any) -> tuple[int, ...]:

@@ -8,9 +8,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from . import ops
-from .noise import PhiloxNoise
-from .reference import compute_dtype
+from diffcore import ops
+from diffcore.noise import PhiloxNoise
+from diffcore.reference import compute_dtype
 
 _LOGVAR_MIN, _LOGVAR_MAX = -30.0, 20.0
 

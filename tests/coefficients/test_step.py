@@ -8,7 +8,7 @@ import mpmath
 import pytest
 import torch
 
-from diffcore.coefficients import (
+from diffcore.coefficients.step import (
     PREDICTION_TYPES,
     VARIANCE_TYPES,
     ddim_coefficients,

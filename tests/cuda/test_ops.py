@@ -168,7 +168,7 @@ def test_cold_kernels_can_be_captured() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32], ids=str)
 def test_steps_out_of_range_are_clamped(dtype: torch.dtype) -> None:
-    if diffcore._native.DEBUG:
+    if diffcore._engine.native.DEBUG:
         pytest.skip("DIFFCORE_DEBUG=1 checks them")
     x, noise = torch.randn(2, 6, 50, device="cuda")
     table = NOISE_TABLE.cuda()

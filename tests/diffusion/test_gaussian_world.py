@@ -13,7 +13,7 @@ import mpmath
 import pytest
 import torch
 
-from diffcore.coefficients import PREDICTION_TYPES
+from diffcore.coefficients.step import PREDICTION_TYPES
 from diffcore.diffusion import GaussianDiffusion
 from diffcore.schedules import make_betas, rescale_zero_terminal_snr, respaced_timesteps
 

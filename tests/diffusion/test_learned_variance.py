@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from diffcore import GaussianDiffusion, PhiloxNoise
-from diffcore.coefficients import PREDICTION_TYPES
+from diffcore.coefficients.step import PREDICTION_TYPES
 from diffcore.schedules import respaced_timesteps
 from support.bounds import assert_same_bits
 from support.guided import BAR, LOG_LARGE, LOG_SMALL, said_by

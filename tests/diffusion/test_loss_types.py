@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from diffcore import GaussianDiffusion, PhiloxNoise, _native
-from diffcore.bound_coefficients import VARIANCE_TYPES
-from diffcore.coefficients import PREDICTION_TYPES
+from diffcore import GaussianDiffusion, PhiloxNoise
+from diffcore._engine import native
+from diffcore.coefficients.bound import VARIANCE_TYPES
+from diffcore.coefficients.step import PREDICTION_TYPES
 from support.bounds import assert_same_bits
 from support.guided import BAR, T, at, losses_by_hand, target_of
 from support.refusals import refused
@@ -195,7 +196,7 @@ def test_the_error_reads_its_half_in_place(
     def careful(*_: Any) -> None:
         raise AssertionError("a tensor is copied")
 
-    monkeypatch.setattr("diffcore._execute._careful", careful)
+    monkeypatch.setattr("diffcore._engine.execute._careful", careful)
     launched.clear()
     d.training_losses(lambda x, t: both, x0, TIMES, noise=PhiloxNoise(1))
     # x_t; the error, with its gradient; and the bound
@@ -286,7 +287,7 @@ def test_bad_arguments_are_named() -> None:
         refused(ValueError, r"samples \[B, C, ...\]", loss, half, x[:, 0, 0], 3)
 
 
-@pytest.mark.skipif(_native._C is None, reason="needs the compiled module")
+@pytest.mark.skipif(native._C is None, reason="needs the compiled module")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 @pytest.mark.filterwarnings("ignore::UserWarning:torch")
 @pytest.mark.parametrize("loss_type", ["rescaled_mse", "kl"])

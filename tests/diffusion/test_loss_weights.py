@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from diffcore import GaussianDiffusion, NoiseSchedule, PhiloxNoise, ops
-from diffcore.coefficients import PREDICTION_TYPES
+from diffcore.coefficients.step import PREDICTION_TYPES
 from diffcore.losses import edm_weights
 from diffcore.schedules import make_betas
 from support.toys import BETAS

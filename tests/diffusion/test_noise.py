@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from diffcore import GaussianDiffusion, PhiloxNoise
-from diffcore.coefficients import PREDICTION_TYPES
+from diffcore.coefficients.step import PREDICTION_TYPES
 from diffcore.losses import edm_weights, min_snr_weights
 from support.bounds import assert_same_bits
 from support.toys import BETAS, half

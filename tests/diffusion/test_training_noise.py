@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from diffcore import GaussianDiffusion, PhiloxNoise
-from diffcore.coefficients import PREDICTION_TYPES
+from diffcore.coefficients.step import PREDICTION_TYPES
 from diffcore.losses import edm_weights, min_snr_weights
 from diffcore.testing import assert_within_bound
 from support import formulas

@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 from diffcore import GaussianDiffusion, PhiloxNoise, bits_per_dim, make_betas
-from diffcore._strata import Moments, Strata
+from diffcore.likelihood.strata import Moments, Strata
 from support.bits import DIFFUSION, RECIPE, N, T, data, model, same_bits
 
 # ---- every timestep -----------------------------------------------------------------------------

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from diffcore import GaussianDiffusion
-from diffcore.coefficients import PREDICTION_TYPES
+from diffcore.coefficients.step import PREDICTION_TYPES
 from diffcore.likelihood import vdm_bound
 
 MEAN, T = 0.3, 1000

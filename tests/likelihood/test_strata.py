@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from diffcore._strata import Strata
+from diffcore.likelihood.strata import Strata
 
 
 def best_ends(weights: list[float], count: int) -> list[int]:

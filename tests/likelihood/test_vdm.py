@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from diffcore import PhiloxNoise
-from diffcore.coefficients import PREDICTION_TYPES
+from diffcore.coefficients.step import PREDICTION_TYPES
 from diffcore.likelihood import vdm_bound
 
 LOW, HIGH = -8.0, 5.0

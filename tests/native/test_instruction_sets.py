@@ -17,12 +17,13 @@ import torch
 from torch import Tensor
 
 import support.subprocess
-from diffcore import PhiloxNoise, _native, ops
+from diffcore import PhiloxNoise, ops
+from diffcore._engine import native
 from support.bounds import LOW, assert_law, assert_same_bits, check, with_noise
 from support.cases import CASES, NOISED, as_tuple, without_kernels
 from support.subprocess import ALL_ISAS, ISAS, run_python
 
-pytestmark = pytest.mark.skipif(_native._C is None, reason="needs the compiled module")
+pytestmark = pytest.mark.skipif(native._C is None, reason="needs the compiled module")
 
 SHAPE = (21, 203)
 DTYPES = (*LOW, torch.float64)

@@ -15,14 +15,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from diffcore import _native, ops, reference
+from diffcore import ops, reference
+from diffcore._engine import native
 from diffcore.testing import ulp
 from support.formulas import extended
 from support.subprocess import OTHER_ISAS, run_python
 
 mpmath = pytest.importorskip("mpmath")
 
-pytestmark = pytest.mark.skipif(_native._C is None, reason="needs the compiled module")
+pytestmark = pytest.mark.skipif(native._C is None, reason="needs the compiled module")
 
 HALF_DTYPES = (torch.float16, torch.bfloat16)
 

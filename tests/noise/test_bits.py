@@ -1,4 +1,4 @@
-"""The bits of the noise: the kernels give those of the specification, `diffcore._philox`.
+"""The bits of the noise: the kernels give those of the specification, `diffcore.reference.philox`.
 
 On every device, in every dtype, layout, batch, shard and number of threads; `test_isa_threads` has
 the instruction sets.
@@ -13,7 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from diffcore import PhiloxNoise, _philox, ops
+from diffcore import PhiloxNoise, ops
+from diffcore.reference import philox
 from support.bounds import DTYPES, assert_same_bits, each_dtype
 from support.layouts import DENSE, OTHER, Layout, inside
 from support.refusals import refused
@@ -34,7 +35,7 @@ SHAPES = (
 def specified(recipe: PhiloxNoise, shape: tuple[int, ...]) -> Tensor:
     """The noise in float32, in plain torch on the CPU."""
     parts = tuple(p.cpu() if isinstance(p, Tensor) else p for p in recipe._parts)
-    return _philox.normals(parts, shape, torch.float32, "cpu")
+    return philox.normals(parts, shape, torch.float32, "cpu")
 
 
 def check(recipe: PhiloxNoise, shape: tuple[int, ...], device: str) -> None:
@@ -292,7 +293,7 @@ def known(key: Any, counter: Any) -> PhiloxNoise:
 @pytest.mark.parametrize(("key", "counter", "words"), KNOWN, ids=["zeros", "ones", "pi"])
 def test_known_answers_of_philox(key: Any, counter: Any, words: Any, device: str) -> None:
     w = [torch.tensor(word) for word in words]
-    wanted = torch.stack([*_philox.box_muller(w[0], w[1]), *_philox.box_muller(w[2], w[3])])
+    wanted = torch.stack([*philox.box_muller(w[0], w[1]), *philox.box_muller(w[2], w[3])])
     recipe = known(key, counter)
     for columns in (4, 40, 400):  # in a draw of many rows, of one, of a part of one
         if recipe.first_element + columns <= 2**34:

@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 
-from diffcore import PhiloxNoise, _native, _registry, ops
+from diffcore import PhiloxNoise, ops
+from diffcore._engine import dispatch, native
 from support.bounds import assert_law, assert_same_bits, check, each_dtype, with_noise
 from support.cases import BY_NAME, NOISED, Arguments, OpCase, as_tuple, without_kernels
 from support.layouts import DENSE, LAYOUTS, OTHER, Layout, inside
@@ -23,7 +24,7 @@ from support.layouts import DENSE, LAYOUTS, OTHER, Layout, inside
 RECIPE = PhiloxNoise(2**63 + 5, sample_ids=2**32 - 2, stream=9, first_element=64)
 
 each_noised_case = pytest.mark.parametrize("case", NOISED, ids=lambda case: case.name)
-needs_module = pytest.mark.skipif(_native._C is None, reason="needs the compiled module")
+needs_module = pytest.mark.skipif(native._C is None, reason="needs the compiled module")
 
 # As in test_noise_bits: about what a draw, a tile, a chunk holds; short rows, many and few.
 SHAPES = (
@@ -178,7 +179,7 @@ def test_out_partly_over_an_input(device: str) -> None:
 
 def operator(case: OpCase, args: Arguments) -> Any:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_registry, "_compiling", lambda: True)
+        patch.setattr(dispatch, "_compiling", lambda: True)
         return case.native(args)
 
 

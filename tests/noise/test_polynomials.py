@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from diffcore import _philox
+from diffcore.reference import philox
 from diffcore.testing import ulp
 
 # The largest errors over every argument there is, rounded up: as in docs/numerics.md.
@@ -109,10 +109,10 @@ def test_log_and_radius(every: int) -> None:
         exact = -2 * (
             np.log(u) if u.max() <= 0.5 else np.where(u > 0.5, np.log1p(u - 1), np.log(u))
         )
-        computed = _philox._minus_two_log(s)
+        computed = philox._minus_two_log(s)
         assert (computed >= 0).all()
         log_error.append(worst(computed, exact))
-        radius_error.append(worst(_philox._root(computed), np.sqrt(exact)))
+        radius_error.append(worst(philox._root(computed), np.sqrt(exact)))
     assert max(log_error) <= LARGEST_ERROR["minus_two_log"]
     assert max(radius_error) <= LARGEST_ERROR["radius"]
     if every == 1:  # nor are the documented numbers larger than what is there
@@ -123,7 +123,7 @@ def test_log_and_radius(every: int) -> None:
 @quick_or_all(37)
 @pytest.mark.parametrize("name", ["sin", "cos"])
 def test_sine_and_cosine_of_a_float(name: str, every: int) -> None:
-    function, exact = getattr(_philox, f"_{name}"), getattr(np, name)
+    function, exact = getattr(philox, f"_{name}"), getattr(np, name)
     largest = float(np.float32(2**29) * np.float32(TURN))
     found = max(worst(function(x), exact(x.double().numpy())) for x in floats(1e-6, largest, every))
     assert found <= LARGEST_ERROR[name]
@@ -134,10 +134,10 @@ def test_sine_and_cosine_of_a_float(name: str, every: int) -> None:
 def test_sine_and_cosine_of_thirty_bits(every: int) -> None:
     sin_error, cos_error = [], []
     for r in integers_of_angles(every):
-        x = _philox._angle(r & _philox.MASK)
+        x = philox._angle(r & philox.MASK)
         angle = r.double().numpy() * TURN
-        sin_error.append(worst(_philox._sin(x), np.sin(angle)))
-        cos_error.append(worst(_philox._cos(x), np.cos(angle)))
+        sin_error.append(worst(philox._sin(x), np.sin(angle)))
+        cos_error.append(worst(philox._cos(x), np.cos(angle)))
     assert max(sin_error) <= LARGEST_ERROR["sin_of_bits"]
     assert max(cos_error) <= LARGEST_ERROR["cos_of_bits"]
     if every == 1:
@@ -147,40 +147,40 @@ def test_sine_and_cosine_of_thirty_bits(every: int) -> None:
 
 def test_angles_of_either_sign_are_alike() -> None:
     r = torch.cat([torch.arange(1, 1 << 16), torch.arange(1, 2**29, 10_007)])
-    x, minus_x = _philox._angle(r), _philox._angle(-r & _philox.MASK)
+    x, minus_x = philox._angle(r), philox._angle(-r & philox.MASK)
     assert torch.equal(minus_x, -x)
-    assert torch.equal(_philox._cos(minus_x), _philox._cos(x))
-    assert torch.equal(_philox._sin(minus_x), -_philox._sin(x))
+    assert torch.equal(philox._cos(minus_x), philox._cos(x))
+    assert torch.equal(philox._sin(minus_x), -philox._sin(x))
 
 
 def test_quarters_exchange_and_negate() -> None:
     v = torch.cat([torch.arange(2**16), torch.arange(0, 2**30, 1_000_003), torch.tensor([2**29])])
     w = torch.randint(2**32, v.shape)
-    cos, sin = _philox.box_muller(w, v)
+    cos, sin = philox.box_muller(w, v)
     for quarter, expected in enumerate([(cos, sin), (sin, cos), (-cos, -sin), (-sin, -cos)]):
-        for a, b in zip(_philox.box_muller(w, v + (quarter << 30)), expected, strict=True):
+        for a, b in zip(philox.box_muller(w, v + (quarter << 30)), expected, strict=True):
             assert torch.equal(a.view(torch.int32), b.view(torch.int32))
 
 
 def test_uniforms_are_rounded_from_31_bits() -> None:
     around = torch.tensor([2**k + d for k in range(33) for d in range(-300, 301)])
-    w = around[(around >= 0) & (around <= _philox.MASK)]
+    w = around[(around >= 0) & (around <= philox.MASK)]
     w = torch.cat([w, torch.randint(2**32, (1_000_000,))])
     exact = w.numpy() // 2 + 0.5
-    moved = _philox._uniform(w).double().numpy() / exact - 1
+    moved = philox._uniform(w).double().numpy() / exact - 1
     assert np.abs(moved).max() <= UNIFORM_ERROR
     assert (moved[w.numpy() < 2**24] == 0).all()
-    assert float(_philox._uniform(torch.tensor(_philox.MASK))) == 2.0**31
+    assert float(philox._uniform(torch.tensor(philox.MASK))) == 2.0**31
 
 
 def test_root_is_correctly_rounded() -> None:
-    x = torch.cat([_philox._minus_two_log(s) for s in uniforms(99_991)])
-    np.testing.assert_array_equal(_philox._root(x).numpy(), np.sqrt(x.numpy()))
+    x = torch.cat([philox._minus_two_log(s) for s in uniforms(99_991)])
+    np.testing.assert_array_equal(philox._root(x).numpy(), np.sqrt(x.numpy()))
 
 
 def test_largest_and_smallest_normal() -> None:
     w = torch.tensor([0, 2**32 - 1])
-    (largest, none), _ = _philox.box_muller(w, torch.tensor([0, 0]))
+    (largest, none), _ = philox.box_muller(w, torch.tensor([0, 0]))
     assert abs(float(largest) - np.sqrt(64 * np.log(2))) <= 2 * ulp(largest, torch.float32)
     assert none == 0
 
@@ -191,7 +191,7 @@ def test_errors_are_the_documented_ones() -> None:
     table = sorted(map(float, re.findall(r"\| (\d\.\d\d) \|", section)))
     assert table == sorted(LARGEST_ERROR.values())
     for error in LARGEST_ERROR.values():
-        assert f"{error:.2f}" in str(_philox.__doc__)
+        assert f"{error:.2f}" in str(philox.__doc__)
 
 
 # ---- the generator ---------------------------------------------------------------------------
@@ -215,7 +215,7 @@ def test_known_answers(
 ) -> None:
     c0, c1, c2, c3 = map(torch.tensor, counter)
     k0, k1 = map(torch.tensor, key) if as_tensors else key
-    found = _philox.philox4x32((c0, c1, c2, c3), (k0, k1))
+    found = philox.philox4x32((c0, c1, c2, c3), (k0, k1))
     assert tuple(int(word) for word in found) == words
 
 
@@ -274,7 +274,7 @@ def numpy_normals(
 def test_normals_are_those_of_numpy(seed: int, sample: int, stream: int, first: int) -> None:
     size = 100_003
     noise = (seed, sample, stream, first)
-    drawn = _philox.normals(noise, (2, size), torch.float32, "cpu").double().numpy()
+    drawn = philox.normals(noise, (2, size), torch.float32, "cpu").double().numpy()
     for row in range(2):
         exact, bound = numpy_normals(seed, sample + row, stream, first, size)
         assert (np.abs(drawn[row] - exact) <= bound).all()
@@ -283,8 +283,8 @@ def test_normals_are_those_of_numpy(seed: int, sample: int, stream: int, first: 
 
 def test_a_seed_tensor_s_offset_counts_streams() -> None:
     seed, stream = torch.tensor([9, 2**32 - 2]), torch.tensor([5])
-    a = _philox.normals((seed, 0, stream, 0), (2, 9), torch.float32, "cpu")
-    b = _philox.normals((9, 0, 3, 0), (2, 9), torch.float32, "cpu")
+    a = philox.normals((seed, 0, stream, 0), (2, 9), torch.float32, "cpu")
+    b = philox.normals((9, 0, 3, 0), (2, 9), torch.float32, "cpu")
     assert torch.equal(a, b)
 
 
@@ -294,6 +294,6 @@ def test_normals_under_vmap(batched: str) -> None:
 
     def drawn(value: Tensor) -> Tensor:
         noise = {"seed": 1, "sample_ids": 2, "stream": 3} | {batched: value}
-        return _philox.normals((*noise.values(), 4), (2, 5), torch.float32, "cpu")
+        return philox.normals((*noise.values(), 4), (2, 5), torch.float32, "cpu")
 
     assert torch.equal(torch.func.vmap(drawn)(values), torch.stack([drawn(v) for v in values]))

@@ -16,7 +16,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from diffcore import PhiloxNoise, _philox
+from diffcore import PhiloxNoise
+from diffcore.reference import philox
 
 stats = pytest.importorskip("scipy.stats")
 
@@ -36,7 +37,7 @@ def draw_by_specification(shape: tuple[int, ...], seed: int = 2026, **where: Any
     names = ("sample_ids", "stream", "first_element")
     sample_ids, stream, first_element = (where.get(name, 0) for name in names)
     noise = (seed, sample_ids, stream, first_element)
-    return _philox.normals(noise, shape, torch.float32, "cpu")
+    return philox.normals(noise, shape, torch.float32, "cpu")
 
 
 def slices(draw: Draw, n: int) -> Iterator[Tensor]:
@@ -214,8 +215,8 @@ def test_each_seed_s_noise_is_normal(seed: int) -> None:
 
 # ---- what the checks catch ---------------------------------------------------------------------
 
-WORDS = _philox.philox4x32
-Words = _philox.Words
+WORDS = philox.philox4x32
+Words = philox.Words
 Key = tuple[int, int]
 
 
@@ -290,5 +291,5 @@ def test_a_broken_generator_is_caught(
 ) -> None:
     n = 1 << 19
     assert unlikely(check(draw_by_specification, n)) == {}
-    monkeypatch.setattr(_philox, where, fault)
+    monkeypatch.setattr(philox, where, fault)
     assert unlikely(check(draw_by_specification, n)) != {}

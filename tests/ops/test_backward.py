@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from diffcore import _autograd, _execute, _registry, ops
+from diffcore import ops
+from diffcore._engine import autograd, dispatch, execute
 from diffcore.testing import assert_within_bound
 from support.bounds import assert_same_bits, each_16_bit, each_case, each_dtype, each_low_dtype
 from support.cases import (
@@ -165,7 +166,7 @@ def test_gradients_come_from_native_kernels(monkeypatch: pytest.MonkeyPatch) -> 
     def refuse(*args: Any) -> None:
         raise AssertionError("went through the reference")
 
-    for module in (_registry, _execute, _autograd):
+    for module in (dispatch, execute, autograd):
         monkeypatch.setattr(module, "run_reference", refuse)
     for case in BY_NAME.values():
         args = case.make((3, 5), torch.float32)

@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 
 from diffcore import PhiloxNoise, ops
-from diffcore.bound_coefficients import (
+from diffcore.coefficients.bound import (
     GIVEN,
     VARIANCE_TYPES,
     log_variances,
     prior_coefficients,
     vlb_coefficients,
 )
-from diffcore.coefficients import PREDICTION_TYPES
+from diffcore.coefficients.step import PREDICTION_TYPES
 from support.worlds import ALPHA, BAR, BETAS, MEAN, SIGMA, STD, STEPS, World, four_points, model
 
 EVERY = torch.arange(STEPS)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from diffcore import ops
-from diffcore.bound_coefficients import VARIANCE_TYPES, log_variances, vlb_coefficients
+from diffcore.coefficients.bound import VARIANCE_TYPES, log_variances, vlb_coefficients
 from support.worlds import ALPHA, SIGMA
 
 SHAPE = (6, 3, 4, 5)

@@ -12,25 +12,18 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 
-from diffcore import (
-    GaussianDiffusion,
-    _bound,
-    _kernels,
-    _library,
-    _native,
-    _registry,
-    _step,
-    _threshold,
-    make_betas,
-    ops,
-)
+from diffcore import GaussianDiffusion, make_betas, ops
+from diffcore._engine import dispatch, library, native
+from diffcore._kernels import bound, gaussian, likelihood, linear, loss, noise, step, threshold
+from diffcore._kernels.loss import Loss
+from diffcore._kernels.term import Term
 from support.bounds import assert_same_bits, each_case
 from support.cases import BY_NAME, NOISE_TABLE, Arguments, OpCase, as_tuple, step_table, steps_of
 
 INDUCTOR = ("q_sample", "normal_kl_sample")
 
 pytestmark = [
-    pytest.mark.skipif(_native._C is None, reason="needs the compiled module"),
+    pytest.mark.skipif(native._C is None, reason="needs the compiled module"),
     # torch's own compiler warns about its own deprecations
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore::FutureWarning"),
@@ -54,25 +47,25 @@ def value_and_gradients(case: OpCase, f: Callable[..., Any], args: Arguments) ->
 # ---- torch.library ------------------------------------------------------------------------------
 
 
-def registered_kernels() -> list[_registry.Kernel]:
+def registered_kernels() -> list[dispatch.Kernel]:
     """Every registered operator that a kernel of the module stands behind."""
-    modules = (_kernels, _step, _bound)
+    modules = (noise, linear, step, gaussian, likelihood, loss, bound)
     groups = [group for module in modules for group in vars(module).values()]
-    kernels = [k for k in groups if isinstance(k, _registry.Kernel)]
+    kernels = [k for k in groups if isinstance(k, dispatch.Kernel)]
     for group in groups:
-        if isinstance(group, _kernels.Term):
+        if isinstance(group, Term):
             kernels += [group.elementwise, group.sum]
             kernels += [*group.of_elementwise.values(), *group.of_sum.values()]
-        elif isinstance(group, _kernels.Loss):
+        elif isinstance(group, Loss):
             kernels += [group.plain, group.with_gradient]
     for group in (
-        _step.REVERSE_STEP,
-        _step.STEP_BACKWARD,
-        _step.STEP_LOG_PROB,
-        _step.LOG_PROB_BACKWARD,
-        _threshold.X0_QUANTILE,
-        _bound.VLB_TERM,
-        _bound.VLB_TERM_BACKWARD,
+        step.REVERSE_STEP,
+        step.STEP_BACKWARD,
+        step.STEP_LOG_PROB,
+        step.LOG_PROB_BACKWARD,
+        threshold.X0_QUANTILE,
+        bound.VLB_TERM,
+        bound.VLB_TERM_BACKWARD,
     ):
         kernels += group.values()
     kernels += [k.drawn for k in kernels if k.drawn is not None]
@@ -105,7 +98,7 @@ def registered_calls() -> list[Any]:
     return calls
 
 
-def packed(kernel: _registry.Kernel, source: str, noise: str, *, grad: bool) -> tuple[Any, ...]:
+def packed(kernel: dispatch.Kernel, source: str, noise: str, *, grad: bool) -> tuple[Any, ...]:
     tensors = [torch.randn(4, 5, requires_grad=grad) for _ in kernel.inputs]
     numbers = [0.5 + i for i in range(len(kernel.coefs))]
     coefs: tuple[Any, ...] = tuple(numbers)
@@ -122,22 +115,22 @@ def packed(kernel: _registry.Kernel, source: str, noise: str, *, grad: bool) -> 
         own = [n in ("inverse_n", "slope") for n in kernel.coefs]
         coefs = tuple(n if o else c for n, c, o in zip(numbers, each, own, strict=True))
     parts = NOISE_PARTS[noise] if kernel.draws else None
-    return (*tensors, *_library.pack(coefs, step), False, *_library.pack_noise(parts))
+    return (*tensors, *library.pack(coefs, step), False, *library.pack_noise(parts))
 
 
 def test_every_kernel_of_the_module_is_registered() -> None:
-    assert _native._C is not None
+    assert native._C is not None
     found = {(k.name, k.draws) for k in registered_kernels()}
-    assert found == {(op[0], bool(op[5])) for op in _native._C.op_table()}
+    assert found == {(op[0], bool(op[5])) for op in native._C.op_table()}
 
 
 @pytest.mark.parametrize(("kernel", "source", "noise"), registered_calls())
-def test_opcheck(kernel: _registry.Kernel, source: str, noise: str) -> None:
+def test_opcheck(kernel: dispatch.Kernel, source: str, noise: str) -> None:
     grad = kernel.backward is not None
     tests = ["test_schema", "test_autograd_registration", "test_faketensor"]
     # Where noise is generated, tracing takes seconds: once is enough, with every part a tensor.
     quick = not kernel.draws or noise == "tensors"
-    if grad and quick and not (kernel.draws and kernel.backward is _kernels._without_backward):
+    if grad and quick and not (kernel.draws and kernel.backward is loss._without_backward):
         tests.append("test_aot_dispatch_dynamic")
     arguments = packed(kernel, source, noise, grad=grad)
     torch.library.opcheck(kernel.op, arguments, test_utils=tests)
@@ -170,7 +163,7 @@ def test_opcheck_in_other_layouts_and_dtypes(name: str, drawn: bool) -> None:
 
 def test_differentiating_a_backward_operator_says_why_not() -> None:
     x = torch.randn(3, 4, requires_grad=True)
-    kernel = _kernels.NORMAL_KL.of_elementwise[""]
+    kernel = gaussian.NORMAL_KL.of_elementwise[""]
     out = kernel.op(x, x, x, x, x, [], [], None, -1, False)
     with pytest.raises(RuntimeError, match="is not differentiable itself"):
         out[0].sum().backward()
@@ -183,7 +176,7 @@ def test_the_operator_route_gives_the_same_bits(
     args = case.make((3, 37), torch.float32)
     f, _ = case.by_position(args)
     direct = value_and_gradients(case, f, args)
-    monkeypatch.setattr(_registry, "_compiling", lambda: True)
+    monkeypatch.setattr(dispatch, "_compiling", lambda: True)
     assert_same_bits(value_and_gradients(case, f, args), direct)
 
 
@@ -265,9 +258,9 @@ def test_compile_a_training_step() -> None:
         return ops.denoising_loss(output, x0, noise, weight=torch.linspace(0.5, 1, 6)).mean()
 
     grads = []
-    for step in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
+    for compute in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
         model.zero_grad()
-        step().backward()
+        compute().backward()
         grads.append([p.grad.clone() for p in model.parameters()])
     for plain, compiled in zip(*grads, strict=True):
         assert_same_bits(plain, compiled)

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from diffcore import _execute, _native, ops
+from diffcore import ops
+from diffcore._engine import execute, native
 from support.bounds import each_case
 from support.cases import NOISE_TABLE, STEPS, OpCase, as_tuple, step_table
 from support.refusals import any_of, no_kernel_runs, pair, read_by, refused  # noqa: F401
@@ -273,7 +274,7 @@ def test_debug_mode_checks_before_the_kernel_runs(
         raise AssertionError("the kernel ran")
 
     x, y = pair(device)
-    monkeypatch.setattr(_native, "DEBUG", True)
-    monkeypatch.setattr(_execute, "_C", SimpleNamespace(call=run))
+    monkeypatch.setattr(native, "DEBUG", True)
+    monkeypatch.setattr(execute, "_C", SimpleNamespace(call=run))
     bad = torch.full((4,), len(NOISE_TABLE), device=device)
     refused(ValueError, "t holds", ops.q_sample, x, bad, y, NOISE_TABLE.to(device))

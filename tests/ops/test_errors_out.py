@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from diffcore import _native, ops
+from diffcore import ops
+from diffcore._engine import native
 from support.cases import BY_NAME, OpCase, step_table
 from support.refusals import any_of, no_kernel_runs, pair, read_by, refused  # noqa: F401
 
@@ -118,5 +119,5 @@ def test_impossible_levels() -> None:
 
 def test_meta_tensors_have_no_kernels_and_no_values() -> None:
     x, y = pair("meta")
-    assert not _native.has_kernels(x.device)
+    assert not native.has_kernels(x.device)
     assert ops.add_noise(x, y, 0.8, 0.6).device.type == "meta"

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from diffcore import _execute, ops
+from diffcore import ops
+from diffcore._engine import execute
 from support.bounds import assert_same_bits, check, each_case, each_dtype
 from support.cases import BY_NAME, CASES, OpCase, as_tuple
 from support.layouts import DENSE, EXPANDED, LAYOUTS, OTHER, SENTINEL, Layout
@@ -51,7 +52,7 @@ def test_operands_of_different_layouts(case: OpCase, device: str) -> None:
 def test_samples_farther_apart_are_read_in_place(
     case: OpCase, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if _execute._C is None:
+    if execute._C is None:
         pytest.skip("plain torch reads anything")
     args = case.make(SHAPE, torch.float32).map(OTHER[name])
 
@@ -59,7 +60,7 @@ def test_samples_farther_apart_are_read_in_place(
         raise AssertionError("a tensor is copied")
 
     wanted = case.native(args.map(lambda x: x.contiguous()))
-    monkeypatch.setattr(_execute, "_careful", careful)
+    monkeypatch.setattr(execute, "_careful", careful)
     assert_same_bits(case.native(args), wanted, case.name)
 
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from diffcore import PhiloxNoise, _execute, _registry, ops
+from diffcore import PhiloxNoise, ops
+from diffcore._engine import dispatch, execute
 from support.bounds import assert_same_bits
 from support.cases import history_table, step_table, steps_of
 from support.refusals import refused
@@ -27,17 +28,17 @@ def tensors(count: int, device: str = "cpu", dtype: torch.dtype = torch.float32)
 def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The kernels called from here on, and `copy` where a tensor is brought into a layout."""
     seen: list[str] = []
-    real, copied = _execute._C, _execute._as
+    real, copied = execute._C, execute._as
 
     class Recorder:
         def call(self, index: int, *args: Any) -> int:
-            seen.append(_execute._OPS[index][0])
+            seen.append(execute._OPS[index][0])
             return real.call(index, *args)
 
-    monkeypatch.setattr(_execute, "_C", Recorder())
+    monkeypatch.setattr(execute, "_C", Recorder())
     # Looks, and leaves everything to the careful way.
-    monkeypatch.setattr(_registry, "_launch", lambda *args: real.launch(*args[:-1], True))
-    monkeypatch.setattr(_execute, "_as", lambda like, x: seen.append("copy") or copied(like, x))
+    monkeypatch.setattr(dispatch, "_launch", lambda *args: real.launch(*args[:-1], True))
+    monkeypatch.setattr(execute, "_as", lambda like, x: seen.append("copy") or copied(like, x))
     return seen
 
 

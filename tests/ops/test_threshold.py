@@ -17,7 +17,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from diffcore import _native, _threshold, ops
+from diffcore import ops
+from diffcore._engine import native
+from diffcore._kernels import threshold
 from support.bounds import DTYPES, assert_same_bits, each_dtype
 from support.cases import without_kernels
 from support.subprocess import OTHER_ISAS, run_python
@@ -298,14 +300,14 @@ def test_the_reference_agrees(device: str) -> None:
             torch.testing.assert_close(found, wanted, rtol=1e-15, atol=0, equal_nan=True)
 
 
-@pytest.mark.skipif(_native._C is None, reason="needs the compiled module")
+@pytest.mark.skipif(native._C is None, reason="needs the compiled module")
 @pytest.mark.parametrize("ratio", [-3.0, 1.5, math.inf])
 def test_the_operator_takes_a_wild_ratio_for_the_nearest(ratio: float, device: str) -> None:
     # The public op refuses it, but nobody looks at what is on a device.
     x = numbers(2, 40_000).to(device)
     columns = [0.0, 0.0, 0.0, 0.0, SCALE, 0.0, -1.0, 1.0]
     numbers_ = [1.0, 0.0, *columns, ratio, math.inf]
-    kernel = _threshold.X0_QUANTILE[False]
+    kernel = threshold.X0_QUANTILE[False]
     found = kernel.op(x, x, [None] * len(numbers_), numbers_, None, -1, False)
     assert_same_bits(found, of_numbers(x, min(max(ratio, 0.0), 1.0)))
 

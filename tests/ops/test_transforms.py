@@ -6,12 +6,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from diffcore import _kernels, _native, ops
+from diffcore import ops
+from diffcore._engine import native
+from diffcore._kernels import linear
 from support.bounds import each_case
 from support.cases import CASES, OpCase, as_tuple
 
 pytestmark = [
-    pytest.mark.skipif(_native._C is None, reason="needs the compiled module"),
+    pytest.mark.skipif(native._C is None, reason="needs the compiled module"),
     # torch's own compiler warns about its own deprecations
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore::FutureWarning"),
@@ -48,7 +50,7 @@ def test_vmap_over_coefficients_and_other_dimensions() -> None:
 
 def test_vmap_of_the_operator() -> None:
     x, y = torch.randn(2, 4, 3, 5)
-    f = torch.vmap(_kernels.LINEAR_COMBINATION.op, (0, 0, None, None, None, None, None))
+    f = torch.vmap(linear.LINEAR_COMBINATION.op, (0, 0, None, None, None, None, None))
     found = f(x, y, [None, None], [0.8, 0.6], None, -1, False)
     torch.testing.assert_close(found, ops.add_noise(x, y, 0.8, 0.6))
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch._dynamo.utils import counters
 
-from diffcore import PhiloxNoise, _native, solvers
+from diffcore import PhiloxNoise, solvers
+from diffcore._engine import native
 from diffcore.sampling import sample
 from diffcore.schedules import NoiseSchedule, make_betas, respaced_timesteps
 from diffcore.sigmas import get_sigmas_karras
@@ -17,7 +18,7 @@ from diffcore.solvers import NoiseLevels, SolverTable
 from support.bounds import assert_same_bits
 
 pytestmark = [
-    pytest.mark.skipif(_native._C is None, reason="needs the compiled module"),
+    pytest.mark.skipif(native._C is None, reason="needs the compiled module"),
     # torch's own compiler warns about its own deprecations
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore::FutureWarning"),

@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from diffcore import PhiloxNoise, _k_diffusion, sampling, solvers
+from diffcore import PhiloxNoise, sampling, solvers
+from diffcore.sampling import k_diffusion
 from support.sigma_cases import CASES, PROMISE, WALKS, denoiser
 
 CHURNED = "s_churn=0.0, s_tmin=0.0, s_tmax=inf, s_noise=1.0"
@@ -187,7 +188,7 @@ def test_a_table_is_made_once_for_the_same_sigmas_and_options() -> None:
         return solvers.euler_ancestral_table(sigmas, **options)
 
     def run(sigmas: Tensor, eta: float) -> Tensor:
-        return _k_diffusion._walk(
+        return k_diffusion._walk(
             make, {"eta": eta}, denoiser, torch.ones(1, 2), sigmas, None, None, True
         )
 

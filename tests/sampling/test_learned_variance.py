@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch._dynamo.utils import counters
 
-from diffcore import GaussianDiffusion, PhiloxNoise, _native, sample, solvers
+from diffcore import GaussianDiffusion, PhiloxNoise, sample, solvers
+from diffcore._engine import native
 from diffcore.sampling import capture
 from support.bounds import assert_same_bits
 from support.refusals import refused
@@ -116,7 +117,9 @@ def test_one_launch_reads_the_halves_in_place(variance_type: str, launched: list
     made: list[tuple[int, ...]] = []
     real = torch.empty_like
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("diffcore._execute._new_like", lambda x: made.append(x.shape) or real(x))
+        patch.setattr(
+            "diffcore._engine.execute._new_like", lambda x: made.append(x.shape) or real(x)
+        )
         launched.clear()
         found, _ = table.step(1, x, m, noise=noise, variance_output=v)
         d.p_sample(says, x, t, noise=noise)
@@ -246,7 +249,7 @@ def test_16_bit_samples(variance_type: str, dtype: torch.dtype) -> None:
     assert d.p_sample_loop(narrow, SHAPE).dtype == torch.float32
 
 
-@pytest.mark.skipif(_native._C is None, reason="needs the compiled module")
+@pytest.mark.skipif(native._C is None, reason="needs the compiled module")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 @pytest.mark.filterwarnings("ignore::UserWarning:torch")
 def test_a_loop_compiles_to_one_graph() -> None:

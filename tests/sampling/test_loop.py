@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from diffcore import PhiloxNoise, solvers
-from diffcore.coefficients import PREDICTION_TYPES
+from diffcore.coefficients.step import PREDICTION_TYPES
 from diffcore.sampling import sample
 from diffcore.solvers import SolverTable
 from support.solver_list import ALL, CHURNED, PATHS, geometric, levels_on

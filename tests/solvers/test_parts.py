@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from diffcore import solvers
-from diffcore.coefficients import posterior_coefficients
+from diffcore.coefficients.step import posterior_coefficients
 from diffcore.schedules import NoiseSchedule, make_betas
 from diffcore.sigmas import get_sigmas_karras
 from diffcore.solvers import NoiseLevels

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from diffcore import ops
-from diffcore.bound_coefficients import vlb_coefficients
+from diffcore.coefficients.bound import vlb_coefficients
 from support import formulas
 from support.op_case import NOISE_TABLE, STEPS, OpCase, ramp, steps_of
 

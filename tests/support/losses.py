@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from diffcore import PhiloxNoise, _native, losses, ops
+from diffcore import PhiloxNoise, losses, ops
+from diffcore._engine import native
 from diffcore.testing import assert_within_bound
 from support import formulas
 from support.cases import NOISE_TABLE, STEPS, steps_of
@@ -40,7 +41,7 @@ UPSTREAM: dict[str, Callable[[Tensor], Tensor]] = {
 each_kind = pytest.mark.parametrize("kind", ops.PREDICTION_TYPES)
 each_weight = pytest.mark.parametrize("weight", WEIGHTS.values(), ids=WEIGHTS)
 each_noise = pytest.mark.parametrize("drawn", [False, True], ids=["tensor", "recipe"])
-needs_module = pytest.mark.skipif(_native._C is None, reason="needs the compiled module")
+needs_module = pytest.mark.skipif(native._C is None, reason="needs the compiled module")
 
 
 def _at() -> Options:

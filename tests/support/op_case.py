@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffcore import _execute, _native, _registry
+from diffcore._engine import dispatch, execute, native
 from support.formulas import extended
 
 Shape = tuple[int, ...]
@@ -109,14 +109,14 @@ class OpCase:
 @contextlib.contextmanager
 def without_kernels() -> Iterator[None]:
     """Runs the public ops on `diffcore.reference`, as an install without the module does."""
-    module = _native._C
-    _native._C = _execute._C = None
-    _registry._launch = None
+    module = native._C
+    native._C = execute._C = None
+    dispatch._launch = None
     try:
         yield
     finally:
-        _native._C = _execute._C = module
-        _registry._launch = None if module is None else module.launch
+        native._C = execute._C = module
+        dispatch._launch = None if module is None else module.launch
 
 
 def as_tuple(result: Any) -> tuple[Any, ...]:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from diffcore import _execute, _registry
+from diffcore._engine import dispatch, execute
 from support.cases import OpCase
 
 Op = Callable[..., Any]
@@ -18,7 +18,7 @@ Op = Callable[..., Any]
 @pytest.fixture(autouse=True)
 def no_kernel_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     """A kernel that accepts its arguments fails the test: bad input has to stop before it."""
-    real = _execute._C
+    real = execute._C
 
     class Watched:
         def __getattr__(self, name: str) -> Any:
@@ -35,8 +35,8 @@ def no_kernel_runs(monkeypatch: pytest.MonkeyPatch) -> None:
         return found
 
     if real is not None:
-        monkeypatch.setattr(_execute, "_C", Watched())
-        monkeypatch.setattr(_registry, "_launch", launch)
+        monkeypatch.setattr(execute, "_C", Watched())
+        monkeypatch.setattr(dispatch, "_launch", launch)
 
 
 def refused(kind: type[Exception], match: str, f: Op, *args: Any, **kwargs: Any) -> None:

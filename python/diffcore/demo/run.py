@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from diffcore._info import collect_info, installed_version
+from diffcore._engine.info import collect_info, installed_version
 from diffcore.demo import ddpm, likelihood, vae
 from diffcore.demo.checkpoint import read_scalars, save_checkpoint
 from diffcore.demo.config import DemoConfig, full_config, quick_config

@@ -19,19 +19,19 @@ wrong type, dtype, shape or device, and names it. KL and likelihoods are in nats
 
 from __future__ import annotations
 
-from ..coefficients import PREDICTION_TYPES
-from ..noise import PhiloxNoise
-from ._noise import randn
-from .bound import prior_kl, vlb_term
-from .gaussian import (
+from diffcore.coefficients.step import PREDICTION_TYPES
+from diffcore.noise import PhiloxNoise
+from diffcore.ops._noise import randn
+from diffcore.ops.bound import prior_kl, vlb_term
+from diffcore.ops.gaussian import (
     gaussian_nll,
     normal_kl,
     reparameterize,
     reparameterize_kl,
     standard_normal_kl,
 )
-from .likelihood import discretized_gaussian_log_likelihood
-from .linear import (
+from diffcore.ops.likelihood import discretized_gaussian_log_likelihood
+from diffcore.ops.linear import (
     add_noise,
     linear_combination,
     predict_epsilon,
@@ -39,9 +39,9 @@ from .linear import (
     q_sample,
     velocity,
 )
-from .loss import denoising_loss
-from .steps import ddim_step, ddpm_step, reverse_step, step_log_prob
-from .threshold import dynamic_threshold
+from diffcore.ops.loss import denoising_loss
+from diffcore.ops.step import ddim_step, ddpm_step, reverse_step, step_log_prob
+from diffcore.ops.threshold import dynamic_threshold
 
 __all__ = [
     "PREDICTION_TYPES",

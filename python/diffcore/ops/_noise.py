@@ -8,13 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _kernels as k
-from .. import _validate
-from .._execute import Kernel
-from .._registry import Coef, Step, run
-from ..noise import PhiloxNoise, draw
-
-Noise = Tensor | PhiloxNoise
+from diffcore._engine import messages
+from diffcore._engine.dispatch import run
+from diffcore._engine.execute import Kernel
+from diffcore._kernels import noise as k
+from diffcore._types import Coef, Noise, Step
+from diffcore.noise import PhiloxNoise, draw
 
 
 def noised(
@@ -28,7 +27,7 @@ def noised(
     """Runs a kernel whose last input is noise, or its twin that draws it."""
     if isinstance(noise, PhiloxNoise):
         if not isinstance(inputs[0], Tensor):
-            _validate.refuse_non_tensor(kernel.inputs[:-1], inputs)
+            messages.refuse_non_tensor(kernel.inputs[:-1], inputs)
         return k.noised(kernel, inputs, noise._parts, coefs, step, out)
     if not isinstance(noise, Tensor):
         kind = type(noise).__name__

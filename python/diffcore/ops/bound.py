@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .. import _bound as k
-from .._registry import Coef, Step, run
-from ..bound_coefficients import FIXED, VLB_COLUMNS, prior_coefficients
-from ._arguments import as_coef, as_table, float_of
-from ._noise import Noise, noised
+from diffcore._engine.dispatch import run
+from diffcore._kernels import bound as k
+from diffcore._types import Coef, Noise, Step
+from diffcore.coefficients.bound import FIXED, VLB_COLUMNS, prior_coefficients
+from diffcore.ops._arguments import as_coef, as_table, float_of
+from diffcore.ops._noise import noised
 
 _OF_NOISE = {
     learned: kernel.named((*kernel.inputs[:-1], "noise")) for learned, kernel in k.VLB_TERM.items()

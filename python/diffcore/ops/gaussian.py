@@ -5,22 +5,25 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import _kernels as k
-from .. import _validate
-from .._registry import run
-from ._noise import Noise, drawn_for, noised
+from diffcore._engine import messages
+from diffcore._engine.dispatch import run
+from diffcore._kernels import gaussian as k
+from diffcore._kernels.term import Term
+from diffcore._types import Noise
+from diffcore.ops._noise import drawn_for, noised
 
 
-def _reduced(term: k.Term, inputs: tuple[Tensor, ...], reduction: str) -> Tensor:
+def reduced(term: Term, inputs: tuple[Tensor, ...], reduction: str) -> Tensor:
+    """The terms, or their sum as `reduction` asks."""
     if reduction == "none":
         return run(term.elementwise, inputs)
     if reduction == "sample":
         return run(term.sum, inputs, (1.0,))
     if reduction == "sum":
         return run(term.sum, inputs, (1.0,), None, True)
-    _validate.choice("reduction", reduction, _validate.REDUCTIONS)
+    messages.choice("reduction", reduction, messages.REDUCTIONS)
     if not isinstance(inputs[0], Tensor):
-        _validate.refuse_non_tensor(term.sum.inputs, inputs)
+        messages.refuse_non_tensor(term.sum.inputs, inputs)
     n = inputs[0].numel() if reduction == "mean" else (inputs[0].shape[0] if inputs[0].ndim else 1)
     return run(term.sum, inputs, (1.0 / n if n else float("nan"),), None, True)
 
@@ -47,7 +50,7 @@ def normal_kl(
 
     Source: Kullback & Leibler 1951; the stable form as in Kingma et al. 2021 (VDM).
     """
-    return _reduced(k.NORMAL_KL, (mean1, logvar1, mean2, logvar2), reduction)
+    return reduced(k.NORMAL_KL, (mean1, logvar1, mean2, logvar2), reduction)
 
 
 def standard_normal_kl(mean: Tensor, logvar: Tensor, *, reduction: str = "none") -> Tensor:
@@ -63,7 +66,7 @@ def standard_normal_kl(mean: Tensor, logvar: Tensor, *, reduction: str = "none")
 
     Source: Kingma & Welling 2014, appendix B.
     """
-    return _reduced(k.STANDARD_NORMAL_KL, (mean, logvar), reduction)
+    return reduced(k.STANDARD_NORMAL_KL, (mean, logvar), reduction)
 
 
 def gaussian_nll(x: Tensor, mean: Tensor, logvar: Tensor, *, reduction: str = "none") -> Tensor:
@@ -78,7 +81,7 @@ def gaussian_nll(x: Tensor, mean: Tensor, logvar: Tensor, *, reduction: str = "n
     Returns:
         `[B, ...]`, `[B]` or a 0-dim tensor, nats.
     """
-    return _reduced(k.GAUSSIAN_NLL, (x, mean, logvar), reduction)
+    return reduced(k.GAUSSIAN_NLL, (x, mean, logvar), reduction)
 
 
 def reparameterize(

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .. import _kernels as k
-from .gaussian import _reduced
+from diffcore._kernels import likelihood as k
+from diffcore.ops.gaussian import reduced
 
 
 def discretized_gaussian_log_likelihood(
@@ -37,4 +37,4 @@ def discretized_gaussian_log_likelihood(
 
     Source: Ho et al. 2020 (DDPM), §3.3; names as in OpenAI's improved-diffusion.
     """
-    return _reduced(k.DISCRETIZED, (x, means, log_scales), reduction)
+    return reduced(k.DISCRETIZED, (x, means, log_scales), reduction)

@@ -6,12 +6,13 @@ from typing import Literal, overload
 
 from torch import Tensor
 
-from .. import _kernels as k
-from .. import _validate
-from .. import coefficients as formulas
-from .._registry import Coef, Step, run
-from ._arguments import as_coef, as_number, as_table, in_float64
-from ._noise import Noise, noised
+from diffcore._engine import messages
+from diffcore._engine.dispatch import run
+from diffcore._kernels import linear as k
+from diffcore._types import Coef, Noise, Step
+from diffcore.coefficients import step as formulas
+from diffcore.ops._arguments import as_coef, as_number, as_table, in_float64
+from diffcore.ops._noise import noised
 
 # One kernel, under the names that its arguments have in each op.
 _PAIR, _LEVELS = ("x0", "noise"), ("alpha", "sigma")
@@ -32,7 +33,7 @@ def _target(name: str, alpha: Coef, sigma: Coef) -> tuple[Coef, Coef]:
         return -as_number("sigma", sigma), alpha
     if name == "sample":
         raise ValueError("return_target is 'sample'; its target is x0 itself")
-    _validate.choice("return_target", name, ("epsilon", "v_prediction", "flow_prediction"))
+    messages.choice("return_target", name, ("epsilon", "v_prediction", "flow_prediction"))
     return (0.0 if name == "epsilon" else -1.0), 1.0
 
 

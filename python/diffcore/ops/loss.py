@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import _kernels as k
-from .. import _validate
-from .._registry import Coef, Step
-from ..coefficients import PREDICTION_TYPES
-from ..noise import PhiloxNoise
-from ._arguments import as_coef, as_number
-from ._noise import Noise, noised
+from diffcore._engine import messages
+from diffcore._kernels import loss as k
+from diffcore._types import Coef, Noise, Step
+from diffcore.coefficients.step import PREDICTION_TYPES
+from diffcore.noise import PhiloxNoise
+from diffcore.ops._arguments import as_coef, as_number
+from diffcore.ops._noise import noised
 
 _COMMON = ("weight", "inverse_n")
 _NOISE_LOSS = k.TARGET_LOSS.named(("model_output", "noise"), _COMMON)
@@ -54,7 +54,7 @@ def denoising_loss(
 
     Source: Ho et al. 2020, eq. 14 and Algorithm 1; weights: Hang et al. 2023.
     """
-    _validate.choice("prediction_type", prediction_type, PREDICTION_TYPES)
+    messages.choice("prediction_type", prediction_type, PREDICTION_TYPES)
     if not isinstance(model_output, Tensor):
         raise TypeError(f"model_output is a {type(model_output).__name__}; wanted a torch.Tensor")
     w = 1.0 if weight is None else as_coef("weight", weight, t)
@@ -65,7 +65,7 @@ def denoising_loss(
     if prediction_type == "sample":
         if isinstance(noise, PhiloxNoise):
             batch = model_output.shape[0] if model_output.ndim else 1
-            _validate.check_noise(noise._parts, batch, model_output)
+            messages.check_noise(noise._parts, batch, model_output)
         else:
             _check_unread("noise", noise, model_output)
         if not isinstance(x0, Tensor):
@@ -81,7 +81,7 @@ def denoising_loss(
 
 def _check_unread(name: str, x: Tensor, model_output: Tensor) -> None:
     if not isinstance(x, Tensor) or x.shape != model_output.shape:
-        _validate.refuse_other(name, x, model_output)
+        messages.refuse_other(name, x, model_output)
 
 
 def _loss(

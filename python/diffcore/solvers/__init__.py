@@ -4,17 +4,17 @@ A solver is a ``SolverTable``, made in float64 from the levels (alpha, sigma) th
 functions take ``NoiseLevels``, or the sigmas of a variance exploding walk as k-diffusion has them.
 """
 
-from .ancestral import ddim_table, ddpm_table, euler_ancestral_table
-from .derivative import (
+from diffcore.solvers.ancestral import ddim_table, ddpm_table, euler_ancestral_table
+from diffcore.solvers.derivative import (
     dpm2_ancestral_table,
     dpm2_table,
     euler_table,
     heun_table,
     lms_table,
 )
-from .dpmpp import dpmpp_2s_table, dpmpp_sde_table, dpmpp_table
-from .levels import NoiseLevels
-from .named import (
+from diffcore.solvers.dpmpp import dpmpp_2s_table, dpmpp_sde_table, dpmpp_table
+from diffcore.solvers.levels import NoiseLevels
+from diffcore.solvers.named import (
     dpmpp_2m_sde_table,
     dpmpp_2m_table,
     dpmpp_3m_sde_table,
@@ -23,9 +23,9 @@ from .named import (
     flow_euler_table,
     flow_heun_table,
 )
-from .singlestep import dpmpp_singlestep_table
-from .table import COLUMNS, SolverTable
-from .unipc import unipc_table
+from diffcore.solvers.singlestep import dpmpp_singlestep_table
+from diffcore.solvers.table import COLUMNS, SolverTable
+from diffcore.solvers.unipc import unipc_table
 
 __all__ = [
     "COLUMNS",

@@ -10,10 +10,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..coefficients import check_choice, epsilon_coefficients, x0_coefficients
-from ..schedules import NoiseSchedule
-from ..spacings import sigmas_to_timesteps, timesteps_to_sigmas
-from .paths import PATHS, TimeOf, all_on_path, level_vector, on_path, path_of, timestep_vector
+from diffcore._checks import check_choice
+from diffcore.coefficients.step import epsilon_coefficients, x0_coefficients
+from diffcore.schedules import NoiseSchedule
+from diffcore.schedules.timesteps import sigmas_to_timesteps, timesteps_to_sigmas
+from diffcore.solvers.paths import (
+    PATHS,
+    TimeOf,
+    all_on_path,
+    level_vector,
+    on_path,
+    path_of,
+    timestep_vector,
+)
 
 FINAL_SIGMAS_TYPES = ("zero", "sigma_min")
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..schedules import NoiseSchedule
+from diffcore.schedules import NoiseSchedule
 
 PATHS = ("vp", "ve", "flow")
 

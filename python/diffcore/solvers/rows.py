@@ -7,9 +7,10 @@ import math
 import torch
 from torch import Tensor
 
-from ..coefficients import PREDICTION_TYPES, STEP_COLUMNS, check_choice, parse_clip_range
-from .levels import Level, NoiseLevels
-from .table import KEPT, READ, SolverTable
+from diffcore._checks import check_choice
+from diffcore.coefficients.step import PREDICTION_TYPES, STEP_COLUMNS, parse_clip_range
+from diffcore.solvers.levels import Level, NoiseLevels
+from diffcore.solvers.table import KEPT, READ, SolverTable
 
 
 class Rows:

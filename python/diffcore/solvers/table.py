@@ -10,18 +10,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .._registry import run
-from .._step import PLAIN, Plan, columns_read, learned_plan, plan
-from ..coefficients import STEP_COLUMNS, Coef, check_choice
-from ..noise import PhiloxNoise
-from ..ops import reverse_step
-from ..ops._noise import noised
-from ..ops.steps import take
+from diffcore._checks import check_choice
+from diffcore._engine.dispatch import run
+from diffcore._kernels.step import PLAIN, Plan, columns_read, learned_plan, plan
+from diffcore._types import Coef, Noise
+from diffcore.coefficients.step import STEP_COLUMNS
+from diffcore.ops import reverse_step
+from diffcore.ops._noise import noised
+from diffcore.ops.step import take
 
 COLUMNS = STEP_COLUMNS
 KEPT, READ = slice(8, 11), slice(11, 14)  # e_x, e_m, e_0; c_1, c_2, c_3
 TO_X0 = (0.0, 0.0, 1.0, 0.0)  # c_x, c_m, c_0, c_z of a step that stops at the predicted x_0
-Noise = Tensor | PhiloxNoise
 
 
 class Row(NamedTuple):

@@ -6,16 +6,12 @@ import itertools
 import math
 from collections.abc import Sequence
 
-from torch import Tensor
-
-from ..coefficients import check_choice
-from .exponential import first_order_weight, interpolating_weights, last_finite
-from .levels import NoiseLevels, as_levels
-from .rows import Rows, check_order
-from .table import SolverTable
-
-Levels = NoiseLevels | Tensor | Sequence[float]
-ClipRange = float | tuple[float, float] | None
+from diffcore._checks import check_choice
+from diffcore._types import ClipRange, Levels
+from diffcore.solvers.exponential import first_order_weight, interpolating_weights, last_finite
+from diffcore.solvers.levels import as_levels
+from diffcore.solvers.rows import Rows, check_order
+from diffcore.solvers.table import SolverTable
 
 SOLVER_TYPES = ("bh1", "bh2")
 

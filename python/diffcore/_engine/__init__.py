@@ -1,0 +1,1 @@
+"""How a call reaches a kernel: compiled module, dispatch, execution, autograd, torch.library."""

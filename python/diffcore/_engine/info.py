@@ -1,0 +1,58 @@
+"""What a bug report needs to know about this installation."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+
+import torch
+
+from diffcore._engine import native
+
+
+def installed_version(package: str) -> str:
+    """Return an installed package's version, or "not installed"."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def version() -> str:
+    """Return the version of the package in use, which is written in pyproject.toml alone.
+
+    The compiled module knows the version that it was built as. Metadata may be missing in a source
+    tree on ``PYTHONPATH``, or be those of another installation, and are read only without it.
+
+    Returns:
+        The version; "0+unknown" if there is neither a compiled module nor metadata.
+    """
+    if native._C is not None:
+        return str(native._C.build_info()["version"])
+    found = installed_version("diffcore")
+    return "0+unknown" if found == "not installed" else found
+
+
+def collect_info() -> dict[str, object]:
+    """Describe build, hardware and versions.
+
+    Returns:
+        What `diffcore._engine.native.info` says of the build, then versions and the platform. The
+        values are what JSON can hold.
+    """
+    info = {name: _plain(value) for name, value in native.info().items()}
+    for name, value in {
+        "version": version(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+    }.items():
+        info.setdefault(name, value)
+    return info
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    plain = value is None or isinstance(value, (bool, int, float, str, dict))
+    return value if plain else str(value)

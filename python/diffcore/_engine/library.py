@@ -1,0 +1,162 @@
+"""Registers every kernel with torch.library, for compilers, tracers, subclasses and modes.
+
+Schema: the inputs by name, then the coefficients as two lists of the same length (a tensor, or None
+and a number), the step as a tensor or as an int (-1: none), and whether a sum is over everything. A
+kernel that draws its noise takes its seed, sample ids and stream too, each a tensor, or None and a
+number, and the first element.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffcore._engine import messages, native
+from diffcore._engine.autograd import run_backward, to_save
+from diffcore._engine.execute import (
+    Kernel,
+    Noise,
+    allocate,
+    coefs_need_grad,
+    direct,
+    resolved,
+    run_reference,
+)
+from diffcore._types import Coef, Step
+
+_LIBRARY = torch.library.Library("diffcore", "DEF")
+
+
+def pack(
+    coefs: tuple[Coef, ...], step: Step
+) -> tuple[list[Tensor | None], list[float], Tensor | None, int]:
+    tensors = [c if isinstance(c, Tensor) else None for c in coefs]
+    numbers = [0.0 if isinstance(c, Tensor) else c for c in coefs]
+    if isinstance(step, Tensor):
+        return tensors, numbers, step, -1
+    return tensors, numbers, None, -1 if step is None else step
+
+
+def unpack(
+    tensors: Sequence[Tensor | None], numbers: Sequence[float], at: Tensor | None, step: int
+) -> tuple[tuple[Coef, ...], Step]:
+    coefs = tuple(n if x is None else x for x, n in zip(tensors, numbers, strict=True))
+    return coefs, at if at is not None else (None if step < 0 else step)
+
+
+def pack_noise(noise: Noise) -> list[Tensor | int | None]:
+    if noise is None:
+        return []
+    *parts, first_element = noise
+    packed: list[Tensor | int | None] = []
+    for part in parts:
+        packed += (part, 0) if isinstance(part, Tensor) else (None, part)
+    return [*packed, first_element]
+
+
+def unpack_noise(packed: Sequence[Any]) -> Noise:
+    if not packed:
+        return None
+    seed, ids, stream = (packed[2 * i + (packed[2 * i] is None)] for i in range(3))
+    return seed, ids, stream, packed[6]
+
+
+_NOISE_SCHEMA = (
+    ", Tensor? seed, SymInt seed_number, Tensor? sample_ids, SymInt first_id, "
+    "Tensor? stream, SymInt stream_number, int first_element"
+)
+
+
+def run_registered(
+    kernel: Kernel,
+    inputs: tuple[Tensor, ...],
+    coefs: tuple[Coef, ...],
+    step: Step,
+    whole: bool,
+    out: Tensor | None,
+    noise: Noise = None,
+) -> Any:
+    if not isinstance(step, Tensor) and step is not None and step < 0:
+        raise ValueError(f"t={step} is negative")  # -1 stands for "no step" in the schema
+    if not native.has_kernels(inputs[0].device) or (
+        torch.is_grad_enabled() and coefs_need_grad(coefs)
+    ):
+        return run_reference(kernel, inputs, coefs, step, whole, out, noise)
+    result = kernel.op(*inputs, *pack(coefs, step), whole, *pack_noise(noise))
+    if out is None:
+        return result
+    messages.check_out(kernel, inputs, out)
+    return out.copy_(result)
+
+
+def _no_gradient(argument: Any) -> Any:
+    """None, in the form that register_autograd wants it: a list for a list of tensors alone."""
+    is_list = isinstance(argument, list) and all(isinstance(x, Tensor) for x in argument)
+    return [None] * len(argument) if is_list else None
+
+
+def _slice(argument: Any, dim: Any, i: int) -> Any:
+    """The `i`-th slice of whatever is batched in (nested lists of) arguments."""
+    if isinstance(argument, (list, tuple)):
+        dims = dim if isinstance(dim, (list, tuple)) else [dim] * len(argument)
+        return [_slice(a, d, i) for a, d in zip(argument, dims, strict=True)]
+    return argument if dim is None else argument.select(dim, i)
+
+
+def register(kernel: Kernel) -> Any:
+    arity, name = len(kernel.inputs), kernel.name + "_drawn" * kernel.draws
+    tensors = ", ".join(f"Tensor {i}" for i in kernel.inputs)
+    returns = ", ".join(["Tensor"] * (kernel.outputs + kernel.sums))
+    _LIBRARY.define(
+        f"{name}({tensors}, Tensor?[] coef_tensors, float[] coef_numbers, Tensor? step_tensor, "
+        f"int step, bool whole{_NOISE_SCHEMA * kernel.draws})"
+        f" -> {returns if kernel.outputs + kernel.sums == 1 else f'({returns})'}",
+        tags=(torch.Tag.pt2_compliant_tag,),
+    )
+
+    def native(*args: Any) -> Any:
+        coefs, step = unpack(*args[arity : arity + 4])
+        whole, noise = args[arity + 4], unpack_noise(args[arity + 5 :])
+        return direct(kernel, args[:arity], resolved(coefs), step, whole, None, noise)
+
+    def fake(*args: Any) -> Any:
+        outs = allocate(kernel, args[0], args[arity + 4])
+        return outs[0] if len(outs) == 1 else outs
+
+    def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
+        # A call a slice. Outside torch.compile, transforms get the reference, which needs no rule.
+        op = getattr(torch.ops.diffcore, name).default
+        calls = [op(*_slice(args, in_dims, i)) for i in range(info.batch_size)]
+        if isinstance(calls[0], Tensor):
+            return torch.stack(calls), 0
+        return tuple(map(torch.stack, zip(*calls, strict=True))), (0,) * len(calls[0])
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.call = inputs[arity:]
+        made = (output[0],) if kernel.makes_gradient else ()
+        if kernel.saves_inputs:
+            noise = unpack_noise(inputs[arity + 5 :])
+            ctx.save_for_backward(*to_save(inputs[:arity], made, noise))
+
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        if kernel.backward is None:
+            raise RuntimeError(
+                f"diffcore::{name} is the first derivative of another op and is not "
+                "differentiable itself; differentiate twice through diffcore.ops"
+            )
+        coefs, step = unpack(*ctx.call[:4])
+        needs = ctx.needs_input_grad[:arity]
+        call = (kernel, coefs, step, ctx.call[4], unpack_noise(ctx.call[5:]))
+        found = run_backward(ctx.saved_tensors, call, grads, needs)
+        return (*found, *map(_no_gradient, ctx.call))
+
+    qualified = f"diffcore::{name}"
+    _LIBRARY.impl(name, native, "CPU")
+    _LIBRARY.impl(name, native, "CUDA")
+    torch.library.register_fake(qualified, fake, lib=_LIBRARY)
+    torch.library.register_vmap(qualified, vmap, lib=_LIBRARY)
+    torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=_LIBRARY)
+    return getattr(torch.ops.diffcore, name).default

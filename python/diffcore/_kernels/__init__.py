@@ -1,0 +1,1 @@
+"""What each kernel means in plain torch, and its gradient as calls of other kernels."""

@@ -1,0 +1,82 @@
+"""KL divergences and likelihoods of Gaussians, and reparameterization."""
+
+from __future__ import annotations
+
+from diffcore import reference
+from diffcore._engine.dispatch import Call, Grads, Kernel, drawing, run_tuple
+from diffcore._kernels.noise import Needs, noised, with_noise
+from diffcore._kernels.term import Term
+from diffcore._types import Tensors
+from diffcore.reference import gaussian as formulas
+
+NORMAL_KL = Term(
+    "normal_kl",
+    ("mean1", "logvar1", "mean2", "logvar2"),
+    formulas.normal_kl_term,
+    {"": (0, 1, 2, 3), "_first": (0, 1), "_second": (2, 3)},
+)
+STANDARD_NORMAL_KL = Term(
+    "standard_normal_kl", ("mean", "logvar"), formulas.standard_normal_kl_term, {"": (0, 1)}
+)
+GAUSSIAN_NLL = Term(
+    "gaussian_nll",
+    ("x", "mean", "logvar"),
+    formulas.gaussian_nll_term,
+    {"": (0, 1, 2), "_parameters": (1, 2)},
+)
+
+
+def _reparameterize_backward(
+    inputs: Tensors, call: Call, grads: Grads, needs: Needs
+) -> Grads | None:
+    g = grads[0]
+    (_, logvar), noise = with_noise(inputs, call)
+    if any(needs[2:]) or g is None:
+        return None  # rare: through the reference
+    g_logvar = noised(REPARAMETERIZE_BACKWARD, (g, logvar), noise) if needs[1] else None
+    return [g, g_logvar, *[None] * len(needs[2:])]
+
+
+def _reparameterize_kl_backward(
+    inputs: Tensors, call: Call, grads: Grads, needs: Needs
+) -> Grads | None:
+    g_z, g_kl = grads
+    (mean, logvar), noise = with_noise(inputs, call)
+    if any(needs[2:]):
+        return None
+    if g_kl is None:
+        return _reparameterize_backward(inputs, call, (g_z,), needs)
+    if g_z is None:
+        found = run_tuple(STANDARD_NORMAL_KL.of_sum[""], (mean, logvar), (g_kl, 1.0))
+    else:
+        found = noised(REPARAMETERIZE_KL_BACKWARD, (mean, logvar, g_z), noise, (g_kl,))
+    return [*found, *[None] * len(needs[2:])]
+
+
+_PARAMETERS = ("mean", "logvar", "noise")
+REPARAMETERIZE = drawing(
+    Kernel(
+        "reparameterize",
+        _PARAMETERS,
+        reference=reference.reparameterize,
+        backward=_reparameterize_backward,
+    )
+)
+REPARAMETERIZE_BACKWARD = drawing(Kernel("reparameterize_backward", ("grad", "logvar", "noise")))
+REPARAMETERIZE_KL = drawing(
+    Kernel(
+        "reparameterize_kl",
+        _PARAMETERS,
+        sums=1,
+        reference=reference.reparameterize_kl,
+        backward=_reparameterize_kl_backward,
+    )
+)
+REPARAMETERIZE_KL_BACKWARD = drawing(
+    Kernel(
+        "reparameterize_kl_backward",
+        ("mean", "logvar", "grad_z", "noise"),
+        ("grad_kl",),
+        outputs=2,
+    )
+)

@@ -1,0 +1,81 @@
+"""Linear maps. Their gradients are linear maps, differentiable any number of times."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from diffcore import reference
+from diffcore._engine.dispatch import Call, Grads, Kernel, drawing, run, run_tuple, split_coefs
+from diffcore._kernels.noise import Needs
+from diffcore._types import Coef, Step, Tensors
+
+
+def _linear_backward(inputs: Tensors, call: Call, grads: Grads, needs: Needs) -> Grads:
+    _, coefs, step, _, _ = call
+    (g,) = grads
+    assert g is not None
+    if len(needs) == 2 and all(needs):
+        return run_tuple(SCALE_TWICE, (g,), coefs, step)
+    each = split_coefs(coefs)
+    return [run(SCALE, (g,), (c,), step) if n else None for c, n in zip(each, needs, strict=False)]
+
+
+def _scale_twice_backward(inputs: Tensors, call: Call, grads: Grads, needs: Needs) -> Grads:
+    return [_combined(grads, split_coefs(call[1]), call[2])]
+
+
+def _linear_pair_backward(inputs: Tensors, call: Call, grads: Grads, needs: Needs) -> Grads:
+    a, b, c, d = split_coefs(call[1])
+    each = [(a, c), (b, d)]
+    return [_combined(grads, e, call[2]) if n else None for e, n in zip(each, needs, strict=False)]
+
+
+def _combined(grads: Grads, coefs: Sequence[Coef], step: Step) -> Tensor:
+    """The sum of c g over the upstream gradients that there are."""
+    there = [(g, c) for g, c in zip(grads, coefs, strict=True) if g is not None]
+    kernel = LINEAR_COMBINATION if len(there) == 2 else SCALE
+    tables = tuple(c for _, c in there)
+    at = step if any(isinstance(c, Tensor) and c.ndim == 2 for c in tables) else None
+    return run(kernel, tuple(g for g, _ in there), tables, at)
+
+
+SCALE = Kernel(
+    "scale",
+    ("x",),
+    ("a",),
+    reference=reference.scale,
+    backward=_linear_backward,
+    saves_inputs=False,
+)
+SCALE_TWICE = Kernel(
+    "scale_twice",
+    ("x",),
+    ("a", "b"),
+    outputs=2,
+    reference=reference.scale_twice,
+    backward=_scale_twice_backward,
+    saves_inputs=False,
+)
+LINEAR_COMBINATION = drawing(
+    Kernel(
+        "linear_combination",
+        ("x", "y"),
+        ("a", "b"),
+        reference=reference.linear_combination,
+        backward=_linear_backward,
+        saves_inputs=False,
+    )
+)
+LINEAR_PAIR = drawing(
+    Kernel(
+        "linear_pair",
+        ("x", "y"),
+        ("a", "b", "c", "d"),
+        outputs=2,
+        reference=reference.linear_pair,
+        backward=_linear_pair_backward,
+        saves_inputs=False,
+    )
+)

@@ -1,0 +1,95 @@
+"""Denoising losses, which make their gradient in the forward pass."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffcore._engine import execute
+from diffcore._engine.autograd import last_use
+from diffcore._engine.dispatch import Call, Grads, Kernel, drawing, plain_eager, run
+from diffcore._kernels.noise import Needs
+from diffcore._types import Tensors
+from diffcore.reference import loss as formulas
+
+
+def expected_gradient(model_output: Tensor) -> float:
+    """The upstream gradient of each sample's loss for which its gradient is made beforehand.
+
+    That of the mean over the batch; in float16 none (0), because it would leave few digits of a
+    small gradient before the loss scale comes.
+    """
+    batch = model_output.shape[0] if model_output.ndim else 1
+    return 0.0 if model_output.dtype == torch.float16 else 1.0 / max(batch, 1)
+
+
+def _loss_backward(inputs: Tensors, call: Call, grads: Grads, needs: Needs) -> Grads | None:
+    if any(needs[1:]):
+        return None  # a target that is trained too: through the reference
+    _, (weight, inverse_n, *_), step, _, _ = call
+    g, made = grads[1], inputs[-1]
+    assert g is not None
+    # Where nobody will need it again, the gradient made is the one returned; most often as it is.
+    # (One that requires grad is the visible output of a registered operator, not ours to change.)
+    out = made if plain_eager() and last_use() and not made.requires_grad else None
+    coefs = (weight, inverse_n, g, expected_gradient(inputs[0]))
+    at = step if isinstance(weight, Tensor) and weight.ndim == 2 else None
+    return [run(RESCALE, (made,), coefs, at, False, out)] + [None] * (len(needs) - 1)
+
+
+def _without_backward(*_: Any) -> None:
+    return None  # the reference's: a gradient is asked of the twin that makes it
+
+
+class Loss:
+    """A loss, and its twin that makes the gradient of the model's output in the same pass."""
+
+    def __init__(
+        self,
+        name: str,
+        inputs: tuple[str, ...],
+        coefs: tuple[str, ...],
+        formula: Callable[..., tuple[Tensor, Tensor]],
+    ) -> None:
+        plain = Kernel(
+            name,
+            inputs,
+            coefs,
+            outputs=0,
+            sums=1,
+            reference=lambda *args, whole: formula(*args)[1],
+            backward=_without_backward,
+        )
+        with_gradient = Kernel(
+            f"{name}_gradient",
+            inputs,
+            (*coefs, "slope"),
+            sums=1,
+            reference=formula,
+            backward=_loss_backward,
+            makes_gradient=True,
+        )
+        self.plain: execute.Kernel = drawing(plain)
+        self.with_gradient: execute.Kernel = drawing(with_gradient)
+
+    def named(self, inputs: tuple[str, ...], coefs: tuple[str, ...]) -> Loss:
+        twin = copy.copy(self)
+        twin.plain = self.plain.named(inputs, coefs)
+        twin.with_gradient = self.with_gradient.named(inputs, (*coefs, "slope"))
+        return twin
+
+
+RESCALE = Kernel("rescale", ("grad",), ("weight", "inverse_n", "g", "expected"))
+TARGET_LOSS = Loss(
+    "target_loss", ("model_output", "target"), ("weight", "inverse_n"), formulas.target_loss
+)
+MIXED_TARGET_LOSS = Loss(
+    "mixed_target_loss",
+    ("model_output", "x0", "noise"),
+    ("weight", "inverse_n", "a", "b"),
+    formulas.mixed_target_loss,
+)

@@ -1,0 +1,217 @@
+"""The kernels of one reverse step, one for each set of tensors that it touches."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from diffcore import reference
+from diffcore._engine import execute
+from diffcore._engine.dispatch import Call, Grads, Kernel, drawing, run, run_tuple, split_coefs
+from diffcore._kernels.linear import SCALE
+from diffcore._kernels.noise import Needs
+from diffcore._types import Coef, Step, Tensors
+from diffcore.coefficients.step import STEP_COLUMNS
+
+# Guidance and threshold, then columns of a solver's table.
+LEADING = ("guidance_scale", "threshold")
+PLAIN, KEPT = 8, 11  # columns that every step has, and one that keeps a history
+MOST_HISTORY = 3
+
+STILL, NOISY, LEARNED = range(3)
+_NOISE_INPUTS: tuple[tuple[str, ...], ...] = ((), ("noise",), ("variance_output", "noise"))
+
+
+def inputs_of(guided: bool) -> tuple[str, ...]:
+    return ("x", "model_output") + ("model_output_uncond",) * guided
+
+
+def _reverse_step(guided: bool, history: int, keeps: bool, noise: int) -> Kernel:
+    first = len(inputs_of(guided))
+    columns = KEPT + history if keeps or history else PLAIN
+
+    def plain(*args: Any) -> Any:
+        tensors, coefs = args[: first + history + noise], args[first + history + noise :]
+        return reference.reverse_step(
+            tensors[0],
+            tensors[1],
+            coefs[2 : 2 + columns],
+            guidance_scale=coefs[0],
+            threshold=coefs[1],
+            model_output_uncond=tensors[2] if guided else None,
+            history=tensors[first : first + history],
+            keeps=keeps,
+            noise=tensors[-1] if noise else None,
+            variance_output=tensors[-2] if noise == LEARNED else None,
+            variance_coefs=coefs[2 + columns :],
+        )
+
+    def backward(inputs: Tensors, call: Call, grads: Grads, needs: Needs) -> Grads | None:
+        _, coefs, step, _, _ = call
+        g, *left = grads
+        if noise == LEARNED and any(needs[first:]):
+            return None  # rare: through the reference
+        each = split_coefs(coefs)
+        found: list[Tensor | None] = [None] * len(needs)
+        if any(needs[:first]):
+            found[:first] = _of_step(guided, g, left[0] if left else None, inputs, each, step)
+        if g is not None:
+            factors = [*each[13 : 13 + history], *[each[5]] * (noise == NOISY)]
+            for k, c in enumerate(factors, first):
+                if k < len(needs) and needs[k]:
+                    found[k] = run(SCALE, (g,), (c,), _at(step, c))
+        return found
+
+    names = [
+        "reverse_step",
+        *["guided"] * guided,
+        *[f"h{history}"] * (history > 0),
+        *["keep"] * keeps,
+        *["learned"] * (noise == LEARNED),
+        *["noise"] * (noise != STILL),
+    ]
+    inputs = inputs_of(guided) + tuple(f"history_{k + 1}" for k in range(history))
+    kernel = Kernel(
+        "_".join(names),
+        inputs + _NOISE_INPUTS[noise],
+        LEADING + STEP_COLUMNS[:columns] + ("s_0", "s_v") * (noise == LEARNED),
+        outputs=1 + keeps,
+        reference=plain,
+        backward=backward,
+    )
+    return drawing(kernel) if noise else kernel
+
+
+def _of_step(
+    guided: bool, g: Tensor | None, left: Tensor | None, inputs: Tensors, each: Any, step: Step
+) -> Tensors:
+    """The gradients of x, m (and m_u), from those of x' and of h'."""
+    if g is None:  # h' alone: as if it were x'
+        g, left = left, None
+        each = [*each[:2], *each[10:13], 0.0, *each[6:10]]
+    assert g is not None
+    keeps = left is not None
+    grads = (g,) if left is None else (g, left)
+    coefs = tuple(each[: 2 + (KEPT if keeps else PLAIN)])
+    kernel = STEP_BACKWARD[guided, keeps]
+    return run_tuple(kernel, (*grads, *inputs[: 2 + guided]), coefs, _at(step, *coefs))
+
+
+def _at(step: Step, *coefs: Coef) -> Step:
+    """The step, if there is a table to read at it."""
+    return step if any(isinstance(c, Tensor) and c.ndim == 2 for c in coefs) else None
+
+
+def _log_prob(guided: bool) -> Kernel:
+    first = len(inputs_of(guided))
+
+    def plain(*args: Any, whole: bool) -> Tensor:
+        x, m, *rest = args[: first + 1]
+        guidance, threshold, *coefs = args[first + 1 :]
+        return reference.step_log_prob(
+            x,
+            m,
+            rest[-1],
+            coefs,
+            guidance_scale=guidance,
+            threshold=threshold,
+            model_output_uncond=rest[0] if guided else None,
+        )
+
+    def backward(inputs: Tensors, call: Call, grads: Grads, needs: Needs) -> Grads | None:
+        _, coefs, step, _, _ = call
+        (g,) = grads
+        assert g is not None
+        of_samples = bool(needs[0] or needs[-1])
+        found: Any = run(LOG_PROB_BACKWARD[guided, of_samples], inputs, (*coefs, g), step)
+        if of_samples:
+            return list(found)
+        return [None, *(found if guided else (found,)), None]
+
+    return Kernel(
+        "step_log_prob" + "_guided" * guided,
+        (*inputs_of(guided), "x_next"),
+        LEADING + STEP_COLUMNS[:PLAIN],
+        outputs=0,
+        sums=1,
+        reference=plain,
+        backward=backward,
+    )
+
+
+_GUIDANCE = (False, True)
+# (history, keeps): what there are instances of.
+_SETS = ((0, False), (1, False), (1, True), (MOST_HISTORY, True))
+REVERSE_STEP = {
+    (guided, *which, noise): _reverse_step(guided, *which, noise)
+    for guided in _GUIDANCE
+    for which in _SETS
+    for noise in (STILL, NOISY, LEARNED)
+    if noise != LEARNED or which == (0, False)
+}
+SOLVER_STEP = {
+    key: kernel.named(("x_t", *kernel.inputs[1:]))
+    for key, kernel in REVERSE_STEP.items()
+    if key[1:3] == (0, False)
+}
+STEP_BACKWARD = {
+    (guided, keeps): Kernel(
+        "reverse_step" + "_guided" * guided + "_keep" * keeps + "_backward",
+        ("grad", *["grad_history"] * keeps, *inputs_of(guided)),
+        LEADING + STEP_COLUMNS[: KEPT if keeps else PLAIN],
+        outputs=2 + guided,
+    )
+    for guided in _GUIDANCE
+    for keeps in (False, True)
+}
+STEP_LOG_PROB = {guided: _log_prob(guided) for guided in _GUIDANCE}
+LOG_PROB_BACKWARD = {
+    (guided, of_samples): Kernel(
+        "step_log_prob" + "_guided" * guided + "_backward" + "_all" * of_samples,
+        (*inputs_of(guided), "x_next"),
+        (*LEADING, *STEP_COLUMNS[:PLAIN], "grad"),
+        outputs=1 + guided + 2 * of_samples,
+    )
+    for guided in _GUIDANCE
+    for of_samples in (False, True)
+}
+
+
+class Plan(NamedTuple):
+    """What is known of a step before its tensors are."""
+
+    kernel: execute.Kernel
+    guided: execute.Kernel
+    coefs: tuple[Coef, ...]  # no guidance, no threshold, the columns, zeros for the padding
+    reads: int  # how many h
+    keeps: bool  # whether it leaves an h
+    noisy: bool
+    padding: int  # how many h its kernel reads beyond those, with factor 0
+
+
+def columns_read(reads: int, keeps: bool) -> int:
+    """How many columns a step needs that reads so many h, and maybe keeps one."""
+    return KEPT + reads if reads or keeps else PLAIN
+
+
+def plan(
+    columns: tuple[Coef, ...],
+    reads: int,
+    keeps: bool,
+    noisy: bool,
+    kernels: Mapping[tuple[bool, int, bool, int], execute.Kernel] = REVERSE_STEP,
+) -> Plan:
+    """How to take a step, given the `columns_read` of it."""
+    instance = 0 if not (reads or keeps) else 1 if reads <= 1 else MOST_HISTORY
+    plain, guided = kernels[False, instance, keeps, noisy], kernels[True, instance, keeps, noisy]
+    padding = instance - reads
+    coefs = (1.0, 0.0, *columns, *(0.0,) * padding)
+    return Plan(plain, guided, coefs, reads, keeps, noisy, padding)
+
+
+def learned_plan(columns: tuple[Coef, ...]) -> Plan:
+    """How to take a step of learned variance: ten columns, the last two s_0 and s_v."""
+    plain, guided = REVERSE_STEP[False, 0, False, LEARNED], REVERSE_STEP[True, 0, False, LEARNED]
+    return Plan(plain, guided, (1.0, 0.0, *columns), 0, False, True, 0)

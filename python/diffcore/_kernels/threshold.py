@@ -1,0 +1,41 @@
+"""The kernels of dynamic thresholding."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from diffcore import reference
+from diffcore._engine.dispatch import Kernel
+from diffcore._kernels.step import LEADING, PLAIN, inputs_of
+from diffcore.coefficients.step import STEP_COLUMNS
+
+
+def _quantile_kernel(guided: bool) -> Kernel:
+    def plain(*args: Any, whole: bool) -> Tensor:
+        x, m, *rest = args
+        uncond, coefs = (rest[0], rest[1:]) if guided else (None, rest)
+        guidance, _, *columns, ratio, most = coefs
+        return reference.x0_quantile(
+            x,
+            m,
+            columns,
+            ratio,
+            most,
+            guidance_scale=guidance,
+            model_output_uncond=uncond,
+            whole=whole,
+        )
+
+    return Kernel(
+        "x0_quantile" + "_guided" * guided,
+        inputs_of(guided),
+        (*LEADING, *STEP_COLUMNS[:PLAIN], "ratio", "sample_max_value"),
+        outputs=0,
+        sums=1,
+        reference=plain,
+    )
+
+
+X0_QUANTILE = {guided: _quantile_kernel(guided) for guided in (False, True)}

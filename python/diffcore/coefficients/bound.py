@@ -1,0 +1,181 @@
+"""The float64 scalars of the variational bound: a row of numbers for each of its terms."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from diffcore._checks import check_choice
+from diffcore.coefficients.step import (
+    parse_clip_range,
+    posterior_coefficients,
+    target_coefficients,
+    x0_coefficients,
+)
+
+VARIANCE_TYPES = ("fixed_small", "fixed_large", "learned", "learned_range")
+LEARNED = VARIANCE_TYPES[2:]
+DECODERS = ("discretized", "gaussian")
+GIVEN = ("x_t", "noise")
+
+VLB_COLUMNS = (
+    "b_0", "b_g", "b_m", "b_0_low", "b_g_low", "b_m_low", "clip_min", "clip_max",
+    "decoder", "factor", "offset", "d_0", "d_low", "d_v", "kl",
+)  # fmt: skip
+"""The columns of a table of ``ops.vlb_term``; the last three where the variance is learned."""
+FIXED = 12
+
+
+def log_variances(alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+    """(log beta_tilde, log beta) of each step, float64 ``[T]``.
+
+    beta_tilde is 0 at the first step: its logarithm copies the next one's, if there is one, else it
+    is that of beta.
+
+    Args:
+        alpha: Signal coefficients ``[T]``, from the least noisy time on; x_0 precedes the first.
+        sigma: Noise coefficients, likewise.
+
+    Returns:
+        Two tensors ``[T]``.
+
+    Source:
+        Nichol and Dhariwal 2021 (arXiv 2102.09672) section 3.1.
+    """
+    _, _, beta_tilde, beta = _posterior(alpha, sigma)
+    first = beta_tilde[1:2] if len(beta) > 1 else beta
+    return torch.cat([first, beta_tilde[1:]]).log(), beta.log()
+
+
+def vlb_coefficients(
+    alpha: Tensor,
+    sigma: Tensor,
+    *,
+    prediction_type: str = "epsilon",
+    variance_type: str = "fixed_small",
+    clip_range: float | tuple[float, float] | None = None,
+    decoder: str = "discretized",
+    given: str = "x_t",
+) -> Tensor:
+    """The table of ``ops.vlb_term``: row t is L_t for t > 0, and the decoder's term L_0 for t = 0.
+
+    L_t = 1/2 sum [expm1(d) - d + A_t² (x_0 - x0_hat)² / v_t], d = log beta_tilde_t - log v_t, where
+    v_t is the variance of p: the means of q and p share B_t x_t, so their difference is A_t times
+    the error of the predicted x_0, which is subtracted there and nowhere else.
+
+    Args:
+        alpha: Signal coefficients ``[T]``, from the least noisy time on; x_0 precedes the first.
+        sigma: Noise coefficients, likewise.
+        prediction_type: What the model predicts, one of ``PREDICTION_TYPES``.
+        variance_type: One of ``VARIANCE_TYPES``. "learned": the model says log v itself;
+            "learned_range": v between -1 (log beta_tilde) and 1 (log beta).
+        clip_range: ``None``, ``c`` for [-c, c], or (lowest, highest), applied to the predicted x0.
+        decoder: L_0 for pixels k/127.5 - 1 ("discretized": the mass of their bin) or for anything
+            ("gaussian": the density).
+        given: What the term is computed from beside x_0: "x_t", or the "noise" in it.
+
+    Returns:
+        float64 ``[T, 12]``, or ``[T, 15]`` with a learned variance: ``VLB_COLUMNS``.
+
+    Raises:
+        ValueError: Unknown strings, or as ``posterior_coefficients`` and ``x0_coefficients``.
+
+    Source:
+        Ho et al. 2020 (arXiv 2006.11239) eq. 5, 8 and 13; Nichol and Dhariwal 2021 (arXiv
+        2102.09672) eq. 15.
+    """
+    for name, value, choices in (
+        ("variance_type", variance_type, VARIANCE_TYPES),
+        ("decoder", decoder, DECODERS),
+        ("given", given, GIVEN),
+    ):
+        check_choice(name, value, choices)
+    low, high = parse_clip_range(clip_range)
+    alpha, sigma = alpha.double(), sigma.double()
+    shift, _, _, _ = _posterior(alpha, sigma)
+    log_small, log_large = log_variances(alpha, sigma)
+    errors = _errors(alpha, sigma, prediction_type, given)
+    high_parts = [b.float().double() for b in errors]
+    low_parts = [b - h for b, h in zip(errors, high_parts, strict=True)]
+
+    first = torch.zeros_like(alpha)
+    first[0] = 1
+    is_first = first == 1
+    zero, gaussian = torch.zeros_like(alpha), decoder == "gaussian"
+    normaliser = first * (0.5 * math.log(2 * math.pi) if gaussian else 0.0)
+    columns = [
+        *high_parts,
+        *low_parts,
+        zero + low,
+        zero + high,
+        zero if gaussian else first,
+    ]
+    if variance_type in LEARNED:
+        if variance_type == "learned":  # d = log beta_tilde - v
+            d_0, d_v = log_small, zero + 1
+        else:  # log v = log_small + (v + 1) / 2 (log_large - log_small)
+            d_v = 0.5 * (log_large - log_small)
+            d_0 = -d_v
+        # At the first step there is no beta_tilde to compare with: d is minus the log-variance.
+        d_0 = torch.where(is_first, d_0 - log_small, d_0)
+        factor = 0.5 * shift**2 * torch.exp(-torch.where(is_first, zero, log_small))
+        rounded = d_0.float().double()
+        columns += [factor, normaliser, rounded, d_0 - rounded, d_v, 1 - first]
+    else:
+        log_variance = log_small
+        if variance_type == "fixed_large":
+            log_variance = torch.where(is_first, log_small, log_large)
+        d = log_small - log_variance
+        factor = 0.5 * shift**2 * torch.exp(-log_variance)
+        offset = torch.where(is_first, normaliser + 0.5 * log_variance, _half_expm1_minus(d))
+        columns += [factor, offset, -log_variance]
+    table = torch.stack(columns, dim=1)
+    if not gaussian:
+        table[0, 9:11] = torch.tensor([1.0, 0.0])  # the sum of the decoder's terms as it is
+    return table
+
+
+def prior_coefficients(alpha: float, sigma: float) -> tuple[float, float]:
+    """(factor, offset) of L_T = factor sum x_0² + n offset, the KL of q(x_T | x_0) to N(0, I).
+
+    Args:
+        alpha: Signal coefficient at the last time.
+        sigma: Noise coefficient there.
+
+    Returns:
+        1/2 alpha², and 1/2 [sigma² - 1 - log sigma²].
+    """
+    d = torch.tensor(2 * math.log(sigma), dtype=torch.float64)
+    return 0.5 * alpha**2, float(_half_expm1_minus(d))
+
+
+def _posterior(alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    before = [
+        torch.cat([torch.full_like(c[:1], v), c[:-1]]) for c, v in ((alpha, 1.0), (sigma, 0.0))
+    ]
+    found = posterior_coefficients(alpha, sigma, *before)
+    shift, keep, small, large = (torch.as_tensor(c) for c in found)
+    return shift, keep, small, large
+
+
+def _errors(
+    alpha: Tensor, sigma: Tensor, prediction_type: str, given: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(b_0, b_g, b_m) of x_0 - x0_hat = b_0 x_0 + b_g given + b_m m."""
+    a_x, a_m = (torch.as_tensor(c) for c in x0_coefficients(alpha, sigma, prediction_type))
+    if given == "x_t":
+        return torch.ones_like(alpha), -a_x, -a_m
+    # A model that says the target itself is right: the error is -a_m (m - target).
+    k_x0, k_noise = target_coefficients(alpha, sigma, prediction_type)
+    return a_m * k_x0, a_m * k_noise, -a_m
+
+
+def _half_expm1_minus(d: Tensor) -> Tensor:
+    """1/2 (expm1(d) - d), by its series where d is small."""
+    near = torch.where(d.abs() < 0.1, d, torch.zeros_like(d))
+    series = torch.zeros_like(d)
+    for k in range(14, 1, -1):
+        series = series * near + 1 / math.factorial(k)
+    return 0.5 * torch.where(d.abs() < 0.1, near * near * series, torch.expm1(d) - d)

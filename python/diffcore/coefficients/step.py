@@ -1,0 +1,381 @@
+"""The scalars of every diffusion formula, in float64 and nowhere else.
+
+One family covers all schedules: x_t = alpha_t * x_0 + sigma_t * noise. Everything here is linear
+algebra on (alpha, sigma): what to multiply x_t and the model output by to get x_0, the noise, or
+the next sample. The functions take Python floats or tensors of any shape, compute in float64, and
+leave rounding to whoever launches a kernel.
+
+Floats in, floats out; as soon as one argument is a tensor the results are float64 tensors on its
+device. Values that a formula cannot take (alpha = 0 for epsilon prediction, sigma = 0 in a
+posterior) raise ValueError for floats and CPU tensors; on other devices looking would stop the
+stream, so they give inf or nan there.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from diffcore._checks import check_choice
+from diffcore._types import Coef
+
+PREDICTION_TYPES = ("epsilon", "sample", "v_prediction", "flow_prediction")
+VARIANCE_TYPES = ("fixed_small", "fixed_large")
+
+STEP_COLUMNS = (
+    "c_x", "c_m", "c_0", "c_z", "a_x", "a_m", "clip_min", "clip_max",
+    "e_x", "e_m", "e_0", "c_1", "c_2", "c_3",
+)  # fmt: skip
+"""The columns of a solver's table: see ``ops.reverse_step``."""
+
+# Inputs may have been rounded to float32 before they came here; a beta that is negative by more
+# than that is a mistake.
+_FLOAT32_ROUNDING = 4 * torch.finfo(torch.float32).eps
+
+
+def parse_clip_range(clip_range: float | tuple[float, float] | None) -> tuple[float, float]:
+    """Turn ``None``, a half width or a pair into (lowest, highest) allowed value of x_0.
+
+    Args:
+        clip_range: ``None`` (no clipping), ``c`` (meaning [-c, c]), or ``(lowest, highest)``.
+
+    Returns:
+        The two bounds, infinite where there is no clipping.
+
+    Raises:
+        TypeError: Neither a number nor a pair of numbers.
+        ValueError: The interval is empty or a bound is nan.
+    """
+    if clip_range is None:
+        return -math.inf, math.inf
+    if isinstance(clip_range, (int, float)) and not isinstance(clip_range, bool):
+        low, high = -float(clip_range), float(clip_range)
+    elif isinstance(clip_range, (tuple, list)) and len(clip_range) == 2:
+        low, high = float(clip_range[0]), float(clip_range[1])
+    else:
+        raise TypeError(f"clip_range must be None, a number or a pair of them, got {clip_range!r}")
+    if not low < high:
+        raise ValueError(f"clip_range must hold lowest < highest, got ({low}, {high})")
+    return low, high
+
+
+def x0_coefficients(alpha: Coef, sigma: Coef, prediction_type: str) -> tuple[Coef, Coef]:
+    """Coefficients of the clean sample: x0 = a_x * x_t + a_m * model_output.
+
+    epsilon: (x - sigma m) / alpha; sample: m; v_prediction: (alpha x - sigma m) / (alpha^2 +
+    sigma^2); flow_prediction (m = noise - x0): (x - sigma m) / (alpha + sigma). The denominators of
+    the last two are 1 for a variance preserving schedule and for rectified flow respectively, and
+    make the formulas hold for every other schedule.
+
+    Args:
+        alpha: Signal coefficient, float or tensor.
+        sigma: Noise coefficient, float or tensor.
+        prediction_type: What the model predicts, one of ``PREDICTION_TYPES``.
+
+    Returns:
+        (a_x, a_m).
+
+    Raises:
+        ValueError: Unknown ``prediction_type``, or alpha = 0 with "epsilon".
+
+    Source:
+        Ho et al. 2020 (arXiv 2006.11239) eq. 15; Salimans and Ho 2022 (arXiv 2202.00512) app. D.
+    """
+    check_choice("prediction_type", prediction_type, PREDICTION_TYPES)
+    alpha, sigma = _float64(_TWO, alpha, sigma)
+    if prediction_type == "epsilon":
+        if _any_zero(alpha):
+            raise ValueError(
+                "alpha is 0 (zero terminal SNR): a prediction of epsilon says nothing about x0, "
+                "use prediction_type 'v_prediction', 'sample' or 'flow_prediction'"
+            )
+        return 1 / alpha, -sigma / alpha
+    if prediction_type == "sample":
+        return _constant(0.0, alpha), _constant(1.0, alpha)
+    scale = alpha * alpha + sigma * sigma if prediction_type == "v_prediction" else alpha + sigma
+    if _any_zero(scale):
+        raise ValueError(f"alpha and sigma must not both be 0, got alpha={alpha}, sigma={sigma}")
+    return (alpha if prediction_type == "v_prediction" else 1) / scale, -sigma / scale
+
+
+def epsilon_coefficients(alpha: Coef, sigma: Coef, prediction_type: str) -> tuple[Coef, Coef]:
+    """Coefficients of the noise: epsilon = e_x * x_t + e_m * model_output.
+
+    epsilon: m; sample: (x - alpha m) / sigma; v_prediction: (sigma x + alpha m) / (alpha^2 +
+    sigma^2); flow_prediction: (x + alpha m) / (alpha + sigma).
+
+    Args:
+        alpha: Signal coefficient, float or tensor.
+        sigma: Noise coefficient, float or tensor.
+        prediction_type: What the model predicts, one of ``PREDICTION_TYPES``.
+
+    Returns:
+        (e_x, e_m).
+
+    Raises:
+        ValueError: Unknown ``prediction_type``, or sigma = 0 with "sample".
+    """
+    check_choice("prediction_type", prediction_type, PREDICTION_TYPES)
+    alpha, sigma = _float64(_TWO, alpha, sigma)
+    if prediction_type == "epsilon":
+        return _constant(0.0, alpha), _constant(1.0, alpha)
+    if prediction_type == "sample":
+        if _any_zero(sigma):
+            raise ValueError("sigma is 0, where a prediction of x0 says nothing about epsilon")
+        return 1 / sigma, -alpha / sigma
+    scale = alpha * alpha + sigma * sigma if prediction_type == "v_prediction" else alpha + sigma
+    if _any_zero(scale):
+        raise ValueError(f"alpha and sigma must not both be 0, got alpha={alpha}, sigma={sigma}")
+    return (sigma if prediction_type == "v_prediction" else 1) / scale, alpha / scale
+
+
+def target_coefficients(alpha: Coef, sigma: Coef, prediction_type: str) -> tuple[Coef, Coef]:
+    """Coefficients of the training target: target = k_x0 * x_0 + k_noise * noise.
+
+    epsilon: noise; sample: x_0; v_prediction: alpha noise - sigma x_0; flow_prediction: noise -
+    x_0.
+
+    Args:
+        alpha: Signal coefficient, float or tensor.
+        sigma: Noise coefficient, float or tensor.
+        prediction_type: What the model predicts, one of ``PREDICTION_TYPES``.
+
+    Returns:
+        (k_x0, k_noise).
+    """
+    check_choice("prediction_type", prediction_type, PREDICTION_TYPES)
+    alpha, sigma = _float64(_TWO, alpha, sigma)
+    if prediction_type == "v_prediction":
+        return -sigma, alpha
+    k_x0 = {"epsilon": 0.0, "sample": 1.0, "flow_prediction": -1.0}[prediction_type]
+    k_noise = {"epsilon": 1.0, "sample": 0.0, "flow_prediction": 1.0}[prediction_type]
+    return _constant(k_x0, alpha), _constant(k_noise, alpha)
+
+
+def posterior_coefficients(
+    alpha: Coef, sigma: Coef, alpha_prev: Coef, sigma_prev: Coef
+) -> tuple[Coef, Coef, Coef, Coef]:
+    """Coefficients of q(x_prev | x_t, x_0) = N(A x_0 + B x_t, beta_tilde I).
+
+    With r = alpha / alpha_prev and beta = sigma^2 - r^2 sigma_prev^2, the variance of the step from
+    x_prev to x_t: A = alpha_prev beta / sigma^2, B = r sigma_prev^2 / sigma^2, beta_tilde = beta
+    sigma_prev^2 / sigma^2. The previous time is whichever the caller names, so respaced sequences
+    need no formula of their own.
+
+    Args:
+        alpha: Signal coefficient at t.
+        sigma: Noise coefficient at t.
+        alpha_prev: Signal coefficient at the earlier (cleaner) time.
+        sigma_prev: Noise coefficient at the earlier time; 0 for the clean sample itself.
+
+    Returns:
+        (A, B, beta_tilde, beta).
+
+    Raises:
+        ValueError: sigma = 0, alpha_prev = 0, or the earlier time is the noisier one.
+
+    Source:
+        Ho et al. 2020 (arXiv 2006.11239) eq. 6-7; Kingma et al. 2021 (arXiv 2107.00630) appendix A.
+    """
+    alpha, sigma, alpha_prev, sigma_prev = _float64(_FOUR, alpha, sigma, alpha_prev, sigma_prev)
+    if _any_zero(sigma):
+        raise ValueError("sigma is 0: there is no reverse step from a sample without noise")
+    if _any_zero(alpha_prev):
+        raise ValueError("alpha_prev is 0: only the last time of a schedule may be without signal")
+    ratio = alpha / alpha_prev
+    kept = (ratio * sigma_prev / sigma) ** 2  # the share of sigma^2 that x_prev already had
+    if _any(kept > 1 + _FLOAT32_ROUNDING):
+        raise ValueError(
+            "alpha_prev, sigma_prev must belong to the less noisy of the two times, "
+            f"got alpha={alpha}, sigma={sigma}, alpha_prev={alpha_prev}, sigma_prev={sigma_prev}"
+        )
+    fresh = _clamp_min_zero(1 - kept)
+    return (
+        alpha_prev * fresh,
+        ratio * (sigma_prev / sigma) ** 2,
+        fresh * sigma_prev**2,
+        fresh * sigma**2,
+    )
+
+
+def ddpm_coefficients(
+    alpha: Coef,
+    sigma: Coef,
+    alpha_prev: Coef,
+    sigma_prev: Coef,
+    *,
+    prediction_type: str = "epsilon",
+    variance_type: str = "fixed_small",
+    clip_range: float | tuple[float, float] | None = None,
+) -> Tensor:
+    """Row(s) of ``reverse_step`` coefficients for an ancestral (DDPM) step.
+
+    x_prev = A clip(x0) + B x_t + c_z z, with c_z^2 = beta_tilde ("fixed_small") or beta
+    ("fixed_large"). Where sigma_prev = 0 the step ends at the clean sample and c_z = 0 for both.
+
+    Args:
+        alpha: Signal coefficient at t.
+        sigma: Noise coefficient at t.
+        alpha_prev: Signal coefficient at the time stepped to.
+        sigma_prev: Noise coefficient at the time stepped to.
+        prediction_type: What the model predicts, one of ``PREDICTION_TYPES``.
+        variance_type: "fixed_small" or "fixed_large".
+        clip_range: ``None``, ``c`` for [-c, c], or (lowest, highest), applied to x0.
+
+    Returns:
+        float64 ``[..., 8]``: (c_x, c_m, c_0, c_z, a_x, a_m, clip_min, clip_max).
+
+    Raises:
+        ValueError: As ``x0_coefficients`` and ``posterior_coefficients``; unknown
+            ``variance_type``; empty clip range.
+
+    Source:
+        Ho et al. 2020 (arXiv 2006.11239) algorithm 2 and section 3.2.
+    """
+    check_choice("variance_type", variance_type, VARIANCE_TYPES)
+    low, high = parse_clip_range(clip_range)
+    a_x, a_m = x0_coefficients(alpha, sigma, prediction_type)
+    c_0, c_x, beta_tilde, beta = posterior_coefficients(alpha, sigma, alpha_prev, sigma_prev)
+    variance = beta_tilde if variance_type == "fixed_small" else _zero_where_zero(beta, sigma_prev)
+    return _row(c_x, 0.0, c_0, _sqrt(variance), a_x, a_m, low, high)
+
+
+def ddim_coefficients(
+    alpha: Coef,
+    sigma: Coef,
+    alpha_prev: Coef,
+    sigma_prev: Coef,
+    *,
+    eta: float = 0.0,
+    prediction_type: str = "epsilon",
+    rederive_epsilon: bool = True,
+    clip_range: float | tuple[float, float] | None = None,
+) -> Tensor:
+    """Row(s) of ``reverse_step`` coefficients for a DDIM step.
+
+    x_prev = alpha_prev clip(x0) + d epsilon + c_z z, with c_z = eta sqrt(beta_tilde) and
+    d^2 = sigma_prev^2 - c_z^2. ``epsilon`` comes either from the clipped x0
+    (``rederive_epsilon=True``, OpenAI's rule: (x_t - alpha clip(x0)) / sigma) or from the model
+    output as it is (``False``, the default of diffusers). Without clipping the two are the same.
+    With eta = 0 the time stepped to may also be the noisier one (DDIM inversion).
+
+    Args:
+        alpha: Signal coefficient at t.
+        sigma: Noise coefficient at t.
+        alpha_prev: Signal coefficient at the time stepped to.
+        sigma_prev: Noise coefficient at the time stepped to.
+        eta: 0 for the deterministic sampler, 1 for ancestral noise; between them, inclusive.
+        prediction_type: What the model predicts, one of ``PREDICTION_TYPES``.
+        rederive_epsilon: Whether epsilon follows the clipped x0.
+        clip_range: ``None``, ``c`` for [-c, c], or (lowest, highest), applied to x0.
+
+    Returns:
+        float64 ``[..., 8]``: (c_x, c_m, c_0, c_z, a_x, a_m, clip_min, clip_max).
+
+    Raises:
+        ValueError: eta outside [0, 1], sigma = 0 where epsilon has to be derived, or as
+            ``x0_coefficients``.
+
+    Source:
+        Song, Meng and Ermon 2021 (arXiv 2010.02502) eq. 12 and 16.
+    """
+    if isinstance(eta, bool) or not isinstance(eta, (int, float)):
+        raise TypeError(f"eta must be a number, got {type(eta).__name__}")
+    if not 0 <= eta <= 1:
+        raise ValueError(f"eta must be in [0, 1], got {eta}")
+    low, high = parse_clip_range(clip_range)
+    a_x, a_m = x0_coefficients(alpha, sigma, prediction_type)
+    alpha, sigma, alpha_prev, sigma_prev = _float64(_FOUR, alpha, sigma, alpha_prev, sigma_prev)
+
+    direction, c_z = sigma_prev, _constant(0.0, sigma_prev)
+    if eta > 0:
+        _, _, beta_tilde, _ = posterior_coefficients(alpha, sigma, alpha_prev, sigma_prev)
+        c_z = eta * _sqrt(beta_tilde)
+        # sigma_prev^2 - eta^2 beta_tilde as a sum of what is left: nothing cancels at eta = 1.
+        kept = (alpha / alpha_prev * sigma_prev / sigma) ** 2
+        direction = sigma_prev * _sqrt((1 - eta * eta) + eta * eta * kept)
+
+    if rederive_epsilon:
+        if _any_zero(sigma):
+            raise ValueError("sigma is 0: epsilon cannot be derived from x0 there")
+        c_x = direction / sigma
+        return _row(c_x, 0.0, alpha_prev - c_x * alpha, c_z, a_x, a_m, low, high)
+    e_x, e_m = epsilon_coefficients(alpha, sigma, prediction_type)
+    return _row(direction * e_x, direction * e_m, alpha_prev, c_z, a_x, a_m, low, high)
+
+
+_TWO = ("alpha", "sigma")
+_FOUR = ("alpha", "sigma", "alpha_prev", "sigma_prev")
+
+
+def _float64(names: tuple[str, ...], *values: Coef) -> Sequence[Coef]:
+    """All of them as floats, or all of them as float64 tensors of one shape."""
+    for value in values:
+        if type(value) is not float:
+            break
+    else:
+        return values
+    for name, value in zip(names, values, strict=True):
+        if isinstance(value, Tensor):
+            if value.is_complex() or value.dtype == torch.bool:
+                raise TypeError(f"{name} must be real, got a tensor of {value.dtype}")
+        elif isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise TypeError(f"{name} must be a number or a tensor, got {type(value).__name__}")
+    if any(isinstance(value, Tensor) for value in values):
+        return _broadcast(values)
+    return [float(value) for value in values]
+
+
+def _any(condition: bool | Tensor) -> bool:
+    """Whether a condition holds anywhere, where one can look without waiting for a device."""
+    if isinstance(condition, bool):
+        return condition
+    if torch.compiler.is_compiling() or condition.device.type != "cpu":
+        return False
+    try:
+        return bool(condition.any())
+    except RuntimeError:  # fake tensors and tensors under vmap hold no value to look at
+        return False
+
+
+def _any_zero(value: Coef) -> bool:
+    return _any(value == 0)
+
+
+def _sqrt(value: Coef) -> Coef:
+    return value.sqrt() if isinstance(value, Tensor) else math.sqrt(value)
+
+
+def _clamp_min_zero(value: Coef) -> Coef:
+    return value.clamp_min(0.0) if isinstance(value, Tensor) else max(value, 0.0)
+
+
+def _zero_where_zero(value: Coef, other: Coef) -> Coef:
+    if isinstance(other, Tensor):
+        return torch.where(other == 0, 0.0, value)
+    return value if other != 0 else _constant(0.0, value)
+
+
+def _constant(value: float, like: Coef) -> Coef:
+    return torch.full_like(like, value) if isinstance(like, Tensor) else value
+
+
+def _row(*columns: Coef) -> Tensor:
+    if isinstance(columns[0], Tensor):  # what is computed from tensors is a tensor, c_x first
+        return torch.stack(_broadcast(columns), dim=-1)
+    return torch.tensor(columns, dtype=torch.float64)
+
+
+def _broadcast(values: Sequence[Coef]) -> list[Tensor]:
+    device = next(value.device for value in values if isinstance(value, Tensor))
+    tensors = [
+        value.to(torch.float64)
+        if isinstance(value, Tensor)
+        else torch.full((), value, dtype=torch.float64, device=device)
+        for value in values
+    ]
+    broadcast: list[Tensor] = list(torch.broadcast_tensors(*tensors))
+    return broadcast

@@ -1,0 +1,258 @@
+"""The bound of a variational diffusion model: in continuous time, or in any number of steps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffcore import ops
+from diffcore._checks import check_choice
+from diffcore._types import Model, Noise
+from diffcore.coefficients.bound import DECODERS, FIXED, VLB_COLUMNS
+from diffcore.coefficients.step import PREDICTION_TYPES, target_coefficients, x0_coefficients
+from diffcore.diffusion.bound import check_noise, check_pixels, may_look
+from diffcore.noise import PhiloxNoise
+from diffcore.sampling.loop import call_model, check_samples
+
+Gamma = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class VDMBound:
+    """-log p(x) <= prior + diffusion + reconstruction, for each sample.
+
+    Attributes:
+        prior_nats: KL(q(z_1 | x) || N(0, I)), ``[B]``, nats a sample.
+        diffusion_nats: The loss of all times, estimated at one for each sample, ``[B]``.
+        reconstruction_nats: -log p(x | z_0), ``[B]``.
+        t: The times, float64 ``[B]``.
+        dimensions: Of a sample.
+    """
+
+    prior_nats: Tensor
+    diffusion_nats: Tensor
+    reconstruction_nats: Tensor
+    t: Tensor
+    dimensions: int
+
+    @property
+    def total_nats(self) -> Tensor:
+        """The bound, ``[B]``, nats a sample."""
+        return self.prior_nats + self.diffusion_nats + self.reconstruction_nats
+
+    @property
+    def total_bpd(self) -> Tensor:
+        """The bound, ``[B]``, bits a dimension."""
+        return self.total_nats / self._nats
+
+    @property
+    def prior_bpd(self) -> Tensor:
+        """``prior_nats`` in bits a dimension, ``[B]``."""
+        return self.prior_nats / self._nats
+
+    @property
+    def diffusion_bpd(self) -> Tensor:
+        """``diffusion_nats`` in bits a dimension, ``[B]``."""
+        return self.diffusion_nats / self._nats
+
+    @property
+    def reconstruction_bpd(self) -> Tensor:
+        """``reconstruction_nats`` in bits a dimension, ``[B]``."""
+        return self.reconstruction_nats / self._nats
+
+    @property
+    def _nats(self) -> float:
+        return self.dimensions * math.log(2)
+
+
+def vdm_bound(
+    model: Model,
+    x: Tensor,
+    *,
+    gamma_min: float | None = None,
+    gamma_max: float | None = None,
+    gamma: Gamma | None = None,
+    gamma_prime: Gamma | None = None,
+    num_timesteps: int | None = None,
+    prediction_type: str = "epsilon",
+    decoder: str = "discretized",
+    t: Tensor | None = None,
+    noise: Noise | None = None,
+    generator: torch.Generator | None = None,
+    model_kwargs: Mapping[str, Any] | None = None,
+) -> VDMBound:
+    """The bound of a model of z_t = alpha_t x + sigma_t noise, with gamma = -log(alpha² / sigma²).
+
+    alpha² = sigmoid(-gamma) and sigma² = sigmoid(gamma). In continuous time the diffusion loss is
+    1/2 E_t[gamma'(t) |noise - predicted noise|²]; in T steps, with s = t - 1/T, it is
+    T/2 E_t[expm1(gamma_t - gamma_s) |noise - predicted noise|²]. It has gradients for what the
+    model returned, so it is a training loss too; gamma gets none.
+
+    Args:
+        model: ``model(z_t, gamma_t, **model_kwargs)``: it is told gamma, float ``[B]``, not t.
+        x: The data, ``[B, ...]``.
+        gamma_min: gamma at t = 0, -13.3 in the paper; gamma(t) is linear.
+        gamma_max: gamma at t = 1, 5 in the paper.
+        gamma: In place of the two: a rising function of float64 times in [0, 1]. On CUDA, its value
+            at 1 is waited for.
+        gamma_prime: Its derivative; by autograd if ``None``.
+        num_timesteps: T, or ``None`` for continuous time.
+        prediction_type: What the model predicts, one of ``PREDICTION_TYPES``.
+        decoder: p(x | z_0) = N(z_0 / alpha_0, sigma_0² / alpha_0²): its mass in the bin of a pixel
+            k/127.5 - 1 ("discretized"), or its density ("gaussian").
+        t: Times in [0, 1], ``[B]``; ``None`` for (u + i/B) mod 1 with one uniform u, which covers
+            them evenly. With ``num_timesteps`` they are rounded up to a multiple of 1/T.
+        noise: Like ``x``, both in z_t and in z_0; or a recipe, whose next stream is that in z_0;
+            ``None`` for a recipe seeded by torch's generator.
+        generator: Source of u and of that seed; ``None`` for torch's own.
+        model_kwargs: More arguments for the model.
+
+    Returns:
+        A ``VDMBound``.
+
+    Raises:
+        TypeError: An argument of the wrong type.
+        ValueError: Neither or both of gamma and its range, a gamma that does not rise, no samples,
+            t of another shape or outside [0, 1], or, with "discretized", x that is no pixel (the
+            last two on CUDA with ``DIFFCORE_DEBUG=1`` only).
+
+    Source:
+        Kingma et al. 2021 (arXiv 2107.00630) eq. 11 to 17 and appendix I.1.
+    """
+    check_samples(x)
+    check_choice("prediction_type", prediction_type, PREDICTION_TYPES)
+    check_choice("decoder", decoder, DECODERS)
+    if len(x) == 0:
+        raise ValueError("x must have samples, got an empty batch")
+    if num_timesteps is not None:
+        if isinstance(num_timesteps, bool) or not isinstance(num_timesteps, int):
+            raise TypeError(f"num_timesteps must be an int, got {type(num_timesteps).__name__}")
+        if num_timesteps < 1:
+            raise ValueError(f"num_timesteps must be positive, got {num_timesteps}")
+    at = torch.device("cpu") if gamma is None else x.device
+    gamma, gamma_prime = _schedule(gamma_min, gamma_max, gamma, gamma_prime)
+    # A linear gamma is known here: nothing waits for the device.
+    ends = gamma(torch.tensor([0.0, 1.0], dtype=torch.float64, device=at)).detach()
+    first, last = ends.tolist()
+    if not first < last:
+        raise ValueError(f"gamma must rise from t = 0 to 1, got {first} and {last}")
+    if decoder == "discretized" and may_look(x):
+        check_pixels("x", x)
+    if noise is None:
+        noise = PhiloxNoise.from_generator(generator, device=x.device)
+    noise = check_noise(noise, x)
+    t = _times(t, x, generator)
+
+    if num_timesteps is None:
+        gamma_t, weight = gamma(t), gamma_prime(t)
+    else:
+        i = torch.ceil(t * num_timesteps).clamp(1, num_timesteps)
+        t = i / num_timesteps
+        gamma_t = gamma(t)
+        weight = num_timesteps * torch.expm1(gamma_t - gamma((i - 1) / num_timesteps))
+    gamma_t, weight = gamma_t.detach(), weight.detach()
+    alpha, sigma = _coefficients(gamma_t)
+    z_t = ops.add_noise(x, noise, alpha, sigma)
+    told = gamma_t if x.dtype == torch.float64 else gamma_t.float()
+    output = call_model(model, z_t, told, model_kwargs)
+    # The error of x, times alpha / sigma, is that of the noise.
+    table = _errors(alpha, sigma, prediction_type)
+    table[:, _FACTOR] = 0.5 * weight * torch.exp(-gamma_t)
+    rows = torch.arange(len(x), device=x.device)
+    diffusion = ops.vlb_term(x, output, table, t=rows, noise=noise)
+
+    decoded = _decoder(ends[:1].to(x.device), decoder)
+    in_z_0 = noise.at(noise.stream + 1) if isinstance(noise, PhiloxNoise) else noise
+    # The mean of p(x | z_0) is z_0 / alpha_0: no model says it, and x itself stands in for one.
+    reconstruction = ops.vlb_term(x, x, decoded, t=torch.zeros_like(rows), noise=in_z_0)
+    alpha_1, sigma_1 = (c.item() for c in _coefficients(torch.tensor(last, dtype=torch.float64)))
+    return VDMBound(
+        prior_nats=ops.prior_kl(x, alpha_1, sigma_1),
+        diffusion_nats=diffusion,
+        reconstruction_nats=reconstruction,
+        t=t,
+        dimensions=x.shape[1:].numel(),
+    )
+
+
+_FACTOR, _DECODER, _OFFSET, _D = (
+    VLB_COLUMNS.index(name) for name in ("factor", "decoder", "offset", "d_0")
+)
+
+
+def _coefficients(gamma: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.sigmoid(-gamma).sqrt(), torch.sigmoid(gamma).sqrt()
+
+
+def _errors(alpha: Tensor, sigma: Tensor, prediction_type: str) -> Tensor:
+    """A table of ``ops.vlb_term`` with the error of x from x, the noise and the prediction."""
+    _, a_m = (torch.as_tensor(c) for c in x0_coefficients(alpha, sigma, prediction_type))
+    k_x, k_noise = target_coefficients(alpha, sigma, prediction_type)
+    return _table(alpha, a_m * k_x, a_m * k_noise, -a_m)
+
+
+def _decoder(gamma: Tensor, decoder: str) -> Tensor:
+    """A row of ``ops.vlb_term`` for -log N(x; x + s noise, s²), s² = e^gamma."""
+    log_variance = gamma
+    table = _table(gamma, torch.zeros_like(gamma), -torch.exp(0.5 * gamma), torch.zeros_like(gamma))
+    table[:, _D] = -log_variance
+    if decoder == "discretized":
+        table[:, _DECODER] = table[:, _FACTOR] = 1
+    else:
+        table[:, _FACTOR] = 0.5 * torch.exp(-log_variance)
+        table[:, _OFFSET] = 0.5 * (math.log(2 * math.pi) + log_variance)
+    return table
+
+
+def _table(like: Tensor, *errors: Tensor) -> Tensor:
+    table = torch.zeros(len(like), FIXED, dtype=torch.float64, device=like.device)
+    for k, b in enumerate(errors):
+        table[:, k] = b.float()
+        table[:, k + 3] = b - b.float().double()
+    table[:, VLB_COLUMNS.index("clip_min")] = -math.inf
+    table[:, VLB_COLUMNS.index("clip_max")] = math.inf
+    return table
+
+
+def _times(t: Tensor | None, x: Tensor, generator: torch.Generator | None) -> Tensor:
+    if t is None:
+        at = x.device if generator is None else generator.device
+        u = torch.rand(1, dtype=torch.float64, generator=generator, device=at).to(x.device)
+        i = torch.arange(len(x), dtype=torch.float64, device=x.device)
+        return torch.remainder(u + i / len(x), 1.0)
+    if not isinstance(t, Tensor) or not t.is_floating_point():
+        what = t.dtype if isinstance(t, Tensor) else type(t).__name__
+        raise TypeError(f"t must be a tensor of floating point numbers, got {what}")
+    if t.shape != x.shape[:1]:
+        raise ValueError(f"t must have shape {list(x.shape[:1])}, got {list(t.shape)}")
+    if may_look(t) and not bool(((t >= 0) & (t <= 1)).all()):
+        raise ValueError(f"t must lie in [0, 1], got {t.tolist()}")
+    return t.to(x.device, torch.float64)
+
+
+def _schedule(
+    low: float | None, high: float | None, gamma: Gamma | None, gamma_prime: Gamma | None
+) -> tuple[Gamma, Gamma]:
+    """The function gamma and its derivative."""
+    if gamma is not None:
+        if low is not None or high is not None:
+            raise ValueError("gamma and gamma_min, gamma_max are both given; wanted one")
+        function = gamma
+
+        def slope(t: Tensor) -> Tensor:
+            with torch.inference_mode(False), torch.enable_grad():
+                t = t.detach().clone().requires_grad_()
+                return torch.autograd.grad(function(t).sum(), t)[0]
+
+        return function, slope if gamma_prime is None else gamma_prime
+    if low is None or high is None:
+        raise ValueError(f"gamma_min and gamma_max are {low} and {high}; wanted both, or gamma")
+    if not -math.inf < low < high < math.inf:
+        raise ValueError(f"gamma_min must be less than gamma_max, got {low} and {high}")
+    start, span = low, high - low
+    return lambda t: start + span * t, lambda t: torch.full_like(t, span)

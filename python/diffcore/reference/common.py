@@ -1,0 +1,40 @@
+"""Shared by all formulas: the compute dtype, coefficients per sample, sums per sample."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from diffcore._types import Coef
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The type in which values are computed: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def per_sample(coef: Coef, like: Tensor) -> Coef:
+    """A `[B]` coefficient as `[B, 1, ...]`, rounded once to the compute type of `like`."""
+    if not isinstance(coef, Tensor):
+        return coef
+    coef = coef.to(compute_dtype(like.dtype))
+    return coef if coef.ndim == 0 else coef.reshape([-1, *[1] * (like.ndim - 1)][: like.ndim])
+
+
+def elementwise(
+    formula: Callable[..., Tensor], inputs: Sequence[Tensor], coefs: Sequence[Coef] = ()
+) -> Tensor:
+    """A formula of each element, computed in the compute dtype and rounded once."""
+    like = inputs[0]
+    compute = compute_dtype(like.dtype)
+    y = formula(*(x.to(compute) for x in inputs), *(per_sample(c, like) for c in coefs))
+    return y.to(like.dtype)
+
+
+def row_sum(terms: Tensor, scale: Coef, whole: bool) -> Tensor:
+    """`scale` times the sum over one sample (`[B]`), or over everything when `whole`."""
+    if whole or terms.ndim == 0:
+        return terms.sum() * scale
+    return terms.flatten(1).sum(1) * scale if terms.ndim > 1 else terms * scale

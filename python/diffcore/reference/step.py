@@ -1,0 +1,115 @@
+"""One reverse step of any solver, and its log-probability."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from diffcore._types import Coef
+from diffcore.reference.common import compute_dtype, per_sample, row_sum
+
+
+def reverse_step(
+    x: Tensor,
+    model_output: Tensor,
+    coefs: Sequence[Coef],
+    *,
+    guidance_scale: Coef = 1.0,
+    threshold: Coef = 0.0,
+    model_output_uncond: Tensor | None = None,
+    history: Sequence[Tensor] = (),
+    keeps: bool = False,
+    noise: Tensor | None = None,
+    variance_output: Tensor | None = None,
+    variance_coefs: Sequence[Coef] = (),
+) -> Tensor | tuple[Tensor, Tensor]:
+    """``x' = c_x x + c_m m + c_0 x0 + Σ c_k h_k + c_z z`` with ``x0 = clip(a_x x + a_m m)``.
+
+    ``m = m_u + w (m_c - m_u)`` under guidance. The coefs are c_x, c_m, c_0, c_z, a_x, a_m,
+    clip_min, clip_max, and then e_x, e_m, e_0, c_1, c_2, c_3 as far as they are needed. A threshold
+    s other than 0 clips to [-s, s] instead and divides by s. A learned variance multiplies c_z by
+    ``exp(s_0 + s_v v)``. If it `keeps`, the second result is ``h' = e_x x + e_m m + e_0 x0``.
+    """
+    compute = compute_dtype(x.dtype)
+    k = [per_sample(c, x) for c in coefs]
+    s, m, x0 = _prediction(x, model_output, model_output_uncond, k, guidance_scale, threshold)
+    y = _mix(k[0], k[1], k[2], s, m, x0)
+    for c, h in zip(k[11:], history, strict=True):
+        # Where c is 0, h is not read, whatever it holds.
+        unread = torch.as_tensor(c, device=x.device) == 0
+        y = y + c * torch.where(unread, torch.zeros_like(s), h.to(compute))
+    if noise is not None:
+        deviation = k[3]
+        if variance_output is not None:
+            s_0, s_v = (per_sample(c, x) for c in variance_coefs)
+            deviation = deviation * torch.exp(s_0 + s_v * variance_output.to(compute))
+        y = y + deviation * noise.to(compute)
+    y = y.to(x.dtype)
+    return (y, _mix(k[8], k[9], k[10], s, m, x0).to(x.dtype)) if keeps else y
+
+
+def step_log_prob(
+    x: Tensor,
+    model_output: Tensor,
+    x_next: Tensor,
+    coefs: Sequence[Coef],
+    *,
+    guidance_scale: Coef = 1.0,
+    threshold: Coef = 0.0,
+    model_output_uncond: Tensor | None = None,
+) -> Tensor:
+    """``log N(x'; mean, c_z² I)`` of each sample, nats; 0 where c_z is 0."""
+    k = [per_sample(c, x) for c in coefs]
+    s, m, x0 = _prediction(x, model_output, model_output_uncond, k, guidance_scale, threshold)
+    # Before its shape is that of the samples: one number each.
+    c_z = torch.as_tensor(coefs[3], dtype=s.dtype, device=s.device)
+    none = c_z == 0
+    safe = torch.where(none, torch.ones_like(c_z), c_z)
+    z = (x_next.to(s.dtype) - _mix(k[0], k[1], k[2], s, m, x0)) / per_sample(safe, x)
+    n = x[0].numel() if x.ndim else 1
+    log_prob = row_sum(z * z, -0.5, whole=False) - n * (safe.log() + 0.5 * math.log(2 * math.pi))
+    return torch.where(none, torch.zeros_like(log_prob), log_prob)
+
+
+def _prediction(
+    x: Tensor,
+    model_output: Tensor,
+    model_output_uncond: Tensor | None,
+    k: Sequence[Coef],
+    guidance_scale: Coef,
+    threshold: Coef,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(x, m, x0) in the compute type; k as in `reverse_step`, beside the samples."""
+    s, m, x0 = predicted_x0(x, model_output, model_output_uncond, k, guidance_scale)
+    bound = torch.as_tensor(per_sample(threshold, x), dtype=s.dtype, device=x.device)
+    low, high = (torch.where(bound == 0, b, sign * bound) for b, sign in ((k[6], -1), (k[7], 1)))
+    # where, not clamp: clamp's gradient at a bound and its handling of two tensor bounds differ
+    # between versions
+    x0 = torch.where(x0 < low, torch.zeros_like(x0) + low, x0)
+    x0 = torch.where(x0 > high, torch.zeros_like(x0) + high, x0)
+    return s, m, x0 / torch.where(bound == 0, 1.0, bound)
+
+
+def predicted_x0(
+    x: Tensor,
+    model_output: Tensor,
+    model_output_uncond: Tensor | None,
+    k: Sequence[Coef],
+    guidance_scale: Coef,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same, x0 not clipped."""
+    compute = compute_dtype(x.dtype)
+    s, m = x.to(compute), model_output.to(compute)
+    if model_output_uncond is not None:
+        u = model_output_uncond.to(compute)
+        m = u + per_sample(guidance_scale, x) * (m - u)
+    return s, m, k[4] * s + k[5] * m
+
+
+def _mix(b_x: Coef, b_m: Coef, b_0: Coef, x: Tensor, m: Tensor, x0: Tensor) -> Tensor:
+    # Where m has no part of its own, an infinite one is met by the clip, not by 0 · inf.
+    absent = torch.as_tensor(b_m, device=m.device) == 0
+    return b_x * x + b_m * torch.where(absent, torch.zeros_like(m), m) + b_0 * x0

@@ -1,0 +1,34 @@
+"""Sampling: one loop for every solver, and k-diffusion's samplers under their own names."""
+
+from diffcore.sampling.capture import CapturedSampler, capture
+from diffcore.sampling.k_diffusion import (
+    sample_dpm_2,
+    sample_dpm_2_ancestral,
+    sample_dpmpp_2m,
+    sample_dpmpp_2m_sde,
+    sample_dpmpp_2s_ancestral,
+    sample_dpmpp_3m_sde,
+    sample_dpmpp_sde,
+    sample_euler,
+    sample_euler_ancestral,
+    sample_heun,
+    sample_lms,
+)
+from diffcore.sampling.sample import sample
+
+__all__ = [
+    "CapturedSampler",
+    "capture",
+    "sample",
+    "sample_dpm_2",
+    "sample_dpm_2_ancestral",
+    "sample_dpmpp_2m",
+    "sample_dpmpp_2m_sde",
+    "sample_dpmpp_2s_ancestral",
+    "sample_dpmpp_3m_sde",
+    "sample_dpmpp_sde",
+    "sample_euler",
+    "sample_euler_ancestral",
+    "sample_heun",
+    "sample_lms",
+]

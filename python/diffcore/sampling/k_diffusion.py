@@ -1,0 +1,297 @@
+"""k-diffusion's samplers, with its signatures, on top of the one loop.
+
+All of them start from ``x = noise * sigmas[0]`` and take
+
+- model: ``model(x, sigma, **extra_args)`` with sigma ``[B]``; it returns the denoised sample.
+- x: ``[B, ...]``.
+- sigmas: ``[N + 1]``, falling, with or without a 0 at the end: ``get_sigmas_karras`` and its
+  siblings. They are read on the host: where they are on a GPU, the call waits for it once. The
+  solver's table is made when the sigmas or the options are new, and found again later.
+- extra_args: More arguments for the model.
+- callback: Called once a step, before it, with a dict of ``x``, ``i``, ``sigma`` (``sigmas[i]``),
+  ``sigma_hat`` (where the model is called; above ``sigma`` under churn) and ``denoised``.
+- disable: ``None`` for a bar on terminals only, ``True`` for none.
+- eta, s_noise: Strength of the noise, and a factor of it.
+- noise_sampler: ``(sigma, sigma_next) -> noise``, called whenever noise is added, with the ends of
+  the interval it is for as 0-dim tensors.
+- s_churn, s_tmin, s_tmax: Karras et al.'s churn, see ``solvers.euler_table``.
+
+Noise that no ``noise_sampler`` makes, and churn's always, is drawn in the kernel, from a seed that
+torch's generator gives: independent normals, where k-diffusion's SDE samplers take a Brownian tree.
+
+Source: https://github.com/crowsonkb/k-diffusion (``k_diffusion/sampling.py``), 4601bf0.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
+from typing import Any
+
+from torch import Tensor
+
+from diffcore import solvers
+from diffcore._types import Callback, Model
+from diffcore.noise import PhiloxNoise
+from diffcore.sampling.loop import check_samples, or_drawn, walk
+from diffcore.solvers import SolverTable
+from diffcore.solvers.paths import level_vector
+
+Sigmas = Tensor | Sequence[float]
+ExtraArgs = Mapping[str, Any] | None
+NoiseSampler = Callable[[Tensor, Tensor], Tensor | PhiloxNoise]
+
+_KEPT_TABLES = 32
+
+
+def sample_euler(
+    model: Model,
+    x: Tensor,
+    sigmas: Sigmas,
+    extra_args: ExtraArgs = None,
+    callback: Callback | None = None,
+    disable: bool | None = None,
+    s_churn: float = 0.0,
+    s_tmin: float = 0.0,
+    s_tmax: float = math.inf,
+    s_noise: float = 1.0,
+) -> Tensor:
+    """Euler's method, with churn. Order 1.
+
+    Source: Karras et al. 2022 (arXiv 2206.00364) algorithm 2, Euler steps.
+    """
+    churn = {"s_churn": s_churn, "s_tmin": s_tmin, "s_tmax": s_tmax, "s_noise": s_noise}
+    return _walk(solvers.euler_table, churn, model, x, sigmas, extra_args, callback, disable)
+
+
+def sample_euler_ancestral(
+    model: Model,
+    x: Tensor,
+    sigmas: Sigmas,
+    extra_args: ExtraArgs = None,
+    callback: Callback | None = None,
+    disable: bool | None = None,
+    eta: float = 1.0,
+    s_noise: float = 1.0,
+    noise_sampler: NoiseSampler | None = None,
+) -> Tensor:
+    """Euler's step to sigma_down, and noise up to sigma'. Order 1.
+
+    Source: k-diffusion; with eta <= 1 DDIM, Song et al. 2021 (arXiv 2010.02502) eq. 12.
+    """
+    make, options = solvers.euler_ancestral_table, {"eta": eta, "s_noise": s_noise}
+    return _walk(make, options, model, x, sigmas, extra_args, callback, disable, noise_sampler)
+
+
+def sample_heun(
+    model: Model,
+    x: Tensor,
+    sigmas: Sigmas,
+    extra_args: ExtraArgs = None,
+    callback: Callback | None = None,
+    disable: bool | None = None,
+    s_churn: float = 0.0,
+    s_tmin: float = 0.0,
+    s_tmax: float = math.inf,
+    s_noise: float = 1.0,
+) -> Tensor:
+    """Heun's method, with churn: the mean of the derivatives at both ends. Order 2.
+
+    Source: Karras et al. 2022 (arXiv 2206.00364) algorithm 2.
+    """
+    churn = {"s_churn": s_churn, "s_tmin": s_tmin, "s_tmax": s_tmax, "s_noise": s_noise}
+    return _walk(solvers.heun_table, churn, model, x, sigmas, extra_args, callback, disable)
+
+
+def sample_dpm_2(
+    model: Model,
+    x: Tensor,
+    sigmas: Sigmas,
+    extra_args: ExtraArgs = None,
+    callback: Callback | None = None,
+    disable: bool | None = None,
+    s_churn: float = 0.0,
+    s_tmin: float = 0.0,
+    s_tmax: float = math.inf,
+    s_noise: float = 1.0,
+) -> Tensor:
+    """DPM-Solver-2, with churn: the derivative at the geometric middle of the sigmas. Order 2.
+
+    Source: Lu et al. 2022 (arXiv 2206.00927) algorithm 1.
+    """
+    churn = {"s_churn": s_churn, "s_tmin": s_tmin, "s_tmax": s_tmax, "s_noise": s_noise}
+    return _walk(solvers.dpm2_table, churn, model, x, sigmas, extra_args, callback, disable)
+
+
+def sample_dpm_2_ancestral(
+    model: Model,
+    x: Tensor,
+    sigmas: Sigmas,
+    extra_args: ExtraArgs = None,
+    callback: Callback | None = None,
+    disable: bool | None = None,
+    eta: float = 1.0,
+    s_noise: float = 1.0,
+    noise_sampler: NoiseSampler | None = None,
+) -> Tensor:
+    """DPM-Solver-2 to sigma_down, and noise up to sigma'. Order 1 (2 for eta = 0).
+
+    Source: k-diffusion; Lu et al. 2022 (arXiv 2206.00927) algorithm 1 for the step.
+    """
+    make, options = solvers.dpm2_ancestral_table, {"eta": eta, "s_noise": s_noise}
+    return _walk(make, options, model, x, sigmas, extra_args, callback, disable, noise_sampler)
+
+
+def sample_lms(
+    model: Model,
+    x: Tensor,
+    sigmas: Sigmas,
+    extra_args: ExtraArgs = None,
+    callback: Callback | None = None,
+    disable: bool | None = None,
+    order: int = 4,
+) -> Tensor:
+    """Linear multistep: Adams-Bashforth over the last ``order`` derivatives, 1 to 4 of them.
+
+    Source: Liu et al. 2022 (arXiv 2202.09778) eq. 12, for steps of any length.
+    """
+    make, options = solvers.lms_table, {"order": order}
+    return _walk(make, options, model, x, sigmas, extra_args, callback, disable)
+
+
+def sample_dpmpp_2s_ancestral(
+    model: Model,
+    x: Tensor,
+    sigmas: Sigmas,
+    extra_args: ExtraArgs = None,
+    callback: Callback | None = None,
+    disable: bool | None = None,
+    eta: float = 1.0,
+    s_noise: float = 1.0,
+    noise_sampler: NoiseSampler | None = None,
+) -> Tensor:
+    """DPM-Solver++ (2S) to sigma_down, and noise up to sigma'. Order 1 (2 for eta = 0).
+
+    Source: Lu et al. 2022 (arXiv 2211.01095) algorithm 1; k-diffusion for the noise.
+    """
+    make, options = solvers.dpmpp_2s_table, {"eta": eta, "s_noise": s_noise}
+    return _walk(make, options, model, x, sigmas, extra_args, callback, disable, noise_sampler)
+
+
+def sample_dpmpp_sde(
+    model: Model,
+    x: Tensor,
+    sigmas: Sigmas,
+    extra_args: ExtraArgs = None,
+    callback: Callback | None = None,
+    disable: bool | None = None,
+    eta: float = 1.0,
+    s_noise: float = 1.0,
+    noise_sampler: NoiseSampler | None = None,
+    r: float = 1 / 2,
+) -> Tensor:
+    """DPM-Solver++ (SDE): a second call at lambda + r h, noise after both. Order 1 (2 for eta = 0).
+
+    Source: k-diffusion; Lu et al. 2022 (arXiv 2211.01095).
+    """
+    make, options = solvers.dpmpp_sde_table, {"eta": eta, "s_noise": s_noise, "r": r}
+    return _walk(make, options, model, x, sigmas, extra_args, callback, disable, noise_sampler)
+
+
+def sample_dpmpp_2m(
+    model: Model,
+    x: Tensor,
+    sigmas: Sigmas,
+    extra_args: ExtraArgs = None,
+    callback: Callback | None = None,
+    disable: bool | None = None,
+) -> Tensor:
+    """DPM-Solver++ (2M): x0 as a line through the last two predictions. Order 2.
+
+    Source: Lu et al. 2022 (arXiv 2211.01095) algorithm 2.
+    """
+    return _walk(solvers.dpmpp_2m_table, {}, model, x, sigmas, extra_args, callback, disable)
+
+
+def sample_dpmpp_2m_sde(
+    model: Model,
+    x: Tensor,
+    sigmas: Sigmas,
+    extra_args: ExtraArgs = None,
+    callback: Callback | None = None,
+    disable: bool | None = None,
+    eta: float = 1.0,
+    s_noise: float = 1.0,
+    noise_sampler: NoiseSampler | None = None,
+    solver_type: str = "midpoint",
+) -> Tensor:
+    """DPM-Solver++ (2M) SDE, of the "midpoint" or "heun" type. Order 1 (2 for eta = 0).
+
+    Source: Lu et al. 2022 (arXiv 2211.01095) appendix; k-diffusion for eta.
+    """
+    options = {"eta": eta, "s_noise": s_noise, "solver_type": solver_type}
+    make = solvers.dpmpp_2m_sde_table
+    return _walk(make, options, model, x, sigmas, extra_args, callback, disable, noise_sampler)
+
+
+def sample_dpmpp_3m_sde(
+    model: Model,
+    x: Tensor,
+    sigmas: Sigmas,
+    extra_args: ExtraArgs = None,
+    callback: Callback | None = None,
+    disable: bool | None = None,
+    eta: float = 1.0,
+    s_noise: float = 1.0,
+    noise_sampler: NoiseSampler | None = None,
+) -> Tensor:
+    """DPM-Solver++ (3M) SDE, as published: see ``solvers.dpmpp_table``. Order 1 (2 for eta = 0).
+
+    Source: Lu et al. 2022 (arXiv 2211.01095) appendix; k-diffusion for eta.
+    """
+    make, options = solvers.dpmpp_3m_sde_table, {"eta": eta, "s_noise": s_noise}
+    return _walk(make, options, model, x, sigmas, extra_args, callback, disable, noise_sampler)
+
+
+def _walk(
+    make: Callable[..., SolverTable],
+    options: Mapping[str, Any],
+    model: Model,
+    x: Tensor,
+    sigmas: Sigmas,
+    extra_args: ExtraArgs,
+    callback: Callback | None,
+    disable: bool | None,
+    noise_sampler: NoiseSampler | None = None,
+) -> Tensor:
+    check_samples(x)
+    levels = level_vector("sigmas", sigmas)
+    table = _table(make, tuple(levels.tolist()), **options)
+
+    def sampled(row: int, x: Tensor) -> Tensor | PhiloxNoise:
+        assert noise_sampler is not None
+        return noise_sampler(*table.to(x.device).noise_levels[row])
+
+    def shown(state: dict[str, Any]) -> None:
+        assert callback is not None
+        hat = levels.new_full((), state["sigma"], device=x.device)  # a fill: nothing waits
+        given = {"sigma": sigmas[state["i"]], "sigma_hat": hat}
+        callback({name: state[name] for name in ("x", "i", "denoised")} | given)
+
+    return walk(
+        model,
+        x,
+        table,
+        or_drawn(None, x) if noise_sampler is None else sampled,
+        model_kwargs=extra_args,
+        callback=None if callback is None else shown,
+        progress=None if disable is None else not disable,
+    )
+
+
+@lru_cache(_KEPT_TABLES)
+def _table(
+    make: Callable[..., SolverTable], sigmas: tuple[float, ...], **options: Any
+) -> SolverTable:
+    return make(sigmas, prediction_type="sample", **options)

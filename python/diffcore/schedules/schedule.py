@@ -1,0 +1,118 @@
+"""A noise schedule: (alpha, sigma) at every training timestep, float64."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from diffcore._checks import check_count
+from diffcore.schedules.betas import check_betas, float64_vector
+
+
+@dataclass(frozen=True, eq=False)
+class NoiseSchedule:
+    """A forward process x_t = alpha_t x_0 + sigma_t noise, as two float64 tables.
+
+    Variance preserving (``from_betas``, ``from_alphas_cumprod``), variance exploding
+    (``from_sigmas``) and rectified flow (``rectified_flow``) differ in nothing but the numbers.
+
+    Args:
+        alpha: Signal coefficients ``[T]``, >= 0.
+        sigma: Noise coefficients ``[T]``, >= 0. Beware: the Euler family of diffusers calls
+            sigma / alpha "sigma".
+
+    Raises:
+        TypeError: Not tensors of real numbers.
+        ValueError: Not one-dimensional, of different lengths, negative, or not finite.
+    """
+
+    alpha: Tensor
+    sigma: Tensor
+
+    def __post_init__(self) -> None:
+        for name in ("alpha", "sigma"):
+            table = float64_vector(name, getattr(self, name))
+            if not bool((table >= 0).all()):
+                raise ValueError(f"{name} must be at least 0 everywhere")
+            object.__setattr__(self, name, table)
+        if len(self.alpha) != len(self.sigma):
+            raise ValueError(
+                f"alpha and sigma must be equally long, got {len(self.alpha)} and {len(self.sigma)}"
+            )
+        if bool(((self.alpha == 0) & (self.sigma == 0)).any()):
+            raise ValueError("alpha and sigma must not both be 0 at a timestep")
+
+    @classmethod
+    def from_betas(cls, betas: Tensor) -> NoiseSchedule:
+        """Variance preserving: alpha = sqrt(prod(1 - beta)), sigma = sqrt(1 - prod(1 - beta)).
+
+        Args:
+            betas: ``[T]`` in (0, 1].
+
+        Returns:
+            The schedule; sigma by expm1, exact where the product is close to 1.
+        """
+        log_bar = torch.log1p(-check_betas(betas)).cumsum(0)
+        return cls(torch.exp(0.5 * log_bar), torch.sqrt(-torch.expm1(log_bar)))
+
+    @classmethod
+    def from_alphas_cumprod(cls, alphas_cumprod: Tensor) -> NoiseSchedule:
+        """Variance preserving, from the product itself.
+
+        Args:
+            alphas_cumprod: ``[T]`` in [0, 1].
+
+        Returns:
+            The schedule with alpha = sqrt(alphas_cumprod), sigma = sqrt(1 - alphas_cumprod).
+        """
+        bar = float64_vector("alphas_cumprod", alphas_cumprod)
+        if not bool(((bar >= 0) & (bar <= 1)).all()):
+            raise ValueError("alphas_cumprod must lie in [0, 1]")
+        return cls(bar.sqrt(), (1 - bar).sqrt())
+
+    @classmethod
+    def from_sigmas(cls, sigmas: Tensor) -> NoiseSchedule:
+        """Variance exploding: alpha = 1.
+
+        Args:
+            sigmas: ``[T]``, the noise levels in the order of the timesteps.
+
+        Returns:
+            The schedule.
+        """
+        sigma = float64_vector("sigmas", sigmas)
+        return cls(torch.ones_like(sigma), sigma)
+
+    @classmethod
+    def rectified_flow(cls, num_timesteps: int) -> NoiseSchedule:
+        """Straight paths: sigma = (t + 1) / T and alpha = 1 - sigma, for t = 0 .. T-1.
+
+        Args:
+            num_timesteps: T.
+
+        Returns:
+            The schedule; its last entry is pure noise.
+        """
+        check_count(num_timesteps, "num_timesteps")
+        count = torch.arange(1, num_timesteps + 1, dtype=torch.float64)
+        return cls((num_timesteps - count) / num_timesteps, count / num_timesteps)
+
+    def __len__(self) -> int:
+        return len(self.alpha)
+
+    @property
+    def snr(self) -> Tensor:
+        """Signal-to-noise ratio alpha^2 / sigma^2, float64 ``[T]``; infinite where sigma = 0."""
+        return (self.alpha / self.sigma) ** 2
+
+    @property
+    def log_snr(self) -> Tensor:
+        """Its logarithm 2 (log alpha - log sigma), float64 ``[T]``; -inf where alpha = 0."""
+        return 2 * (self.alpha.log() - self.sigma.log())
+
+    @property
+    def table(self) -> Tensor:
+        """float64 ``[T, 2]``, columns (alpha, sigma): what ``ops.q_sample`` gathers from."""
+        return torch.stack([self.alpha, self.sigma], dim=1)

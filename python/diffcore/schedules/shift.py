@@ -1,0 +1,105 @@
+"""Shifts of a flow's noise levels, by a number or by the size of the image."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from diffcore._checks import check_choice
+
+TIME_SHIFT_TYPES = ("exponential", "linear")
+
+
+def shift_sigmas(sigmas: Tensor, shift: float) -> Tensor:
+    """Move a flow's levels to where a larger image needs them: shift s / (1 + (shift - 1) s).
+
+    Once: shifting twice by a is shifting by a^2. 0 and 1 stay where they are.
+
+    Args:
+        sigmas: In [0, 1].
+        shift: Above 0; 3 for Stable Diffusion 3.
+
+    Returns:
+        float64, the shape of ``sigmas``.
+
+    Raises:
+        ValueError: shift not above 0.
+
+    Source:
+        Esser et al. 2024 (arXiv 2403.03206) eq. 23.
+    """
+    if not shift > 0:
+        raise ValueError(f"shift must be above 0, got {shift}")
+    s = torch.as_tensor(sigmas, dtype=torch.float64)
+    return shift * s / (1 + (shift - 1) * s)
+
+
+def time_shift(sigmas: Tensor, mu: float, time_shift_type: str = "exponential") -> Tensor:
+    """The dynamic shift, by a mu that follows from the size of the image: shift s / (1 + ...).
+
+    exponential: ``shift_sigmas`` by exp(mu); linear: by mu.
+
+    Args:
+        sigmas: In [0, 1].
+        mu: See ``dynamic_shift_mu``.
+        time_shift_type: One of ``TIME_SHIFT_TYPES``.
+
+    Returns:
+        float64, the shape of ``sigmas``.
+
+    Raises:
+        ValueError: Unknown type, or mu not above 0 with "linear".
+    """
+    check_choice("time_shift_type", time_shift_type, TIME_SHIFT_TYPES)
+    return shift_sigmas(sigmas, math.exp(mu) if time_shift_type == "exponential" else mu)
+
+
+def dynamic_shift_mu(
+    image_seq_len: int,
+    base_image_seq_len: int = 256,
+    max_image_seq_len: int = 4096,
+    base_shift: float = 0.5,
+    max_shift: float = 1.15,
+) -> float:
+    """Mu of the dynamic shift: the straight line through (base length, base) and (max, max).
+
+    Args:
+        image_seq_len: Number of tokens of the image.
+        base_image_seq_len: Where mu is ``base_shift``.
+        max_image_seq_len: Where mu is ``max_shift``.
+        base_shift: See there.
+        max_shift: See there.
+
+    Returns:
+        mu.
+    """
+    if not base_image_seq_len < max_image_seq_len:
+        raise ValueError(
+            f"base_image_seq_len must be below max_image_seq_len, got {base_image_seq_len} and "
+            f"{max_image_seq_len}"
+        )
+    share = (image_seq_len - base_image_seq_len) / (max_image_seq_len - base_image_seq_len)
+    return base_shift + share * (max_shift - base_shift)
+
+
+def stretch_to_terminal(sigmas: Tensor, shift_terminal: float) -> Tensor:
+    """Scale 1 - sigma so that the last level becomes ``shift_terminal``.
+
+    Args:
+        sigmas: ``[N]``, in [0, 1], without the final 0.
+        shift_terminal: The new last level, in [0, 1).
+
+    Returns:
+        float64 ``[N]``.
+
+    Raises:
+        ValueError: shift_terminal outside [0, 1), or the last sigma is 1.
+    """
+    if not 0 <= shift_terminal < 1:
+        raise ValueError(f"shift_terminal must lie in [0, 1), got {shift_terminal}")
+    signal = 1 - torch.as_tensor(sigmas, dtype=torch.float64)
+    if signal[-1] == 0:
+        raise ValueError("the last sigma is 1: it cannot be stretched to another")
+    return 1 - signal * ((1 - shift_terminal) / signal[-1])

@@ -1,0 +1,262 @@
+"""Sequences of noise levels for samplers, under the names that k-diffusion gives them."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from diffcore._checks import check_count
+from diffcore.schedules.shift import shift_sigmas
+
+Device = torch.device | str
+
+
+def get_sigmas_karras(
+    n: int, sigma_min: float, sigma_max: float, rho: float = 7.0, device: Device = "cpu"
+) -> Tensor:
+    """sigma_i^(1 / rho) linear from sigma_max to sigma_min, and a 0.
+
+    Args:
+        n: How many levels, the appended 0 not counted.
+        sigma_min: The last of them, above 0.
+        sigma_max: The first of them.
+        rho: How strongly steps crowd at the low end; 1 is linear, infinity geometric.
+        device: Where the result goes.
+
+    Returns:
+        float64 ``[n + 1]``.
+
+    Raises:
+        ValueError: n < 1, not 0 < sigma_min <= sigma_max, or rho = 0.
+
+    Source:
+        Karras et al. 2022 (arXiv 2206.00364) eq. 5.
+    """
+    _check_range(n, sigma_min, sigma_max)
+    if not rho > 0:
+        raise ValueError(f"rho must be above 0, got {rho}")
+    if math.isinf(rho):
+        return get_sigmas_exponential(n, sigma_min, sigma_max, device)
+    # Over sigma_max, so that no power leaves the range: 1 + u ((sigma_min / sigma_max)^(1/rho) - 1)
+    fall = math.expm1(math.log(sigma_min / sigma_max) / rho)
+    sigmas = sigma_max * torch.exp(rho * torch.log1p(_ramp(n) * fall))
+    return _with_ends(sigmas, sigma_min, sigma_max).to(device)
+
+
+def get_sigmas_exponential(
+    n: int, sigma_min: float, sigma_max: float, device: Device = "cpu"
+) -> Tensor:
+    """log(sigma) linear from sigma_max to sigma_min, and a 0.
+
+    Args:
+        n: How many levels, the appended 0 not counted.
+        sigma_min: The last of them, above 0.
+        sigma_max: The first of them.
+        device: Where the result goes.
+
+    Returns:
+        float64 ``[n + 1]``.
+
+    Raises:
+        ValueError: n < 1, or not 0 < sigma_min <= sigma_max.
+    """
+    return get_sigmas_polyexponential(n, sigma_min, sigma_max, 1.0, device)
+
+
+def get_sigmas_polyexponential(
+    n: int, sigma_min: float, sigma_max: float, rho: float = 1.0, device: Device = "cpu"
+) -> Tensor:
+    """log(sigma) = log(sigma_min) + u^rho log(sigma_max / sigma_min), u from 1 to 0; and a 0.
+
+    Args:
+        n: How many levels, the appended 0 not counted.
+        sigma_min: The last of them, above 0.
+        sigma_max: The first of them.
+        rho: Power of the ramp.
+        device: Where the result goes.
+
+    Returns:
+        float64 ``[n + 1]``.
+
+    Raises:
+        ValueError: n < 1, not 0 < sigma_min <= sigma_max, or rho = 0.
+    """
+    _check_range(n, sigma_min, sigma_max)
+    if not rho > 0:
+        raise ValueError(f"rho must be above 0, got {rho}")
+    height = math.log(sigma_max) - math.log(sigma_min)
+    sigmas = torch.exp((1 - _ramp(n)) ** rho * height + math.log(sigma_min))
+    return _with_ends(sigmas, sigma_min, sigma_max).to(device)
+
+
+def get_sigmas_lu(n: int, sigma_min: float, sigma_max: float, device: Device = "cpu") -> Tensor:
+    """Lambda = -log(sigma) uniform, the levels DPM-Solver is analysed for; and a 0.
+
+    The same numbers as ``get_sigmas_exponential``, under the name that diffusers gives them
+    (``use_lu_lambdas``).
+
+    Args:
+        n: How many levels, the appended 0 not counted.
+        sigma_min: The last of them, above 0.
+        sigma_max: The first of them.
+        device: Where the result goes.
+
+    Returns:
+        float64 ``[n + 1]``.
+
+    Raises:
+        ValueError: n < 1, or not 0 < sigma_min <= sigma_max.
+
+    Source:
+        Lu et al. 2022 (arXiv 2206.00927) section 3.4.
+    """
+    return get_sigmas_exponential(n, sigma_min, sigma_max, device)
+
+
+def get_sigmas_beta(
+    n: int,
+    sigma_min: float,
+    sigma_max: float,
+    alpha: float = 0.6,
+    beta: float = 0.6,
+    device: Device = "cpu",
+) -> Tensor:
+    """Quantiles of a beta distribution stretched over [sigma_min, sigma_max], and a 0.
+
+    Args:
+        n: How many levels, the appended 0 not counted.
+        sigma_min: The last of them, above 0.
+        sigma_max: The first of them.
+        alpha: First parameter of the distribution; below 1 crowds the low end.
+        beta: Second parameter; below 1 crowds the high end.
+        device: Where the result goes.
+
+    Returns:
+        float64 ``[n + 1]``.
+
+    Raises:
+        ValueError: n < 1, not 0 < sigma_min <= sigma_max, alpha or beta not above 0.
+
+    Source:
+        Lee et al. 2024 (arXiv 2407.12173).
+    """
+    _check_range(n, sigma_min, sigma_max)
+    if not (alpha > 0 and beta > 0):
+        raise ValueError(f"alpha and beta must be above 0, got {alpha} and {beta}")
+    quantiles = [_beta_quantile(p, alpha, beta) for p in (1 - _ramp(n)).tolist()]
+    sigmas = sigma_min + torch.tensor(quantiles, dtype=torch.float64) * (sigma_max - sigma_min)
+    return _with_ends(sigmas, sigma_min, sigma_max).to(device)
+
+
+def get_sigmas_vp(
+    n: int,
+    beta_d: float = 19.9,
+    beta_min: float = 0.1,
+    eps_s: float = 1e-3,
+    device: Device = "cpu",
+) -> Tensor:
+    """The continuous variance preserving process at n times from 1 to eps_s, and a 0.
+
+    sigma = sqrt(exp(beta_d t^2 / 2 + beta_min t) - 1).
+
+    Args:
+        n: How many levels, the appended 0 not counted.
+        beta_d: Slope of beta(t).
+        beta_min: beta(0).
+        eps_s: The last time.
+        device: Where the result goes.
+
+    Returns:
+        float64 ``[n + 1]``.
+
+    Raises:
+        ValueError: n < 1, or eps_s outside (0, 1].
+
+    Source:
+        Song et al. 2021 (arXiv 2011.13456) appendix C, in the form of Karras et al. 2022.
+    """
+    check_count(n)
+    if not 0 < eps_s <= 1:
+        raise ValueError(f"eps_s must lie in (0, 1], got {eps_s}")
+    time = 1 + _ramp(n) * (eps_s - 1)
+    sigmas = torch.expm1(beta_d * time**2 / 2 + beta_min * time).sqrt()
+    return torch.cat([sigmas, sigmas.new_zeros(1)]).to(device)
+
+
+def get_sigmas_flow(n: int, *, shift: float = 1.0, sigma_min: float | None = None) -> Tensor:
+    """Levels of a rectified flow from 1 down, shifted once, and a 0.
+
+    Args:
+        n: How many levels, the appended 0 not counted.
+        shift: See ``shift_sigmas``; 1 for none.
+        sigma_min: The last level before the shift; by default 1 / n, so that the unshifted steps,
+            the one to 0 included, are equally long (Flux; diffusers' pipelines pass these).
+
+    Returns:
+        float64 ``[n + 1]``.
+
+    Raises:
+        ValueError: n < 1, shift not above 0, or sigma_min outside (0, 1].
+    """
+    check_count(n)
+    last = 1 / n if sigma_min is None else sigma_min
+    if not 0 < last <= 1:
+        raise ValueError(f"sigma_min must lie in (0, 1], got {last}")
+    sigmas = shift_sigmas(1 + _ramp(n) * (last - 1), shift)
+    return torch.cat([sigmas, sigmas.new_zeros(1)])
+
+
+def _ramp(n: int) -> Tensor:
+    """N numbers from 0 to 1."""
+    return torch.arange(n, dtype=torch.float64) / max(n - 1, 1)
+
+
+def _with_ends(sigmas: Tensor, sigma_min: float, sigma_max: float) -> Tensor:
+    """The ends as they were asked for, not as rounding left them, and the 0."""
+    sigmas[-1] = sigma_min
+    sigmas[0] = sigma_max
+    return torch.cat([sigmas, sigmas.new_zeros(1)])
+
+
+def _check_range(n: int, sigma_min: float, sigma_max: float) -> None:
+    check_count(n)
+    if not 0 < sigma_min <= sigma_max < math.inf:
+        raise ValueError(
+            "expected 0 < sigma_min <= sigma_max (the 0 at the end is appended), "
+            f"got sigma_min={sigma_min}, sigma_max={sigma_max}"
+        )
+
+
+def _beta_quantile(p: float, a: float, b: float) -> float:
+    """X with I_x(a, b) = p, by bisection on the side where x keeps its digits."""
+    if p <= 0 or p >= 1:
+        return float(p >= 1)
+    if p > _beta_cdf(0.5, a, b):
+        return 1 - _beta_quantile(1 - p, b, a)
+    low, high = 0.0, 0.5
+    for _ in range(200):
+        middle = (low + high) / 2
+        if middle in (low, high):
+            break
+        low, high = (middle, high) if _beta_cdf(middle, a, b) < p else (low, middle)
+    return high
+
+
+def _beta_cdf(x: float, a: float, b: float) -> float:
+    """The regularised incomplete beta function I_x(a, b) for x <= 1/2.
+
+    x^a (1 - x)^b / (a B(a, b)) times a series of positive terms, sum_k prod_{j < k} (a + b + j) x /
+    (a + 1 + j): nothing cancels (DLMF 8.17.8).
+    """
+    if x == 0:
+        return 0.0
+    term, total, k = 1.0, 1.0, 0
+    while term > 1e-17 * total:  # x <= 1/2 makes them fall in the end
+        term *= (a + b + k) * x / (a + 1 + k)
+        total += term
+        k += 1
+    log_beta = math.lgamma(a) + math.lgamma(b) - math.lgamma(a + b)
+    log_factor = a * math.log(x) + b * math.log1p(-x) - log_beta - math.log(a)
+    return min(1.0, math.exp(log_factor + math.log(total)))
