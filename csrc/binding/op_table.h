@@ -1,7 +1,5 @@
-// What the binding knows of each op, as numbers.
+// What the binding knows of each op, as plain data.
 #pragma once
-
-#include "ops/all.h"
 
 namespace diffcore {
 
@@ -11,12 +9,20 @@ struct OpInfo {
   bool draws;                      // generates its last input, the noise
 };
 
-template <class... Op>
-const OpInfo* info_table(OpList<Op...>) {
-  static const OpInfo table[] = {
-      {Op::name, kReads<Op>, Op::n_out, Op::n_sum, Op::n_coef, kDraws<Op>}...};
-  return table;
-}
-inline const OpInfo* ops() { return info_table(AllOps{}); }
+struct OpTable {
+  const OpInfo* ops;
+  int size;
+
+  const OpInfo* find(int op) const { return op >= 0 && op < size ? ops + op : nullptr; }
+};
+OpTable op_table();  // in the order of AllOps
+
+// Names of coefficients in their order: rows of a step and of a term of the bound.
+struct Names {
+  const char* const* first;
+  int size;
+};
+Names step_columns();
+Names vlb_columns();
 
 }  // namespace diffcore

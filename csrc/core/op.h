@@ -84,8 +84,9 @@ struct KernelName {
   char text[72] = {};
   template <class... Part>
   constexpr explicit KernelName(const Part*... parts) {
+    const char* const all[] = {parts...};
     int n = 0;
-    for (const char* part : {parts...})
+    for (const char* part : all)
       for (; *part; ++part) text[n++] = *part;
   }
 };

@@ -10,15 +10,26 @@ DC_KERNEL_NAMESPACE_BEGIN
 
 constexpr unsigned kAllHooks = kPrepare | kIdle | kOther | kFinalizeSum | kSelect;
 
+// Whether two addresses are of one function: by type, for not every compiler compares addresses
+// while it compiles.
+template <auto kFunction>
+struct Address {};
+template <auto kA, auto kB>
+constexpr bool kSameFunction = std::is_same_v<Address<kA>, Address<kB>>;
+
 // The hooks that an op defines itself.
 template <class Op, class R>
 struct HookCheck {
+  template <auto kOfOp, auto kOfBase>
+  static constexpr unsigned bit(Hook hook) {
+    return kSameFunction<kOfOp, kOfBase> ? 0u : unsigned(hook);
+  }
   static constexpr unsigned defined =
-      (&Op::template prepare<R> != &OpBase::template prepare<R> ? kPrepare : 0) |
-      (&Op::template idle<R> != &OpBase::template idle<R> ? kIdle : 0) |
-      (&Op::template other<R> != &OpBase::template other<R> ? kOther : 0) |
-      (&Op::template finalize_sum<R> != &OpBase::template finalize_sum<R> ? kFinalizeSum : 0) |
-      (&Op::selected != &OpBase::selected ? kSelect : 0);
+      bit<&Op::template prepare<R>, &OpBase::template prepare<R>>(kPrepare) |
+      bit<&Op::template idle<R>, &OpBase::template idle<R>>(kIdle) |
+      bit<&Op::template other<R>, &OpBase::template other<R>>(kOther) |
+      bit<&Op::template finalize_sum<R>, &OpBase::template finalize_sum<R>>(kFinalizeSum) |
+      bit<&Op::selected, &OpBase::selected>(kSelect);
   static_assert(defined == Op::hooks,
                 "`hooks` has to list exactly the hooks that the op defines (is one misspelt?)");
 };

@@ -27,7 +27,7 @@ const CpuKernel* cpu_kernels();
 const char* cpu_isa();       // in use
 const char* best_cpu_isa();  // that the processor has
 int cpu_threads();
-// false: a step is out of range, nothing was done
-bool run_on_cpu(int op, Dtype dtype, LaunchArgs& args);
+// false: `wrong_step` is out of range, and nothing was done
+bool run_on_cpu(int op, Dtype dtype, LaunchArgs& args, int64_t* wrong_step);
 
 }  // namespace diffcore

@@ -28,7 +28,7 @@ template <class Op, class S>
 constexpr int kBlocksPerSm = [] {
   const int tensors = Op::n_in + Op::n_out;
   const bool draws_eight = kDraws<Op> && sizeof(S) == 2;
-  if (sizeof(S) == 8 || kInDouble<Op> || (draws_eight && tensors >= 5)) return 2;
+  if (sizeof(S) == 8 || Op::in_double || (draws_eight && tensors >= 5)) return 2;
   const int held = tensors + (sizeof(S) == 2 ? Op::n_coef / 4 : 0);
   return held >= 9 || draws_eight ? 3 : 4;
 }();

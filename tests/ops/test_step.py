@@ -31,7 +31,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     real, copied = execute._C, execute._as
 
     class Recorder:
-        def call(self, index: int, *args: Any) -> int:
+        def call(self, index: int, *args: Any) -> Any:
             seen.append(kernel.OPS[index][0])
             return real.call(index, *args)
 

@@ -33,10 +33,12 @@ _launch = None if native._C is None else native._C.launch
 # Function.apply, less its search for functorch wrappers: no transform is active where it is called.
 _apply: Callable[..., Any] = super(torch.autograd.Function, Function).apply
 
-# What _C.launch answers where it has not run the kernel.
-_NOT_PLAIN, _NEEDS_GRAD, _NEGATED, _COEF_NEEDS_GRAD, _COEF_NEGATED, _MODE, _TRANSFORM = (
-    1 << k for k in range(7)
-)
+# What _C.launch answers where it has not run the kernel; without it every call takes one route.
+_FOUND: dict[str, int] = {"not_plain": 1} if native._C is None else native._C.FOUND
+_NOT_PLAIN = _FOUND["not_plain"]
+_NEEDS_GRAD, _COEF_NEEDS_GRAD = (_FOUND.get(x, 0) for x in ("needs_grad", "coef_needs_grad"))
+_NEGATED, _COEF_NEGATED = (_FOUND.get(x, 0) for x in ("negated", "coef_negated"))
+_MODE, _TRANSFORM = (_FOUND.get(x, 0) for x in ("mode", "transform"))
 
 
 def _run(  # noqa: C901 - the call path: one more function is time
@@ -53,8 +55,8 @@ def _run(  # noqa: C901 - the call path: one more function is time
         return run_registered(kernel, inputs, coefs, step, reduce_all, out, noise)
     found = _NOT_PLAIN
     if _launch is not None:
-        look = out is not None or forward_ad._current_level >= 0 or native.DEBUG
-        found = _launch(kernel.index, inputs, coefs, step, noise, look)
+        inspect_only = out is not None or forward_ad._current_level >= 0 or native.DEBUG
+        found = _launch(kernel.index, inputs, coefs, step, noise, inspect_only)
         if type(found) is not int:
             return found
     if found & _NOT_PLAIN and not all(isinstance(x, Tensor) for x in inputs):

@@ -10,13 +10,13 @@ from torch.autograd.graph import increment_version
 
 from diffcore._engine import messages, native
 from diffcore._engine.kernel import RANDN_INDEX, Kernel
+from diffcore._engine.messages import Arguments
 from diffcore._types import Coef, Coefs, NoiseParts, Step, Tensors
 from diffcore.reference import philox
 
 Noise = NoiseParts | None  # what a kernel generates its noise from; None where it reads it
 
 _C = native._C
-_DONE, _LAYOUT = 0, 2
 _new_like = torch.empty_like
 
 
@@ -29,11 +29,14 @@ def direct(
     out: Tensor | None = None,
     noise: Noise = None,
 ) -> Any:
-    """Allocates and calls the kernel; whatever the kernel refuses is explained or mended."""
+    """Allocates and calls the kernel.
+
+    What is wrong is raised; what a kernel does not read as it lies in memory is copied first.
+    """
     if _C is None:
         return run_reference(kernel, inputs, coefs, step, reduce_all, out, noise)
     if native.DEBUG:  # a CUDA kernel clamps a step that is out of range instead of refusing it
-        messages.explain(kernel, inputs, coefs, step, out, noise)
+        messages.explain(Arguments(kernel, inputs, coefs, step, out, noise))
     first = inputs[0]
     if kernel.sums:
         outs = allocate(kernel, first, reduce_all)
@@ -42,50 +45,46 @@ def direct(
     else:
         outs = tuple([_new_like(first) for _ in range(kernel.outputs)])
     if out is not None and (type(out) is not Tensor or out.requires_grad):
-        return _careful(kernel, outs, inputs, coefs, step, reduce_all, out, noise)
+        messages.check_out(kernel, inputs, out)
     read = inputs if kernel.reads_inputs else ()
-    try:
-        status = _C.call(kernel.index, outs, read, coefs, step, reduce_all, noise)
-    except RuntimeError:  # a tensor without storage of its own: sparse, quantised, meta
-        messages.explain(kernel, inputs, coefs, step, out, noise)
-        if not native.has_kernels(first.device):
-            return run_reference(kernel, inputs, coefs, step, reduce_all, out, noise)
-        raise
-    if status != _DONE:
-        return _careful(kernel, outs, inputs, coefs, step, reduce_all, out, noise)
+    reason = _C.call(kernel.index, outs, read, coefs, step, reduce_all, noise)
+    if reason is not None:
+        args = Arguments(kernel, inputs, coefs, step, out, noise)
+        return _careful(reason, outs, args, reduce_all)
     if out is not None:
         increment_version(out)
     return outs[0] if len(outs) == 1 else outs
 
 
-def _careful(
-    kernel: Kernel,
-    outs: Tensors,
-    inputs: Tensors,
-    coefs: Coefs,
-    step: Step,
-    reduce_all: bool,
-    out: Tensor | None,
-    noise: Noise,
-) -> Any:
-    """The slow twin of `direct`: explains what is wrong, falls back, makes layouts agree."""
-    messages.explain(kernel, inputs, coefs, step, out, noise)
-    if not native.has_kernels(inputs[0].device):
-        return run_reference(kernel, inputs, coefs, step, reduce_all, out, noise)
+# Reasons that are no mistake: the arguments lie in memory as kernels do not read or write them.
+_COPIES = ("layout", "noise_layout", "overlap", "outputs_overlap")
+
+
+def _careful(reason: native.Reason, outs: Tensors, args: Arguments, reduce_all: bool) -> Any:
+    """What `direct` does where the kernel did not run: falls back, copies, or raises."""
+    kernel, inputs, coefs, step, out, noise = args
+    code = messages.code_of(reason)
+    if code in ("unreadable", "device_kind"):  # sparse, quantized, meta, or of another device
+        messages.explain(args)
+        if not native.has_kernels(inputs[0].device):
+            return run_reference(kernel, inputs, coefs, step, reduce_all, out, noise)
+    if code not in _COPIES:
+        messages.refuse(reason, args)
+    if out is not None:
+        messages.check_out(kernel, inputs, out)
     like = outs[0] if kernel.outputs else _new_like(inputs[0])
     tensors = tuple(_as(like, x) for x in inputs) if kernel.reads_inputs else ()
-    status = _C.call(kernel.index, outs, tensors, coefs, step, reduce_all, noise)
-    if status == _LAYOUT and kernel.generates_noise and kernel.reads_inputs:
-        z = _generated(noise, inputs[0])  # an order of elements that kernels do not generate in
-        return direct(kernel.reading(), (*tensors, _as(like, z)), coefs, step, reduce_all, out)
-    if status != _DONE:  # samples interleaved in memory, or an output partly over an input
+    again = _C.call(kernel.index, outs, tensors, coefs, step, reduce_all, noise)
+    if again is not None and kernel.generates_noise and kernel.reads_inputs:
+        if messages.code_of(again) in ("layout", "noise_layout"):
+            z = _generated(noise, inputs[0])
+            return direct(kernel.reading(), (*tensors, _as(like, z)), coefs, step, reduce_all, out)
+    if again is not None:  # samples interleaved in memory, or an output partly over an input
         tensors = tuple(x.contiguous() for x in tensors)
         fresh = tuple(torch.empty_like(o, memory_format=torch.contiguous_format) for o in outs)
-        status = _C.call(kernel.index, fresh, tensors, coefs, step, reduce_all, noise)
-        if status != _DONE:
-            raise RuntimeError(
-                f"{kernel.name}: the kernel refused its arguments (status {status}); please report"
-            )
+        last = _C.call(kernel.index, fresh, tensors, coefs, step, reduce_all, noise)
+        if last is not None:
+            messages.refuse(last, args)
         for o, f in zip(outs, fresh, strict=True):
             o.copy_(f)
     elif out is not None:
@@ -94,11 +93,11 @@ def _careful(
 
 
 def _generated(noise: Noise, like: Tensor) -> Tensor:
-    """The noise of a key, in row-major order."""
+    """The noise of a key in a contiguous tensor, where kernels do not generate it in that order."""
     z = torch.empty_like(like, memory_format=torch.contiguous_format)
-    status = _C.call(RANDN_INDEX, (z,), (), (), None, False, noise)
-    if status != _DONE:
-        raise RuntimeError(f"randn: the kernel refused the noise key (status {status})")
+    reason = _C.call(RANDN_INDEX, (z,), (), (), None, False, noise)
+    if reason is not None:
+        raise RuntimeError(f"randn: the kernel refused ({messages.code_of(reason)}); please report")
     return z
 
 
@@ -127,7 +126,7 @@ def run_reference(
     out: Tensor | None = None,
     noise: Noise = None,
 ) -> Any:
-    messages.explain(kernel, inputs, coefs, step, out, noise)
+    messages.explain(Arguments(kernel, inputs, coefs, step, out, noise))
     assert kernel.reference is not None, kernel.name
     if noise is not None:
         like = inputs[0]
