@@ -177,9 +177,12 @@ __device__ __forceinline__ T row_sum(T value, int threads_x, int x) {
   return value;
 }
 
+// The layout of the blocks comes in parts and the names are short: the binary holds the mangled name
+// of each of some 400 kernels several times.
 template <class Op, class S>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSm<Op, S>)
-    op_kernel(const __grid_constant__ LaunchArgs args, const BlockLayout layout) {
+    map(const __grid_constant__ LaunchArgs args, int threads_x, int rounds_of_thread, bool packed) {
+  const BlockLayout layout{threads_x, rounds_of_thread, packed};
   using R = Compute<S>;
   constexpr int kPack = 16 / sizeof(S);
   const int x = threadIdx.x % layout.threads_x, y = threadIdx.x / layout.threads_x;
@@ -249,7 +252,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm<Op, S>)
 
 // Combines the blocks of each row.
 template <class Op, class S>
-__global__ void __launch_bounds__(kThreads) finish_kernel(const __grid_constant__ LaunchArgs args) {
+__global__ void __launch_bounds__(kThreads) fold(const __grid_constant__ LaunchArgs args) {
   using R = Compute<S>;
   for (int64_t row = blockIdx.x; row < args.rows; row += gridDim.x) {
     for (int k = 0; k < Op::n_sum; ++k) {
@@ -313,11 +316,10 @@ struct CudaLaunch {
     const int64_t grid_y = blocks_y < kMaxGridY ? blocks_y : kMaxGridY;
     const dim3 grid(unsigned(args.chunks), unsigned(grid_y),
                     unsigned((blocks_y + grid_y - 1) / grid_y));
-    op_kernel<Op, S><<<grid, kThreads, 0, stream>>>(args, layout);
+    map<Op, S><<<grid, kThreads, 0, stream>>>(args, layout.threads_x, layout.rounds, layout.packed);
     if constexpr (Op::n_sum > 0) {
       if (args.chunks > 1)
-        finish_kernel<Op, S>
-            <<<unsigned(args.rows < 65535 ? args.rows : 65535), kThreads, 0, stream>>>(args);
+        fold<Op, S><<<unsigned(args.rows < 65535 ? args.rows : 65535), kThreads, 0, stream>>>(args);
     }
     const cudaError_t error = cudaGetLastError();
     return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
@@ -325,9 +327,9 @@ struct CudaLaunch {
 
   static const char* load() {  // brings the kernels' code onto the current device
     cudaFuncAttributes attributes;
-    cudaError_t error = cudaFuncGetAttributes(&attributes, op_kernel<Op, S>);
+    cudaError_t error = cudaFuncGetAttributes(&attributes, map<Op, S>);
     if constexpr (Op::n_sum > 0)
-      if (error == cudaSuccess) error = cudaFuncGetAttributes(&attributes, finish_kernel<Op, S>);
+      if (error == cudaSuccess) error = cudaFuncGetAttributes(&attributes, fold<Op, S>);
     return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
   }
 };

@@ -30,8 +30,7 @@ using Joined = typename Join<List...>::type;
 
 // A term of each element, its sum over each row, and the gradients of both.
 template <class Term, class... Gradient>
-using Family =
-    OpList<Term, SumOf<Term>, ElementwiseGradient<Gradient>..., SumGradient<Gradient>...>;
+using Family = OpList<Term, SumOf<Term>, GradientOf<Gradient>..., SumGradientOf<Gradient>...>;
 
 template <bool kGuided, int kHistory, bool kKeeps>
 using Step = OpList<ReverseStep<kGuided, kHistory, kKeeps, kStill>,

@@ -28,7 +28,7 @@ struct SumOf : OpBase {
 
 // The gradient of a term: of the elementwise op, whose upstream gradient is the last input ...
 template <class Gradient>
-struct ElementwiseGradient : OpBase {
+struct GradientOf : OpBase {
   static constexpr KernelName kName{Gradient::Term::name, "_backward", Gradient::variant};
   static constexpr const char* name = kName.text;
   static constexpr int n_in = Gradient::n_in + 1, n_out = Gradient::n_out;
@@ -40,7 +40,7 @@ struct ElementwiseGradient : OpBase {
 };
 // ... and of its sum, whose upstream gradient is a number per row times `scale`.
 template <class Gradient>
-struct SumGradient : OpBase {
+struct SumGradientOf : OpBase {
   static constexpr KernelName kName{Gradient::Term::name, "_sum_backward", Gradient::variant};
   static constexpr const char* name = kName.text;
   static constexpr int n_in = Gradient::n_in, n_out = Gradient::n_out, n_coef = 2;
