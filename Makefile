@@ -117,8 +117,8 @@ format: $(VENV)/.requirements  ## rewrite the files as `make lint` wants them
 
 # A second build of the package, in a folder that no installation knows: -S keeps the editable install of the
 # environment out. The allocator of torch is the sanitizer's, so a read past the end of a tensor ends the run.
-SANITIZE_TESTS ?= $(sort $(shell find tests -name test_ops_forward.py -o -name test_ops_layouts.py \
-  -o -name test_ops_errors_out.py -o -name test_noise_bits.py -o -name test_threshold.py))
+SANITIZE_TESTS ?= tests/ops/test_forward.py tests/ops/test_layouts.py tests/ops/test_errors_out.py tests/ops/test_threshold.py \
+  tests/noise/test_bits.py
 SANITIZE_SITE := build/sanitize/site
 SANITIZE_RUNTIMES := asan ubsan stdc++
 define SANITIZED_PYTHON
@@ -135,7 +135,7 @@ sanitize: $(VENV)/.installed  ## build with AddressSanitizer and UBSan (GCC); ev
 	  --config-settings=cmake.build-type=RelWithDebInfo --config-settings=install.strip=false \
 	  --config-settings=cmake.define.DIFFCORE_SANITIZE=ON --config-settings=cmake.define.DIFFCORE_CUDA=OFF .
 	$(SANITIZED_PYTHON) tools/sanitizer_run.py --device cpu
-	$(SANITIZED_PYTHON) -m pytest -p no:cacheprovider $(SANITIZE_TESTS) $(PYTEST_ARGS)
+	$(SANITIZED_PYTHON) -m pytest -p no:cacheprovider -m 'not slow' $(SANITIZE_TESTS) $(PYTEST_ARGS)
 
 .PHONY: wheel
 wheel: $(VENV)/.requirements  ## wheel and sdist in dist/, then a smoke test of the wheel in a throw-away environment

@@ -39,6 +39,7 @@ from benchmarks.machine import last_level_cache, why_no_compile
 from benchmarks.timing import Budget, Call, interleave
 from benchmarks.walks import NO_DIFFUSERS, Walk, has_diffusers
 from diffcore import PhiloxNoise, ops
+from diffcore.ops._launcher import row_plan
 
 STEPS, AT = 50, 25
 SCALE = 7.5
@@ -88,10 +89,11 @@ class Contest:
         self.case, self.device = case, device
         self.walk = Walk(case.kind, STEPS)
         self.row = self.walk.table.rows[AT]
+        self.plan = row_plan(self.row.coefficients, None)
         self.formula = self.walk.formula(AT)
-        names = ["x", "m", *["m_u"] * case.guided, *["h"] * self.row.plan.reads]
+        names = ["x", "m", *["m_u"] * case.guided, *["h"] * self.plan.reads]
         names += ["z"] * (case.noise == GIVEN)
-        self.moved = len(names) + 1 + self.row.plan.keeps  # tensors read and written
+        self.moved = len(names) + 1 + self.plan.keeps  # tensors read and written
         size = math.prod(shape) * dtype.itemsize * len(names)
         self.count = 1
         if device.type == "cpu" and shape not in SMALL:  # as many as keep its cache cold
@@ -133,7 +135,7 @@ class Contest:
                 ops.reverse_step,
                 *(s["x"], s["m"], row.coefficients),
                 **self._options(s),
-                return_history=row.plan.keeps,
+                return_history=self.plan.keeps,
             )
             for s in self.sets
         ]

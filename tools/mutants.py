@@ -80,7 +80,7 @@ MUTANTS = [
         "losses: min-SNR for v",
         "return capped / (snr + 1)",
         "return capped / (snr - 1)",
-        "tests/diffusion/test_loss_weights.py",
+        "tests/schedules/test_schedule.py -k min_snr",
     ),
     # ---- Python: mutants that once lived ---------------------------------------------------------
     Mutant(

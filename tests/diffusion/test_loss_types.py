@@ -282,9 +282,9 @@ def test_bad_arguments_are_named() -> None:
     for loss_type in LOSS_TYPES:
         d = GaussianDiffusion(BETAS, variance_type="learned", loss_type=loss_type)
         loss = d.training_losses
-        refused(ValueError, r"shape \[2, 6, 4\] .* got \[2, 3, 4\]", loss, half, x, 3)
+        refused(ValueError, r"shape \(2, 6, 4\) .* got \(2, 3, 4\)", loss, half, x, 3)
         refused(ValueError, "decoder", loss, half, x, 3, decoder="laplace")
-        refused(ValueError, r"samples \[B, C, ...\]", loss, half, x[:, 0, 0], 3)
+        refused(ValueError, r"shape \[B, C, ...\]", loss, half, x[:, 0, 0], 3)
 
 
 @pytest.mark.skipif(native._C is None, reason="needs the compiled module")

@@ -254,7 +254,7 @@ def test_tracing(name: str) -> None:
 
     tensors = [args.tensors[n] for n in names]
     traced = make_fx(f)(*tensors)
-    assert any("_drawn" in str(n.target) for n in traced.graph.nodes)
+    assert any("_generated" in str(n.target) for n in traced.graph.nodes)
     assert_same_bits(traced(*tensors), f(*tensors))
 
 

@@ -13,7 +13,8 @@ from torch import Tensor
 from diffcore._engine import native
 
 if TYPE_CHECKING:
-    from diffcore._engine.execute import Kernel, Noise
+    from diffcore._engine.execute import Noise
+    from diffcore._engine.kernel import Kernel
     from diffcore._types import Coef, Step
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -46,7 +47,6 @@ def explain(
     inputs: tuple[Tensor, ...],
     coefs: tuple[Coef, ...],
     step: Step,
-    whole: bool,  # noqa: ARG001 (the arguments of a call, all of them)
     out: Tensor | None = None,
     noise: Noise = None,
 ) -> None:
@@ -164,7 +164,8 @@ def _check_step(step: Step, steps: int, rows: int, first: Tensor) -> None:
             "or a single step"
         )
     _check_memory("t", step)
-    readable = step.device.type == "cpu" or native.DEBUG
+    # A dispatch mode may have no values, or may record that they are read.
+    readable = (step.device.type == "cpu" or native.DEBUG) and not native.dispatch_modes()
     if readable and type(step) is Tensor and not _is_traced(step) and step.numel():
         low, high = int(step.min()), int(step.max())
         if low < 0 or high >= steps:

@@ -7,7 +7,7 @@ from torch import Tensor
 from diffcore import ops
 from diffcore._types import Noise
 from diffcore.diffusion.tables import DiffusionTables
-from diffcore.sampling.loop import or_drawn
+from diffcore.sampling.noise import noise_or_default
 
 
 class ForwardProcess(DiffusionTables):
@@ -43,7 +43,7 @@ class ForwardProcess(DiffusionTables):
             x_t, like ``x_start``.
         """
         t = self._check_t(t, x_start)
-        noise = or_drawn(noise, x_start)
+        noise = noise_or_default(noise, x_start)
         return ops.q_sample(x_start, t, noise, self._noise_table(x_start.device))
 
     def q_posterior_mean_variance(

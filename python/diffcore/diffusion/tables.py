@@ -14,7 +14,7 @@ from diffcore._checks import check_choice
 from diffcore._types import Coef, Model
 from diffcore.coefficients.bound import LEARNED, VARIANCE_TYPES, vlb_coefficients
 from diffcore.coefficients.step import PREDICTION_TYPES, parse_clip_range, posterior_coefficients
-from diffcore.sampling.loop import call_model
+from diffcore.sampling.model import call_model
 from diffcore.schedules.betas import check_betas
 from diffcore.schedules.schedule import NoiseSchedule
 from diffcore.schedules.timesteps import TIMESTEP_SPACINGS, respaced_timesteps
