@@ -180,6 +180,6 @@ def test_bad_arguments_are_named():
     for count in (2.5, True):
         with pytest.raises(TypeError, match="num_timesteps must be an int"):
             vdm_bound(model, x, **RANGE, num_timesteps=count)
-    with pytest.raises(TypeError, match="x must be a tensor"):
+    with pytest.raises(TypeError, match="x must be a floating-point tensor"):
         vdm_bound(model, x.long(), **RANGE)
     assert vdm_bound(model, 0.99 * x, **RANGE, decoder="gaussian").total_nats.isfinite().all()

@@ -75,10 +75,10 @@ def _careful(reason: native.Reason, outs: Tensors, args: Arguments, reduce_all: 
     like = outs[0] if kernel.outputs else _new_like(inputs[0])
     tensors = tuple(_as(like, x) for x in inputs) if kernel.reads_inputs else ()
     again = _C.call(kernel.index, outs, tensors, coefs, step, reduce_all, noise)
-    if again is not None and kernel.generates_noise and kernel.reads_inputs:
-        if messages.code_of(again) in ("layout", "noise_layout"):
-            z = _generated(noise, inputs[0])
-            return direct(kernel.reading(), (*tensors, _as(like, z)), coefs, step, reduce_all, out)
+    unordered = again is not None and messages.code_of(again) in ("layout", "noise_layout")
+    if unordered and kernel.generates_noise and kernel.reads_inputs:
+        z = _generated(noise, inputs[0])
+        return direct(kernel.reading(), (*tensors, _as(like, z)), coefs, step, reduce_all, out)
     if again is not None:  # samples interleaved in memory, or an output partly over an input
         tensors = tuple(x.contiguous() for x in tensors)
         fresh = tuple(torch.empty_like(o, memory_format=torch.contiguous_format) for o in outs)

@@ -145,7 +145,7 @@ def prior_coefficients(alpha: float, sigma: float) -> tuple[float, float]:
     Returns:
         1/2 alpha², and 1/2 [sigma² - 1 - log sigma²].
     """
-    d = torch.tensor(2 * math.log(sigma), dtype=torch.float64)
+    d = torch.tensor(2 * math.log(sigma), dtype=torch.float64, device="cpu")
     return 0.5 * alpha**2, float(_half_expm1_minus(d))
 
 
@@ -154,7 +154,7 @@ def _posterior(alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor, Te
         torch.cat([torch.full_like(c[:1], v), c[:-1]]) for c, v in ((alpha, 1.0), (sigma, 0.0))
     ]
     found = posterior_coefficients(alpha, sigma, *before)
-    shift, keep, small, large = (torch.as_tensor(c) for c in found)
+    shift, keep, small, large = (torch.as_tensor(c, device=alpha.device) for c in found)
     return shift, keep, small, large
 
 
@@ -162,7 +162,8 @@ def _errors(
     alpha: Tensor, sigma: Tensor, prediction_type: str, given: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(b_0, b_g, b_m) of x_0 - x0_hat = b_0 x_0 + b_g given + b_m m."""
-    a_x, a_m = (torch.as_tensor(c) for c in x0_coefficients(alpha, sigma, prediction_type))
+    pair = x0_coefficients(alpha, sigma, prediction_type)
+    a_x, a_m = (torch.as_tensor(c, device=alpha.device) for c in pair)
     if given == "x_t":
         return torch.ones_like(alpha), -a_x, -a_m
     # A model that says the target itself is right: the error is -a_m (m - target).
