@@ -9,8 +9,13 @@ from torch import Tensor
 
 from diffcore._checks import check_choice
 from diffcore._types import ClipRange, Levels
-from diffcore.coefficients.bound import LEARNED, VARIANCE_TYPES
-from diffcore.coefficients.step import ddim_coefficients, posterior_coefficients
+from diffcore.coefficients.step import (
+    LEARNED,
+    VARIANCE_TYPES,
+    ddim_coefficients,
+    posterior_coefficients,
+    tensors,
+)
 from diffcore.solvers.levels import NoiseLevels, as_levels
 from diffcore.solvers.rows import Rows, ancestral, at_least_zero, toward
 from diffcore.solvers.table import SolverTable
@@ -50,7 +55,7 @@ def ddpm_table(
     check_choice("variance_type", variance_type, VARIANCE_TYPES)
     walk = as_levels(levels)
     rows = Rows("ddpm", walk, prediction_type, clip_range)
-    c_0, c_x, beta_tilde, beta = (torch.as_tensor(c) for c in posterior_coefficients(*_ends(walk)))
+    c_0, c_x, beta_tilde, beta = tensors(posterior_coefficients(*_ends(walk)))
     noisy, learned = walk.sigma[1:] != 0, None
     if variance_type in LEARNED:
         noisy &= beta_tilde > 0  # a step that goes nowhere needs no noise
@@ -152,7 +157,7 @@ def euler_ancestral_table(
 def _log_deviation(variance_type: str, noisy: Tensor, beta_tilde: Tensor, beta: Tensor) -> Tensor:
     """s_0 and s_v of each row: half the log-variance is s_0 + s_v v. 0 where there is no noise."""
     if variance_type == "learned":
-        return noisy[:, None] * torch.tensor([0.0, 0.5], dtype=torch.float64)
+        return noisy[:, None] * torch.tensor([0.0, 0.5], dtype=torch.float64, device="cpu")
     small, large = (torch.where(noisy, c, 1.0).log() for c in (beta_tilde, beta))
     return torch.stack([small + large, large - small], dim=1) / 4
 
