@@ -367,7 +367,8 @@ def _broadcast(values: Sequence[Coef]) -> Sequence[Tensor]:
         else torch.full((), value, dtype=torch.float64, device=device)
         for value in values
     ]
-    return torch.broadcast_tensors(*tensors)
+    broadcast: Sequence[Tensor] = torch.broadcast_tensors(*tensors)
+    return broadcast
 
 
 def _row(*columns: Coef) -> Tensor:
