@@ -106,7 +106,7 @@ class NoiseLevels:
             raise ValueError(
                 f"alpha must be above 0 after the first level, got {self.alpha.tolist()}"
             )
-        # sigma' alpha <= sigma alpha' says that sigma / alpha falls, without a division by 0.
+        # sigma' alpha <= sigma alpha' means that sigma / alpha falls, without a division by 0.
         before, after = self.alpha[:-1] * self.sigma[1:], self.alpha[1:] * self.sigma[:-1]
         wrong = after < before
         wrong[:-1] |= (after == before)[:-1]  # the last step may keep its level (DDIM's t = 0)

@@ -52,7 +52,7 @@ def dpmpp_singlestep_table(
 
     Source:
         Lu et al. 2022 (arXiv 2211.01095) algorithm 1; Lu et al. 2022 (arXiv 2206.00927) appendix
-        D.3 for the cut of the steps into blocks, as diffusers has it.
+        D.3 for the division into blocks, as in diffusers.
     """
     check_order(order, 3)
     check_choice("solver_type", solver_type, SOLVER_TYPES)
