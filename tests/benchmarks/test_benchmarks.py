@@ -26,9 +26,9 @@ from benchmarks import (
     bench_steps,
     contest,
     report,
+    sampling_loops,
     tables,
     timing,
-    walks,
 )
 from diffcore import PhiloxNoise
 from diffcore._engine import native
@@ -266,7 +266,7 @@ def test_a_step_is_checked_and_timed(
     case: bench_steps.Case, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     row = step_row(case, shape)
-    peers = {"diffusers"} if walks.has_diffusers() else set()
+    peers = {"diffusers"} if sampling_loops.has_diffusers() else set()
     if shape == bench_steps.SMALL[0]:
         assert set(row["timings"]) == {"diffcore", "eager", "reverse_step"} | peers
     else:
@@ -298,7 +298,7 @@ def test_the_table_of_steps_ends_with_the_ratio_to_diffusers() -> None:
 @pytest.mark.parametrize("kind", bench_sampling.KINDS)
 @pytest.mark.parametrize("steps", [5, 20])
 def test_loops_that_are_timed_agree(kind: str, steps: int) -> None:
-    walk = walks.Walk(kind, steps)
+    walk = sampling_loops.SamplingLoop(kind, steps)
     start = walk.table.init_noise_sigma * torch.randn(3, 2, 4)
     with torch.no_grad():
         bench_sampling.check(walk, lambda x, t: torch.tanh(x), start)

@@ -83,6 +83,14 @@ def test_beta(a, b):
     assert got[-2] == LOW
 
 
+@pytest.mark.parametrize("n", [3, 11])
+@pytest.mark.parametrize("shape", [0.6, 0.35, 1.0, 4.0])
+def test_beta_of_an_odd_number_has_the_mean_in_the_middle(n, shape):
+    # A symmetric distribution: p = 1/2, where rounding decides on which side the search is.
+    middle = sigmas.get_sigmas_beta(n, LOW, HIGH, shape, shape)[n // 2]
+    assert math.isclose(middle, (LOW + HIGH) / 2, rel_tol=1e-14)
+
+
 def test_the_ends_are_those_asked_for_and_the_rest_falls():
     for make in (
         sigmas.get_sigmas_karras,

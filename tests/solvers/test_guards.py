@@ -180,7 +180,7 @@ def test_walks_from_pure_noise(name):
     for levels in (flow, preserving):
         straight = name.startswith(("heun", "lms")) and levels.path == "vp"
         if name in NEED_SIGNAL or straight:
-            with pytest.raises(ValueError, match="cannot start at alpha = 0"):
+            with pytest.raises(ValueError, match="levels must start at alpha > 0"):
                 ALL[name](levels, prediction_type="v_prediction")
             continue
         for kind in ("v_prediction", "flow_prediction", "sample"):
@@ -189,7 +189,7 @@ def test_walks_from_pure_noise(name):
             table = ALL[name](levels, prediction_type=kind)
             x = torch.linspace(-2, 2, 5, dtype=torch.float64)
             assert walk(table, bent, x, lambda row: torch.ones(5).double()).isfinite().all()
-        with pytest.raises(ValueError, match="zero terminal SNR"):
+        with pytest.raises(ValueError, match=r"alpha must not be 0 .*zero terminal SNR"):
             ALL[name](levels, prediction_type="epsilon")
 
 
@@ -232,14 +232,22 @@ REFUSED = {
     "rising": (
         lambda: solvers.euler_table([1.0, 2.0, 0.0]),
         ValueError,
-        "sigmas must fall: step 0",
+        "sigmas must fall at every step, got step 0",
     ),
-    "equal": (lambda: solvers.euler_table([2.0, 1.0, 1.0, 0.0]), ValueError, "must fall: step 1"),
-    "negative": (lambda: solvers.euler_table([2.0, -1.0]), ValueError, "only the last sigma"),
+    "equal": (
+        lambda: solvers.euler_table([2.0, 1.0, 1.0, 0.0]),
+        ValueError,
+        "must fall at every step, got step 1",
+    ),
+    "negative": (
+        lambda: solvers.euler_table([2.0, -1.0]),
+        ValueError,
+        "sigma must be above 0 before",
+    ),
     "zero-inside": (
         lambda: solvers.euler_table([2.0, 0.0, 0.0]),
         ValueError,
-        "only the last sigma",
+        "sigma must be above 0 before",
     ),
     "single": (lambda: solvers.euler_table([2.0]), ValueError, r"shape \[N \+ 1\]"),
     "matrix": (lambda: solvers.euler_table(torch.ones(2, 2)), ValueError, r"shape \[N \+ 1\]"),
@@ -318,7 +326,7 @@ REFUSED = {
             NoiseLevels.from_schedule(LINEAR, torch.tensor([9, 0])), s_churn=1.0
         ),
         ValueError,
-        "s_churn needs levels with alpha = 1",
+        "s_churn must be 0 unless alpha = 1",
     ),
     "flow-range": (lambda: solvers.flow_euler_table([2.0, 0.0]), ValueError, "must lie in"),
     "sigma_data": (
@@ -329,12 +337,12 @@ REFUSED = {
     "neither": (
         lambda: NoiseLevels.from_schedule(LINEAR),
         ValueError,
-        "either timesteps or sigmas",
+        "timesteps or sigmas must be given, and not both",
     ),
     "both": (
         lambda: NoiseLevels.from_schedule(LINEAR, torch.tensor([1]), sigmas=SIGMAS),
         ValueError,
-        "either timesteps or sigmas",
+        "timesteps or sigmas must be given, and not both",
     ),
     "timesteps-out": (
         lambda: NoiseLevels.from_schedule(LINEAR, torch.tensor([1000, 0])),
@@ -349,7 +357,7 @@ REFUSED = {
     "timesteps-empty": (
         lambda: NoiseLevels.from_schedule(LINEAR, []),
         ValueError,
-        "timesteps must be numbers",
+        "timesteps must be real numbers",
     ),
     "timesteps-count": (
         lambda: NoiseLevels.from_sigmas(SIGMAS, torch.arange(2)),
@@ -366,12 +374,12 @@ REFUSED = {
             NoiseSchedule(torch.tensor([0.5, 0.4]), torch.tensor([0.1, 0.9])), torch.tensor([1, 0])
         ),
         ValueError,
-        "neither variance preserving",
+        "schedule must be variance preserving",
     ),
     "sigma-space": (
         lambda: NoiseLevels.from_sigmas(SIGMAS).sigma_space(),
         ValueError,
-        "only a variance preserving walk",
+        "path must be 'vp'",
     ),
 }
 

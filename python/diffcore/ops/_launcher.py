@@ -103,7 +103,7 @@ class RowLauncher:
             )
         if not self._history:
             return found, ()
-        # A row that writes no h hands on x in its place: no later row reads it.
+        # A row that writes no h returns x in its place, which no later row reads.
         x_next, left = found if how.keeps else (found, x)
         return x_next, (left,) if self._history == 1 else (left, *history)[: self._history]
 

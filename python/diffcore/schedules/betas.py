@@ -60,8 +60,8 @@ def make_betas(
     if name == "squaredcos_cap_v2":
         if scale_to_1000:
             raise ValueError(
-                "scale_to_1000 must be False with 'squaredcos_cap_v2', a function of t / T already, "
-                "got True"
+                "scale_to_1000 must be False with 'squaredcos_cap_v2', already a function of t / T,"
+                " got True"
             )
         return _squared_cosine(num_timesteps)
     if not 0 < beta_start <= beta_end:

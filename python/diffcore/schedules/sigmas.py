@@ -232,11 +232,16 @@ def _check_range(n: int, sigma_min: float, sigma_max: float) -> None:
 
 
 def _beta_quantile(p: float, a: float, b: float) -> float:
-    """The x with I_x(a, b) = p, by bisection on the side where x keeps its digits."""
+    """The x with I_x(a, b) = p, from the side of 1/2 where x keeps its digits."""
     if p <= 0 or p >= 1:
         return float(p >= 1)
     if p > _beta_cdf(0.5, a, b):
-        return 1 - _beta_quantile(1 - p, b, a)
+        return 1 - _lower_quantile(1 - p, b, a)
+    return _lower_quantile(p, a, b)
+
+
+def _lower_quantile(p: float, a: float, b: float) -> float:
+    """The quantile by bisection in [0, 1/2]; 1/2 for a p that rounding puts above it."""
     low, high = 0.0, 0.5
     for _ in range(200):
         middle = (low + high) / 2
