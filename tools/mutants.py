@@ -54,8 +54,8 @@ MUTANTS = [
     ),
     Mutant(
         "reference: bound, learned variance",
-        "d = d - d_v * variance_output.double() + d_low",
-        "d = d + d_v * variance_output.double() + d_low",
+        "d = k.d_0 - k.d_v * variance_output.double() + k.d_low",
+        "d = k.d_0 + k.d_v * variance_output.double() + k.d_low",
         "tests/ops/test_forward.py::test_reference_is_within_the_bound[float32-vlb_term_learned]",
     ),
     Mutant(
@@ -102,9 +102,9 @@ MUTANTS = [
         "tests/solvers/test_rows.py",
     ),
     Mutant(
-        "solvers: the step before the first",
-        "rows, before = [], -1",
-        "rows, before = [], +1",
+        "solvers: the first row of a step",
+        "scale, step, step != before)",
+        "scale, step, step == before)",
         "tests/solvers/test_rows.py",
     ),
     Mutant(
@@ -158,8 +158,8 @@ MUTANTS = [
     ),
     Mutant(
         "csrc: bound, learned variance",
-        "      return mul_add(-c[kDv], x[2], c[kD0]) + c[kDLow];",
-        "      return mul_add(c[kDv], x[2], c[kD0]) + c[kDLow];",
+        "      return mul_add(-row.d_v(), x[2], row.d_0()) + row.d_low();",
+        "      return mul_add(row.d_v(), x[2], row.d_0()) + row.d_low();",
         "tests/ops/test_forward.py::test_values_are_within_the_bound[cpu-float32-vlb_term_learned]",
     ),
 ]
