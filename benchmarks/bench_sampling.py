@@ -1,12 +1,13 @@
-"""Times whole sampling loops, per step: what a solver costs beside its network.
+"""Times complete sampling loops, per step: the cost of a solver beside its network.
 
     python -m benchmarks.bench_sampling [--device auto|cpu|cuda] [--out FOLDER-OR-FILE] [--quick]
 
-"Solver alone" stands for an infinitely fast network: its output is a tensor that is already there.
-DDPM draws noise in every step: diffcore inside the step's kernel, the others into memory. With the
-demo's U-Net the same loops show what is left of the gain. diffcore's loop is ``diffcore.sample``,
-eager's is written by hand with coefficients that are numbers already, diffusers' is that of its
-pipelines. On CUDA the first two are also recorded, whole loop and network, as a CUDA graph each.
+"Solver alone" stands for an infinitely fast network: its output is an existing tensor. DDPM adds
+noise in every step: diffcore generates it inside the step's kernel, the others in memory. With the
+demo's U-Net the same loops show how much of the gain is left. diffcore's loop is
+``diffcore.sample``; eager's loop has coefficients that are Python numbers already; diffusers' is
+the loop of its pipelines. On CUDA the first two are also captured, network included, as one CUDA
+graph each.
 """
 
 from __future__ import annotations
@@ -190,8 +191,7 @@ def measure(device: torch.device, args: argparse.Namespace) -> dict[str, Any]:
     notes = [] if has_diffusers() else [NO_DIFFUSERS]
     for kind in KINDS:
         walk = Walk(kind, 5 if args.quick else STEPS)
-        for shape in SHAPES[device.type]:
-            rows.append(time_solver(walk, shape, device, budget, notes))
+        rows += [time_solver(walk, shape, device, budget, notes) for shape in SHAPES[device.type]]
     for steps, shape in UNET[device.type]:
         batch = 4 if args.quick else shape[0]
         few = Walk("DPM++ 2M", 5 if args.quick else steps)

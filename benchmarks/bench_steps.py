@@ -1,14 +1,15 @@
-"""Times one reverse step against diffusers' own step, the formula by hand and its compilation.
+"""Times one reverse step against diffusers, the formula in plain PyTorch, and its compilation.
 
     python -m benchmarks.bench_steps [--device auto|cpu|cuda] [--out FOLDER-OR-FILE] [--quick]
 
-One step in the middle of a walk of 50. Under guidance diffusers' step is given m_u + w (m_c - m_u),
-combined before it as its pipelines do. "Noise given" is the same tensor for all (diffusers'
-``randn_tensor`` is replaced by one that returns it); "noise drawn" is drawn by each in its own way,
-diffcore's inside the kernel. Euler's step is without ``scale_model_input`` on either side, and
-diffusers makes x_0 too. Its schedulers count their steps and keep their history: before each call
-both are put back, which is one or two assignments inside the timed region, under 0.1 µs.
-torch.compile has the numbers of this one step as constants; a loop could not afford that.
+The step is in the middle of a sampling loop of 50. With guidance, diffusers' step gets
+m_u + w (m_c - m_u), combined before the call as its pipelines do. "Noise given": every contestant
+reads the same tensor (diffusers' ``randn_tensor`` is replaced by a function that returns it).
+"Noise drawn": each contestant generates its own noise, diffcore inside the kernel. Euler's step
+excludes ``scale_model_input`` for everyone; diffusers also computes x_0. Its schedulers count steps
+and keep history: both are reset before each call, by one or two assignments inside the timed region
+(under 0.1 µs). torch.compile gets the coefficients of this one step as constants; a loop would have
+to compile every step.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ from benchmarks.machine import last_level_cache, why_no_compile
 from benchmarks.timing import Budget, Call, interleave
 from benchmarks.walks import NO_DIFFUSERS, Walk, has_diffusers
 from diffcore import PhiloxNoise, ops
+from diffcore.ops._launcher import row_plan
 
 STEPS, AT = 50, 25
 SCALE = 7.5
@@ -58,7 +60,6 @@ class Case:
     kind: str
     guided: bool = False
     noise: str = ""
-    times: float | None = None  # diffusers' speed that is wanted
 
     def __str__(self) -> str:
         """For people."""
@@ -66,10 +67,10 @@ class Case:
 
 
 LARGE_CASES = (
-    Case("DDPM", guided=True, noise=GIVEN, times=3.5),
-    Case("DDPM", guided=True, noise=DRAWN, times=6),
-    Case("DPM++ 2M", guided=True, times=3.5),
-    Case("Euler", times=2.5),
+    Case("DDPM", guided=True, noise=GIVEN),
+    Case("DDPM", guided=True, noise=DRAWN),
+    Case("DPM++ 2M", guided=True),
+    Case("Euler"),
 )
 SMALL_CASES = (
     Case("DDPM", noise=GIVEN),
@@ -77,20 +78,6 @@ SMALL_CASES = (
     Case("DPM++ 2M"),
     Case("Euler"),
 )
-
-
-def wanted(
-    case: Case, dtype: str, shape: tuple[int, ...], device: torch.device
-) -> dict[str, float]:
-    """What is wanted of a row: so many times diffusers' speed, or at most so many seconds."""
-    if device.type == "cpu" and dtype == "f32":
-        if shape == SMALL[0]:
-            return {"seconds": 4e-6}
-        if shape == SMALL[1]:
-            return {"times": 3.0}
-        if shape == LARGE["cpu"] and case.times:
-            return {"times": case.times}
-    return {}
 
 
 class Contest:
@@ -102,10 +89,11 @@ class Contest:
         self.case, self.device = case, device
         self.walk = Walk(case.kind, STEPS)
         self.row = self.walk.table.rows[AT]
+        self.plan = row_plan(self.row.coefficients, None)
         self.formula = self.walk.formula(AT)
-        names = ["x", "m", *["m_u"] * case.guided, *["h"] * self.row.plan.reads]
+        names = ["x", "m", *["m_u"] * case.guided, *["h"] * self.plan.reads]
         names += ["z"] * (case.noise == GIVEN)
-        self.moved = len(names) + 1 + self.row.plan.keeps  # tensors read and written
+        self.moved = len(names) + 1 + self.plan.keeps  # tensors read and written
         size = math.prod(shape) * dtype.itemsize * len(names)
         self.count = 1
         if device.type == "cpu" and shape not in SMALL:  # as many as keep its cache cold
@@ -147,7 +135,7 @@ class Contest:
                 ops.reverse_step,
                 *(s["x"], s["m"], row.coefficients),
                 **self._options(s),
-                return_history=row.plan.keeps,
+                return_history=self.plan.keeps,
             )
             for s in self.sets
         ]
@@ -298,7 +286,6 @@ def time_step(
         "bytes": nbytes,
         "input_sets": contest.count,
         "relative_error": errors,
-        "wanted": wanted(case, dtype, shape, device),
         "times_diffusers": t["diffusers"] / t["diffcore"] if "diffusers" in t else None,
         **derived(timings, elements, nbytes),
     }

@@ -1,7 +1,7 @@
-"""A solver three times: as our table, as formulas written by hand, as diffusers' scheduler.
+"""A sampling loop three times: a diffcore table, formulas in plain PyTorch, diffusers' scheduler.
 
-All three take the same steps over the same schedule. diffusers is no dependency: without it the
-other two remain.
+All three take the same steps over the same schedule. diffusers is optional: without it the other
+two remain.
 """
 
 from __future__ import annotations

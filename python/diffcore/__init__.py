@@ -6,6 +6,8 @@ are the lecture's two models on top of them. :func:`sample` walks any table of
 :mod:`diffcore.likelihood` has the variational bound of a data set, in bits a dimension.
 """
 
+from typing import TYPE_CHECKING
+
 from diffcore import likelihood as likelihood
 from diffcore import losses as losses
 from diffcore import sampling as sampling
@@ -55,4 +57,14 @@ from diffcore.vae import elbo_terms as elbo_terms
 from diffcore.vae import importance_weighted_bound as importance_weighted_bound
 from diffcore.vae import vae_loss as vae_loss
 
-__version__ = "0.1.0"
+__version__: str
+
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str) -> str:
+        """``__version__``, which takes a look-up that an import does not pay for."""
+        if name == "__version__":
+            from diffcore._engine.info import version
+
+            return version()
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -268,7 +268,7 @@ GOOD = PAIRS["vp-middle"]
         (lambda: x0_coefficients(torch.ones(2) * 1j, 1.0, "sample"), TypeError, "alpha"),
     ],
 )
-def test_bad_input(call, error, message):
+def test_bad_arguments_are_named(call, error, message):
     with pytest.raises(error, match=message):
         call()
 

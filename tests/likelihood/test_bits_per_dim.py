@@ -109,7 +109,7 @@ def test_a_model_with_parameters_says_where_to_work():
     assert math.isnan(one.estimator_variance)
 
 
-def test_one_timestep():
+def test_bound_of_a_process_of_one_timestep():
     one = GaussianDiffusion(torch.tensor([0.3], dtype=torch.float64))
     found = bits_per_dim(one, model, data(), noise=RECIPE)
     assert found.terms.shape == (1,)
@@ -255,7 +255,7 @@ def never(x, t):
     raise AssertionError("the model was called")
 
 
-def test_mistakes_are_named():
+def test_bad_arguments_are_named():
     x = data()
     for name, options in (
         ("timesteps must be in 1 .. T - 1 = 24, got 25", {"timesteps": 25}),

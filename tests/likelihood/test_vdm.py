@@ -118,7 +118,7 @@ def test_times_cover_the_interval_evenly():
     assert torch.equal((8 * steps).round().sort().values, torch.arange(1, 9).double())
 
 
-def test_it_is_a_training_loss():
+def test_the_bound_has_the_gradient_of_a_training_loss():
     x = pixels()
     weight = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
     t = torch.linspace(0.1, 0.9, 6, dtype=torch.float64)
@@ -154,7 +154,7 @@ def test_inference_mode():
     assert drawn.total_nats.isfinite().all()
 
 
-def test_mistakes_are_named():
+def test_bad_arguments_are_named():
     x = pixels()
     for name, options in (
         ("gamma_min and gamma_max are None and None", {}),

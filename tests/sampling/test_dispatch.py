@@ -89,7 +89,7 @@ def test_a_step_is_one_launch_and_allocates_its_outputs(launched: list[str], nam
         step()
     *views, op = seen.ops
     assert set(views) <= VIEWS
-    assert op == kernel.replace("*", "_drawn")
+    assert op == kernel.replace("*", "_generated")
 
 
 @pytest.mark.parametrize("noise", [None, "recipe"])

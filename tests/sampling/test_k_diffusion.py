@@ -188,7 +188,7 @@ def test_a_table_is_made_once_for_the_same_sigmas_and_options() -> None:
         return solvers.euler_ancestral_table(sigmas, **options)
 
     def run(sigmas: Tensor, eta: float) -> Tensor:
-        return k_diffusion._walk(
+        return k_diffusion._run(
             make, {"eta": eta}, denoiser, torch.ones(1, 2), sigmas, None, None, True
         )
 

@@ -151,7 +151,7 @@ def test_zero_terminal_snr(name):
     assert schedule.alpha[0] == pytest.approx(first.item(), rel=4 * EPS)
 
 
-def test_families():
+def test_each_family_of_schedules_has_its_alpha_and_sigma():
     sigmas = torch.tensor([0.1, 1.0, 80.0], dtype=torch.float64)
     exploding = NoiseSchedule.from_sigmas(sigmas)
     assert torch.equal(exploding.alpha, torch.ones_like(sigmas))
@@ -310,6 +310,6 @@ ONES = torch.ones(3)
         (lambda: min_snr_weights(ONES, prediction_type="x0"), ValueError, "prediction_type"),
     ],
 )
-def test_bad_input(call, error, message):
+def test_bad_arguments_are_named(call, error, message):
     with pytest.raises(error, match=message):
         call()

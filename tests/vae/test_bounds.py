@@ -145,7 +145,7 @@ def test_the_deviation_of_the_decoder_may_be_trained():
             f(torch.ones(3))
 
 
-def test_mistakes_are_named():
+def test_bad_arguments_are_named():
     x, z, mean = torch.zeros(4, 3), torch.zeros(2, 4, 5), torch.zeros(4, 5)
     good = {"x": x, "x_recon": torch.zeros(2, 4, 3), "z": z, "mean": mean, "logvar": mean}
     importance_weighted_bound(**good)

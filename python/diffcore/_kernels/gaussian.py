@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from diffcore import reference
-from diffcore._engine.dispatch import Call, Grads, Kernel, drawing, run_tuple
-from diffcore._kernels.noise import Needs, Tensors, noised, with_noise
+from diffcore._engine.dispatch import run_tuple
+from diffcore._engine.kernel import Call, Grads, Kernel
+from diffcore._engine.library import define_noisy
+from diffcore._kernels.noise import Needs, noised, with_noise
 from diffcore._kernels.term import Term
+from diffcore._types import Tensors
 from diffcore.reference import gaussian as formulas
 
 NORMAL_KL = Term(
@@ -53,7 +56,7 @@ def _reparameterize_kl_backward(
 
 
 _PARAMETERS = ("mean", "logvar", "noise")
-REPARAMETERIZE = drawing(
+REPARAMETERIZE = define_noisy(
     Kernel(
         "reparameterize",
         _PARAMETERS,
@@ -61,8 +64,10 @@ REPARAMETERIZE = drawing(
         backward=_reparameterize_backward,
     )
 )
-REPARAMETERIZE_BACKWARD = drawing(Kernel("reparameterize_backward", ("grad", "logvar", "noise")))
-REPARAMETERIZE_KL = drawing(
+REPARAMETERIZE_BACKWARD = define_noisy(
+    Kernel("reparameterize_backward", ("grad", "logvar", "noise"))
+)
+REPARAMETERIZE_KL = define_noisy(
     Kernel(
         "reparameterize_kl",
         _PARAMETERS,
@@ -71,7 +76,7 @@ REPARAMETERIZE_KL = drawing(
         backward=_reparameterize_kl_backward,
     )
 )
-REPARAMETERIZE_KL_BACKWARD = drawing(
+REPARAMETERIZE_KL_BACKWARD = define_noisy(
     Kernel(
         "reparameterize_kl_backward",
         ("mean", "logvar", "grad_z", "noise"),

@@ -7,18 +7,12 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from diffcore import reference
-from diffcore._engine.dispatch import (
-    Call,
-    Coef,
-    Grads,
-    Kernel,
-    Step,
-    drawing,
-    run,
-    run_tuple,
-    split_coefs,
-)
-from diffcore._kernels.noise import Needs, Tensors
+from diffcore._engine.dispatch import run, run_tuple
+from diffcore._engine.execute import split_coefs
+from diffcore._engine.kernel import Call, Grads, Kernel
+from diffcore._engine.library import define, define_noisy
+from diffcore._kernels.noise import Needs
+from diffcore._types import Coef, Step, Tensors
 
 
 def _linear_backward(inputs: Tensors, call: Call, grads: Grads, needs: Needs) -> Grads:
@@ -44,30 +38,34 @@ def _linear_pair_backward(inputs: Tensors, call: Call, grads: Grads, needs: Need
 def _combined(grads: Grads, coefs: Sequence[Coef], step: Step) -> Tensor:
     """The sum of c g over the upstream gradients that there are."""
     there = [(g, c) for g, c in zip(grads, coefs, strict=True) if g is not None]
-    kernel = LINEAR_COMBINATION if len(there) == 2 else SCALE
+    kernel = LINEAR_COMBINATION.reading if len(there) == 2 else SCALE
     tables = tuple(c for _, c in there)
     at = step if any(isinstance(c, Tensor) and c.ndim == 2 for c in tables) else None
     return run(kernel, tuple(g for g, _ in there), tables, at)
 
 
-SCALE = Kernel(
-    "scale",
-    ("x",),
-    ("a",),
-    reference=reference.scale,
-    backward=_linear_backward,
-    saves_inputs=False,
+SCALE = define(
+    Kernel(
+        "scale",
+        ("x",),
+        ("a",),
+        reference=reference.scale,
+        backward=_linear_backward,
+        saves_inputs=False,
+    )
 )
-SCALE_TWICE = Kernel(
-    "scale_twice",
-    ("x",),
-    ("a", "b"),
-    outputs=2,
-    reference=reference.scale_twice,
-    backward=_scale_twice_backward,
-    saves_inputs=False,
+SCALE_TWICE = define(
+    Kernel(
+        "scale_twice",
+        ("x",),
+        ("a", "b"),
+        outputs=2,
+        reference=reference.scale_twice,
+        backward=_scale_twice_backward,
+        saves_inputs=False,
+    )
 )
-LINEAR_COMBINATION = drawing(
+LINEAR_COMBINATION = define_noisy(
     Kernel(
         "linear_combination",
         ("x", "y"),
@@ -77,7 +75,7 @@ LINEAR_COMBINATION = drawing(
         saves_inputs=False,
     )
 )
-LINEAR_PAIR = drawing(
+LINEAR_PAIR = define_noisy(
     Kernel(
         "linear_pair",
         ("x", "y"),

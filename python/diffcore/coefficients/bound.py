@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from diffcore._checks import check_choice
+from diffcore._types import VlbColumns
 from diffcore.coefficients.step import (
     parse_clip_range,
     posterior_coefficients,
@@ -20,10 +21,7 @@ LEARNED = VARIANCE_TYPES[2:]
 DECODERS = ("discretized", "gaussian")
 GIVEN = ("x_t", "noise")
 
-VLB_COLUMNS = (
-    "b_0", "b_g", "b_m", "b_0_low", "b_g_low", "b_m_low", "clip_min", "clip_max",
-    "decoder", "factor", "offset", "d_0", "d_low", "d_v", "kl",
-)  # fmt: skip
+VLB_COLUMNS = VlbColumns._fields
 """The columns of a table of ``ops.vlb_term``; the last three where the variance is learned."""
 FIXED = 12
 

@@ -20,17 +20,15 @@ import torch
 from torch import Tensor
 
 from diffcore._checks import check_choice
-
-Coef = float | Tensor
+from diffcore._types import Coef, StepColumns
 
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction", "flow_prediction")
 VARIANCE_TYPES = ("fixed_small", "fixed_large")
 
-STEP_COLUMNS = (
-    "c_x", "c_m", "c_0", "c_z", "a_x", "a_m", "clip_min", "clip_max",
-    "e_x", "e_m", "e_0", "c_1", "c_2", "c_3",
-)  # fmt: skip
+STEP_COLUMNS = StepColumns._fields
 """The columns of a solver's table: see ``ops.reverse_step``."""
+HISTORY_WRITTEN, HISTORY_READ = slice(8, 11), slice(11, 14)
+"""Where the columns e_x, e_m, e_0 and c_1, c_2, c_3 are."""
 
 # Inputs may have been rounded to float32 before they came here; a beta that is negative by more
 # than that is a mistake.

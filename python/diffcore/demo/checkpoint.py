@@ -55,7 +55,7 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         metadata = file.metadata() or {}
         if _KEY not in metadata:
             raise ValueError(f"{path} is a safetensors file, but not a diffcore checkpoint")
-        tensors = {name: file.get_tensor(name) for name in file.keys()}
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no dict
     return tensors, json.loads(metadata[_KEY])
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -13,11 +13,12 @@ from diffcore import ops
 from diffcore._checks import check_choice
 from diffcore._engine import native
 from diffcore._engine.dispatch import plain_eager
+from diffcore._types import Model, Noise
 from diffcore.coefficients.bound import DECODERS, FIXED, VLB_COLUMNS
 from diffcore.coefficients.step import x0_coefficients
 from diffcore.diffusion.tables import DiffusionTables
 from diffcore.noise import PhiloxNoise
-from diffcore.sampling.loop import Model, Noise
+from diffcore.sampling.progress import progress_bar
 
 
 class VariationalBound(DiffusionTables):
@@ -134,7 +135,7 @@ class VariationalBound(DiffusionTables):
         clip = self._clip(clip_denoised)
         prior = self.prior_bpd(x_start)
         vb, xstart_mse = [], []
-        for t in with_bar(range(self.num_timesteps), "calc_bpd_loop", progress):
+        for t in progress_bar(range(self.num_timesteps), "calc_bpd_loop", progress):
             now = noise.at(noise.stream + t) if isinstance(noise, PhiloxNoise) else noise
             steps = torch.full((len(x_start),), t, dtype=torch.int64, device=x_start.device)
             term, error = self._noised_term(model, x_start, steps, now, clip, decoder, model_kwargs)
@@ -274,16 +275,6 @@ def check_noise(noise: Noise | None, like: Tensor, name: str = "noise") -> Noise
     elif not isinstance(noise, PhiloxNoise):
         raise TypeError(f"{name} must be a tensor or a PhiloxNoise, got {type(noise).__name__}")
     return noise
-
-
-def with_bar(items: range, name: str, progress: bool | None) -> Iterable[int]:
-    """The items, with a bar (tqdm) if wanted; ``None`` for one on terminals only."""
-    if progress is False:
-        return items
-    from tqdm.auto import tqdm
-
-    bar: Iterable[int] = tqdm(items, desc=name, disable=None if progress is None else False)
-    return bar
 
 
 def _bits(x: Tensor) -> float:

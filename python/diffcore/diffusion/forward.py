@@ -5,8 +5,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from diffcore import ops
+from diffcore._types import Noise
 from diffcore.diffusion.tables import DiffusionTables
-from diffcore.sampling.loop import Noise, or_drawn
+from diffcore.sampling.noise import noise_or_default
 
 
 class ForwardProcess(DiffusionTables):
@@ -42,7 +43,7 @@ class ForwardProcess(DiffusionTables):
             x_t, like ``x_start``.
         """
         t = self._check_t(t, x_start)
-        noise = or_drawn(noise, x_start)
+        noise = noise_or_default(noise, x_start)
         return ops.q_sample(x_start, t, noise, self._noise_table(x_start.device))
 
     def q_posterior_mean_variance(

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from diffcore import ops
+from diffcore._types import Model, Noise, StepNoise
 from diffcore.coefficients.bound import LEARNED
 from diffcore.diffusion.tables import DiffusionTables
-from diffcore.sampling.loop import Model, Noise, StepNoise, or_drawn, start, walk
+from diffcore.sampling.loop import run_table
+from diffcore.sampling.noise import initial_sample, noise_or_default
 
 
 class ReverseProcess(DiffusionTables):
@@ -155,9 +157,9 @@ class ReverseProcess(DiffusionTables):
             x_0, of the given shape.
         """
         rows = self._rows(num_steps, timestep_spacing)
-        x, step_noise = start(model, shape, noise, step_noise, device, dtype, generator)
+        x, step_noise = initial_sample(model, shape, noise, step_noise, device, dtype, generator)
         table = self._ddpm(rows, self._clip(clip_denoised))
-        return walk(model, x, table, step_noise, model_kwargs=model_kwargs, progress=progress)
+        return run_table(model, x, table, step_noise, model_kwargs=model_kwargs, progress=progress)
 
     def ddim_sample_loop(
         self,
@@ -202,9 +204,9 @@ class ReverseProcess(DiffusionTables):
             x_0, of the given shape.
         """
         rows = self._rows(num_steps, timestep_spacing)
-        x, step_noise = start(model, shape, noise, step_noise, device, dtype, generator)
+        x, step_noise = initial_sample(model, shape, noise, step_noise, device, dtype, generator)
         table = self._ddim(rows, self._clip(clip_denoised), eta, rederive_epsilon)
-        return walk(
+        return run_table(
             model,
             x,
             table,
@@ -233,7 +235,7 @@ class ReverseProcess(DiffusionTables):
             output,
             table,
             t=t,
-            noise=or_drawn(noise, x) if noisy else None,
+            noise=noise_or_default(noise, x) if noisy else None,
             variance_output=None if variance is None else said,
             variance_coefficients=variance,
         )

@@ -11,14 +11,10 @@ import torch
 from torch import Tensor
 
 from diffcore._checks import check_choice
+from diffcore._types import Coef, Model
 from diffcore.coefficients.bound import LEARNED, VARIANCE_TYPES, vlb_coefficients
-from diffcore.coefficients.step import (
-    PREDICTION_TYPES,
-    Coef,
-    parse_clip_range,
-    posterior_coefficients,
-)
-from diffcore.sampling.loop import Model, call_model
+from diffcore.coefficients.step import PREDICTION_TYPES, parse_clip_range, posterior_coefficients
+from diffcore.sampling.model import call_model
 from diffcore.schedules.betas import check_betas
 from diffcore.schedules.schedule import NoiseSchedule
 from diffcore.schedules.timesteps import TIMESTEP_SPACINGS, respaced_timesteps

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from diffcore import ops
 from diffcore._checks import check_choice
+from diffcore._types import Model, Noise
 from diffcore.coefficients.bound import DECODERS
 from diffcore.diffusion.tables import DiffusionTables
-from diffcore.sampling.loop import Model, Noise, or_drawn
+from diffcore.sampling.noise import noise_or_default
 
 
 class TrainingLosses(DiffusionTables):
@@ -72,7 +73,7 @@ class TrainingLosses(DiffusionTables):
         if of_bound and weights is not None:
             raise ValueError(f"weights are given; loss_type={self.loss_type!r} has none")
         t = self._check_t(t, x_start)
-        noise = or_drawn(noise, x_start)
+        noise = noise_or_default(noise, x_start)
         x_t = ops.q_sample(x_start, t, noise, self._noise_table(x_start.device))
         output, variance = self._predict(model, x_t, t, model_kwargs)
         if of_bound:

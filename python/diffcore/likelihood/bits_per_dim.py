@@ -16,13 +16,15 @@ import torch
 from torch import Tensor
 
 from diffcore._checks import check_choice
+from diffcore._types import Model, Noise
 from diffcore.coefficients.bound import DECODERS
 from diffcore.diffusion import GaussianDiffusion
 from diffcore.diffusion.bound import check_decoder
 from diffcore.likelihood.fingerprint import described, digest, of_model
 from diffcore.likelihood.strata import Strata, Tally, read_state
 from diffcore.noise import PhiloxNoise
-from diffcore.sampling.loop import Model, Noise
+from diffcore.sampling.model import model_device
+from diffcore.sampling.progress import progress_counter
 
 _BATCH = 64
 Kwargs = Mapping[str, Any] | Callable[[Any], Mapping[str, Any]]
@@ -182,12 +184,12 @@ def bits_per_dim(
         # Of the CPU's generator: a number, which can be written down.
         seed = PhiloxNoise.from_generator(device="cpu").seed if state is None else state["seed"]
         noise = PhiloxNoise(seed)
-    device = _device(model) if device is None else torch.device(device)
+    device = model_device(model) if device is None else torch.device(device)
 
     _skip(source, tally, path)
     calls = draws * len(strata.starts)
     total = None if number is None else number * calls
-    with _bar(progress, total, tally.calls) as bar:
+    with progress_counter(total, "bits_per_dim", progress, done=tally.calls, unit="call") as bar:
         for batch, x in source:
             diffusion._check_t(0, x, "data")
             tally.check_kind([list(x.shape[1:]), str(x.dtype)])
@@ -336,16 +338,3 @@ def _check_count(name: str, value: Any, most: int | None) -> None:
     if value < 1 or (most is not None and value > most):
         wanted = "positive" if most is None else f"in 1 .. T - 1 = {most}"
         raise ValueError(f"{name} must be {wanted}, got {value}")
-
-
-def _device(model: Model) -> torch.device | None:
-    parameter = next(model.parameters(), None) if isinstance(model, torch.nn.Module) else None
-    return None if parameter is None else parameter.device
-
-
-def _bar(progress: bool | None, total: int | None, done: int) -> Any:
-    from tqdm.auto import tqdm
-
-    # None: where there is no terminal
-    disable = None if progress is None else not progress
-    return tqdm(total=total, initial=done, desc="bits_per_dim", unit="call", disable=disable)

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffcore._types import Model, Noise
 from diffcore.noise import PhiloxNoise
-from diffcore.sampling.loop import Model, Noise
 
 
 def described(noise: Noise | None) -> Any:

@@ -12,11 +12,12 @@ from torch import Tensor
 
 from diffcore import ops
 from diffcore._checks import check_choice
+from diffcore._types import Model, Noise
 from diffcore.coefficients.bound import DECODERS, FIXED, VLB_COLUMNS
 from diffcore.coefficients.step import PREDICTION_TYPES, target_coefficients, x0_coefficients
 from diffcore.diffusion.bound import check_noise, check_pixels, may_look
 from diffcore.noise import PhiloxNoise
-from diffcore.sampling.loop import Model, Noise, call_model, check_samples
+from diffcore.sampling.model import call_model, check_samples
 
 Gamma = Callable[[Tensor], Tensor]
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from diffcore._engine.dispatch import Coef, Step, plain_eager
+from diffcore._engine.dispatch import plain_eager
+from diffcore._types import Coef, Step
 
 
 def as_coef(name: str, value: Coef, step: Step) -> Coef:

@@ -9,16 +9,15 @@ import torch
 from torch import Tensor
 
 from diffcore._engine import messages
-from diffcore._engine.dispatch import Coef, Step, run
-from diffcore._engine.execute import Kernel
+from diffcore._engine.dispatch import run
+from diffcore._engine.kernel import NoisyKernel
 from diffcore._kernels import noise as k
+from diffcore._types import Coef, Noise, Step
 from diffcore.noise import PhiloxNoise, draw
-
-Noise = Tensor | PhiloxNoise
 
 
 def noised(
-    kernel: Kernel,
+    kernel: NoisyKernel,
     inputs: tuple[Tensor, ...],
     noise: Noise,
     coefs: tuple[Coef, ...] = (),
@@ -28,12 +27,14 @@ def noised(
     """Runs a kernel whose last input is noise, or its twin that draws it."""
     if isinstance(noise, PhiloxNoise):
         if not isinstance(inputs[0], Tensor):
-            messages.refuse_non_tensor(kernel.inputs[:-1], inputs)
+            messages.refuse_non_tensor(kernel.generating.inputs, inputs)
         return k.noised(kernel, inputs, noise._parts, coefs, step, out)
     if not isinstance(noise, Tensor):
         kind = type(noise).__name__
-        raise TypeError(f"{kernel.inputs[-1]} is a {kind}; wanted a torch.Tensor or a PhiloxNoise")
-    return run(kernel, (*inputs, noise), coefs, step, False, out)
+        raise TypeError(
+            f"{kernel.reading.inputs[-1]} is a {kind}; wanted a torch.Tensor or a PhiloxNoise"
+        )
+    return run(kernel.reading, (*inputs, noise), coefs, step, False, out)
 
 
 def drawn_for(

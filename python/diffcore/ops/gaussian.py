@@ -9,7 +9,8 @@ from diffcore._engine import messages
 from diffcore._engine.dispatch import run
 from diffcore._kernels import gaussian as k
 from diffcore._kernels.term import Term
-from diffcore.ops._noise import Noise, drawn_for, noised
+from diffcore._types import Noise
+from diffcore.ops._noise import drawn_for, noised
 
 
 def reduced(term: Term, inputs: tuple[Tensor, ...], reduction: str) -> Tensor:

@@ -7,20 +7,21 @@ from typing import Literal, overload
 from torch import Tensor
 
 from diffcore._engine import messages
-from diffcore._engine.dispatch import Coef, Step, run
+from diffcore._engine.dispatch import run
 from diffcore._kernels import linear as k
+from diffcore._types import Coef, Noise, Step
 from diffcore.coefficients import step as formulas
 from diffcore.ops._arguments import as_coef, as_number, as_table, in_float64
-from diffcore.ops._noise import Noise, noised
+from diffcore.ops._noise import noised
 
 # One kernel, under the names that its arguments have in each op.
 _PAIR, _LEVELS = ("x0", "noise"), ("alpha", "sigma")
-_ADD_NOISE = k.LINEAR_COMBINATION.named(_PAIR, _LEVELS)
-_Q_SAMPLE = k.LINEAR_COMBINATION.named(_PAIR, _LEVELS, table="table")
-_WITH_TARGET = k.LINEAR_PAIR.named(_PAIR, (*_LEVELS, "target's x0", "target's noise"))
-_Q_SAMPLE_TARGET = _WITH_TARGET.named(_PAIR, table="table")
-_VELOCITY = k.LINEAR_COMBINATION.named(_PAIR, ("sigma", "alpha"))
-_CONVERSION = k.LINEAR_COMBINATION.named(("x_t", "model_output"), _LEVELS)
+_ADD_NOISE = k.LINEAR_COMBINATION.renamed(_PAIR, _LEVELS)
+_Q_SAMPLE = k.LINEAR_COMBINATION.renamed(_PAIR, _LEVELS, table="table")
+_WITH_TARGET = k.LINEAR_PAIR.renamed(_PAIR, (*_LEVELS, "target's x0", "target's noise"))
+_Q_SAMPLE_TARGET = _WITH_TARGET.renamed(_PAIR, table="table")
+_VELOCITY = k.LINEAR_COMBINATION.renamed(_PAIR, ("sigma", "alpha"))
+_CONVERSION = k.LINEAR_COMBINATION.reading.renamed(("x_t", "model_output"), _LEVELS)
 
 
 Target = Literal["epsilon", "v_prediction", "flow_prediction"]
@@ -175,7 +176,7 @@ def linear_combination(
     else:
         a, b = coefficients
         coefs = (as_coef("a", a, t), as_coef("b", b, t))
-    return run(k.LINEAR_COMBINATION, (x, y), coefs, t, False, out)
+    return run(k.LINEAR_COMBINATION.reading, (x, y), coefs, t, False, out)
 
 
 def velocity(

@@ -6,17 +6,17 @@ import torch
 from torch import Tensor
 
 from diffcore._engine import messages
-from diffcore._engine.dispatch import Coef, Step
 from diffcore._kernels import loss as k
+from diffcore._types import Coef, Noise, Step
 from diffcore.coefficients.step import PREDICTION_TYPES
 from diffcore.noise import PhiloxNoise
 from diffcore.ops._arguments import as_coef, as_number
-from diffcore.ops._noise import Noise, noised
+from diffcore.ops._noise import noised
 
 _COMMON = ("weight", "inverse_n")
-_NOISE_LOSS = k.TARGET_LOSS.named(("model_output", "noise"), _COMMON)
-_X0_LOSS = k.TARGET_LOSS.named(("model_output", "x0"), _COMMON)
-_V_LOSS = k.MIXED_TARGET_LOSS.named(("model_output", "x0", "noise"), (*_COMMON, "sigma", "alpha"))
+_NOISE_LOSS = k.TARGET_LOSS.renamed(("model_output", "noise"), _COMMON)
+_X0_LOSS = k.TARGET_LOSS.renamed(("model_output", "x0"), _COMMON)
+_V_LOSS = k.MIXED_TARGET_LOSS.renamed(("model_output", "x0", "noise"), (*_COMMON, "sigma", "alpha"))
 
 
 def denoising_loss(

@@ -7,14 +7,12 @@ from typing import Any
 
 from torch import Tensor
 
-from diffcore._engine.dispatch import Coef, Step, plain_eager, run
+from diffcore._engine.dispatch import plain_eager, run
 from diffcore._kernels import step as k
+from diffcore._types import ClipRange, Coef, Noise, Row, Step
 from diffcore.coefficients import step as formulas
 from diffcore.ops._arguments import as_coef, as_table, in_float64
-from diffcore.ops._noise import Noise, noised
-
-ClipRange = float | tuple[float, float] | None
-Row = Tensor | tuple[float, ...]
+from diffcore.ops._noise import noised
 
 _ALL = len(formulas.STEP_COLUMNS)
 

@@ -7,11 +7,12 @@ from typing import Any
 
 from torch import Tensor
 
-from diffcore._engine.dispatch import Coef, Step, run
+from diffcore._engine.dispatch import run
 from diffcore._kernels.step import PLAIN
 from diffcore._kernels.threshold import X0_QUANTILE
+from diffcore._types import Coef, Row, Step
 from diffcore.ops._arguments import float_of
-from diffcore.ops.step import Row, first_columns, leading_of
+from diffcore.ops.step import first_columns, leading_of
 
 
 def dynamic_threshold(

@@ -6,8 +6,9 @@ float32, rounded once at the end. Coefficients are numbers or tensors that broad
 inputs (see :func:`per_sample`).
 """
 
+from diffcore._types import Coef
 from diffcore.reference.bound import prior_kl, vlb_term
-from diffcore.reference.common import Coef, compute_dtype, per_sample
+from diffcore.reference.common import compute_dtype, per_sample
 from diffcore.reference.gaussian import (
     expm1_minus,
     gaussian_nll,

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-Coef = float | Tensor
+from diffcore._types import Coef
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -33,8 +33,8 @@ def elementwise(
     return y.to(like.dtype)
 
 
-def row_sum(terms: Tensor, scale: Coef, whole: bool) -> Tensor:
-    """`scale` times the sum over one sample (`[B]`), or over everything when `whole`."""
-    if whole or terms.ndim == 0:
+def row_sum(terms: Tensor, scale: Coef, reduce_all: bool) -> Tensor:
+    """`scale` times the sum over one sample (`[B]`), or over everything when `reduce_all`."""
+    if reduce_all or terms.ndim == 0:
         return terms.sum() * scale
     return terms.flatten(1).sum(1) * scale if terms.ndim > 1 else terms * scale

@@ -47,7 +47,7 @@ def reduced(formula: Callable[..., Tensor], inputs: Sequence[Tensor], reduction:
     scales = {"sample": 1.0, "sum": 1.0}
     if terms.numel():
         scales |= {"batchmean": 1.0 / batch, "mean": 1.0 / terms.numel()}
-    return row_sum(terms, scales.get(reduction, math.nan), whole=reduction != "sample")
+    return row_sum(terms, scales.get(reduction, math.nan), reduce_all=reduction != "sample")
 
 
 def normal_kl(

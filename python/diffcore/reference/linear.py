@@ -7,7 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from diffcore.reference.common import Coef, elementwise
+from diffcore._types import Coef
+from diffcore.reference.common import elementwise
 
 
 def scale(x: Tensor, a: Coef) -> Tensor:

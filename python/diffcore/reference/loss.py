@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from diffcore.reference.common import Coef, compute_dtype, per_sample, row_sum
+from diffcore._types import Coef
+from diffcore.reference.common import compute_dtype, per_sample, row_sum
 
 
 def target_loss(
@@ -51,4 +52,4 @@ def _loss(
     gradient = torch.where(unit, 1.0, 2 * slope * per_sample(weight, like)) * error.detach()
     if isinstance(weight, Tensor):
         weight = weight.to(compute_dtype(like.dtype))
-    return gradient.to(like.dtype), row_sum(error**2, weight * inverse_n, whole=False)
+    return gradient.to(like.dtype), row_sum(error**2, weight * inverse_n, reduce_all=False)

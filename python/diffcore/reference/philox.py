@@ -43,8 +43,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from diffcore._types import NoiseParts
+
 Words = tuple[Tensor, Tensor, Tensor, Tensor]
-Noise = tuple[int | Tensor, int | Tensor, int | Tensor, int]  # seed, sample ids, stream, first
+
 
 MASK = 0xFFFFFFFF
 MULTIPLIERS = 0xD2511F53, 0xCD9E8D57
@@ -133,7 +135,7 @@ def box_muller(w: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def normals(
-    noise: Noise, shape: Sequence[int], dtype: torch.dtype, device: torch.device | str
+    noise: NoiseParts, shape: Sequence[int], dtype: torch.dtype, device: torch.device | str
 ) -> Tensor:
     """The noise (seed, sample ids, stream, first element) as a tensor: [B, ...], or () for B = 1.
 

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from diffcore._checks import check_choice
+from diffcore._types import ClipRange, Levels
 from diffcore.coefficients.bound import LEARNED, VARIANCE_TYPES
 from diffcore.coefficients.step import ddim_coefficients, posterior_coefficients
 from diffcore.solvers.levels import NoiseLevels, as_levels
 from diffcore.solvers.rows import Rows, ancestral, at_least_zero, toward
 from diffcore.solvers.table import SolverTable
-
-Levels = NoiseLevels | Tensor | Sequence[float]
-ClipRange = float | tuple[float, float] | None
 
 
 def ddpm_table(

@@ -11,15 +11,11 @@ import itertools
 import math
 from collections.abc import Sequence
 
-from torch import Tensor
-
 from diffcore._kernels.step import MOST_HISTORY
+from diffcore._types import ClipRange, Levels
 from diffcore.solvers.levels import Level, NoiseLevels, as_levels
 from diffcore.solvers.rows import Rows, ancestral, at_least_zero, check_order, toward
 from diffcore.solvers.table import SolverTable
-
-Levels = NoiseLevels | Tensor | Sequence[float]
-ClipRange = float | tuple[float, float] | None
 
 # EDM never multiplies a noise level by more than this.
 _MAX_CHURN = math.sqrt(2) - 1

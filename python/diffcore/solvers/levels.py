@@ -16,11 +16,13 @@ from diffcore.schedules import NoiseSchedule
 from diffcore.schedules.timesteps import sigmas_to_timesteps, timesteps_to_sigmas
 from diffcore.solvers.paths import (
     PATHS,
+    FlowTime,
     TimeOf,
     all_on_path,
     level_vector,
     on_path,
     path_of,
+    quarter_log,
     timestep_vector,
 )
 
@@ -159,7 +161,7 @@ class NoiseLevels:
             sigma,
             _quarter_log_of(sigma[:-1]),
             "ve",
-            lambda ratio: math.log(ratio) / 4,
+            quarter_log,
             input_std=float(sigma_data),
             preconditioned=True,
             init_noise_sigma=math.hypot(float(sigma[0]), 1),
@@ -183,10 +185,7 @@ class NoiseLevels:
             raise ValueError(f"sigmas of a flow must lie in [0, 1], got {sigma.tolist()}")
         scale = float(num_train_timesteps)
 
-        def time_of(ratio: float) -> float:
-            return scale * (ratio / (1 + ratio) if math.isfinite(ratio) else 1.0)
-
-        return cls(1 - sigma, sigma, sigma[:-1] * scale, "flow", time_of)
+        return cls(1 - sigma, sigma, sigma[:-1] * scale, "flow", FlowTime(scale))
 
     @classmethod
     def from_schedule(

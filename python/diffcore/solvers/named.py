@@ -7,13 +7,11 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from diffcore._types import ClipRange, Levels
 from diffcore.solvers.derivative import euler_table, heun_table
 from diffcore.solvers.dpmpp import dpmpp_table
 from diffcore.solvers.levels import NoiseLevels
 from diffcore.solvers.table import SolverTable
-
-Levels = NoiseLevels | Tensor | Sequence[float]
-ClipRange = float | tuple[float, float] | None
 
 
 def dpmpp_2m_table(

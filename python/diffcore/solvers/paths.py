@@ -39,6 +39,26 @@ class TimeOf:
         return times[high] - share * (times[high] - times[high - 1])
 
 
+class FlowTime:
+    """The timestep of a rectified flow: a factor times sigma, from sigma / alpha.
+
+    Args:
+        scale: The factor.
+    """
+
+    def __init__(self, scale: float) -> None:
+        self._scale = scale
+
+    def __call__(self, ratio: float) -> float:
+        """The timestep; the factor itself where there is no signal."""
+        return self._scale * (ratio / (1 + ratio) if math.isfinite(ratio) else 1.0)
+
+
+def quarter_log(ratio: float) -> float:
+    """EDM's timestep input, log(sigma) / 4, from sigma / alpha with alpha = 1."""
+    return math.log(ratio) / 4
+
+
 def on_path(path: str, ratio: float) -> tuple[float, float]:
     """(alpha, sigma) from a finite sigma / alpha.
 

@@ -8,9 +8,15 @@ import torch
 from torch import Tensor
 
 from diffcore._checks import check_choice
-from diffcore.coefficients.step import PREDICTION_TYPES, STEP_COLUMNS, parse_clip_range
+from diffcore.coefficients.step import (
+    HISTORY_READ,
+    HISTORY_WRITTEN,
+    PREDICTION_TYPES,
+    STEP_COLUMNS,
+    parse_clip_range,
+)
 from diffcore.solvers.levels import Level, NoiseLevels
-from diffcore.solvers.table import KEPT, READ, SolverTable
+from diffcore.solvers.table import SolverTable
 
 
 class Rows:
@@ -90,11 +96,11 @@ class Rows:
         """
         rows = [[row.get(name, 0.0) for name in STEP_COLUMNS] for row in self._rows]
         coefficients = torch.tensor(rows, dtype=torch.float64)
-        read = coefficients[:, READ] != 0
+        read = coefficients[:, HISTORY_READ] != 0
         for r in range(len(rows)):
             later = [read[r + k, k - 1] for k in (1, 2, 3) if r + k < len(rows)]
             if not any(later):
-                coefficients[r, KEPT] = 0
+                coefficients[r, HISTORY_WRITTEN] = 0
         history = max((k for k in (1, 2, 3) if bool(read[:, k - 1].any())), default=0)
         told = torch.tensor([level.timestep for level in self._called], dtype=torch.float64)
         if self._levels.timesteps.dtype == torch.int64 and bool((told == told.round()).all()):

@@ -5,17 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import pairwise
 
-from torch import Tensor
-
 from diffcore._checks import check_choice
+from diffcore._types import ClipRange, Levels
 from diffcore.solvers.dpmpp import SOLVER_TYPES
 from diffcore.solvers.exponential import first_order_weight, interpolating_weights, phi
-from diffcore.solvers.levels import NoiseLevels, as_levels
+from diffcore.solvers.levels import as_levels
 from diffcore.solvers.rows import Rows, check_order
 from diffcore.solvers.table import SolverTable
-
-Levels = NoiseLevels | Tensor | Sequence[float]
-ClipRange = float | tuple[float, float] | None
 
 
 def dpmpp_singlestep_table(

@@ -6,16 +6,12 @@ import itertools
 import math
 from collections.abc import Sequence
 
-from torch import Tensor
-
 from diffcore._checks import check_choice
+from diffcore._types import ClipRange, Levels
 from diffcore.solvers.exponential import first_order_weight, interpolating_weights, last_finite
-from diffcore.solvers.levels import NoiseLevels, as_levels
+from diffcore.solvers.levels import as_levels
 from diffcore.solvers.rows import Rows, check_order
 from diffcore.solvers.table import SolverTable
-
-Levels = NoiseLevels | Tensor | Sequence[float]
-ClipRange = float | tuple[float, float] | None
 
 SOLVER_TYPES = ("bh1", "bh2")
 
