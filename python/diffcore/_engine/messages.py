@@ -142,7 +142,7 @@ class _Named(NamedTuple):
 
     code: str
     argument: str
-    index: int
+    position: int
     detail: int
 
 
@@ -178,7 +178,7 @@ def _of_tensor(name: str, x: Tensor, code: str, args: Arguments) -> Exception | 
 
 
 def _of_input(args: Arguments, why: _Named) -> Exception | None:
-    return _of_tensor(args.kernel.inputs[why.index], args.inputs[why.index], why.code, args)
+    return _of_tensor(args.kernel.inputs[why.position], args.inputs[why.position], why.code, args)
 
 
 def _of_output(args: Arguments, why: _Named) -> Exception | None:
@@ -188,8 +188,8 @@ def _of_output(args: Arguments, why: _Named) -> Exception | None:
 def _of_coef(args: Arguments, why: _Named) -> Exception | None:
     if why.code == "coefficients":
         return _coef_count(sum(map(_columns, args.coefs)), args.kernel)
-    c: Any = args.coefs[why.index]
-    name = _coef_name(args.kernel, c, sum(map(_columns, args.coefs[: why.index])))
+    c: Any = args.coefs[why.position]
+    name = _coef_name(args.kernel, c, sum(map(_columns, args.coefs[: why.position])))
     return {
         "type": lambda: _not_tensor(name, c, "a number or a tensor"),
         "dtype": lambda: _bad_dtype(name, c, _COEF_FLOATS),
