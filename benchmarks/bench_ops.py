@@ -60,7 +60,7 @@ OPS = (
     "denoising_loss_epsilon",
     "denoising_loss_v_prediction",
 )
-"""What is timed unless --ops says otherwise; ``--ops all`` is every case of tests/cases.py."""
+"""What is timed unless --ops says otherwise; ``--ops all`` is every case of the tests."""
 
 SHAPES = {"cpu": ["64x3x128x128"], "cuda": ["256x3x256x256", "64x3x128x128"]}
 OVERHEAD_SHAPE = (4, 16)

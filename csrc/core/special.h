@@ -1,5 +1,5 @@
 // The normal distribution's tail and the logarithm, and the exponential in double for formulas that
-// would cancel in float. float asks for fewer terms. tests/test_special.py derives the
+// would cancel in float. float asks for fewer terms. tests/native/test_special.py derives the
 // coefficients.
 #pragma once
 

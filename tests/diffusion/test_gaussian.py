@@ -1,4 +1,4 @@
-"""GaussianDiffusion: conventions, edges, refusals. Its numbers: test_gaussian_world."""
+"""GaussianDiffusion: conventions, edges, refusals. Its numbers: test_gaussian_world.py."""
 
 from __future__ import annotations
 

@@ -157,11 +157,11 @@ def test_inference_mode():
 def test_bad_arguments_are_named():
     x = pixels()
     for name, options in (
-        ("gamma_min and gamma_max are None and None", {}),
+        ("gamma_min and gamma_max must both be given, or gamma, got None and None", {}),
         ("gamma_min must be less than gamma_max", {"gamma_min": 1.0, "gamma_max": 1.0}),
-        ("both given", {**RANGE, "gamma": lambda t: t}),
+        ("gamma must be None if gamma_min", {**RANGE, "gamma": lambda t: t}),
         ("t must have shape", {**RANGE, "t": torch.zeros(3)}),
-        ("num_timesteps must be positive, got 0", {**RANGE, "num_timesteps": 0}),
+        ("num_timesteps must be at least 1, got 0", {**RANGE, "num_timesteps": 0}),
         ("prediction_type", {**RANGE, "prediction_type": "x0"}),
         ("decoder", {**RANGE, "decoder": "x0"}),
         ("noise must have the shape", {**RANGE, "noise": x[:2]}),
@@ -175,7 +175,7 @@ def test_bad_arguments_are_named():
         vdm_bound(model, 0.99 * x, **RANGE)
     with pytest.raises(TypeError, match="t must be a tensor of floating point numbers"):
         vdm_bound(model, x, **RANGE, t=torch.zeros(6, dtype=torch.int64))
-    with pytest.raises(ValueError, match="x must have samples"):
+    with pytest.raises(ValueError, match="x must have at least one sample"):
         vdm_bound(model, x[:0], **RANGE)
     for count in (2.5, True):
         with pytest.raises(TypeError, match="num_timesteps must be an int"):

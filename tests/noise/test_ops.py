@@ -16,7 +16,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 
 from diffcore import PhiloxNoise, ops
-from diffcore._engine import dispatch, native
+from diffcore._engine import dispatch, execute, kernel, native
 from support.bounds import assert_law, assert_same_bits, check, each_dtype, with_noise
 from support.cases import BY_NAME, NOISED, Arguments, OpCase, as_tuple, without_kernels
 from support.layouts import DENSE, LAYOUTS, OTHER, Layout, inside
@@ -354,3 +354,22 @@ def test_changing_a_part_before_the_backward_draws_again_is_noticed(
     value.add_(1)
     with pytest.raises(RuntimeError, match=r"in.?place"):
         z.sum().backward()
+
+
+@pytest.mark.skipif(native._C is None, reason="needs the compiled module")
+def test_a_refusal_to_generate_noise_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Samples interleaved in memory: the noise is generated first, by a launch of its own.
+    x = torch.randn(6, 4).t()
+    real, refused = execute._C, []
+
+    class Refusing:
+        def call(self, index: int, *arguments: Any) -> Any:
+            if index == kernel.RANDN_INDEX:
+                refused.append(index)
+                return real.call(index, *arguments[:-1], None)  # without a noise key
+            return real.call(index, *arguments)
+
+    monkeypatch.setattr(execute, "_C", Refusing())
+    with pytest.raises(RuntimeError, match="randn"):
+        ops.add_noise(x, PhiloxNoise(1), 0.8, 0.6)
+    assert refused

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -237,6 +238,24 @@ def test_stub_lists_the_names_of_the_compiled_module() -> None:
             declared.add(node.target.id)
     private = {name for name in dir(_C) if name.startswith("__")}
     assert declared - private == set(dir(_C)) - private
+
+
+def test_columns_have_the_order_that_the_compiled_module_reads() -> None:
+    from diffcore import _C
+    from diffcore._engine.native import check_columns
+    from diffcore.coefficients.bound import VLB_COLUMNS
+    from diffcore.coefficients.step import STEP_COLUMNS
+
+    check_columns(_C)
+    right = {
+        "STEP_COLUMNS": ("guidance", "threshold", *STEP_COLUMNS),
+        "VLB_COLUMNS": ("scale", *VLB_COLUMNS),
+    }
+    check_columns(SimpleNamespace(**right))
+    for name, columns in right.items():
+        wrong = (*columns[:3], columns[4], columns[3], *columns[5:])
+        with pytest.raises(ImportError, match=name):
+            check_columns(SimpleNamespace(**{**right, name: wrong}))
 
 
 def shared_object() -> Path:

@@ -229,9 +229,13 @@ REFUSED = {
     "terminal-1": (
         lambda: spacings.stretch_to_terminal(torch.ones(2), 0.5),
         ValueError,
-        "the last sigma is 1",
+        "sigmas must end below 1",
     ),
-    "spacing": (lambda: spacings.spaced_timesteps(10, 2, "odd"), ValueError, "timestep_spacing"),
+    "spacing": (
+        lambda: spacings.spaced_timesteps(10, 2, "odd"),
+        ValueError,
+        "^spacing must be one of",
+    ),
     "steps": (
         lambda: spacings.spaced_timesteps(10, 11),
         ValueError,
@@ -245,7 +249,7 @@ REFUSED = {
     "offset": (
         lambda: spacings.spaced_timesteps(10, 10, "leading", steps_offset=1),
         ValueError,
-        "steps_offset=1",
+        "steps_offset must keep .* 0 .. 9, got 1",
     ),
     "lambda": (
         lambda: spacings.clipped_length(NoiseSchedule.rectified_flow(4), math.inf),

@@ -25,6 +25,7 @@ from diffcore._engine.execute import (
     run_reference,
 )
 from diffcore._engine.kernel import Kernel, NoisyKernel
+from diffcore._engine.messages import Arguments
 from diffcore._types import Coefs, Step, Tensors
 
 _LIBRARY = torch.library.Library("diffcore", "DEF")
@@ -85,7 +86,7 @@ def run_registered(
         return run_reference(kernel, inputs, coefs, step, reduce_all, out, noise)
     compiling = torch.compiler.is_compiling()
     if not compiling and native.dispatch_modes():  # fake tensors: no kernel will check anything
-        messages.explain(messages.Arguments(kernel, inputs, coefs, step, None, noise))
+        messages.explain(Arguments(kernel, inputs, coefs, step, None, noise))
     op = getattr(torch.ops.diffcore, kernel.operator).default
     arguments = (*inputs, *pack(coefs, step), reduce_all, *pack_noise(noise))
     if compiling:
@@ -95,7 +96,7 @@ def run_registered(
             result = op(*arguments)
         except (TypeError, ValueError):
             # The operator names the arguments of the kernel; the user knows those of the function.
-            messages.explain(messages.Arguments(kernel, inputs, coefs, step, None, noise))
+            messages.explain(Arguments(kernel, inputs, coefs, step, None, noise))
             raise
     if out is None:
         return result

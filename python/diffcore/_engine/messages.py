@@ -8,17 +8,14 @@ do not reach the compiled module; both build the same messages.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
 
 from diffcore._engine import native
-
-if TYPE_CHECKING:
-    from diffcore._engine.execute import Noise
-    from diffcore._engine.kernel import Kernel
-    from diffcore._types import Coef, Step
+from diffcore._engine.kernel import Kernel
+from diffcore._types import Coef, Coefs, NoiseParts, Step, Tensors
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 REDUCTIONS = ("none", "sample", "batchmean", "mean", "sum")
@@ -49,11 +46,11 @@ class Arguments(NamedTuple):
     """The arguments of one call of a kernel."""
 
     kernel: Kernel
-    inputs: tuple[Tensor, ...]
-    coefs: tuple[Coef, ...]
+    inputs: Tensors
+    coefs: Coefs
     step: Step
     out: Tensor | None = None
-    noise: Noise = None
+    noise: NoiseParts | None = None
 
 
 # ---- what is wrong with one argument: a name, and the error -------------------------------------
@@ -257,7 +254,7 @@ def _coef_name(kernel: Kernel, c: Coef, k: int) -> str:
     return kernel.coefs[k] if k < len(kernel.coefs) and _columns(c) == 1 else kernel.table
 
 
-def _table_rows(coefs: tuple[Coef, ...]) -> int:
+def _table_rows(coefs: Coefs) -> int:
     return next((len(c) for c in coefs if isinstance(c, Tensor) and c.ndim == 2), 0)
 
 
@@ -279,7 +276,7 @@ def explain(args: Arguments) -> None:
         check_noise(noise, _rows(inputs[0]), inputs[0])
 
 
-def check_out(kernel: Kernel, inputs: tuple[Tensor, ...], out: Tensor) -> None:
+def check_out(kernel: Kernel, inputs: Tensors, out: Tensor) -> None:
     """Raises unless an output given by the user can be written."""
     if not isinstance(out, Tensor):
         raise _not_tensor("out", out)

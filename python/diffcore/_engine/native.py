@@ -12,6 +12,8 @@ from typing import Any
 
 import torch  # before _C: the module shares the OpenMP runtime that torch has loaded
 
+from diffcore._types import StepColumns, VlbColumns
+
 BACKEND = os.environ.get("DIFFCORE_BACKEND", "native")
 """``native`` (default) or ``reference``, from the environment variable ``DIFFCORE_BACKEND``."""
 
@@ -40,12 +42,28 @@ transforms: Callable[[], Any] = getattr(
     getattr(torch._C, "_functorch", None), "peek_interpreter_stack", _unknown
 )
 
+
+def check_columns(module: Any) -> None:
+    """Raises ImportError for a module that reads the columns of tables in another order.
+
+    A module built from another version of the sources would compute wrong numbers in silence.
+    """
+    for name, leading, columns in (
+        ("STEP_COLUMNS", 2, StepColumns._fields),
+        ("VLB_COLUMNS", 1, VlbColumns._fields),
+    ):
+        found = getattr(module, name)
+        if tuple(found[leading:]) != columns:
+            raise ImportError(f"_C.{name} must be {columns}, got {found[leading:]}; build it again")
+
+
 _load_error: str | None = None
 _C: Any = None
 if BACKEND == "native":
     try:
         from diffcore import _C  # type: ignore[no-redef,attr-defined,unused-ignore]
 
+        check_columns(_C)
         _C.connect(
             torch.Tensor.__dlpack_c_exchange_api__,
             torch.Tensor,
@@ -72,12 +90,6 @@ if _C is not None and _ISA and _C.build_info()["instruction_set"] != _ISA:
     raise ValueError(
         f"DIFFCORE_ISA is {_ISA!r}; wanted v2, v3 or v4, and this processor has {best}"
     )
-
-
-def check_columns(name: str, columns: tuple[str, ...]) -> None:
-    """Raises ImportError unless the compiled kernels read the same columns in the same order."""
-    if _C is not None and getattr(_C, name) != columns:
-        raise ImportError(f"{name} of diffcore and of its compiled module differ; rebuild it")
 
 
 _cuda_usable: bool | None = None

@@ -6,7 +6,6 @@ from typing import Any
 
 from torch import Tensor
 
-from diffcore._engine import native
 from diffcore._engine.dispatch import run
 from diffcore._engine.execute import expand_coefs
 from diffcore._engine.kernel import Call, Grads, Kernel, NoisyKernel
@@ -16,8 +15,6 @@ from diffcore._kernels.noise import Needs, noised, with_noise
 from diffcore._types import Tensors
 from diffcore.coefficients.bound import FIXED, VLB_COLUMNS
 from diffcore.reference import bound
-
-native.check_columns("VLB_COLUMNS", ("scale", *VLB_COLUMNS))
 
 
 def _vlb_term(learned: bool) -> NoisyKernel:

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from diffcore import reference
-from diffcore._engine import native
 from diffcore._engine.dispatch import run, run_tuple
 from diffcore._engine.execute import split_coefs
 from diffcore._engine.kernel import Call, Grads, Kernel, NoisyKernel
@@ -21,8 +20,6 @@ from diffcore.coefficients.step import STEP_COLUMNS
 LEADING = ("guidance_scale", "threshold")  # coefficients that no table holds; columns follow
 PLAIN, KEPT = 8, 11  # columns that every step has, and those of one that returns its history
 MOST_HISTORY = 3
-
-native.check_columns("STEP_COLUMNS", ("guidance", "threshold", *STEP_COLUMNS))
 
 STILL, NOISY, LEARNED = range(3)
 _NOISE_INPUTS: tuple[tuple[str, ...], ...] = ((), ("noise",), ("variance_output", "noise"))
