@@ -40,6 +40,11 @@ struct BlockLayout {
   bool packed;    // 16-byte accesses; else single elements
 };
 
+struct Launch {
+  LaunchArgs args;
+  BlockLayout layout;
+};
+
 template <class S, int N>
 struct alignas(sizeof(S) * N) Pack {
   S value[N];
@@ -177,12 +182,13 @@ __device__ __forceinline__ T row_sum(T value, int threads_x, int x) {
   return value;
 }
 
-// The layout of the blocks comes in parts and the names are short: the binary holds the mangled name
-// of each of some 400 kernels several times.
+// One parameter and a short name: the binary holds a host function for each of some 400 kernels, and
+// the mangled name of each several times.
 template <class Op, class S>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSm<Op, S>)
-    map(const __grid_constant__ LaunchArgs args, int threads_x, int rounds_of_thread, bool packed) {
-  const BlockLayout layout{threads_x, rounds_of_thread, packed};
+    map(const __grid_constant__ Launch launch) {
+  const LaunchArgs& args = launch.args;
+  const BlockLayout& layout = launch.layout;
   using R = Compute<S>;
   constexpr int kPack = 16 / sizeof(S);
   const int x = threadIdx.x % layout.threads_x, y = threadIdx.x / layout.threads_x;
@@ -316,7 +322,7 @@ struct CudaLaunch {
     const int64_t grid_y = blocks_y < kMaxGridY ? blocks_y : kMaxGridY;
     const dim3 grid(unsigned(args.chunks), unsigned(grid_y),
                     unsigned((blocks_y + grid_y - 1) / grid_y));
-    map<Op, S><<<grid, kThreads, 0, stream>>>(args, layout.threads_x, layout.rounds, layout.packed);
+    map<Op, S><<<grid, kThreads, 0, stream>>>(Launch{args, layout});
     if constexpr (Op::n_sum > 0) {
       if (args.chunks > 1)
         fold<Op, S><<<unsigned(args.rows < 65535 ? args.rows : 65535), kThreads, 0, stream>>>(args);
