@@ -114,8 +114,6 @@ def _case(name: str, *, learned: bool, whole: bool) -> OpCase:
         partial(_vlb, whole=whole),
         options,
         outputs,
-        len(tensors),
-        len(tensors) + len(outputs),
         has_exp=learned,
     )
 

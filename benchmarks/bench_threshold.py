@@ -49,7 +49,7 @@ def cases() -> list[OpCase]:
     op, tensors = ops.dynamic_threshold, ("x", "model_output")
     guided = {**common, "guidance_scale": GUIDANCE}
     return [
-        OpCase("dynamic_threshold", op, tensors, _formula, lambda b: common, (), 2, 0),
+        OpCase("dynamic_threshold", op, tensors, _formula, lambda b: common, ()),
         OpCase(
             "dynamic_threshold_guided",
             op,
@@ -57,8 +57,6 @@ def cases() -> list[OpCase]:
             _formula,
             lambda b: guided,
             (),
-            3,
-            0,
         ),
     ]
 

@@ -14,7 +14,7 @@ from diffcore._kernels.linear import SCALE
 from diffcore._kernels.noise import Needs, noised, with_noise
 from diffcore._types import Tensors
 from diffcore.coefficients.bound import FIXED, VLB_COLUMNS
-from diffcore.reference import bound
+from diffcore.reference import bound as formulas
 
 
 def _vlb_term(learned: bool) -> NoisyKernel:
@@ -24,7 +24,7 @@ def _vlb_term(learned: bool) -> NoisyKernel:
         x0, m, *rest = args[: 3 + learned]
         scale, *coefs = args[3 + learned :]
         v = rest[0] if learned else None
-        return bound.vlb_term(x0, rest[-1], m, coefs, scale, variance_output=v)
+        return formulas.vlb_term(x0, rest[-1], m, coefs, scale, variance_output=v)
 
     def backward(inputs: Tensors, call: Call, grads: Grads, needs: Needs) -> Grads | None:
         (g,) = grads
@@ -74,7 +74,7 @@ PRIOR_KL = define(
         ("factor", "offset"),
         outputs=0,
         sums=1,
-        reference=lambda *args, reduce_all: bound.prior_kl(*args),
+        reference=lambda *args, reduce_all: formulas.prior_kl(*args),
         backward=_prior_kl_backward,
     )
 )

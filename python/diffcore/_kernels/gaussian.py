@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from diffcore import reference
 from diffcore._engine.dispatch import run_tuple
 from diffcore._engine.kernel import Call, Grads, Kernel
 from diffcore._engine.library import define_noisy
@@ -60,7 +59,7 @@ REPARAMETERIZE = define_noisy(
     Kernel(
         "reparameterize",
         _PARAMETERS,
-        reference=reference.reparameterize,
+        reference=formulas.reparameterize,
         backward=_reparameterize_backward,
     )
 )
@@ -72,7 +71,7 @@ REPARAMETERIZE_KL = define_noisy(
         "reparameterize_kl",
         _PARAMETERS,
         sums=1,
-        reference=reference.reparameterize_kl,
+        reference=formulas.reparameterize_kl,
         backward=_reparameterize_kl_backward,
     )
 )

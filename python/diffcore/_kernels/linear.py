@@ -6,13 +6,13 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from diffcore import reference
 from diffcore._engine.dispatch import run, run_tuple
 from diffcore._engine.execute import split_coefs
 from diffcore._engine.kernel import Call, Grads, Kernel
 from diffcore._engine.library import define, define_noisy
 from diffcore._kernels.noise import Needs
 from diffcore._types import Coef, Step, Tensors
+from diffcore.reference import linear as formulas
 
 
 def _linear_backward(inputs: Tensors, call: Call, grads: Grads, needs: Needs) -> Grads:
@@ -49,7 +49,7 @@ SCALE = define(
         "scale",
         ("x",),
         ("a",),
-        reference=reference.scale,
+        reference=formulas.scale,
         backward=_linear_backward,
         saves_inputs=False,
     )
@@ -60,7 +60,7 @@ SCALE_TWICE = define(
         ("x",),
         ("a", "b"),
         outputs=2,
-        reference=reference.scale_twice,
+        reference=formulas.scale_twice,
         backward=_scale_twice_backward,
         saves_inputs=False,
     )
@@ -70,7 +70,7 @@ LINEAR_COMBINATION = define_noisy(
         "linear_combination",
         ("x", "y"),
         ("a", "b"),
-        reference=reference.linear_combination,
+        reference=formulas.linear_combination,
         backward=_linear_backward,
         saves_inputs=False,
     )
@@ -81,7 +81,7 @@ LINEAR_PAIR = define_noisy(
         ("x", "y"),
         ("a", "b", "c", "d"),
         outputs=2,
-        reference=reference.linear_pair,
+        reference=formulas.linear_pair,
         backward=_linear_pair_backward,
         saves_inputs=False,
     )

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from diffcore import reference
 from diffcore._engine.dispatch import run, run_tuple
 from diffcore._engine.execute import split_coefs
 from diffcore._engine.kernel import Call, Grads, Kernel, NoisyKernel
@@ -16,6 +15,7 @@ from diffcore._kernels.linear import SCALE
 from diffcore._kernels.noise import Needs
 from diffcore._types import Coef, Coefs, Step, StepColumns, Tensors
 from diffcore.coefficients.step import STEP_COLUMNS
+from diffcore.reference import step as formulas
 
 LEADING = ("guidance_scale", "threshold")  # coefficients that no table holds; columns follow
 PLAIN, KEPT = 8, 11  # columns that every step has, and those of one that returns its history
@@ -35,7 +35,7 @@ def _reverse_step(guided: bool, history: int, keeps: bool, noise: int) -> Kernel
 
     def plain(*args: Any) -> Any:
         tensors, coefs = args[: first + history + noise], args[first + history + noise :]
-        return reference.reverse_step(
+        return formulas.reverse_step(
             tensors[0],
             tensors[1],
             coefs[2 : 2 + columns],
@@ -119,7 +119,7 @@ def _log_prob(guided: bool) -> Kernel:
     def plain(*args: Any, reduce_all: bool) -> Tensor:
         x, m, *rest = args[: first + 1]
         guidance, threshold, *coefs = args[first + 1 :]
-        return reference.step_log_prob(
+        return formulas.step_log_prob(
             x,
             m,
             rest[-1],

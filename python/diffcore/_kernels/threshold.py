@@ -6,11 +6,11 @@ from typing import Any
 
 from torch import Tensor
 
-from diffcore import reference
 from diffcore._engine.kernel import Kernel
 from diffcore._engine.library import define
 from diffcore._kernels.step import LEADING, PLAIN, inputs_of
 from diffcore.coefficients.step import STEP_COLUMNS
+from diffcore.reference import threshold as formulas
 
 
 def _quantile_kernel(guided: bool) -> Kernel:
@@ -18,7 +18,7 @@ def _quantile_kernel(guided: bool) -> Kernel:
         x, m, *rest = args
         uncond, coefs = (rest[0], rest[1:]) if guided else (None, rest)
         guidance, _, *columns, ratio, most = coefs
-        return reference.x0_quantile(
+        return formulas.x0_quantile(
             x,
             m,
             columns,

@@ -15,6 +15,10 @@ from diffcore._kernels import noise as k
 from diffcore._types import Coef, Noise, Step
 from diffcore.noise import PhiloxNoise, draw
 
+__all__ = [
+    "randn",
+]
+
 
 def noised(
     kernel: NoisyKernel,

@@ -11,6 +11,12 @@ from diffcore.coefficients.bound import FIXED, VLB_COLUMNS, prior_coefficients
 from diffcore.ops._arguments import as_coef, as_table, float_of
 from diffcore.ops._noise import noised
 
+__all__ = [
+    "prior_kl",
+    "vlb_term",
+]
+
+
 _OF_NOISE = {
     learned: pair.renamed((*pair.reading.inputs[:-1], "noise"))
     for learned, pair in k.VLB_TERM.items()

@@ -12,6 +12,14 @@ from diffcore._kernels.term import Term
 from diffcore._types import Noise
 from diffcore.ops._noise import drawn_for, noised
 
+__all__ = [
+    "gaussian_nll",
+    "normal_kl",
+    "reparameterize",
+    "reparameterize_kl",
+    "standard_normal_kl",
+]
+
 
 def reduced(term: Term, inputs: tuple[Tensor, ...], reduction: str) -> Tensor:
     """The terms, or their sum as `reduction` asks."""

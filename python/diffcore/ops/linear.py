@@ -14,6 +14,16 @@ from diffcore.coefficients import step as formulas
 from diffcore.ops._arguments import as_coef, as_number, as_table, in_float64
 from diffcore.ops._noise import noised
 
+__all__ = [
+    "add_noise",
+    "linear_combination",
+    "predict_epsilon",
+    "predict_x0",
+    "q_sample",
+    "velocity",
+]
+
+
 # One kernel, under the names that its arguments have in each op.
 _PAIR, _LEVELS = ("x0", "noise"), ("alpha", "sigma")
 _ADD_NOISE = k.LINEAR_COMBINATION.renamed(_PAIR, _LEVELS)

@@ -13,6 +13,11 @@ from diffcore.noise import PhiloxNoise
 from diffcore.ops._arguments import as_coef, as_number
 from diffcore.ops._noise import noised
 
+__all__ = [
+    "denoising_loss",
+]
+
+
 _COMMON = ("weight", "inverse_n")
 _NOISE_LOSS = k.TARGET_LOSS.renamed(("model_output", "noise"), _COMMON)
 _X0_LOSS = k.TARGET_LOSS.renamed(("model_output", "x0"), _COMMON)

@@ -14,6 +14,14 @@ from diffcore.coefficients import step as formulas
 from diffcore.ops._arguments import as_coef, as_table, in_float64
 from diffcore.ops._noise import noised
 
+__all__ = [
+    "ddim_step",
+    "ddpm_step",
+    "reverse_step",
+    "step_log_prob",
+]
+
+
 _ALL = len(formulas.STEP_COLUMNS)
 
 

@@ -12,6 +12,8 @@ from diffcore.reference.common import compute_dtype, per_sample, row_sum
 from diffcore.reference.gaussian import expm1_minus
 from diffcore.reference.likelihood import discretized_term
 
+__all__ = ["prior_kl", "vlb_term"]
+
 
 def vlb_term(
     x0: Tensor,

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from diffcore._types import Coef
 
+__all__ = ["compute_dtype", "per_sample"]
+
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """The type in which values are computed: float64 for float64, else float32."""

@@ -10,6 +10,15 @@ from torch import Tensor
 
 from diffcore.reference.common import compute_dtype, elementwise, row_sum
 
+__all__ = [
+    "expm1_minus",
+    "gaussian_nll",
+    "normal_kl",
+    "reparameterize",
+    "reparameterize_kl",
+    "standard_normal_kl",
+]
+
 
 def expm1_minus(d: Tensor) -> Tensor:
     """``expm1(d) - d`` without cancellation: its Taylor series where ``|d| < 1``."""

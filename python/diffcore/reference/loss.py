@@ -8,6 +8,8 @@ from torch import Tensor
 from diffcore._types import Coef
 from diffcore.reference.common import compute_dtype, per_sample, row_sum
 
+__all__ = ["mixed_target_loss", "target_loss"]
+
 
 def target_loss(
     model_output: Tensor,

@@ -11,6 +11,8 @@ from torch import Tensor
 from diffcore._types import Coef, StepColumns
 from diffcore.reference.common import compute_dtype, per_sample, row_sum
 
+__all__ = ["reverse_step", "step_log_prob"]
+
 
 def reverse_step(
     x: Tensor,

@@ -11,6 +11,8 @@ from diffcore._types import Coef, StepColumns
 from diffcore.reference.common import per_sample
 from diffcore.reference.step import predicted_x0
 
+__all__ = ["x0_quantile"]
+
 
 def x0_quantile(
     x: Tensor,
