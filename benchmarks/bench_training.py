@@ -199,7 +199,7 @@ def time_unet(device: torch.device, budget: Budget, quick: bool) -> dict[str, An
     def diffcore_loss(
         model: torch.nn.Module, x0: Tensor, t: Tensor, noise: Tensor | None = None
     ) -> Tensor:
-        return diffusion.training_losses(model, x0, t, noise)["loss"].mean()
+        return diffusion.training_losses(model, x0, t, noise=noise)["loss"].mean()
 
     def network_loss(model: torch.nn.Module, x0: Tensor, t: Tensor) -> Tensor:
         # A sum is the cheapest loss there is: its gradient is one number.
@@ -207,7 +207,7 @@ def time_unet(device: torch.device, budget: Budget, quick: bool) -> dict[str, An
         return total
 
     t, noise = torch.randint(steps, (batch,), device=device), torch.randn_like(x0)
-    _check_unet(first, eager_loss, diffcore_loss, x0, t, noise)
+    _check_unet(first, eager_loss, diffcore_loss, x0, t, noise=noise)
 
     def step(loss: Callable[..., Tensor], model: torch.nn.Module, optimizer: Any) -> None:
         t = torch.randint(steps, (batch,), device=device)

@@ -148,7 +148,7 @@ def test_checkpoint_of_another_length_is_refused(tmp_path: Path) -> None:
     trainer, _, _ = _trainers(tmp_path, 8)
     trainer.save()
     longer, _, _ = _trainers(tmp_path, 9)
-    with pytest.raises(ValueError, match="a run of 8 steps, not 9"):
+    with pytest.raises(ValueError, match="a run of 9 steps, got one of 8"):
         longer.load()
 
 
@@ -173,7 +173,7 @@ def test_foreign_and_missing_checkpoints_are_refused(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="no checkpoint at"):
         checkpoint.load_checkpoint(tmp_path / "none.safetensors")
     save_file({"a": torch.ones(2)}, tmp_path / "foreign.safetensors")
-    with pytest.raises(ValueError, match="not a diffcore checkpoint"):
+    with pytest.raises(ValueError, match="must be a checkpoint of the demo, got"):
         checkpoint.load_checkpoint(tmp_path / "foreign.safetensors")
 
 
@@ -190,14 +190,14 @@ def test_resume_takes_the_settings_of_the_run(tmp_path: Path) -> None:
     config.save(tmp_path / "config.json")
     assert _choose(tmp_path, resume=True) == config
     assert _choose(tmp_path, resume=True, steps=12, data="digits") == config
-    with pytest.raises(ValueError, match=r"steps of the run in .* is 12, not 13"):
+    with pytest.raises(ValueError, match=r"steps must be 12 to resume the run in .*, got 13"):
         _choose(tmp_path, resume=True, steps=13)
-    with pytest.raises(ValueError, match=r"data of the run in .* is digits, not mnist"):
+    with pytest.raises(ValueError, match=r"data must be digits to resume the run in .*, got mnist"):
         _choose(tmp_path, resume=True, data="mnist")
-    with pytest.raises(FileNotFoundError, match="nothing to resume"):
+    with pytest.raises(FileNotFoundError, match="out must hold a run to resume"):
         _choose(tmp_path / "empty", resume=True)
     (tmp_path / "config.json").write_text('{"data": "digits", "colour": 3}')
-    with pytest.raises(ValueError, match="does not hold the settings of a demo run"):
+    with pytest.raises(ValueError, match="must hold the settings of a demo run"):
         _choose(tmp_path, resume=True)
 
 

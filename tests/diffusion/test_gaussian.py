@@ -350,7 +350,7 @@ def test_tables_made_under_inference_mode_serve_training():
     with torch.inference_mode():
         d = GaussianDiffusion(BETAS, "v_prediction")
         before = d.training_losses(lambda x, t: net(x), x, t, noise=x)["loss"].clone()
-    assert not any(table.is_inference() for table in d._tables.values())
+    assert not any(table.is_inference() for table in d.tables.noise.values())
     loss = d.training_losses(lambda x, t: net(x), x, t, noise=x)["loss"]
     loss.mean().backward()
     assert torch.equal(loss.detach(), before)
@@ -369,6 +369,8 @@ def test_copies_do_not_share_what_they_cache():
     d = GaussianDiffusion(BETAS)
     d.q_sample(torch.zeros(1, 2), 0)
     twin = copy.deepcopy(d)
-    for table in twin._tables.values():
+    for copies in (d, twin):
+        copies.q_sample(torch.zeros(1, 2), 0)
+    for table in twin.tables.noise.values():
         table.zero_()
     assert d.q_sample(torch.ones(1, 2), 0, noise=torch.zeros(1, 2)).abs().sum() > 0

@@ -223,7 +223,7 @@ def test_weights_weigh_the_error_alone(variance_type: str) -> None:
         d = GaussianDiffusion(BETAS, variance_type=variance_type, loss_type=loss_type)
         refused(
             ValueError,
-            f"weights are given; loss_type='{loss_type}' has none",
+            f"weights must be None with loss_type='{loss_type}'",
             *(d.training_losses, model, x0, TIMES),
             weights=weights,
         )
@@ -302,7 +302,7 @@ def test_compile_a_training_step(loss_type: str, variance_type: str) -> None:
         net = torch.nn.Conv2d(2, 4, 1)
 
         def loss(net: Any = net) -> Tensor:
-            return d.training_losses(lambda x, t: net(x), x0, TIMES, noise)["loss"].mean()
+            return d.training_losses(lambda x, t: net(x), x0, TIMES, noise=noise)["loss"].mean()
 
         run = torch.compile(loss, fullgraph=True, backend="aot_eager") if compiled else loss
         run().backward()

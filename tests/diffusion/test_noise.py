@@ -74,11 +74,13 @@ def test_training_takes_a_recipe_for_its_tensor(prediction_type, dtype):
     for weights in tables:
 
         def step(noise, weights=weights):
-            loss = d.training_losses(lambda x, t: scale * x, x, T, noise, weights=weights)["loss"]
+            loss = d.training_losses(lambda x, t: scale * x, x, T, noise=noise, weights=weights)[
+                "loss"
+            ]
             mean_slope = torch.autograd.grad(loss.mean(), scale, retain_graph=True)
             other_slope = torch.autograd.grad((loss * torch.arange(5)).sum(), scale)
             with torch.no_grad():
-                kept = d.training_losses(lambda x, t: scale * x, x, T, noise, weights=weights)
+                kept = d.training_losses(lambda x, t: scale * x, x, T, noise=noise, weights=weights)
             assert torch.equal(kept["loss"], loss)
             return loss, *mean_slope, *other_slope
 
@@ -223,10 +225,10 @@ def test_a_loss_does_not_depend_on_the_batch_around_it(prediction_type):
     d = GaussianDiffusion(BETAS, prediction_type)
     x, t = torch.randn(COUNT, *IMAGE), torch.randint(len(BETAS), (COUNT,))
     noise = PhiloxNoise(3)
-    whole = d.training_losses(fading, x, t, noise)["loss"]
+    whole = d.training_losses(fading, x, t, noise=noise)["loss"]
     for size in (1, 7, 32):
         parts = [
-            d.training_losses(fading, x[i : i + size], t[i : i + size], noise.for_samples(i))
+            d.training_losses(fading, x[i : i + size], t[i : i + size], noise=noise.for_samples(i))
             for i in range(0, COUNT, size)
         ]
         assert_same_bits(torch.cat([part["loss"] for part in parts]), whole)
@@ -276,7 +278,7 @@ def test_nothing_is_drawn_where_nothing_is_needed():
     x = torch.randn(SHAPE)
     before = torch.get_rng_state()
     d.q_sample(x, T, RECIPE)
-    d.training_losses(fading, x, T, RECIPE)
+    d.training_losses(fading, x, T, noise=RECIPE)
     d.p_sample(fading, x, T, noise=RECIPE)
     d.ddim_sample(fading, x, T)
     d.p_sample_loop(fading, SHAPE, noise=RECIPE)
@@ -310,8 +312,8 @@ THREE = PhiloxNoise(0, sample_ids=torch.tensor([1, 2, 3]))
     [
         (lambda: D.q_sample(X, 0, 3), TypeError, "noise is a int"),
         (lambda: D.q_sample(X, 0, THREE), ValueError, "sample_ids"),
-        (lambda: D.training_losses(half, X, 0, "randn"), TypeError, "noise is a str"),
-        (lambda: D.training_losses(half, X, 0, THREE), ValueError, "sample_ids"),
+        (lambda: D.training_losses(half, X, 0, noise="randn"), TypeError, "noise is a str"),
+        (lambda: D.training_losses(half, X, 0, noise=THREE), ValueError, "sample_ids"),
         (lambda: D.p_sample(half, X, 0, noise=1.0), TypeError, "noise is a float"),
         (lambda: D.p_sample(half, X, 0, noise=THREE), ValueError, "sample_ids"),
         (lambda: D.ddim_sample(half, X, 0, eta=1.0, noise=THREE), ValueError, "sample_ids"),

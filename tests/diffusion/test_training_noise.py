@@ -55,10 +55,12 @@ def test_a_training_step_is_eagers_with_the_same_noise(prediction_type, weights,
     for time in (0, 3, 19):  # one at a time: with their weights, errors have other sizes
         t = torch.full((16,), time)
         for upstream in (torch.full((16,), 1 / 16), torch.randn(16)):
-            loss = diffusion.training_losses(model, x0, t, recipe, weights=table)["loss"]
+            loss = diffusion.training_losses(model, x0, t, noise=recipe, weights=table)["loss"]
             (slope,) = torch.autograd.grad(loss, seen["m"], upstream)
             with torch.no_grad():
-                untrained = diffusion.training_losses(model, x0, t, recipe, weights=table)["loss"]
+                untrained = diffusion.training_losses(model, x0, t, noise=recipe, weights=table)[
+                    "loss"
+                ]
             assert torch.equal(untrained, loss)
             actual = (seen["x_t"], loss.detach(), slope)
             eager = eager_step(diffusion, x0, noise, output, t, table, upstream)
@@ -75,7 +77,9 @@ def test_a_training_step_is_eagers_with_the_same_noise(prediction_type, weights,
 
 def training_step(diffusion, x, t, m, noise, weights):
     """Noising, loss and gradient; the model itself costs nothing here."""
-    loss = diffusion.training_losses(lambda x, t: m, x, t, noise, weights=weights)["loss"].mean()
+    loss = diffusion.training_losses(lambda x, t: m, x, t, noise=noise, weights=weights)[
+        "loss"
+    ].mean()
     return loss, torch.autograd.grad(loss, m)
 
 

@@ -285,7 +285,7 @@ def test_compile_training_losses() -> None:
         model = torch.nn.Linear(9, 9)
 
         def loss(model: Any = model) -> Tensor:
-            losses = diffusion.training_losses(lambda x, t: model(x), x0, t, noise)
+            losses = diffusion.training_losses(lambda x, t: model(x), x0, t, noise=noise)
             return losses["loss"].mean()
 
         run = torch.compile(loss, fullgraph=True, backend="aot_eager") if compiled else loss

@@ -141,7 +141,7 @@ def test_the_deviation_of_the_decoder_may_be_trained():
         for shape in ((), (1,), (1, 1)):
             std = torch.full(shape, 0.6, dtype=torch.float64, requires_grad=True)
             assert torch.autograd.gradcheck(f, std)
-        with pytest.raises(ValueError, match=r"decoder_std must be .* got \[3\]"):
+        with pytest.raises(ValueError, match=r"decoder_std must be .* got shape \(3,\)"):
             f(torch.ones(3))
 
 
@@ -159,12 +159,12 @@ def test_bad_arguments_are_named():
         with pytest.raises(ValueError, match=name):
             importance_weighted_bound(**{**good, name: value})
     one = {"x": x[:1], "x_recon": torch.zeros(1, 1, 3), "z": z[:1], "mean": mean, "logvar": mean}
-    with pytest.raises(ValueError, match="x must have a batch of 4, as mean has"):
+    with pytest.raises(ValueError, match="x must have the batch of mean, 4, got shape"):
         importance_weighted_bound(**one)
-    with pytest.raises(TypeError, match="mean must be a tensor"):
+    with pytest.raises(TypeError, match=r"mean must be a torch[.]Tensor"):
         importance_weighted_bound(**{**good, "mean": 0.0})
     with pytest.raises(ValueError, match="decoder_std"):
         importance_weighted_bound(**good, decoder_std=0)
-    with pytest.raises(ValueError, match="kl must have shape"):
+    with pytest.raises(ValueError, match=r"kl must be a tensor of shape \(4,\)"):
         elbo_terms(x, x, torch.zeros(3))
     assert vae_loss(x, x, torch.zeros(4))["loss"].sum() == 0

@@ -51,6 +51,21 @@ def collect_info() -> dict[str, object]:
     return info
 
 
+def one_line(info: dict[str, object]) -> str:
+    """What a bug report must have of ``collect_info``, in one line to paste."""
+    build = f"{info['backend']} {info.get('instruction_set', '')}".strip()
+    devices = info["devices"]
+    parts = {
+        "diffcore": info["version"],
+        "torch": info["torch"],
+        "Python": info["python"],
+        "kernels": build,
+        "threads": info["threads"],
+        "devices": " + ".join(devices) if isinstance(devices, list) else devices,
+    }
+    return ", ".join(f"{name} {value}" for name, value in parts.items()) + f", {info['platform']}"
+
+
 def _plain(value: object) -> object:
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]

@@ -20,7 +20,7 @@ from diffcore._checks import check_choice, check_count
 from diffcore._types import Model, Noise
 from diffcore.coefficients.bound import DECODERS
 from diffcore.diffusion import GaussianDiffusion
-from diffcore.diffusion.bound import check_decoder
+from diffcore.diffusion.checks import check_batch, check_decoder
 from diffcore.likelihood.batches import Batches, noise_of_batch, skip_counted
 from diffcore.likelihood.checkpoint import Checkpoint, describe_model, describe_noise, digest
 from diffcore.likelihood.strata import Strata
@@ -178,7 +178,8 @@ def bits_per_dim(
     total = None if batches.number is None else batches.number * estimator.calls
     with progress_counter(total, "bits_per_dim", progress, done=tally.calls, unit="call") as bar:
         for batch, x in source:
-            _check_batch(diffusion, x, tally)
+            check_batch("data", x)
+            tally.check_kind([list(x.shape[1:]), str(x.dtype)])
             if file is not None:
                 tally.digest = digest(x, tally.digest)
             x = x if at is None else x.to(at)
@@ -230,7 +231,7 @@ class _Estimator:
             check_count(timesteps, "timesteps")
         check_choice("decoder", decoder, DECODERS)
         strata = Strata.of(diffusion.schedule.log_snr, last if timesteps is None else timesteps)
-        clip = diffusion._clip(clip_denoised)
+        clip = diffusion._clip_range(clip_denoised)
         return cls(diffusion, model, model_kwargs, strata, draws, decoder, clip)
 
     @property
@@ -292,11 +293,6 @@ def _check_noise(noise: Noise | None, data: Any, timesteps: int | None, draws: i
         raise ValueError(
             f"noise must have the shape of the data, {list(data.shape)}, got {list(noise.shape)}"
         )
-
-
-def _check_batch(diffusion: GaussianDiffusion, x: Tensor, tally: Tally) -> None:
-    diffusion._check_t(0, x, "data")
-    tally.check_kind([list(x.shape[1:]), str(x.dtype)])
 
 
 def _result(

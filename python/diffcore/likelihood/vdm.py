@@ -15,7 +15,7 @@ from diffcore._checks import check_choice, check_count
 from diffcore._types import Model, Noise
 from diffcore.coefficients.bound import DECODERS, FIXED, VLB_COLUMNS
 from diffcore.coefficients.step import PREDICTION_TYPES, target_coefficients, x0_coefficients
-from diffcore.diffusion.bound import check_noise, check_pixels, may_look
+from diffcore.diffusion.checks import can_read_values, check_noise, check_pixels
 from diffcore.noise import PhiloxNoise
 from diffcore.sampling.model import call_model, check_samples
 
@@ -134,7 +134,7 @@ def vdm_bound(
     if num_timesteps is not None:
         check_count(num_timesteps, "num_timesteps")
     schedule = _Schedule.of(gamma_min, gamma_max, gamma, gamma_prime, x.device)
-    if decoder == "discretized" and may_look(x):
+    if decoder == "discretized" and can_read_values(x):
         check_pixels("x", x)
     if noise is None:
         noise = PhiloxNoise.from_generator(generator, device=x.device)
@@ -280,7 +280,7 @@ def _times(t: Tensor | None, x: Tensor, generator: torch.Generator | None) -> Te
         raise TypeError(f"t must be a tensor of floating point numbers, got {what}")
     if t.shape != x.shape[:1]:
         raise ValueError(f"t must have shape {list(x.shape[:1])}, got {list(t.shape)}")
-    if may_look(t) and not bool(((t >= 0) & (t <= 1)).all()):
+    if can_read_values(t) and not bool(((t >= 0) & (t <= 1)).all()):
         raise ValueError(f"t must lie in [0, 1], got {t.tolist()}")
     return t.to(x.device, torch.float64)
 
