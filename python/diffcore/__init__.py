@@ -6,7 +6,7 @@ are the lecture's two models on top of them. :func:`sample` walks any table of
 :mod:`diffcore.likelihood` has the variational bound of a data set, in bits a dimension.
 """
 
-from typing import TYPE_CHECKING
+import typing as _typing
 
 from diffcore import likelihood as likelihood
 from diffcore import losses as losses
@@ -79,7 +79,7 @@ __all__ += ops.__all__
 
 __version__: str
 
-if not TYPE_CHECKING:
+if not _typing.TYPE_CHECKING:
 
     def __getattr__(name: str) -> str:
         """``__version__``, which takes a look-up that an import does not pay for."""

@@ -306,7 +306,7 @@ def test_bad_arguments_are_named():
         bits_per_dim(DIFFUSION, model, 3)
     with pytest.raises(TypeError, match="data must yield tensors, got int"):
         bits_per_dim(DIFFUSION, model, [3])
-    with pytest.raises(TypeError, match="data must be a tensor of floating point"):
+    with pytest.raises(TypeError, match="data must be a floating-point tensor"):
         bits_per_dim(DIFFUSION, model, x.long())
     with pytest.raises(ValueError, match="batch_size must be None"):
         bits_per_dim(DIFFUSION, model, [x], batch_size=3)
