@@ -10,6 +10,18 @@
 #include "cpu/kernels.h"
 
 namespace diffcore {
+#ifdef DIFFCORE_WITHOUT_v3
+constexpr bool kWithV3 = false;
+const CpuKernel* v3::cpu_kernels() { return nullptr; }
+#else
+constexpr bool kWithV3 = true;
+#endif
+#ifdef DIFFCORE_WITHOUT_v4
+constexpr bool kWithV4 = false;
+const CpuKernel* v4::cpu_kernels() { return nullptr; }
+#else
+constexpr bool kWithV4 = true;
+#endif
 namespace {
 
 struct Isa {
@@ -17,16 +29,17 @@ struct Isa {
   const CpuKernel* kernels;
 };
 
-bool has_v3() {  // every feature of -march=x86-64-v3
-  return __builtin_cpu_supports("avx") && __builtin_cpu_supports("avx2") &&
+// Whether the build has kernels of a set, and the processor every feature of -march=x86-64-v3, -v4.
+bool has_v3() {
+  return kWithV3 && __builtin_cpu_supports("avx") && __builtin_cpu_supports("avx2") &&
          __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2") &&
          __builtin_cpu_supports("f16c") && __builtin_cpu_supports("fma") &&
          __builtin_cpu_supports("lzcnt") && __builtin_cpu_supports("movbe");
 }
 bool has_v4() {
-  return has_v3() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
-         __builtin_cpu_supports("avx512vl");
+  return kWithV4 && has_v3() && __builtin_cpu_supports("avx512f") &&
+         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512cd") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
 
 Isa choose_isa() {

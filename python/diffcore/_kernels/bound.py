@@ -11,7 +11,7 @@ from diffcore._engine.execute import expand_coefs
 from diffcore._engine.kernel import Call, Grads, Kernel, NoisyKernel
 from diffcore._engine.library import define, define_noisy
 from diffcore._kernels.linear import SCALE
-from diffcore._kernels.noise import Needs, noised, with_noise
+from diffcore._kernels.noise import Needs, run_noisy, with_noise
 from diffcore._types import Tensors
 from diffcore.coefficients.bound import FIXED, VLB_COLUMNS
 from diffcore.reference import bound as formulas
@@ -33,7 +33,7 @@ def _vlb_term(learned: bool) -> NoisyKernel:
         if needs[0] or any(needs[2 + learned :]):
             return None  # x_0 or x_t that are trained too: through the reference
         _, coefs, step, _, _ = call
-        found: Any = noised(VLB_TERM_BACKWARD[learned], read, given, (*coefs, g), step)
+        found: Any = run_noisy(VLB_TERM_BACKWARD[learned], read, given, (*coefs, g), step)
         made = found if learned else (found,)
         return [None, *made, *[None] * (len(needs) - 2 - learned)]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from diffcore._engine.dispatch import run_tuple
 from diffcore._engine.kernel import Call, Grads, Kernel
 from diffcore._engine.library import define_noisy
-from diffcore._kernels.noise import Needs, noised, with_noise
+from diffcore._kernels.noise import Needs, run_noisy, with_noise
 from diffcore._kernels.term import Term
 from diffcore._types import Tensors
 from diffcore.reference import gaussian as formulas
@@ -34,7 +34,7 @@ def _reparameterize_backward(
     (_, logvar), noise = with_noise(inputs, call)
     if any(needs[2:]) or g is None:
         return None  # rare: through the reference
-    g_logvar = noised(REPARAMETERIZE_BACKWARD, (g, logvar), noise) if needs[1] else None
+    g_logvar = run_noisy(REPARAMETERIZE_BACKWARD, (g, logvar), noise) if needs[1] else None
     return [g, g_logvar, *[None] * len(needs[2:])]
 
 
@@ -50,7 +50,7 @@ def _reparameterize_kl_backward(
     if g_z is None:
         found = run_tuple(STANDARD_NORMAL_KL.of_sum[""], (mean, logvar), (g_kl, 1.0))
     else:
-        found = noised(REPARAMETERIZE_KL_BACKWARD, (mean, logvar, g_z), noise, (g_kl,))
+        found = run_noisy(REPARAMETERIZE_KL_BACKWARD, (mean, logvar, g_z), noise, (g_kl,))
     return [*found, *[None] * len(needs[2:])]
 
 

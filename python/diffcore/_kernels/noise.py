@@ -14,7 +14,7 @@ from diffcore._types import Coefs, NoiseParts, Step, Tensors
 Needs = Any
 
 
-def noised(
+def run_noisy(
     kernel: NoisyKernel,
     inputs: Tensors,
     noise: Tensor | NoiseParts,

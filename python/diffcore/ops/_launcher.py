@@ -17,7 +17,7 @@ from diffcore._engine.dispatch import run
 from diffcore._kernels.step import PLAIN, Plan, columns_read, learned_plan, plan
 from diffcore._types import Coef, Noise, Tensors
 from diffcore.coefficients.step import HISTORY_READ, HISTORY_WRITTEN, STEP_COLUMNS
-from diffcore.ops._noise import noised
+from diffcore.ops._noise import run_noisy
 from diffcore.ops.step import take
 
 _NOISE = STEP_COLUMNS.index("c_z")
@@ -95,7 +95,7 @@ class RowLauncher:
             if noise is None:
                 found = run(how.kernel, inputs, how.coefs, t)
             else:
-                found = noised(how.kernel, inputs, noise, how.coefs, t)
+                found = run_noisy(how.kernel, inputs, noise, how.coefs, t)
         else:
             found = take(
                 *(how, x, model_output, earlier, t),

@@ -20,7 +20,7 @@ __all__ = [
 ]
 
 
-def noised(
+def run_noisy(
     kernel: NoisyKernel,
     inputs: tuple[Tensor, ...],
     noise: Noise,
@@ -32,7 +32,7 @@ def noised(
     if isinstance(noise, PhiloxNoise):
         if not isinstance(inputs[0], Tensor):
             messages.refuse_non_tensor(kernel.generating.inputs, inputs)
-        return k.noised(kernel, inputs, noise._parts, coefs, step, out)
+        return k.run_noisy(kernel, inputs, noise._parts, coefs, step, out)
     if not isinstance(noise, Tensor):
         kind = type(noise).__name__
         raise TypeError(
@@ -41,7 +41,7 @@ def noised(
     return run(kernel.reading, (*inputs, noise), coefs, step, False, out)
 
 
-def drawn_for(
+def noise_or_default(
     like: Any, name: str, noise: Noise | None, generator: torch.Generator | None
 ) -> Noise:
     """The noise given, else a recipe seeded by torch's generator."""

@@ -9,7 +9,7 @@ from diffcore._kernels import bound as k
 from diffcore._types import Coef, Noise, Step
 from diffcore.coefficients.bound import FIXED, VLB_COLUMNS, prior_coefficients
 from diffcore.ops._arguments import as_coef, as_table, float_of
-from diffcore.ops._noise import noised
+from diffcore.ops._noise import run_noisy
 
 __all__ = [
     "prior_kl",
@@ -86,7 +86,7 @@ def vlb_term(
         found = run(k.VLB_TERM[learned].reading, (*inputs, x_t), coefs, t)
     else:
         assert noise is not None
-        found = noised(_OF_NOISE[learned], inputs, noise, coefs, t)
+        found = run_noisy(_OF_NOISE[learned], inputs, noise, coefs, t)
     return found
 
 

@@ -12,7 +12,7 @@ from diffcore._kernels import linear as k
 from diffcore._types import Coef, Noise, Step
 from diffcore.coefficients import step as formulas
 from diffcore.ops._arguments import as_coef, as_number, as_table, in_float64
-from diffcore.ops._noise import noised
+from diffcore.ops._noise import run_noisy
 
 __all__ = [
     "add_noise",
@@ -99,12 +99,12 @@ def add_noise(
     """
     coefs = (as_coef("alpha", alpha, t), as_coef("sigma", sigma, t))
     if return_target is None:
-        x_t: Tensor = noised(_ADD_NOISE, (x0,), noise, coefs, t, out)
+        x_t: Tensor = run_noisy(_ADD_NOISE, (x0,), noise, coefs, t, out)
         return x_t
     _refuse_out(out)
     of_x0, of_noise = _target(return_target, alpha, sigma)
     target = (as_coef("sigma", of_x0, t), as_coef("alpha", of_noise, t))
-    both: tuple[Tensor, Tensor] = noised(_WITH_TARGET, (x0,), noise, (*coefs, *target), t)
+    both: tuple[Tensor, Tensor] = run_noisy(_WITH_TARGET, (x0,), noise, (*coefs, *target), t)
     return both
 
 
@@ -153,11 +153,11 @@ def q_sample(
         raise TypeError("t is None; wanted an int or an int64 or int32 tensor")
     table = as_table("table", table, 2)
     if return_target is None:
-        x_t: Tensor = noised(_Q_SAMPLE, (x0,), noise, (table,), t, out)
+        x_t: Tensor = run_noisy(_Q_SAMPLE, (x0,), noise, (table,), t, out)
         return x_t
     _refuse_out(out)
     target = _target(return_target, table[:, :1], table[:, 1:])
-    both: tuple[Tensor, Tensor] = noised(_Q_SAMPLE_TARGET, (x0,), noise, (table, *target), t)
+    both: tuple[Tensor, Tensor] = run_noisy(_Q_SAMPLE_TARGET, (x0,), noise, (table, *target), t)
     return both
 
 
@@ -214,7 +214,7 @@ def velocity(
     Source: Salimans & Ho 2022, appendix D.
     """
     coefs = (as_coef("sigma", -as_number("sigma", sigma), t), as_coef("alpha", alpha, t))
-    v: Tensor = noised(_VELOCITY, (x0,), noise, coefs, t, out)
+    v: Tensor = run_noisy(_VELOCITY, (x0,), noise, coefs, t, out)
     return v
 
 
