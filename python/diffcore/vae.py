@@ -84,7 +84,7 @@ class DiagonalGaussianDistribution:
     ) -> tuple[Tensor, Tensor]:
         """``sample()`` and ``kl()`` in one kernel, for training.
 
-        The kernel reads mean and clamped log-variance once. The clamp is a pass of its own, made in
+        The kernel reads mean and clamped log-variance once. The clamp is a separate pass, made in
         the constructor.
 
         Args:

@@ -121,7 +121,7 @@ def test_a_keyboard_interrupt_inside_a_step_leaves_the_last_checkpoint(tmp_path:
 def test_the_seed_governs_training(tmp_path: Path) -> None:
     histories = []
     for seed in (0, 0, 1):
-        torch.manual_seed(len(histories))  # torch's own generator must not matter
+        torch.manual_seed(len(histories))  # the global generator must not matter
         trainer, _, images = _trainers(tmp_path, 3, seed)
         trainer.fit(images, name="x", progress=False)
         histories.append(trainer.history)
@@ -246,7 +246,7 @@ def test_smoke_run_leaves_everything(smoke_run: Path) -> None:
 
 
 def test_ddpm_learns_more_than_to_rescale_its_input(smoke_run: Path) -> None:
-    """The best model that only rescales x_t has an error known in closed form; ours halves it.
+    """The optimal multiple of x_t has an error known in closed form; the U-Net must halve it.
 
     With second moment m of the pixels, the best c_t x_t leaves alpha^2 m / (alpha^2 m + sigma^2)
     of the noise unexplained. An untrained network predicts 0, which leaves all of it.
@@ -264,7 +264,7 @@ def test_ddpm_learns_more_than_to_rescale_its_input(smoke_run: Path) -> None:
 
 
 def test_vae_learns_more_than_the_mean_image(smoke_run: Path) -> None:
-    """A decoder that ignores its latents can do no better than the mean image, with KL 0."""
+    """A decoder that ignores its latents is best at the mean image, with KL 0."""
     images = data.load_images("digits")
     config = quick_config("digits")
     variance = config.decoder_std**2
@@ -280,7 +280,7 @@ def test_vae_learns_more_than_the_mean_image(smoke_run: Path) -> None:
 def test_the_likelihoods_are_reported(smoke_run: Path) -> None:
     report: Any = _report(smoke_run)
     bits, exact = (report["ddpm"]["held_out_bits"], report["ddpm"]["held_out_bits"]["exact"])
-    assert 0 < bits["bits_per_dim"] < 8  # what independent uniform pixels take
+    assert 0 < bits["bits_per_dim"] < 8  # 8 bits: independent uniform pixels
     apart = bits["bits_per_dim"] - exact["bits_per_dim"]
     assert abs(apart) < 5 * math.hypot(bits["standard_error"], exact["standard_error"])
     assert len(exact["terms"]) == report["config"]["num_timesteps"]
@@ -332,7 +332,7 @@ def test_resuming_a_finished_run_only_draws_again(smoke_run: Path) -> None:
     assert after["ddpm"]["final_loss"] == before["ddpm"]["final_loss"]  # type: ignore[index]
     assert after["vae"]["held_out"]["kl_nats"] == pytest.approx(  # type: ignore[index]
         before["vae"]["held_out"]["kl_nats"],  # type: ignore[index]
-        rel=1e-4,  # another thread count may sum in another order
+        rel=1e-4,  # the order of sums depends on the thread count
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -97,6 +98,19 @@ def test_calls_of_the_scripts_of_guided_diffusion(call: Any) -> None:
 def test_positions_that_would_mean_another_parameter_are_refused(call: Any) -> None:
     with pytest.raises(TypeError, match="positional argument"):
         call()
+
+
+def test_a_timestep_may_be_a_numpy_integer() -> None:
+    assert torch.equal(D.q_sample(X, np.int64(3), NOISE), D.q_sample(X, 3, NOISE))  # type: ignore[arg-type]
+
+
+def test_the_bound_uses_the_prior_of_a_subclass() -> None:
+    class WithoutPrior(GaussianDiffusion):
+        def prior_bpd(self, x_start: Tensor) -> Tensor:
+            return torch.zeros(len(x_start))
+
+    found = WithoutPrior(BETAS).calc_bpd_loop(half, PIXELS, noise=NOISE)
+    assert torch.equal(found["total_bpd"], found["vb"].sum(dim=1))
 
 
 def test_noise_in_the_place_of_model_kwargs_is_refused() -> None:

@@ -37,10 +37,10 @@ def test_tables_are_float64_and_consistent():
     assert d.alphas_cumprod_prev[0] == 1
     assert torch.equal(d.alphas_cumprod_prev[1:], d.alphas_cumprod[:-1])
     product = torch.cumprod(1 - d.betas, 0)
-    # Two products of 1000 factors, each rounded as often.
+    # Two products of 1000 factors, each rounded 1000 times.
     torch.testing.assert_close(d.alphas_cumprod, product, rtol=2000 * EPS, atol=0)
     variance = d.betas * (1 - d.alphas_cumprod_prev) / (1 - d.alphas_cumprod)
-    # Read off the right-hand side as written: 1 - alphas_cumprod is a difference from 1.
+    # The right-hand side subtracts alphas_cumprod from 1, which loses its digits.
     torch.testing.assert_close(d.posterior_variance, variance, rtol=0, atol=1000 * EPS)
     assert d.posterior_variance[0] == 0
     assert d.posterior_log_variance_clipped[0] == d.posterior_log_variance_clipped[1]
@@ -189,7 +189,7 @@ def test_loops_replay_exactly():
     assert torch.equal(one, x)
 
 
-def test_generators_and_torchs_own_seed_govern_the_draws():
+def test_generators_and_torchs_own_seed_seed_the_noise():
     d = GaussianDiffusion(BETAS)
     for loop in (d.p_sample_loop, lambda *a, **k: d.ddim_sample_loop(*a, eta=1.0, **k)):
         draws = [
@@ -263,7 +263,7 @@ def test_model_kwargs_reach_the_model():
         assert not torch.equal(call(Recorder(), {"scale": 0.25}), call(half, None))
 
 
-def test_clipping_follows_the_constructor_unless_told():
+def test_clipping_follows_the_constructor_by_default():
     x, t = torch.full((1, 2), 3.0, dtype=torch.float64), 10
     for clip_sample in (True, False):
         d = GaussianDiffusion(BETAS, "sample", clip_sample=clip_sample, clip_sample_range=0.5)
@@ -289,7 +289,7 @@ def test_device_and_dtype_of_a_loop_come_from_the_model_or_the_noise():
             return torch.zeros_like(x) if x.is_meta else super().forward(x)
 
     net = Net(3, 3, device="meta")
-    with contextlib.suppress(Exception):  # ops need not serve tensors without data
+    with contextlib.suppress(Exception):  # ops may refuse tensors without data
         d.p_sample_loop(net, (2, 3), num_steps=1)
     assert net.seen == torch.device("meta")
     out = d.p_sample_loop(half, (2, 3), noise=torch.randn(2, 3), dtype=torch.float64)
@@ -357,11 +357,12 @@ def test_tables_made_under_inference_mode_serve_training():
     assert net.weight.grad.abs().sum() > 0
 
 
-def test_what_has_sampled_can_be_pickled():
+def test_a_used_diffusion_can_be_pickled():
     d, noise = GaussianDiffusion(BETAS), PhiloxNoise(3)
     wanted = d.p_sample_loop(half, (2, 3), num_steps=5, noise=noise)
     d.p_sample(half, torch.zeros(2, 3), 4)
     again = pickle.loads(pickle.dumps(d))
+    assert not again.tables.ddpm(1.0)  # the copies on devices stay behind
     assert torch.equal(again.p_sample_loop(half, (2, 3), num_steps=5, noise=noise), wanted)
 
 

@@ -106,7 +106,7 @@ def test_posterior_is_bayes_rule(world):
 @predictions
 @choices
 @pytest.mark.parametrize("variance_type", ["fixed_small", "fixed_large"])
-def test_ddpm_draws_what_the_recursion_says(
+def test_ddpm_samples_follow_the_recursion(
     world, prediction_type, num_steps, spacing, variance_type
 ):
     diffusion = GaussianDiffusion(BETAS, prediction_type, variance_type, clip_sample=False)
@@ -135,7 +135,7 @@ def test_ddpm_draws_what_the_recursion_says(
 @choices
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("rederive_epsilon", [True, False])
-def test_ddim_draws_what_the_recursion_says(
+def test_ddim_samples_follow_the_recursion(
     world, prediction_type, num_steps, spacing, eta, rederive_epsilon
 ):
     diffusion = GaussianDiffusion(BETAS, prediction_type, clip_sample=False)

@@ -27,11 +27,11 @@ each_loss = pytest.mark.parametrize("loss_type", LOSS_TYPES)
 # ---- the losses --------------------------------------------------------------------------------
 
 TIMES = torch.tensor([0, 1, 7, 13, 19, 0])
-LOST = EPS / BETAS[0].item()  # what 1 - BAR loses, written as that, where BAR is almost 1
+LOST = EPS / BETAS[0].item()  # the relative error of computing 1 - BAR where BAR is almost 1
 
 
 def batch(variance_type: str, prediction_type: str) -> tuple[Tensor, ...]:
-    """Pixels, noise, m and v: x_0 is off by little at t = 0, where its bin must hold some mass."""
+    """Pixels, noise, m and v, with a small error of x_0 at t = 0, so that its bin has mass."""
     generator = torch.Generator().manual_seed(2)
     pixels = torch.randint(0, 256, (6, 2, 3, 2), generator=generator)
     pixels.view(-1)[[0, 3]], pixels.view(-1)[[1, 4]] = 0, 255
@@ -110,11 +110,11 @@ def test_what_the_rescaling_is(variance_type: str) -> None:
 
 @each_loss
 @each_variance
-def test_a_recipe_is_the_noise_it_stands_for(loss_type: str, variance_type: str) -> None:
+def test_a_key_gives_the_bits_of_its_tensor(loss_type: str, variance_type: str) -> None:
     d = GaussianDiffusion(BETAS, variance_type=variance_type, loss_type=loss_type)
     x0, _, m, v = (c.float() for c in batch(variance_type, "epsilon"))
-    recipe, seen = PhiloxNoise(7), []
-    for noise in (recipe, recipe.tensor(x0.shape)):
+    key, seen = PhiloxNoise(7), []
+    for noise in (key, key.tensor(x0.shape)):
         answer = torch.cat([m, v], dim=1) if variance_type in LEARNED else m.clone()
         answer.requires_grad_()
 
@@ -179,7 +179,7 @@ def test_gradcheck(loss_type: str, variance_type: str, decoder: str) -> None:
         model = says(m, v, variance_type)
         return d.training_losses(model, x0, TIMES, noise=noise, decoder=decoder)["loss"]
 
-    # Of the hybrid loss m has another gradient than its value: vb sees a constant there.
+    # In the hybrid loss vb reads m as a constant, so its gradient omits a part of the value.
     hybrid = variance_type in LEARNED and "mse" in loss_type
     m, v = m.requires_grad_(not hybrid), v.requires_grad_(variance_type in LEARNED)
     torch.autograd.gradcheck(loss, (m, v))
@@ -257,7 +257,7 @@ def test_narrow_samples(loss_type: str, variance_type: str, dtype: torch.dtype) 
     )
     for name, value in found.items():
         assert value.dtype == torch.float32
-        # Of the same 16-bit inputs: the arithmetic in between is float32 or better.
+        # From the same 16-bit inputs, the arithmetic is float32 or better.
         torch.testing.assert_close(value.double(), truth[name], rtol=1e-4, atol=1e-5)
     found["loss"].mean().backward()
     assert m.grad is not None

@@ -18,7 +18,7 @@ from diffcore.schedules.timesteps import TIMESTEP_SPACINGS, respaced_timesteps
 from diffcore.solvers import NoiseLevels, SolverTable, ddim_table, ddpm_table
 from diffcore.solvers.table import TO_X0
 
-# Enough for a few samplers in use at once. Every combination of arguments ever seen is not kept.
+# A few samplers in use at once, not every combination of arguments ever used.
 _MAX_CACHED = 64
 
 Built = TypeVar("Built")
