@@ -1,4 +1,4 @@
-"""A whole loop under torch.compile: one graph, compiled once, with the bits of the plain loop."""
+"""A sampling loop under torch.compile: one graph, compiled once, bits of the plain loop."""
 
 from __future__ import annotations
 

@@ -168,16 +168,16 @@ def test_a_clipped_schedule_starts_where_lambda_allows():
     last = spacings.clipped_length(cosine, -5.1)
     assert 900 < last < 1000
     assert cosine.log_snr[last - 1] / 2 >= -5.1 > cosine.log_snr[last] / 2
-    told = spacings.spaced_timesteps(1000, 10, drop_last=True, last_timestep=last)
-    assert told[0] == last - 1
+    visited = spacings.spaced_timesteps(1000, 10, drop_last=True, last_timestep=last)
+    assert visited[0] == last - 1
     assert spacings.clipped_length(cosine, -math.inf) == 1000
 
 
 def test_timesteps_and_sigmas_of_a_schedule_invert_each_other():
     schedule = NoiseSchedule.from_betas(make_betas("linear", 1000))
     ratio = schedule.sigma / schedule.alpha
-    told = torch.tensor([0.0, 0.25, 17.0, 500.5, 999.0], dtype=torch.float64)
-    between = spacings.timesteps_to_sigmas(schedule, told)
+    visited = torch.tensor([0.0, 0.25, 17.0, 500.5, 999.0], dtype=torch.float64)
+    between = spacings.timesteps_to_sigmas(schedule, visited)
     assert between[0] == ratio[0]
     assert between[2] == ratio[17]
     assert between[4] == ratio[999]
