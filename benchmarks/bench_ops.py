@@ -41,26 +41,8 @@ from diffcore._engine import native
 
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16, "f64": torch.float64}
 
-OPS = (
-    "q_sample",
-    "add_noise",
-    "velocity",
-    "predict_x0_epsilon",
-    "reverse_step",
-    "ddpm_step",
-    "ddpm_step_guided",
-    "ddim_step",
-    "normal_kl",
-    "normal_kl_sample",
-    "standard_normal_kl_sample",
-    "gaussian_nll",
-    "discretized_gaussian_log_likelihood",
-    "reparameterize",
-    "reparameterize_kl",
-    "denoising_loss_epsilon",
-    "denoising_loss_v_prediction",
-)
-"""What is timed unless --ops says otherwise; ``--ops all`` is every case of tests/cases.py."""
+OPS = tuple(name for name, case in BY_NAME.items() if case.benchmarked)
+"""What is timed unless --ops says otherwise; ``--ops all`` is every case of tests/support."""
 
 SHAPES = {"cpu": ["64x3x128x128"], "cuda": ["256x3x256x256", "64x3x128x128"]}
 OVERHEAD_SHAPE = (4, 16)

@@ -1,11 +1,11 @@
-"""Times a training step: its diffusion part alone, and all of it with the demo's U-Net.
+"""Times a training step: its diffusion part alone, and the complete step with the demo's U-Net.
 
     python -m benchmarks.bench_training [--device auto|cpu|cuda] [--out FOLDER-OR-FILE] [--quick]
 
 The diffusion part is what surrounds the network: noise, x_t, the loss and the gradient that the
-network gets. Where the noise is drawn, eager PyTorch and ``torch.compile`` draw it into memory,
-diffcore inside its kernels. Beside the whole step stands the network alone, which no library can
-make faster.
+network receives. With "noise drawn", eager PyTorch and ``torch.compile`` write the noise to memory,
+and diffcore generates it inside its kernels. Next to the complete step is the time of the network
+alone, which no library of diffusion ops can reduce.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""The bound of a diffusion whose optimal model is known, at every timestep and estimated.
+"""Bits per dimension of a model with a known optimum, from all timesteps and from a few.
 
     python examples/bits_per_dim.py
 
-The data are Gaussian, so the optimal model is linear in x_t, the optimal variance is one number per
-timestep, and the entropy of the data is a formula. No model can need fewer bits. This one reaches
-the minimum: its bound is the entropy plus KL(q(x_T) || N(0, I)).
+The data are Gaussian, so the best network is linear, the best variance is one number per timestep,
+and the entropy of the data has a formula. No model can need fewer bits than the entropy. The bound
+of this model is the entropy plus KL(q(x_T) || N(0, I)).
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ def main(samples: int, strata: int) -> tuple[float, diffcore.BitsPerDim, diffcor
 
     entropy = 0.5 * math.log2(2 * math.pi * math.e * STD**2)
     print(f"entropy of the data      {entropy:.4f} bits/dim")
-    print(f"bound, every timestep    {every}")
-    print(f"bound, estimated         {few}")
-    print(f"  error of the estimate  ± {math.sqrt(few.estimator_variance):.4f}")
+    print(f"bound, all timesteps     {every}")
+    print(f"bound, few timesteps     {few}")
+    print(f"  part due to sampling   ± {math.sqrt(few.estimator_variance):.4f}")
     print(f"L_0 {every.terms[0]:.3f}, L_1 {every.terms[1]:.3f}, L_T {every.prior:.2g} bits/dim")
     return entropy, every, few
 

@@ -1,10 +1,10 @@
-"""Sample the same data with several solvers and equally many model calls, and plot the samples.
+"""Compare solvers with the same number of model calls, and plot their samples.
 
     python examples/compare_solvers.py solvers.png --calls 16
 
-The data are eight Gaussians on a ring, so the optimal denoiser is a formula and nothing is trained.
-All solvers start from the same noise. The deterministic ones are compared with 500 Heun steps from
-that noise.
+The data are eight Gaussians on a ring, so the best denoiser has a formula and needs no training.
+All sampling loops start from the same noise. The deterministic solvers are compared with a loop of
+500 steps from the same start.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ STD = 0.08
 ANGLES = torch.arange(8) * (math.pi / 4)
 CENTERS = torch.stack([ANGLES.cos(), ANGLES.sin()], dim=1)
 
-SOLVERS = {  # with the model calls per step
+SOLVERS = {  # with the number of model calls per step
     "DDPM": (solvers.ddpm_table, 1),
     "Euler": (solvers.euler_table, 1),
     "Heun": (solvers.heun_table, 2),
@@ -41,7 +41,7 @@ def denoise(x: Tensor, sigma: Tensor) -> Tensor:
 
 
 def main(calls: int, picture: Path | None = None, *, count: int = 1000) -> dict[str, float]:
-    """Sample with each solver; return the mean distance of its samples from the reference."""
+    """Sample with each solver; return its average distance from the loop of 500 steps."""
     noise = PhiloxNoise(seed=0)  # the start, and one stream per step of DDPM
     start = 20.0 * noise.tensor((count, 2))
 
@@ -53,8 +53,7 @@ def main(calls: int, picture: Path | None = None, *, count: int = 1000) -> dict[
     samples = {name: run(make, calls // each) for name, (make, each) in SOLVERS.items()}
     errors = {name: float((x - truth).norm(dim=1).mean()) for name, x in samples.items()}
     for name, error in errors.items():
-        what = f"mean distance {error:.3f} from 500 Heun steps"
-        what = "adds noise, so no distance" if name == "DDPM" else what
+        what = "adds noise" if name == "DDPM" else f"{error:.3f} from the loop of 500 steps"
         print(f"{name}: {what}")
     if picture is not None:
         draw({**samples, "500 steps": truth}, picture)
@@ -81,6 +80,6 @@ def draw(samples: dict[str, Tensor], picture: Path) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("picture", type=Path, help="PNG to write")
-    parser.add_argument("--calls", type=int, default=16, help="model calls per solver")
+    parser.add_argument("--calls", type=int, default=16, help="of the model, for each solver")
     arguments = parser.parse_args()
     main(arguments.calls, arguments.picture)

@@ -1,9 +1,9 @@
-"""Write a sampler with the ops alone: noise, predict, step, for a model known in closed form.
+"""Write a sampler with the functional ops: add noise, predict, step.
 
     python examples/ops_directly.py
 
-The data are N(m, s^2 I), so the optimal prediction of x_0 is linear in x_t and nothing is trained.
-DDPM must then return samples with the mean and nearly the standard deviation of the data.
+The data are N(m, s^2 I), so the best prediction of x_0 from x_t is linear and needs no training.
+DDPM then returns the mean and, nearly, the standard deviation of the data.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ def best_x0(x_t: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
 
 
 def main(count: int) -> tuple[float, float]:
-    """Noise data, predict the noise, sample; return mean and std of the samples."""
+    """Add noise, recover it, sample; return mean and standard deviation of the samples."""
     torch.manual_seed(0)
     schedule = diffcore.NoiseSchedule.from_betas(diffcore.make_betas("linear", 1000))
     alpha, sigma = schedule.alpha, schedule.sigma  # float64 [1000]
 
-    # Forward: one launch noises each sample to its timestep.
+    # Forward: one launch adds noise to every sample at its own timestep.
     x0, noise = MEAN + STD * torch.randn(count, 16), torch.randn(count, 16)
     t = torch.randint(1000, (count,))
     x_t = diffcore.q_sample(x0, t, noise, torch.stack([alpha, sigma], dim=1))

@@ -1,10 +1,10 @@
-"""Sample the same 64 images in one batch, in 64 batches and in two processes: equal bits.
+"""Sample the same 64 images in one batch, in 64 batches, and in two processes: equal bits.
 
     python examples/same_images_everywhere.py
 
-The noise is a key (``PhiloxNoise``): image i gets the noise of sample i in any batch, process or
-device. The optimal model is known in closed form, so nothing is trained or downloaded: the data are
-eight shapes plus grain, and the model returns the expected x_0.
+The noise is given by a key: image i gets the noise of sample i in any batch and any process. The
+model has a closed form, so there is nothing to train or download: the data are eight shapes on
+grainy paper, and the model returns the best prediction of x_0.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ SIZE, GRAIN, STEPS = 24, 0.15, 25
 
 
 def shapes() -> Tensor:
-    """Eight images [8, SIZE, SIZE], white 0.8 on black -0.8."""
+    """Eight images [8, SIZE, SIZE], light (0.8) on dark (-0.8)."""
     ticks = torch.linspace(-1, 1, SIZE)
     y, x = torch.meshgrid(ticks, ticks, indexing="ij")
     r, across, down = (x * x + y * y).sqrt(), x.abs(), y.abs()
@@ -36,7 +36,7 @@ def shapes() -> Tensor:
     return torch.stack(white) * 1.6 - 0.8
 
 
-class OptimalModel:
+class BestGuess:
     """E[x_0 | x_t] for data that are one of the shapes plus N(0, GRAIN^2) in every pixel."""
 
     def __init__(self, diffusion: diffcore.GaussianDiffusion) -> None:
@@ -47,10 +47,10 @@ class OptimalModel:
         self.shapes = shapes()
 
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
-        """Map x_t [B, 1, SIZE, SIZE] and t [B] to E[x_0 | x_t], each sample by itself."""
+        """Map x_t [B, 1, SIZE, SIZE] and t [B] to x_0, each sample on its own."""
         alpha, logvar, gain = self.table[:, t].view(3, -1, 1, 1, 1)
         logvar = logvar.expand_as(x)
-        # -log p(x_t | shape). The sums of diffcore have the same bits in any batch.
+        # How well each shape explains x_t. diffcore's sums have the same bits in any batch.
         nll = [
             diffcore.gaussian_nll(x, alpha * shape.expand_as(x), logvar, reduction="sample")
             for shape in self.shapes
@@ -63,22 +63,22 @@ class OptimalModel:
 
 
 def images(noise: PhiloxNoise, count: int) -> np.ndarray:
-    """Sample images [count, SIZE, SIZE], one for each sample of the noise."""
+    """Sample images [count, SIZE, SIZE] from the noise."""
     betas = diffcore.make_betas("squaredcos_cap_v2", 1000)
     diffusion = diffcore.GaussianDiffusion(betas, "sample", clip_sample=False)
     shape = (count, 1, SIZE, SIZE)
     return diffusion.p_sample_loop(
-        OptimalModel(diffusion), shape, num_steps=STEPS, noise=noise
+        BestGuess(diffusion), shape, num_steps=STEPS, noise=noise
     ).numpy()[:, 0]
 
 
 def main(count: int, picture: Path) -> bool:
-    """Sample the images in three ways, compare, and return whether all bits are equal."""
+    """Sample the images in three ways, and return whether all bits are equal."""
     noise = PhiloxNoise(seed=0)
     together = images(noise, count)
     alone = np.concatenate([images(noise.for_samples(i), 1) for i in range(count)])
 
-    # A key can be pickled. Each process of a distributed run would take the range of its rank.
+    # A noise key can be pickled. In a distributed run each process takes the range of its rank.
     half = count // 2
     ranges = [(noise.for_samples(0), half), (noise.for_samples(half), count - half)]
     with multiprocessing.get_context("spawn").Pool(2) as pool:
@@ -100,7 +100,7 @@ def save(rows: list[np.ndarray], picture: Path) -> None:
     save_mosaic(
         picture,
         torch.from_numpy(np.stack([row[:12] for row in rows])),
-        title="Same images, whatever the batches",
+        title="The same images in any batch",
         row_labels=["one batch", "one by one", "two processes"],
     )
     print(f"saved {picture}")

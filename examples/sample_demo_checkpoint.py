@@ -1,4 +1,4 @@
-"""Load the networks trained by `diffcore demo` and sample new images with both.
+"""Load the networks that `diffcore demo` trained, and sample new digits from both.
 
 diffcore demo
 python examples/sample_demo_checkpoint.py demo-output digits.png --seed 7
@@ -19,7 +19,7 @@ from diffcore.demo.pictures import save_mosaic
 
 
 def main(folder: Path, picture: Path, seed: int) -> None:
-    """Sample two rows with the DDPM (by DDIM) and two with the VAE, and save them as a PNG."""
+    """Save a PNG with two rows of DDIM samples and two rows of VAE samples."""
     weights, scalars = load_checkpoint(folder / "checkpoints" / "ddpm.safetensors")
     config = DemoConfig(**scalars["config"])
     shape = load_images(config.data).image_shape
@@ -40,7 +40,7 @@ def main(folder: Path, picture: Path, seed: int) -> None:
     save_mosaic(
         picture,
         rows,
-        title="New images from the networks of the demo",
+        title="Samples of the demo's networks",
         row_labels=["diffusion", "diffusion", "VAE", "VAE"],
     )
     print(f"saved {picture}")

@@ -1,8 +1,8 @@
-"""Train a DDPM on points of a ring with a loop of ten lines, and sample it with DDIM.
+"""Train a DDPM on the points of a ring in ten lines, and sample it with DDIM.
 
     python examples/train_and_sample.py
 
-Two-dimensional data train in seconds. For images, replace the network; the loop stays the same.
+Two-dimensional data keep the run to seconds. For images only the network changes.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import diffcore
 
 
 class Denoiser(nn.Module):
-    """Predicts the noise in x_t, from x_t and sines and cosines of the timestep."""
+    """Predicts the noise in x_t; the timestep input is encoded in sines and cosines."""
 
     def __init__(self, num_timesteps: int, width: int = 128) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Train a VAE whose optimal bound is known, with the KL and the sample of z from one kernel.
+"""Train a VAE with a known optimum, with the KL and the sample of z in one fused pass.
 
     python examples/vae_loss.py
 
@@ -21,14 +21,12 @@ DIM, LATENT = 8, 2
 
 
 def main(steps: int) -> tuple[float, float]:
-    """Train; return the bound and its maximum, the mean log-density, in nats."""
+    """Train; return the bound and its upper limit, the log-density of the data, in nats."""
     torch.manual_seed(0)
     weight = torch.randn(DIM, LATENT)
 
     encoder, decoder = nn.Linear(DIM, LATENT), nn.Linear(LATENT, DIM)
-    logvar = nn.Parameter(
-        torch.zeros(LATENT)
-    )  # the posterior of a linear model has the same variance for every x
+    logvar = nn.Parameter(torch.zeros(LATENT))  # a linear model's posterior has one variance
     parameters = [*encoder.parameters(), *decoder.parameters(), logvar]
     optimizer = torch.optim.Adam(parameters, lr=1e-2)
 
@@ -49,7 +47,7 @@ def main(steps: int) -> tuple[float, float]:
         posterior_logvar = logvar.expand_as(mean).contiguous()
         z = diffcore.reparameterize(mean, posterior_logvar)
         bound = elbo(x, decoder(z), mean, posterior_logvar).mean().item()
-    bound -= 0.5 * DIM * math.log(2 * math.pi)  # the constant that L1 omits
+    bound -= 0.5 * DIM * math.log(2 * math.pi)  # the constant that L1 leaves out
     covariance = weight @ weight.T + torch.eye(DIM)
     truth = torch.distributions.MultivariateNormal(torch.zeros(DIM), covariance)
     density = truth.log_prob(x).mean().item()

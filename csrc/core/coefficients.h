@@ -1,20 +1,27 @@
 // Reads the coefficients of one row, rounding float64 once to the compute type.
 #pragma once
 
+#include "core/launch_args.h"
 #include "core/macros.h"
 #include "core/op.h"
-#include "core/task.h"
 
 DC_KERNEL_NAMESPACE_BEGIN
 
-// The step of a row. Out-of-range steps are refused before the launch on the CPU; on CUDA the host
-// cannot see them without waiting for the device, so they are clamped: never a wild read.
-DC_HD int64_t step_of(const Task& task, int64_t row) {
-  if (!task.step) return task.fixed_step;
-  int64_t at = row * task.step_stride;
-  int64_t step = task.step_is_64 ? static_cast<const int64_t*>(task.step)[at]
-                                 : static_cast<const int32_t*>(task.step)[at];
-  return step < 0 ? 0 : (step >= task.steps ? task.steps - 1 : step);
+// The step of a row, whatever it is.
+DC_HD int64_t given_step(const LaunchArgs& args, int64_t row) {
+  if (!args.step) return args.fixed_step;
+  int64_t at = row * args.step_stride;
+  return args.step_is_64 ? static_cast<const int64_t*>(args.step)[at]
+                         : static_cast<const int32_t*>(args.step)[at];
+}
+
+// The step of a row, within the table. The CPU refuses steps out of range before the launch; on
+// CUDA the host cannot see them without waiting for the device, so they are clamped: never a wild
+// read.
+DC_HD int64_t step_of(const LaunchArgs& args, int64_t row) {
+  const int64_t step = given_step(args, row);
+  if (!args.step) return step;  // the host has checked it
+  return step < 0 ? 0 : (step >= args.steps ? args.steps - 1 : step);
 }
 
 template <class R>
@@ -26,16 +33,11 @@ DC_HD R load_coef(const Coef& coef, int64_t row, int64_t step) {
 }
 
 template <class Op, class R>
-DC_HD void prepare(R* c) {
-  if constexpr (kPrepares<Op>) Op::prepare(c);
-}
-
-template <class Op, class R>
-DC_HD void load_coefs(const Task& task, int64_t row, R* c) {
-  int64_t step = task.steps ? step_of(task, row) : 0;
+DC_HD void load_coefs(const LaunchArgs& args, int64_t row, R* c) {
+  int64_t step = args.steps ? step_of(args, row) : 0;
   DC_UNROLL
-  for (int k = 0; k < Op::n_coef; ++k) c[k] = load_coef<R>(task.coef[k], row, step);
-  prepare<Op>(c);
+  for (int k = 0; k < Op::n_coef; ++k) c[k] = load_coef<R>(args.coef[k], row, step);
+  Op::prepare(c);
 }
 
 DC_KERNEL_NAMESPACE_END

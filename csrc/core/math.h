@@ -25,6 +25,28 @@ DC_HD double mul_add(double a, double b, double c) {
 #endif
 }
 
+constexpr double kLogTwoPi = 1.8378770664093454836;  // log 2π
+
+// Σ c[k] x^k by Horner's rule. `A` is the arithmetic: that of the numbers themselves, or lanes of
+// noise/philox.h.
+struct FusedArithmetic {
+  template <class R>
+  DC_HD static R real(R x) {
+    return x;
+  }
+  template <class R>
+  DC_HD static R multiply_add(R a, R b, R c) {
+    return mul_add(a, b, c);
+  }
+};
+template <class A = FusedArithmetic, class C, int kCount, class T>
+DC_HD T polynomial(const C (&c)[kCount], T x) {
+  T y = A::real(c[kCount - 1]);
+  DC_UNROLL
+  for (int k = kCount - 2; k >= 0; --k) y = A::multiply_add(y, x, A::real(c[k]));
+  return y;
+}
+
 // min(max(x, lo), hi) that keeps a NaN in x.
 template <class R>
 DC_HD R clamp(R x, R lo, R hi) {
@@ -32,8 +54,7 @@ DC_HD R clamp(R x, R lo, R hi) {
   return above > hi ? hi : above;
 }
 
-// ---- exp and expm1
-// ----------------------------------------------------------------------------------------------
+// ---- exp and expm1 ------------------------------------------------------------------------------
 //
 // x = n ln 2 + r with |r| <= ln 2 / 2, and e^r = 1 + r + r² q(r). q is a minimax polynomial in
 // relative error (2.7e-9 for float, 2.7e-18 for double), so that e^r - 1 - r = r² q(r) has full
@@ -45,32 +66,32 @@ struct ExpConstants;
 template <>
 struct ExpConstants<float> {
   using Bits = uint32_t;
-  static constexpr int kMantissa = 23, kBias = 127, kDegree = 5;
-  static constexpr float kRound =
-      0x1.8p23f;  // adding it rounds to an integer, which stays in the low bits
+  static constexpr int kMantissa = 23, kBias = 127;
+  // Adding it rounds to an integer, which stays in the low bits.
+  static constexpr float kRound = 0x1.8p23f;
   static constexpr float kLog2E = 0x1.715476p+0f, kLn2High = 0x1.63p-1f, kLn2Low = -0x1.bd0106p-13f;
-  static constexpr float kLow = -0x1.5d58ap+6f,
-                         kHigh = 0x1.62e42ep+6f;  // where e^x leaves the normal numbers
-  static constexpr float kHalfHigh = 89.0f;       // where e^x / 2 has not yet overflowed
+  // Where e^x leaves the normal numbers.
+  static constexpr float kLow = -0x1.5d58ap+6f, kHigh = 0x1.62e42ep+6f;
+  static constexpr float kHalfHigh = 89.0f;  // where e^x / 2 has not yet overflowed
   static constexpr float kHuge = 0x1p127f;
-  DC_HD static float q(int k) {
+  DC_HD static float q(float r) {
     constexpr float c[] = {0x1p-1f,        0x1.555556p-3f,  0x1.5554eap-5f,
                            0x1.11114cp-7f, 0x1.6d4318p-10f, 0x1.a072d6p-13f};
-    return c[k];
+    return polynomial(c, r);
   }
 };
 
 template <>
 struct ExpConstants<double> {
   using Bits = uint64_t;
-  static constexpr int kMantissa = 52, kBias = 1023, kDegree = 10;
+  static constexpr int kMantissa = 52, kBias = 1023;
   static constexpr double kRound = 0x1.8p52;
   static constexpr double kLog2E = 0x1.71547652b82fep+0, kLn2High = 0x1.62e42fefa38p-1,
                           kLn2Low = 0x1.ef35793c7673p-45;
   static constexpr double kLow = -0x1.6232bdd7abcd2p+9, kHigh = 0x1.62e42fefa39efp+9,
                           kHalfHigh = 710.0;
   static constexpr double kHuge = 0x1p1023;
-  DC_HD static double q(int k) {
+  DC_HD static double q(double r) {
     constexpr double c[] = {0x1p-1,
                             0x1.5555555555557p-3,
                             0x1.555555555554ep-5,
@@ -82,7 +103,7 @@ struct ExpConstants<double> {
                             0x1.27e510e65140dp-22,
                             0x1.af4df466148cdp-26,
                             0x1.1f19fe28c559p-29};
-    return c[k];
+    return polynomial(c, r);
   }
 };
 
@@ -114,9 +135,7 @@ struct ExpReduction {
     R whole = shifted - K::kRound;
     r = mul_add(-whole, K::kLn2Low, mul_add(-whole, K::kLn2High, x));
     n = bit_cast<Bits>(shifted);
-    q = K::q(K::kDegree);
-    DC_UNROLL
-    for (int k = K::kDegree - 1; k >= 0; --k) q = mul_add(q, r, K::q(k));
+    q = K::q(r);
   }
 };
 
@@ -150,8 +169,7 @@ DC_HD R exp(R x) {
 #endif
 }
 
-// ½ (expm1(d) - d) and ½ expm1(d): what the Gaussian KL and its gradient are made of. With s = 2^n
-// / 2, e^d / 2 = s (1 + r + r² q), so  ½ (e^d - 1 - d) = s r² q + [s r + (s - ½) - d / 2],  whose
+// ½ (expm1(d) - d) and ½ expm1(d): what the Gaussian KL and its gradient are made of. With s = 2^n / 2, e^d / 2 = s (1 + r + r² q), so  ½ (e^d - 1 - d) = s r² q + [s r + (s - ½) - d / 2],  whose
 // bracket is exactly 0 where n = 0: nothing cancels for small d. Halves, because they overflow
 // later and are what is needed.
 template <class R>

@@ -1,5 +1,5 @@
 // The normal distribution's tail and the logarithm, and the exponential in double for formulas that
-// would cancel in float. float asks for fewer terms. tests/test_special.py derives the
+// would cancel in float. float asks for fewer terms. tests/native/test_special.py derives the
 // coefficients.
 #pragma once
 
@@ -7,16 +7,7 @@
 
 DC_KERNEL_NAMESPACE_BEGIN
 
-template <class R, int kCount>
-DC_HD R polynomial(const R (&c)[kCount], R x) {
-  R y = c[kCount - 1];
-  DC_UNROLL
-  for (int k = kCount - 2; k >= 0; --k) y = mul_add(y, x, c[k]);
-  return y;
-}
-
-// ---- exp and expm1
-// ------------------------------------------------------------------------------------------------
+// ---- exp and expm1 ------------------------------------------------------------------------------
 //
 // As in math.h, for arguments where e^x is a normal number; elsewhere the result is arbitrary, and
 // NaN for NaN. What is within that range the caller knows best. R is the type of the result: for
@@ -44,9 +35,7 @@ struct Exponential {
       q = polynomial(kExp32, r);
     } else {
       r = mul_add(-whole, K::kLn2Low, mul_add(-whole, K::kLn2High, x));
-      q = K::q(K::kDegree);
-      DC_UNROLL
-      for (int k = K::kDegree - 1; k >= 0; --k) q = mul_add(q, r, K::q(k));
+      q = K::q(r);
     }
     const double excess = mul_add(r * r, q, r);  // e^r - 1
     plain = mul_add(scale, excess, scale);
@@ -55,8 +44,7 @@ struct Exponential {
   }
 };
 
-// ---- e^{t²/2} P(Z > t) = erfcx(t / sqrt 2) / 2 for t >= 0
-// ------------------------------------------------------------------------------------------------
+// ---- e^{t²/2} P(Z > t) = erfcx(t / sqrt 2) / 2 for t >= 0 ---------------------------------------
 //
 // With u = k / (t + k), in (0, 1], it is u times a polynomial in 2 u - 1: to 1.3e-16 of itself at
 // every t for double, 3.2e-8 for float, before rounding; 0 at infinity.
@@ -89,8 +77,7 @@ DC_HD R scaled_tail(R t) {
   }
 }
 
-// ---- log
-// ------------------------------------------------------------------------------------------------
+// ---- log ----------------------------------------------------------------------------------------
 //
 // x = 2^k m with sqrt ½ <= m < sqrt 2. With f = m - 1 and s = f / (2 + f), log m = 2 atanh s =
 // f - s (f - s² p(s²)), where f²/2 is split off because it is the larger part of what is small.

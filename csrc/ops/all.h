@@ -1,13 +1,13 @@
 // The list of ops. Adding a name here gives it CPU kernels, CUDA kernels and a Python binding.
 #pragma once
 
-#include "core/op.h"
+#include "core/op_checks.h"
 #include "ops/bound.h"
 #include "ops/gaussian.h"
 #include "ops/likelihood.h"
 #include "ops/linear.h"
 #include "ops/loss.h"
-#include "ops/reverse_step.h"
+#include "ops/step.h"
 #include "ops/threshold.h"
 
 DC_KERNEL_NAMESPACE_BEGIN
@@ -28,6 +28,10 @@ struct Join<OpList<A...>, OpList<B...>, More...> : Join<OpList<A..., B...>, More
 template <class... List>
 using Joined = typename Join<List...>::type;
 
+// A term of each element, its sum over each row, and the gradients of both.
+template <class Term, class... Gradient>
+using Family = OpList<Term, SumOf<Term>, GradientOf<Gradient>..., SumGradientOf<Gradient>...>;
+
 template <bool kGuided, int kHistory, bool kKeeps>
 using Step = OpList<ReverseStep<kGuided, kHistory, kKeeps, kStill>,
                     ReverseStep<kGuided, kHistory, kKeeps, kNoisy>,
@@ -44,30 +48,41 @@ using Steps = Joined<Step<kGuided, 0, false>, Step<kGuided, 1, false>, Step<kGui
                             StepLogProb<kGuided>, StepLogProbBackward<kGuided, false>,
                             StepLogProbBackward<kGuided, true>>>;
 
+// clang-format off
 using AllOps = Joined<
-    Steps<false>, Steps<true>,                                              // reverse_step.h
-    OpList<Scale, ScaleTwice, LinearCombination, LinearPair,                // linear.h
-           Drawn<Randn>, Drawn<LinearCombination>, Drawn<LinearPair>,       //
-           NormalKl, NormalKlSum, NormalKlBackward, NormalKlBackwardFirst,  // gaussian.h
-           NormalKlBackwardSecond, NormalKlSumBackward, NormalKlSumBackwardFirst,
-           NormalKlSumBackwardSecond,                                        //
-           StandardNormalKl, StandardNormalKlSum, StandardNormalKlBackward,  //
-           StandardNormalKlSumBackward,                                      //
-           GaussianNll, GaussianNllSum, GaussianNllBackward, GaussianNllBackwardParameters,
-           GaussianNllSumBackward, GaussianNllSumBackwardParameters,               //
-           DiscretizedGaussianLogLikelihood, DiscretizedGaussianLogLikelihoodSum,  // likelihood.h
-           DiscretizedBackward, DiscretizedBackwardParameters, DiscretizedSumBackward,
-           DiscretizedSumBackwardParameters,  //
-           Reparameterize, ReparameterizeBackward, ReparameterizeKl, ReparameterizeKlBackward,
-           Drawn<Reparameterize>, Drawn<ReparameterizeBackward>, Drawn<ReparameterizeKl>,
-           Drawn<ReparameterizeKlBackward>,  //
-           TargetLoss, TargetLossGradient, MixedTargetLoss, MixedTargetLossGradient,
-           Rescale,  // loss.h
-           Drawn<TargetLoss>, Drawn<TargetLossGradient>, Drawn<MixedTargetLoss>,
-           Drawn<MixedTargetLossGradient>,        //
-           X0Quantile<false>, X0Quantile<true>>,  // threshold.h
-    OpList<VlbTerm<false>, VlbTerm<true>, VlbTermBackward<false>, VlbTermBackward<true>,  // bound.h
-           Drawn<VlbTerm<false>>, Drawn<VlbTerm<true>>, Drawn<VlbTermBackward<false>>,
-           Drawn<VlbTermBackward<true>>, PriorKl>>;
+    // step.h
+    Steps<false>, Steps<true>,
+    // linear.h
+    OpList<Scale, ScaleTwice, LinearCombination, LinearPair,
+           Drawn<Randn>, Drawn<LinearCombination>, Drawn<LinearPair>>,
+    // gaussian.h
+    Family<NormalKl, NormalKlGradient<Sides::kBoth>, NormalKlGradient<Sides::kFirst>,
+           NormalKlGradient<Sides::kSecond>>,
+    Family<StandardNormalKl, StandardNormalKlGradient>,
+    Family<GaussianNll, GaussianNllGradient<true>, GaussianNllGradient<false>>,
+    // likelihood.h
+    Family<DiscretizedGaussianLogLikelihood, DiscretizedGradient<true>, DiscretizedGradient<false>>,
+    // gaussian.h
+    OpList<Reparameterize, ReparameterizeBackward, ReparameterizeKl, ReparameterizeKlBackward,
+           Drawn<Reparameterize>, Drawn<ReparameterizeBackward>,
+           Drawn<ReparameterizeKl>, Drawn<ReparameterizeKlBackward>>,
+    // loss.h
+    OpList<TargetLoss, WithGradient<TargetLoss>, MixedTargetLoss, WithGradient<MixedTargetLoss>,
+           Rescale,
+           Drawn<TargetLoss>, Drawn<WithGradient<TargetLoss>>,
+           Drawn<MixedTargetLoss>, Drawn<WithGradient<MixedTargetLoss>>>,
+    // threshold.h
+    OpList<X0Quantile<false>, X0Quantile<true>>,
+    // bound.h
+    OpList<VlbTerm<false>, VlbTerm<true>, VlbTermBackward<false>, VlbTermBackward<true>,
+           Drawn<VlbTerm<false>>, Drawn<VlbTerm<true>>,
+           Drawn<VlbTermBackward<false>>, Drawn<VlbTermBackward<true>>, PriorKl>>;
+// clang-format on
+
+template <class... Op>
+constexpr bool check_all(OpList<Op...>) {
+  return (check_op<Op>() && ...);
+}
+static_assert(check_all(AllOps{}));
 
 DC_KERNEL_NAMESPACE_END

@@ -9,39 +9,51 @@
 
 DC_KERNEL_NAMESPACE_BEGIN
 
-enum BoundCoef {
-  kScale,
-  kB0,
-  kBGiven,
-  kBm,
-  kB0Low,
-  kBGivenLow,
-  kBmLow,
-  kLowest,
-  kHighest,
-  kDecoder,
-  kFactor,
-  kOffset,
-  kD0,
-  kDLow,
-  kDv,
-  kKl
+// The coefficients of a term by name: the scale of the sum, then the columns of a table. The last
+// three belong to a learned variance.
+template <class R>
+struct VlbRow {
+  const R* c;
+  DC_HD explicit VlbRow(const R* c) : c(c) {}
+
+  DC_HD R scale() const { return c[0]; }
+  DC_HD R b_0() const { return c[1]; }
+  DC_HD R b_g() const { return c[2]; }
+  DC_HD R b_m() const { return c[3]; }
+  DC_HD R b_0_low() const { return c[4]; }
+  DC_HD R b_g_low() const { return c[5]; }
+  DC_HD R b_m_low() const { return c[6]; }
+  DC_HD R clip_min() const { return c[7]; }
+  DC_HD R clip_max() const { return c[8]; }
+  DC_HD R decoder() const { return c[9]; }
+  DC_HD R factor() const { return c[10]; }
+  DC_HD R offset() const { return c[11]; }
+  DC_HD R d_0() const { return c[12]; }
+  DC_HD R d_low() const { return c[13]; }
+  DC_HD R d_v() const { return c[14]; }
+  DC_HD R kl() const { return c[15]; }
 };
+// The names of the coefficients in their order, for Python.
+constexpr const char* kVlbColumns[] = {
+    "scale",    "b_0",     "b_g",    "b_m",    "b_0_low", "b_g_low", "b_m_low", "clip_min",
+    "clip_max", "decoder", "factor", "offset", "d_0",     "d_low",   "d_v",     "kl"};
+constexpr int kVlbCoefs = 13, kLearnedVlbCoefs = 16;
 
 // Inputs begin with x_0, m, [v], given (x_t, or the noise in it).
 template <bool kLearned>
-struct BoundError {
+struct BoundError : OpBase {
   static constexpr bool in_double = true;
-  static constexpr int n = 3 + kLearned, n_coef = kLearned ? kKl + 1 : kDLow;
+  static constexpr int n = 3 + kLearned, n_coef = kLearned ? kLearnedVlbCoefs : kVlbCoefs;
 
   // x_0 minus the prediction, clipped; `inside`: whether the clip let it pass.
   template <class R>
   DC_HD static double error(const R* c, const R* x, bool& inside) {
-    const double b_0 = double(c[kB0]) + double(c[kB0Low]);
-    const double b_given = double(c[kBGiven]) + double(c[kBGivenLow]);
-    const double b_m = double(c[kBm]) + double(c[kBmLow]), x0 = x[0];
-    double e = mul_add(b_m, double(x[1]), mul_add(b_given, double(x[n - 1]), b_0 * x0));
-    const double most = x0 - double(c[kLowest]), least = x0 - double(c[kHighest]);
+    const VlbRow row(c);
+    const double b_0 = double(row.b_0()) + double(row.b_0_low());
+    const double b_g = double(row.b_g()) + double(row.b_g_low());
+    const double b_m = double(row.b_m()) + double(row.b_m_low()), x0 = x[0];
+    double e = mul_add(b_m, double(x[1]), mul_add(b_g, double(x[n - 1]), b_0 * x0));
+    const double most = x0 - double(row.clip_min()), least = x0 - double(row.clip_max());
     inside = !(e > most || e < least);
     e = e > most ? most : e;
     return e < least ? least : e;
@@ -49,19 +61,17 @@ struct BoundError {
   // de / dm where it let it pass.
   template <class R>
   DC_HD static R slope(const R* c) {
-    return R(double(c[kBm]) + double(c[kBmLow]));
+    const VlbRow row(c);
+    return R(double(row.b_m()) + double(row.b_m_low()));
   }
   // log β̃ - log σ², σ² being the variance of p; minus the latter where there is no β̃.
   template <class R>
   DC_HD static R log_ratio(const R* c, const R* x) {
+    const VlbRow row(c);
     if constexpr (kLearned)
-      return mul_add(-c[kDv], x[2], c[kD0]) + c[kDLow];
+      return mul_add(-row.d_v(), x[2], row.d_0()) + row.d_low();
     else
-      return c[kD0];
-  }
-  template <class R>
-  DC_HD static bool other(const R* c) {
-    return c[kDecoder] != R(0);
+      return row.d_0();
   }
 };
 
@@ -69,12 +79,12 @@ struct BoundError {
 template <bool kLearned>
 struct DecoderTerm : BoundError<kLearned> {
   using Base = BoundError<kLearned>;
-  static constexpr int n_in = Base::n, n_out = 0, n_sum = 1;
-  struct Seen {
+  static constexpr int n_in = Base::n, n_sum = 1;
+  struct BinInputs {
     double x[3];
     bool inside;
     template <class R>
-    DC_HD Seen(const R* c, const R* in) {
+    DC_HD BinInputs(const R* c, const R* in) {
       x[0] = in[0];
       x[1] = x[0] - Base::error(c, in, inside);
       x[2] = -0.5 * double(Base::log_ratio(c, in));
@@ -82,9 +92,9 @@ struct DecoderTerm : BoundError<kLearned> {
   };
   template <class R>
   DC_HD static void apply(const R* c, const R* x, R* y) {
-    const Seen seen(c, x);
+    const BinInputs bin_inputs(c, x);
     double log_likelihood;
-    DiscretizedGaussianLogLikelihood::apply<double>(nullptr, seen.x, &log_likelihood);
+    DiscretizedGaussianLogLikelihood::apply<double>(nullptr, bin_inputs.x, &log_likelihood);
     y[0] = R(-log_likelihood);
   }
 };
@@ -94,24 +104,31 @@ struct VlbTerm : BoundError<kLearned> {
   using Base = BoundError<kLearned>;
   using Other = DecoderTerm<kLearned>;
   static constexpr const char* name = kLearned ? "vlb_term_learned" : "vlb_term";
-  static constexpr int n_in = Base::n, n_out = 0, n_sum = 1;
+  static constexpr int n_in = Base::n, n_sum = 1;
+  static constexpr unsigned hooks = kOther | kFinalizeSum;
+  template <class R>
+  DC_HD static bool other(const R* c) {
+    return VlbRow(c).decoder() != R(0);
+  }
   template <class R>
   DC_HD static void apply(const R* c, const R* x, R* y) {
+    [[maybe_unused]] const VlbRow row(c);
     bool inside;
     const R e = R(Base::error(c, x, inside));
     if constexpr (kLearned) {
       const R d = Base::log_ratio(c, x);
       const HalfExpm1<R> half(d);
-      const R spread = c[kKl] != R(0) ? half.minus_d : R(-0.5) * d;
-      y[0] = mul_add(c[kFactor] * e * e, exp(d), spread);
+      const R kl_part = row.kl() != R(0) ? half.minus_d : R(-0.5) * d;
+      y[0] = mul_add(row.factor() * e * e, exp(d), kl_part);
     } else {
       y[0] = e * e;
     }
   }
   template <class R>
-  DC_HD static double finish(const R* c, double total, double n) {
-    const double factor = kLearned ? 1.0 : double(c[kFactor]);
-    return double(c[kScale]) * (factor * total + n * double(c[kOffset]));
+  DC_HD static double finalize_sum(const R* c, double total, double n) {
+    const VlbRow row(c);
+    const double factor = kLearned ? 1.0 : double(row.factor());
+    return double(row.scale()) * (factor * total + n * double(row.offset()));
   }
 };
 
@@ -119,15 +136,16 @@ struct VlbTerm : BoundError<kLearned> {
 template <bool kLearned>
 struct DecoderTermBackward : BoundError<kLearned> {
   using Base = BoundError<kLearned>;
-  static constexpr int n_in = Base::n, n_out = 1 + kLearned, n_sum = 0, n_coef = Base::n_coef + 1;
+  static constexpr int n_in = Base::n, n_out = 1 + kLearned, n_coef = Base::n_coef + 1;
   template <class R>
   DC_HD static void apply(const R* c, const R* x, R* y) {
-    const typename DecoderTerm<kLearned>::Seen seen(c, x);
+    const typename DecoderTerm<kLearned>::BinInputs bin_inputs(c, x);
     double of[2];  // the mean, the log-scale
-    DiscretizedGradient<false>::apply<double>(1.0, seen.x, of);
-    const R g = c[Base::n_coef] * c[kScale];
-    y[0] = seen.inside ? g * R(of[0]) * Base::slope(c) : R(0);
-    if constexpr (kLearned) y[1] = R(-0.5) * g * c[kDv] * R(of[1]);
+    DiscretizedGradient<false>::apply<double>(1.0, bin_inputs.x, of);
+    const VlbRow row(c);
+    const R g = c[Base::n_coef] * row.scale();
+    y[0] = bin_inputs.inside ? g * R(of[0]) * Base::slope(c) : R(0);
+    if constexpr (kLearned) y[1] = R(-0.5) * g * row.d_v() * R(of[1]);
   }
 };
 
@@ -136,18 +154,24 @@ struct VlbTermBackward : BoundError<kLearned> {
   using Base = BoundError<kLearned>;
   using Other = DecoderTermBackward<kLearned>;
   static constexpr const char* name = kLearned ? "vlb_term_learned_backward" : "vlb_term_backward";
-  static constexpr int n_in = Base::n, n_out = 1 + kLearned, n_sum = 0, n_coef = Base::n_coef + 1;
+  static constexpr unsigned hooks = kOther;
+  static constexpr int n_in = Base::n, n_out = 1 + kLearned, n_coef = Base::n_coef + 1;
+  template <class R>
+  DC_HD static bool other(const R* c) {
+    return VlbRow(c).decoder() != R(0);
+  }
   template <class R>
   DC_HD static void apply(const R* c, const R* x, R* y) {
     bool inside;
     const R e = R(Base::error(c, x, inside));
-    const R g = c[Base::n_coef] * c[kScale];
-    R slope = R(2) * c[kFactor] * e;
+    const VlbRow row(c);
+    const R g = c[Base::n_coef] * row.scale();
+    R slope = R(2) * row.factor() * e;
     if constexpr (kLearned) {
       const R d = Base::log_ratio(c, x), ratio = exp(d);
       const HalfExpm1<R> half(d);
-      const R spread = c[kKl] != R(0) ? half.plain : R(-0.5);
-      y[1] = -g * c[kDv] * mul_add(c[kFactor] * e * e, ratio, spread);
+      const R kl_part = row.kl() != R(0) ? half.plain : R(-0.5);
+      y[1] = -g * row.d_v() * mul_add(row.factor() * e * e, ratio, kl_part);
       slope *= ratio;
     }
     y[0] = inside ? g * slope * Base::slope(c) : R(0);
@@ -155,15 +179,16 @@ struct VlbTermBackward : BoundError<kLearned> {
 };
 
 // Σ x² of each row, for the KL of q(x_T | x_0) to the standard normal.
-struct PriorKl {
+struct PriorKl : OpBase {
   static constexpr const char* name = "prior_kl";
-  static constexpr int n_in = 1, n_out = 0, n_sum = 1, n_coef = 2;  // x_0; factor, offset
+  static constexpr int n_in = 1, n_sum = 1, n_coef = 2;  // x_0; factor, offset
+  static constexpr unsigned hooks = kFinalizeSum;
   template <class R>
   DC_HD static void apply(const R*, const R* x, R* y) {
     y[0] = x[0] * x[0];
   }
   template <class R>
-  DC_HD static double finish(const R* c, double total, double n) {
+  DC_HD static double finalize_sum(const R* c, double total, double n) {
     return double(c[0]) * total + n * double(c[1]);
   }
 };

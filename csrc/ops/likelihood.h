@@ -95,10 +95,10 @@ DC_OUTLINED LogMassSlope<R> log_mass_slope(R g, const R* inputs) {
   return {bin.sign * at_lo * R(drop), -at_lo * of_scale};
 }
 
-struct DiscretizedGaussianLogLikelihood {
+struct DiscretizedGaussianLogLikelihood : OpBase {
   static constexpr const char* name = "discretized_gaussian_log_likelihood";
   static constexpr bool in_double = true;
-  static constexpr int n_in = 3, n_out = 1, n_sum = 0, n_coef = 0;  // x, mean, log_scale
+  static constexpr int n_in = 3, n_out = 1;  // x, mean, log_scale
   template <class R>
   DC_HD static void apply(const R*, const R* x, R* y) {
     y[0] = log_mass(x);
@@ -107,6 +107,8 @@ struct DiscretizedGaussianLogLikelihood {
 
 template <bool kOfX>
 struct DiscretizedGradient {  // of (mean, log_scale), or of (x, mean, log_scale)
+  using Term = DiscretizedGaussianLogLikelihood;
+  static constexpr const char* variant = kOfX ? "" : "_parameters";
   static constexpr int n_in = 3, n_out = 2 + kOfX;
   template <class R>
   DC_HD static void apply(R g, const R* x, R* y) {
@@ -115,27 +117,6 @@ struct DiscretizedGradient {  // of (mean, log_scale), or of (x, mean, log_scale
     y[n_out - 2] = -slope.of_x;
     y[n_out - 1] = slope.of_log_scale;
   }
-};
-
-struct DiscretizedGaussianLogLikelihoodSum : SumOf<DiscretizedGaussianLogLikelihood> {
-  static constexpr const char* name = "discretized_gaussian_log_likelihood_sum";
-  static constexpr bool in_double = true;
-};
-struct DiscretizedBackward : ElementwiseGradient<DiscretizedGradient<true>> {
-  static constexpr const char* name = "discretized_gaussian_log_likelihood_backward";
-  static constexpr bool in_double = true;
-};
-struct DiscretizedBackwardParameters : ElementwiseGradient<DiscretizedGradient<false>> {
-  static constexpr const char* name = "discretized_gaussian_log_likelihood_backward_parameters";
-  static constexpr bool in_double = true;
-};
-struct DiscretizedSumBackward : SumGradient<DiscretizedGradient<true>> {
-  static constexpr const char* name = "discretized_gaussian_log_likelihood_sum_backward";
-  static constexpr bool in_double = true;
-};
-struct DiscretizedSumBackwardParameters : SumGradient<DiscretizedGradient<false>> {
-  static constexpr const char* name = "discretized_gaussian_log_likelihood_sum_backward_parameters";
-  static constexpr bool in_double = true;
 };
 
 DC_KERNEL_NAMESPACE_END

@@ -1,22 +1,22 @@
 // Linear maps: noising, targets, conversions between predictions, and their gradients.
 #pragma once
 
-#include "core/math.h"
+#include "core/op.h"
 
 DC_KERNEL_NAMESPACE_BEGIN
 
-struct Scale {  // y = a x
+struct Scale : OpBase {  // y = a x
   static constexpr const char* name = "scale";
-  static constexpr int n_in = 1, n_out = 1, n_sum = 0, n_coef = 1;
+  static constexpr int n_in = 1, n_out = 1, n_coef = 1;
   template <class R>
   DC_HD static void apply(const R* c, const R* x, R* y) {
     y[0] = c[0] * x[0];
   }
 };
 
-struct ScaleTwice {  // y_0 = a x, y_1 = b x: both gradients of a x_0 + b x_1, reading x once
+struct ScaleTwice : OpBase {  // y_0 = a x, y_1 = b x: both gradients of a x_0 + b x_1
   static constexpr const char* name = "scale_twice";
-  static constexpr int n_in = 1, n_out = 2, n_sum = 0, n_coef = 2;
+  static constexpr int n_in = 1, n_out = 2, n_coef = 2;
   template <class R>
   DC_HD static void apply(const R* c, const R* x, R* y) {
     y[0] = c[0] * x[0];
@@ -24,18 +24,19 @@ struct ScaleTwice {  // y_0 = a x, y_1 = b x: both gradients of a x_0 + b x_1, r
   }
 };
 
-struct LinearCombination {  // y = a x_0 + b x_1
+struct LinearCombination : OpBase {  // y = a x_0 + b x_1
   static constexpr const char* name = "linear_combination";
-  static constexpr int n_in = 2, n_out = 1, n_sum = 0, n_coef = 2;
+  static constexpr int n_in = 2, n_out = 1, n_coef = 2;
   template <class R>
   DC_HD static void apply(const R* c, const R* x, R* y) {
     y[0] = mul_add(c[0], x[0], c[1] * x[1]);
   }
 };
 
-struct LinearPair {  // y_0 = a x_0 + b x_1, y_1 = c x_0 + d x_1: x_t and the target it was made for
+// y_0 = a x_0 + b x_1, y_1 = c x_0 + d x_1: x_t and the training target that goes with it.
+struct LinearPair : OpBase {
   static constexpr const char* name = "linear_pair";
-  static constexpr int n_in = 2, n_out = 2, n_sum = 0, n_coef = 4;
+  static constexpr int n_in = 2, n_out = 2, n_coef = 4;
   template <class R>
   DC_HD static void apply(const R* c, const R* x, R* y) {
     LinearCombination::apply(c, x, y);
@@ -44,9 +45,9 @@ struct LinearPair {  // y_0 = a x_0 + b x_1, y_1 = c x_0 + d x_1: x_t and the ta
   }
 };
 
-struct Randn {  // the noise itself
+struct Randn : OpBase {  // the noise itself
   static constexpr const char* name = "randn";
-  static constexpr int n_in = 1, n_out = 1, n_sum = 0, n_coef = 0;
+  static constexpr int n_in = 1, n_out = 1;
   template <class R>
   DC_HD static void apply(const R*, const R* x, R* y) {
     y[0] = x[0];

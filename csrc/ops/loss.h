@@ -1,15 +1,17 @@
 // Denoising losses: weighted squared error to a target, summed over each row and scaled by weight /
-// n. Where a gradient is wanted it is made in the same pass, as if the upstream gradient were the
-// one expected; Rescale mends it where another comes. Where none is expected (0: in float16, for
-// which weight and gradient may be too much or too little) the error itself is left for Rescale.
+// n. Where a gradient is wanted the same pass computes it for the expected upstream gradient;
+// Rescale corrects it if the upstream gradient differs. Where none is expected (0: in float16, for
+// which the product of weight and gradient may overflow or underflow) the pass stores the error,
+// and Rescale makes the gradient of it.
 #pragma once
 
-#include "core/math.h"
+#include "core/op.h"
 
 DC_KERNEL_NAMESPACE_BEGIN
 
 template <class Target>
-struct SquaredError {  // weight · Σ (m - target)² / n
+struct SquaredError : OpBase {  // weight · Σ (m - target)² / n
+  static constexpr unsigned hooks = kFinalizeSum;
   template <class R>
   DC_HD static R error(const R* c, const R* x) {
     return x[0] - Target::target(c, x);
@@ -19,14 +21,14 @@ struct SquaredError {  // weight · Σ (m - target)² / n
     y[0] = error(c, x) * error(c, x);
   }
   template <class R>
-  DC_HD static R sum_scale(const R* c) {
-    return c[0] * c[1];
+  DC_HD static double finalize_sum(const R* c, double total, double) {
+    return total * double(c[0] * c[1]);
   }
 };
 
 struct TargetLoss : SquaredError<TargetLoss> {
   static constexpr const char* name = "target_loss";
-  static constexpr int n_in = 2, n_out = 0, n_sum = 1, n_coef = 2;  // m, target; weight, 1/n
+  static constexpr int n_in = 2, n_sum = 1, n_coef = 2;  // m, target; weight, 1/n
   template <class R>
   DC_HD static R target(const R*, const R* x) {
     return x[1];
@@ -35,7 +37,7 @@ struct TargetLoss : SquaredError<TargetLoss> {
 
 struct MixedTargetLoss : SquaredError<MixedTargetLoss> {  // the target is a x_0 + b ε
   static constexpr const char* name = "mixed_target_loss";
-  static constexpr int n_in = 3, n_out = 0, n_sum = 1, n_coef = 4;  // m, x_0, ε; weight, 1/n, a, b
+  static constexpr int n_in = 3, n_sum = 1, n_coef = 4;  // m, x_0, ε; weight, 1/n, a, b
   template <class R>
   DC_HD static R target(const R* c, const R* x) {
     return mul_add(c[2], x[1], c[3] * x[2]);
@@ -43,8 +45,11 @@ struct MixedTargetLoss : SquaredError<MixedTargetLoss> {  // the target is a x_0
 };
 
 template <class Loss>
-struct WithGradient {  // and 2 weight slope (m - target), slope = expected gradient / n
+struct WithGradient : OpBase {  // and 2 weight slope (m - target), slope = expected gradient / n
+  static constexpr KernelName kName{Loss::name, "_gradient"};
+  static constexpr const char* name = kName.text;
   static constexpr int n_in = Loss::n_in, n_out = 1, n_sum = 1, n_coef = Loss::n_coef + 1;
+  static constexpr unsigned hooks = kFinalizeSum;
   template <class R>
   DC_HD static void apply(const R* c, const R* x, R* y) {
     const R error = Loss::error(c, x);
@@ -53,23 +58,17 @@ struct WithGradient {  // and 2 weight slope (m - target), slope = expected grad
     y[1] = error * error;
   }
   template <class R>
-  DC_HD static R sum_scale(const R* c) {
-    return Loss::sum_scale(c);
+  DC_HD static double finalize_sum(const R* c, double total, double n) {
+    return Loss::finalize_sum(c, total, n);
   }
 };
-struct TargetLossGradient : WithGradient<TargetLoss> {
-  static constexpr const char* name = "target_loss_gradient";
-};
-struct MixedTargetLossGradient : WithGradient<MixedTargetLoss> {
-  static constexpr const char* name = "mixed_target_loss_gradient";
-};
 
-// The gradient of m for the upstream gradient g: where it is the one expected, what is there
-// already, and in place nothing is touched.
-struct Rescale {
+// The gradient of m for the upstream gradient g. Where g is the expected one, the input is that
+// gradient already, and a row written in place stays as it is.
+struct Rescale : OpBase {
   static constexpr const char* name = "rescale";
-  static constexpr int n_in = 1, n_out = 1, n_sum = 0;
-  static constexpr int n_coef = 4;  // weight, 1/n, g, expected
+  static constexpr int n_in = 1, n_out = 1, n_coef = 4;  // weight, 1/n, g, expected
+  static constexpr unsigned hooks = kIdle;
   template <class R>
   DC_HD static bool idle(const R* c) {
     return c[3] != R(0) && c[2] == c[3];

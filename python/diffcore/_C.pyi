@@ -3,6 +3,13 @@ from typing import Any
 
 from torch import Tensor
 
+# Columns of tables, names of the codes and arguments of a reason, and the bits of `launch`.
+STEP_COLUMNS: tuple[str, ...]
+VLB_COLUMNS: tuple[str, ...]
+CODES: tuple[str, ...]
+ARGUMENTS: tuple[str, ...]
+FOUND: dict[str, int]
+
 def connect(
     exchange_api: Any,
     tensor: type,
@@ -18,7 +25,7 @@ def launch(
     coefs: tuple[float | Tensor, ...],
     step: int | Tensor | None,
     noise: tuple[int | Tensor, int | Tensor, int | Tensor, int] | None,
-    look: bool,
+    inspect_only: bool,
 ) -> Tensor | tuple[Tensor, ...] | int: ...
 def call(
     op: int,
@@ -26,9 +33,9 @@ def call(
     ins: tuple[Tensor, ...],
     coefs: tuple[float | Tensor, ...],
     step: int | Tensor | None,
-    whole: bool,
+    reduce_all: bool,
     noise: tuple[int | Tensor, int | Tensor, int | Tensor, int] | None,
-) -> int: ...
+) -> tuple[int, int, int, int] | None: ...
 def op_table() -> Sequence[tuple[str, int, int, int, int, bool]]: ...
 def build_info() -> dict[str, Any]: ...
 def load_cuda_kernels(device: int) -> None: ...

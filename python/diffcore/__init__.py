@@ -6,8 +6,11 @@ are the lecture's two models on top of them. :func:`sample` walks any table of
 :mod:`diffcore.likelihood` has the variational bound of a data set, in bits a dimension.
 """
 
+import typing as _typing
+
 from diffcore import likelihood as likelihood
 from diffcore import losses as losses
+from diffcore import ops as ops
 from diffcore import sampling as sampling
 from diffcore import sigmas as sigmas
 from diffcore import solvers as solvers
@@ -19,27 +22,16 @@ from diffcore.diffusion import GaussianDiffusion as GaussianDiffusion
 from diffcore.likelihood import BitsPerDim as BitsPerDim
 from diffcore.likelihood import bits_per_dim as bits_per_dim
 from diffcore.noise import PhiloxNoise as PhiloxNoise
-from diffcore.ops import add_noise as add_noise
-from diffcore.ops import ddim_step as ddim_step
-from diffcore.ops import ddpm_step as ddpm_step
-from diffcore.ops import denoising_loss as denoising_loss
-from diffcore.ops import discretized_gaussian_log_likelihood as discretized_gaussian_log_likelihood
-from diffcore.ops import dynamic_threshold as dynamic_threshold
-from diffcore.ops import gaussian_nll as gaussian_nll
-from diffcore.ops import linear_combination as linear_combination
-from diffcore.ops import normal_kl as normal_kl
-from diffcore.ops import predict_epsilon as predict_epsilon
-from diffcore.ops import predict_x0 as predict_x0
-from diffcore.ops import prior_kl as prior_kl
-from diffcore.ops import q_sample as q_sample
-from diffcore.ops import randn as randn
-from diffcore.ops import reparameterize as reparameterize
-from diffcore.ops import reparameterize_kl as reparameterize_kl
-from diffcore.ops import reverse_step as reverse_step
-from diffcore.ops import standard_normal_kl as standard_normal_kl
-from diffcore.ops import step_log_prob as step_log_prob
-from diffcore.ops import velocity as velocity
-from diffcore.ops import vlb_term as vlb_term
+
+# Family by family: type checkers do not follow an __all__ that is put together.
+from diffcore.ops._noise import *
+from diffcore.ops.bound import *
+from diffcore.ops.gaussian import *
+from diffcore.ops.likelihood import *
+from diffcore.ops.linear import *
+from diffcore.ops.loss import *
+from diffcore.ops.step import *
+from diffcore.ops.threshold import *
 from diffcore.sampling import sample as sample
 from diffcore.schedules import NoiseSchedule as NoiseSchedule
 from diffcore.schedules import betas_for_alpha_bar as betas_for_alpha_bar
@@ -55,4 +47,44 @@ from diffcore.vae import elbo_terms as elbo_terms
 from diffcore.vae import importance_weighted_bound as importance_weighted_bound
 from diffcore.vae import vae_loss as vae_loss
 
-__version__ = "0.1.0"
+__all__ = [
+    "VARIANCE_TYPES",
+    "BitsPerDim",
+    "DiagonalGaussianDistribution",
+    "GaussianDiffusion",
+    "NoiseLevels",
+    "NoiseSchedule",
+    "SolverTable",
+    "betas_for_alpha_bar",
+    "betas_from_alphas_cumprod",
+    "bits_per_dim",
+    "elbo",
+    "elbo_terms",
+    "importance_weighted_bound",
+    "info",
+    "likelihood",
+    "losses",
+    "make_betas",
+    "ops",
+    "rescale_zero_terminal_snr",
+    "respaced_timesteps",
+    "sample",
+    "sampling",
+    "sigmas",
+    "solvers",
+    "vae_loss",
+    "warm_up",
+]
+__all__ += ops.__all__
+
+__version__: str
+
+if not _typing.TYPE_CHECKING:
+
+    def __getattr__(name: str) -> str:
+        """``__version__``, which takes a look-up that an import does not pay for."""
+        if name == "__version__":
+            from diffcore._engine.info import version
+
+            return version()
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from torch import Tensor
 
@@ -20,6 +20,52 @@ Coefs: TypeAlias = tuple[Coef, ...]
 
 Step: TypeAlias = int | Tensor | None
 """The row of a table: one for all samples, ``[B]``, a one-element counter, or no table."""
+
+
+class StepColumns(NamedTuple):
+    """The coefficients of a step by name: the columns of a solver table, see ``ops.reverse_step``.
+
+    The last six are 0 in a step that neither reads nor returns history.
+    """
+
+    c_x: Coef
+    c_m: Coef
+    c_0: Coef
+    c_z: Coef
+    a_x: Coef
+    a_m: Coef
+    clip_min: Coef
+    clip_max: Coef
+    e_x: Coef = 0.0
+    e_m: Coef = 0.0
+    e_0: Coef = 0.0
+    c_1: Coef = 0.0
+    c_2: Coef = 0.0
+    c_3: Coef = 0.0
+
+
+class VlbColumns(NamedTuple):
+    """The coefficients of a term of the bound by name, see ``coefficients.bound``.
+
+    The last three are for a learned variance.
+    """
+
+    b_0: Coef
+    b_g: Coef
+    b_m: Coef
+    b_0_low: Coef
+    b_g_low: Coef
+    b_m_low: Coef
+    clip_min: Coef
+    clip_max: Coef
+    decoder: Coef
+    factor: Coef
+    offset: Coef
+    d_0: Coef
+    d_low: Coef = 0.0
+    d_v: Coef = 0.0
+    kl: Coef = 0.0
+
 
 NoiseParts: TypeAlias = tuple[int | Tensor, int | Tensor, int | Tensor, int]
 """What a kernel generates noise from: seed, sample ids, stream, first element."""

@@ -166,9 +166,18 @@ def test_a_timestep_out_of_range_is_refused_by_the_kernel(t: Tensor) -> None:
 
 # ---- default device ------------------------------------------------------------------------------
 
-TABLES = """betas alphas_cumprod alphas_cumprod_prev sqrt_alphas_cumprod
-    sqrt_one_minus_alphas_cumprod log_one_minus_alphas_cumprod posterior_variance
-    posterior_log_variance_clipped posterior_mean_coef1 posterior_mean_coef2""".split()
+TABLES = [
+    "betas",
+    "alphas_cumprod",
+    "alphas_cumprod_prev",
+    "sqrt_alphas_cumprod",
+    "sqrt_one_minus_alphas_cumprod",
+    "log_one_minus_alphas_cumprod",
+    "posterior_variance",
+    "posterior_log_variance_clipped",
+    "posterior_mean_coef1",
+    "posterior_mean_coef2",
+]
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])

@@ -112,7 +112,7 @@ def test_bad_timesteps(method, t, error):
         (lambda: D.respace(21), ValueError, "num_steps"),
     ],
 )
-def test_bad_arguments(call, error, message):
+def test_bad_arguments_are_named(call, error, message):
     with pytest.raises(error, match=message):
         call()
 

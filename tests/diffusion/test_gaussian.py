@@ -1,4 +1,4 @@
-"""GaussianDiffusion: conventions, edges, refusals. Its numbers: test_gaussian_world."""
+"""GaussianDiffusion: conventions, edges, refusals. Its numbers: test_gaussian_world.py."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_variance_at_the_first_step_is_guided_diffusions(variance_type):
 
 
 @pytest.mark.parametrize("variance_type", ["fixed_small", "fixed_large"])
-def test_one_timestep(variance_type):
+def test_variance_of_a_process_of_one_timestep(variance_type):
     d = GaussianDiffusion(torch.tensor([0.25]), "sample", variance_type)
     x = torch.randn(2, 3, dtype=torch.float64)
     t = torch.zeros(2, dtype=torch.int64)
@@ -126,6 +126,21 @@ def test_respaced_diffusions_tell_the_model_training_timesteps():
     model = Recorder()
     spaced.ddim_sample_loop(model, (1, 2), num_steps=2, timestep_spacing="linspace")
     assert [t.tolist() for t in model.t] == [[19], [3]]
+
+
+def test_unchecked_timesteps_are_clamped_before_the_model_gets_them(monkeypatch):
+    class GotThemError(Exception):
+        """Ends the call before a kernel of the CPU checks t once more."""
+
+    def model(x, t):
+        raise GotThemError(t.tolist())
+
+    # In a compiled graph and on CUDA the values of t are not read.
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    spaced = GaussianDiffusion(BETAS).respace([3, 19, 7])
+    with pytest.raises(GotThemError) as got:
+        spaced.p_mean_variance(model, torch.randn(4, 2), torch.tensor([-5, 0, 2, 3]))
+    assert got.value.args == ([3, 3, 19, 19],)
 
 
 def test_step_noise_is_asked_for_at_every_step_but_the_last():

@@ -269,22 +269,22 @@ def test_narrow_samples(loss_type: str, variance_type: str, dtype: torch.dtype) 
 
 @each_loss
 @each_variance
-def test_one_timestep(loss_type: str, variance_type: str) -> None:
+def test_loss_of_a_process_of_one_timestep_is_finite(loss_type: str, variance_type: str) -> None:
     d = GaussianDiffusion(torch.tensor([0.25]), variance_type=variance_type, loss_type=loss_type)
     x0, noise, m, v = batch(variance_type, "epsilon")
     found = d.training_losses(says(m, v, variance_type), x0, 0, noise=noise)
     assert found["loss"].isfinite().all()
 
 
-def test_bad_arguments() -> None:
+def test_bad_arguments_are_named() -> None:
     x = torch.zeros(2, 3, 4)
     refused(ValueError, "loss_type", GaussianDiffusion, BETAS, loss_type="l2")
     for loss_type in LOSS_TYPES:
         d = GaussianDiffusion(BETAS, variance_type="learned", loss_type=loss_type)
         loss = d.training_losses
-        refused(ValueError, r"shape \[2, 6, 4\] .* got \[2, 3, 4\]", loss, half, x, 3)
+        refused(ValueError, r"shape \(2, 6, 4\) .* got \(2, 3, 4\)", loss, half, x, 3)
         refused(ValueError, "decoder", loss, half, x, 3, decoder="laplace")
-        refused(ValueError, r"samples \[B, C, ...\]", loss, half, x[:, 0, 0], 3)
+        refused(ValueError, r"shape \[B, C, ...\]", loss, half, x[:, 0, 0], 3)
 
 
 @pytest.mark.skipif(native._C is None, reason="needs the compiled module")

@@ -337,7 +337,7 @@ THREE = PhiloxNoise(0, sample_ids=torch.tensor([1, 2, 3]))
         (
             lambda: D.p_sample_loop(half, (2, 3), step_noise=torch.zeros(20, 3, 3)),
             ValueError,
-            r"step_noise must have shape \[S, 2, 3\]",
+            r"step_noise must have the shape \[S, 2, 3\]",
         ),
         (
             lambda: D.p_sample_loop(half, (2, 3), step_noise=torch.zeros(20, 2, 3).double()),

@@ -16,7 +16,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 
 from diffcore import PhiloxNoise, ops
-from diffcore._engine import dispatch, native
+from diffcore._engine import dispatch, execute, kernel, native
 from support.bounds import assert_law, assert_same_bits, check, each_dtype, with_noise
 from support.cases import BY_NAME, NOISED, Arguments, OpCase, as_tuple, without_kernels
 from support.layouts import DENSE, LAYOUTS, OTHER, Layout, inside
@@ -74,14 +74,18 @@ def assert_law_with_gradients(
 
 @each_noised_case
 @each_dtype
-def test_values(case: OpCase, dtype: torch.dtype, device: str) -> None:
+def test_values_are_those_of_the_noise_as_a_tensor(
+    case: OpCase, dtype: torch.dtype, device: str
+) -> None:
     for shape in SHAPES:
         assert_law(case, case.make(shape, dtype, device), RECIPE)
 
 
 @each_noised_case
 @each_dtype
-def test_gradients(case: OpCase, dtype: torch.dtype, device: str) -> None:
+def test_gradients_are_those_of_the_noise_as_a_tensor(
+    case: OpCase, dtype: torch.dtype, device: str
+) -> None:
     for shape in ((), (5,), (37, 3), (5, 65), (2, 2049), (2, 3, 4, 5)):
         assert_law_with_gradients(case, case.make(shape, dtype, device), RECIPE)
 
@@ -250,7 +254,7 @@ def test_tracing(name: str) -> None:
 
     tensors = [args.tensors[n] for n in names]
     traced = make_fx(f)(*tensors)
-    assert any("_drawn" in str(n.target) for n in traced.graph.nodes)
+    assert any("_generated" in str(n.target) for n in traced.graph.nodes)
     assert_same_bits(traced(*tensors), f(*tensors))
 
 
@@ -350,3 +354,22 @@ def test_changing_a_part_before_the_backward_draws_again_is_noticed(
     value.add_(1)
     with pytest.raises(RuntimeError, match=r"in.?place"):
         z.sum().backward()
+
+
+@pytest.mark.skipif(native._C is None, reason="needs the compiled module")
+def test_a_refusal_to_generate_noise_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Samples interleaved in memory: the noise is generated first, by a launch of its own.
+    x = torch.randn(6, 4).t()
+    real, refused = execute._C, []
+
+    class Refusing:
+        def call(self, index: int, *arguments: Any) -> Any:
+            if index == kernel.RANDN_INDEX:
+                refused.append(index)
+                return real.call(index, *arguments[:-1], None)  # without a noise key
+            return real.call(index, *arguments)
+
+    monkeypatch.setattr(execute, "_C", Refusing())
+    with pytest.raises(RuntimeError, match="randn"):
+        ops.add_noise(x, PhiloxNoise(1), 0.8, 0.6)
+    assert refused

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from diffcore import PhiloxNoise, ops
-from diffcore._engine import dispatch, execute
+from diffcore._engine import dispatch, execute, kernel
 from support.bounds import assert_same_bits
 from support.cases import history_table, step_table, steps_of
 from support.refusals import refused
@@ -31,8 +31,8 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     real, copied = execute._C, execute._as
 
     class Recorder:
-        def call(self, index: int, *args: Any) -> int:
-            seen.append(execute._OPS[index][0])
+        def call(self, index: int, *args: Any) -> Any:
+            seen.append(kernel.OPS[index][0])
             return real.call(index, *args)
 
     monkeypatch.setattr(execute, "_C", Recorder())

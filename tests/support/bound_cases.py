@@ -20,7 +20,6 @@ def vlb_table(**options: Any) -> Tensor:
 
 
 def _vlb(name: str, tensors: tuple[str, ...], differentiable: tuple[str, ...], **table: Any) -> Any:
-    n = len(tensors)
     given = "x_t" if "x_t" in tensors else "noise"
     return OpCase(
         name,
@@ -33,8 +32,6 @@ def _vlb(name: str, tensors: tuple[str, ...], differentiable: tuple[str, ...], *
             "scale": ramp(0.5, 2, b),
         },
         differentiable,
-        n,
-        n + len(differentiable),
         has_exp="variance_output" in tensors,
     )
 
@@ -80,7 +77,5 @@ BOUND_CASES: list[OpCase] = [
             "sigma": float(SIGMA[STEPS // 2]),
         },
         ("x0",),
-        1,
-        2,
     ),
 ]

@@ -39,9 +39,10 @@ def _linear(
     formula: Callable[..., Any],
     options: Options,
     tensors: tuple[str, ...] = ("x0", "noise"),
+    *,
+    benchmarked: bool = False,
 ) -> OpCase:
-    # backward: a launch for each input reads the gradient and writes a scaled copy
-    return OpCase(name, op, tensors, formula, options, tensors, 3, 3, out=True)
+    return OpCase(name, op, tensors, formula, options, tensors, out=True, benchmarked=benchmarked)
 
 
 def _conversions(op: Callable[..., Any], formula: Callable[..., Any]) -> list[OpCase]:
@@ -56,26 +57,31 @@ def _conversions(op: Callable[..., Any], formula: Callable[..., Any]) -> list[Op
             formula,
             lambda b, kind=kind: options(kind),
             ("model_output", "x_t"),
+            benchmarked=op is ops.predict_x0 and kind == "epsilon",
         )
         for kind in ops.PREDICTION_TYPES
     ]
 
 
 def _reduced(
-    op: Callable[..., Any], formula: Callable[..., Any], tensors: tuple[str, ...]
+    op: Callable[..., Any],
+    formula: Callable[..., Any],
+    tensors: tuple[str, ...],
+    benchmarked: tuple[str, ...],
 ) -> list[OpCase]:
     """An elementwise term, and its sum over each sample."""
-    name, n = op.__name__, len(tensors)
-    whole = OpCase(
-        name, op, tensors, formula, lambda b: {}, tensors, n + 1, 2 * n + 1, has_exp=True
+    none = "none" in benchmarked
+    term = OpCase(
+        op.__name__, op, tensors, formula, lambda b: {}, tensors, has_exp=True, benchmarked=none
     )
     by_sample: Options = lambda b: {"reduction": "sample"}  # noqa: E731
-    sums = replace(whole, name=f"{name}_sample", options=by_sample, moves=n, backward_moves=2 * n)
-    return [whole, sums]
+    sample = "sample" in benchmarked
+    sums = replace(term, name=f"{term.name}_sample", options=by_sample, benchmarked=sample)
+    return [term, sums]
 
 
-def _loss(kind: str, options: Options, reads: int) -> OpCase:
-    # backward: the gradient, which is written with the loss; that of .mean() leaves it as it is
+def _loss(kind: str, options: Options, *, benchmarked: bool = False) -> OpCase:
+    # Backward: the gradient, which is written with the loss; that of .mean() leaves it as it is.
     return OpCase(
         f"denoising_loss_{kind}",
         ops.denoising_loss,
@@ -83,8 +89,8 @@ def _loss(kind: str, options: Options, reads: int) -> OpCase:
         formulas.denoising_loss,
         lambda b: {"prediction_type": kind, **options(b)},
         ("model_output",),
-        reads,
-        1,
+        backward_elements=1,
+        benchmarked=benchmarked,
     )
 
 
@@ -92,13 +98,20 @@ _ALPHAS, _SIGMAS = NOISE_TABLE.float().unbind(1)
 _PARAMETERS = ("mean", "logvar", "noise")
 
 CASES: list[OpCase] = [
-    _linear("add_noise", ops.add_noise, formulas.add_noise, lambda b: {"alpha": 0.8, "sigma": 0.6}),
+    _linear(
+        "add_noise",
+        ops.add_noise,
+        formulas.add_noise,
+        lambda b: {"alpha": 0.8, "sigma": 0.6},
+        benchmarked=True,
+    ),
     _linear("add_noise_per_sample", ops.add_noise, formulas.add_noise, _levels),
     _linear(
         "q_sample",
         ops.q_sample,
         formulas.q_sample,
         lambda b: {"t": steps_of(b), "table": NOISE_TABLE},
+        benchmarked=True,
     ),
     OpCase(
         "q_sample_target",
@@ -107,10 +120,8 @@ CASES: list[OpCase] = [
         formulas.q_sample,
         lambda b: {"t": steps_of(b), "table": NOISE_TABLE, "return_target": "v_prediction"},
         ("x0", "noise"),
-        4,
-        6,
     ),
-    _linear("velocity", ops.velocity, formulas.velocity, _levels),
+    _linear("velocity", ops.velocity, formulas.velocity, _levels, benchmarked=True),
     _linear(
         "velocity_table",
         ops.velocity,
@@ -127,13 +138,19 @@ CASES: list[OpCase] = [
     *_conversions(ops.predict_x0, formulas.predict_x0),
     *_conversions(ops.predict_epsilon, formulas.predict_epsilon),
     *STEP_CASES,
-    *_reduced(ops.normal_kl, formulas.normal_kl, ("mean1", "logvar1", "mean2", "logvar2")),
-    *_reduced(ops.standard_normal_kl, formulas.standard_normal_kl, ("mean", "logvar")),
-    *_reduced(ops.gaussian_nll, formulas.gaussian_nll, ("x", "mean", "logvar")),
+    *_reduced(
+        ops.normal_kl,
+        formulas.normal_kl,
+        ("mean1", "logvar1", "mean2", "logvar2"),
+        ("none", "sample"),
+    ),
+    *_reduced(ops.standard_normal_kl, formulas.standard_normal_kl, ("mean", "logvar"), ("sample",)),
+    *_reduced(ops.gaussian_nll, formulas.gaussian_nll, ("x", "mean", "logvar"), ("none",)),
     *_reduced(
         ops.discretized_gaussian_log_likelihood,
         formulas.discretized_gaussian_log_likelihood,
         ("x", "means", "log_scales"),
+        ("none",),
     ),
     OpCase(
         "reparameterize",
@@ -142,9 +159,8 @@ CASES: list[OpCase] = [
         formulas.reparameterize,
         lambda b: {},
         ("mean", "logvar"),
-        4,
-        4,  # the gradient of mean is the upstream gradient itself
         has_exp=True,
+        benchmarked=True,
     ),
     OpCase(
         "reparameterize_kl",
@@ -153,14 +169,17 @@ CASES: list[OpCase] = [
         formulas.reparameterize_kl,
         lambda b: {},
         ("mean", "logvar"),
-        4,
-        6,
         has_exp=True,
+        benchmarked=True,
     ),
-    _loss("epsilon", lambda b: {}, 2),
-    _loss("sample", lambda b: {"weight": ramp(0.5, 2, STEPS), "t": steps_of(b)}, 2),
-    _loss("v_prediction", lambda b: {**_levels(b), "weight": ramp(0.5, 2, b).float()}, 3),
-    _loss("flow_prediction", lambda b: {"weight": 1.5}, 3),
+    _loss("epsilon", lambda b: {}, benchmarked=True),
+    _loss("sample", lambda b: {"weight": ramp(0.5, 2, STEPS), "t": steps_of(b)}),
+    _loss(
+        "v_prediction",
+        lambda b: {**_levels(b), "weight": ramp(0.5, 2, b).float()},
+        benchmarked=True,
+    ),
+    _loss("flow_prediction", lambda b: {"weight": 1.5}),
     *BOUND_CASES,
 ]
 

@@ -8,6 +8,7 @@ truth.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -56,10 +57,10 @@ class OpCase:
     formula: Callable[..., Any]  # (xp, **tensors, **options), naive plain code
     options: Options  # everything else, for a batch
     differentiable: tuple[str, ...]
-    moves: int  # elements read and written for each element, forward ...
-    backward_moves: int  # ... and backward to all `differentiable`, upstream gradient included
     has_exp: bool = False  # bound by arithmetic as well as by memory
     out: bool = False  # takes out=
+    benchmarked: bool = False  # has a row in the table of benchmarks/bench_ops.py
+    backward_elements: int | None = None  # moved backward, if not what its launches say
 
     def make(
         self, shape: Shape, dtype: torch.dtype, device: torch.device | str = "cpu", *, seed: int = 0
@@ -101,9 +102,75 @@ class OpCase:
         with np.errstate(all="ignore"):
             return self.formula(np, **values)
 
+    @property
+    def moves(self) -> int:
+        """Elements read and written for each element of a tensor, forward."""
+        return _launched(self)[0]
+
+    @property
+    def backward_moves(self) -> int:
+        """The same backward, to all ``differentiable``, the upstream gradient included."""
+        return _launched(self)[1] if self.backward_elements is None else self.backward_elements
+
+    @property
+    def elementwise(self) -> bool:
+        """Whether an output has the shape of the inputs."""
+        args = self.make((2, 3), torch.float32)
+        return any(y.shape == (2, 3) for y in as_tuple(self.native(args)))
+
     def bytes_per_element(self, dtype: torch.dtype, *, backward: bool = False) -> int:
         """Memory traffic of the fused kernel per element; the roof is a copy of as much."""
         return (self.backward_moves if backward else self.moves) * dtype.itemsize
+
+
+@functools.cache
+def _launched(case: OpCase) -> tuple[int, int]:
+    """What the kernels of a call read and write for each element, forward and backward."""
+    args = case.make((2, 3), torch.float32)
+    forward = sum(_moved(lambda: case.native(args)))
+    if not case.differentiable:
+        return forward, 0
+    for name in case.differentiable:
+        args.tensors[name].requires_grad_()
+
+    def both() -> None:
+        outputs = as_tuple(case.native(args))
+        torch.autograd.backward(outputs, [torch.ones_like(y) for y in outputs])
+
+    return forward, sum(_moved(both)) - forward
+
+
+def _moved(call: Callable[[], Any]) -> list[int]:
+    """Elementwise inputs and outputs of each kernel that a call launches.
+
+    A tensor that is two inputs of a kernel is read from memory once.
+    """
+    module, launch = native._C, dispatch._launch
+    table, seen = module.op_table(), []
+
+    def add(index: int, inputs: tuple[Tensor, ...]) -> None:
+        seen.append(len({x.data_ptr() for x in inputs}) + table[index][2])
+
+    class Recorder:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(module, name)
+
+        def call(self, index: int, *arguments: Any) -> Any:
+            add(index, arguments[1])
+            return module.call(index, *arguments)
+
+    def recorded(index: int, *arguments: Any) -> Any:
+        found = module.launch(index, *arguments)
+        if not isinstance(found, int):
+            add(index, arguments[0])
+        return found
+
+    execute._C, dispatch._launch = Recorder(), recorded
+    try:
+        call()
+    finally:
+        execute._C, dispatch._launch = module, launch
+    return seen
 
 
 @contextlib.contextmanager

@@ -50,9 +50,10 @@ def _step(
     formula: Callable[..., Any],
     options: Options,
     tensors: tuple[str, ...],
+    *,
+    benchmarked: bool = False,
 ) -> OpCase:
-    n = len(tensors)
-    return OpCase(name, op, tensors, formula, options, tensors, n + 1, 2 * n + 1, out=True)
+    return OpCase(name, op, tensors, formula, options, tensors, out=True, benchmarked=benchmarked)
 
 
 def _with_history(
@@ -73,8 +74,6 @@ def _multistep(
     name: str, options: Options, tensors: tuple[str, ...], differentiable: tuple[str, ...] = ()
 ) -> OpCase:
     step: Options = lambda b: {"coefficients": history_table(), "t": steps_of(b), **options(b)}  # noqa: E731
-    n, writes = len(tensors), 2 if step(1).get("return_history") else 1
-    backward_moves = 2 * n + writes
     return OpCase(
         name,
         _with_history,
@@ -82,14 +81,11 @@ def _multistep(
         formulas.reverse_step,
         step,
         differentiable or tensors,
-        n + writes,
-        backward_moves,
     )
 
 
 def _log_prob(name: str, options: Options, tensors: tuple[str, ...]) -> OpCase:
     outputs = tuple(t for t in tensors if "output" in t)
-    n = len(tensors)
     return OpCase(
         name,
         ops.step_log_prob,
@@ -97,8 +93,6 @@ def _log_prob(name: str, options: Options, tensors: tuple[str, ...]) -> OpCase:
         formulas.step_log_prob,
         lambda b: {"coefficients": history_table(), "t": steps_of(b), **options(b)},
         tensors if len(outputs) == 1 else outputs,
-        n,
-        n + len(outputs),
     )
 
 
@@ -112,6 +106,7 @@ STEP_CASES: list[OpCase] = [
         formulas.reverse_step,
         lambda b: {"coefficients": step_table(), "t": steps_of(b)},
         ("x", "model_output", "noise"),
+        benchmarked=True,
     ),
     _step(
         "reverse_step_rows",
@@ -166,6 +161,7 @@ STEP_CASES: list[OpCase] = [
         formulas.ddpm_step,
         lambda b: {**_one_step(), "clip_range": 1.0},
         _NOISY,
+        benchmarked=True,
     ),
     _step(
         "ddpm_step_guided",
@@ -179,6 +175,7 @@ STEP_CASES: list[OpCase] = [
             "guidance_scale": 3.0,
         },
         (*_NOISY, "model_output_uncond"),
+        benchmarked=True,
     ),
     _step(
         "ddpm_step_per_sample",
@@ -193,6 +190,7 @@ STEP_CASES: list[OpCase] = [
         formulas.ddim_step,
         lambda b: {**_one_step(), "clip_range": 1.0},
         _STEP,
+        benchmarked=True,
     ),
     _step(
         "ddim_step_noisy",

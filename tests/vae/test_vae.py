@@ -225,6 +225,6 @@ GOOD = DiagonalGaussianDistribution(torch.zeros(2, 6))
         (lambda: elbo(X, X, X, X[:1]), ValueError, "shape"),
     ],
 )
-def test_bad_input(call, error, message):
+def test_bad_arguments_are_named(call, error, message):
     with pytest.raises(error, match=message):
         call()

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from diffcore._engine import native
-from diffcore._engine.execute import Call, Grads, Noise, direct, run_reference
+from diffcore._engine.execute import Noise, direct, run_reference
+from diffcore._engine.kernel import Call, Grads
 
 _TASK = getattr(torch._C, "_autograd", None)
 _keeps_graph = getattr(_TASK, "_get_current_graph_task_keep_graph", lambda: True)
@@ -21,8 +22,8 @@ class Function(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, call: Call, *inputs: Tensor) -> Any:
         ctx.call = call
-        kernel, coefs, step, whole, noise = call
-        outs = direct(kernel, inputs, coefs, step, whole, None, noise)
+        kernel, coefs, step, reduce_all, noise = call
+        outs = direct(kernel, inputs, coefs, step, reduce_all, None, noise)
         if kernel.outputs + kernel.sums > 1:
             ctx.set_materialize_grads(False)
         made = ()
@@ -30,9 +31,9 @@ class Function(torch.autograd.Function):
             made = outs[:1]
             ctx.mark_non_differentiable(*made)
         if kernel.saves_inputs:
-            ctx.save_for_backward(*to_save(inputs, made, noise), *_watched(call))
+            ctx.save_for_backward(*to_save(inputs, made, noise), *read_again(call))
         else:
-            ctx.save_for_backward(*_watched(call))
+            ctx.save_for_backward(*read_again(call))
         return outs
 
     @staticmethod
@@ -44,7 +45,7 @@ class Function(torch.autograd.Function):
         return (None, *run_backward(saved, ctx.call, grads, needs))
 
 
-def _watched(call: Call) -> list[Tensor]:
+def read_again(call: Call) -> list[Tensor]:
     """Coefficients and timesteps that the backward reads again.
 
     Saved only for autograd to notice when one of them is changed in place before that.
@@ -97,7 +98,7 @@ def last_use() -> bool:
 def _reference_backward(
     inputs: tuple[Tensor, ...], call: Call, grads: Grads, needs: Sequence[bool]
 ) -> Grads:
-    kernel, coefs, step, whole, noise = call
+    kernel, coefs, step, reduce_all, noise = call
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
         leaves = (
@@ -105,7 +106,7 @@ def _reference_backward(
             if create_graph
             else tuple(x.detach().requires_grad_(n) for x, n in zip(inputs, needs, strict=True))
         )
-        outs = run_reference(kernel, leaves, coefs, step, whole, None, noise)
+        outs = run_reference(kernel, leaves, coefs, step, reduce_all, None, noise)
     outs = outs if isinstance(outs, tuple) else (outs,)
     wanted = [x for x, n in zip(leaves, needs, strict=True) if n]
     pairs = [(o, g) for o, g in zip(outs, grads, strict=True) if g is not None and o.requires_grad]

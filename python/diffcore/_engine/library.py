@@ -15,9 +15,8 @@ import torch
 from torch import Tensor
 
 from diffcore._engine import messages, native
-from diffcore._engine.autograd import run_backward, to_save
+from diffcore._engine.autograd import read_again, run_backward, to_save
 from diffcore._engine.execute import (
-    Kernel,
     Noise,
     allocate,
     coefs_need_grad,
@@ -25,14 +24,14 @@ from diffcore._engine.execute import (
     resolved,
     run_reference,
 )
-from diffcore._types import Coef, Step
+from diffcore._engine.kernel import Kernel, NoisyKernel
+from diffcore._engine.messages import Arguments
+from diffcore._types import Coefs, Step, Tensors
 
 _LIBRARY = torch.library.Library("diffcore", "DEF")
 
 
-def pack(
-    coefs: tuple[Coef, ...], step: Step
-) -> tuple[list[Tensor | None], list[float], Tensor | None, int]:
+def pack(coefs: Coefs, step: Step) -> tuple[list[Tensor | None], list[float], Tensor | None, int]:
     tensors = [c if isinstance(c, Tensor) else None for c in coefs]
     numbers = [0.0 if isinstance(c, Tensor) else c for c in coefs]
     if isinstance(step, Tensor):
@@ -42,7 +41,7 @@ def pack(
 
 def unpack(
     tensors: Sequence[Tensor | None], numbers: Sequence[float], at: Tensor | None, step: int
-) -> tuple[tuple[Coef, ...], Step]:
+) -> tuple[Coefs, Step]:
     coefs = tuple(n if x is None else x for x, n in zip(tensors, numbers, strict=True))
     return coefs, at if at is not None else (None if step < 0 else step)
 
@@ -72,10 +71,10 @@ _NOISE_SCHEMA = (
 
 def run_registered(
     kernel: Kernel,
-    inputs: tuple[Tensor, ...],
-    coefs: tuple[Coef, ...],
+    inputs: Tensors,
+    coefs: Coefs,
     step: Step,
-    whole: bool,
+    reduce_all: bool,
     out: Tensor | None,
     noise: Noise = None,
 ) -> Any:
@@ -84,8 +83,21 @@ def run_registered(
     if not native.has_kernels(inputs[0].device) or (
         torch.is_grad_enabled() and coefs_need_grad(coefs)
     ):
-        return run_reference(kernel, inputs, coefs, step, whole, out, noise)
-    result = kernel.op(*inputs, *pack(coefs, step), whole, *pack_noise(noise))
+        return run_reference(kernel, inputs, coefs, step, reduce_all, out, noise)
+    compiling = torch.compiler.is_compiling()
+    if not compiling and native.dispatch_modes():  # fake tensors: no kernel will check anything
+        messages.explain(Arguments(kernel, inputs, coefs, step, None, noise))
+    op = getattr(torch.ops.diffcore, kernel.operator).default
+    arguments = (*inputs, *pack(coefs, step), reduce_all, *pack_noise(noise))
+    if compiling:
+        result = op(*arguments)
+    else:
+        try:
+            result = op(*arguments)
+        except (TypeError, ValueError):
+            # The operator names the arguments of the kernel; the user knows those of the function.
+            messages.explain(Arguments(kernel, inputs, coefs, step, None, noise))
+            raise
     if out is None:
         return result
     messages.check_out(kernel, inputs, out)
@@ -106,21 +118,27 @@ def _slice(argument: Any, dim: Any, i: int) -> Any:
     return argument if dim is None else argument.select(dim, i)
 
 
-def register(kernel: Kernel) -> Any:
-    arity, name = len(kernel.inputs), kernel.name + "_drawn" * kernel.draws
+def define_noisy(kernel: Kernel) -> NoisyKernel:
+    """Registers a kernel whose last input is noise, and the one that generates this noise."""
+    return NoisyKernel(define(kernel), define(kernel.generating()))
+
+
+def define(kernel: Kernel) -> Kernel:
+    """Registers a kernel as the operator ``torch.ops.diffcore.<name>``, and returns it."""
+    arity, name = len(kernel.inputs), kernel.operator
     tensors = ", ".join(f"Tensor {i}" for i in kernel.inputs)
     returns = ", ".join(["Tensor"] * (kernel.outputs + kernel.sums))
     _LIBRARY.define(
         f"{name}({tensors}, Tensor?[] coef_tensors, float[] coef_numbers, Tensor? step_tensor, "
-        f"int step, bool whole{_NOISE_SCHEMA * kernel.draws})"
+        f"int step, bool reduce_all{_NOISE_SCHEMA * kernel.generates_noise})"
         f" -> {returns if kernel.outputs + kernel.sums == 1 else f'({returns})'}",
         tags=(torch.Tag.pt2_compliant_tag,),
     )
 
     def native(*args: Any) -> Any:
         coefs, step = unpack(*args[arity : arity + 4])
-        whole, noise = args[arity + 4], unpack_noise(args[arity + 5 :])
-        return direct(kernel, args[:arity], resolved(coefs), step, whole, None, noise)
+        reduce_all, noise = args[arity + 4], unpack_noise(args[arity + 5 :])
+        return direct(kernel, args[:arity], resolved(coefs), step, reduce_all, None, noise)
 
     def fake(*args: Any) -> Any:
         outs = allocate(kernel, args[0], args[arity + 4])
@@ -136,10 +154,11 @@ def register(kernel: Kernel) -> Any:
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.call = inputs[arity:]
+        coefs, step = unpack(*inputs[arity : arity + 4])
+        noise = unpack_noise(inputs[arity + 5 :])
         made = (output[0],) if kernel.makes_gradient else ()
-        if kernel.saves_inputs:
-            noise = unpack_noise(inputs[arity + 5 :])
-            ctx.save_for_backward(*to_save(inputs[:arity], made, noise))
+        kept = to_save(inputs[:arity], made, noise) if kernel.saves_inputs else ()
+        ctx.save_for_backward(*kept, *read_again((kernel, coefs, step, False, noise)))
 
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         if kernel.backward is None:
@@ -150,7 +169,8 @@ def register(kernel: Kernel) -> Any:
         coefs, step = unpack(*ctx.call[:4])
         needs = ctx.needs_input_grad[:arity]
         call = (kernel, coefs, step, ctx.call[4], unpack_noise(ctx.call[5:]))
-        found = run_backward(ctx.saved_tensors, call, grads, needs)
+        saved = ctx.saved_tensors
+        found = run_backward(saved if kernel.saves_inputs else (), call, grads, needs)
         return (*found, *map(_no_gradient, ctx.call))
 
     qualified = f"diffcore::{name}"
@@ -159,4 +179,4 @@ def register(kernel: Kernel) -> Any:
     torch.library.register_fake(qualified, fake, lib=_LIBRARY)
     torch.library.register_vmap(qualified, vmap, lib=_LIBRARY)
     torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=_LIBRARY)
-    return getattr(torch.ops.diffcore, name).default
+    return kernel

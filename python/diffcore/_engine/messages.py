@@ -1,20 +1,21 @@
-"""Explains what is wrong with the arguments of an op, by name.
+"""The errors of wrong arguments of an op, by name.
 
-Called only after a kernel has refused them.
+The compiled module answers a wrong call with a reason: a code and the argument it is about.
+`refuse` raises the error of a reason. `explain` finds what is wrong in Python, for the routes that
+do not reach the compiled module; both build the same messages.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NoReturn
+from collections.abc import Callable
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
 
 from diffcore._engine import native
-
-if TYPE_CHECKING:
-    from diffcore._engine.execute import Kernel, Noise
-    from diffcore._types import Coef, Step
+from diffcore._engine.kernel import Kernel
+from diffcore._types import Coef, Coefs, NoiseParts, Step, Tensors
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 REDUCTIONS = ("none", "sample", "batchmean", "mean", "sum")
@@ -41,58 +42,264 @@ def refuse_other(name: str, x: Any, first: Tensor) -> NoReturn:
     )
 
 
-def explain(
-    kernel: Kernel,
-    inputs: tuple[Tensor, ...],
-    coefs: tuple[Coef, ...],
-    step: Step,
-    whole: bool,
-    out: Tensor | None = None,
-    noise: Noise = None,
-) -> None:
+class Arguments(NamedTuple):
+    """The arguments of one call of a kernel."""
+
+    kernel: Kernel
+    inputs: Tensors
+    coefs: Coefs
+    step: Step
+    out: Tensor | None = None
+    noise: NoiseParts | None = None
+
+
+# ---- what is wrong with one argument: a name, and the error -------------------------------------
+
+
+def _not_tensor(name: str, x: Any, wanted: str = "a torch.Tensor") -> Exception:
+    return TypeError(f"{name} is a {type(x).__name__}; wanted {wanted}")
+
+
+def _bad_dtype(name: str, x: Tensor, wanted: str) -> Exception:
+    return TypeError(f"{name} has dtype {x.dtype}; wanted {wanted}")
+
+
+def _elsewhere(name: str, x: Tensor, first: Tensor) -> Exception:
+    return ValueError(f"{name} is on {x.device}; wanted {first.device}, as the tensors")
+
+
+def _no_memory(name: str) -> Exception:
+    return ValueError(f"{name} has no memory behind it (a fake, functional or freed tensor)")
+
+
+def _unlike(name: str, x: Tensor, what: str, args: Arguments) -> Exception:
+    theirs, ours = (getattr(t, what) for t in (x, args.inputs[0]))
+    if what == "shape":
+        theirs, ours = tuple(theirs), tuple(ours)
+    kind = TypeError if what == "dtype" else ValueError
+    return kind(f"{name} has {what} {theirs}; wanted {ours}, that of {args.kernel.inputs[0]}")
+
+
+def _coef_dimensions(name: str, c: Tensor) -> Exception:
+    return ValueError(
+        f"{name} has shape {tuple(c.shape)}; wanted a number per sample, or a table [T, k]"
+    )
+
+
+def _table_length(name: str, c: Tensor, steps: int) -> Exception:
+    return ValueError(f"{name} is a table of {len(c)} rows; wanted {steps or 'at least 1'}")
+
+
+def _length(name: str, x: Tensor, wanted: str) -> Exception:
+    return ValueError(f"{name} has {len(x)} entries; wanted {wanted}, one per sample")
+
+
+def _coef_count(count: int, kernel: Kernel) -> Exception:
+    return ValueError(
+        f"{count} coefficients came; wanted {len(kernel.coefs)}: {', '.join(kernel.coefs)}"
+    )
+
+
+def _step_shape(step: Tensor, rows: int) -> Exception:
+    return ValueError(
+        f"t has shape {tuple(step.shape)}; wanted [{rows}], one step per sample, or a single step"
+    )
+
+
+def _step_range(step: int | Tensor, wrong: int, steps: int) -> Exception:
+    verb = "holds" if isinstance(step, Tensor) else "is"
+    return ValueError(f"t {verb} {wrong}; wanted 0 <= t < {steps}")
+
+
+def _step_type(step: Any) -> Exception:
+    return _not_tensor("t", step, "an int or an int64 or int32 tensor")
+
+
+def _step_not_used() -> Exception:
+    return ValueError("t is given, but no coefficient is a table indexed by it")
+
+
+def _noise_range(end: int) -> Exception:
+    return ValueError(f"noise reaches element {end} of a sample; wanted at most 2^34 = {2**34}")
+
+
+_FLOATS = "float32, float64, bfloat16 or float16"
+_COEF_FLOATS = "float32 or float64"
+_STEP_INTS = "int64 or int32"
+
+
+# ---- from a reason of the compiled module -------------------------------------------------------
+
+_CODES: tuple[str, ...] = () if native._C is None else native._C.CODES
+_ARGUMENTS: tuple[str, ...] = () if native._C is None else native._C.ARGUMENTS
+
+
+class _Named(NamedTuple):
+    """A reason by the names of its code and its argument."""
+
+    code: str
+    argument: str
+    position: int
+    detail: int
+
+
+def code_of(reason: native.Reason) -> str:
+    """The name of a reason's code."""
+    return _CODES[reason[0]]
+
+
+def refuse(reason: native.Reason, args: Arguments) -> NoReturn:
+    """Raises the error of a reason that the compiled module gave."""
+    named = _Named(_CODES[reason[0]], _ARGUMENTS[reason[1]], *reason[2:])
+    build = _BY_ARGUMENT.get(named.argument)
+    error = None if build is None else build(args, named)
+    if error is None and named.code == "noise_range":
+        error = _noise_range(named.detail)
+    if error is None:
+        error = RuntimeError(
+            f"{args.kernel.name}: the kernel refused its arguments ({', '.join(map(str, named))}); "
+            "please report"
+        )
+    raise error
+
+
+def _of_tensor(name: str, x: Tensor, code: str, args: Arguments) -> Exception | None:
+    if code == "type":
+        return _not_tensor(name, x)
+    if code == "dtype":
+        return _bad_dtype(name, x, _FLOATS)
+    if code == "memory":
+        return _no_memory(name)
+    what = {"shape": "shape", "other_dtype": "dtype", "other_device": "device"}.get(code)
+    return None if what is None else _unlike(name, x, what, args)
+
+
+def _of_input(args: Arguments, why: _Named) -> Exception | None:
+    return _of_tensor(args.kernel.inputs[why.position], args.inputs[why.position], why.code, args)
+
+
+def _of_output(args: Arguments, why: _Named) -> Exception | None:
+    return None if args.out is None else _of_tensor("out", args.out, why.code, args)
+
+
+def _of_coef(args: Arguments, why: _Named) -> Exception | None:
+    if why.code == "coefficients":
+        return _coef_count(sum(map(_columns, args.coefs)), args.kernel)
+    c: Any = args.coefs[why.position]
+    name = _coef_name(args.kernel, c, sum(map(_columns, args.coefs[: why.position])))
+    return {
+        "type": lambda: _not_tensor(name, c, "a number or a tensor"),
+        "dtype": lambda: _bad_dtype(name, c, _COEF_FLOATS),
+        "other_device": lambda: _elsewhere(name, c, args.inputs[0]),
+        "memory": lambda: _no_memory(name),
+        "dimensions": lambda: _coef_dimensions(name, c),
+        "table_length": lambda: _table_length(name, c, why.detail),
+        "length": lambda: _length(name, c, f"1 or {_rows(args.inputs[0])}"),
+    }.get(why.code, _nothing)()
+
+
+def _of_step(args: Arguments, why: _Named) -> Exception | None:
+    step: Any = args.step
+    return {
+        "type": lambda: _step_type(step),
+        "dtype": lambda: _bad_dtype("t", step, _STEP_INTS),
+        "other_device": lambda: _elsewhere("t", step, args.inputs[0]),
+        "memory": lambda: _no_memory("t"),
+        "dimensions": lambda: _step_shape(step, _rows(args.inputs[0])),
+        "length": lambda: _step_shape(step, _rows(args.inputs[0])),
+        "step_not_used": _step_not_used,
+        "step_range": lambda: _step_range(
+            step, why.detail if isinstance(step, Tensor) else step, _table_rows(args.coefs)
+        ),
+    }.get(why.code, _nothing)()
+
+
+def _of_noise(part: int, name: str) -> Callable[..., Exception | None]:
+    def build(args: Arguments, why: _Named) -> Exception | None:
+        x: Any = None if args.noise is None else args.noise[part]
+        return {
+            "other_device": lambda: _elsewhere(name, x, args.inputs[0]),
+            "memory": lambda: _no_memory(name),
+            "length": lambda: _length(name, x, str(_rows(args.inputs[0]))),
+        }.get(why.code, _nothing)()
+
+    return build
+
+
+def _nothing() -> None:
+    return None
+
+
+_BY_ARGUMENT: dict[str, Callable[[Arguments, _Named], Exception | None]] = {
+    "input": _of_input,
+    "output": _of_output,
+    "coef": _of_coef,
+    "step": _of_step,
+    "seed": _of_noise(0, "seed"),
+    "sample_ids": _of_noise(1, "sample_ids"),
+    "stream": _of_noise(2, "stream"),
+}
+
+
+def _rows(first: Tensor) -> int:
+    return first.shape[0] if first.ndim else 1
+
+
+def _columns(c: Coef) -> int:
+    return c.shape[1] if isinstance(c, Tensor) and c.ndim == 2 else 1
+
+
+def _coef_name(kernel: Kernel, c: Coef, k: int) -> str:
+    """What the caller calls the coefficient whose first column is the `k`-th."""
+    return kernel.coefs[k] if k < len(kernel.coefs) and _columns(c) == 1 else kernel.table
+
+
+def _table_rows(coefs: Coefs) -> int:
+    return next((len(c) for c in coefs if isinstance(c, Tensor) and c.ndim == 2), 0)
+
+
+# ---- without the compiled module ----------------------------------------------------------------
+
+
+def explain(args: Arguments) -> None:
     """Raises the error that names the wrong argument; returns when nothing is wrong."""
-    first, first_name = inputs[0], kernel.inputs[0]
+    kernel, inputs, _, step, out, noise = args
     for name, x in zip(kernel.inputs, inputs, strict=True):
         _check_tensor(name, x)
-        _check_like(name, x, first_name, first)
+        _check_like(name, x, args)
     if out is not None:
         check_out(kernel, inputs, out)
-    rows = first.shape[0] if first.ndim else 1
-    steps = _check_coefs(kernel, coefs, step, rows, first)
+    steps = _check_coefs(args)
     if step is not None:
-        _check_step(step, steps, rows, first)
+        _check_step(step, steps, inputs[0])
     if noise is not None:
-        check_noise(noise, rows, first)
+        check_noise(noise, _rows(inputs[0]), inputs[0])
 
 
-def check_out(kernel: Kernel, inputs: tuple[Tensor, ...], out: Tensor) -> None:
+def check_out(kernel: Kernel, inputs: Tensors, out: Tensor) -> None:
     """Raises unless an output given by the user can be written."""
     if not isinstance(out, Tensor):
-        raise TypeError(f"out is a {type(out).__name__}; wanted a torch.Tensor")
+        raise _not_tensor("out", out)
     if out.requires_grad:
         raise ValueError("out requires grad; wanted a tensor that does not")
     _check_tensor("out", out)
-    _check_like("out", out, kernel.inputs[0], inputs[0])
+    _check_like("out", out, Arguments(kernel, inputs, (), None))
     if any(s == 0 and n > 1 for s, n in zip(out.stride(), out.shape, strict=True)):
         raise ValueError(f"out has strides {out.stride()}: elements that share memory")
 
 
-def _check_like(name: str, x: Tensor, first_name: str, first: Tensor) -> None:
-    for what, theirs, ours in (
-        ("shape", tuple(x.shape), tuple(first.shape)),
-        ("dtype", x.dtype, first.dtype),
-        ("device", x.device, first.device),
-    ):
-        if theirs != ours:
-            kind = TypeError if what == "dtype" else ValueError
-            raise kind(f"{name} has {what} {theirs}; wanted {ours}, that of {first_name}")
+def _check_like(name: str, x: Tensor, args: Arguments) -> None:
+    first = args.inputs[0]
+    for what in ("shape", "dtype", "device"):
+        if getattr(x, what) != getattr(first, what):
+            raise _unlike(name, x, what, args)
 
 
 def _check_tensor(name: str, x: Tensor) -> None:
     if x.layout != torch.strided or x.is_quantized:
         raise TypeError(f"{name} has layout {x.layout}; wanted a dense, strided tensor")
     if x.dtype not in DTYPES:
-        raise TypeError(f"{name} has dtype {x.dtype}; wanted float32, float64, bfloat16 or float16")
+        raise _bad_dtype(name, x, _FLOATS)
     _check_memory(name, x)
 
 
@@ -104,87 +311,73 @@ def _check_memory(name: str, x: Tensor) -> None:
     except RuntimeError:  # the tensor of a functorch transform has no pointer, and needs none
         return
     if hollow:
-        raise ValueError(f"{name} has no memory behind it (a fake, functional or freed tensor)")
+        raise _no_memory(name)
 
 
-def _check_coefs(
-    kernel: Kernel, coefs: tuple[Coef, ...], step: Step, rows: int, first: Tensor
-) -> int:
-    steps, k = 0, 0
-    for c in coefs:
-        columns = c.shape[1] if isinstance(c, Tensor) and c.ndim == 2 else 1
-        name = kernel.coefs[k] if k < len(kernel.coefs) and columns == 1 else kernel.table
-        k += columns
+def _check_coefs(args: Arguments) -> int:
+    first, rows, steps, k = args.inputs[0], _rows(args.inputs[0]), 0, 0
+    for c in args.coefs:
+        name = _coef_name(args.kernel, c, k)
+        k += _columns(c)
         if not isinstance(c, Tensor):
             if type(c) is not float and not isinstance(c, (torch.SymFloat, torch.SymInt)):
-                raise TypeError(f"{name} is a {type(c).__name__}; wanted a number or a tensor")
+                raise _not_tensor(name, c, "a number or a tensor")
             continue
         if c.dtype not in (torch.float32, torch.float64):
-            raise TypeError(f"{name} has dtype {c.dtype}; wanted float32 or float64")
+            raise _bad_dtype(name, c, _COEF_FLOATS)
         if c.device != first.device:
-            raise ValueError(f"{name} is on {c.device}; wanted {first.device}, as the tensors")
+            raise _elsewhere(name, c, first)
         _check_memory(name, c)
         if c.ndim > 2:
-            raise ValueError(
-                f"{name} has shape {tuple(c.shape)}; wanted a number per sample, or a table [T, k]"
-            )
-        if c.ndim == 2 and step is not None:
+            raise _coef_dimensions(name, c)
+        if c.ndim == 2 and args.step is not None:
             if not len(c) or (steps and len(c) != steps):
-                raise ValueError(
-                    f"{name} is a table of {len(c)} rows; wanted {steps or 'at least 1'}"
-                )
+                raise _table_length(name, c, steps)
             steps = len(c)
         elif c.ndim and len(c) not in (1, rows):
-            raise ValueError(f"{name} has {len(c)} entries; wanted 1 or {rows}, one per sample")
-    if k != len(kernel.coefs):
-        raise ValueError(
-            f"{k} coefficients came; wanted {len(kernel.coefs)}: {', '.join(kernel.coefs)}"
-        )
-    if step is not None and not steps:
-        raise ValueError("t is given, but no coefficient is a table indexed by it")
+            raise _length(name, c, f"1 or {rows}")
+    if k != len(args.kernel.coefs):
+        raise _coef_count(k, args.kernel)
+    if args.step is not None and not steps:
+        raise _step_not_used()
     return steps
 
 
-def _check_step(step: Step, steps: int, rows: int, first: Tensor) -> None:
+def _check_step(step: Step, steps: int, first: Tensor) -> None:
     if not isinstance(step, Tensor):
         if isinstance(step, bool) or not isinstance(step, (int, torch.SymInt)):
-            raise TypeError(
-                f"t is a {type(step).__name__}; wanted an int or an int64 or int32 tensor"
-            )
+            raise _step_type(step)
         if not isinstance(step, torch.SymInt) and not 0 <= step < steps:
-            raise ValueError(f"t is {step}; wanted 0 <= t < {steps}")
+            raise _step_range(step, step, steps)
         return
     if step.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"t has dtype {step.dtype}; wanted int64 or int32")
+        raise _bad_dtype("t", step, _STEP_INTS)
     if step.device != first.device:
-        raise ValueError(f"t is on {step.device}; wanted {first.device}, as the tensors")
-    if step.ndim > 1 or (step.ndim == 1 and len(step) not in (1, rows)):
-        raise ValueError(
-            f"t has shape {tuple(step.shape)}; wanted [{rows}], one step per sample, "
-            "or a single step"
-        )
+        raise _elsewhere("t", step, first)
+    if step.ndim > 1 or (step.ndim == 1 and len(step) not in (1, _rows(first))):
+        raise _step_shape(step, _rows(first))
     _check_memory("t", step)
-    readable = step.device.type == "cpu" or native.DEBUG
+    # A dispatch mode may have no values, or may record that they are read.
+    readable = (step.device.type == "cpu" or native.DEBUG) and not native.dispatch_modes()
     if readable and type(step) is Tensor and not _is_traced(step) and step.numel():
         low, high = int(step.min()), int(step.max())
         if low < 0 or high >= steps:
-            wrong = low if low < 0 else high
-            raise ValueError(f"t holds {wrong}; wanted 0 <= t < {steps}")
+            raise _step_range(step, low if low < 0 else high, steps)
 
 
 def check_noise(noise: tuple[Any, ...], rows: int, first: Tensor) -> None:
-    """Raises unless the recipe fits the samples of `first`."""
+    """Raises unless the noise key fits the samples of `first`."""
     for name, part in zip(("seed", "sample_ids", "stream"), noise, strict=False):
         if not isinstance(part, Tensor):
             continue
         if part.device != first.device:
-            raise ValueError(f"{name} is on {part.device}; wanted {first.device}, as the tensors")
+            raise _elsewhere(name, part, first)
         if name == "sample_ids" and part.ndim and len(part) != rows:
-            raise ValueError(f"sample_ids has {len(part)} entries; wanted {rows}, one per sample")
+            raise _length(name, part, str(rows))
         _check_memory(name, part)
     end = noise[3] + first.numel() // max(rows, 1)
     if end > 2**34:
-        raise ValueError(f"noise reaches element {end} of a sample; wanted at most 2^34 = {2**34}")
+        raise _noise_range(end)
 
 
 def _is_traced(x: Tensor) -> bool:

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch  # before _C: the module shares the OpenMP runtime that torch has loaded
 
+from diffcore._types import StepColumns, VlbColumns
+
 BACKEND = os.environ.get("DIFFCORE_BACKEND", "native")
 """``native`` (default) or ``reference``, from the environment variable ``DIFFCORE_BACKEND``."""
 
@@ -20,6 +22,9 @@ DEBUG = os.environ.get("DIFFCORE_DEBUG", "") not in ("", "0")
 
 MIN_CUDA_DRIVER = 13000
 """The static CUDA 13 runtime in the module needs a driver of at least this version (R580)."""
+
+Reason = tuple[int, int, int, int]
+"""Why the compiled module did not run a call: code, argument, index of the argument, detail."""
 
 if BACKEND not in ("native", "reference"):
     raise ValueError(f"DIFFCORE_BACKEND is {BACKEND!r}; wanted 'native' or 'reference'")
@@ -37,12 +42,28 @@ transforms: Callable[[], Any] = getattr(
     getattr(torch._C, "_functorch", None), "peek_interpreter_stack", _unknown
 )
 
+
+def check_columns(module: Any) -> None:
+    """Raises ImportError for a module that reads the columns of tables in another order.
+
+    A module built from another version of the sources would compute wrong numbers in silence.
+    """
+    for name, leading, columns in (
+        ("STEP_COLUMNS", 2, StepColumns._fields),
+        ("VLB_COLUMNS", 1, VlbColumns._fields),
+    ):
+        found = getattr(module, name)
+        if tuple(found[leading:]) != columns:
+            raise ImportError(f"_C.{name} must be {columns}, got {found[leading:]}; build it again")
+
+
 _load_error: str | None = None
 _C: Any = None
 if BACKEND == "native":
     try:
         from diffcore import _C  # type: ignore[no-redef,attr-defined,unused-ignore]
 
+        check_columns(_C)
         _C.connect(
             torch.Tensor.__dlpack_c_exchange_api__,
             torch.Tensor,
@@ -69,6 +90,7 @@ if _C is not None and _ISA and _C.build_info()["instruction_set"] != _ISA:
     raise ValueError(
         f"DIFFCORE_ISA is {_ISA!r}; wanted v2, v3 or v4, and this processor has {best}"
     )
+
 
 _cuda_usable: bool | None = None
 

@@ -6,23 +6,25 @@ from typing import Any
 
 from torch import Tensor
 
-from diffcore._engine.dispatch import Call, Grads, Kernel, drawing, run
+from diffcore._engine.dispatch import run
 from diffcore._engine.execute import expand_coefs
+from diffcore._engine.kernel import Call, Grads, Kernel, NoisyKernel
+from diffcore._engine.library import define, define_noisy
 from diffcore._kernels.linear import SCALE
-from diffcore._kernels.noise import Needs, noised, with_noise
+from diffcore._kernels.noise import Needs, run_noisy, with_noise
 from diffcore._types import Tensors
 from diffcore.coefficients.bound import FIXED, VLB_COLUMNS
-from diffcore.reference import bound
+from diffcore.reference import bound as formulas
 
 
-def _vlb_term(learned: bool) -> Kernel:
+def _vlb_term(learned: bool) -> NoisyKernel:
     columns = VLB_COLUMNS if learned else VLB_COLUMNS[:FIXED]
 
-    def plain(*args: Any, whole: bool) -> Tensor:
+    def plain(*args: Any, reduce_all: bool) -> Tensor:
         x0, m, *rest = args[: 3 + learned]
         scale, *coefs = args[3 + learned :]
         v = rest[0] if learned else None
-        return bound.vlb_term(x0, rest[-1], m, coefs, scale, variance_output=v)
+        return formulas.vlb_term(x0, rest[-1], m, coefs, scale, variance_output=v)
 
     def backward(inputs: Tensors, call: Call, grads: Grads, needs: Needs) -> Grads | None:
         (g,) = grads
@@ -31,12 +33,12 @@ def _vlb_term(learned: bool) -> Kernel:
         if needs[0] or any(needs[2 + learned :]):
             return None  # x_0 or x_t that are trained too: through the reference
         _, coefs, step, _, _ = call
-        found: Any = noised(VLB_TERM_BACKWARD[learned], read, given, (*coefs, g), step)
+        found: Any = run_noisy(VLB_TERM_BACKWARD[learned], read, given, (*coefs, g), step)
         made = found if learned else (found,)
         return [None, *made, *[None] * (len(needs) - 2 - learned)]
 
     variance = ("variance_output",) * learned
-    return drawing(
+    return define_noisy(
         Kernel(
             "vlb_term" + "_learned" * learned,
             ("x0", "model_output", *variance, "x_t"),
@@ -49,9 +51,9 @@ def _vlb_term(learned: bool) -> Kernel:
     )
 
 
-def _vlb_term_backward(learned: bool) -> Kernel:
-    forward = VLB_TERM[learned]
-    return drawing(
+def _vlb_term_backward(learned: bool) -> NoisyKernel:
+    forward = VLB_TERM[learned].reading
+    return define_noisy(
         Kernel(f"{forward.name}_backward", forward.inputs, (*forward.coefs, "grad"), 1 + learned)
     )
 
@@ -65,12 +67,14 @@ def _prior_kl_backward(inputs: Tensors, call: Call, grads: Grads, needs: Needs) 
 
 VLB_TERM = {learned: _vlb_term(learned) for learned in (False, True)}
 VLB_TERM_BACKWARD = {learned: _vlb_term_backward(learned) for learned in (False, True)}
-PRIOR_KL = Kernel(
-    "prior_kl",
-    ("x0",),
-    ("factor", "offset"),
-    outputs=0,
-    sums=1,
-    reference=lambda *args, whole: bound.prior_kl(*args),
-    backward=_prior_kl_backward,
+PRIOR_KL = define(
+    Kernel(
+        "prior_kl",
+        ("x0",),
+        ("factor", "offset"),
+        outputs=0,
+        sums=1,
+        reference=lambda *args, reduce_all: formulas.prior_kl(*args),
+        backward=_prior_kl_backward,
+    )
 )

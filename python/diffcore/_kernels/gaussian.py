@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from diffcore import reference
-from diffcore._engine.dispatch import Call, Grads, Kernel, drawing, run_tuple
-from diffcore._kernels.noise import Needs, noised, with_noise
+from diffcore._engine.dispatch import run_tuple
+from diffcore._engine.kernel import Call, Grads, Kernel
+from diffcore._engine.library import define_noisy
+from diffcore._kernels.noise import Needs, run_noisy, with_noise
 from diffcore._kernels.term import Term
 from diffcore._types import Tensors
 from diffcore.reference import gaussian as formulas
@@ -33,7 +34,7 @@ def _reparameterize_backward(
     (_, logvar), noise = with_noise(inputs, call)
     if any(needs[2:]) or g is None:
         return None  # rare: through the reference
-    g_logvar = noised(REPARAMETERIZE_BACKWARD, (g, logvar), noise) if needs[1] else None
+    g_logvar = run_noisy(REPARAMETERIZE_BACKWARD, (g, logvar), noise) if needs[1] else None
     return [g, g_logvar, *[None] * len(needs[2:])]
 
 
@@ -49,30 +50,32 @@ def _reparameterize_kl_backward(
     if g_z is None:
         found = run_tuple(STANDARD_NORMAL_KL.of_sum[""], (mean, logvar), (g_kl, 1.0))
     else:
-        found = noised(REPARAMETERIZE_KL_BACKWARD, (mean, logvar, g_z), noise, (g_kl,))
+        found = run_noisy(REPARAMETERIZE_KL_BACKWARD, (mean, logvar, g_z), noise, (g_kl,))
     return [*found, *[None] * len(needs[2:])]
 
 
 _PARAMETERS = ("mean", "logvar", "noise")
-REPARAMETERIZE = drawing(
+REPARAMETERIZE = define_noisy(
     Kernel(
         "reparameterize",
         _PARAMETERS,
-        reference=reference.reparameterize,
+        reference=formulas.reparameterize,
         backward=_reparameterize_backward,
     )
 )
-REPARAMETERIZE_BACKWARD = drawing(Kernel("reparameterize_backward", ("grad", "logvar", "noise")))
-REPARAMETERIZE_KL = drawing(
+REPARAMETERIZE_BACKWARD = define_noisy(
+    Kernel("reparameterize_backward", ("grad", "logvar", "noise"))
+)
+REPARAMETERIZE_KL = define_noisy(
     Kernel(
         "reparameterize_kl",
         _PARAMETERS,
         sums=1,
-        reference=reference.reparameterize_kl,
+        reference=formulas.reparameterize_kl,
         backward=_reparameterize_kl_backward,
     )
 )
-REPARAMETERIZE_KL_BACKWARD = drawing(
+REPARAMETERIZE_KL_BACKWARD = define_noisy(
     Kernel(
         "reparameterize_kl_backward",
         ("mean", "logvar", "grad_z", "noise"),

@@ -6,10 +6,13 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from diffcore import reference
-from diffcore._engine.dispatch import Call, Grads, Kernel, drawing, run, run_tuple, split_coefs
+from diffcore._engine.dispatch import run, run_tuple
+from diffcore._engine.execute import split_coefs
+from diffcore._engine.kernel import Call, Grads, Kernel
+from diffcore._engine.library import define, define_noisy
 from diffcore._kernels.noise import Needs
 from diffcore._types import Coef, Step, Tensors
+from diffcore.reference import linear as formulas
 
 
 def _linear_backward(inputs: Tensors, call: Call, grads: Grads, needs: Needs) -> Grads:
@@ -35,46 +38,50 @@ def _linear_pair_backward(inputs: Tensors, call: Call, grads: Grads, needs: Need
 def _combined(grads: Grads, coefs: Sequence[Coef], step: Step) -> Tensor:
     """The sum of c g over the upstream gradients that there are."""
     there = [(g, c) for g, c in zip(grads, coefs, strict=True) if g is not None]
-    kernel = LINEAR_COMBINATION if len(there) == 2 else SCALE
+    kernel = LINEAR_COMBINATION.reading if len(there) == 2 else SCALE
     tables = tuple(c for _, c in there)
     at = step if any(isinstance(c, Tensor) and c.ndim == 2 for c in tables) else None
     return run(kernel, tuple(g for g, _ in there), tables, at)
 
 
-SCALE = Kernel(
-    "scale",
-    ("x",),
-    ("a",),
-    reference=reference.scale,
-    backward=_linear_backward,
-    saves_inputs=False,
-)
-SCALE_TWICE = Kernel(
-    "scale_twice",
-    ("x",),
-    ("a", "b"),
-    outputs=2,
-    reference=reference.scale_twice,
-    backward=_scale_twice_backward,
-    saves_inputs=False,
-)
-LINEAR_COMBINATION = drawing(
+SCALE = define(
     Kernel(
-        "linear_combination",
-        ("x", "y"),
-        ("a", "b"),
-        reference=reference.linear_combination,
+        "scale",
+        ("x",),
+        ("a",),
+        reference=formulas.scale,
         backward=_linear_backward,
         saves_inputs=False,
     )
 )
-LINEAR_PAIR = drawing(
+SCALE_TWICE = define(
+    Kernel(
+        "scale_twice",
+        ("x",),
+        ("a", "b"),
+        outputs=2,
+        reference=formulas.scale_twice,
+        backward=_scale_twice_backward,
+        saves_inputs=False,
+    )
+)
+LINEAR_COMBINATION = define_noisy(
+    Kernel(
+        "linear_combination",
+        ("x", "y"),
+        ("a", "b"),
+        reference=formulas.linear_combination,
+        backward=_linear_backward,
+        saves_inputs=False,
+    )
+)
+LINEAR_PAIR = define_noisy(
     Kernel(
         "linear_pair",
         ("x", "y"),
         ("a", "b", "c", "d"),
         outputs=2,
-        reference=reference.linear_pair,
+        reference=formulas.linear_pair,
         backward=_linear_pair_backward,
         saves_inputs=False,
     )

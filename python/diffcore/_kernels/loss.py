@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from diffcore._engine import execute
 from diffcore._engine.autograd import last_use
-from diffcore._engine.dispatch import Call, Grads, Kernel, drawing, plain_eager, run
+from diffcore._engine.dispatch import plain_eager, run
+from diffcore._engine.kernel import Call, Grads, Kernel, NoisyKernel
+from diffcore._engine.library import define, define_noisy
 from diffcore._kernels.noise import Needs
 from diffcore._types import Tensors
 from diffcore.reference import loss as formulas
@@ -45,49 +45,52 @@ def _without_backward(*_: Any) -> None:
     return None  # the reference's: a gradient is asked of the twin that makes it
 
 
-class Loss:
-    """A loss, and its twin that makes the gradient of the model's output in the same pass."""
+class Loss(NamedTuple):
+    """A loss, and the kernels that also make the gradient of the model output in the same pass."""
 
-    def __init__(
-        self,
-        name: str,
-        inputs: tuple[str, ...],
-        coefs: tuple[str, ...],
-        formula: Callable[..., tuple[Tensor, Tensor]],
-    ) -> None:
-        plain = Kernel(
-            name,
-            inputs,
-            coefs,
-            outputs=0,
-            sums=1,
-            reference=lambda *args, whole: formula(*args)[1],
-            backward=_without_backward,
+    plain: NoisyKernel
+    with_gradient: NoisyKernel
+
+    def renamed(self, inputs: tuple[str, ...], coefs: tuple[str, ...]) -> Loss:
+        """The same loss under the argument names of a public function, for its errors."""
+        return Loss(
+            self.plain.renamed(inputs, coefs),
+            self.with_gradient.renamed(inputs, (*coefs, "slope")),
         )
-        with_gradient = Kernel(
-            f"{name}_gradient",
-            inputs,
-            (*coefs, "slope"),
-            sums=1,
-            reference=formula,
-            backward=_loss_backward,
-            makes_gradient=True,
-        )
-        self.plain: execute.Kernel = drawing(plain)
-        self.with_gradient: execute.Kernel = drawing(with_gradient)
-
-    def named(self, inputs: tuple[str, ...], coefs: tuple[str, ...]) -> Loss:
-        twin = copy.copy(self)
-        twin.plain = self.plain.named(inputs, coefs)
-        twin.with_gradient = self.with_gradient.named(inputs, (*coefs, "slope"))
-        return twin
 
 
-RESCALE = Kernel("rescale", ("grad",), ("weight", "inverse_n", "g", "expected"))
-TARGET_LOSS = Loss(
+def _loss(
+    name: str,
+    inputs: tuple[str, ...],
+    coefs: tuple[str, ...],
+    formula: Callable[..., tuple[Tensor, Tensor]],
+) -> Loss:
+    plain = Kernel(
+        name,
+        inputs,
+        coefs,
+        outputs=0,
+        sums=1,
+        reference=lambda *args, reduce_all: formula(*args)[1],
+        backward=_without_backward,
+    )
+    with_gradient = Kernel(
+        f"{name}_gradient",
+        inputs,
+        (*coefs, "slope"),
+        sums=1,
+        reference=formula,
+        backward=_loss_backward,
+        makes_gradient=True,
+    )
+    return Loss(define_noisy(plain), define_noisy(with_gradient))
+
+
+RESCALE = define(Kernel("rescale", ("grad",), ("weight", "inverse_n", "g", "expected")))
+TARGET_LOSS = _loss(
     "target_loss", ("model_output", "target"), ("weight", "inverse_n"), formulas.target_loss
 )
-MIXED_TARGET_LOSS = Loss(
+MIXED_TARGET_LOSS = _loss(
     "mixed_target_loss",
     ("model_output", "x0", "noise"),
     ("weight", "inverse_n", "a", "b"),

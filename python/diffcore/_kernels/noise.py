@@ -1,4 +1,4 @@
-"""Noise that a kernel reads or generates: the choice between a kernel and its twin."""
+"""Noise that a kernel reads or generates: the choice between the two kernels of a pair."""
 
 from __future__ import annotations
 
@@ -6,33 +6,40 @@ from typing import Any
 
 from torch import Tensor
 
-from diffcore._engine import execute
-from diffcore._engine.dispatch import Call, Kernel, Noise, run
-from diffcore._types import Coefs, Step, Tensors
+from diffcore._engine.dispatch import run
+from diffcore._engine.kernel import Call, Kernel, NoisyKernel
+from diffcore._engine.library import define
+from diffcore._types import Coefs, NoiseParts, Step, Tensors
 
 Needs = Any
 
 
-def noised(
-    kernel: execute.Kernel,
+def run_noisy(
+    kernel: NoisyKernel,
     inputs: Tensors,
-    noise: Tensor | Noise,
+    noise: Tensor | NoiseParts,
     coefs: Coefs = (),
     step: Step = None,
     out: Tensor | None = None,
 ) -> Any:
-    """Runs a kernel whose last input is `noise`, or its twin that draws it."""
+    """Runs the kernel that reads ``noise``, or the one that generates it."""
     if isinstance(noise, Tensor):
-        return run(kernel, (*inputs, noise), coefs, step, False, out)
-    assert kernel.drawn is not None, kernel.name
-    return run(kernel.drawn, inputs, coefs, step, False, out, noise)
+        return run(kernel.reading, (*inputs, noise), coefs, step, False, out)
+    return run(kernel.generating, inputs, coefs, step, False, out, noise)
 
 
-def with_noise(inputs: Tensors, call: Call) -> tuple[Tensors, Tensor | Noise]:
-    """The inputs but the noise, and the noise: the last of them, or what it was drawn from."""
-    return (inputs[:-1], inputs[-1]) if call[-1] is None else (inputs, call[-1])
+def with_noise(inputs: Tensors, call: Call) -> tuple[Tensors, Tensor | NoiseParts]:
+    """The inputs without the noise, and the noise: a tensor, or the parts of its key."""
+    parts = call[-1]
+    return (inputs[:-1], inputs[-1]) if parts is None else (inputs, parts)
 
 
-RANDN = Kernel(
-    "randn", ("out",), reference=lambda like, noise: noise, reads_inputs=False, draws=True
+RANDN = define(
+    Kernel(
+        "randn",
+        ("out",),
+        reference=lambda like, noise: noise,
+        reads_inputs=False,
+        generates_noise=True,
+    )
 )

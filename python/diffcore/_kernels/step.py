@@ -7,17 +7,18 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from diffcore import reference
-from diffcore._engine import execute
-from diffcore._engine.dispatch import Call, Grads, Kernel, drawing, run, run_tuple, split_coefs
+from diffcore._engine.dispatch import run, run_tuple
+from diffcore._engine.execute import split_coefs
+from diffcore._engine.kernel import Call, Grads, Kernel, NoisyKernel
+from diffcore._engine.library import define, define_noisy
 from diffcore._kernels.linear import SCALE
 from diffcore._kernels.noise import Needs
-from diffcore._types import Coef, Step, Tensors
+from diffcore._types import Coef, Coefs, Step, StepColumns, Tensors
 from diffcore.coefficients.step import STEP_COLUMNS
+from diffcore.reference import step as formulas
 
-# Guidance and threshold, then columns of a solver's table.
-LEADING = ("guidance_scale", "threshold")
-PLAIN, KEPT = 8, 11  # columns that every step has, and one that keeps a history
+LEADING = ("guidance_scale", "threshold")  # coefficients that no table holds; columns follow
+PLAIN, KEPT = 8, 11  # columns that every step has, and those of one that returns its history
 MOST_HISTORY = 3
 
 STILL, NOISY, LEARNED = range(3)
@@ -28,13 +29,13 @@ def inputs_of(guided: bool) -> tuple[str, ...]:
     return ("x", "model_output") + ("model_output_uncond",) * guided
 
 
-def _reverse_step(guided: bool, history: int, keeps: bool, noise: int) -> Kernel:
+def _reverse_step(guided: bool, history: int, keeps: bool, noise: int) -> Kernel | NoisyKernel:
     first = len(inputs_of(guided))
     columns = KEPT + history if keeps or history else PLAIN
 
     def plain(*args: Any) -> Any:
         tensors, coefs = args[: first + history + noise], args[first + history + noise :]
-        return reference.reverse_step(
+        return formulas.reverse_step(
             tensors[0],
             tensors[1],
             coefs[2 : 2 + columns],
@@ -53,15 +54,17 @@ def _reverse_step(guided: bool, history: int, keeps: bool, noise: int) -> Kernel
         g, *left = grads
         if noise == LEARNED and any(needs[first:]):
             return None  # rare: through the reference
-        each = split_coefs(coefs)
+        scale, threshold, *rest = split_coefs(coefs)
+        c = StepColumns(*rest[:columns])
         found: list[Tensor | None] = [None] * len(needs)
         if any(needs[:first]):
-            found[:first] = _of_step(guided, g, left[0] if left else None, inputs, each, step)
+            outer = (g, left[0] if left else None)
+            found[:first] = _of_step(guided, outer, inputs, (scale, threshold), c, step)
         if g is not None:
-            factors = [*each[13 : 13 + history], *[each[5]] * (noise == NOISY)]
-            for k, c in enumerate(factors, first):
+            factors = [*(c.c_1, c.c_2, c.c_3)[:history], *[c.c_z] * (noise == NOISY)]
+            for k, factor in enumerate(factors, first):
                 if k < len(needs) and needs[k]:
-                    found[k] = run(SCALE, (g,), (c,), _at(step, c))
+                    found[k] = run(SCALE, (g,), (factor,), _at(step, factor))
         return found
 
     names = [
@@ -81,22 +84,28 @@ def _reverse_step(guided: bool, history: int, keeps: bool, noise: int) -> Kernel
         reference=plain,
         backward=backward,
     )
-    return drawing(kernel) if noise else kernel
+    return define_noisy(kernel) if noise else define(kernel)
 
 
 def _of_step(
-    guided: bool, g: Tensor | None, left: Tensor | None, inputs: Tensors, each: Any, step: Step
+    guided: bool,
+    grads: tuple[Tensor | None, Tensor | None],
+    inputs: Tensors,
+    leading: Coefs,
+    columns: StepColumns,
+    step: Step,
 ) -> Tensors:
     """The gradients of x, m (and m_u), from those of x' and of h'."""
-    if g is None:  # h' alone: as if it were x'
+    g, left = grads
+    if g is None:  # h' alone: its factors take the place of those of x'
         g, left = left, None
-        each = [*each[:2], *each[10:13], 0.0, *each[6:10]]
+        columns = columns._replace(c_x=columns.e_x, c_m=columns.e_m, c_0=columns.e_0, c_z=0.0)
     assert g is not None
     keeps = left is not None
-    grads = (g,) if left is None else (g, left)
-    coefs = tuple(each[: 2 + (KEPT if keeps else PLAIN)])
+    upstream = (g,) if left is None else (g, left)
+    coefs = (*leading, *columns[: KEPT if keeps else PLAIN])
     kernel = STEP_BACKWARD[guided, keeps]
-    return run_tuple(kernel, (*grads, *inputs[: 2 + guided]), coefs, _at(step, *coefs))
+    return run_tuple(kernel, (*upstream, *inputs[: 2 + guided]), coefs, _at(step, *coefs))
 
 
 def _at(step: Step, *coefs: Coef) -> Step:
@@ -107,10 +116,10 @@ def _at(step: Step, *coefs: Coef) -> Step:
 def _log_prob(guided: bool) -> Kernel:
     first = len(inputs_of(guided))
 
-    def plain(*args: Any, whole: bool) -> Tensor:
+    def plain(*args: Any, reduce_all: bool) -> Tensor:
         x, m, *rest = args[: first + 1]
         guidance, threshold, *coefs = args[first + 1 :]
-        return reference.step_log_prob(
+        return formulas.step_log_prob(
             x,
             m,
             rest[-1],
@@ -130,15 +139,21 @@ def _log_prob(guided: bool) -> Kernel:
             return list(found)
         return [None, *(found if guided else (found,)), None]
 
-    return Kernel(
-        "step_log_prob" + "_guided" * guided,
-        (*inputs_of(guided), "x_next"),
-        LEADING + STEP_COLUMNS[:PLAIN],
-        outputs=0,
-        sums=1,
-        reference=plain,
-        backward=backward,
+    return define(
+        Kernel(
+            "step_log_prob" + "_guided" * guided,
+            (*inputs_of(guided), "x_next"),
+            LEADING + STEP_COLUMNS[:PLAIN],
+            outputs=0,
+            sums=1,
+            reference=plain,
+            backward=backward,
+        )
     )
+
+
+def _inputs(kernel: Kernel | NoisyKernel) -> tuple[str, ...]:
+    return kernel.inputs if isinstance(kernel, Kernel) else kernel.reading.inputs
 
 
 _GUIDANCE = (False, True)
@@ -152,27 +167,31 @@ REVERSE_STEP = {
     if noise != LEARNED or which == (0, False)
 }
 SOLVER_STEP = {
-    key: kernel.named(("x_t", *kernel.inputs[1:]))
+    key: kernel.renamed(("x_t", *_inputs(kernel)[1:]))
     for key, kernel in REVERSE_STEP.items()
     if key[1:3] == (0, False)
 }
 STEP_BACKWARD = {
-    (guided, keeps): Kernel(
-        "reverse_step" + "_guided" * guided + "_keep" * keeps + "_backward",
-        ("grad", *["grad_history"] * keeps, *inputs_of(guided)),
-        LEADING + STEP_COLUMNS[: KEPT if keeps else PLAIN],
-        outputs=2 + guided,
+    (guided, keeps): define(
+        Kernel(
+            "reverse_step" + "_guided" * guided + "_keep" * keeps + "_backward",
+            ("grad", *["grad_history"] * keeps, *inputs_of(guided)),
+            LEADING + STEP_COLUMNS[: KEPT if keeps else PLAIN],
+            outputs=2 + guided,
+        )
     )
     for guided in _GUIDANCE
     for keeps in (False, True)
 }
 STEP_LOG_PROB = {guided: _log_prob(guided) for guided in _GUIDANCE}
 LOG_PROB_BACKWARD = {
-    (guided, of_samples): Kernel(
-        "step_log_prob" + "_guided" * guided + "_backward" + "_all" * of_samples,
-        (*inputs_of(guided), "x_next"),
-        (*LEADING, *STEP_COLUMNS[:PLAIN], "grad"),
-        outputs=1 + guided + 2 * of_samples,
+    (guided, of_samples): define(
+        Kernel(
+            "step_log_prob" + "_guided" * guided + "_backward" + "_all" * of_samples,
+            (*inputs_of(guided), "x_next"),
+            (*LEADING, *STEP_COLUMNS[:PLAIN], "grad"),
+            outputs=1 + guided + 2 * of_samples,
+        )
     )
     for guided in _GUIDANCE
     for of_samples in (False, True)
@@ -182,9 +201,9 @@ LOG_PROB_BACKWARD = {
 class Plan(NamedTuple):
     """What is known of a step before its tensors are."""
 
-    kernel: execute.Kernel
-    guided: execute.Kernel
-    coefs: tuple[Coef, ...]  # no guidance, no threshold, the columns, zeros for the padding
+    kernel: Any  # a Kernel, or a NoisyKernel where the step is noisy
+    guided: Any
+    coefs: Coefs  # no guidance, no threshold, the columns, zeros for the padding
     reads: int  # how many h
     keeps: bool  # whether it leaves an h
     noisy: bool
@@ -197,11 +216,11 @@ def columns_read(reads: int, keeps: bool) -> int:
 
 
 def plan(
-    columns: tuple[Coef, ...],
+    columns: Coefs,
     reads: int,
     keeps: bool,
     noisy: bool,
-    kernels: Mapping[tuple[bool, int, bool, int], execute.Kernel] = REVERSE_STEP,
+    kernels: Mapping[tuple[bool, int, bool, int], Kernel | NoisyKernel] = REVERSE_STEP,
 ) -> Plan:
     """How to take a step, given the `columns_read` of it."""
     instance = 0 if not (reads or keeps) else 1 if reads <= 1 else MOST_HISTORY
@@ -211,7 +230,7 @@ def plan(
     return Plan(plain, guided, coefs, reads, keeps, noisy, padding)
 
 
-def learned_plan(columns: tuple[Coef, ...]) -> Plan:
+def learned_plan(columns: Coefs) -> Plan:
     """How to take a step of learned variance: ten columns, the last two s_0 and s_v."""
     plain, guided = REVERSE_STEP[False, 0, False, LEARNED], REVERSE_STEP[True, 0, False, LEARNED]
     return Plan(plain, guided, (1.0, 0.0, *columns), 0, False, True, 0)

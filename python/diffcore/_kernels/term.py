@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffcore._engine.dispatch import Call, Grads, Kernel, run_tuple
+from diffcore._engine.dispatch import run_tuple
+from diffcore._engine.kernel import Call, Grads, Kernel
+from diffcore._engine.library import define
 from diffcore._kernels.noise import Needs
 from diffcore._types import Coef, Tensors
 from diffcore.reference import common
@@ -25,31 +27,36 @@ class Term:
         gradients: dict[str, tuple[int, ...]],
     ) -> None:
         self.gradients = gradients
-        self.elementwise = Kernel(
-            name,
-            inputs,
-            reference=lambda *x: common.elementwise(formula, x),
-            backward=self._elementwise_backward,
-        )
-        self.sum = Kernel(
-            f"{name}_sum",
-            inputs,
-            ("scale",),
-            outputs=0,
-            sums=1,
-            reference=lambda *args, whole: _sum_of(formula, args[:-1], args[-1], whole),
-            backward=self._sum_backward,
-        )
-        self.of_elementwise = {
-            suffix: Kernel(f"{name}_backward{suffix}", (*inputs, "grad"), outputs=len(covered))
-            for suffix, covered in gradients.items()
-        }
-        self.of_sum = {
-            suffix: Kernel(
-                f"{name}_sum_backward{suffix}", inputs, ("grad", "scale"), outputs=len(covered)
+        self.elementwise = define(
+            Kernel(
+                name,
+                inputs,
+                reference=lambda *x: common.elementwise(formula, x),
+                backward=self._elementwise_backward,
             )
-            for suffix, covered in gradients.items()
-        }
+        )
+        self.sum = define(
+            Kernel(
+                f"{name}_sum",
+                inputs,
+                ("scale",),
+                outputs=0,
+                sums=1,
+                reference=lambda *args, reduce_all: _sum_of(
+                    formula, args[:-1], args[-1], reduce_all
+                ),
+                backward=self._sum_backward,
+            )
+        )
+        self.of_elementwise, self.of_sum = {}, {}
+        for suffix, covered in gradients.items():
+            names, n = f"backward{suffix}", len(covered)
+            self.of_elementwise[suffix] = define(
+                Kernel(f"{name}_{names}", (*inputs, "grad"), outputs=n)
+            )
+            self.of_sum[suffix] = define(
+                Kernel(f"{name}_sum_{names}", inputs, ("grad", "scale"), outputs=n)
+            )
 
     def _smallest(self, needs: Needs) -> str:
         fits = [
@@ -85,6 +92,6 @@ class Term:
         )
 
 
-def _sum_of(formula: Any, inputs: Tensors, scale: Coef, whole: bool) -> Tensor:
+def _sum_of(formula: Any, inputs: Tensors, scale: Coef, reduce_all: bool) -> Tensor:
     compute = common.compute_dtype(inputs[0].dtype)
-    return common.row_sum(formula(*(x.to(compute) for x in inputs)), scale, whole)
+    return common.row_sum(formula(*(x.to(compute) for x in inputs)), scale, reduce_all)

@@ -6,18 +6,19 @@ from typing import Any
 
 from torch import Tensor
 
-from diffcore import reference
-from diffcore._engine.dispatch import Kernel
+from diffcore._engine.kernel import Kernel
+from diffcore._engine.library import define
 from diffcore._kernels.step import LEADING, PLAIN, inputs_of
 from diffcore.coefficients.step import STEP_COLUMNS
+from diffcore.reference import threshold as formulas
 
 
 def _quantile_kernel(guided: bool) -> Kernel:
-    def plain(*args: Any, whole: bool) -> Tensor:
+    def plain(*args: Any, reduce_all: bool) -> Tensor:
         x, m, *rest = args
         uncond, coefs = (rest[0], rest[1:]) if guided else (None, rest)
         guidance, _, *columns, ratio, most = coefs
-        return reference.x0_quantile(
+        return formulas.x0_quantile(
             x,
             m,
             columns,
@@ -25,16 +26,18 @@ def _quantile_kernel(guided: bool) -> Kernel:
             most,
             guidance_scale=guidance,
             model_output_uncond=uncond,
-            whole=whole,
+            reduce_all=reduce_all,
         )
 
-    return Kernel(
-        "x0_quantile" + "_guided" * guided,
-        inputs_of(guided),
-        (*LEADING, *STEP_COLUMNS[:PLAIN], "ratio", "sample_max_value"),
-        outputs=0,
-        sums=1,
-        reference=plain,
+    return define(
+        Kernel(
+            "x0_quantile" + "_guided" * guided,
+            inputs_of(guided),
+            (*LEADING, *STEP_COLUMNS[:PLAIN], "ratio", "sample_max_value"),
+            outputs=0,
+            sums=1,
+            reference=plain,
+        )
     )
 
 

@@ -57,7 +57,7 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             raise ValueError(
                 f"{path} must be a checkpoint of the demo, got another safetensors file"
             )
-        tensors = {name: file.get_tensor(name) for name in file.keys()}
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no dict
     return tensors, json.loads(metadata[_KEY])
 
 

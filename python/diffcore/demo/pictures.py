@@ -132,7 +132,7 @@ def running_mean(values: Tensor, window: int) -> Tensor:
     return (total[last] - total[first]) / (last - first)
 
 
-def _plain_number(value: float, position: int | None) -> str:
+def _plain_number(value: float, _position: int | None) -> str:
     # The minor ticks between 5 and 10 would run into each other.
     return f"{value:g}" if f"{value:e}"[0] in "1235" else ""
 

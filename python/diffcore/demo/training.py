@@ -205,7 +205,7 @@ def _stop_on_ctrl_c() -> Iterator[threading.Event]:
         return
     previous = signal.getsignal(signal.SIGINT)
 
-    def handler(signum: int, frame: FrameType | None) -> None:
+    def handler(_signum: int, _frame: FrameType | None) -> None:
         stop.set()
         signal.signal(signal.SIGINT, previous)
 

@@ -11,7 +11,7 @@ keyword-only. The constructor differs: it takes strings for the model's output a
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -35,7 +35,10 @@ from diffcore.diffusion.checks import (
 )
 from diffcore.diffusion.tables import DiffusionTables, on_cpu
 from diffcore.noise import PhiloxNoise
-from diffcore.sampling.loop import call_model, start, walk
+from diffcore.sampling.loop import run_table
+from diffcore.sampling.model import call_model
+from diffcore.sampling.noise import initial_sample
+from diffcore.sampling.progress import progress_bar
 from diffcore.schedules.betas import check_betas
 
 
@@ -454,9 +457,9 @@ class GaussianDiffusion:
             x_0, of the given shape.
         """
         rows = self.tables.rows(num_steps, timestep_spacing)
-        x, step_noise = start(model, shape, noise, step_noise, device, dtype, generator)
+        x, step_noise = initial_sample(model, shape, noise, step_noise, device, dtype, generator)
         solver = self.tables.ddpm_solver(rows, self._clip_range(clip_denoised))
-        return walk(model, x, solver, step_noise, model_kwargs=model_kwargs, progress=progress)
+        return run_table(model, x, solver, step_noise, model_kwargs=model_kwargs, progress=progress)
 
     def ddim_sample_loop(
         self,
@@ -501,10 +504,10 @@ class GaussianDiffusion:
             x_0, of the given shape.
         """
         rows = self.tables.rows(num_steps, timestep_spacing)
-        x, step_noise = start(model, shape, noise, step_noise, device, dtype, generator)
+        x, step_noise = initial_sample(model, shape, noise, step_noise, device, dtype, generator)
         clip = self._clip_range(clip_denoised)
         solver = self.tables.ddim_solver(rows, clip, eta, rederive_epsilon)
-        return walk(
+        return run_table(
             model,
             x,
             solver,
@@ -617,7 +620,7 @@ class GaussianDiffusion:
         clip = self._clip_range(clip_denoised)
         prior = self.prior_bpd(x_start)
         terms, errors = [], []
-        for t in _with_bar(range(self.num_timesteps), progress):
+        for t in progress_bar(range(self.num_timesteps), "calc_bpd_loop", progress):
             steps = torch.full((len(x_start),), t, dtype=torch.int64, device=x_start.device)
             now = noise.at(noise.stream + t) if isinstance(noise, PhiloxNoise) else noise
             term, error = self._noised_term(model, x_start, steps, now, clip, decoder, model_kwargs)
@@ -675,14 +678,3 @@ class GaussianDiffusion:
         t = check_timesteps(t, x, self.num_timesteps, name="x")
         check_timestep_values(t, self.num_timesteps)
         return t
-
-
-def _with_bar(steps: range, progress: bool | None) -> Iterable[int]:
-    """The steps, with a progress bar (tqdm) if wanted; for ``None`` on terminals only."""
-    if progress is False:
-        return steps
-    from tqdm.auto import tqdm
-
-    disable = None if progress is None else False
-    bar: Iterable[int] = tqdm(steps, desc="calc_bpd_loop", disable=disable)
-    return bar

@@ -21,50 +21,22 @@ from __future__ import annotations
 
 from diffcore.coefficients.step import PREDICTION_TYPES
 from diffcore.noise import PhiloxNoise
-from diffcore.ops._noise import randn
-from diffcore.ops.bound import prior_kl, vlb_term
-from diffcore.ops.gaussian import (
-    gaussian_nll,
-    normal_kl,
-    reparameterize,
-    reparameterize_kl,
-    standard_normal_kl,
-)
-from diffcore.ops.likelihood import discretized_gaussian_log_likelihood
-from diffcore.ops.linear import (
-    add_noise,
-    linear_combination,
-    predict_epsilon,
-    predict_x0,
-    q_sample,
-    velocity,
-)
-from diffcore.ops.loss import denoising_loss
-from diffcore.ops.step import ddim_step, ddpm_step, reverse_step, step_log_prob
-from diffcore.ops.threshold import dynamic_threshold
+from diffcore.ops import _noise, bound, gaussian, likelihood, linear, loss, step, threshold
+from diffcore.ops._noise import *
+from diffcore.ops.bound import *
+from diffcore.ops.gaussian import *
+from diffcore.ops.likelihood import *
+from diffcore.ops.linear import *
+from diffcore.ops.loss import *
+from diffcore.ops.step import *
+from diffcore.ops.threshold import *
 
-__all__ = [
-    "PREDICTION_TYPES",
-    "PhiloxNoise",
-    "add_noise",
-    "ddim_step",
-    "ddpm_step",
-    "denoising_loss",
-    "discretized_gaussian_log_likelihood",
-    "dynamic_threshold",
-    "gaussian_nll",
-    "linear_combination",
-    "normal_kl",
-    "predict_epsilon",
-    "predict_x0",
-    "prior_kl",
-    "q_sample",
-    "randn",
-    "reparameterize",
-    "reparameterize_kl",
-    "reverse_step",
-    "standard_normal_kl",
-    "step_log_prob",
-    "velocity",
-    "vlb_term",
-]
+__all__ = ["PREDICTION_TYPES", "PhiloxNoise"]
+__all__ += _noise.__all__
+__all__ += bound.__all__
+__all__ += gaussian.__all__
+__all__ += likelihood.__all__
+__all__ += linear.__all__
+__all__ += loss.__all__
+__all__ += step.__all__
+__all__ += threshold.__all__

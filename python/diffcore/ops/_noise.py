@@ -10,14 +10,18 @@ from torch import Tensor
 
 from diffcore._engine import messages
 from diffcore._engine.dispatch import run
-from diffcore._engine.execute import Kernel
+from diffcore._engine.kernel import NoisyKernel
 from diffcore._kernels import noise as k
 from diffcore._types import Coef, Noise, Step
 from diffcore.noise import PhiloxNoise, draw
 
+__all__ = [
+    "randn",
+]
 
-def noised(
-    kernel: Kernel,
+
+def run_noisy(
+    kernel: NoisyKernel,
     inputs: tuple[Tensor, ...],
     noise: Noise,
     coefs: tuple[Coef, ...] = (),
@@ -27,15 +31,17 @@ def noised(
     """Runs a kernel whose last input is noise, or its twin that draws it."""
     if isinstance(noise, PhiloxNoise):
         if not isinstance(inputs[0], Tensor):
-            messages.refuse_non_tensor(kernel.inputs[:-1], inputs)
-        return k.noised(kernel, inputs, noise._parts, coefs, step, out)
+            messages.refuse_non_tensor(kernel.generating.inputs, inputs)
+        return k.run_noisy(kernel, inputs, noise._parts, coefs, step, out)
     if not isinstance(noise, Tensor):
         kind = type(noise).__name__
-        raise TypeError(f"{kernel.inputs[-1]} is a {kind}; wanted a torch.Tensor or a PhiloxNoise")
-    return run(kernel, (*inputs, noise), coefs, step, False, out)
+        raise TypeError(
+            f"{kernel.reading.inputs[-1]} is a {kind}; wanted a torch.Tensor or a PhiloxNoise"
+        )
+    return run(kernel.reading, (*inputs, noise), coefs, step, False, out)
 
 
-def drawn_for(
+def noise_or_default(
     like: Any, name: str, noise: Noise | None, generator: torch.Generator | None
 ) -> Noise:
     """The noise given, else a recipe seeded by torch's generator."""

@@ -9,10 +9,17 @@ from diffcore._kernels import bound as k
 from diffcore._types import Coef, Noise, Step
 from diffcore.coefficients.bound import FIXED, VLB_COLUMNS, prior_coefficients
 from diffcore.ops._arguments import as_coef, as_table, float_of
-from diffcore.ops._noise import noised
+from diffcore.ops._noise import run_noisy
+
+__all__ = [
+    "prior_kl",
+    "vlb_term",
+]
+
 
 _OF_NOISE = {
-    learned: kernel.named((*kernel.inputs[:-1], "noise")) for learned, kernel in k.VLB_TERM.items()
+    learned: pair.renamed((*pair.reading.inputs[:-1], "noise"))
+    for learned, pair in k.VLB_TERM.items()
 }
 
 
@@ -76,10 +83,10 @@ def vlb_term(
         inputs = (*inputs, variance_output)
     found: Tensor
     if x_t is not None:
-        found = run(k.VLB_TERM[learned], (*inputs, x_t), coefs, t)
+        found = run(k.VLB_TERM[learned].reading, (*inputs, x_t), coefs, t)
     else:
         assert noise is not None
-        found = noised(_OF_NOISE[learned], inputs, noise, coefs, t)
+        found = run_noisy(_OF_NOISE[learned], inputs, noise, coefs, t)
     return found
 
 

@@ -9,8 +9,16 @@ from diffcore._engine import messages
 from diffcore._engine.dispatch import run
 from diffcore._kernels import gaussian as k
 from diffcore._kernels.term import Term
-from diffcore._types import Noise
-from diffcore.ops._noise import drawn_for, noised
+from diffcore._types import Noise, Tensors
+from diffcore.ops._noise import noise_or_default, run_noisy
+
+__all__ = [
+    "gaussian_nll",
+    "normal_kl",
+    "reparameterize",
+    "reparameterize_kl",
+    "standard_normal_kl",
+]
 
 
 def reduced(term: Term, inputs: tuple[Tensor, ...], reduction: str) -> Tensor:
@@ -29,7 +37,12 @@ def reduced(term: Term, inputs: tuple[Tensor, ...], reduction: str) -> Tensor:
 
 
 def normal_kl(
-    mean1: Tensor, logvar1: Tensor, mean2: Tensor, logvar2: Tensor, *, reduction: str = "none"
+    mean1: Tensor | float,
+    logvar1: Tensor | float,
+    mean2: Tensor | float,
+    logvar2: Tensor | float,
+    *,
+    reduction: str = "none",
 ) -> Tensor:
     """KL(N1 || N2) of diagonal Gaussians, in nats.
 
@@ -37,20 +50,71 @@ def normal_kl(
     textbook formula without its cancellation (which goes negative in bfloat16), by its series
     where d is small.
 
+    The arguments broadcast as in torch; at least one is a tensor. Four tensors of one shape take
+    one launch and no copy. An argument that broadcasts is first written out in the common shape,
+    except that ``mean2=0, logvar2=0`` as numbers take the kernel of :func:`standard_normal_kl`.
+
     Args:
-        mean1: `[B, ...]`.
-        logvar1: log-variance `[B, ...]`.
-        mean2: `[B, ...]`.
-        logvar2: log-variance `[B, ...]`.
-        reduction: "none" (elementwise), "sample" (sum over each sample, `[B]`), "batchmean" (sum
-            / B), "mean" (over every element) or "sum". Sums of 16-bit inputs come in float32.
+        mean1: ``[B, ...]``, a tensor that broadcasts to it, or a number.
+        logvar1: Log-variance. ``[B, ...]``, a tensor that broadcasts to it, or a number.
+        mean2: ``[B, ...]``, a tensor that broadcasts to it, or a number.
+        logvar2: Log-variance. ``[B, ...]``, a tensor that broadcasts to it, or a number.
+        reduction: "none" (elementwise), "sample" (sum over each sample, ``[B]``), "batchmean" (sum
+            / B), "mean" (over all elements) or "sum". Sums of 16-bit inputs are float32.
 
     Returns:
-        `[B, ...]`, `[B]` or a 0-dim tensor, nats.
+        ``[B, ...]``, ``[B]`` or a 0-dim tensor, nats.
+
+    Raises:
+        TypeError: An argument is neither a tensor nor a number, none is a tensor, or two tensors
+            have different dtypes.
+        ValueError: The shapes do not broadcast, or two tensors are on different devices.
 
     Source: Kullback & Leibler 1951; the stable form as in Kingma et al. 2021 (VDM).
     """
-    return reduced(k.NORMAL_KL, (mean1, logvar1, mean2, logvar2), reduction)
+    inputs = (mean1, logvar1, mean2, logvar2)
+    try:
+        same = mean1.shape == logvar1.shape == mean2.shape == logvar2.shape  # type: ignore[union-attr]
+    except AttributeError:
+        same = False
+    if same:
+        return reduced(k.NORMAL_KL, inputs, reduction)  # type: ignore[arg-type]
+    numbers = _broadcast(("mean1", "logvar1", "mean2", "logvar2"), inputs)
+    standard = all(type(x) in (int, float) and x == 0 for x in (mean2, logvar2))
+    return reduced(
+        *((k.STANDARD_NORMAL_KL, numbers[:2]) if standard else (k.NORMAL_KL, numbers)), reduction
+    )
+
+
+def _broadcast(names: tuple[str, ...], inputs: tuple[Tensor | float, ...]) -> Tensors:
+    """The inputs as tensors of one shape; numbers in the dtype of the tensors."""
+    tensors = {n: x for n, x in zip(names, inputs, strict=True) if isinstance(x, Tensor)}
+    for name, x in zip(names, inputs, strict=True):
+        if name not in tensors and (isinstance(x, (str, bool)) or not hasattr(x, "__float__")):
+            kind = type(x).__name__
+            raise TypeError(f"{name} must be a torch.Tensor or a number, got {kind}")
+    if not tensors:
+        raise TypeError(f"one of {', '.join(names)} must be a torch.Tensor, got only numbers")
+    first_name, first = next(iter(tensors.items()))
+    shape = first.shape
+    for name, x in tensors.items():
+        if x.dtype != first.dtype:
+            raise TypeError(
+                f"{name} must have the dtype of {first_name}, {first.dtype}, got {x.dtype}"
+            )
+        if x.device != first.device:
+            raise ValueError(
+                f"{name} must be on the device of {first_name}, {first.device}, got {x.device}"
+            )
+        try:
+            shape = torch.broadcast_shapes(shape, x.shape)
+        except RuntimeError:
+            raise ValueError(
+                f"{name} must have a shape that broadcasts with {tuple(shape)}, got "
+                f"{tuple(x.shape)}"
+            ) from None
+    each = [x if isinstance(x, Tensor) else first.new_full((), float(x)) for x in inputs]
+    return tuple(x.expand(shape) for x in each)
 
 
 def standard_normal_kl(mean: Tensor, logvar: Tensor, *, reduction: str = "none") -> Tensor:
@@ -105,8 +169,8 @@ def reparameterize(
 
     Source: Kingma & Welling 2014, section 2.4.
     """
-    source = drawn_for(mean, "mean", noise, generator)
-    z: Tensor = noised(k.REPARAMETERIZE, (mean, logvar), source)
+    source = noise_or_default(mean, "mean", noise, generator)
+    z: Tensor = run_noisy(k.REPARAMETERIZE, (mean, logvar), source)
     return z
 
 
@@ -135,6 +199,6 @@ def reparameterize_kl(
 
     Source: Kingma & Welling 2014, section 2.4 and appendix B.
     """
-    source = drawn_for(mean, "mean", noise, generator)
-    z, kl = noised(k.REPARAMETERIZE_KL, (mean, logvar), source)
+    source = noise_or_default(mean, "mean", noise, generator)
+    z, kl = run_noisy(k.REPARAMETERIZE_KL, (mean, logvar), source)
     return z, kl

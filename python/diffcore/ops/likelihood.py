@@ -7,6 +7,10 @@ from torch import Tensor
 from diffcore._kernels import likelihood as k
 from diffcore.ops.gaussian import reduced
 
+__all__ = [
+    "discretized_gaussian_log_likelihood",
+]
+
 
 def discretized_gaussian_log_likelihood(
     x: Tensor, *, means: Tensor, log_scales: Tensor, reduction: str = "none"

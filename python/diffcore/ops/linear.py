@@ -12,16 +12,26 @@ from diffcore._kernels import linear as k
 from diffcore._types import Coef, Noise, Step
 from diffcore.coefficients import step as formulas
 from diffcore.ops._arguments import as_coef, as_number, as_table, in_float64
-from diffcore.ops._noise import noised
+from diffcore.ops._noise import run_noisy
+
+__all__ = [
+    "add_noise",
+    "linear_combination",
+    "predict_epsilon",
+    "predict_x0",
+    "q_sample",
+    "velocity",
+]
+
 
 # One kernel, under the names that its arguments have in each op.
 _PAIR, _LEVELS = ("x0", "noise"), ("alpha", "sigma")
-_ADD_NOISE = k.LINEAR_COMBINATION.named(_PAIR, _LEVELS)
-_Q_SAMPLE = k.LINEAR_COMBINATION.named(_PAIR, _LEVELS, table="table")
-_WITH_TARGET = k.LINEAR_PAIR.named(_PAIR, (*_LEVELS, "target's x0", "target's noise"))
-_Q_SAMPLE_TARGET = _WITH_TARGET.named(_PAIR, table="table")
-_VELOCITY = k.LINEAR_COMBINATION.named(_PAIR, ("sigma", "alpha"))
-_CONVERSION = k.LINEAR_COMBINATION.named(("x_t", "model_output"), _LEVELS)
+_ADD_NOISE = k.LINEAR_COMBINATION.renamed(_PAIR, _LEVELS)
+_Q_SAMPLE = k.LINEAR_COMBINATION.renamed(_PAIR, _LEVELS, table="table")
+_WITH_TARGET = k.LINEAR_PAIR.renamed(_PAIR, (*_LEVELS, "target's x0", "target's noise"))
+_Q_SAMPLE_TARGET = _WITH_TARGET.renamed(_PAIR, table="table")
+_VELOCITY = k.LINEAR_COMBINATION.renamed(_PAIR, ("sigma", "alpha"))
+_CONVERSION = k.LINEAR_COMBINATION.reading.renamed(("x_t", "model_output"), _LEVELS)
 
 
 Target = Literal["epsilon", "v_prediction", "flow_prediction"]
@@ -89,12 +99,12 @@ def add_noise(
     """
     coefs = (as_coef("alpha", alpha, t), as_coef("sigma", sigma, t))
     if return_target is None:
-        x_t: Tensor = noised(_ADD_NOISE, (x0,), noise, coefs, t, out)
+        x_t: Tensor = run_noisy(_ADD_NOISE, (x0,), noise, coefs, t, out)
         return x_t
     _refuse_out(out)
     of_x0, of_noise = _target(return_target, alpha, sigma)
     target = (as_coef("sigma", of_x0, t), as_coef("alpha", of_noise, t))
-    both: tuple[Tensor, Tensor] = noised(_WITH_TARGET, (x0,), noise, (*coefs, *target), t)
+    both: tuple[Tensor, Tensor] = run_noisy(_WITH_TARGET, (x0,), noise, (*coefs, *target), t)
     return both
 
 
@@ -143,11 +153,11 @@ def q_sample(
         raise TypeError("t is None; wanted an int or an int64 or int32 tensor")
     table = as_table("table", table, 2)
     if return_target is None:
-        x_t: Tensor = noised(_Q_SAMPLE, (x0,), noise, (table,), t, out)
+        x_t: Tensor = run_noisy(_Q_SAMPLE, (x0,), noise, (table,), t, out)
         return x_t
     _refuse_out(out)
     target = _target(return_target, table[:, :1], table[:, 1:])
-    both: tuple[Tensor, Tensor] = noised(_Q_SAMPLE_TARGET, (x0,), noise, (table, *target), t)
+    both: tuple[Tensor, Tensor] = run_noisy(_Q_SAMPLE_TARGET, (x0,), noise, (table, *target), t)
     return both
 
 
@@ -176,7 +186,7 @@ def linear_combination(
     else:
         a, b = coefficients
         coefs = (as_coef("a", a, t), as_coef("b", b, t))
-    return run(k.LINEAR_COMBINATION, (x, y), coefs, t, False, out)
+    return run(k.LINEAR_COMBINATION.reading, (x, y), coefs, t, False, out)
 
 
 def velocity(
@@ -204,7 +214,7 @@ def velocity(
     Source: Salimans & Ho 2022, appendix D.
     """
     coefs = (as_coef("sigma", -as_number("sigma", sigma), t), as_coef("alpha", alpha, t))
-    v: Tensor = noised(_VELOCITY, (x0,), noise, coefs, t, out)
+    v: Tensor = run_noisy(_VELOCITY, (x0,), noise, coefs, t, out)
     return v
 
 

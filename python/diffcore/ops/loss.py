@@ -11,12 +11,17 @@ from diffcore._types import Coef, Noise, Step
 from diffcore.coefficients.step import PREDICTION_TYPES
 from diffcore.noise import PhiloxNoise
 from diffcore.ops._arguments import as_coef, as_number
-from diffcore.ops._noise import noised
+from diffcore.ops._noise import run_noisy
+
+__all__ = [
+    "denoising_loss",
+]
+
 
 _COMMON = ("weight", "inverse_n")
-_NOISE_LOSS = k.TARGET_LOSS.named(("model_output", "noise"), _COMMON)
-_X0_LOSS = k.TARGET_LOSS.named(("model_output", "x0"), _COMMON)
-_V_LOSS = k.MIXED_TARGET_LOSS.named(("model_output", "x0", "noise"), (*_COMMON, "sigma", "alpha"))
+_NOISE_LOSS = k.TARGET_LOSS.renamed(("model_output", "noise"), _COMMON)
+_X0_LOSS = k.TARGET_LOSS.renamed(("model_output", "x0"), _COMMON)
+_V_LOSS = k.MIXED_TARGET_LOSS.renamed(("model_output", "x0", "noise"), (*_COMMON, "sigma", "alpha"))
 
 
 def denoising_loss(
@@ -102,7 +107,7 @@ def _loss(
     wanted = torch.is_grad_enabled() and model_output.requires_grad
     if wanted and not any(isinstance(x, Tensor) and x.requires_grad for x in others):
         slope = k.expected_gradient(model_output) * inverse_n
-        _, found = noised(loss.with_gradient, inputs, last, (*coefs, slope), step)
+        _, found = run_noisy(loss.with_gradient, inputs, last, (*coefs, slope), step)
     else:
-        found = noised(loss.plain, inputs, last, coefs, step)
+        found = run_noisy(loss.plain, inputs, last, coefs, step)
     return found

@@ -12,7 +12,15 @@ from diffcore._kernels import step as k
 from diffcore._types import ClipRange, Coef, Noise, Row, Step
 from diffcore.coefficients import step as formulas
 from diffcore.ops._arguments import as_coef, as_table, in_float64
-from diffcore.ops._noise import noised
+from diffcore.ops._noise import run_noisy
+
+__all__ = [
+    "ddim_step",
+    "ddpm_step",
+    "reverse_step",
+    "step_log_prob",
+]
+
 
 _ALL = len(formulas.STEP_COLUMNS)
 
@@ -215,7 +223,7 @@ def take(
     coefs, inputs = leading + plan.coefs[2:], (*tensors, *others)
     if noise is None:
         return run(kernel, inputs, coefs, t, False, out)
-    return noised(kernel, inputs, noise, coefs, t, out)
+    return run_noisy(kernel, inputs, noise, coefs, t, out)
 
 
 def first_columns(row: Row, columns: int, name: str = "coefficients") -> tuple[Coef, ...]:

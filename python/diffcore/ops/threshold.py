@@ -14,6 +14,10 @@ from diffcore._types import Coef, Row, Step
 from diffcore.ops._arguments import float_of
 from diffcore.ops.step import first_columns, leading_of
 
+__all__ = [
+    "dynamic_threshold",
+]
+
 
 def dynamic_threshold(
     x: Tensor,

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from diffcore._types import Coef
 
+__all__ = ["compute_dtype", "per_sample"]
+
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """The type in which values are computed: float64 for float64, else float32."""
@@ -33,8 +35,8 @@ def elementwise(
     return y.to(like.dtype)
 
 
-def row_sum(terms: Tensor, scale: Coef, whole: bool) -> Tensor:
-    """`scale` times the sum over one sample (`[B]`), or over everything when `whole`."""
-    if whole or terms.ndim == 0:
+def row_sum(terms: Tensor, scale: Coef, reduce_all: bool) -> Tensor:
+    """`scale` times the sum over one sample (`[B]`), or over everything when `reduce_all`."""
+    if reduce_all or terms.ndim == 0:
         return terms.sum() * scale
     return terms.flatten(1).sum(1) * scale if terms.ndim > 1 else terms * scale

@@ -10,6 +10,15 @@ from torch import Tensor
 
 from diffcore.reference.common import compute_dtype, elementwise, row_sum
 
+__all__ = [
+    "expm1_minus",
+    "gaussian_nll",
+    "normal_kl",
+    "reparameterize",
+    "reparameterize_kl",
+    "standard_normal_kl",
+]
+
 
 def expm1_minus(d: Tensor) -> Tensor:
     """``expm1(d) - d`` without cancellation: its Taylor series where ``|d| < 1``."""
@@ -47,7 +56,7 @@ def reduced(formula: Callable[..., Tensor], inputs: Sequence[Tensor], reduction:
     scales = {"sample": 1.0, "sum": 1.0}
     if terms.numel():
         scales |= {"batchmean": 1.0 / batch, "mean": 1.0 / terms.numel()}
-    return row_sum(terms, scales.get(reduction, math.nan), whole=reduction != "sample")
+    return row_sum(terms, scales.get(reduction, math.nan), reduce_all=reduction != "sample")
 
 
 def normal_kl(

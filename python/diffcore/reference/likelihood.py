@@ -9,6 +9,8 @@ from torch import Tensor
 
 from diffcore.reference.gaussian import reduced
 
+__all__ = ["discretized_gaussian_log_likelihood"]
+
 BIN = 1 / 255  # half the distance of two values of a pixel, k/127.5 - 1
 OPEN = 0.999  # beyond it the bin of a pixel has no other end
 NARROW = 1 / 32  # of a scale

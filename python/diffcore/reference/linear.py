@@ -10,6 +10,17 @@ from torch import Tensor
 from diffcore._types import Coef
 from diffcore.reference.common import elementwise
 
+__all__ = [
+    "add_noise",
+    "linear_combination",
+    "linear_pair",
+    "predict_epsilon",
+    "predict_x0",
+    "scale",
+    "scale_twice",
+    "velocity",
+]
+
 
 def scale(x: Tensor, a: Coef) -> Tensor:
     """``a x``."""

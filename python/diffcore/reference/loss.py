@@ -8,6 +8,8 @@ from torch import Tensor
 from diffcore._types import Coef
 from diffcore.reference.common import compute_dtype, per_sample, row_sum
 
+__all__ = ["mixed_target_loss", "target_loss"]
+
 
 def target_loss(
     model_output: Tensor,
@@ -52,4 +54,4 @@ def _loss(
     gradient = torch.where(unit, 1.0, 2 * slope * per_sample(weight, like)) * error.detach()
     if isinstance(weight, Tensor):
         weight = weight.to(compute_dtype(like.dtype))
-    return gradient.to(like.dtype), row_sum(error**2, weight * inverse_n, whole=False)
+    return gradient.to(like.dtype), row_sum(error**2, weight * inverse_n, reduce_all=False)

@@ -8,8 +8,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from diffcore._types import Coef
+from diffcore._types import Coef, StepColumns
 from diffcore.reference.common import compute_dtype, per_sample, row_sum
+
+__all__ = ["reverse_step", "step_log_prob"]
 
 
 def reverse_step(
@@ -34,21 +36,21 @@ def reverse_step(
     ``exp(s_0 + s_v v)``. If it `keeps`, the second result is ``h' = e_x x + e_m m + e_0 x0``.
     """
     compute = compute_dtype(x.dtype)
-    k = [per_sample(c, x) for c in coefs]
+    k = StepColumns(*(per_sample(c, x) for c in coefs))
     s, m, x0 = _prediction(x, model_output, model_output_uncond, k, guidance_scale, threshold)
-    y = _mix(k[0], k[1], k[2], s, m, x0)
-    for c, h in zip(k[11:], history, strict=True):
+    y = _mix(k.c_x, k.c_m, k.c_0, s, m, x0)
+    for c, h in zip((k.c_1, k.c_2, k.c_3), history, strict=False):
         # Where c is 0, h is not read, whatever it holds.
         unread = torch.as_tensor(c, device=x.device) == 0
         y = y + c * torch.where(unread, torch.zeros_like(s), h.to(compute))
     if noise is not None:
-        deviation = k[3]
+        deviation = k.c_z
         if variance_output is not None:
             s_0, s_v = (per_sample(c, x) for c in variance_coefs)
             deviation = deviation * torch.exp(s_0 + s_v * variance_output.to(compute))
         y = y + deviation * noise.to(compute)
     y = y.to(x.dtype)
-    return (y, _mix(k[8], k[9], k[10], s, m, x0).to(x.dtype)) if keeps else y
+    return (y, _mix(k.e_x, k.e_m, k.e_0, s, m, x0).to(x.dtype)) if keeps else y
 
 
 def step_log_prob(
@@ -62,15 +64,18 @@ def step_log_prob(
     model_output_uncond: Tensor | None = None,
 ) -> Tensor:
     """``log N(x'; mean, c_z² I)`` of each sample, nats; 0 where c_z is 0."""
-    k = [per_sample(c, x) for c in coefs]
+    row = StepColumns(*coefs)
+    k = StepColumns(*(per_sample(c, x) for c in coefs))
     s, m, x0 = _prediction(x, model_output, model_output_uncond, k, guidance_scale, threshold)
     # Before its shape is that of the samples: one number each.
-    c_z = torch.as_tensor(coefs[3], dtype=s.dtype, device=s.device)
+    c_z = torch.as_tensor(row.c_z, dtype=s.dtype, device=s.device)
     none = c_z == 0
     safe = torch.where(none, torch.ones_like(c_z), c_z)
-    z = (x_next.to(s.dtype) - _mix(k[0], k[1], k[2], s, m, x0)) / per_sample(safe, x)
+    z = (x_next.to(s.dtype) - _mix(k.c_x, k.c_m, k.c_0, s, m, x0)) / per_sample(safe, x)
     n = x[0].numel() if x.ndim else 1
-    log_prob = row_sum(z * z, -0.5, whole=False) - n * (safe.log() + 0.5 * math.log(2 * math.pi))
+    log_prob = row_sum(z * z, -0.5, reduce_all=False) - n * (
+        safe.log() + 0.5 * math.log(2 * math.pi)
+    )
     return torch.where(none, torch.zeros_like(log_prob), log_prob)
 
 
@@ -78,14 +83,16 @@ def _prediction(
     x: Tensor,
     model_output: Tensor,
     model_output_uncond: Tensor | None,
-    k: Sequence[Coef],
+    k: StepColumns,
     guidance_scale: Coef,
     threshold: Coef,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(x, m, x0) in the compute type; k as in `reverse_step`, beside the samples."""
     s, m, x0 = predicted_x0(x, model_output, model_output_uncond, k, guidance_scale)
     bound = torch.as_tensor(per_sample(threshold, x), dtype=s.dtype, device=x.device)
-    low, high = (torch.where(bound == 0, b, sign * bound) for b, sign in ((k[6], -1), (k[7], 1)))
+    low, high = (
+        torch.where(bound == 0, b, sign * bound) for b, sign in ((k.clip_min, -1), (k.clip_max, 1))
+    )
     # where, not clamp: clamp's gradient at a bound and its handling of two tensor bounds differ
     # between versions
     x0 = torch.where(x0 < low, torch.zeros_like(x0) + low, x0)
@@ -97,7 +104,7 @@ def predicted_x0(
     x: Tensor,
     model_output: Tensor,
     model_output_uncond: Tensor | None,
-    k: Sequence[Coef],
+    k: StepColumns,
     guidance_scale: Coef,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The same, x0 not clipped."""
@@ -106,7 +113,7 @@ def predicted_x0(
     if model_output_uncond is not None:
         u = model_output_uncond.to(compute)
         m = u + per_sample(guidance_scale, x) * (m - u)
-    return s, m, k[4] * s + k[5] * m
+    return s, m, k.a_x * s + k.a_m * m
 
 
 def _mix(b_x: Coef, b_m: Coef, b_0: Coef, x: Tensor, m: Tensor, x0: Tensor) -> Tensor:

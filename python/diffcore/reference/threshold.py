@@ -7,9 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from diffcore._types import Coef
+from diffcore._types import Coef, StepColumns
 from diffcore.reference.common import per_sample
 from diffcore.reference.step import predicted_x0
+
+__all__ = ["x0_quantile"]
 
 
 def x0_quantile(
@@ -21,16 +23,16 @@ def x0_quantile(
     *,
     guidance_scale: Coef = 1.0,
     model_output_uncond: Tensor | None = None,
-    whole: bool = False,
+    reduce_all: bool = False,
 ) -> Tensor:
     """``min(max(quantile(|a_x x + a_m m|, ratio), 1), sample_max_value)`` of each sample.
 
     ``m = m_u + w (m_c - m_u)``, coefs as in `reverse_step`. The quantile lies ``ratio (n - 1)``
     from the first of n in order, as numpy's; only that an infinite neighbour does not make it nan.
     """
-    k = [per_sample(c, x) for c in coefs]
+    k = StepColumns(*(per_sample(c, x) for c in coefs))
     _, _, x0 = predicted_x0(x, model_output, model_output_uncond, k, guidance_scale)
-    rows = x0.reshape(-1) if whole or x0.ndim == 0 else x0.unsqueeze(-1).flatten(1)
+    rows = x0.reshape(-1) if reduce_all or x0.ndim == 0 else x0.unsqueeze(-1).flatten(1)
     ordered, n = rows.abs().sort(-1).values.double(), rows.shape[-1]
 
     def as_double(c: Coef) -> Tensor:

@@ -1,0 +1,210 @@
+// The Python module `diffcore._C`. Two entries serve every op: `launch`, which allocates and runs
+// the kernel if the call is a plain one, and `call`, which is handed everything. What is not plain
+// goes back to Python, and what is not right goes back with the reason, of which Python makes the
+// error message.
+#include <pybind11/pybind11.h>
+
+#include <stdexcept>
+#include <utility>
+
+#include "binding/call.h"
+#include "binding/read_views.h"
+#include "binding/torch_api.h"
+#include "cpu/kernels.h"
+#include "cuda/kernels.h"
+
+#ifndef DIFFCORE_BUILD_FLAGS
+#define DIFFCORE_BUILD_FLAGS ""
+#endif
+#ifndef DIFFCORE_VERSION
+#define DIFFCORE_VERSION "0"
+#endif
+
+namespace diffcore {
+namespace {
+
+// What an eager call must know of its arguments before it may go straight to a kernel.
+enum Found : int {
+  kNotPlain = 1,
+  kNeedsGrad = 2,
+  kNegated = 4,
+  kCoefNeedsGrad = 8,
+  kCoefNegated = 16,
+  kMode = 32,
+  kTransform = 64
+};
+struct FoundName {
+  const char* name;
+  Found bit;
+};
+constexpr FoundName kFoundNames[] = {
+    {"not_plain", kNotPlain},       {"needs_grad", kNeedsGrad},
+    {"negated", kNegated},          {"coef_needs_grad", kCoefNeedsGrad},
+    {"coef_negated", kCoefNegated}, {"mode", kMode},
+    {"transform", kTransform}};
+
+bool is(PyObject* expected, PyObject* value) {
+  if (!value) throw py::error_already_set();
+  Py_DECREF(value);
+  return value == expected;
+}
+bool requires_grad(PyObject* x) {
+  PyObject* getter = g_torch.requires_grad;
+  return is(Py_True, Py_TYPE(getter)->tp_descr_get(getter, x, nullptr));
+}
+bool is_negated(PyObject* x) { return is(Py_True, PyObject_CallOneArg(g_torch.is_neg, x)); }
+bool plain(PyObject* x) { return Py_TYPE(x) == g_torch.tensor || Py_TYPE(x) == g_torch.parameter; }
+
+int inspect(const py::tuple& tensors, const py::tuple& coefs) {
+  int found = 0;
+  for (PyObject* mode : g_torch.modes) {
+    py::object active = py::reinterpret_steal<py::object>(PyObject_CallNoArgs(mode));
+    if (!active) throw py::error_already_set();
+    if (PyObject_IsTrue(active.ptr())) found |= kMode;
+  }
+  if (!is(Py_None, PyObject_CallNoArgs(g_torch.transforms))) found |= kTransform;
+  const bool grad = is(Py_True, PyObject_CallNoArgs(g_torch.grad_enabled));
+  for (py::handle x : tensors) {
+    if (!plain(x.ptr())) return found | kNotPlain;
+    if (grad && requires_grad(x.ptr())) found |= kNeedsGrad;
+    if (is_negated(x.ptr())) found |= kNegated;
+  }
+  for (py::handle c : coefs) {
+    if (PyFloat_CheckExact(c.ptr())) continue;
+    if (!PyObject_TypeCheck(c.ptr(), g_torch.tensor)) continue;
+    if (grad && requires_grad(c.ptr())) found |= kCoefNeedsGrad;
+    if (is_negated(c.ptr())) found |= kCoefNegated;
+  }
+  return found;
+}
+
+// Reads, plans and runs a call: done, or the reason why nothing was run.
+Reason try_call(int op, const OpInfo& info, const py::tuple& outs, const py::tuple& ins,
+                const py::tuple& coefs, py::handle step, bool reduce_all, py::handle noise) {
+  CallViews views;
+  if (Reason reason = read_views(outs, ins, coefs, step, reduce_all, noise, &views)) return reason;
+  Plan plan;
+  if (Reason reason = plan_call(info, views, &plan)) return reason;
+  return run_plan(op, &plan);
+}
+
+// A call of an elementwise kernel on plain tensors: its output, or a tuple of them. Otherwise what
+// `inspect` found, 0 if that was nothing but the kernel is of another kind or refuses. With
+// `inspect_only` nothing is run.
+py::object launch(int op, const py::tuple& ins, const py::tuple& coefs, py::handle step,
+                  py::handle noise, bool inspect_only) {
+  const int found = inspect(ins, coefs);
+  const OpInfo* info = op_table().find(op);
+  if (found || inspect_only || !info || info->n_sum || info->n_in == 0 || ins.empty())
+    return py::int_(found);
+  py::tuple outs(info->n_out);
+  for (int k = 0; k < info->n_out; ++k) {
+    PyObject* made = PyObject_CallOneArg(g_torch.empty_like, ins[0].ptr());
+    if (!made) throw py::error_already_set();
+    PyTuple_SET_ITEM(outs.ptr(), k, made);
+  }
+  if (try_call(op, *info, outs, ins, coefs, step, false, noise)) return py::int_(0);
+  if (info->n_out == 1) return outs[0];
+  return std::move(outs);
+}
+
+// The same of any kernel, into given outputs: None if it was run, else (code, argument, index,
+// detail) of binding/reason.h.
+py::object call(int op, const py::tuple& outs, const py::tuple& ins, const py::tuple& coefs,
+                py::handle step, bool reduce_all, py::handle noise) {
+  if (!g_torch.exchange) throw std::runtime_error("diffcore._C: connect() has not been called");
+  const OpInfo* info = op_table().find(op);
+  if (!info) throw py::index_error("no such op");
+  const Reason reason = try_call(op, *info, outs, ins, coefs, step, reduce_all, noise);
+  if (!reason) return py::none();
+  return py::make_tuple(int(reason.code), int(reason.argument), reason.index, reason.detail);
+}
+
+void connect(py::capsule exchange_api, py::type tensor, py::type parameter, py::function empty_like,
+             py::tuple modes, py::function transforms, py::function grad_enabled) {
+  auto* api = static_cast<const dlpack::ExchangeApiHeader*>(exchange_api.get_pointer());
+  while (api && api->version.major != 1) api = api->prev_api;
+  if (!api) throw std::runtime_error("torch offers no DLPack exchange API of major version 1");
+  auto* exchange = reinterpret_cast<const dlpack::ExchangeApi*>(api);
+  if (!exchange->borrow || !exchange->current_stream || !exchange->allocate)
+    throw std::runtime_error("torch's DLPack exchange API lacks a function that diffcore needs");
+  g_torch.tensor = reinterpret_cast<PyTypeObject*>(tensor.inc_ref().ptr());
+  g_torch.parameter = reinterpret_cast<PyTypeObject*>(parameter.inc_ref().ptr());
+  g_torch.empty_like = empty_like.inc_ref().ptr();
+  g_torch.requires_grad = py::object(tensor.attr("requires_grad")).inc_ref().ptr();
+  g_torch.is_neg = py::object(tensor.attr("is_neg")).inc_ref().ptr();
+  for (int k = 0; k < 2; ++k) g_torch.modes[k] = py::object(modes[k]).inc_ref().ptr();
+  g_torch.transforms = transforms.inc_ref().ptr();
+  g_torch.grad_enabled = grad_enabled.inc_ref().ptr();
+  if (!Py_TYPE(g_torch.requires_grad)->tp_descr_get)
+    throw std::runtime_error("torch.Tensor.requires_grad is no property");
+  g_torch.exchange = exchange;
+}
+
+py::dict build_info() {
+  py::dict info;
+  info["version"] = DIFFCORE_VERSION;
+  info["build_flags"] = DIFFCORE_BUILD_FLAGS;
+  info["instruction_set"] = cpu_isa();
+  info["best_instruction_set"] = best_cpu_isa();
+  info["threads"] = cpu_threads();
+  info["cuda"] = cuda_built();
+  info["cuda_architectures"] = cuda_architectures();
+  info["cuda_driver"] = cuda_driver_version();
+  info["cuda_devices"] = cuda_device_count();
+  return info;
+}
+
+py::list op_rows() {
+  py::list rows;
+  const OpTable table = op_table();
+  for (int i = 0; i < table.size; ++i) {
+    const OpInfo& op = table.ops[i];
+    rows.append(py::make_tuple(op.name, op.n_in, op.n_out, op.n_sum, op.n_coef, op.draws));
+  }
+  return rows;
+}
+
+py::tuple names(const char* const* first, int size) {
+  py::tuple result(size);
+  for (int k = 0; k < size; ++k) result[k] = py::str(first[k]);
+  return result;
+}
+py::tuple names(Names columns) { return names(columns.first, columns.size); }
+template <int kCount>
+py::tuple names(const char* const (&array)[kCount]) {
+  return names(array, kCount);
+}
+
+// The names and codes that both languages need, kept here alone.
+void export_names(py::module_& m) {
+  m.attr("STEP_COLUMNS") = names(step_columns());
+  m.attr("VLB_COLUMNS") = names(vlb_columns());
+  m.attr("CODES") = names(kCodeNames);          // of a reason, by number
+  m.attr("ARGUMENTS") = names(kArgumentNames);  // that a reason is about, by number
+  py::dict found;
+  for (const FoundName& item : kFoundNames) found[item.name] = int(item.bit);
+  m.attr("FOUND") = found;  // the bits that `launch` answers
+}
+
+}  // namespace
+}  // namespace diffcore
+
+PYBIND11_MODULE(_C, m, pybind11::mod_gil_not_used()) {
+  using namespace diffcore;
+  m.def("connect", &connect, py::arg("exchange_api"), py::arg("tensor"), py::arg("parameter"),
+        py::arg("empty_like"), py::arg("modes"), py::arg("transforms"), py::arg("grad_enabled"));
+  m.def("launch", &launch, py::arg("op"), py::arg("ins"), py::arg("coefs"), py::arg("step"),
+        py::arg("noise"), py::arg("inspect_only"));
+  m.def("call", &diffcore::call, py::arg("op"), py::arg("outs"), py::arg("ins"), py::arg("coefs"),
+        py::arg("step"), py::arg("reduce_all"), py::arg("noise"));
+  m.def("op_table", &op_rows);
+  m.def("build_info", &build_info);
+  m.def(
+      "load_cuda_kernels",
+      [](int device) {
+        if (const char* error = load_cuda_kernels(device)) throw std::runtime_error(error);
+      },
+      py::arg("device"));
+  export_names(m);
+}

@@ -1,0 +1,79 @@
+#include "binding/call.h"
+
+#include <pybind11/pybind11.h>
+
+#include <optional>
+#include <stdexcept>
+#include <string>
+
+#include "binding/torch_api.h"
+#include "cpu/kernels.h"
+#include "cuda/kernels.h"
+
+namespace diffcore {
+namespace {
+
+namespace py = pybind11;
+
+// Elements; below, the call ends before another thread could use the interpreter.
+constexpr int64_t kReleaseGilFrom = 32 * 1024;
+
+Reason run_cpu(int op, Plan* plan) {
+  std::optional<py::gil_scoped_release> release;
+  if (plan->elements >= kReleaseGilFrom) release.emplace();
+  int64_t wrong;
+  if (run_on_cpu(op, plan->dtype, plan->args, &wrong)) return {};
+  return {Code::kStepRange, Argument::kStep, 0, wrong};
+}
+
+// Memory of torch's allocator on a CUDA device, freed in stream order: work that is queued later
+// may use it again, the kernels before have ended by then.
+class Workspace {
+ public:
+  explicit Workspace(int32_t device) : device_(device) {}
+  ~Workspace() {
+    if (memory_ && memory_->deleter) memory_->deleter(memory_);
+  }
+  Workspace(const Workspace&) = delete;
+  Workspace& operator=(const Workspace&) = delete;
+
+  // As `Allocate` of cuda/kernels.h, with a Workspace as its context.
+  static void* allocate(void* context, int64_t bytes) {
+    auto* self = static_cast<Workspace*>(context);
+    int64_t doubles = (bytes + 7) / 8;
+    dlpack::Tensor prototype{
+        nullptr, {dlpack::kCuda, self->device_}, 1, {dlpack::kFloat, 64, 1}, &doubles, nullptr, 0};
+    const auto ignore = [](void*, const char*, const char*) {};
+    if (g_torch.exchange->allocate(&prototype, &self->memory_, nullptr, ignore) != 0)
+      return nullptr;
+    return self->memory_->tensor.data;
+  }
+
+ private:
+  int32_t device_;
+  dlpack::ManagedTensor* memory_ = nullptr;
+};
+
+Reason run_cuda(int op, Plan* plan) {
+  if (!cuda_built()) return {Code::kDeviceKind};
+  Device device{plan->device.id, nullptr};
+  if (g_torch.exchange->current_stream(dlpack::kCuda, device.id, &device.stream) != 0)
+    throw py::error_already_set();
+  const char* error;
+  {
+    Workspace workspace(device.id);
+    error = run_on_cuda(op, plan->dtype, plan->args, device, &Workspace::allocate, &workspace);
+  }
+  if (error)
+    throw std::runtime_error(std::string("diffcore: ") + op_table().ops[op].name + ": " + error);
+  return {};
+}
+
+}  // namespace
+
+Reason run_plan(int op, Plan* plan) {
+  if (plan->empty) return {};
+  return plan->device.type == dlpack::kCpu ? run_cpu(op, plan) : run_cuda(op, plan);
+}
+
+}  // namespace diffcore

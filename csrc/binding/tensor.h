@@ -1,0 +1,124 @@
+// Metadata of a tensor: its dtype, and how it lies in memory. For tensors of any number of
+// dimensions.
+#pragma once
+
+#include <algorithm>
+
+#include "binding/views.h"
+
+namespace diffcore {
+
+inline Dtype dtype_of(const dlpack::DataType& type) {
+  if (type.lanes != 1) return kNoDtype;
+  if (type.code == dlpack::kFloat && type.bits == 32) return kF32;
+  if (type.code == dlpack::kFloat && type.bits == 64) return kF64;
+  if (type.code == dlpack::kFloat && type.bits == 16) return kF16;
+  if (type.code == dlpack::kBfloat && type.bits == 16) return kBf16;
+  return kNoDtype;
+}
+inline bool is_int(const dlpack::DataType& type, int bits) {
+  return type.code == dlpack::kInt && type.lanes == 1 && type.bits == bits;
+}
+inline int64_t item_size(Dtype dtype) { return dtype == kF64 ? 8 : dtype == kF32 ? 4 : 2; }
+
+inline int64_t count(const TensorView& x) {
+  int64_t n = 1;
+  for (int d = 0; d < x.ndim; ++d) n *= x.shape[d];
+  return n;
+}
+
+inline bool contiguous(const TensorView& x) {
+  int64_t expected = 1;
+  for (int d = x.ndim - 1; d >= 0; --d) {
+    if (x.shape[d] != 1 && x.strides[d] != expected) return false;
+    expected *= x.shape[d];
+  }
+  return true;
+}
+
+// The dimensions of more than one element, from the last to the first. Orders of more dimensions
+// than `kMost` count as unknown: their tensors are copied.
+struct Dimensions {
+  static constexpr int kMost = 16;
+  int at[kMost];
+  int n = 0;
+  bool known = true;
+
+  Dimensions(const TensorView& x, int from) {
+    for (int d = x.ndim - 1; d >= from; --d) {
+      if (x.shape[d] == 1) continue;
+      if (n == kMost) {
+        known = false;
+        return;
+      }
+      at[n++] = d;
+    }
+  }
+};
+
+// How the elements of a tensor lie in memory.
+enum class Layout {
+  kEmpty,       // there are none, and the strides mean nothing
+  kDenseRows,   // each element once, without gaps, sample after sample
+  kDense,       // each element once, without gaps, samples interleaved
+  kSpacedRows,  // dense samples, farther apart than their size: a part of a larger tensor
+  kOther
+};
+
+// kDenseRows, kDense or kOther of the dimensions from `from` on.
+inline Layout density(const TensorView& x, int from) {
+  Dimensions dims(x, from);
+  if (!dims.known) return Layout::kOther;
+  std::sort(dims.at, dims.at + dims.n, [&](int a, int b) { return x.strides[a] < x.strides[b]; });
+  int64_t expected = 1;
+  for (int i = 0; i < dims.n; ++i) {
+    if (x.strides[dims.at[i]] != expected) return Layout::kOther;
+    expected *= x.shape[dims.at[i]];
+  }
+  const bool rows = from > 0 || dims.n == 0 || x.shape[0] == 1 || dims.at[dims.n - 1] == 0;
+  return rows ? Layout::kDenseRows : Layout::kDense;
+}
+
+inline Layout layout_of(const TensorView& x) {
+  const int64_t elements = count(x);
+  if (elements == 0) return Layout::kEmpty;
+  if (contiguous(x)) return Layout::kDenseRows;
+  const Layout all = density(x, 0);
+  if (all != Layout::kOther) return all;
+  if (x.ndim < 2 || x.strides[0] < elements / x.shape[0]) return Layout::kOther;
+  return density(x, 1) == Layout::kOther ? Layout::kOther : Layout::kSpacedRows;
+}
+
+// How a row of a dense tensor lies in memory: 1 in row-major order, n where neighbors are elements
+// of n equal runs of that order in turn (channels_last: the channels), 0 in any other order.
+inline int64_t runs_of_row(const TensorView& x) {
+  if (contiguous(x)) return 1;
+  const Dimensions dims(x, 1);
+  if (!dims.known) return 0;
+  if (!dims.n) return 1;
+  int fastest = 0;
+  for (int i = 1; i < dims.n; ++i)
+    if (x.strides[dims.at[i]] < x.strides[dims.at[fastest]]) fastest = i;
+  int64_t runs = 1, expected = 1;
+  for (int i = 0; i < dims.n; ++i) {  // row-major order, begun elsewhere
+    const int at = (fastest + i) % dims.n;
+    if (x.strides[dims.at[at]] != expected) return 0;
+    expected *= x.shape[dims.at[at]];
+    if (fastest && at >= fastest) runs = expected;
+  }
+  return runs;
+}
+
+inline bool same_shape(const TensorView& a, const TensorView& b) {
+  return a.ndim == b.ndim && std::equal(a.shape, a.shape + a.ndim, b.shape);
+}
+inline bool same_strides(const TensorView& a, const TensorView& b, int from = 0) {
+  for (int d = from; d < a.ndim; ++d)
+    if (a.shape[d] != 1 && a.strides[d] != b.strides[d]) return false;
+  return true;
+}
+inline bool same_device(const TensorView& a, const TensorView& b) {
+  return a.device.type == b.device.type && a.device.id == b.device.id;
+}
+
+}  // namespace diffcore

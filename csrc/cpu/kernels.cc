@@ -1,0 +1,26 @@
+// The kernels of one instruction set. Compiled three times, with DIFFCORE_ISA_NAMESPACE = v2, v3,
+// v4 and the matching -march. Includes core/, noise/, ops/ and cpu/ only: an inline function of a
+// common header compiled here for a newer processor could be the copy the linker keeps for all.
+#include "cpu/kernels.h"
+
+#include "cpu/map.h"
+#include "cpu/select.h"
+#include "ops/kernel_matrix.h"
+
+DC_KERNEL_NAMESPACE_BEGIN
+
+struct CpuEntry {
+  template <class Op, class S>
+  static constexpr CpuKernel make() {
+    if constexpr (kSelects<Op>)
+      return {&CpuSelect<Op, S>::run, nullptr, sizeof(typename CpuSelect<Op, S>::Scratch)};
+    else
+      return {&CpuLoop<Op, S>::run, &CpuLoop<Op, S>::finish, 0};
+  }
+};
+
+const CpuKernel* cpu_kernels() {
+  return KernelMatrix<CpuKernel, CpuEntry, AllOps>::rows[0].by_dtype;
+}
+
+DC_KERNEL_NAMESPACE_END

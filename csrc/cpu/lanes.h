@@ -1,0 +1,137 @@
+// Vectors of the instruction set this unit is compiled for, as noise/normal.h wants its numbers.
+#pragma once
+
+#include <immintrin.h>
+
+#include "noise/philox.h"
+
+DC_KERNEL_NAMESPACE_BEGIN
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+constexpr int kWidth = kVectorBytes / 4;  // numbers in a vector
+
+typedef uint64_t VectorU64 __attribute__((vector_size(kVectorBytes)));
+typedef uint32_t VectorU __attribute__((vector_size(kVectorBytes)));
+typedef int32_t VectorI __attribute__((vector_size(kVectorBytes)));
+typedef float VectorF __attribute__((vector_size(kVectorBytes)));
+
+// The 64-bit products of the lower halves, which no compiler finds by itself.
+DC_HD VectorU64 products(VectorU64 a, VectorU64 b) {
+#if defined(__AVX512F__)
+  return VectorU64(_mm512_maskz_mul_epu32(__mmask8(-1), __m512i(a), __m512i(b)));
+#elif defined(__AVX2__)
+  return VectorU64(_mm256_mul_epu32(__m256i(a), __m256i(b)));
+#else
+  return VectorU64(_mm_mul_epu32(__m128i(a), __m128i(b)));
+#endif
+}
+
+DC_HD VectorF roots(VectorF x) {
+#if defined(__AVX512F__)
+  return VectorF(_mm512_maskz_sqrt_ps(__mmask16(-1), __m512(x)));
+#elif defined(__AVX2__)
+  return VectorF(_mm256_sqrt_ps(__m256(x)));
+#else
+  return VectorF(_mm_sqrt_ps(__m128(x)));
+#endif
+}
+
+// Vectors that go through the same arithmetic side by side. One alone would wait for its own
+// results most of the time: the chain from a counter to a normal is some 250 cycles long.
+constexpr int kSide = 4;
+
+template <class V>
+struct Side {
+  V v[kSide];
+  Side() = default;
+  template <class W>
+  DC_HD explicit Side(const Side<W>& bits) {
+    DC_UNROLL
+    for (int i = 0; i < kSide; ++i) v[i] = V(bits.v[i]);
+  }
+};
+
+// f of each vector of the sides.
+template <class V, class F, class... A>
+DC_HD Side<V> map(F f, const Side<A>&... a) {
+  Side<V> y;
+  DC_UNROLL
+  for (int i = 0; i < kSide; ++i) y.v[i] = f(a.v[i]...);
+  return y;
+}
+
+template <class V>
+DC_HD Side<V> operator^(const Side<V>& a, const Side<V>& b) {
+  return map<V>([](const V& x, const V& y) { return x ^ y; }, a, b);
+}
+template <class V>
+DC_HD Side<V> operator^(const Side<V>& a, uint32_t b) {
+  return map<V>([b](const V& x) { return x ^ b; }, a);
+}
+template <class V, class C>
+DC_HD Side<V> operator&(const Side<V>& a, C b) {
+  return map<V>([b](const V& x) { return x & b; }, a);
+}
+template <class V, class C>
+DC_HD Side<V> operator+(const Side<V>& a, C b) {
+  return map<V>([b](const V& x) { return x + b; }, a);
+}
+template <class V>
+DC_HD Side<V> operator-(const Side<V>& a, int32_t b) {
+  return map<V>([b](const V& x) { return x - b; }, a);
+}
+template <class V>
+DC_HD Side<V> operator<<(const Side<V>& a, int n) {
+  return map<V>([n](const V& x) { return x << n; }, a);
+}
+template <class V>
+DC_HD Side<V> operator>>(const Side<V>& a, int n) {
+  return map<V>([n](const V& x) { return x >> n; }, a);
+}
+// The same number in all lanes.
+template <class V, class C>
+DC_HD Side<V> filled(C number) {
+  return map<V>([number](const V&) { return V{} + number; }, Side<V>{});
+}
+
+struct VectorLanes {
+  // A word of Philox fills 64 bits: a product is there without shuffling, and what is left in the
+  // upper half is never read.
+  using Word = Side<VectorU64>;
+  using U = Side<VectorU>;
+  using I = Side<VectorI>;
+  using F = Side<VectorF>;
+
+  DC_HD static void multiply(const Word& a, uint32_t b, Word* high, Word* low) {
+    *low = map<VectorU64>([b](const VectorU64& x) { return products(x, VectorU64{} + b); }, a);
+    *high = *low >> 32;
+  }
+  DC_HD static Word word(uint32_t x) { return filled<VectorU64>(x); }
+  DC_HD static F real(float x) { return filled<VectorF>(x); }
+  DC_HD static F mul(const F& a, const F& b) {
+    return map<VectorF>([](const VectorF& x, const VectorF& y) { return x * y; }, a, b);
+  }
+  DC_HD static F add(const F& a, const F& b) {
+    return map<VectorF>([](const VectorF& x, const VectorF& y) { return x + y; }, a, b);
+  }
+  DC_HD static F multiply_add(const F& a, const F& b, const F& c) { return add(mul(a, b), c); }
+  DC_HD static F sqrt(const F& a) {
+    return map<VectorF>([](const VectorF& x) { return roots(x); }, a);
+  }
+  DC_HD static F to_real(const I& a) {
+    return map<VectorF>([](const VectorI& x) { return __builtin_convertvector(x, VectorF); }, a);
+  }
+  DC_HD static F where_negative(const I& sign, const F& a, const F& b) {
+    return map<VectorF>(
+        [](const VectorI& s, const VectorF& x, const VectorF& y) { return s < 0 ? x : y; }, sign, a,
+        b);
+  }
+};
+
+DC_KERNEL_NAMESPACE_END

@@ -1,0 +1,258 @@
+// The CPU loop: every functor, every storage type, the instruction set this unit is compiled for.
+//
+// A call is cut into units of (row, chunk of columns). Sums are formed in kLanes float accumulators
+// per unit, folded by a fixed tree and combined in double, so the result does not depend on threads
+// or on the width of the vectors.
+#pragma once
+
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
+
+#include "core/coefficients.h"
+#include "core/launch_args.h"
+#include "core/number.h"
+#include "core/op.h"
+#include "cpu/noise.h"
+
+DC_KERNEL_NAMESPACE_BEGIN
+
+constexpr int kLanes = 64;
+constexpr int kTile = 512;  // elements of a 16-bit tensor converted at a time; a multiple of kLanes
+
+template <class T, class U>
+constexpr bool same = false;
+template <class T>
+constexpr bool same<T, T> = true;
+
+// Once a tile: not inlined, so that the kernels of all ops share one copy of each conversion.
+template <class S>
+__attribute__((noinline)) void load_tile(const S* from, int64_t n, float* to) {
+  int64_t i = 0;
+#if defined(__F16C__)
+  if constexpr (same<S, F16>) {  // the portable conversion costs four times as much
+    for (; i + 8 <= n; i += 8) {
+      __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i));
+      _mm256_storeu_ps(to + i, _mm256_cvtph_ps(half));
+    }
+  }
+#endif
+  for (; i < n; ++i) to[i] = load_value(from[i]);
+}
+
+template <class S>
+__attribute__((noinline)) void store_tile(const float* from, int64_t n, S* to) {
+  int64_t i = 0;
+#if defined(__F16C__)
+  if constexpr (same<S, F16>) {
+    for (; i + 8 <= n; i += 8) {
+      __m128i half = _mm256_cvtps_ph(_mm256_loadu_ps(from + i), _MM_FROUND_TO_NEAREST_INT);
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i), half);
+    }
+  }
+#endif
+  for (; i < n; ++i) to[i] = Store<S>::from(from[i]);
+}
+
+// y[i] = Op(x[i]) for i < n, all in the compute type; sums go to acc[i % kLanes]. One copy serves
+// float and the types that are converted to it.
+template <class Op, class R>
+__attribute__((noinline)) void map_columns(const R* coefs, const R* const* from, R* const* to,
+                                           int64_t n, R (*acc)[kLanes]) {
+  constexpr int kIn = Op::n_in, kOut = Op::n_out, kSum = Op::n_sum;
+  // Copies that nothing in the loop can be thought to write to.
+  R c[Op::n_coef + 1];
+  const R* in[kIn + 1];
+  R* out[kOut + 1];
+  DC_UNROLL
+  for (int k = 0; k < Op::n_coef; ++k) c[k] = coefs[k];
+  DC_UNROLL
+  for (int k = 0; k < kIn; ++k) in[k] = from[k];
+  DC_UNROLL
+  for (int k = 0; k < kOut; ++k) out[k] = to[k];
+  auto element = [&](int64_t i, int64_t lane) __attribute__((always_inline)) {
+    R x[kIn + 1], y[kOut + kSum];
+    DC_UNROLL
+    for (int k = 0; k < kIn; ++k) x[k] = in[k][i];
+    Op::template apply<R>(c, x, y);
+    DC_UNROLL
+    for (int k = 0; k < kOut; ++k) out[k][i] = y[k];
+    DC_UNROLL
+    for (int k = 0; k < kSum; ++k) acc[k][lane] += y[kOut + k];
+  };
+  // ivdep: an output may be an input (in place), never partly over one; the binding checks.
+  if constexpr (kSum == 0) {
+#pragma GCC ivdep
+    for (int64_t i = 0; i < n; ++i) element(i, 0);
+  } else {
+    int64_t i = 0;
+    for (; i + kLanes <= n; i += kLanes) {
+#pragma GCC ivdep
+      for (int lane = 0; lane < kLanes; ++lane) element(i + lane, lane);
+    }
+    for (int lane = 0; i + lane < n; ++lane) element(i + lane, lane);
+  }
+}
+
+// The same of a row, with the formula that is the row's.
+template <class Op, class R>
+void map_row(const R* c, const R* const* from, R* const* to, int64_t n, R (*acc)[kLanes]) {
+  if constexpr (kSwitches<Op>)
+    if (Op::other(c)) return map_columns<typename Op::Other, R>(c, from, to, n, acc);
+  map_columns<Op, R>(c, from, to, n, acc);
+}
+
+// What the rows of an op draw; nothing where their noise is read.
+template <class Op, bool = kDraws<Op>>
+struct Noise {
+  explicit Noise(const LaunchArgs&) {}
+};
+template <class Op>
+struct Noise<Op, true> : RowNoise {
+  using RowNoise::RowNoise;
+
+  // n columns from `first` on, n at most kTile, as a tensor of type S would hold them.
+  // `prefetch`: what else is read and written from column `first` on.
+  template <class S>
+  const Compute<S>* tile(int64_t row, int64_t first, int64_t n, const Prefetch& prefetch) {
+    const int64_t within = first % kAtOnce;
+    if (within == 0) drawn_ = columns(row, first, prefetch);
+    const float* z = drawn_ + within;
+    if constexpr (same<S, float>) {
+      return z;
+    } else if constexpr (same<S, double>) {
+      for (int64_t i = 0; i < n; ++i) wide_[i] = z[i];
+      return wide_;
+    } else if constexpr (same<S, Bf16>) {  // noise is no NaN: no need to store and load
+      for (int64_t i = 0; i < n; ++i)
+        rounded_[i] = bit_cast<float>(rounded_to_bf16(bit_cast<uint32_t>(z[i])) & 0xffff0000u);
+      return rounded_;
+    } else {
+      S stored[kTile];
+      store_tile(z, n, stored);
+      load_tile(stored, n, rounded_);
+      return rounded_;
+    }
+  }
+
+ private:
+  const float* drawn_ = nullptr;
+  union {
+    alignas(64) double wide_[kTile];
+    alignas(64) float rounded_[kTile];
+  };
+};
+
+template <class Op>
+struct Formula {
+  using type = Op;
+};
+template <class Op>
+struct Formula<Drawn<Op>> {
+  using type = Op;
+};
+
+template <class Op, class S>
+struct CpuLoop {
+  using R = Compute<S>;
+  static constexpr int kIn = kReads<Op>, kOut = Op::n_out, kSum = Op::n_sum;
+
+  static void run(const LaunchArgs& args, int64_t begin, int64_t end, void*) {
+    R c[Op::n_coef + 1] = {};
+    Noise<Op> noise(args);
+    int64_t loaded = -1;
+    for (int64_t unit = begin; unit < end; ++unit) {
+      int64_t row = unit / args.chunks, first = (unit - row * args.chunks) * args.chunk;
+      int64_t left = args.cols - first;
+      if (row != loaded) load_coefs<Op>(args, row, c);
+      loaded = row;
+      if (Op::idle(c) && args.in[0] == args.out[0]) continue;
+      R acc[kSum + 1][kLanes];
+      for (int k = 0; k < kSum; ++k)
+        for (int lane = 0; lane < kLanes; ++lane) acc[k][lane] = R(0);
+      columns(args, noise, c, row, first, left < args.chunk ? left : args.chunk, acc);
+      if constexpr (kSum > 0) {
+        for (int k = 0; k < kSum; ++k) {
+          for (int width = kLanes / 2; width > 0; width /= 2)
+            for (int lane = 0; lane < width; ++lane) acc[k][lane] += acc[k][lane + width];
+          if (args.chunks > 1)
+            args.partials[(k * args.rows + row) * args.chunks + unit % args.chunks] = acc[k][0];
+          else
+            static_cast<R*>(args.sum[k])[row] =
+                R(Op::finalize_sum(c, double(acc[k][0]), double(args.cols)));
+        }
+      }
+    }
+  }
+
+  // Combines the chunks of every row.
+  static void finish(const LaunchArgs& args) {
+    if constexpr (kSum > 0) {
+      for (int k = 0; k < kSum; ++k) {
+        for (int64_t row = 0; row < args.rows; ++row) {
+          R c[Op::n_coef + 1] = {};
+          load_coefs<Op>(args, row, c);
+          const double* chunk = args.partials + (k * args.rows + row) * args.chunks;
+          double total = 0;
+          for (int64_t j = 0; j < args.chunks; ++j) total += chunk[j];
+          static_cast<R*>(args.sum[k])[row] = R(Op::finalize_sum(c, total, double(args.cols)));
+        }
+      }
+    }
+  }
+
+ private:
+  static void columns(const LaunchArgs& args, Noise<Op>& noise, const R* c, int64_t row,
+                      int64_t first, int64_t n, R (*acc)[kLanes]) {
+    constexpr bool kConverted = !same<S, R>;
+    const int64_t at = row * args.cols + first;
+    const S* in[kIn + 1];
+    S* out[kOut + 1];
+    DC_UNROLL
+    for (int k = 0; k < kIn; ++k)
+      in[k] = static_cast<const S*>(args.in[k]) + row * args.row_stride[k] + first;
+    DC_UNROLL
+    for (int k = 0; k < kOut; ++k) out[k] = static_cast<S*>(args.out[k]) + at;
+    if constexpr (!kConverted && !kDraws<Op>) {
+      map_row<typename Formula<Op>::type, R>(c, in, out, n, acc);
+    } else {
+      constexpr int kRoom = kConverted ? kTile : 1;
+      alignas(64) R x[kIn + 1][kRoom];
+      alignas(64) R y[kOut + 1][kRoom];
+      const R* xs[kIn + 1];
+      R* ys[kOut + 1];
+      for (int64_t i = 0; i < n; i += kTile) {
+        int64_t m = n - i < kTile ? n - i : kTile;
+        DC_UNROLL
+        for (int k = 0; k < kIn; ++k) {
+          if constexpr (kConverted) load_tile(in[k] + i, m, x[k]);
+          xs[k] = pick<kConverted>(x[k], in[k] + i);
+        }
+        if constexpr (kDraws<Op>) {
+          RowNoise::Prefetch prefetch{{}, kIn + kOut, sizeof(S)};
+          DC_UNROLL
+          for (int k = 0; k < kIn; ++k) prefetch.at[k] = reinterpret_cast<const char*>(in[k] + i);
+          DC_UNROLL
+          for (int k = 0; k < kOut; ++k)
+            prefetch.at[kIn + k] = reinterpret_cast<const char*>(out[k] + i);
+          xs[kIn] = noise.template tile<S>(row, first + i, m, prefetch);
+        }
+        DC_UNROLL
+        for (int k = 0; k < kOut; ++k) ys[k] = pick<kConverted>(y[k], out[k] + i);
+        map_row<typename Formula<Op>::type, R>(c, xs, ys, m, acc);
+        if constexpr (kConverted)
+          for (int k = 0; k < kOut; ++k) store_tile(y[k], m, out[k] + i);
+      }
+    }
+  }
+
+  template <bool kFirst, class A, class B>
+  DC_HD static auto pick(A a, B b) {
+    if constexpr (kFirst)
+      return a;
+    else
+      return b;
+  }
+};
+
+DC_KERNEL_NAMESPACE_END

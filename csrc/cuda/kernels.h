@@ -1,0 +1,23 @@
+// The CUDA kernels as the binding calls them: kernels.cu, or absent.cc in a build without CUDA.
+#pragma once
+
+#include "core/launch_args.h"
+
+namespace diffcore {
+
+struct Device {
+  int id;
+  void* stream;
+};
+using Allocate = void* (*)(void* context, int64_t bytes);
+
+bool cuda_built();
+const char* cuda_architectures();
+int cuda_device_count();
+int cuda_driver_version();
+// null, or what went wrong
+const char* run_on_cuda(int op, Dtype dtype, LaunchArgs& args, Device device, Allocate allocate,
+                        void* context);
+const char* load_cuda_kernels(int device);
+
+}  // namespace diffcore

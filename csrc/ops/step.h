@@ -1,0 +1,244 @@
+// One reverse step of any solver: m = m_u + w (m_c - m_u), x0 = clip(a_x x + a_m m),
+// x' = c_x x + c_m m + c_0 x0 + Σ c_k h_k + c_z z, and, for the steps to come,
+// h' = e_x x + e_m m + e_0 x0.   Instantiated per set of tensors it touches, never per option.
+#pragma once
+
+#include <math.h>
+
+#include "core/op.h"
+
+DC_KERNEL_NAMESPACE_BEGIN
+
+// The coefficients of a step by name: guidance and threshold, then the columns of a solver's table.
+// An instance has as many as it needs: the first kStepCoefs, or all up to c_k of its last history.
+template <class R>
+struct StepRow {
+  R* c;
+  DC_HD explicit StepRow(R* c) : c(c) {}
+
+  DC_HD R& guidance() const { return c[0]; }
+  DC_HD R& threshold() const { return c[1]; }
+  DC_HD R& c_x() const { return c[2]; }
+  DC_HD R& c_m() const { return c[3]; }
+  DC_HD R& c_0() const { return c[4]; }
+  DC_HD R& c_z() const { return c[5]; }
+  DC_HD R& a_x() const { return c[6]; }
+  DC_HD R& a_m() const { return c[7]; }
+  DC_HD R& clip_min() const { return c[8]; }
+  DC_HD R& clip_max() const { return c[9]; }
+  DC_HD R& e_x() const { return c[10]; }
+  DC_HD R& e_m() const { return c[11]; }
+  DC_HD R& e_0() const { return c[12]; }
+  DC_HD R& c_k(int k) const { return c[13 + k]; }  // of history k, the first being 0
+};
+// The names of the coefficients in their order, for Python.
+constexpr const char* kStepColumns[] = {
+    "guidance", "threshold", "c_x", "c_m", "c_0", "c_z", "a_x", "a_m",
+    "clip_min", "clip_max",  "e_x", "e_m", "e_0", "c_1", "c_2", "c_3"};
+constexpr int kStepCoefs = 10;  // of a step without history
+constexpr int kKeepCoefs = 13;  // of one that keeps h', or has history: c_k come after these
+constexpr int kMaxHistory = 3;
+
+// A threshold s other than 0 clips to [-s, s] instead, and x0 counts divided by s.
+template <int kCoefs, class R>
+DC_HD void set_threshold(R* c) {
+  const StepRow<R> row(c);
+  const R s = row.threshold();
+  if (s == R(0)) return;
+  row.clip_min() = -s;
+  row.clip_max() = s;
+  row.c_0() /= s;
+  if constexpr (kCoefs >= kKeepCoefs) row.e_0() /= s;
+}
+
+// What every step has in common. Inputs begin with x, m (or m_c), [m_u].
+template <bool kGuided>
+struct Prediction {
+  static constexpr int n = 2 + kGuided;
+
+  template <class R>
+  DC_HD static R output(const R* c, const R* x) {
+    return kGuided ? mul_add(StepRow(c).guidance(), x[1] - x[n - 1], x[n - 1]) : x[1];
+  }
+  template <class R>
+  DC_HD static R predicted_x0(const R* c, R x, R m) {
+    const StepRow row(c);
+    return mul_add(row.a_x(), x, row.a_m() * m);
+  }
+  template <class R>
+  DC_HD static R x0(const R* c, R x, R m) {
+    const StepRow row(c);
+    return clamp(predicted_x0(c, x, m), row.clip_min(), row.clip_max());
+  }
+  // b_x x + b_m m + b_0 x0. Where m has no part of its own, one that overflowed to infinity is met
+  // by the clip, not by 0 · inf.
+  template <class R>
+  DC_HD static R mix(R b_x, R b_m, R b_0, R x, R m, R x0) {
+    const R rest = b_m == R(0) ? b_0 * x0 : mul_add(b_m, m, b_0 * x0);
+    return mul_add(b_x, x, rest);
+  }
+  template <class R>
+  DC_HD static R mean(const R* c, const R* x) {
+    const StepRow row(c);
+    const R m = output(c, x);
+    return mix(row.c_x(), row.c_m(), row.c_0(), x[0], m, x0(c, x[0], m));
+  }
+  // How b_x x + b_m m + b_0 x0 changes with x and with m: the clip passes nothing outside.
+  template <class R>
+  struct Slope {
+    R x, m;
+    DC_HD Slope(const R* c, const R* in, R b_x, R b_m, R b_0) {
+      const StepRow row(c);
+      const R x0 = predicted_x0(c, in[0], output(c, in));
+      const R through = x0 < row.clip_min() || x0 > row.clip_max() ? R(0) : b_0;
+      x = mul_add(through, row.a_x(), b_x);
+      m = mul_add(through, row.a_m(), b_m);
+    }
+    DC_HD static Slope of_mean(const R* c, const R* in) {
+      const StepRow row(c);
+      return Slope(c, in, row.c_x(), row.c_m(), row.c_0());
+    }
+    DC_HD static Slope of_kept(const R* c, const R* in) {
+      const StepRow row(c);
+      return Slope(c, in, row.e_x(), row.e_m(), row.e_0());
+    }
+  };
+  // The gradient of m as that of m, or of m_c and m_u.
+  template <class R>
+  DC_HD static void to_model_outputs(const R* c, R dm, R* y) {
+    const R w = StepRow(c).guidance();
+    y[0] = kGuided ? w * dm : dm;
+    if constexpr (kGuided) y[1] = dm - w * dm;
+  }
+};
+
+// What every kernel of a step shares: its coefficients are those of StepRow.
+struct StepBase : OpBase {
+  static constexpr unsigned hooks = kPrepare;
+};
+
+enum StepNoise { kStill, kNoisy, kLearnedNoise };
+
+// Inputs: x, m (or m_c), [m_u], [h_1, ...], [v], [z]; outputs: x', [h'].
+// Learned: the noise is c_z exp(s_0 + s_v v) z; s_0 and s_v come after the table's columns.
+template <bool kGuided, int kHistory, bool kKeeps, StepNoise kNoise>
+struct ReverseStep : StepBase {
+  using P = Prediction<kGuided>;
+  static_assert(kHistory <= kMaxHistory);
+  static constexpr const char kHistoryName[] = {'_', 'h', char('0' + kHistory), 0};
+  static constexpr KernelName kName{"reverse_step",
+                                    kGuided ? "_guided" : "",
+                                    kHistory ? kHistoryName : "",
+                                    kKeeps ? "_keep" : "",
+                                    kNoise == kLearnedNoise ? "_learned" : "",
+                                    kNoise != kStill ? "_noise" : ""};
+  static constexpr const char* name = kName.text;
+  static constexpr int n_in = P::n + kHistory + kNoise, n_out = 1 + kKeeps;
+  static constexpr int kColumns = kHistory || kKeeps ? kKeepCoefs + kHistory : kStepCoefs;
+  static constexpr int n_coef = kColumns + (kNoise == kLearnedNoise ? 2 : 0);
+
+  template <class R>
+  DC_HD static void prepare(R* c) {
+    set_threshold<n_coef>(c);
+  }
+  template <class R>
+  DC_HD static void apply(const R* c, const R* x, R* y) {
+    const StepRow row(c);
+    const R m = P::output(c, x), x0 = P::x0(c, x[0], m);
+    R next = P::mix(row.c_x(), row.c_m(), row.c_0(), x[0], m, x0);
+    DC_UNROLL
+    for (int k = 0; k < kHistory; ++k) {
+      const R c_k = row.c_k(k);  // 0: h_k is not read, whatever it holds
+      next = c_k == R(0) ? next : mul_add(c_k, x[P::n + k], next);
+    }
+    if constexpr (kNoise == kNoisy) next = mul_add(row.c_z(), x[n_in - 1], next);
+    if constexpr (kNoise == kLearnedNoise) {
+      const R deviation = row.c_z() * exp(mul_add(c[kColumns + 1], x[n_in - 2], c[kColumns]));
+      next = mul_add(deviation, x[n_in - 1], next);
+    }
+    if constexpr (kKeeps) y[1] = P::mix(row.e_x(), row.e_m(), row.e_0(), x[0], m, x0);
+    y[0] = next;
+  }
+};
+
+// Inputs: g, [g_h], x, m (or m_c), [m_u]; outputs: dx, dm (or dm_c), [dm_u].
+template <bool kGuided, bool kKeeps>
+struct ReverseStepBackward : StepBase {
+  using P = Prediction<kGuided>;
+  static constexpr KernelName kName{"reverse_step", kGuided ? "_guided" : "", kKeeps ? "_keep" : "",
+                                    "_backward"};
+  static constexpr const char* name = kName.text;
+  static constexpr int kFirst = 1 + kKeeps;
+  static constexpr int n_in = kFirst + P::n, n_out = P::n;
+  static constexpr int n_coef = kKeeps ? kKeepCoefs : kStepCoefs;
+  template <class R>
+  DC_HD static void prepare(R* c) {
+    set_threshold<n_coef>(c);
+  }
+  template <class R>
+  DC_HD static void apply(const R* c, const R* x, R* y) {
+    using Slope = typename P::template Slope<R>;
+    const Slope slope = Slope::of_mean(c, x + kFirst);
+    R dx = x[0] * slope.x, dm = x[0] * slope.m;
+    if constexpr (kKeeps) {
+      const Slope kept = Slope::of_kept(c, x + kFirst);
+      dx = mul_add(x[1], kept.x, dx);
+      dm = mul_add(x[1], kept.m, dm);
+    }
+    y[0] = dx;
+    P::to_model_outputs(c, dm, y + 1);
+  }
+};
+
+// log N(x'; mean, c_z² I) of a step, summed over a sample; 0 where there is no noise, and so no
+// density. Inputs: x, m (or m_c), [m_u], x'.
+template <bool kGuided>
+struct StepLogProb : StepBase {
+  using P = Prediction<kGuided>;
+  static constexpr const char* name = kGuided ? "step_log_prob_guided" : "step_log_prob";
+  static constexpr int n_in = P::n + 1, n_sum = 1, n_coef = kStepCoefs;
+  static constexpr unsigned hooks = kPrepare | kFinalizeSum;
+  template <class R>
+  DC_HD static void prepare(R* c) {
+    set_threshold<n_coef>(c);
+  }
+  template <class R>
+  DC_HD static void apply(const R* c, const R* x, R* y) {
+    const R z = (x[n_in - 1] - P::mean(c, x)) / StepRow(c).c_z();
+    y[0] = z * z;
+  }
+  template <class R>
+  DC_HD static double finalize_sum(const R* c, double total, double n) {
+    const double deviation = StepRow(c).c_z();
+    return deviation == 0 ? 0 : 0 - (0.5 * (total + n * kLogTwoPi) + n * ::log(deviation));
+  }
+};
+
+// Coefficients: and g, of each sample. Outputs: dm (or dm_c), [dm_u]; all: dx, those, dx'.
+template <bool kGuided, bool kAll>
+struct StepLogProbBackward : StepBase {
+  using P = Prediction<kGuided>;
+  static constexpr KernelName kName{"step_log_prob", kGuided ? "_guided" : "", "_backward",
+                                    kAll ? "_all" : ""};
+  static constexpr const char* name = kName.text;
+  static constexpr int n_in = P::n + 1, n_out = 1 + kGuided + 2 * kAll;
+  static constexpr int n_coef = kStepCoefs + 1;
+  template <class R>
+  DC_HD static void prepare(R* c) {
+    set_threshold<n_coef>(c);
+  }
+  template <class R>
+  DC_HD static void apply(const R* c, const R* x, R* y) {
+    const auto slope = P::template Slope<R>::of_mean(c, x);
+    const R c_z = StepRow(c).c_z();
+    const R z = (x[n_in - 1] - P::mean(c, x)) / c_z;
+    const R dmean = c_z == R(0) ? R(0) : c[kStepCoefs] * z / c_z;
+    P::to_model_outputs(c, dmean * slope.m, y + kAll);
+    if constexpr (kAll) {
+      y[0] = dmean * slope.x;
+      y[n_out - 1] = -dmean;
+    }
+  }
+};
+
+DC_KERNEL_NAMESPACE_END
