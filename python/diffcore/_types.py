@@ -87,4 +87,4 @@ Model: TypeAlias = Callable[..., Tensor]
 """``model(x, t, **model_kwargs)``."""
 
 Callback: TypeAlias = Callable[[dict[str, Any]], object]
-"""Called after each step with a dict of its state."""
+"""Called once a step, before it, with a dict of its state."""

@@ -13,7 +13,7 @@ from diffcore._types import Callback, Model, StepNoise, Tensors
 from diffcore.sampling.model import predict
 from diffcore.sampling.noise import noise_of_row
 from diffcore.sampling.progress import progress_bar
-from diffcore.sampling.step import Step, timestep_inputs
+from diffcore.sampling.step import callback_state, timestep_inputs
 from diffcore.sampling.threshold import Threshold
 from diffcore.solvers import SolverTable
 
@@ -62,6 +62,8 @@ def run_table(
         churn = noise_of_row(step_noise, len(table), x, table, noise_name)
         x = ops.add_noise(x, churn, table.start_scale, table.start_noise)
     timesteps = timestep_inputs(table, x)
+    guided, reads_variance = guidance_scale is not None, table.variance is not None
+    learned = learned or reads_variance
     history: Tensors = ()
     for i, row in enumerate(progress_bar(table.rows, table.name, progress)):
         prediction = predict(
@@ -70,13 +72,23 @@ def run_table(
             timesteps[i],
             model_kwargs,
             uncond_kwargs,
-            guided=guidance_scale is not None,
-            learned=learned or table.variance is not None,
+            guided,
+            learned,
         )
         bound = None if threshold is None else threshold(row, x, prediction)
-        step = Step(table, i, x, prediction, guidance_scale, bound)
         if callback is not None and row.begins:
-            callback(step.state(timesteps[i]))
-        noise = noise_of_row(step_noise, i, x, table, noise_name) if row.noisy else None
-        x, history = step.launch(history, noise)
+            t = timesteps[i]
+            callback(callback_state(table, i, x, t, prediction, guidance_scale, bound))
+        output, uncond, variance = prediction
+        x, history = table.step(
+            i,
+            x,
+            output,
+            history,
+            noise=noise_of_row(step_noise, i, x, table, noise_name) if row.noisy else None,
+            model_output_uncond=uncond,
+            guidance_scale=guidance_scale,
+            threshold=bound,
+            variance_output=variance if reads_variance else None,
+        )
     return x

@@ -3,27 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from diffcore._types import Model
 
-
-class Prediction(NamedTuple):
-    """What a model returned for one row of a solver table.
-
-    Attributes:
-        output: The prediction ``[B, ...]``; under guidance the conditional one, or both in one
-            tensor ``[2 B, ...]``, the unconditional one first.
-        uncond: The unconditional prediction ``[B, ...]`` of a second call, else ``None``.
-        variance: The predicted variance ``[B, ...]`` of the (conditional) call, else ``None``.
-    """
-
-    output: Tensor
-    uncond: Tensor | None = None
-    variance: Tensor | None = None
+Prediction: TypeAlias = tuple[Tensor, Tensor | None, Tensor | None]
+"""What a model returned for one row of a solver table: the prediction ``[B, ...]`` (under guidance
+the conditional one, or both in one tensor ``[2 B, ...]``, the unconditional one first); the
+unconditional prediction of a second call, or ``None``; the predicted variance, or ``None``."""
 
 
 def predict(
@@ -32,7 +22,6 @@ def predict(
     t: Tensor,
     model_kwargs: Mapping[str, Any] | None,
     uncond_kwargs: Mapping[str, Any] | None = None,
-    *,
     guided: bool = False,
     learned: bool = False,
 ) -> Prediction:
@@ -49,7 +38,8 @@ def predict(
         learned: Whether the model predicts its variance too, in a second half of the channels.
 
     Returns:
-        The checked outputs, in the dtype of ``x``.
+        (output, uncond, variance), checked and in the dtype of ``x``; see ``Prediction``. The
+        variance is that of the conditional prediction.
 
     Raises:
         TypeError: As ``call_model``.
@@ -64,7 +54,7 @@ def predict(
         output, variance = output.chunk(2, dim=1)
         variance = variance.chunk(batches)[-1]  # of two batches the second is conditional
         uncond = None if uncond is None else uncond.chunk(2, dim=1)[0]
-    return Prediction(output, uncond, variance)
+    return output, uncond, variance
 
 
 def call_model(

@@ -1,13 +1,12 @@
-"""One row of a solver table inside a sampling loop: the model's input, and the launch."""
+"""Values of one step in a sampling loop: timestep inputs of the model, state for a callback."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from diffcore._types import Noise, Tensors
 from diffcore.sampling.model import Prediction
 from diffcore.solvers import SolverTable
 
@@ -29,50 +28,37 @@ def timestep_inputs(table: SolverTable, x: Tensor) -> Tensor:
     return timesteps.unsqueeze(1).repeat(1, x.shape[0])
 
 
-class Step(NamedTuple):
-    """What one row of a table needs beside noise and history.
+def callback_state(
+    table: SolverTable,
+    i: int,
+    x: Tensor,
+    t: Tensor,
+    prediction: Prediction,
+    guidance_scale: float | Tensor | None,
+    threshold: Tensor | None,
+) -> dict[str, Any]:
+    """What a callback gets before a step; the predicted x_0 takes one launch.
 
-    Attributes:
+    Args:
         table: The solver.
-        i: The row.
+        i: The first row of the step.
         x: The samples before it, ``[B, ...]``.
-        prediction: What the model returned for them.
-        guidance_scale: w of classifier-free guidance, else ``None``.
-        threshold: Bound of x_0, ``[B]``, else ``None``.
+        t: Its timestep input ``[B]``.
+        prediction: What the model returned.
+        guidance_scale: w of classifier-free guidance, or ``None``.
+        threshold: Bound of x_0 ``[B]``, or ``None``.
+
+    Returns:
+        ``x``, ``i`` (the step), ``t``, ``sigma`` and ``denoised``.
     """
-
-    table: SolverTable
-    i: int
-    x: Tensor
-    prediction: Prediction
-    guidance_scale: float | Tensor | None
-    threshold: Tensor | None
-
-    def launch(self, history: Tensors, noise: Noise | None) -> tuple[Tensor, Tensors]:
-        """The next x and the next history, see ``SolverTable.step``."""
-        output, uncond, variance = self.prediction
-        return self.table.step(
-            self.i,
-            self.x,
-            output,
-            history,
-            noise=noise,
-            model_output_uncond=uncond,
-            guidance_scale=self.guidance_scale,
-            threshold=self.threshold,
-            # A model may predict a variance that the table does not read (DDIM).
-            variance_output=None if self.table.variance is None else variance,
-        )
-
-    def state(self, t: Tensor) -> dict[str, Any]:
-        """What a callback gets, at the timestep input t; the predicted x_0 takes one launch."""
-        row = self.table.rows[self.i]
-        denoised = self.table.denoised(
-            self.i,
-            self.x,
-            self.prediction.output,
-            model_output_uncond=self.prediction.uncond,
-            guidance_scale=self.guidance_scale,
-            threshold=self.threshold,
-        )
-        return {"x": self.x, "i": row.step, "t": t, "sigma": row.sigma, "denoised": denoised}
+    output, uncond, _ = prediction
+    denoised = table.denoised(
+        i,
+        x,
+        output,
+        model_output_uncond=uncond,
+        guidance_scale=guidance_scale,
+        threshold=threshold,
+    )
+    row = table.rows[i]
+    return {"x": x, "i": row.step, "t": t, "sigma": row.sigma, "denoised": denoised}

@@ -32,13 +32,14 @@ def threshold_rule(
     quantile = ratio
 
     def bound(row: Row, x: Tensor, prediction: Prediction) -> Tensor:
+        output, uncond, _ = prediction
         return ops.dynamic_threshold(
             x,
-            prediction.output,
+            output,
             row.coefficients,
             ratio=quantile,
             sample_max_value=max_value,
-            model_output_uncond=prediction.uncond,
+            model_output_uncond=uncond,
             guidance_scale=guidance_scale,
         )
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 
-def as_float64(values: Tensor | Sequence[float] | float) -> Tensor:
+def as_float64(values: Tensor | Sequence[Any] | float) -> Tensor:
     """The values as float64: a tensor on its own device, anything else on the CPU.
 
     Args:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +15,7 @@ from diffcore.coefficients.step import (
     STEP_COLUMNS,
     parse_clip_range,
 )
+from diffcore.schedules.tensors import as_float64
 from diffcore.solvers.levels import Level, NoiseLevels
 from diffcore.solvers.table import SolverTable
 
@@ -99,25 +98,25 @@ class Rows:
             The table.
         """
         rows = [[row.get(name, 0.0) for name in STEP_COLUMNS] for row in self._rows]
-        coefficients = _float64(rows)
+        coefficients = as_float64(rows)
         read = coefficients[:, HISTORY_READ] != 0
         for r in range(len(rows)):
             later = [read[r + k, k - 1] for k in (1, 2, 3) if r + k < len(rows)]
             if not any(later):
                 coefficients[r, HISTORY_WRITTEN] = 0
         history = max((k for k in (1, 2, 3) if bool(read[:, k - 1].any())), default=0)
-        times = _float64([level.timestep for level in self._called])
+        times = as_float64([level.timestep for level in self._called])
         if self._levels.timesteps.dtype == torch.int64 and bool((times == times.round()).all()):
             times = times.long()
         return SolverTable(
             name=self._name,
             coefficients=coefficients,
             timesteps=times,
-            alpha=_float64([level.alpha for level in self._called]),
-            sigma=_float64([level.sigma for level in self._called]),
-            input_scale=_float64([level.input_scale for level in self._called]),
+            alpha=as_float64([level.alpha for level in self._called]),
+            sigma=as_float64([level.sigma for level in self._called]),
+            input_scale=as_float64([level.input_scale for level in self._called]),
             step_index=torch.tensor(self._steps, device="cpu"),
-            noise_levels=_float64(self._noise),
+            noise_levels=as_float64(self._noise),
             history=history,
             order=order,
             init_noise_sigma=self._levels.init_noise_sigma,
@@ -204,7 +203,3 @@ def check_order(order: int, highest: int) -> int:
     if not 1 <= order <= highest:
         raise ValueError(f"order must be in 1 .. {highest}, got {order}")
     return order
-
-
-def _float64(values: Sequence[Any]) -> Tensor:
-    return torch.tensor(values, dtype=torch.float64, device="cpu")
