@@ -1,4 +1,4 @@
-"""Noise as a function of (seed, sample id, stream, element), drawn where it is used."""
+"""Noise as a function of (seed, sample id, stream, element), generated where it is used."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ _MAX_FIRST = 4 * _WORDS
 
 
 class PhiloxNoise:
-    """A recipe for standard normal noise: ``z = normal(seed, sample id, stream, element)``.
+    """A noise key, used like a JAX key: ``z = normal(seed, sample id, stream, element)``.
 
-    Whatever takes ``noise=`` takes a recipe in place of a tensor. The noise is then drawn inside
-    the kernel and never stored, and can be drawn again: the same recipe gives the same bits on CPU
-    and GPU, in any batch split or order, memory layout, number of threads and instruction set. The
-    draw is float32, rounded to the dtype of the tensors it meets; so ``op(noise=recipe)`` is
-    ``op(noise=recipe.tensor(shape, dtype=..., device=...))`` to the bit.
+    Every ``noise=`` argument takes a key in place of a tensor. The kernel then generates the
+    standard normal noise and never stores it, and can generate it again: the same key gives the
+    same bits on CPU and GPU, in any batch split or order, memory layout, number of threads and
+    instruction set. The noise is generated in float32 and rounded to the dtype of the samples; so
+    ``op(noise=key)`` equals ``op(noise=key.tensor(shape, dtype=..., device=...))`` to the bit.
 
     Philox4x32-10 with the seed as its key and the counter (element // 4, stream, sample id), and
     Box-Muller on its words; ``element`` counts along the row-major order inside a sample, whatever
-    the memory layout. A sample is an entry of the first dimension. Recipes are immutable, can be
+    the memory layout. A sample is an entry of the first dimension. Keys are immutable, can be
     pickled, and compare by value.
 
     Args:
@@ -97,34 +97,34 @@ class PhiloxNoise:
         *,
         device: torch.device | str | None = None,
     ) -> PhiloxNoise:
-        """A recipe with a seed drawn from torch's generator: ``torch.manual_seed`` governs.
+        """A key whose seed comes from torch's generator, so that ``torch.manual_seed`` sets it.
 
         Args:
             generator: ``None`` for the default one of the device.
             device: Where the noise will be needed; ``None`` for the generator's device, else the
                 CPU. On the CPU the seed is an int; elsewhere, and under ``torch.compile``, it is a
-                tensor, so that nothing waits and a captured graph draws anew at each replay.
+                tensor, so that nothing waits and a captured graph uses a new seed at each replay.
 
         Returns:
             Stream 0 of samples 0 .. B-1.
         """
         if generator is not None and not isinstance(generator, torch.Generator):
-            raise TypeError(f"generator is a {type(generator).__name__}; wanted a torch.Generator")
+            raise TypeError(f"generator must be a torch.Generator, got {type(generator).__name__}")
         source = torch.device("cpu") if generator is None else generator.device
         at = source if device is None else torch.device(device)
-        drawn_at = at if generator is None else source
-        seed = torch.randint(-(2**63), 2**63 - 1, (1,), generator=generator, device=drawn_at)
-        if drawn_at.type == "cpu" and plain_eager():
+        seeded_on = at if generator is None else source
+        seed = torch.randint(-(2**63), 2**63 - 1, (1,), generator=generator, device=seeded_on)
+        if seeded_on.type == "cpu" and plain_eager():
             return cls(int(seed))
         return cls(seed.to(at))
 
     def at(self, stream: int | Tensor) -> PhiloxNoise:
-        """The same recipe at another stream: another, independent noise of the same samples."""
+        """The same key at another stream: independent noise of the same samples."""
         seed, ids, _, first = self._parts
         return PhiloxNoise(seed, sample_ids=ids, stream=stream, first_element=first)
 
     def for_samples(self, sample_ids: int | Tensor | None) -> PhiloxNoise:
-        """The same recipe for other samples: of a batch's slice, of another process, ..."""
+        """The same key for other samples: a slice of the batch, another process, ..."""
         seed, _, stream, first = self._parts
         return PhiloxNoise(seed, sample_ids=sample_ids, stream=stream, first_element=first)
 
@@ -140,16 +140,16 @@ class PhiloxNoise:
         Args:
             shape: Its shape; the first dimension counts samples.
             dtype: float32, float64, bfloat16 or float16; torch's default if ``None``.
-            device: ``None`` for that of the recipe's tensors, else torch's default.
+            device: ``None`` for that of the key's tensors, else torch's default.
 
         Returns:
-            Standard normal noise: the float32 draw, rounded to ``dtype``.
+            Standard normal noise, generated in float32 and rounded to ``dtype``.
         """
         if device is None:
             device = next((p.device for p in self._parts if isinstance(p, Tensor)), None)
         if dtype is not None and dtype not in messages.DTYPES:
-            wanted = "float32, float64, bfloat16 or float16"
-            raise TypeError(f"dtype is {dtype}; wanted {wanted}")
+            allowed = "float32, float64, bfloat16 or float16"
+            raise TypeError(f"dtype must be {allowed}, got {dtype}")
         return draw(self, torch.empty(_sizes(shape), dtype=dtype, device=device))
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -176,23 +176,23 @@ class PhiloxNoise:
 
 
 def draw(noise: PhiloxNoise, out: Tensor) -> Tensor:
-    """The noise in the shape, dtype and layout of `out`: in `out` itself, save under a compiler."""
+    """The noise in shape, dtype and layout of ``out``; in ``out`` itself unless compiled."""
     into = out if plain_eager() else None
     return run(RANDN, (out,), (), None, False, into, noise._parts)
 
 
 def _sizes(shape: Any) -> tuple[int, ...]:
-    wanted = "a sequence of sizes, such as (64, 3, 32, 32)"
+    allowed = "a sequence of sizes, such as (64, 3, 32, 32)"
     if not hasattr(shape, "__iter__"):
-        raise TypeError(f"shape is {shape!r}; wanted {wanted}")
+        raise TypeError(f"shape must be {allowed}, got {shape!r}")
     sizes = tuple(shape)
     ints = (int, torch.SymInt)
     if any(
         isinstance(n, bool) or not (isinstance(n, ints) or hasattr(n, "__index__")) for n in sizes
     ):
-        raise TypeError(f"shape is {shape!r}; wanted {wanted}")
+        raise TypeError(f"shape must be {allowed}, got {shape!r}")
     if any(n < 0 for n in sizes):
-        raise ValueError(f"shape is {shape!r}; wanted {wanted}")
+        raise ValueError(f"shape must be {allowed}, got {shape!r}")
     return sizes
 
 
@@ -220,16 +220,16 @@ def _integer(name: str, value: Any, low: int, high: int) -> Any:
     """An int in low .. high - 1, or an int64 tensor."""
     if isinstance(value, Tensor):
         if value.dtype != torch.int64 or name == "first_element":
-            raise TypeError(f"{name} is a tensor of {value.dtype}; wanted {_WANTED[name]}")
+            raise TypeError(f"{name} must be {_ALLOWED[name]}, got a tensor of {value.dtype}")
         return value
     # A compiler's symbolic int is an int to isinstance, but has no __index__.
     is_int = isinstance(value, int)
     if isinstance(value, bool) or not (is_int or hasattr(value, "__index__")):
-        raise TypeError(f"{name} is a {type(value).__name__}; wanted {_WANTED[name]}")
+        raise TypeError(f"{name} must be {_ALLOWED[name]}, got {type(value).__name__}")
     if not is_int and not isinstance(value, torch.SymInt):
         value = value.__index__()
     if not low <= value < high:
-        raise ValueError(f"{name} is {value}; wanted {_WANTED[name]}")
+        raise ValueError(f"{name} must be {_ALLOWED[name]}, got {value}")
     return value
 
 
@@ -242,12 +242,12 @@ def _check_shapes(seed: Any, sample_ids: Any, stream: Any, first_element: int) -
         if not isinstance(part, Tensor):
             continue
         if part.ndim > 1 or (most and not 1 <= part.numel() <= most):
-            raise ValueError(f"{name} has shape {tuple(part.shape)}; wanted {_WANTED[name]}")
+            raise ValueError(f"{name} must be {_ALLOWED[name]}, got shape {tuple(part.shape)}")
     if first_element % 4:
-        raise ValueError(f"first_element is {first_element}; wanted {_WANTED['first_element']}")
+        raise ValueError(f"first_element must be {_ALLOWED['first_element']}, got {first_element}")
 
 
-_WANTED = {
+_ALLOWED = {
     "seed": "a 64-bit int, or an int64 or uint64 tensor of shape [], [1] or [2]",
     "sample_ids": "None, a 64-bit int, or an int64 tensor [B]",
     "stream": "an int in 0 .. 2^32 - 1, or an int64 tensor of one element",

@@ -5,11 +5,11 @@ one unit in the last place (ulp)::
 
     |actual - truth| <= 2 max |eager - truth| + ulp(truth)
 
-`eager` is the formula as one would write it in PyTorch, in the dtype under test; `truth` is the
+``eager`` is the formula as one would write it in PyTorch, in the dtype under test; ``truth`` is the
 same formula on the same input values in float64 (or in numpy's longdouble, which judging float64
 results takes). No tolerance is picked by hand, and none hides a formula that is almost right.
 
-Keep inputs of one scale in one call: the largest error of `eager` serves all elements, so a few
+Keep inputs of one scale in one call: the largest error of ``eager`` serves all elements, so a few
 huge results would excuse errors in small ones.
 """
 
@@ -30,17 +30,17 @@ Extended = NDArray[np.longdouble]
 
 
 def ulp(truth: Tensor | Extended, dtype: torch.dtype) -> Extended:
-    """The distance between neighbouring numbers of `dtype` at each value of `truth`.
+    """The distance between neighbouring numbers of ``dtype`` at each value of ``truth``.
 
-    ``2^floor(log2 |truth|) · eps``, and the smallest subnormal near zero; nan where `truth` is not
-    finite.
+    ``2^floor(log2 |truth|) · eps``, and the smallest subnormal near zero; nan where ``truth`` is
+    not finite.
 
     Args:
-        truth: values, any shape.
-        dtype: a floating-point dtype.
+        truth: Values, any shape.
+        dtype: A floating-point dtype.
 
     Returns:
-        A longdouble array in the shape of `truth`.
+        A longdouble array in the shape of ``truth``.
     """
     values = _extended(truth)
     limits = torch.finfo(dtype)
@@ -56,13 +56,13 @@ def error_bound(
     """How far each element of a result may be from the truth: ``2 max |eager - truth| + ulp``.
 
     Args:
-        eager: what plain PyTorch gives.
-        truth: the same in float64 or longdouble, in the same shape.
-        dtype: the dtype of the result, whose ulp counts; that of `eager` when None.
+        eager: What plain PyTorch gives.
+        truth: The same in float64 or longdouble, in the same shape.
+        dtype: The dtype of the result, whose ulp counts; that of ``eager`` when None.
 
     Returns:
-        A longdouble array in the shape of `truth`. Elements that are not finite on either side do
-        not count as errors of `eager`.
+        A longdouble array in the shape of ``truth``. Elements that are not finite on either side do
+        not count as errors of ``eager``.
     """
     exact = _extended(truth)
     error = _distance(_extended(eager), exact)
@@ -80,13 +80,13 @@ def assert_within_bound(
     same infinity or nan, or else what eager gives.
 
     Args:
-        actual: the result to judge.
-        eager: what plain PyTorch gives for the same inputs in the same dtype.
-        truth: the same in float64, or in longdouble where `actual` is float64.
-        name: what to call the result in the message.
+        actual: The result to judge.
+        eager: What plain PyTorch gives for the same inputs in the same dtype.
+        truth: The same in float64, or in longdouble where ``actual`` is float64.
+        name: What to call the result in the message.
 
     Raises:
-        AssertionError: says which element is worst, and by how much.
+        AssertionError: Says which element is worst, and by how much.
     """
     exact = _extended(truth)
     if not tuple(actual.shape) == tuple(eager.shape) == exact.shape:
@@ -123,16 +123,16 @@ def assert_op_within_bound(
 ) -> None:
     """Fails unless an op, and its gradients, are within the bound of a plain-PyTorch formula.
 
-    The truth is `eager` on the same values in float64, so the tensors should be of a lower dtype.
+    The truth is ``eager`` on the same values in float64, so the tensors should be of a lower dtype.
 
     Args:
-        op: the op to judge: tensors in, a tensor or a tuple of tensors out.
-        eager: the same formula in plain PyTorch.
+        op: The op to judge: tensors in, a tensor or a tuple of tensors out.
+        eager: The same formula in plain PyTorch.
         *tensors: the inputs, float32, bfloat16 or float16.
-        gradients: whether to compare the gradients in every input too, for a random upstream.
+        gradients: Whether to compare the gradients in every input too, for a random upstream.
 
     Raises:
-        AssertionError: which output or gradient is off, where, and by how much.
+        AssertionError: Which output or gradient is off, where, and by how much.
 
     Example:
         >>> import torch
@@ -166,9 +166,9 @@ def gradients_of(
     """The gradients in every tensor, for given gradients of the outputs.
 
     Args:
-        op: tensors in, a tensor or a tuple of tensors out.
-        tensors: the inputs.
-        upstream: one gradient an output; cast to its dtype.
+        op: Tensors in, a tensor or a tuple of tensors out.
+        tensors: The inputs.
+        upstream: One gradient an output; cast to its dtype.
 
     Returns:
         One gradient an input, zeros where an input has no influence.

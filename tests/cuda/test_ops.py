@@ -176,7 +176,7 @@ def test_steps_out_of_range_are_clamped(dtype: torch.dtype) -> None:
     wild = torch.tensor([-1, -huge, 0, STEPS - 1, STEPS, huge], dtype=dtype, device="cuda")
     tame = wild.clamp(0, STEPS - 1)
     assert_same_bits(ops.q_sample(x, wild, noise, table), ops.q_sample(x, tame, noise, table))
-    with pytest.raises(ValueError, match="t is"):
+    with pytest.raises(ValueError, match=r"^t must"):
         ops.q_sample(x, STEPS, noise, table)
 
 
@@ -184,11 +184,11 @@ def test_a_number_on_the_cpu_is_no_matter() -> None:
     x, noise = torch.randn(2, 6, 50, device="cuda")
     alpha = torch.tensor(0.8, dtype=torch.float64)
     assert_same_bits(ops.add_noise(x, noise, alpha, 0.6), ops.add_noise(x, noise, 0.8, 0.6))
-    with pytest.raises(ValueError, match="alpha is on cpu"):
+    with pytest.raises(ValueError, match=r"alpha must be on .* got cpu"):
         ops.add_noise(x, noise, torch.rand(6), 0.6)
-    with pytest.raises(ValueError, match="t is on cpu"):
+    with pytest.raises(ValueError, match=r"t must be on .* got cpu"):
         ops.q_sample(x, steps_of(6), noise, NOISE_TABLE.cuda())
-    with pytest.raises(ValueError, match="noise has device"):
+    with pytest.raises(ValueError, match="noise must have the device of x0"):
         ops.add_noise(x, noise.cpu(), 0.8, 0.6)
 
 

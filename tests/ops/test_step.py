@@ -254,32 +254,43 @@ def test_what_does_not_go_together() -> None:
     table = history_table()
     step = ops.reverse_step
     refused(ValueError, "at most 3", step, x, m, table, t=0, history=[h] * 4)
-    refused(ValueError, "come together", step, x, m, table, t=0, noise=z, variance_output=h)
+    refused(ValueError, "given together", step, x, m, table, t=0, noise=z, variance_output=h)
     learned: dict[str, Any] = {"variance_output": h, "variance_coefficients": (0.0, 1.0)}
-    refused(ValueError, "goes with noise", step, x, m, table, t=0, **learned)
+    refused(ValueError, "must come with noise", step, x, m, table, t=0, **learned)
     refused(ValueError, "without history", step, x, m, table, t=0, noise=z, history=[h], **learned)
     for option in ({"out": h}, {"history": [h]}, {"return_history": True}, {**learned, "noise": z}):
-        wanted = "return_log_prob goes with neither"
+        wanted = "return_log_prob must be False"
         refused(ValueError, wanted, step, x, m, table, t=0, return_log_prob=True, **option)
-    refused(ValueError, "out goes", step, x, m, table, t=0, return_history=True, out=z)
-    refused(ValueError, "two batches", step, x, m, table, t=0, guidance_scale=2.0)
+    refused(ValueError, "^out must be None", step, x, m, table, t=0, return_history=True, out=z)
+    refused(
+        ValueError, "model_output_uncond is required", step, x, m, table, t=0, guidance_scale=2.0
+    )
 
 
 def test_a_stochastic_ddim_step_wants_noise() -> None:
     x, m, z = tensors(3)
     levels = (0.6, 0.8, 0.8, 0.6)
-    refused(ValueError, "eta is 0.5 and noise is None", ops.ddim_step, m, x, *levels, eta=0.5)
+    refused(ValueError, "^noise is required .* eta=0.5", ops.ddim_step, m, x, *levels, eta=0.5)
     assert ops.ddim_step(m, x, *levels, eta=0.5, noise=z).isfinite().all()
 
 
 def test_tables_and_rows_of_the_wrong_width() -> None:
     x, m, h = tensors(3)
     step = ops.reverse_step
-    refused(ValueError, r"wanted \[T, 14\]", step, x, m, step_table(), t=0, history=[h])
+    refused(ValueError, r"must have shape \[T, 14\]", step, x, m, step_table(), t=0, history=[h])
     refused(ValueError, r"\[T, 8\] or \[T, 14\]", step, x, m, torch.zeros(5, 9), t=0)
-    refused(ValueError, "7 numbers; wanted 8 or 14", step, x, m, (0.0,) * 7)
-    refused(TypeError, "c_x is a int", step, x, m, (0,) * 8)
+    refused(ValueError, "must hold 8 or 14 numbers, got 7", step, x, m, (0.0,) * 7)
+    refused(TypeError, "^c_x must be .* got int", step, x, m, (0,) * 8)
     three, rows = torch.ones(3), step_table()
-    refused(ValueError, "threshold has 3 entries", step, x, m, rows, t=0, threshold=three)
-    refused(ValueError, "wanted at least 0", step, x, m, rows, t=0, threshold=-1.0)
-    refused(ValueError, "t is given", step, x, m, (0.0,) * 8, t=0)
+    refused(
+        ValueError,
+        "^threshold must have 1 or 4 entries.* got 3",
+        step,
+        x,
+        m,
+        rows,
+        t=0,
+        threshold=three,
+    )
+    refused(ValueError, "threshold must be at least 0", step, x, m, rows, t=0, threshold=-1.0)
+    refused(ValueError, "^t must be None", step, x, m, (0.0,) * 8, t=0)

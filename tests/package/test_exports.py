@@ -69,10 +69,11 @@ def test_a_type_checker_sees_every_exported_name(tmp_path: Path) -> None:
     user = tmp_path / "user.py"
     lines = ["import diffcore", *(f"diffcore.{name}" for name in diffcore.__all__)]
     lines += ["from diffcore import ops", *(f"ops.{name}" for name in ops.__all__)]
-    lines += [
-        "import torch",
-        "x: torch.Tensor = diffcore.add_noise(torch.ones(2), torch.ones(2), 1.0, 0.0)",
-    ]
+    lines += ["import torch", "x, row = torch.ones(2), torch.ones(14)", "T = torch.Tensor"]
+    lines += ["y: T = diffcore.add_noise(x, x, 1.0, 0.0)"]
+    lines += ["z: T = diffcore.reverse_step(x, x, row)"]
+    lines += ["a: tuple[T, T] = diffcore.reverse_step(x, x, row, return_history=True)"]
+    lines += ["b: tuple[T, T] = diffcore.reverse_step(x, x, row, return_log_prob=True)"]
     lines += ["diffcore.no_such_name"]
     user.write_text("\n".join(lines) + "\n", encoding="utf-8")
     done = subprocess.run(

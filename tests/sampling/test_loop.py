@@ -324,7 +324,7 @@ REFUSED = {
     "scales": (
         lambda: sample(stacked, X, PLAIN, guidance_scale=torch.ones(3)),
         ValueError,
-        "guidance_scale has 3",
+        "guidance_scale must have .* got 3",
     ),
     "output": (lambda: sample(lambda x, t: None, X, PLAIN), TypeError, "model must return"),
     "noise": (lambda: sample(bent, X, NOISY, noise=3), TypeError, "noise must be .* got int"),
@@ -341,7 +341,7 @@ REFUSED = {
     "noise-dtype": (
         lambda: sample(bent, X, NOISY, noise=torch.ones(3, 2, 3).double()),
         TypeError,
-        "noise has dtype",
+        "noise must have the dtype of x",
     ),
     "noise-none": (
         lambda: sample(bent, X, NOISY, noise=lambda r, x: None),
@@ -358,10 +358,14 @@ REFUSED = {
         ValueError,
         "history must hold at least 1 .* got 0",
     ),
-    "history": (lambda: PLAIN.step(1, X, X, (X[:, :2],)), ValueError, "history_1 has shape"),
+    "history": (
+        lambda: PLAIN.step(1, X, X, (X[:, :2],)),
+        ValueError,
+        "history_1 must have the shape of x",
+    ),
     "row": (lambda: PLAIN.step(3, X, X), ValueError, "i must be .* 0 .. 2, got 3"),
     "row-negative": (lambda: PLAIN.step(-1, X, X, (X,)), ValueError, "i must be .* 0 .. 2, got -1"),
-    "rows": (lambda: PLAIN.step(torch.tensor([0, 3]), X, X), ValueError, "t holds 3"),
+    "rows": (lambda: PLAIN.step(torch.tensor([0, 3]), X, X), ValueError, "^t must hold .* got 3"),
 }
 
 

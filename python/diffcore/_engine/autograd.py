@@ -46,22 +46,22 @@ class Function(torch.autograd.Function):
 
 
 def read_again(call: Call) -> list[Tensor]:
-    """Coefficients and timesteps that the backward reads again.
+    """Coefficients and timesteps that the backward pass reads again.
 
-    Saved only for autograd to notice when one of them is changed in place before that.
+    They are saved only for autograd to notice when one is changed in place before that.
     """
     kernel, coefs, step, _, _ = call
     if kernel.makes_gradient:
-        return []  # read in the forward pass, for good
+        return []  # read in the forward pass only
     return [c for c in (*coefs, step) if isinstance(c, Tensor) and not c.is_inference()]
 
 
 def to_save(
     inputs: tuple[Tensor, ...], made: tuple[Tensor, ...], noise: Noise
 ) -> tuple[Tensor, ...]:
-    """What the backward pass needs, and the tensors that its noise will be drawn from again.
+    """The tensors that the backward pass needs, and those that it generates its noise from again.
 
-    Those only for autograd to notice when one of them is changed in place before that.
+    The latter are saved only for autograd to notice when one is changed in place before that.
     """
     if noise is None:
         return (*inputs, *made)
@@ -74,7 +74,7 @@ def run_backward(
     """The gradients of the inputs that need one."""
     kernel = call[0]
     if kernel.makes_gradient:
-        grads = (None, *grads[1:])  # that output is for the backward alone
+        grads = (None, *grads[1:])  # that output is for the backward pass only
     if all(g is None for g in grads):
         return [None] * len(needs)
     assert kernel.backward is not None, kernel.name
@@ -91,7 +91,7 @@ def run_backward(
 
 
 def last_use() -> bool:
-    """Whether the backward pass that runs now is the last to see what was saved for it."""
+    """Whether the running backward pass is the last one that uses what was saved for it."""
     return not _keeps_graph()
 
 

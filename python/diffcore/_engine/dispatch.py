@@ -1,12 +1,12 @@
 """From a public op to a kernel, once for all ops: routes, layouts, autograd, torch.library.
 
-A `Kernel` names one functor of csrc/ops. `run` takes the cheapest right route, in this order:
+A ``Kernel`` names one functor of csrc/ops. ``run`` takes the cheapest right route, in this order:
 
 1. compiling or tracing, a tensor subclass, or a dispatch or function mode: the registered operator;
 2. a functorch transform or forward-mode AD: the reference, whose plain torch ops compose with
    every transform;
-3. a gradient is needed: one lean `autograd.Function`;
-4. otherwise `_C.launch`, and what that declines, with more care, through `_C.call`.
+3. a gradient is needed: one lean ``autograd.Function``;
+4. otherwise ``_C.launch``, and what that declines, with more care, through ``_C.call``.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from diffcore._engine.kernel import Kernel
 from diffcore._engine.library import run_registered
 from diffcore._types import Coefs, Step, Tensors
 
-# Nobody but Dynamo looks on without a mode.
+# The one tracer that activates no mode.
 _compiling = torch.compiler.is_dynamo_compiling
 _launch = None if native._C is None else native._C.launch
 
@@ -66,13 +66,15 @@ def _run(  # noqa: C901 - the call path: one more function is time
     if found & _TRANSFORM or forward_ad._current_level >= 0:
         return run_reference(kernel, inputs, coefs, step, reduce_all, out, noise)
     if found:
-        if found & _NEGATED:  # the exchange API knows nothing of it
+        if found & _NEGATED:  # the exchange API does not carry it
             inputs = tuple([x.resolve_neg() for x in inputs])
         if found & _COEF_NEGATED:
             coefs = resolved(coefs)
         if found & (_NEEDS_GRAD | _COEF_NEEDS_GRAD):
             if out is not None:
-                raise ValueError("out=: an argument requires grad; write to it under no_grad()")
+                raise ValueError(
+                    "out must be None where an argument requires grad; call under torch.no_grad()"
+                )
             if found & _COEF_NEEDS_GRAD:
                 return run_reference(kernel, inputs, coefs, step, reduce_all, None, noise)
             return _apply((kernel, coefs, step, reduce_all, noise), *inputs)
@@ -80,7 +82,7 @@ def _run(  # noqa: C901 - the call path: one more function is time
 
 
 def plain_eager() -> bool:
-    """Whether a plain tensor is just its numbers: no compiler, transform or mode is looking on."""
+    """Whether calls on plain tensors are neither compiled, transformed nor watched by a mode."""
     return not (
         _compiling()
         or forward_ad._current_level >= 0

@@ -31,7 +31,8 @@ def direct(
 ) -> Any:
     """Allocates and calls the kernel.
 
-    What is wrong is raised; what a kernel does not read as it lies in memory is copied first.
+    Raises what is wrong with the arguments; copies first what lies in memory in an order that
+    kernels do not read.
     """
     if _C is None:
         return run_reference(kernel, inputs, coefs, step, reduce_all, out, noise)
@@ -62,7 +63,7 @@ _COPIES = (*_ORDERS, "overlap", "outputs_overlap")
 
 
 def _careful(reason: native.Reason, outs: Tensors, args: Arguments, reduce_all: bool) -> Any:
-    """What `direct` does where the kernel did not run: falls back, copies, or raises."""
+    """What ``direct`` does where the kernel did not run: falls back, copies, or raises."""
     kernel, inputs, coefs, step, out, noise = args
     code = messages.code_of(reason)
     if code in ("unreadable", "device_kind"):  # sparse, quantized, meta, or of another device
@@ -103,7 +104,7 @@ def _generated(noise: Noise, like: Tensor) -> Tensor:
 
 
 def _as(like: Tensor, x: Tensor) -> Tensor:
-    """`x` in the memory layout of `like`."""
+    """``x`` in the memory layout of ``like``."""
     return x if x.stride() == like.stride() else _new_like(like).copy_(x)
 
 
@@ -140,14 +141,14 @@ def run_reference(
 
 
 def expand_coefs(coefs: Coefs, step: Step) -> list[Coef]:
-    """One number, 0-dim or `[B]` tensor a coefficient, tables gathered at the step."""
+    """One number, 0-dim or ``[B]`` tensor a coefficient, tables gathered at the step."""
     expanded: list[Coef] = []
     for c in coefs:
         if not isinstance(c, Tensor) or c.ndim < 2:
             expanded.append(c)
         else:
             if isinstance(step, Tensor):
-                # Indexing would take negative steps, which under a transform nobody has refused.
+                # Indexing would take negative steps, which no kernel refuses under a transform.
                 rows = c.index_select(0, step.reshape(-1))
             else:
                 rows = c if step is None else c[step]
@@ -169,7 +170,7 @@ def split_coefs(coefs: Coefs) -> list[Coef]:
 
 
 def resolved(coefs: Coefs) -> Coefs:
-    """The coefficients without pending negations, of which the exchange API knows nothing."""
+    """The coefficients without pending negations, which the exchange API does not carry."""
     return tuple(c.resolve_neg() if isinstance(c, Tensor) else c for c in coefs)
 
 

@@ -37,8 +37,8 @@ def collect_info() -> dict[str, object]:
     """Describe build, hardware and versions.
 
     Returns:
-        What `diffcore._engine.native.info` says of the build, then versions and the platform. The
-        values are what JSON can hold.
+        What ``diffcore._engine.native.info`` reports of the build, then versions and the platform;
+        the values are what JSON can hold.
     """
     info = {name: _plain(value) for name, value in native.info().items()}
     for name, value in {

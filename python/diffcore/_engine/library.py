@@ -2,7 +2,7 @@
 
 Schema: the inputs by name, then the coefficients as two lists of the same length (a tensor, or None
 and a number), the step as a tensor or as an int (-1: none), and whether a sum is over everything. A
-kernel that draws its noise takes its seed, sample ids and stream too, each a tensor, or None and a
+kernel that generates noise also takes seed, sample ids and stream, each a tensor, or None and a
 number, and the first element.
 """
 
@@ -79,7 +79,7 @@ def run_registered(
     noise: Noise = None,
 ) -> Any:
     if not isinstance(step, Tensor) and step is not None and step < 0:
-        raise ValueError(f"t={step} is negative")  # -1 stands for "no step" in the schema
+        raise ValueError(f"t must be at least 0, got {step}")  # -1 is "no step" in the schema
     if not native.has_kernels(inputs[0].device) or (
         torch.is_grad_enabled() and coefs_need_grad(coefs)
     ):
@@ -105,13 +105,13 @@ def run_registered(
 
 
 def _no_gradient(argument: Any) -> Any:
-    """None, in the form that register_autograd wants it: a list for a list of tensors alone."""
+    """None as register_autograd expects it: a list of None for a list of tensors only."""
     is_list = isinstance(argument, list) and all(isinstance(x, Tensor) for x in argument)
     return [None] * len(argument) if is_list else None
 
 
 def _slice(argument: Any, dim: Any, i: int) -> Any:
-    """The `i`-th slice of whatever is batched in (nested lists of) arguments."""
+    """The ``i``-th slice of what is batched in (nested lists of) arguments."""
     if isinstance(argument, (list, tuple)):
         dims = dim if isinstance(dim, (list, tuple)) else [dim] * len(argument)
         return [_slice(a, d, i) for a, d in zip(argument, dims, strict=True)]

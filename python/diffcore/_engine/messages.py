@@ -1,8 +1,8 @@
 """The errors of wrong arguments of an op, by name.
 
 The compiled module answers a wrong call with a reason: a code and the argument it is about.
-`refuse` raises the error of a reason. `explain` finds what is wrong in Python, for the routes that
-do not reach the compiled module; both build the same messages.
+``refuse`` raises the error of a reason. ``explain`` finds what is wrong in Python, for the routes
+that do not reach the compiled module; both build the same messages.
 """
 
 from __future__ import annotations
@@ -21,24 +21,18 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 REDUCTIONS = ("none", "sample", "batchmean", "mean", "sum")
 
 
-def choice(name: str, value: object, wanted: tuple[str, ...]) -> None:
-    """Raises ValueError unless `value` is one of the `wanted` strings."""
-    if value not in wanted:
-        raise ValueError(f"{name} is {value!r}; wanted one of {', '.join(map(repr, wanted))}")
-
-
 def refuse_non_tensor(names: tuple[str, ...], inputs: tuple[Any, ...]) -> NoReturn:
-    """Raises TypeError for the first input that is no tensor."""
+    """Raises TypeError for the first input that is not a tensor."""
     name, x = next((n, x) for n, x in zip(names, inputs, strict=True) if not isinstance(x, Tensor))
-    raise TypeError(f"{name} is a {type(x).__name__}; wanted a torch.Tensor")
+    raise _not_tensor(name, x)
 
 
 def refuse_other(name: str, x: Any, first: Tensor) -> NoReturn:
-    """Raises for an argument that no kernel reads, but that has to fit the ones that it does."""
+    """Raises for an argument that no kernel reads, but that has to have the shape of the others."""
     if not isinstance(x, Tensor):
-        raise TypeError(f"{name} is a {type(x).__name__}; wanted a torch.Tensor")
+        raise _not_tensor(name, x)
     raise ValueError(
-        f"{name} has shape {tuple(x.shape)}; wanted {tuple(first.shape)}, that of model_output"
+        f"{name} must have the shape of model_output, {tuple(first.shape)}, got {tuple(x.shape)}"
     )
 
 
@@ -57,19 +51,19 @@ class Arguments(NamedTuple):
 
 
 def _not_tensor(name: str, x: Any, wanted: str = "a torch.Tensor") -> Exception:
-    return TypeError(f"{name} is a {type(x).__name__}; wanted {wanted}")
+    return TypeError(f"{name} must be {wanted}, got {type(x).__name__}")
 
 
 def _bad_dtype(name: str, x: Tensor, wanted: str) -> Exception:
-    return TypeError(f"{name} has dtype {x.dtype}; wanted {wanted}")
+    return TypeError(f"{name} must have dtype {wanted}, got {x.dtype}")
 
 
 def _elsewhere(name: str, x: Tensor, first: Tensor) -> Exception:
-    return ValueError(f"{name} is on {x.device}; wanted {first.device}, as the tensors")
+    return ValueError(f"{name} must be on {first.device}, as the samples, got {x.device}")
 
 
 def _no_memory(name: str) -> Exception:
-    return ValueError(f"{name} has no memory behind it (a fake, functional or freed tensor)")
+    return ValueError(f"{name} must have memory, got a fake, functional or freed tensor")
 
 
 def _unlike(name: str, x: Tensor, what: str, args: Arguments) -> Exception:
@@ -77,38 +71,39 @@ def _unlike(name: str, x: Tensor, what: str, args: Arguments) -> Exception:
     if what == "shape":
         theirs, ours = tuple(theirs), tuple(ours)
     kind = TypeError if what == "dtype" else ValueError
-    return kind(f"{name} has {what} {theirs}; wanted {ours}, that of {args.kernel.inputs[0]}")
+    return kind(f"{name} must have the {what} of {args.kernel.inputs[0]}, {ours}, got {theirs}")
 
 
 def _coef_dimensions(name: str, c: Tensor) -> Exception:
     return ValueError(
-        f"{name} has shape {tuple(c.shape)}; wanted a number per sample, or a table [T, k]"
+        f"{name} must be a number, 0-dim, [B], or a table, got shape {tuple(c.shape)}"
     )
 
 
 def _table_length(name: str, c: Tensor, steps: int) -> Exception:
-    return ValueError(f"{name} is a table of {len(c)} rows; wanted {steps or 'at least 1'}")
+    return ValueError(f"{name} must have {steps or 'at least 1'} rows, got {len(c)}")
 
 
 def _length(name: str, x: Tensor, wanted: str) -> Exception:
-    return ValueError(f"{name} has {len(x)} entries; wanted {wanted}, one per sample")
+    return ValueError(f"{name} must have {wanted} entries, one per sample, got {len(x)}")
 
 
 def _coef_count(count: int, kernel: Kernel) -> Exception:
+    names = ", ".join(kernel.coefs)
     return ValueError(
-        f"{count} coefficients came; wanted {len(kernel.coefs)}: {', '.join(kernel.coefs)}"
+        f"{kernel.table} must hold {len(kernel.coefs)} numbers ({names}), got {count}"
     )
 
 
 def _step_shape(step: Tensor, rows: int) -> Exception:
     return ValueError(
-        f"t has shape {tuple(step.shape)}; wanted [{rows}], one step per sample, or a single step"
+        f"t must be one step, or [{rows}], one per sample, got shape {tuple(step.shape)}"
     )
 
 
 def _step_range(step: int | Tensor, wrong: int, steps: int) -> Exception:
-    verb = "holds" if isinstance(step, Tensor) else "is"
-    return ValueError(f"t {verb} {wrong}; wanted 0 <= t < {steps}")
+    what = "hold steps" if isinstance(step, Tensor) else "be"
+    return ValueError(f"t must {what} in 0 .. {steps - 1}, got {wrong}")
 
 
 def _step_type(step: Any) -> Exception:
@@ -116,11 +111,11 @@ def _step_type(step: Any) -> Exception:
 
 
 def _step_not_used() -> Exception:
-    return ValueError("t is given, but no coefficient is a table indexed by it")
+    return ValueError("t must be None, got a step; no coefficient is a table that it could index")
 
 
 def _noise_range(end: int) -> Exception:
-    return ValueError(f"noise reaches element {end} of a sample; wanted at most 2^34 = {2**34}")
+    return ValueError(f"noise must end by element 2^34 = {2**34} of a sample, got {end}")
 
 
 _FLOATS = "float32, float64, bfloat16 or float16"
@@ -188,7 +183,7 @@ def _of_coef(args: Arguments, why: _Named) -> Exception | None:
     c: Any = args.coefs[why.position]
     name = _coef_name(args.kernel, c, sum(map(_columns, args.coefs[: why.position])))
     return {
-        "type": lambda: _not_tensor(name, c, "a number or a tensor"),
+        "type": lambda: _not_tensor(name, c, "a number or a torch.Tensor"),
         "dtype": lambda: _bad_dtype(name, c, _COEF_FLOATS),
         "other_device": lambda: _elsewhere(name, c, args.inputs[0]),
         "memory": lambda: _no_memory(name),
@@ -217,11 +212,13 @@ def _of_step(args: Arguments, why: _Named) -> Exception | None:
 def _of_noise(part: int, name: str) -> Callable[..., Exception | None]:
     def build(args: Arguments, why: _Named) -> Exception | None:
         x: Any = None if args.noise is None else args.noise[part]
+        # A tensor without elements has no memory either.
+        code = "length" if why.code == "memory" and not x.numel() else why.code
         return {
             "other_device": lambda: _elsewhere(name, x, args.inputs[0]),
             "memory": lambda: _no_memory(name),
             "length": lambda: _length(name, x, str(_rows(args.inputs[0]))),
-        }.get(why.code, _nothing)()
+        }.get(code, _nothing)()
 
     return build
 
@@ -250,7 +247,7 @@ def _columns(c: Coef) -> int:
 
 
 def _coef_name(kernel: Kernel, c: Coef, k: int) -> str:
-    """What the caller calls the coefficient whose first column is the `k`-th."""
+    """What the caller calls the coefficient whose first column is the ``k``-th."""
     return kernel.coefs[k] if k < len(kernel.coefs) and _columns(c) == 1 else kernel.table
 
 
@@ -281,11 +278,11 @@ def check_out(kernel: Kernel, inputs: Tensors, out: Tensor) -> None:
     if not isinstance(out, Tensor):
         raise _not_tensor("out", out)
     if out.requires_grad:
-        raise ValueError("out requires grad; wanted a tensor that does not")
+        raise ValueError("out must not require grad, got a tensor that does")
     _check_tensor("out", out)
     _check_like("out", out, Arguments(kernel, inputs, (), None))
     if any(s == 0 and n > 1 for s, n in zip(out.stride(), out.shape, strict=True)):
-        raise ValueError(f"out has strides {out.stride()}: elements that share memory")
+        raise ValueError(f"out must have memory for each element, got strides {out.stride()}")
 
 
 def _check_like(name: str, x: Tensor, args: Arguments) -> None:
@@ -297,7 +294,7 @@ def _check_like(name: str, x: Tensor, args: Arguments) -> None:
 
 def _check_tensor(name: str, x: Tensor) -> None:
     if x.layout != torch.strided or x.is_quantized:
-        raise TypeError(f"{name} has layout {x.layout}; wanted a dense, strided tensor")
+        raise TypeError(f"{name} must be a dense, strided tensor, got layout {x.layout}")
     if x.dtype not in DTYPES:
         raise _bad_dtype(name, x, _FLOATS)
     _check_memory(name, x)
@@ -321,7 +318,7 @@ def _check_coefs(args: Arguments) -> int:
         k += _columns(c)
         if not isinstance(c, Tensor):
             if type(c) is not float and not isinstance(c, (torch.SymFloat, torch.SymInt)):
-                raise _not_tensor(name, c, "a number or a tensor")
+                raise _not_tensor(name, c, "a number or a torch.Tensor")
             continue
         if c.dtype not in (torch.float32, torch.float64):
             raise _bad_dtype(name, c, _COEF_FLOATS)
@@ -366,7 +363,7 @@ def _check_step(step: Step, steps: int, first: Tensor) -> None:
 
 
 def check_noise(noise: tuple[Any, ...], rows: int, first: Tensor) -> None:
-    """Raises unless the noise key fits the samples of `first`."""
+    """Raises unless the noise key fits the samples of ``first``."""
     for name, part in zip(("seed", "sample_ids", "stream"), noise, strict=False):
         if not isinstance(part, Tensor):
             continue

@@ -1,4 +1,4 @@
-"""Loads the compiled module and says what it can run on.
+"""Loads the compiled module and reports what it can run on.
 
 Everything works without it, on :mod:`diffcore.reference`.
 """
@@ -18,7 +18,7 @@ BACKEND = os.environ.get("DIFFCORE_BACKEND", "native")
 """``native`` (default) or ``reference``, from the environment variable ``DIFFCORE_BACKEND``."""
 
 DEBUG = os.environ.get("DIFFCORE_DEBUG", "") not in ("", "0")
-"""With ``DIFFCORE_DEBUG=1`` timesteps on a CUDA device are checked too, which synchronises."""
+"""With ``DIFFCORE_DEBUG=1`` timesteps on a CUDA device are checked too, which synchronizes."""
 
 MIN_CUDA_DRIVER = 13000
 """The static CUDA 13 runtime in the module needs a driver of at least this version (R580)."""
@@ -27,7 +27,7 @@ Reason = tuple[int, int, int, int]
 """Why the compiled module did not run a call: code, argument, index of the argument, detail."""
 
 if BACKEND not in ("native", "reference"):
-    raise ValueError(f"DIFFCORE_BACKEND is {BACKEND!r}; wanted 'native' or 'reference'")
+    raise ValueError(f"DIFFCORE_BACKEND must be one of 'native', 'reference', got {BACKEND!r}")
 
 
 def _unknown() -> bool:
@@ -88,7 +88,7 @@ _ISA = os.environ.get("DIFFCORE_ISA", "")
 if _C is not None and _ISA and _C.build_info()["instruction_set"] != _ISA:
     best = _C.build_info()["best_instruction_set"]
     raise ValueError(
-        f"DIFFCORE_ISA is {_ISA!r}; wanted v2, v3 or v4, and this processor has {best}"
+        f"DIFFCORE_ISA must be one of 'v2', 'v3', 'v4', and at most {best!r} here, got {_ISA!r}"
     )
 
 
@@ -124,7 +124,7 @@ def has_kernels(device: torch.device) -> bool:
 
 
 def warm_up(device: torch.device | str = "cuda") -> None:
-    """Loads every CUDA kernel now: none will be loaded in a graph capture or a timed region."""
+    """Loads every CUDA kernel now, so that no graph capture or timed region loads one."""
     device = torch.device(device)
     if device.type == "cuda" and has_kernels(device):
         index = torch.cuda.current_device() if device.index is None else device.index

@@ -42,7 +42,7 @@ def _loss_backward(inputs: Tensors, call: Call, grads: Grads, needs: Needs) -> G
 
 
 def _without_backward(*_: Any) -> None:
-    return None  # the reference's: a gradient is asked of the twin that makes it
+    return None  # the reference's: the kernel of a gradient is with_gradient
 
 
 class Loss(NamedTuple):

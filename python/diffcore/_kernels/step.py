@@ -222,7 +222,7 @@ def plan(
     noisy: bool,
     kernels: Mapping[tuple[bool, int, bool, int], Kernel | NoisyKernel] = REVERSE_STEP,
 ) -> Plan:
-    """How to take a step, given the `columns_read` of it."""
+    """How to take a step, given the ``columns_read`` of it."""
     instance = 0 if not (reads or keeps) else 1 if reads <= 1 else MOST_HISTORY
     plain, guided = kernels[False, instance, keeps, noisy], kernels[True, instance, keeps, noisy]
     padding = instance - reads

@@ -1,20 +1,21 @@
-"""The public functional ops: each call is one kernel launch, forward and backward.
+"""The public functional ops: a call launches one kernel, forward and backward.
 
-Tensors called elementwise (samples, noise, predictions, means, ...) share one shape `[B, ...]`,
-one dtype (float32, float64, bfloat16, float16) and one device; any dense memory layout they share
-is used without a copy. Values are computed in float32 (float64 for float64) and rounded once at
-the store.
+Tensors called elementwise (samples, noise, predictions, means, ...) share one shape ``[B, ...]``,
+one dtype (float32, float64, bfloat16, float16) and one device. Any dense memory layout that they
+share is used without a copy. Values are computed in float32 (float64 for float64) and rounded once,
+when they are stored.
 
-A coefficient (`alpha`, `sigma`, ...) is a number, or a float32 or float64 tensor: 0-dim, or
-`[B]`, one per sample. With `t` it is a table `[T]`, gathered at `t` inside the kernel; `t` is an
-int, an integer tensor `[B]`, or a one-element integer tensor on the device (a counter). On the
-CPU a `t` out of range raises; on CUDA it is clamped, because a check would wait for the device
-(`DIFFCORE_DEBUG=1` checks it).
+A coefficient (``alpha``, ``sigma``, ...) is a number, or a float32 or float64 tensor: 0-dim, or
+``[B]``, one per sample. With ``t`` it is a table ``[T]``, gathered at ``t`` inside the kernel;
+``t`` is an int, an integer tensor ``[B]``, or a one-element integer tensor on the device (a
+counter). On the CPU a ``t`` out of range raises; on CUDA it is clamped, because a check would wait
+for the device (``DIFFCORE_DEBUG=1`` checks it).
 
-Wherever an op takes noise, it takes a tensor or a `PhiloxNoise`, a recipe for it.
+Wherever an op takes noise, it takes a tensor or a ``PhiloxNoise``: a noise key, used like a JAX
+key, from which the kernel generates the noise.
 
 Every op raises TypeError or ValueError, before any memory is touched, for an argument of the
-wrong type, dtype, shape or device, and names it. KL and likelihoods are in nats.
+wrong type, dtype, shape or device, and names the argument. KL and likelihoods are in nats.
 """
 
 from __future__ import annotations

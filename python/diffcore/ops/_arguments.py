@@ -1,4 +1,4 @@
-"""Coefficients and tables as users pass them, in the form the kernels take."""
+"""Coefficients and tables as users pass them, converted to what the kernels take."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from diffcore._types import Coef, Step
 
 
 def as_coef(name: str, value: Coef, step: Step) -> Coef:
-    """A float, a 0-dim or `[B]` tensor, or, with a step, a table `[T, 1]`."""
+    """A float, a 0-dim or ``[B]`` tensor, or, with a step, a table ``[T, 1]``."""
     if type(value) is float:
         return value
     if not isinstance(value, Tensor):
@@ -29,23 +29,23 @@ def as_coef(name: str, value: Coef, step: Step) -> Coef:
 
 
 def _flat(name: str, value: Tensor) -> Tensor:
-    """`[B, 1, ...]` as `[B]`."""
+    """``[B, 1, ...]`` as ``[B]``."""
     if value.ndim < 2:
         return value
     if value.numel() != len(value):
-        raise ValueError(f"{name} has shape {tuple(value.shape)}; wanted one number per sample")
+        raise ValueError(f"{name} must have one number per sample, got shape {tuple(value.shape)}")
     return value.reshape(-1)
 
 
 def as_table(name: str, table: Tensor, *columns: int) -> Tensor:
-    """A table `[T, n]`, n one of `columns`; a row becomes a table of one."""
+    """A table ``[T, n]``, n one of ``columns``; a row becomes a table of one."""
     if not isinstance(table, Tensor):
-        raise TypeError(f"{name} is a {type(table).__name__}; wanted a torch.Tensor")
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(table).__name__}")
     if table.ndim == 1 and len(table) in columns:
         return table.unsqueeze(0)
     if table.ndim != 2 or table.shape[1] not in columns:
-        wanted = " or ".join(f"[T, {n}]" for n in columns)
-        raise ValueError(f"{name} has shape {tuple(table.shape)}; wanted {wanted}")
+        shapes = " or ".join(f"[T, {n}]" for n in columns)
+        raise ValueError(f"{name} must have shape {shapes}, got {tuple(table.shape)}")
     return table
 
 
@@ -53,13 +53,13 @@ def as_number(name: str, value: Coef) -> Coef:
     """A float or a floating-point tensor."""
     if isinstance(value, Tensor):
         if not value.is_floating_point():
-            raise TypeError(f"{name} has dtype {value.dtype}; wanted a floating-point tensor")
+            raise TypeError(f"{name} must have a floating-point dtype, got {value.dtype}")
         return value
     if type(value) is float:
         return value
     if not hasattr(value, "__float__"):  # a string would do for float() itself
         kind = type(value).__name__
-        raise TypeError(f"{name} is a {kind}; wanted a number or a tensor")
+        raise TypeError(f"{name} must be a number or a torch.Tensor, got {kind}")
     return float(value)
 
 
@@ -70,7 +70,7 @@ def in_float64(name: str, value: Coef) -> Coef:
 
 
 def float_of(name: str, value: float) -> float:
-    """A number that no tensor may stand for."""
+    """A number; a tensor is refused."""
     if isinstance(value, Tensor) or not hasattr(value, "__float__"):
-        raise TypeError(f"{name} is a {type(value).__name__}; wanted a number")
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
     return float(value)

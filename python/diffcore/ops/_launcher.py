@@ -8,17 +8,14 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from diffcore._engine.dispatch import run
 from diffcore._kernels.step import PLAIN, Plan, columns_read, learned_plan, plan
 from diffcore._types import Coef, Noise, Tensors
 from diffcore.coefficients.step import HISTORY_READ, HISTORY_WRITTEN, STEP_COLUMNS
-from diffcore.ops._noise import run_noisy
-from diffcore.ops.step import take
+from diffcore.ops.step import guidance_of, launch
 
 _NOISE = STEP_COLUMNS.index("c_z")
 
@@ -89,18 +86,8 @@ class RowLauncher:
                 f"noise is required: row {i} of {self._name} is stochastic; pass a tensor or a "
                 "PhiloxNoise"
             )
-        found: Any
-        if guidance_scale is None and model_output_uncond is None and threshold is None:
-            inputs = (x, model_output, *earlier)  # the plan's coefficients are complete
-            if noise is None:
-                found = run(how.kernel, inputs, how.coefs, t)
-            else:
-                found = run_noisy(how.kernel, inputs, noise, how.coefs, t)
-        else:
-            found = take(
-                *(how, x, model_output, earlier, t),
-                *(noise, model_output_uncond, guidance_scale, threshold),
-            )
+        guidance = guidance_of(model_output_uncond, guidance_scale)
+        found = launch(how, x, model_output, earlier, t, noise, guidance, threshold)
         if not self._history:
             return found, ()
         # A row that writes no h returns x in its place, which no later row reads.

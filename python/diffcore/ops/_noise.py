@@ -1,4 +1,4 @@
-"""Noise as users pass it: a tensor, or a recipe for one."""
+"""Noise as users pass it: a tensor or a noise key."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def run_noisy(
     step: Step = None,
     out: Tensor | None = None,
 ) -> Any:
-    """Runs a kernel whose last input is noise, or its twin that draws it."""
+    """Runs a kernel whose last input is ``noise``, or the one that generates it."""
     if isinstance(noise, PhiloxNoise):
         if not isinstance(inputs[0], Tensor):
             messages.refuse_non_tensor(kernel.generating.inputs, inputs)
@@ -36,7 +36,7 @@ def run_noisy(
     if not isinstance(noise, Tensor):
         kind = type(noise).__name__
         raise TypeError(
-            f"{kernel.reading.inputs[-1]} is a {kind}; wanted a torch.Tensor or a PhiloxNoise"
+            f"{kernel.reading.inputs[-1]} must be a torch.Tensor or a PhiloxNoise, got {kind}"
         )
     return run(kernel.reading, (*inputs, noise), coefs, step, False, out)
 
@@ -44,13 +44,13 @@ def run_noisy(
 def noise_or_default(
     like: Any, name: str, noise: Noise | None, generator: torch.Generator | None
 ) -> Noise:
-    """The noise given, else a recipe seeded by torch's generator."""
+    """The noise given, else a noise key seeded by torch's generator."""
     if noise is not None:
         if generator is not None:
-            raise ValueError("noise and generator are both given; wanted one")
+            raise ValueError("generator must be None where noise is given, got both")
         return noise
     if not isinstance(like, Tensor):
-        raise TypeError(f"{name} is a {type(like).__name__}; wanted a torch.Tensor")
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(like).__name__}")
     return PhiloxNoise.from_generator(generator, device=like.device)
 
 
@@ -62,36 +62,36 @@ def randn(
     device: torch.device | str | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """Standard normal noise from a recipe: ``z = normal(seed, sample id, stream, element)``.
+    """Standard normal noise from a noise key: ``z = normal(seed, sample id, stream, element)``.
 
     Args:
-        shape: `[B, ...]`; the first dimension counts samples.
-        noise: the recipe.
-        dtype: float32, float64, bfloat16 or float16; torch's default when None. The draw is
-            float32, rounded to it.
-        device: None for that of the recipe's tensors, else torch's default.
-        out: where to write instead; its shape, dtype and device count, and no gradient may be
-            needed.
+        shape: ``[B, ...]``; the first dimension counts samples.
+        noise: The noise key.
+        dtype: float32, float64, bfloat16 or float16; torch's default when ``None``. The noise is
+            generated in float32 and rounded to it.
+        device: ``None`` for that of the key's tensors, else torch's default.
+        out: Tensor to write to; its shape, dtype and device count. It must not require grad.
 
     Returns:
-        `[B, ...]`.
+        ``[B, ...]``.
 
-    Source: Salmon et al. 2011; Box & Muller 1958.
+    Source:
+        Salmon et al. 2011; Box & Muller 1958.
     """
     if not isinstance(noise, PhiloxNoise):
-        raise TypeError(f"noise is a {type(noise).__name__}; wanted a PhiloxNoise")
+        raise TypeError(f"noise must be a PhiloxNoise, got {type(noise).__name__}")
     if out is None:
         return noise.tensor(shape, dtype=dtype, device=device)
     if not isinstance(out, Tensor):
-        raise TypeError(f"out is a {type(out).__name__}; wanted a torch.Tensor")
+        raise TypeError(f"out must be a torch.Tensor, got {type(out).__name__}")
     for what, came, wanted in (
         ("shape", tuple(shape), tuple(out.shape)),
         ("dtype", dtype or out.dtype, out.dtype),
         ("device", torch.device(device or out.device), out.device),
     ):
         if came != wanted:
-            raise ValueError(f"{what} is {came}; wanted {wanted}, that of out")
+            raise ValueError(f"{what} must be that of out, {wanted}, got {came}")
     if out.requires_grad:
-        raise ValueError("out requires grad; wanted a tensor that does not")
+        raise ValueError("out must not require grad, got a tensor that does")
     result = draw(noise, out)
     return result if result is out else out.copy_(result)

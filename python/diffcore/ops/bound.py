@@ -1,4 +1,4 @@
-"""The terms of the variational bound: KL, decoder, prior. Nats."""
+"""The terms of the variational bound: KL, decoder, prior; in nats."""
 
 from __future__ import annotations
 
@@ -41,40 +41,41 @@ def vlb_term(
         L_t = ½ Σ [ expm1(d) - d + A_t² e² / v_t ] = KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t))
         L_0 = -log p(x_0 | x_1): of N(x_0 - e, v_0), the mass of the pixel's bin, or the density
 
-    Which of them, says the table's row. Differentiable in `model_output` and `variance_output` by
-    kernels (what the clip stops passes no gradient), in `x0`, `x_t` and `noise` through plain
-    torch. The branch that a sample does not take is not computed. A log-variance of inf gives inf
-    (log 2 for a pixel in an open bin); of -inf, which is a point: inf, 0 for a pixel in whose bin
-    it lies, and nan for a KL whose error is 0 or where the decoder is a density. Where a range of
-    variances is one point, as for T = 1, a v of ±inf is nan. Whether x_0 is a pixel is not looked
-    at: its bin is x_0 ± 1/255 all the same.
+    The row of the table selects the term. Differentiable in ``model_output`` and
+    ``variance_output`` by kernels (values that the clip stops get no gradient), in ``x0``, ``x_t``
+    and ``noise`` through plain torch. The term that a sample does not take is not computed. A
+    log-variance of inf gives inf (log 2 for a pixel in an open bin); of -inf, which is a point:
+    inf, 0 for a pixel in whose bin it lies, and nan for a KL whose error is 0 or where the decoder
+    is a density. Where a range of variances is one point, as for T = 1, a v of ±inf is nan. Pixel
+    values are not validated: the bin is x_0 ± 1/255 for any x_0.
 
     Args:
-        x0: clean samples `[B, ...]`.
-        model_output: m at x_t, `[B, ...]`.
-        coefficients: a table `[T, 12]`, or `[T, 15]` with `variance_output`, float64, of
+        x0: Clean samples ``[B, ...]``.
+        model_output: m at x_t, ``[B, ...]``.
+        coefficients: A table ``[T, 12]``, or ``[T, 15]`` with ``variance_output``, float64, of
             ``bound_coefficients.vlb_coefficients``: made for x_t if that is given, else for noise.
-        t: the row: an int, `[B]` or a one-element counter.
-        x_t: what the model saw, `[B, ...]`; or
-        noise: the noise in it `[B, ...]`, or a recipe for it, drawn again. More exact: nothing
+        t: The row: an int, ``[B]`` or a one-element counter.
+        x_t: The model input, ``[B, ...]``. Give this or ``noise``.
+        noise: The noise in x_t ``[B, ...]``, or its noise key. More exact: nothing
             cancels where x_t holds little signal.
-        variance_output: v `[B, ...]`, where the model says the variance of its own step.
-        scale: factor of the result, a number or `[B]`: 1 / (n ln 2) for bits per dimension.
+        variance_output: v ``[B, ...]``, where the model predicts the variance of its step.
+        scale: Factor of the result, a number or ``[B]``: 1 / (n ln 2) for bits per dimension.
 
     Returns:
-        `[B]`, float32 (float64 for float64 samples): nats, the sum over each sample.
+        ``[B]``, float32 (float64 for float64 samples): nats, the sum over each sample.
 
     Raises:
-        TypeError: neither `x_t` nor `noise`.
-        ValueError: both; a table of the wrong width.
+        TypeError: Neither ``x_t`` nor ``noise``.
+        ValueError: Both; a table of the wrong width.
 
-    Source: Ho et al. 2020 (arXiv 2006.11239) eq. 5, 8 and 13; learned variance: Nichol & Dhariwal
-    2021 (arXiv 2102.09672) eq. 15.
+    Source:
+        Ho et al. 2020 (arXiv 2006.11239) eq. 5, 8 and 13; learned variance: Nichol & Dhariwal
+        2021 (arXiv 2102.09672) eq. 15.
     """
     if x_t is None and noise is None:
-        raise TypeError("x_t is a NoneType, and so is noise; wanted one of them")
+        raise TypeError("x_t must be a torch.Tensor where noise is None, got NoneType")
     if x_t is not None and noise is not None:
-        raise ValueError("x_t and noise are both given; wanted one of them")
+        raise ValueError("x_t must be None where noise is given, got both")
     learned = variance_output is not None
     width = len(VLB_COLUMNS) if learned else FIXED
     coefs = (as_coef("scale", scale, None), as_table("coefficients", coefficients, width))
@@ -93,19 +94,20 @@ def vlb_term(
 def prior_kl(x0: Tensor, alpha: float, sigma: float) -> Tensor:
     """L_T = KL(q(x_T | x_0) || N(0, I)) of each sample: ``½ Σ [ alpha² x_0² + expm1(d) - d ]``.
 
-    d = log sigma². It does not depend on the model, and is little where little signal is left.
+    d = log sigma². It does not depend on the model, and is small where little signal is left.
 
     Args:
-        x0: clean samples `[B, ...]`.
-        alpha: the signal coefficient of the last step, a number.
-        sigma: its noise coefficient, a number above 0.
+        x0: Clean samples ``[B, ...]``.
+        alpha: Signal coefficient of the last step, a number.
+        sigma: Noise coefficient of the last step, a number above 0.
 
     Returns:
-        `[B]`, float32 (float64 for float64 samples): nats, the sum over each sample.
+        ``[B]``, float32 (float64 for float64 samples): nats, the sum over each sample.
 
-    Source: Ho et al. 2020 (arXiv 2006.11239) eq. 5.
+    Source:
+        Ho et al. 2020 (arXiv 2006.11239) eq. 5.
     """
     a, s = float_of("alpha", alpha), float_of("sigma", sigma)
     if not s > 0:
-        raise ValueError(f"sigma is {s}; wanted a positive number")
+        raise ValueError(f"sigma must be positive, got {s}")
     return run(k.PRIOR_KL, (x0,), prior_coefficients(a, s))

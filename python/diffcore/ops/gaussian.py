@@ -1,10 +1,11 @@
-"""Diagonal Gaussians: KL, negative log-likelihood, reparameterisation. Nats."""
+"""Diagonal Gaussians: KL, negative log-likelihood, reparameterization; in nats."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from diffcore._checks import check_choice
 from diffcore._engine import messages
 from diffcore._engine.dispatch import run
 from diffcore._kernels import gaussian as k
@@ -22,14 +23,14 @@ __all__ = [
 
 
 def reduced(term: Term, inputs: tuple[Tensor, ...], reduction: str) -> Tensor:
-    """The terms, or their sum as `reduction` asks."""
+    """The terms, or the sum that ``reduction`` names."""
     if reduction == "none":
         return run(term.elementwise, inputs)
     if reduction == "sample":
         return run(term.sum, inputs, (1.0,))
     if reduction == "sum":
         return run(term.sum, inputs, (1.0,), None, True)
-    messages.choice("reduction", reduction, messages.REDUCTIONS)
+    check_choice("reduction", reduction, messages.REDUCTIONS)
     if not isinstance(inputs[0], Tensor):
         messages.refuse_non_tensor(term.sum.inputs, inputs)
     n = inputs[0].numel() if reduction == "mean" else (inputs[0].shape[0] if inputs[0].ndim else 1)
@@ -70,7 +71,8 @@ def normal_kl(
             have different dtypes.
         ValueError: The shapes do not broadcast, or two tensors are on different devices.
 
-    Source: Kullback & Leibler 1951; the stable form as in Kingma et al. 2021 (VDM).
+    Source:
+        Kullback & Leibler 1951; the stable form as in Kingma et al. 2021 (VDM).
     """
     inputs = (mean1, logvar1, mean2, logvar2)
     try:
@@ -121,14 +123,15 @@ def standard_normal_kl(mean: Tensor, logvar: Tensor, *, reduction: str = "none")
     """KL(N(mean, e^logvar) || N(0, I)), in nats: ``½ [ mean² + expm1(logvar) - logvar ]``.
 
     Args:
-        mean: `[B, ...]`.
-        logvar: log-variance `[B, ...]`.
-        reduction: as in :func:`normal_kl`.
+        mean: ``[B, ...]``.
+        logvar: Log-variance, ``[B, ...]``.
+        reduction: As in :func:`normal_kl`.
 
     Returns:
-        `[B, ...]`, `[B]` or a 0-dim tensor, nats.
+        ``[B, ...]``, ``[B]`` or a 0-dim tensor, nats.
 
-    Source: Kingma & Welling 2014, appendix B.
+    Source:
+        Kingma & Welling 2014, appendix B.
     """
     return reduced(k.STANDARD_NORMAL_KL, (mean, logvar), reduction)
 
@@ -137,13 +140,13 @@ def gaussian_nll(x: Tensor, mean: Tensor, logvar: Tensor, *, reduction: str = "n
     """``-log N(x; mean, e^logvar) = ½ [ log 2π + logvar + (x - mean)² exp(-logvar) ]``, in nats.
 
     Args:
-        x: where the density is wanted `[B, ...]`.
-        mean: `[B, ...]`.
-        logvar: log-variance `[B, ...]`.
-        reduction: as in :func:`normal_kl`.
+        x: The points at which to evaluate the density, ``[B, ...]``.
+        mean: ``[B, ...]``.
+        logvar: Log-variance, ``[B, ...]``.
+        reduction: As in :func:`normal_kl`.
 
     Returns:
-        `[B, ...]`, `[B]` or a 0-dim tensor, nats.
+        ``[B, ...]``, ``[B]`` or a 0-dim tensor, nats.
     """
     return reduced(k.GAUSSIAN_NLL, (x, mean, logvar), reduction)
 
@@ -158,16 +161,17 @@ def reparameterize(
     """A differentiable sample of N(mean, e^logvar): ``z = mean + exp(logvar / 2) noise``.
 
     Args:
-        mean: `[B, ...]`.
-        logvar: log-variance `[B, ...]`.
-        noise: standard normal noise `[B, ...]`, or a recipe for it, drawn in the kernel and drawn
-            again in the backward; None for a recipe seeded by torch's generator.
-        generator: the generator that seeds it, instead of the default one.
+        mean: ``[B, ...]``.
+        logvar: Log-variance, ``[B, ...]``.
+        noise: Standard normal noise ``[B, ...]``, or a noise key: the kernel generates it, and the
+            backward pass generates it again. ``None`` for a key seeded by torch's generator.
+        generator: The generator that seeds the key, instead of the default one.
 
     Returns:
-        `z` `[B, ...]`.
+        ``z`` ``[B, ...]``.
 
-    Source: Kingma & Welling 2014, section 2.4.
+    Source:
+        Kingma & Welling 2014, section 2.4.
     """
     source = noise_or_default(mean, "mean", noise, generator)
     z: Tensor = run_noisy(k.REPARAMETERIZE, (mean, logvar), source)
@@ -181,23 +185,24 @@ def reparameterize_kl(
     *,
     generator: torch.Generator | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """A reparameterised sample and its KL term of the ELBO, in one pass over `mean` and `logvar`.
+    """A reparameterized sample and its KL term of the ELBO, in one pass over the parameters.
 
     ``z = mean + exp(logvar / 2) noise`` and, per sample, ``½ Σ [ mean² + expm1(logvar) - logvar
     ]``.
 
     Args:
-        mean: `[B, ...]`.
-        logvar: log-variance `[B, ...]`.
-        noise: standard normal noise `[B, ...]`, or a recipe for it, drawn in the kernel and drawn
-            again in the backward; None for a recipe seeded by torch's generator.
-        generator: the generator that seeds it, instead of the default one.
+        mean: ``[B, ...]``.
+        logvar: Log-variance, ``[B, ...]``.
+        noise: Standard normal noise ``[B, ...]``, or a noise key: the kernel generates it, and the
+            backward pass generates it again. ``None`` for a key seeded by torch's generator.
+        generator: The generator that seeds the key, instead of the default one.
 
     Returns:
-        `z` `[B, ...]` and the KL of each sample to the standard normal, `[B]`, nats (float32 for
-        16-bit inputs).
+        ``z`` ``[B, ...]`` and the KL of each sample to the standard normal, ``[B]``, nats (float32
+        for 16-bit inputs).
 
-    Source: Kingma & Welling 2014, section 2.4 and appendix B.
+    Source:
+        Kingma & Welling 2014, section 2.4 and appendix B.
     """
     source = noise_or_default(mean, "mean", noise, generator)
     z, kl = run_noisy(k.REPARAMETERIZE_KL, (mean, logvar), source)

@@ -1,4 +1,4 @@
-"""The likelihood of pixels. Nats."""
+"""The likelihood of pixels, in nats."""
 
 from __future__ import annotations
 
@@ -24,21 +24,22 @@ def discretized_gaussian_log_likelihood(
     represented, with gradients that live in both tails. (The usual approximation of Φ by a tanh,
     clamped at 1e-12, has neither.)
 
-    Whether x lies on the grid is not looked at: its bin is x ± 1/255 all the same. In 16 bits x is
-    a rounded pixel and its bin lies around that: masses sum to 1 for scales wide beside the
-    rounding, and float32 pixels are better ones. A scale of 0
-    (log_scales -inf) gives the limit, 0 inside the bin and -inf outside of it; an infinite one
-    -inf, and log ½ in an open bin. nan in, nan out.
+    Pixel values are not validated: the bin is x ± 1/255 for any x. In 16 bits x is a rounded pixel
+    and its bin lies around the rounded value, so masses sum to 1 only for scales that are wide
+    beside the rounding; prefer float32 pixels. A scale of 0 (log_scales -inf) gives the limit, 0
+    inside the bin and -inf outside of it; an infinite scale gives -inf, and log ½ in an open bin.
+    nan in, nan out.
 
     Args:
-        x: pixels, scaled to [-1, 1] `[B, ...]`.
-        means: `[B, ...]`.
-        log_scales: logs of standard deviations (half a log-variance) `[B, ...]`.
-        reduction: as in :func:`diffcore.ops.normal_kl`.
+        x: Pixels, scaled to [-1, 1] ``[B, ...]``.
+        means: ``[B, ...]``.
+        log_scales: Logs of standard deviations (half a log-variance) ``[B, ...]``.
+        reduction: As in :func:`diffcore.ops.normal_kl`.
 
     Returns:
-        `[B, ...]`, `[B]` or a 0-dim tensor, nats.
+        ``[B, ...]``, ``[B]`` or a 0-dim tensor, nats.
 
-    Source: Ho et al. 2020 (DDPM), §3.3; names as in OpenAI's improved-diffusion.
+    Source:
+        Ho et al. 2020 (DDPM), §3.3; names as in OpenAI's improved-diffusion.
     """
     return reduced(k.DISCRETIZED, (x, means, log_scales), reduction)

@@ -1,4 +1,4 @@
-"""Noising, targets and conversions between predictions: linear maps of two tensors."""
+"""Forward diffusion, targets and conversions between predictions: linear maps of two tensors."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Literal, overload
 
 from torch import Tensor
 
-from diffcore._engine import messages
+from diffcore._checks import check_choice
 from diffcore._engine.dispatch import run
 from diffcore._kernels import linear as k
 from diffcore._types import Coef, Noise, Step
@@ -24,7 +24,7 @@ __all__ = [
 ]
 
 
-# One kernel, under the names that its arguments have in each op.
+# One kernel, under the names of the arguments of each op.
 _PAIR, _LEVELS = ("x0", "noise"), ("alpha", "sigma")
 _ADD_NOISE = k.LINEAR_COMBINATION.renamed(_PAIR, _LEVELS)
 _Q_SAMPLE = k.LINEAR_COMBINATION.renamed(_PAIR, _LEVELS, table="table")
@@ -42,14 +42,17 @@ def _target(name: str, alpha: Coef, sigma: Coef) -> tuple[Coef, Coef]:
     if name == "v_prediction":
         return -as_number("sigma", sigma), alpha
     if name == "sample":
-        raise ValueError("return_target is 'sample'; its target is x0 itself")
-    messages.choice("return_target", name, ("epsilon", "v_prediction", "flow_prediction"))
+        raise ValueError(
+            "return_target must be one of 'epsilon', 'v_prediction', 'flow_prediction', got "
+            "'sample'; its target is x0 itself"
+        )
+    check_choice("return_target", name, ("epsilon", "v_prediction", "flow_prediction"))
     return (0.0 if name == "epsilon" else -1.0), 1.0
 
 
 def _refuse_out(out: Tensor | None) -> None:
     if out is not None:
-        raise ValueError("out and return_target are both given; wanted one")
+        raise ValueError("out must be None where return_target is given, got both")
 
 
 @overload
@@ -77,25 +80,26 @@ def add_noise(
     return_target: Target | None = None,
     out: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Noises clean samples: ``x_t = alpha x_0 + sigma noise``.
+    """Adds noise to clean samples: ``x_t = alpha x_0 + sigma noise``.
 
     Variance preserving: alpha = sqrt(alphas_cumprod), sigma = sqrt(1 - alphas_cumprod); variance
     exploding: alpha = 1; rectified flow: alpha = 1 - t, sigma = t.
 
     Args:
-        x0: clean samples `[B, ...]`.
-        noise: standard normal noise `[B, ...]`, or a recipe for it, drawn in the kernel.
-        alpha: signal coefficient: a number, `[B]`, or a table `[T]` with `t`.
-        sigma: noise coefficient, likewise.
-        t: the step that gathers `alpha` and `sigma` from their tables.
-        return_target: the target to return too, made in the same launch: "epsilon" (the noise),
-            "v_prediction" (alpha noise - sigma x_0) or "flow_prediction" (noise - x_0).
-        out: where to write; no gradient may be needed, and no target.
+        x0: Clean samples ``[B, ...]``.
+        noise: Standard normal noise ``[B, ...]``, or a noise key: it is generated in the kernel.
+        alpha: Signal coefficient. A number, 0-dim, ``[B]``, or a table ``[T]`` with ``t``.
+        sigma: Noise coefficient. A number, 0-dim, ``[B]``, or a table ``[T]`` with ``t``.
+        t: The step at which the tables are read: an int, ``[B]`` or a one-element counter.
+        return_target: A target to return as well, computed in the same launch: "epsilon" (the
+            noise), "v_prediction" (alpha noise - sigma x_0) or "flow_prediction" (noise - x_0).
+        out: Tensor to write to. Not with ``return_target``, nor where a gradient is needed.
 
     Returns:
-        `x_t` `[B, ...]`; with `return_target`, `x_t` and the target.
+        ``x_t`` ``[B, ...]``; with ``return_target``, ``x_t`` and the target.
 
-    Source: Ho et al. 2020, eq. 4; Song et al. 2021 for the families.
+    Source:
+        Ho et al. 2020, eq. 4; Song et al. 2021 for the families.
     """
     coefs = (as_coef("alpha", alpha, t), as_coef("sigma", sigma, t))
     if return_target is None:
@@ -131,26 +135,27 @@ def q_sample(
     return_target: Target | None = None,
     out: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Noises clean samples to step `t` of a schedule: ``x_t = alpha_t x_0 + sigma_t noise``.
+    """Adds the noise of step ``t`` of a schedule: ``x_t = alpha_t x_0 + sigma_t noise``.
 
-    The coefficients are gathered inside the kernel, where a noise given as a recipe is drawn too:
-    one launch, which reads x_0 and writes x_t.
+    The kernel gathers the coefficients, and generates the noise where ``noise`` is a key: one
+    launch, which reads x_0 and writes x_t.
 
     Args:
-        x0: clean samples `[B, ...]`.
-        t: an int, `[B]` or a one-element counter, with 0 <= t < T.
-        noise: standard normal noise `[B, ...]`, or a recipe for it.
-        table: `[T, 2]`, float64 or float32: the columns alpha and sigma.
-        return_target: the target to return too, as in :func:`add_noise`.
-        out: where to write; no gradient may be needed, and no target.
+        x0: Clean samples ``[B, ...]``.
+        t: An int, ``[B]`` or a one-element counter, with 0 <= t < T.
+        noise: Standard normal noise ``[B, ...]``, or a noise key.
+        table: ``[T, 2]``, float64 or float32: the columns alpha and sigma.
+        return_target: A target to return as well, as in :func:`add_noise`.
+        out: Tensor to write to. Not with ``return_target``, nor where a gradient is needed.
 
     Returns:
-        `x_t` `[B, ...]`; with `return_target`, `x_t` and the target.
+        ``x_t`` ``[B, ...]``; with ``return_target``, ``x_t`` and the target.
 
-    Source: Ho et al. 2020, eq. 4.
+    Source:
+        Ho et al. 2020, eq. 4.
     """
     if t is None:
-        raise TypeError("t is None; wanted an int or an int64 or int32 tensor")
+        raise TypeError("t must be an int or an int64 or int32 tensor, got NoneType")
     table = as_table("table", table, 2)
     if return_target is None:
         x_t: Tensor = run_noisy(_Q_SAMPLE, (x0,), noise, (table,), t, out)
@@ -169,17 +174,17 @@ def linear_combination(
     t: Step = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """``a x + b y``, the map behind noising, targets, posteriors and conversions.
+    """``a x + b y``, the map behind forward diffusion, targets, posteriors and conversions.
 
     Args:
-        x: `[B, ...]`.
-        y: `[B, ...]`.
-        coefficients: the pair (a, b), or a table `[T, 2]` read at `t`.
-        t: the step, when `coefficients` is a table or holds tables.
-        out: where to write; no gradient may be needed.
+        x: ``[B, ...]``.
+        y: ``[B, ...]``.
+        coefficients: The pair (a, b), or a table ``[T, 2]`` read at ``t``.
+        t: The step at which tables are read: an int, ``[B]`` or a one-element counter.
+        out: Tensor to write to. Not where a gradient is needed.
 
     Returns:
-        `[B, ...]`.
+        ``[B, ...]``.
     """
     if isinstance(coefficients, Tensor):
         coefs: tuple[Coef, ...] = (as_table("coefficients", coefficients, 2),)
@@ -201,17 +206,18 @@ def velocity(
     """The v target: ``v = alpha noise - sigma x_0``.
 
     Args:
-        x0: clean samples `[B, ...]`.
-        noise: the noise that was added `[B, ...]`, or the recipe for it.
-        alpha: signal coefficient: a number, `[B]`, or a table `[T]` with `t`.
-        sigma: noise coefficient, likewise.
-        t: the step that gathers the tables.
-        out: where to write; no gradient may be needed.
+        x0: Clean samples ``[B, ...]``.
+        noise: The noise that was added ``[B, ...]``, or its noise key.
+        alpha: Signal coefficient. A number, 0-dim, ``[B]``, or a table ``[T]`` with ``t``.
+        sigma: Noise coefficient. A number, 0-dim, ``[B]``, or a table ``[T]`` with ``t``.
+        t: The step at which the tables are read: an int, ``[B]`` or a one-element counter.
+        out: Tensor to write to. Not where a gradient is needed.
 
     Returns:
-        `v` `[B, ...]`.
+        ``v`` ``[B, ...]``.
 
-    Source: Salimans & Ho 2022, appendix D.
+    Source:
+        Salimans & Ho 2022, appendix D.
     """
     coefs = (as_coef("sigma", -as_number("sigma", sigma), t), as_coef("alpha", alpha, t))
     v: Tensor = run_noisy(_VELOCITY, (x0,), noise, coefs, t, out)
@@ -227,23 +233,24 @@ def predict_x0(
     prediction_type: str = "epsilon",
     out: Tensor | None = None,
 ) -> Tensor:
-    """The clean sample that a prediction implies.
+    """Converts a prediction to the clean sample x_0.
 
     ``epsilon``: (x_t - sigma m) / alpha; ``sample``: m; ``v_prediction``: alpha x_t - sigma m;
     ``flow_prediction`` (m = noise - x_0 and alpha + sigma = 1): x_t - sigma m.
 
     Args:
-        model_output: m, `[B, ...]`.
-        x_t: the noisy samples `[B, ...]`.
-        alpha: signal coefficient: a number or `[B]`.
-        sigma: noise coefficient, likewise.
+        model_output: m, ``[B, ...]``.
+        x_t: The noisy samples ``[B, ...]``.
+        alpha: Signal coefficient. A number, 0-dim or ``[B]``.
+        sigma: Noise coefficient. A number, 0-dim or ``[B]``.
         prediction_type: "epsilon", "sample", "v_prediction" or "flow_prediction".
-        out: where to write; no gradient may be needed.
+        out: Tensor to write to. Not where a gradient is needed.
 
     Returns:
-        The estimate of `x_0` `[B, ...]`.
+        The estimate of ``x_0`` ``[B, ...]``.
 
-    Source: Ho et al. 2020, eq. 15; Salimans & Ho 2022; Lipman et al. 2023.
+    Source:
+        Ho et al. 2020, eq. 15; Salimans & Ho 2022; Lipman et al. 2023.
     """
     pair = formulas.x0_coefficients(
         in_float64("alpha", alpha), in_float64("sigma", sigma), prediction_type
@@ -261,23 +268,24 @@ def predict_epsilon(
     prediction_type: str = "epsilon",
     out: Tensor | None = None,
 ) -> Tensor:
-    """The noise that a prediction implies.
+    """Converts a prediction to the noise epsilon.
 
     ``epsilon``: m; ``sample``: (x_t - alpha m) / sigma; ``v_prediction``: sigma x_t + alpha m;
     ``flow_prediction``: x_t + (1 - sigma) m.
 
     Args:
-        model_output: m, `[B, ...]`.
-        x_t: the noisy samples `[B, ...]`.
-        alpha: signal coefficient: a number or `[B]`.
-        sigma: noise coefficient, likewise.
+        model_output: m, ``[B, ...]``.
+        x_t: The noisy samples ``[B, ...]``.
+        alpha: Signal coefficient. A number, 0-dim or ``[B]``.
+        sigma: Noise coefficient. A number, 0-dim or ``[B]``.
         prediction_type: "epsilon", "sample", "v_prediction" or "flow_prediction".
-        out: where to write; no gradient may be needed.
+        out: Tensor to write to. Not where a gradient is needed.
 
     Returns:
-        The estimate of the noise `[B, ...]`.
+        The estimate of the noise ``[B, ...]``.
 
-    Source: Salimans & Ho 2022; Lipman et al. 2023.
+    Source:
+        Salimans & Ho 2022; Lipman et al. 2023.
     """
     pair = formulas.epsilon_coefficients(
         in_float64("alpha", alpha), in_float64("sigma", sigma), prediction_type

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from diffcore._checks import check_choice
 from diffcore._engine import messages
 from diffcore._kernels import loss as k
 from diffcore._types import Coef, Noise, Step
@@ -38,30 +39,33 @@ def denoising_loss(
     """The weighted squared error, per sample: ``weight · mean_i (m_i - target_i)²``.
 
     The target is noise ("epsilon"), x_0 ("sample"), alpha noise - sigma x_0 ("v_prediction") or
-    noise - x_0 ("flow_prediction"). It is never written to memory, nor is a noise that is given as
-    a recipe: it is drawn again. The gradient of `model_output`, where one is needed, is made in the
-    same pass, as that of the mean over the batch; the backward pass rescales it if it is asked for
-    that of another function of the losses.
+    noise - x_0 ("flow_prediction"). The target is never written to memory; neither is the noise of
+    a key, which the kernel generates again. Where ``model_output`` needs a gradient, the same pass
+    computes it for the mean over the batch, and the backward pass rescales it for any other
+    function of the losses.
 
     Args:
-        model_output: m, `[B, ...]`.
-        x0: clean samples `[B, ...]`.
-        noise: the noise that was added `[B, ...]`, or the recipe for it.
-        prediction_type: what the model predicts.
-        alpha: signal coefficient, for "v_prediction" only: a number, `[B]`, or a table `[T]` with
-            `t`.
-        sigma: noise coefficient, likewise.
-        weight: the weight of each sample (1 when None), likewise.
-        t: the step that gathers the tables.
+        model_output: m, ``[B, ...]``.
+        x0: Clean samples ``[B, ...]``.
+        noise: The noise that was added ``[B, ...]``, or its noise key.
+        prediction_type: "epsilon", "sample", "v_prediction" or "flow_prediction".
+        alpha: Signal coefficient, for "v_prediction" only. A number, 0-dim, ``[B]``, or a table
+            ``[T]`` with ``t``.
+        sigma: Noise coefficient, for "v_prediction" only. A number, 0-dim, ``[B]``, or a table
+            ``[T]`` with ``t``.
+        weight: Weight of each sample; ``None`` for 1. A number, 0-dim, ``[B]``, or a table ``[T]``
+            with ``t``.
+        t: The step at which the tables are read: an int, ``[B]`` or a one-element counter.
 
     Returns:
-        The loss of each sample, `[B]` (float32 for 16-bit inputs).
+        The loss of each sample, ``[B]`` (float32 for 16-bit inputs).
 
-    Source: Ho et al. 2020, eq. 14 and Algorithm 1; weights: Hang et al. 2023.
+    Source:
+        Ho et al. 2020, eq. 14 and Algorithm 1; weights: Hang et al. 2023.
     """
-    messages.choice("prediction_type", prediction_type, PREDICTION_TYPES)
+    check_choice("prediction_type", prediction_type, PREDICTION_TYPES)
     if not isinstance(model_output, Tensor):
-        raise TypeError(f"model_output is a {type(model_output).__name__}; wanted a torch.Tensor")
+        raise TypeError(f"model_output must be a torch.Tensor, got {type(model_output).__name__}")
     w = 1.0 if weight is None else as_coef("weight", weight, t)
     step = t if isinstance(w, Tensor) and w.ndim == 2 else None
     if prediction_type == "epsilon":
@@ -74,12 +78,12 @@ def denoising_loss(
         else:
             _check_unread("noise", noise, model_output)
         if not isinstance(x0, Tensor):
-            raise TypeError(f"x0 is a {type(x0).__name__}; wanted a torch.Tensor")
+            raise TypeError(f"x0 must be a torch.Tensor, got {type(x0).__name__}")
         return _loss(_X0_LOSS, (model_output,), x0, w, (), step)
     if prediction_type == "flow_prediction":
         return _loss(k.MIXED_TARGET_LOSS, (model_output, x0), noise, w, (-1.0, 1.0), step)
     if alpha is None or sigma is None:
-        raise ValueError("alpha and sigma are needed for prediction_type='v_prediction'")
+        raise ValueError("alpha and sigma are required for prediction_type='v_prediction'")
     a = as_coef("sigma", -as_number("sigma", sigma), t)
     return _loss(_V_LOSS, (model_output, x0), noise, w, (a, as_coef("alpha", alpha, t)), t)
 
@@ -97,15 +101,15 @@ def _loss(
     target: tuple[Coef, ...],
     step: Step,
 ) -> Tensor:
-    """`last`: what the functor reads last, the noise or x_0, or a recipe; `target`: a and b."""
+    """``last``: the last input of the functor, noise or x_0; ``target``: its coefficients a, b."""
     model_output, *others = inputs
     if isinstance(last, Tensor):
         others.append(last)
     inverse_n = 1.0 / max(model_output.shape[1:].numel() if model_output.ndim else 1, 1)
     coefs = (weight, inverse_n, *target)
     found: Tensor
-    wanted = torch.is_grad_enabled() and model_output.requires_grad
-    if wanted and not any(isinstance(x, Tensor) and x.requires_grad for x in others):
+    needed = torch.is_grad_enabled() and model_output.requires_grad
+    if needed and not any(isinstance(x, Tensor) and x.requires_grad for x in others):
         slope = k.expected_gradient(model_output) * inverse_n
         _, found = run_noisy(loss.with_gradient, inputs, last, (*coefs, slope), step)
     else:

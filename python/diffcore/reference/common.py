@@ -18,7 +18,7 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def per_sample(coef: Coef, like: Tensor) -> Coef:
-    """A `[B]` coefficient as `[B, 1, ...]`, rounded once to the compute type of `like`."""
+    """A ``[B]`` coefficient as ``[B, 1, ...]``, rounded once to the compute type of ``like``."""
     if not isinstance(coef, Tensor):
         return coef
     coef = coef.to(compute_dtype(like.dtype))
@@ -36,7 +36,7 @@ def elementwise(
 
 
 def row_sum(terms: Tensor, scale: Coef, reduce_all: bool) -> Tensor:
-    """`scale` times the sum over one sample (`[B]`), or over everything when `reduce_all`."""
+    """``scale`` times the sum over one sample (``[B]``), or over everything when ``reduce_all``."""
     if reduce_all or terms.ndim == 0:
         return terms.sum() * scale
     return terms.flatten(1).sum(1) * scale if terms.ndim > 1 else terms * scale

@@ -82,6 +82,6 @@ def reparameterize(mean: Tensor, logvar: Tensor, noise: Tensor) -> Tensor:
 
 
 def reparameterize_kl(mean: Tensor, logvar: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-    """``z`` and the KL of each sample to the standard normal, `[B]`, nats."""
+    """``z`` and the KL of each sample to the standard normal, ``[B]``, nats."""
     z = reparameterize(mean, logvar, noise)
     return z, standard_normal_kl(mean, logvar, reduction="sample")

@@ -1,6 +1,6 @@
 """Normal numbers as a function of (seed, sample, stream, element): the specification of the noise.
 
-`csrc/noise/normal.h` computes the same bits, on every instruction set and on CUDA. Here they are
+``csrc/noise/normal.h`` computes the same bits, on every instruction set and on CUDA. Here they are
 plain tensor operations, each rounded once, on any device and under torch's transforms.
 
 Philox4x32-10 turns a counter of four 32-bit words and a key of two into four random words; one
@@ -20,14 +20,14 @@ e is the (e mod 4)-th of z0, z1 of the words (0, 1) and z0, z1 of the words (2, 
 
 All floating-point arithmetic is float32, every operation rounded to nearest on its own: a fused
 multiply-add, or another order, is another number. Largest errors, in ulp, against exact values
-(`tests/noise/test_polynomials.py` measures every argument there is):
+(``tests/noise/test_polynomials.py`` measures every argument there is):
 
     -2 ln u of the float32 u     1.96     its square root      1.52
     sin x of the float32 x       0.77     of the exact x       2.76
     cos x of the float32 x       1.65     of the exact x       2.44
 
-`torch.compile` for CPUs keeps to that; compilers for GPUs fuse, so their results may differ in the
-last bits.
+``torch.compile`` for CPUs keeps to that; compilers for GPUs fuse, so their results may differ in
+the last bits.
 
 Sources: J. Salmon, M. Moraes, R. Dror, D. Shaw, "Parallel random numbers: as easy as 1, 2, 3"
 (SC 2011); G. Box, M. Muller, "A note on the generation of random normal deviates" (Ann. Math.

@@ -33,7 +33,7 @@ def reverse_step(
     ``m = m_u + w (m_c - m_u)`` under guidance. The coefs are c_x, c_m, c_0, c_z, a_x, a_m,
     clip_min, clip_max, and then e_x, e_m, e_0, c_1, c_2, c_3 as far as they are needed. A threshold
     s other than 0 clips to [-s, s] instead and divides by s. A learned variance multiplies c_z by
-    ``exp(s_0 + s_v v)``. If it `keeps`, the second result is ``h' = e_x x + e_m m + e_0 x0``.
+    ``exp(s_0 + s_v v)``. If it ``keeps``, the second result is ``h' = e_x x + e_m m + e_0 x0``.
     """
     compute = compute_dtype(x.dtype)
     k = StepColumns(*(per_sample(c, x) for c in coefs))
@@ -87,7 +87,7 @@ def _prediction(
     guidance_scale: Coef,
     threshold: Coef,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(x, m, x0) in the compute type; k as in `reverse_step`, beside the samples."""
+    """(x, m, x0) in the compute type; k as in ``reverse_step``, beside the samples."""
     s, m, x0 = predicted_x0(x, model_output, model_output_uncond, k, guidance_scale)
     bound = torch.as_tensor(per_sample(threshold, x), dtype=s.dtype, device=x.device)
     low, high = (

@@ -27,7 +27,7 @@ def x0_quantile(
 ) -> Tensor:
     """``min(max(quantile(|a_x x + a_m m|, ratio), 1), sample_max_value)`` of each sample.
 
-    ``m = m_u + w (m_c - m_u)``, coefs as in `reverse_step`. The quantile lies ``ratio (n - 1)``
+    ``m = m_u + w (m_c - m_u)``, coefs as in ``reverse_step``. The quantile lies ``ratio (n - 1)``
     from the first of n in order, as numpy's; only that an infinite neighbour does not make it nan.
     """
     k = StepColumns(*(per_sample(c, x) for c in coefs))
