@@ -7,8 +7,8 @@ import math
 from torch import Tensor
 
 from diffcore import ops
-from diffcore._types import Noise
 from diffcore.diffusion.tables import DiffusionTables
+from diffcore.noise import Noise
 
 
 def prior(tables: DiffusionTables, x_start: Tensor) -> Tensor:

@@ -10,9 +10,8 @@ from torch import Tensor
 from diffcore._checks import check_choice, check_float_tensor
 from diffcore._engine import native
 from diffcore._engine.dispatch import plain_eager
-from diffcore._types import Noise
 from diffcore.coefficients.bound import DECODERS
-from diffcore.noise import PhiloxNoise
+from diffcore.noise import Noise, PhiloxNoise
 
 
 def can_read_values(x: Tensor) -> bool:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from diffcore import ops
 from diffcore._checks import check_choice
-from diffcore._types import Model, Noise, StepNoise
+from diffcore._types import Model
 from diffcore.coefficients.bound import DECODERS, LEARNED, VARIANCE_TYPES
 from diffcore.coefficients.step import PREDICTION_TYPES
 from diffcore.diffusion import bound, reverse, training
@@ -34,7 +34,7 @@ from diffcore.diffusion.checks import (
     check_weights,
 )
 from diffcore.diffusion.tables import DiffusionTables, on_cpu
-from diffcore.noise import PhiloxNoise
+from diffcore.noise import Noise, PhiloxNoise, StepNoise
 from diffcore.sampling.loop import run_table
 from diffcore.sampling.model import call_model
 from diffcore.sampling.noise import initial_sample

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from diffcore import ops
-from diffcore._types import Noise
 from diffcore.diffusion.tables import DeviceCopies, DiffusionTables
+from diffcore.noise import Noise
 
 
 def moments(

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from diffcore import ops
-from diffcore._types import Noise
 from diffcore.diffusion.tables import DiffusionTables
+from diffcore.noise import Noise
 
 LOSS_TYPES = ("mse", "rescaled_mse", "kl", "rescaled_kl")
 

@@ -9,10 +9,9 @@ from typing import Any
 from torch import Tensor
 
 from diffcore._checks import check_count
-from diffcore._types import Noise
 from diffcore.likelihood.checkpoint import digest
 from diffcore.likelihood.tally import Tally
-from diffcore.noise import PhiloxNoise
+from diffcore.noise import Noise, PhiloxNoise
 
 DEFAULT_BATCH_SIZE = 64
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from diffcore._checks import check_choice, check_count
-from diffcore._types import Model, Noise
+from diffcore._types import Model
 from diffcore.coefficients.bound import DECODERS
 from diffcore.diffusion import GaussianDiffusion
 from diffcore.diffusion.checks import check_batch, check_decoder
@@ -25,7 +25,7 @@ from diffcore.likelihood.batches import Batches, noise_of_batch, skip_counted
 from diffcore.likelihood.checkpoint import Checkpoint, describe_model, describe_noise, digest
 from diffcore.likelihood.strata import Strata
 from diffcore.likelihood.tally import Tally
-from diffcore.noise import PhiloxNoise
+from diffcore.noise import Noise, PhiloxNoise
 from diffcore.sampling.model import model_device
 from diffcore.sampling.progress import progress_counter
 

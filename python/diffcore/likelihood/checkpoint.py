@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffcore._types import Model, Noise
+from diffcore._types import Model
 from diffcore.likelihood.tally import Tally
-from diffcore.noise import PhiloxNoise
+from diffcore.noise import Noise, PhiloxNoise
 
 _FORMAT = 1
 

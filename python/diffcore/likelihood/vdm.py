@@ -12,11 +12,11 @@ from torch import Tensor
 
 from diffcore import ops
 from diffcore._checks import check_choice, check_count
-from diffcore._types import Model, Noise
+from diffcore._types import Model
 from diffcore.coefficients.bound import DECODERS, FIXED, VLB_COLUMNS
 from diffcore.coefficients.step import PREDICTION_TYPES, target_coefficients, x0_coefficients
 from diffcore.diffusion.checks import can_read_values, check_noise, check_pixels
-from diffcore.noise import PhiloxNoise
+from diffcore.noise import Noise, PhiloxNoise
 from diffcore.sampling.model import call_model, check_samples
 
 Gamma = Callable[[Tensor], Tensor]

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from diffcore._kernels.step import PLAIN, Plan, columns_read, learned_plan, plan
-from diffcore._types import Coef, Noise, Tensors
+from diffcore._types import Coef, Tensors
 from diffcore.coefficients.step import HISTORY_READ, HISTORY_WRITTEN, STEP_COLUMNS
+from diffcore.noise import Noise
 from diffcore.ops.step import guidance_of, launch
 
 _NOISE = STEP_COLUMNS.index("c_z")

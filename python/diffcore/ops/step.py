@@ -9,8 +9,9 @@ from torch import Tensor
 
 from diffcore._engine.dispatch import plain_eager, run
 from diffcore._kernels import step as k
-from diffcore._types import ClipRange, Coef, Coefs, Noise, Row, Step, Tensors
+from diffcore._types import ClipRange, Coef, Coefs, Row, Step, Tensors
 from diffcore.coefficients import step as formulas
+from diffcore.noise import Noise
 from diffcore.ops._arguments import as_coef, as_table, in_float64
 from diffcore.ops._noise import run_noisy
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from diffcore import ops
-from diffcore._types import Callback, Model, StepNoise, Tensors
+from diffcore._types import Callback, Model, Tensors
+from diffcore.noise import StepNoise
 from diffcore.sampling.model import predict
 from diffcore.sampling.noise import noise_of_row
 from diffcore.sampling.progress import progress_bar

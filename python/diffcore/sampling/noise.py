@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffcore._types import Model, Noise, StepNoise
-from diffcore.noise import PhiloxNoise
+from diffcore._types import Model
+from diffcore.noise import Noise, PhiloxNoise, StepNoise
 from diffcore.sampling.model import model_device
 from diffcore.solvers import SolverTable
 

@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from diffcore._types import Callback, Model, StepNoise
+from diffcore._types import Callback, Model
+from diffcore.noise import StepNoise
 from diffcore.sampling.loop import run_table
 from diffcore.sampling.model import check_samples
 from diffcore.sampling.noise import check_step_noise, noise_or_default

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from diffcore._checks import check_choice
-from diffcore._types import ClipRange, Levels
+from diffcore._types import ClipRange
 from diffcore.coefficients.step import (
     LEARNED,
     VARIANCE_TYPES,
@@ -16,7 +16,7 @@ from diffcore.coefficients.step import (
     posterior_coefficients,
     tensors,
 )
-from diffcore.solvers.levels import NoiseLevels, as_levels
+from diffcore.solvers.levels import Levels, NoiseLevels, as_levels
 from diffcore.solvers.rows import Rows, ancestral, at_least_zero, toward
 from diffcore.solvers.table import SolverTable
 

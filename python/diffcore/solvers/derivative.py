@@ -12,8 +12,8 @@ import math
 from collections.abc import Sequence
 
 from diffcore._kernels.step import MOST_HISTORY
-from diffcore._types import ClipRange, Levels
-from diffcore.solvers.levels import Level, NoiseLevels, as_levels
+from diffcore._types import ClipRange
+from diffcore.solvers.levels import Level, Levels, NoiseLevels, as_levels
 from diffcore.solvers.rows import Rows, ancestral, at_least_zero, check_order, toward
 from diffcore.solvers.table import SolverTable
 

@@ -7,9 +7,9 @@ import math
 from collections.abc import Sequence
 
 from diffcore._checks import check_choice
-from diffcore._types import ClipRange, Levels
+from diffcore._types import ClipRange
 from diffcore.solvers.exponential import first_order_weight, interpolating_weights, last_finite, phi
-from diffcore.solvers.levels import as_levels
+from diffcore.solvers.levels import Levels, as_levels
 from diffcore.solvers.rows import Rows, ancestral, at_least_zero, check_order, toward
 from diffcore.solvers.table import SolverTable
 

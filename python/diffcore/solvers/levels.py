@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -366,7 +366,11 @@ class NoiseLevels:
         return 1 / math.hypot(sigma / alpha, self.input_std)
 
 
-def as_levels(levels: NoiseLevels | Tensor | Sequence[float]) -> NoiseLevels:
+Levels: TypeAlias = NoiseLevels | Tensor | Sequence[float]
+"""Where a solver steps: noise levels, or sigmas of a variance exploding process."""
+
+
+def as_levels(levels: Levels) -> NoiseLevels:
     """Noise levels unchanged, and sigmas ``[N + 1]`` as levels with alpha = 1.
 
     Args:

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, TypedDict
 
 from torch import Tensor
 
-from diffcore._types import ClipRange, Levels
+from diffcore._types import ClipRange
 from diffcore.solvers.derivative import euler_table, heun_table
 from diffcore.solvers.dpmpp import dpmpp_table
-from diffcore.solvers.levels import NoiseLevels
+from diffcore.solvers.levels import Levels, NoiseLevels
 from diffcore.solvers.table import SolverTable
 
 if TYPE_CHECKING:

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 from diffcore._checks import check_choice
-from diffcore._types import ClipRange, Levels
+from diffcore._types import ClipRange
 from diffcore.solvers.dpmpp import SOLVER_TYPES
 from diffcore.solvers.exponential import first_order_weight, interpolating_weights, phi
-from diffcore.solvers.levels import as_levels
+from diffcore.solvers.levels import Levels, as_levels
 from diffcore.solvers.rows import Rows, check_order
 from diffcore.solvers.table import SolverTable
 

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from diffcore._checks import check_choice
-from diffcore._types import Coef, Noise
+from diffcore._types import Coef
 from diffcore.coefficients.step import STEP_COLUMNS
+from diffcore.noise import Noise
 from diffcore.ops import reverse_step
 from diffcore.ops._launcher import RowLauncher
 
