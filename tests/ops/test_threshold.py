@@ -1,7 +1,7 @@
-"""The threshold of dynamic thresholding, against numpy's quantiles.
+"""The threshold of dynamic thresholding, compared with numpy's quantiles.
 
-Values are held to few bits where x0 is computed from several tensors: then x0 has no rounding, on
-any instruction set, and what is judged is the selection alone.
+Values have few bits where x0 is computed from several tensors: x0 is then exact on any instruction
+set, and only the selection is tested.
 """
 
 from __future__ import annotations
@@ -26,8 +26,7 @@ from support.waiting import no_waiting
 
 RATIOS = (0.0, 0.001, 0.5, 0.9, 0.995, 1.0)
 SIZES = (1, 2, 3, 511, 512, 513, 8191, 65537)
-SCALE = 2.0**40
-"""Lifts the smallest of many numbers above 1, the least threshold."""
+SCALE = 2.0**40  # lifts the smallest of many numbers above 1, the least threshold
 
 
 def row(a_x: float, a_m: float, columns: int = 8) -> Tensor:
@@ -302,7 +301,7 @@ def test_the_reference_agrees(device: str) -> None:
 @pytest.mark.skipif(native._C is None, reason="needs the compiled module")
 @pytest.mark.parametrize("ratio", [-3.0, 1.5, math.inf])
 def test_the_operator_takes_a_wild_ratio_for_the_nearest(ratio: float, device: str) -> None:
-    # The public op refuses it, but nobody looks at what is on a device.
+    # The public op refuses it, but a value on a device is not checked.
     x = numbers(2, 40_000).to(device)
     columns = [0.0, 0.0, 0.0, 0.0, SCALE, 0.0, -1.0, 1.0]
     numbers_ = [1.0, 0.0, *columns, ratio, math.inf]
@@ -312,8 +311,7 @@ def test_the_operator_takes_a_wild_ratio_for_the_nearest(ratio: float, device: s
 
 
 def test_a_constant_to_autograd(device: str) -> None:
-    x, m = coarse((2, 9)).to(device).requires_grad_(), coarse((2, 9)).to(device).requires_grad_()
-    table = TABLE.to(device).requires_grad_()
+    x, m, table = (y.to(device).requires_grad_() for y in (coarse((2, 9)), coarse((2, 9)), TABLE))
     assert not ops.dynamic_threshold(x, m, table, t=1).requires_grad
     gradient = torch.func.grad(lambda y: (y * of_numbers(y, 0.5)[:, None]).sum())(x.detach())
     assert_same_bits(gradient, of_numbers(x, 0.5)[:, None].expand(2, 9))
