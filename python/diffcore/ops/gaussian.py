@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -75,18 +77,22 @@ def normal_kl(
     Source:
         Kullback & Leibler 1951; the stable form as in Kingma et al. 2021 (VDM).
     """
-    inputs = (mean1, logvar1, mean2, logvar2)
-    try:
-        same = mean1.shape == logvar1.shape == mean2.shape == logvar2.shape  # type: ignore[union-attr]
-    except AttributeError:
-        same = False
-    if same:
-        return reduced(k.NORMAL_KL, inputs, reduction)  # type: ignore[arg-type]
-    numbers = _broadcast(("mean1", "logvar1", "mean2", "logvar2"), inputs)
-    standard = all(type(x) in (int, float) and x == 0 for x in (mean2, logvar2))
-    return reduced(
-        *((k.STANDARD_NORMAL_KL, numbers[:2]) if standard else (k.NORMAL_KL, numbers)), reduction
-    )
+    inputs: Any = (mean1, logvar1, mean2, logvar2)
+    refusal = None
+    # A kernel checks the shapes faster than Python does. A compiler records the call unchecked.
+    if not torch.compiler.is_compiling():
+        try:
+            return reduced(k.NORMAL_KL, inputs, reduction)
+        except (TypeError, ValueError) as error:
+            refusal = error
+    if all(isinstance(x, Tensor) and x.shape == inputs[0].shape for x in inputs):
+        if refusal is not None:
+            raise refusal
+        return reduced(k.NORMAL_KL, inputs, reduction)
+    full = _broadcast(("mean1", "logvar1", "mean2", "logvar2"), inputs)
+    if all(type(x) in (int, float) and x == 0 for x in (mean2, logvar2)):
+        return reduced(k.STANDARD_NORMAL_KL, full[:2], reduction)
+    return reduced(k.NORMAL_KL, full, reduction)
 
 
 def _broadcast(names: tuple[str, ...], inputs: tuple[Tensor | float, ...]) -> Tensors:

@@ -177,7 +177,9 @@ def reverse_step(
     """
     earlier = tuple(history)
     keeps = return_history or len(earlier) > 1
-    variance = _variance_of(variance_output, variance_coefficients)
+    variance = None
+    if variance_output is not None or variance_coefficients is not None:
+        variance = _variance_of(variance_output, variance_coefficients)
     if len(earlier) > k.MOST_HISTORY:
         raise ValueError(f"history must hold at most {k.MOST_HISTORY} tensors, got {len(earlier)}")
     if return_log_prob and (out is not None or earlier or keeps or variance is not None):
@@ -307,9 +309,11 @@ def predictions(
     x: Tensor, model_output: Tensor, guidance: Guidance | None, threshold: Coef | None
 ) -> tuple[Tensors, tuple[Coef, Coef]]:
     """The tensors that every step reads, and the coefficients that no table holds."""
-    bound = 0.0 if threshold is None else as_coef("threshold", threshold, None)
-    if isinstance(bound, float) and bound < 0:
-        raise ValueError(f"threshold must be at least 0, got {bound}")
+    bound: Coef = 0.0
+    if threshold is not None:
+        bound = as_coef("threshold", threshold, None)
+        if isinstance(bound, float) and bound < 0:
+            raise ValueError(f"threshold must be at least 0, got {bound}")
     if guidance is None:
         return (x, model_output), (1.0, bound)
     uncond, scale = guidance
@@ -334,9 +338,7 @@ def guidance_of(output_uncond: Tensor | None, scale: Coef | None) -> Guidance | 
     return None if output_uncond is None and scale is None else Guidance(output_uncond, scale)
 
 
-def _variance_of(output: Tensor | None, coefficients: Row | None) -> LearnedVariance | None:
-    if output is None and coefficients is None:
-        return None
+def _variance_of(output: Tensor | None, coefficients: Row | None) -> LearnedVariance:
     if output is None or coefficients is None:
         raise ValueError(
             "variance_output and variance_coefficients must be given together, got one"
