@@ -102,10 +102,11 @@ struct TestCall {
   }
 };
 
-inline const OpInfo* op_named(const std::string& name, bool draws = false) {
+inline const OpInfo* op_named(const std::string& name, bool generates_noise = false) {
   const OpTable table = op_table();
   for (int k = 0; k < table.size; ++k)
-    if (table.ops[k].name == name && table.ops[k].draws == draws) return &table.ops[k];
+    if (table.ops[k].name == name && table.ops[k].generates_noise == generates_noise)
+      return &table.ops[k];
   std::fprintf(stderr, "no op %s\n", name.c_str());
   std::exit(1);
 }
@@ -119,7 +120,7 @@ inline TestCall plain_call(const OpInfo* op, const Dims& shape) {
   for (int k = 0; k < op->n_out; ++k) call.out.emplace_back(shape, at += 65536);
   for (int k = 0; k < op->n_sum; ++k) call.out.emplace_back(Dims{shape[0]}, at += 65536);
   for (int k = 0; k < op->n_coef; ++k) call.number(k);
-  call.has_noise = op->draws;
+  call.has_noise = op->generates_noise;
   return call;
 }
 

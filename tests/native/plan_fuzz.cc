@@ -33,7 +33,7 @@ class Fuzzer {
     call.step_is_tensor = rarely(2);
     call.step = small({rows()}, kInt64);
     if (rarely(8)) call.step = small({}, kInt32);
-    call.has_noise = call.op->draws != rarely(50);
+    call.has_noise = call.op->generates_noise != rarely(50);
     for (int k = 0; k < kNoiseParts; ++k) {
       call.noise_is_tensor[k] = rarely(3);
       call.noise[k] = small(k == kIdsPart ? Dims{rows()} : Dims{}, kInt64);
@@ -165,7 +165,7 @@ class Fuzzer {
         CHECK(offset(call.in[k].view(), i) == row * args.row_stride[k] + column);
       for (int k = 0; k < op.n_out; ++k)
         CHECK(offset(call.out[k].view(), i) == row * args.cols + column);
-      if (op.draws) check_noise_order(args, i % (sample ? sample : 1), column);
+      if (op.generates_noise) check_noise_order(args, i % (sample ? sample : 1), column);
     }
     for (int k = 0; k < op.n_in; ++k) CHECK(args.in[k] == call.in[k].data);
     for (int k = 0; k < op.n_out; ++k) CHECK(args.out[k] == call.out[k].data);

@@ -18,7 +18,7 @@ void test_plain_calls_of_every_op() {
     TestCall call = plain_call(&table.ops[k], {4, 3, 5});
     Plan plan;
     CHECK(is(call.plan(&plan), Code::kDone));
-    const bool by_row = table.ops[k].n_sum || table.ops[k].draws;
+    const bool by_row = table.ops[k].n_sum || table.ops[k].generates_noise;
     CHECK(plan.args.rows == (by_row ? 4 : 1) && plan.args.cols == (by_row ? 15 : 60));
     CHECK(plan.elements == 60 && plan.dtype == kF32 && !plan.empty);
     for (int c = 0; c < table.ops[k].n_coef; ++c) CHECK(plan.args.coef[c].value == c);
@@ -87,8 +87,8 @@ void test_many_dimensions() {
 // ---- calls that are wrong ------------------------------------------------------------------------
 
 template <class Change>
-Reason changed(const char* op, bool draws, Change change) {
-  TestCall call = plain_call(op_named(op, draws), {4, 3, 5});
+Reason changed(const char* op, bool generates_noise, Change change) {
+  TestCall call = plain_call(op_named(op, generates_noise), {4, 3, 5});
   change(call);
   return call.plan();
 }
