@@ -1,10 +1,14 @@
 # `make help` lists the targets. Nothing has to be set; what can be:
 #   PYTHON              the interpreter to start from                  python3
 #   VENV                where the development environment goes         .venv
+#   TORCH               another torch: 2.10.0, or newest               as constraints-dev.txt pins it
+#                       (with a VENV for itself: TORCH=2.10.0 VENV=.venv-oldest)
 #   DIFFCORE_CUDA       AUTO | ON | OFF: build the CUDA kernels        AUTO: when nvcc is found
 #   DIFFCORE_CUDA_ARCHS architectures of the development build         this machine's GPU, else 80-real
 #   BENCH               which benchmarks: ops, training, ...           all
+#   SANITIZE_TESTS      the test files of `make sanitize`              ops forward, layouts, ...
 #   OUT                 where `make gpu-check` leaves its results       gpu-check-out
+#   JOBS                how many processes run the tests             2, 0 for one without a pool
 #   PYTEST_ARGS, DEMO_ARGS, BENCH_ARGS                                 passed on
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -15,8 +19,10 @@ MAKEFLAGS += --no-builtin-rules
 
 PYTHON ?= python3
 VENV ?= .venv
+TORCH ?=
 OUT ?= gpu-check-out
 DEMO_OUT ?= demo-output
+JOBS ?= 2
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
 BENCH_ARGS ?=
@@ -29,7 +35,11 @@ DEV_CUDA_ARCHS := $(or $(DIFFCORE_CUDA_ARCHS),$(if $(HAS_GPU),native,80-real))
 
 PY := $(VENV)/bin/python
 # The constraint goes with every install: without it pip takes the newest torch and gigabytes of CUDA libraries with it.
-PIP_INSTALL := $(PY) -m pip install --disable-pip-version-check --quiet -c constraints-dev.txt
+CONSTRAINTS := constraints-dev.txt
+ifneq ($(TORCH),)
+CONSTRAINTS := $(VENV)/constraints-torch-$(TORCH).txt
+endif
+PIP_INSTALL := $(PY) -m pip install --disable-pip-version-check --quiet -c $(CONSTRAINTS)
 BUILD_DIR := build/dev
 
 NATIVE_SOURCES := $(shell find csrc -type f 2>/dev/null) CMakeLists.txt pyproject.toml
@@ -48,7 +58,12 @@ $(VENV)/bin/python:
 	  { echo "$(PYTHON) cannot make virtual environments. On Debian and Ubuntu: apt-get install python3-venv" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.requirements: requirements-dev.txt constraints-dev.txt | $(VENV)/bin/python
+ifneq ($(TORCH),)
+$(CONSTRAINTS): constraints-dev.txt | $(VENV)/bin/python
+	sed '$(if $(filter newest,$(TORCH)),/^torch==/d,s/^torch==.*/torch==$(TORCH)/)' $< > $@
+endif
+
+$(VENV)/.requirements: requirements-dev.txt $(CONSTRAINTS) | $(VENV)/bin/python
 	$(PIP_INSTALL) -r requirements-dev.txt
 	@touch $@
 
@@ -69,7 +84,7 @@ endef
 $(VENV)/.installed: $(NATIVE_SOURCES) $(VENV)/.requirements $(VENV)/.modules
 	@$(CHECK_TOOLCHAIN)
 	PATH="$(abspath $(VENV))/bin:$$PATH" DIFFCORE_CUDA_ARCHS='$(DEV_CUDA_ARCHS)' \
-	  $(PIP_INSTALL) --no-build-isolation --config-settings=build-dir=$(BUILD_DIR) -e '.[cli,demo,test,bench]'
+	  $(PIP_INSTALL) --no-build-isolation --config-settings=build-dir=$(BUILD_DIR) -e '.[cli,demo,test,bench,docs]'
 	@touch $@
 
 .PHONY: build
@@ -82,12 +97,13 @@ demo: $(VENV)/.installed  ## train the VAE and the diffusion model on real digit
 	$(PY) -m diffcore demo --out $(DEMO_OUT) $(DEMO_ARGS)
 
 test: $(VENV)/.installed  ## build and run every test that this machine can run
-	$(PY) -m pytest $(PYTEST_ARGS)
+	$(PY) -m pytest -n $(JOBS) --dist worksteal $(PYTEST_ARGS)
 
 # ---- checks --------------------------------------------------------------------------------------------------------
 
 .PHONY: lint format
-lint: $(VENV)/.installed  ## ruff, mypy --strict, clang-format
+lint: $(VENV)/.installed  ## ruff, mypy --strict, clang-format, ends of lines and YAML
+	$(PY) tools/tidy_text.py --check
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
@@ -96,23 +112,49 @@ lint: $(VENV)/.installed  ## ruff, mypy --strict, clang-format
 format: $(VENV)/.requirements  ## rewrite the files as `make lint` wants them
 	$(PY) -m ruff check --fix-only .
 	$(PY) -m ruff format .
+	$(PY) tools/tidy_text.py || true
 	$(if $(CLANG_FORMATTED),$(VENV)/bin/clang-format -i $(CLANG_FORMATTED))
+
+# A second build of the package, in a folder that no installation knows: -S keeps the editable install of the
+# environment out. The allocator of torch is the sanitizer's, so a read past the end of a tensor ends the run.
+SANITIZE_TESTS ?= tests/ops/test_forward.py tests/ops/test_layouts.py tests/ops/test_errors_out.py tests/ops/test_threshold.py \
+  tests/noise/test_bits.py
+SANITIZE_SITE := build/sanitize/site
+SANITIZE_RUNTIMES := asan ubsan stdc++
+define SANITIZED_PYTHON
+LD_PRELOAD="$(foreach lib,$(SANITIZE_RUNTIMES),$$($${CXX:-c++} -print-file-name=lib$(lib).so))" \
+  ASAN_OPTIONS=detect_leaks=0:abort_on_error=1 UBSAN_OPTIONS=print_stacktrace=1 \
+  PYTHONPATH="$(SANITIZE_SITE):$$($(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" $(PY) -S
+endef
+
+.PHONY: sanitize
+sanitize: $(VENV)/.installed  ## build with AddressSanitizer and UBSan (GCC); every op and some of the tests on the CPU
+	@$(CHECK_TOOLCHAIN)
+	PATH="$(abspath $(VENV))/bin:$$PATH" $(PIP_INSTALL) --no-build-isolation --no-deps --upgrade \
+	  --target $(SANITIZE_SITE) --config-settings=build-dir=build/sanitize/cmake \
+	  --config-settings=cmake.build-type=RelWithDebInfo --config-settings=install.strip=false \
+	  --config-settings=cmake.define.DIFFCORE_SANITIZE=ON --config-settings=cmake.define.DIFFCORE_CUDA=OFF .
+	$(SANITIZED_PYTHON) tools/sanitizer_run.py --device cpu
+	$(SANITIZED_PYTHON) -m pytest -p no:cacheprovider -m 'not slow' $(SANITIZE_TESTS) $(PYTEST_ARGS)
 
 .PHONY: wheel
 wheel: $(VENV)/.requirements  ## wheel and sdist in dist/, then a smoke test of the wheel in a throw-away environment
 	@$(CHECK_TOOLCHAIN)
 	rm -rf dist
-	PIP_CONSTRAINT='$(CURDIR)/constraints-dev.txt' $(PY) -m build --outdir dist .
+	PIP_CONSTRAINT='$(abspath $(CONSTRAINTS))' $(PY) -m build --outdir dist .
 	$(PY) tools/check_wheel.py dist
 
 .PHONY: bench
 bench: $(VENV)/.installed  ## time the ops against eager, torch.compile and a copy of the same bytes
 	set -e; for name in $(BENCH); do $(PY) -m benchmarks.bench_$$name $(BENCH_ARGS); done
 
+# The packages of the extra [docs], without the package itself: the reference is made from the sources as text.
+DOCS_PACKAGES := $(shell sed -n 's/^docs = \[\(.*\)\].*/\1/p' pyproject.toml | tr -d ',')
+
 .PHONY: docs
 docs: $(VENV)/.requirements  ## the documentation site, in site/
-	$(PIP_INSTALL) mkdocs mkdocs-material
-	$(PY) -m mkdocs build --strict
+	$(PIP_INSTALL) $(DOCS_PACKAGES)
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
 
 # For a machine that already has torch, the build tools and a GPU, and maybe no network: no virtual environment, no registry.
 .PHONY: gpu-check
@@ -122,7 +164,7 @@ gpu-check:  ## on a GPU machine: build into PYTHON's environment, CUDA tests, co
 	  $(PYTHON) -m pip install --no-build-isolation --no-deps --no-index --config-settings=build-dir=build/gpu .
 	$(PYTHON) -m pytest -m cuda --require-cuda $(PYTEST_ARGS)
 	$(if $(SANITIZER),PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(SANITIZER) --tool memcheck --error-exitcode 9 \
-	  $(PYTHON) tools/sanitizer_run.py,@echo 'compute-sanitizer left out, because SANITIZER is empty')
+	  $(PYTHON) tools/sanitizer_run.py --device cuda,@echo 'compute-sanitizer left out, because SANITIZER is empty')
 	set -e; for name in $(BENCH); do \
 	  $(PYTHON) -m benchmarks.bench_$$name --device cuda --out '$(OUT)' $(BENCH_ARGS); done
 

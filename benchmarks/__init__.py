@@ -2,6 +2,6 @@
 
 import os
 
-# Read when torch is imported: its profiler, which tells peak memory on the CPU, is talkative.
+# Read when torch is imported. Its profiler, which measures peak memory on the CPU, prints a lot.
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")

@@ -1,10 +1,10 @@
-"""Times the terms of the variational bound against the code that is copied for them.
+"""Times the terms of the variational bound against the code in common use.
 
     python -m benchmarks.bench_bound [--device auto|cpu|cuda] [--out FOLDER-OR-FILE] [--quick]
 
-``vlb_term``: eager PyTorch forms the two means and the two log-variances, then their KL, as
-guided-diffusion does; "whole" is all of its code, which computes the decoder's term of every sample
-too and picks with ``torch.where``. No sample is at t = 0 here.
+For ``vlb_term``, eager PyTorch computes the two means, the two log-variances and their KL, as
+guided-diffusion does. "whole" is all of guided-diffusion's code, which also computes the decoder's
+term of every sample and selects with ``torch.where``. No sample is at t = 0 here.
 """
 
 from __future__ import annotations

@@ -1,10 +1,11 @@
-"""Times the exact discretised likelihood against the approximation in use, and its exact formula.
+"""Times the exact discretized likelihood against the usual approximation and the exact formula.
 
     python -m benchmarks.bench_likelihood [--device auto|cpu|cuda] [--out FOLDER-OR-FILE] [--quick]
 
-`eager` and `compile` are the approximation of Φ by a tanh, clamped at 1e-12, as in OpenAI's
-improved-diffusion and guided-diffusion, from its formula; they are not exact and not checked. The
-exact formula in PyTorch, by ``log_ndtr``, stands beside them. Gradients are in mean and scale.
+``eager`` and ``compile`` approximate Φ by a tanh, clamped at 1e-12, with the formula of OpenAI's
+improved-diffusion and guided-diffusion; they are not exact, and not checked. ``exact, eager`` and
+``exact, compile`` are the exact formula in PyTorch, with ``log_ndtr``. Gradients are with respect
+to mean and scale.
 """
 
 from __future__ import annotations

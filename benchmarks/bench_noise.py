@@ -1,11 +1,11 @@
-"""Times noise that is drawn inside the kernels against noise that PyTorch draws into memory.
+"""Times noise generated inside the kernels against noise that PyTorch writes to memory.
 
     python -m benchmarks.bench_noise [--device auto|cpu|cuda] [--out FOLDER-OR-FILE] [--quick]
 
-Eager PyTorch and ``torch.compile`` draw with ``randn_like``, diffcore from a recipe; of the losses
-only diffcore draws, again, what the others have kept. The same recipe as a tensor is the noise with
-which a result is checked against float64 before it is timed. On the CPU one core alone is timed
-too, with each instruction set.
+Eager PyTorch and ``torch.compile`` call ``randn_like``; diffcore generates noise from a key. In the
+losses only diffcore generates noise, again, and the others read the noise that they kept. Before a
+result is timed, it is checked against float64 with the key's noise tensor. On the CPU one core is
+timed as well, with each instruction set.
 """
 
 from __future__ import annotations

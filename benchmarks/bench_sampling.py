@@ -1,12 +1,13 @@
-"""Times whole sampling loops, per step: what a solver costs beside its network.
+"""Times complete sampling loops, per step: the cost of a solver relative to its network.
 
     python -m benchmarks.bench_sampling [--device auto|cpu|cuda] [--out FOLDER-OR-FILE] [--quick]
 
-"Solver alone" stands for an infinitely fast network: its output is a tensor that is already there.
-DDPM draws noise in every step: diffcore inside the step's kernel, the others into memory. With the
-demo's U-Net the same loops show what is left of the gain. diffcore's loop is ``diffcore.sample``,
-eager's is written by hand with coefficients that are numbers already, diffusers' is that of its
-pipelines. On CUDA the first two are also recorded, whole loop and network, as a CUDA graph each.
+"Solver alone" stands for an infinitely fast network: its output is an existing tensor. DDPM adds
+noise in every step: diffcore generates it inside the kernel of the step, the others write it to
+memory. With the demo's U-Net, the same loops show how much of the gain remains. The loop of
+diffcore is ``diffcore.sample``, that of eager is plain torch with coefficients as Python numbers,
+that of diffusers is the one of its pipelines. On CUDA the first two are also recorded, loop and
+network together, as a CUDA graph each.
 """
 
 from __future__ import annotations
@@ -30,36 +31,45 @@ import diffcore
 from benchmarks import report
 from benchmarks.bench_training import row
 from benchmarks.contest import WrongResultError, check_outputs
+from benchmarks.sampling_loops import (
+    NO_DIFFUSERS,
+    TRAINING_STEPS,
+    Model,
+    Noises,
+    SamplingLoop,
+    has_diffusers,
+)
 from benchmarks.timing import Budget, Call, interleave
-from benchmarks.walks import NO_DIFFUSERS, TRAINING_STEPS, Model, Noises, Walk, has_diffusers
 from diffcore import PhiloxNoise, sample
 
 KINDS = ("DDPM", "DPM++ 2M", "Euler")
 STEPS = 50
 SHAPES = {"cpu": [(1, 4, 8, 8), (64, 3, 32, 32)], "cuda": [(1, 4, 64, 64), (64, 3, 256, 256)]}
 UNET = {"cpu": [(5, (64, 1, 28, 28))], "cuda": [(50, (1, 1, 28, 28)), (50, (64, 1, 28, 28))]}
-AGREEMENT = 1e-3  # of diffusers' loop, whose coefficients are float32: relative
+AGREEMENT = 1e-3  # relative, with the loop of diffusers, whose coefficients are float32
 
 
-def loops(walk: Walk, model: Model, start: Tensor, notes: list[str]) -> dict[str, list[Call]]:
-    """Everyone's loop from the same start.
+def loops(
+    solver: SamplingLoop, model: Model, start: Tensor, notes: list[str]
+) -> dict[str, list[Call]]:
+    """The loops of all contestants, from the same start.
 
     Args:
-        walk: the solver.
+        solver: the solver.
         model: the network.
         start: what to start from.
-        notes: where to say what could not take part.
+        notes: list that gets a line for each contestant that cannot take part.
     """
     device = start.device
-    by_hand = partial(walk.by_hand(device), model, start)
-    found: dict[str, Call] = {"diffcore": partial(sample, model, start, walk.table)}
-    found["eager"] = by_hand
+    plain = partial(solver.plain_torch(device), model, start)
+    found: dict[str, Call] = {"diffcore": partial(sample, model, start, solver.table)}
+    found["eager"] = plain
     if has_diffusers():
-        found["diffusers"] = partial(walk.diffusers(device), model, start)
+        found["diffusers"] = partial(solver.diffusers(device), model, start)
     if device.type == "cuda":
         for name, record in (
-            ("diffcore, captured", partial(captured, walk, model, start)),
-            ("eager, captured", partial(graphed, by_hand, device)),
+            ("diffcore, captured", partial(captured, solver, model, start)),
+            ("eager, captured", partial(graphed, plain, device)),
         ):
             try:
                 found[name] = record()
@@ -68,9 +78,11 @@ def loops(walk: Walk, model: Model, start: Tensor, notes: list[str]) -> dict[str
     return {name: [call] for name, call in found.items()}
 
 
-def captured(walk: Walk, model: Model, start: Tensor) -> Call:
-    """``diffcore.capture``: the loop as one CUDA graph, another seed in every call."""
-    loop = diffcore.capture(model, walk.table, start.shape, dtype=start.dtype, device=start.device)
+def captured(solver: SamplingLoop, model: Model, start: Tensor) -> Call:
+    """``diffcore.capture``: the loop as one CUDA graph, with another seed in each call."""
+    loop = diffcore.capture(
+        model, solver.table, start.shape, dtype=start.dtype, device=start.device
+    )
     return partial(loop, x=start)
 
 
@@ -92,89 +104,101 @@ def graphed(loop: Callable[[], Tensor], device: torch.device) -> Call:
     return replay
 
 
-def check(walk: Walk, model: Model, start: Tensor) -> None:
-    """Checks the loops against the hand-written one in float64, with the same noise in every step.
+def check(solver: SamplingLoop, model: Model, start: Tensor) -> None:
+    """Checks the loops against the one in plain torch in float64, with the same noise in each step.
 
     Raises:
-        WrongResultError: diffcore is further away than twice the hand-written loop in float32, or
+        WrongResultError: diffcore is further away than twice the plain loop in float32, or
             diffusers computes something else.
     """
-    recipe = PhiloxNoise(2026)
-    by_hand = walk.by_hand(start.device)
+    key = PhiloxNoise(2026)
+    plain = solver.plain_torch(start.device)
 
     def noises() -> Noises:
-        """Step i of the loop draws from the stream i + 1; in float32, whatever asks."""
+        """Step i of the loop takes the stream i + 1, in float32 for samples of any dtype."""
         streams = itertools.count(1)
-        return lambda x: recipe.at(next(streams)).tensor(x.shape, device=x.device)
+        return lambda x: key.at(next(streams)).tensor(x.shape, device=x.device)
 
-    found = sample(model, start, walk.table, noise=recipe)
-    eager = by_hand(model, start, noises())
-    truth = by_hand(lambda x, t: model(x.float(), t).double(), start.double(), noises())
-    check_outputs(f"diffcore's {walk.kind} loop", [found], [eager], [truth], whole=True)
-    if has_diffusers() and not walk.table.stochastic:
-        off = (walk.diffusers(start.device)(model, start) - truth).norm() / truth.norm()
+    found = sample(model, start, solver.table, noise=key)
+    eager = plain(model, start, noises())
+    truth = plain(lambda x, t: model(x.float(), t).double(), start.double(), noises())
+    check_outputs(f"diffcore's {solver.kind} loop", [found], [eager], [truth], whole=True)
+    if has_diffusers() and not solver.table.stochastic:
+        off = (solver.diffusers(start.device)(model, start) - truth).norm() / truth.norm()
         if not off <= AGREEMENT:
-            raise WrongResultError(f"diffusers' {walk.kind} loop is off by {float(off):.2g}")
+            raise WrongResultError(f"diffusers' {solver.kind} loop is off by {float(off):.2g}")
 
 
 @torch.no_grad()
 def time_solver(
-    walk: Walk, shape: tuple[int, ...], device: torch.device, budget: Budget, notes: list[str]
+    solver: SamplingLoop,
+    shape: tuple[int, ...],
+    device: torch.device,
+    budget: Budget,
+    notes: list[str],
 ) -> dict[str, Any]:
     """One row: the solver alone, seconds a step.
 
     Args:
-        walk: which.
-        shape: of the samples.
-        device: where.
-        budget: how long.
-        notes: where to say what could not take part.
+        solver: the solver.
+        shape: shape of the samples.
+        device: where to run.
+        budget: how long to measure.
+        notes: list that gets a line for each contestant that cannot take part.
     """
     start, output = (torch.randn(shape, device=device) for _ in range(2))
-    start *= walk.table.init_noise_sigma
+    start *= solver.table.init_noise_sigma
 
     def model(x: Tensor, t: Tensor) -> Tensor:
         return output if x.dtype == output.dtype else output.to(x.dtype)
 
-    check(walk, model, start)
-    what = f"{walk.kind} step, solver alone, {report.times(shape)}"
-    return _time(what, loops(walk, model, start, notes), walk, device, budget)
+    check(solver, model, start)
+    what = f"{solver.kind} step, solver alone, {report.times(shape)}"
+    return _time(what, loops(solver, model, start, notes), solver, device, budget)
 
 
 @torch.no_grad()
 def time_unet(
-    walk: Walk, shape: tuple[int, ...], device: torch.device, budget: Budget, notes: list[str]
+    solver: SamplingLoop,
+    shape: tuple[int, ...],
+    device: torch.device,
+    budget: Budget,
+    notes: list[str],
 ) -> dict[str, Any]:
     """One row: solver and the demo's U-Net, seconds a step.
 
     Args:
-        walk: which solver.
-        shape: of the samples.
-        device: where.
-        budget: how long.
-        notes: where to say what could not take part.
+        solver: the solver.
+        shape: shape of the samples.
+        device: where to run.
+        budget: how long to measure.
+        notes: list that gets a line for each contestant that cannot take part.
     """
     from diffcore.demo.networks import UNet
 
     net = UNet(num_timesteps=TRAINING_STEPS).to(device).eval()
-    start = walk.table.init_noise_sigma * torch.randn(shape, device=device)
-    told = walk.table.timesteps.to(device)
+    start = solver.table.init_noise_sigma * torch.randn(shape, device=device)
+    timesteps = solver.table.timesteps.to(device)
 
     def network_alone() -> None:
-        for t in told:
+        for t in timesteps:
             net(start, t.expand(len(start)))
 
-    calls = {**loops(walk, net, start, notes), "network alone": [network_alone]}
-    what = f"{walk.kind} step, U-Net, {report.times(shape)}"
-    return _time(what, calls, walk, device, budget)
+    calls = {**loops(solver, net, start, notes), "network alone": [network_alone]}
+    what = f"{solver.kind} step, U-Net, {report.times(shape)}"
+    return _time(what, calls, solver, device, budget)
 
 
 def _time(
-    what: str, calls: dict[str, list[Call]], walk: Walk, device: torch.device, budget: Budget
+    what: str,
+    calls: dict[str, list[Call]],
+    solver: SamplingLoop,
+    device: torch.device,
+    budget: Budget,
 ) -> dict[str, Any]:
     report.progress(what)
     timings = interleave(calls, device, budget, wall=True)
-    n = walk.steps
+    n = solver.steps
     per_step = {
         name: dataclasses.replace(t, median=t.median / n, p20=t.p20 / n, p80=t.p80 / n)
         for name, t in timings.items()
@@ -189,12 +213,11 @@ def measure(device: torch.device, args: argparse.Namespace) -> dict[str, Any]:
     rows: list[dict[str, Any]] = []
     notes = [] if has_diffusers() else [NO_DIFFUSERS]
     for kind in KINDS:
-        walk = Walk(kind, 5 if args.quick else STEPS)
-        for shape in SHAPES[device.type]:
-            rows.append(time_solver(walk, shape, device, budget, notes))
+        solver = SamplingLoop(kind, 5 if args.quick else STEPS)
+        rows += [time_solver(solver, shape, device, budget, notes) for shape in SHAPES[device.type]]
     for steps, shape in UNET[device.type]:
         batch = 4 if args.quick else shape[0]
-        few = Walk("DPM++ 2M", 5 if args.quick else steps)
+        few = SamplingLoop("DPM++ 2M", 5 if args.quick else steps)
         rows.append(time_unet(few, (batch, *shape[1:]), device, budget, notes))
     report.progress("")
     return {"rows": rows, "notes": list(dict.fromkeys(notes))}

@@ -2,8 +2,8 @@
 
     python -m benchmarks.bench_threshold [--device auto|cpu|cuda] [--out FOLDER-OR-FILE] [--quick]
 
-Eager PyTorch forms x0 and its magnitudes in memory first, as it has to. A copy of the bytes that
-are read is the roof; diffcore reads them more than once.
+Eager PyTorch first has to write x0 and its magnitudes to memory. The copy moves the bytes that are
+read once; diffcore reads them more than once.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""Times a training step: its diffusion part alone, and all of it with the demo's U-Net.
+"""Times a training step: its diffusion part alone, and the complete step with the demo's U-Net.
 
     python -m benchmarks.bench_training [--device auto|cpu|cuda] [--out FOLDER-OR-FILE] [--quick]
 
 The diffusion part is what surrounds the network: noise, x_t, the loss and the gradient that the
-network gets. Where the noise is drawn, eager PyTorch and ``torch.compile`` draw it into memory,
-diffcore inside its kernels. Beside the whole step stands the network alone, which no library can
-make faster.
+network receives. With "noise drawn", eager PyTorch and ``torch.compile`` write the noise to memory,
+and diffcore generates it inside its kernels. Next to the complete step is the time of the network
+alone, which no library of diffusion ops can reduce.
 """
 
 from __future__ import annotations
@@ -199,7 +199,7 @@ def time_unet(device: torch.device, budget: Budget, quick: bool) -> dict[str, An
     def diffcore_loss(
         model: torch.nn.Module, x0: Tensor, t: Tensor, noise: Tensor | None = None
     ) -> Tensor:
-        return diffusion.training_losses(model, x0, t, noise)["loss"].mean()
+        return diffusion.training_losses(model, x0, t, noise=noise)["loss"].mean()
 
     def network_loss(model: torch.nn.Module, x0: Tensor, t: Tensor) -> Tensor:
         # A sum is the cheapest loss there is: its gradient is one number.
@@ -207,7 +207,7 @@ def time_unet(device: torch.device, budget: Budget, quick: bool) -> dict[str, An
         return total
 
     t, noise = torch.randint(steps, (batch,), device=device), torch.randn_like(x0)
-    _check_unet(first, eager_loss, diffcore_loss, x0, t, noise)
+    _check_unet(first, eager_loss, diffcore_loss, x0, t, noise=noise)
 
     def step(loss: Callable[..., Tensor], model: torch.nn.Module, optimizer: Any) -> None:
         t = torch.randint(steps, (batch,), device=device)

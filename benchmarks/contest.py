@@ -1,4 +1,4 @@
-"""Who is timed against whom, on which inputs; and the check that comes first."""
+"""The contestants of a benchmark, their inputs, and the check that comes before the timing."""
 
 from __future__ import annotations
 

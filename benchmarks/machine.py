@@ -1,4 +1,4 @@
-"""What a number was measured on, and whether ``torch.compile`` can be a baseline there."""
+"""The machine of a measurement, and whether ``torch.compile`` can be a baseline on it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Peak memory of a call beyond its inputs: intermediate tensors that a fused op never forms."""
+"""Peak memory of a call beyond its inputs: the intermediate tensors that a fused op avoids."""
 
 from __future__ import annotations
 

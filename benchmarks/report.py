@@ -22,7 +22,7 @@ SCHEMA = 1
 LEFT = {"op", "mode", "dtype", "shape", "where", "what", "contestant", "step"}  # columns of text
 
 
-# ---- what the scripts share -----------------------------------------------------------------
+# ---- shared by the scripts -------------------------------------------------------------------
 
 
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,15 +38,15 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
         "[default: benchmarks/results]",
     )
     parser.add_argument(
-        "--quick", action="store_true", help="small and short: to see that it works, not to quote"
+        "--quick", action="store_true", help="small and short: a smoke test, not a measurement"
     )
 
 
 def devices(name: str) -> list[torch.device]:
-    """The devices that --device means.
+    """The devices that --device names.
 
     Raises:
-        SystemExit: it is not there.
+        SystemExit: The device is not available.
     """
     gpu = torch.cuda.is_available()
     if name == "auto":
@@ -136,11 +136,13 @@ def load(path: Path) -> dict[str, Any]:
     """Reads a result file.
 
     Raises:
-        ValueError: it was written by another version.
+        ValueError: The file has another schema version.
     """
     results: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     if results.get("schema") != SCHEMA:
-        raise ValueError(f"{path} has schema {results.get('schema')}; wanted {SCHEMA}: remove it")
+        raise ValueError(
+            f"{path} must have schema {SCHEMA}, got {results.get('schema')}; remove it"
+        )
     return results
 
 
@@ -161,7 +163,7 @@ def save(results: Mapping[str, Any], path: Path) -> None:
 
 
 def _short(value: Any) -> Any:
-    """Floats cut to what a measurement can mean; infinities, which JSON lacks, as None."""
+    """Rounds floats to five digits, and maps infinities, which JSON lacks, to None."""
     if isinstance(value, float):
         return float(f"{value:.5g}") if abs(value) < float("inf") else None
     if isinstance(value, Mapping):
@@ -214,7 +216,7 @@ def ops_table(rows: Sequence[Row]) -> Table:
 
 
 def noise_table(rows: Sequence[Row]) -> Table:
-    """As for the ops, and what is special about a row: its layout, one core alone."""
+    """As for the ops, with a column for what is special: the layout, or one core only."""
     header, body = ops_table(rows)
     header.insert(4, "where")
     for cells, r in zip(body, rows, strict=True):
@@ -256,7 +258,7 @@ def _mib(nbytes: int) -> str:
 
 
 def whole_table(rows: Sequence[Row]) -> Table:
-    """Whole pieces of work, the contestants below each other; eager is 1."""
+    """Complete pieces of work, one contestant a row; eager is 1."""
     others = [k for k in ("eager", "diffusers") if any(k in r["timings"] for r in rows)]
     header = ["what", "contestant", "time", "p20 – p80", *(f"× {k}" for k in others), "peak memory"]
     body = []
@@ -274,11 +276,11 @@ def whole_table(rows: Sequence[Row]) -> Table:
 
 
 def steps_table(rows: Sequence[Row]) -> Table:
-    """One reverse step a row; what is wanted of it beside what it is."""
+    """One reverse step a row."""
     times_of = ("diffcore", "reverse_step", "diffusers", "eager", "compile", "copy")
     used = [k for k in times_of if any(k in r["timings"] for r in rows)]
     header = ["step", "dtype", "shape", *used, "% of copy", "× eager", "× compile"]
-    return [*header, "× diffusers", "wanted"], [
+    return [*header, "× diffusers"], [
         [
             r["step"],
             r["dtype"],
@@ -288,16 +290,9 @@ def steps_table(rows: Sequence[Row]) -> Table:
             number(r["times_eager"], unit="×"),
             number(r["times_compile"], unit="×"),
             number(r["times_diffusers"], ".1f", "×"),
-            _wanted(r["wanted"]),
         ]
         for r in rows
     ]
-
-
-def _wanted(limits: Mapping[str, float]) -> str:
-    if "seconds" in limits:
-        return f"≤ {duration(limits['seconds'])}"
-    return f"≥ {limits['times']:g}×" if "times" in limits else "–"
 
 
 TABLES: dict[str, Callable[[Sequence[Row]], Table]] = {
@@ -315,7 +310,7 @@ TABLES: dict[str, Callable[[Sequence[Row]], Table]] = {
 
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, title: str) -> None:
-    """A table on the terminal, by rich where it is installed."""
+    """Prints a table on the terminal, with rich if it is installed."""
     try:
         from rich.console import Console
         from rich.table import Table as RichTable
@@ -328,7 +323,7 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, title: 
         table.add_column(name, justify="left" if left else "right", no_wrap=True)
     for row in rows:
         table.add_row(*row)
-    # Wide enough for every column also where the output goes to a file.
+    # Wide enough for every column, also when the output goes to a file.
     width = sum(max(map(len, column)) + 2 for column in zip(header, *rows, strict=True))
     console = Console()
     Console(width=max(console.width, width)).print(table, markup=False)

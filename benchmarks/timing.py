@@ -1,10 +1,10 @@
 """Times contestants side by side: interleaved in one run, warmed up and repeated by time.
 
-The contestants take turns, one sample each, and the order turns with every round: what disturbs
-the machine for a while disturbs all of them, and a ratio of medians stays honest. A sample is
-wall-clock time on the CPU, and device time between two events on CUDA. There the L2 cache is
-emptied before each sample, and the device is kept waiting while the host enqueues, so that a slow
-host does not count; :func:`call_overhead` counts just that. On the CPU freed memory is kept, see
+The contestants take turns, one sample each, and the order rotates with every round: a temporary
+disturbance of the machine affects all of them, so the ratio of medians stays valid. A sample is
+wall-clock time on the CPU, and device time between two events on CUDA. On CUDA the L2 cache is
+emptied before each sample, and the device waits while the host enqueues, so that a slow host does
+not count; :func:`call_overhead` measures the host. On the CPU freed memory is kept, see
 :func:`keep_freed_memory`.
 """
 

@@ -1,10 +1,10 @@
-"""Draws the pictures of solvers.md: solvers in a world of one dimension, its flow known exactly.
+"""Draws the pictures of solvers.md: solvers on one-dimensional data with a known exact flow.
 
     python docs/make_solver_pictures.py [--out docs/assets]
 
-The data are a mixture of Gaussians, so the best denoiser is a closed formula; and in one dimension
-the probability flow keeps every sample at its quantile, so the exact flow is one, too. Everything
-is computed by ``diffcore.sample`` in float64.
+The data are a mixture of Gaussians, so the best denoiser has a closed form. In one dimension the
+probability flow keeps every sample at its quantile, so the exact flow has one too.
+``diffcore.sample`` computes everything in float64.
 """
 
 from __future__ import annotations
@@ -40,32 +40,32 @@ Make = Callable[..., SolverTable]
 Callback = Callable[[dict[str, Any]], object]
 
 
-# ---- the world ------------------------------------------------------------------------------
+# ---- the data -------------------------------------------------------------------------------
 
 
-def spread(sigma: float) -> Tensor:
-    """Standard deviation of each part of the mixture, after noise."""
+def std_of(sigma: float) -> Tensor:
+    """Standard deviation of each component of the noisy mixture."""
     return (STDS**2 + sigma**2).sqrt()
 
 
 def density(x: Tensor, sigma: float) -> Tensor:
-    """Density of the noised data."""
-    std = spread(sigma)
+    """Density of the noisy data."""
+    std = std_of(sigma)
     z = (x[..., None] - MEANS) / std
     return (WEIGHTS * torch.exp(-(z**2) / 2) / std).sum(-1) / math.sqrt(2 * math.pi)
 
 
 def denoised(x: Tensor, sigma: float) -> Tensor:
-    """E[x_0 | x]: what a perfect network answers."""
-    std = spread(sigma)
+    """E[x_0 | x], the output of a perfect network."""
+    std = std_of(sigma)
     z = (x[..., None] - MEANS) / std
     parts = torch.softmax(WEIGHTS.log() - std.log() - z**2 / 2, -1)
     return (parts * (MEANS + STDS**2 / std * z)).sum(-1)
 
 
 def at_quantile(q: Tensor, sigma: float) -> Tensor:
-    """Where the noised data have these quantiles, by bisection: the exact flow keeps q."""
-    std = spread(sigma)
+    """The quantiles q of the noisy data, by bisection. The exact flow keeps q."""
+    std = std_of(sigma)
     reach = 3 + 10 * float(std.max())
     low, high = torch.full_like(q, -reach), torch.full_like(q, reach)
     for _ in range(80):
@@ -76,18 +76,20 @@ def at_quantile(q: Tensor, sigma: float) -> Tensor:
     return (low + high) / 2
 
 
-# ---- the walks, all of them over sigmas that fall by one factor ---------------------------------
+# ---- the sampling loops, over geometric sigmas ----------------------------------------------
 
 HIGH, LOW = 80.0, 0.05
 
 
 def geometric(steps: int, high: float = HIGH) -> Tensor:
-    """The levels of so many steps."""
+    """The sigmas of a loop with this number of steps."""
     return get_sigmas_exponential(steps + 1, LOW, high)[:-1]
 
 
-def walk(make: Make, sigmas: Tensor, quantiles: Tensor, callback: Callback | None = None) -> Tensor:
-    """Where a solver takes the samples that start at these quantiles."""
+def solve(
+    make: Make, sigmas: Tensor, quantiles: Tensor, callback: Callback | None = None
+) -> Tensor:
+    """The end of the samples that start at these quantiles."""
     table = make(sigmas, prediction_type="sample")
     start = at_quantile(quantiles, float(sigmas[0]))
     return sample(lambda x, s: denoised(x, float(s[0])), start, table, callback=callback)
@@ -96,7 +98,7 @@ def walk(make: Make, sigmas: Tensor, quantiles: Tensor, callback: Callback | Non
 # ---- trajectories ----------------------------------------------------------------------------
 
 CALLS, TRAJECTORY_HIGH = 8, 10.0
-WALKS: dict[str, tuple[Make, int]] = {  # and the steps that take so many calls
+LOOPS: dict[str, tuple[Make, int]] = {  # and the number of steps that makes CALLS model calls
     "Euler (DDIM)": (solvers.euler_table, CALLS),
     "Heun": (solvers.heun_table, CALLS // 2),
     "LMS-4": (solvers.lms_table, CALLS),
@@ -105,28 +107,28 @@ WALKS: dict[str, tuple[Make, int]] = {  # and the steps that take so many calls
     "UniPC-3": (UNIPC, CALLS),
 }
 STARTS = torch.linspace(0.04, 0.96, 9, dtype=torch.float64)
-COLOURS = plt.colormaps["viridis"](torch.linspace(0.05, 0.85, len(STARTS)).numpy())
+COLORS = plt.colormaps["viridis"](torch.linspace(0.05, 0.85, len(STARTS)).numpy())
 
 
 def draw_trajectories(path: Path) -> None:
-    """Six solvers, each against the exact flow, over the density of the noised data.
+    """Six solvers, each against the exact flow, over the density of the noisy data.
 
-    Everything is shown divided by sqrt(1 + sigma^2), which keeps it on the page.
+    The picture shows x / sqrt(1 + sigma^2), which has about the same range at every sigma.
     """
     fine, y = geometric(120, TRAJECTORY_HIGH), torch.linspace(-2.9, 2.9, 140).double()
     size = (1 + fine**2).sqrt()
     shade = torch.stack([z * density(z * y, s) for z, s in zip(size, fine.tolist(), strict=True)])
     exact = torch.stack([at_quantile(STARTS, s) for s in fine.tolist()]) / size[:, None]
     figure, axes = plt.subplots(2, 3, figsize=(10.5, 6.6), sharex=True, sharey=True)
-    for ax, (name, (make, steps)) in zip(axes.flat, WALKS.items(), strict=True):
+    for ax, (name, (make, steps)) in zip(axes.flat, LOOPS.items(), strict=True):
         ax.pcolormesh(fine, y, shade.T.sqrt(), cmap="Greys", vmax=2.2, shading="nearest")
         ax.plot(fine, exact, color=INK, linewidth=0.9, linestyle=(0, (4, 2)))
-        seen: list[Tensor] = []
+        states: list[Tensor] = []
         sigmas = geometric(steps, TRAJECTORY_HIGH)
-        end = walk(make, sigmas, STARTS, lambda state, seen=seen: seen.append(state["x"]))
-        walked = torch.stack([*seen, end]) / (1 + sigmas[:, None] ** 2).sqrt()
-        for k, colour in enumerate(COLOURS):
-            ax.plot(sigmas, walked[:, k], "o-", color=colour, lw=1.3, markersize=2.8)
+        end = solve(make, sigmas, STARTS, lambda state, states=states: states.append(state["x"]))
+        solved = torch.stack([*states, end]) / (1 + sigmas[:, None] ** 2).sqrt()
+        for k, color in enumerate(COLORS):
+            ax.plot(sigmas, solved[:, k], "o-", color=color, lw=1.3, markersize=2.8)
         error = float((end - at_quantile(STARTS, LOW)).square().mean().sqrt())
         ax.set_title(f"{name}: error {error:.2g}", fontsize=10, loc="left", color=INK)
         ax.set(xscale="log", xlim=(TRAJECTORY_HIGH, LOW), ylim=(-2.9, 2.9))
@@ -138,7 +140,7 @@ def draw_trajectories(path: Path) -> None:
         ax.set_xlabel("sigma, from noise to data", fontsize=9, color=INK)
     for ax in axes[:, 0]:
         ax.set_ylabel("x / sqrt(1 + sigma²)", fontsize=9, color=INK)
-    title = f"{CALLS} model calls each; dashed: the exact flow; shade: the density of noised data"
+    title = f"{CALLS} model calls each; dashed: the exact flow; shade: the density of noisy data"
     _finish(figure, title, path)
 
 
@@ -159,9 +161,9 @@ QUANTILES = torch.linspace(0.02, 0.98, 97, dtype=torch.float64)
 
 
 def error(make: Make, calls: int) -> tuple[int, float]:
-    """How many calls it came to, and the distance from the exact flow (root mean square)."""
+    """The number of model calls, and the root-mean-square distance from the exact flow."""
     each = len(make(geometric(2))) // 2
-    end = walk(make, geometric(calls // each), QUANTILES)
+    end = solve(make, geometric(calls // each), QUANTILES)
     return calls // each * each, float((end - at_quantile(QUANTILES, LOW)).square().mean().sqrt())
 
 
@@ -169,17 +171,17 @@ def draw_convergence(path: Path) -> None:
     """Error against model calls, with the slopes of the orders."""
     figure, ax = plt.subplots(figsize=(8.6, 5.6))
     ends: list[tuple[float, str, str]] = []
-    for name, (make, colour, marker) in CURVES.items():
+    for name, (make, color, marker) in CURVES.items():
         points = [error(make, calls) for calls in SIZES]
-        ax.loglog(*zip(*points, strict=True), marker=marker, color=colour, markersize=4, lw=1.5)
-        ends.append((points[-1][1], name, colour))
+        ax.loglog(*zip(*points, strict=True), marker=marker, color=color, markersize=4, lw=1.5)
+        ends.append((points[-1][1], name, color))
         slope = math.log2(points[-3][1] / points[-1][1]) / math.log2(points[-1][0] / points[-3][0])
         print(f"{name:16} error {points[5][1]:.2e} at 32, {points[-1][1]:.2e}; slope {slope:.2f}")
     previous = math.inf
-    for value, name, colour in sorted(ends, reverse=True):
+    for value, name, color in sorted(ends, reverse=True):
         place = min(value, previous / 2.2)  # labels do not overlap
         previous = place
-        ax.text(SIZES[-1] * 1.09, place, name, color=colour, va="center", fontsize=9)
+        ax.text(SIZES[-1] * 1.09, place, name, color=color, va="center", fontsize=9)
     for order in (1, 2, 3, 4):
         n, y = (7, 20), (3e-5, 3e-5 * (7 / 20) ** order)
         ax.plot(n, y, color=PALE, linewidth=0.9, linestyle=":")

@@ -1,9 +1,10 @@
-"""Sample one world with several solvers at the same price, and draw what comes out.
+"""Compare solvers with the same number of model calls, and plot their samples.
 
     python examples/compare_solvers.py solvers.png --calls 16
 
-The data are eight Gaussians on a ring, so the best denoiser is a formula; no training. All walks
-start from the same noise. The deterministic ones are compared with a walk of 500 steps from there.
+The data are eight Gaussians on a ring, so the best denoiser has a formula and needs no training.
+All sampling loops start from the same noise. The deterministic solvers are compared with a loop of
+500 steps from the same start.
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ from diffcore.sigmas import get_sigmas_karras
 
 STD = 0.08
 ANGLES = torch.arange(8) * (math.pi / 4)
-CENTRES = torch.stack([ANGLES.cos(), ANGLES.sin()], dim=1)
+CENTERS = torch.stack([ANGLES.cos(), ANGLES.sin()], dim=1)
 
-SOLVERS = {  # and how often a step calls the model
+SOLVERS = {  # with the number of model calls per step
     "DDPM": (solvers.ddpm_table, 1),
     "Euler": (solvers.euler_table, 1),
     "Heun": (solvers.heun_table, 2),
@@ -34,25 +35,25 @@ SOLVERS = {  # and how often a step calls the model
 def denoise(x: Tensor, sigma: Tensor) -> Tensor:
     """E[x_0 | x] for x = x_0 + sigma noise."""
     variance = (STD**2 + sigma**2).unsqueeze(1)
-    weights = torch.softmax(-(torch.cdist(x, CENTRES) ** 2) / (2 * variance), dim=1)
-    centre = weights @ CENTRES
-    return centre + STD**2 / variance * (x - centre)
+    weights = torch.softmax(-(torch.cdist(x, CENTERS) ** 2) / (2 * variance), dim=1)
+    center = weights @ CENTERS
+    return center + STD**2 / variance * (x - center)
 
 
 def main(calls: int, picture: Path | None = None, *, count: int = 1000) -> dict[str, float]:
-    """Sample with each solver; return how far each ends from the long walk, on average."""
-    noise = PhiloxNoise(seed=0)  # the start, and a stream for each step of DDPM
+    """Sample with each solver; return its average distance from the loop of 500 steps."""
+    noise = PhiloxNoise(seed=0)  # the start, and one stream per step of DDPM
     start = 20.0 * noise.tensor((count, 2))
 
-    def walk(make: solvers.SolverTable, steps: int) -> Tensor:
+    def run(make: solvers.SolverTable, steps: int) -> Tensor:
         table = make(get_sigmas_karras(steps, 0.02, 20.0), prediction_type="sample")
         return sample(denoise, start, table, noise=noise, progress=None)
 
-    truth = walk(solvers.heun_table, 500)
-    samples = {name: walk(make, calls // each) for name, (make, each) in SOLVERS.items()}
+    truth = run(solvers.heun_table, 500)
+    samples = {name: run(make, calls // each) for name, (make, each) in SOLVERS.items()}
     errors = {name: float((x - truth).norm(dim=1).mean()) for name, x in samples.items()}
     for name, error in errors.items():
-        what = "draws noise of its own" if name == "DDPM" else f"{error:.3f} from the long walk"
+        what = "adds noise" if name == "DDPM" else f"{error:.3f} from the loop of 500 steps"
         print(f"{name}: {what}")
     if picture is not None:
         draw({**samples, "500 steps": truth}, picture)
@@ -60,7 +61,7 @@ def main(calls: int, picture: Path | None = None, *, count: int = 1000) -> dict[
 
 
 def draw(samples: dict[str, Tensor], picture: Path) -> None:
-    """Draw the samples of each solver beside each other."""
+    """Plot the samples of each solver side by side."""
     try:
         import matplotlib.pyplot as plt
     except ImportError:

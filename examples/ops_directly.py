@@ -1,9 +1,9 @@
-"""Write a sampler around the ops: noise, predict, step, with a model known in closed form.
+"""Write a sampler with the functional ops: add noise, predict, step.
 
     python examples/ops_directly.py
 
-The data are N(m, s^2 I), so the best prediction of x_0 from x_t is linear and exact; no training.
-DDPM must then give back the mean and nearly the spread of the data; the ops do all the rest.
+The data are N(m, s^2 I), so the best prediction of x_0 from x_t is linear and needs no training.
+DDPM then returns the mean and, nearly, the standard deviation of the data.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ def best_x0(x_t: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
 
 
 def main(count: int) -> tuple[float, float]:
-    """Noise data, predict the noise, sample; return mean and std of the samples."""
+    """Add noise, recover it, sample; return mean and standard deviation of the samples."""
     torch.manual_seed(0)
     schedule = diffcore.NoiseSchedule.from_betas(diffcore.make_betas("linear", 1000))
     alpha, sigma = schedule.alpha, schedule.sigma  # float64 [1000]
 
-    # Forward: one launch noises every sample to its own timestep.
+    # Forward: one launch adds noise to every sample at its own timestep.
     x0, noise = MEAN + STD * torch.randn(count, 16), torch.randn(count, 16)
     t = torch.randint(1000, (count,))
     x_t = diffcore.q_sample(x0, t, noise, torch.stack([alpha, sigma], dim=1))
     epsilon = diffcore.predict_epsilon(x0, x_t, alpha[t], sigma[t], prediction_type="sample")
     print(f"noise recovered from x_0 and x_t: error {(epsilon - noise).abs().mean():.1e}")
 
-    # Reverse: Algorithm 2 of DDPM, one launch a step; the model predicts x_0.
+    # Reverse: Algorithm 2 of DDPM, one launch per step; the model predicts x_0.
     x = torch.randn(count, 16)
     for i in range(999, 0, -1):
         x = diffcore.ddpm_step(

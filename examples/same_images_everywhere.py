@@ -1,10 +1,10 @@
-"""Draw the same 64 images from one batch of 64, 64 batches of one, and two processes: equal bits.
+"""Sample the same 64 images in one batch, in 64 batches, and in two processes: equal bits.
 
     python examples/same_images_everywhere.py
 
-The noise is a recipe: image i takes the noise of sample i, wherever, whenever and beside whichever
-others it is drawn. The model is known in closed form, so there is nothing to train or download:
-the data are eight shapes on grainy paper, and it returns the best guess of x_0.
+The noise is given by a key: image i gets the noise of sample i in any batch and any process. The
+model has a closed form, so there is nothing to train or download: the data are eight shapes on
+grainy paper, and the model returns the best prediction of x_0.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def shapes() -> Tensor:
 
 
 class BestGuess:
-    """E[x_0 | x_t] for data that are one of the shapes, plus N(0, GRAIN^2) in every pixel."""
+    """E[x_0 | x_t] for data that are one of the shapes plus N(0, GRAIN^2) in every pixel."""
 
     def __init__(self, diffusion: diffcore.GaussianDiffusion) -> None:
         alpha, sigma = diffusion.schedule.alpha, diffusion.schedule.sigma  # float64 [T]
@@ -47,10 +47,10 @@ class BestGuess:
         self.shapes = shapes()
 
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
-        """Map x_t [B, 1, SIZE, SIZE] and t [B] to the guess, each sample by itself."""
+        """Map x_t [B, 1, SIZE, SIZE] and t [B] to x_0, each sample on its own."""
         alpha, logvar, gain = self.table[:, t].view(3, -1, 1, 1, 1)
         logvar = logvar.expand_as(x)
-        # How well each shape explains x_t. Sums of diffcore's have the same bits in any batch.
+        # How well each shape explains x_t. diffcore's sums have the same bits in any batch.
         nll = [
             diffcore.gaussian_nll(x, alpha * shape.expand_as(x), logvar, reduction="sample")
             for shape in self.shapes
@@ -63,7 +63,7 @@ class BestGuess:
 
 
 def images(noise: PhiloxNoise, count: int) -> np.ndarray:
-    """The images [count, SIZE, SIZE] of so many samples of the noise."""
+    """Sample images [count, SIZE, SIZE] from the noise."""
     betas = diffcore.make_betas("squaredcos_cap_v2", 1000)
     diffusion = diffcore.GaussianDiffusion(betas, "sample", clip_sample=False)
     shape = (count, 1, SIZE, SIZE)
@@ -73,12 +73,12 @@ def images(noise: PhiloxNoise, count: int) -> np.ndarray:
 
 
 def main(count: int, picture: Path) -> bool:
-    """Draw the images three times, compare, and return whether all bits are equal."""
+    """Sample the images in three ways, and return whether all bits are equal."""
     noise = PhiloxNoise(seed=0)
     together = images(noise, count)
     alone = np.concatenate([images(noise.for_samples(i), 1) for i in range(count)])
 
-    # A recipe can be pickled. A process of a distributed run would take the range of its rank.
+    # A noise key can be pickled. In a distributed run each process takes the range of its rank.
     half = count // 2
     ranges = [(noise.for_samples(0), half), (noise.for_samples(half), count - half)]
     with multiprocessing.get_context("spawn").Pool(2) as pool:
@@ -91,7 +91,7 @@ def main(count: int, picture: Path) -> bool:
 
 
 def save(rows: list[np.ndarray], picture: Path) -> None:
-    """Save the first twelve images of each way as a PNG, if matplotlib is installed."""
+    """Save the first twelve images of each run as a PNG, if matplotlib is installed."""
     try:
         from diffcore.demo.pictures import save_mosaic
     except ImportError:
@@ -100,7 +100,7 @@ def save(rows: list[np.ndarray], picture: Path) -> None:
     save_mosaic(
         picture,
         torch.from_numpy(np.stack([row[:12] for row in rows])),
-        title="The same images, however they are batched",
+        title="The same images in any batch",
         row_labels=["one batch", "one by one", "two processes"],
     )
     print(f"saved {picture}")

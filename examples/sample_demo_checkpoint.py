@@ -1,4 +1,4 @@
-"""Load the networks that `diffcore demo` trained, and draw new digits with both.
+"""Load the networks that `diffcore demo` trained, and sample new digits from both.
 
 diffcore demo
 python examples/sample_demo_checkpoint.py demo-output digits.png --seed 7
@@ -19,7 +19,7 @@ from diffcore.demo.pictures import save_mosaic
 
 
 def main(folder: Path, picture: Path, seed: int) -> None:
-    """Draw two rows by the DDPM (DDIM steps) and two by the VAE, and save them as a PNG."""
+    """Save a PNG with two rows of DDIM samples and two rows of VAE samples."""
     weights, scalars = load_checkpoint(folder / "checkpoints" / "ddpm.safetensors")
     config = DemoConfig(**scalars["config"])
     shape = load_images(config.data).image_shape
@@ -40,7 +40,7 @@ def main(folder: Path, picture: Path, seed: int) -> None:
     save_mosaic(
         picture,
         rows,
-        title="New images by the demo's networks",
+        title="Samples of the demo's networks",
         row_labels=["diffusion", "diffusion", "VAE", "VAE"],
     )
     print(f"saved {picture}")
@@ -48,7 +48,7 @@ def main(folder: Path, picture: Path, seed: int) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", type=Path, help="what was --out of diffcore demo")
+    parser.add_argument("folder", type=Path, help="the --out folder of diffcore demo")
     parser.add_argument("picture", type=Path, help="PNG to write")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()

@@ -1,8 +1,8 @@
-"""Train a DDPM on points of a ring, in ten lines, and sample it with DDIM.
+"""Train a DDPM on the points of a ring in ten lines, and sample it with DDIM.
 
     python examples/train_and_sample.py
 
-Two-dimensional data keep it to seconds; for images only the network changes.
+Two-dimensional data keep the run to seconds. For images only the network changes.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import diffcore
 
 
 class Denoiser(nn.Module):
-    """Predicts the noise in x_t; the timestep enters as sines and cosines."""
+    """Predicts the noise in x_t; the timestep input is encoded in sines and cosines."""
 
     def __init__(self, num_timesteps: int, width: int = 128) -> None:
         super().__init__()
@@ -36,7 +36,7 @@ class Denoiser(nn.Module):
 
 
 def ring(count: int) -> Tensor:
-    """Draw points [count, 2] near a circle of radius 1."""
+    """Sample points [count, 2] near a circle of radius 1."""
     angle = 2 * math.pi * torch.rand(count)
     radius = 1 + 0.05 * torch.randn(count)
     return torch.stack([radius * angle.cos(), radius * angle.sin()], dim=1)

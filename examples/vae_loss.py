@@ -1,9 +1,9 @@
-"""Train a VAE whose best bound is known, with the KL and the draw of z in one fused pass.
+"""Train a VAE with a known optimum, with the KL and the sample of z in one fused pass.
 
     python examples/vae_loss.py
 
-The data are Gaussian, x = W z + noise, and encoder and decoder are linear. Then the bound is tight
-at the optimum: it reaches the mean log-density of the data under their true distribution.
+The data are Gaussian, x = W z + noise, and encoder and decoder are linear. The bound is then tight
+at the optimum: it equals the mean log-density of the data under their true distribution.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ DIM, LATENT = 8, 2
 
 
 def main(steps: int) -> tuple[float, float]:
-    """Train, and return the bound and the log-density that it cannot exceed, in nats."""
+    """Train; return the bound and its upper limit, the log-density of the data, in nats."""
     torch.manual_seed(0)
     weight = torch.randn(DIM, LATENT)
 

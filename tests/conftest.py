@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
 from collections.abc import Generator
 from typing import Any
 
@@ -10,6 +12,8 @@ import torch
 
 from diffcore._engine import dispatch, execute, native
 
+PEERS = ("diffusers",)
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
@@ -17,6 +21,29 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="a skipped CUDA test counts as failed: a GPU run cannot pass by skipping",
     )
+
+    parser.addoption(
+        "--require-peers",
+        action="store_true",
+        default=os.environ.get("CI") == "true",
+        help="fail without the packages that tests compare with; the default where CI=true",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    required = config.getoption("--require-peers")
+    missing = [p for p in PEERS if required and importlib.util.find_spec(p) is None]
+    if missing:
+        raise pytest.UsageError(
+            f"--require-peers: {', '.join(missing)} is not installed; "
+            "run pip install -r requirements-dev.txt -c constraints-dev.txt"
+        )
+    # Parallel test processes share the cores; with more threads than cores they get slower.
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    if workers > 1:
+        threads = max(1, torch.get_num_threads() // workers)
+        torch.set_num_threads(threads)
+        os.environ.setdefault("OMP_NUM_THREADS", str(threads))  # of processes that tests start
 
 
 def why_no_cuda() -> str | None:

@@ -1,15 +1,16 @@
-"""Every op on a GPU, forward and backward: what `make gpu-check` runs compute-sanitizer over.
+"""Every op, forward and backward, for memory checkers: `make gpu-check` and `make sanitize` run it.
 
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 9 \
-        python tools/sanitizer_run.py
+        python tools/sanitizer_run.py --device cuda
 
-Without torch's caching allocator every tensor is an allocation of its own, so that a read or write
-one element past its end is seen. Sizes are odd, so that packs have tails; views start one element
-in, so that they are not aligned.
+Without torch's caching allocator, and on the CPU always, every tensor is an allocation of its own,
+so that a read or write one element past its end is found. Sizes are odd, so that packs have tails;
+views start one element in, so that they are not aligned.
 """
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import sys
 from dataclasses import replace
@@ -18,7 +19,9 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+import diffcore
 from diffcore import PhiloxNoise, ops
+from diffcore._engine import native
 from support.cases import CASES, Arguments, OpCase, as_tuple
 
 SHAPES = ((3, 1023), (2, 5, 7, 3))
@@ -60,12 +63,12 @@ def exercise_drawn(case: OpCase, args: Arguments) -> None:
         exercise(drawn, Arguments(tensors, {**args.options, "noise": noise}))
 
 
-def exercise_thresholds() -> int:
+def exercise_thresholds(device: str) -> int:
     """Thresholds of short and long rows, in every layout; how many calls."""
-    table = torch.full((8,), 0.5, dtype=torch.float64, device="cuda")
+    table = torch.full((8,), 0.5, dtype=torch.float64, device=device)
     runs = 0
     for shape, dtype in itertools.product((*SHAPES, (3, 40_003)), DTYPES):
-        x, m, u = torch.randn(3, *shape, device="cuda").to(dtype)
+        x, m, u = torch.randn(3, *shape, device=device).to(dtype)
         for layout in (torch.Tensor.clone, shifted, channels_last):
             tensors = layout(x), layout(m), table
             ops.dynamic_threshold(*tensors)
@@ -76,21 +79,26 @@ def exercise_thresholds() -> int:
 
 def main() -> None:
     """Run all cases, then wait, so that every error has come out."""
-    if not torch.cuda.is_available():
-        sys.exit("no GPU")
-    runs = exercise_thresholds()
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--device", choices=("cpu", "cuda"), required=True)
+    device: str = parser.parse_args().device
+    if not native.has_kernels(torch.device(device)):
+        sys.exit(f"there are no compiled kernels for {device} here")
+    runs = exercise_thresholds(device)
     for case in CASES:
         for shape in SHAPES:
             for dtype in DTYPES:
-                args = case.make(shape, dtype, "cuda")
+                args = case.make(shape, dtype, device)
                 for layout in (torch.Tensor.clone, shifted, channels_last):
                     laid = args.map(lambda x, layout=layout: layout(x.detach()))
                     exercise(case, laid)
                     if "noise" in case.tensors:
                         exercise_drawn(case, laid)
                     runs += 1 + 2 * ("noise" in case.tensors)
-    torch.cuda.synchronize()
-    print(f"{runs} calls, forward and backward, of {len(CASES)} cases and of thresholds")
+    if device == "cuda":
+        torch.cuda.synchronize()
+    build = diffcore.info()["build_flags"]
+    print(f"{runs} calls, forward and backward, of {len(CASES)} cases and of thresholds ({build})")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
-// The Python module `diffcore._C`. Two entries serve every op: `launch`, which allocates and runs
-// the kernel if the call is a plain one, and `call`, which is handed everything. What is not plain
-// goes back to Python, and what is not right goes back with the reason, of which Python makes the
-// error message.
+// The Python module `diffcore._C`. Two functions serve every op: `launch` allocates the outputs and
+// runs the kernel if all arguments are plain tensors and numbers; `call` takes the outputs as
+// arguments. Calls that cannot run are returned to Python with the reason, from which Python builds
+// the error message.
 #include <pybind11/pybind11.h>
 
 #include <stdexcept>
+#include <string>
 #include <utility>
 
 #include "binding/call.h"
@@ -23,7 +24,7 @@
 namespace diffcore {
 namespace {
 
-// What an eager call must know of its arguments before it may go straight to a kernel.
+// Properties of the arguments that prevent an eager call from running the kernel directly.
 enum Found : int {
   kNotPlain = 1,
   kNeedsGrad = 2,
@@ -78,7 +79,7 @@ int inspect(const py::tuple& tensors, const py::tuple& coefs) {
   return found;
 }
 
-// Reads, plans and runs a call: done, or the reason why nothing was run.
+// Reads, plans and runs a call. Returns the reason if nothing was run.
 Reason try_call(int op, const OpInfo& info, const py::tuple& outs, const py::tuple& ins,
                 const py::tuple& coefs, py::handle step, bool reduce_all, py::handle noise) {
   CallViews views;
@@ -88,9 +89,9 @@ Reason try_call(int op, const OpInfo& info, const py::tuple& outs, const py::tup
   return run_plan(op, &plan);
 }
 
-// A call of an elementwise kernel on plain tensors: its output, or a tuple of them. Otherwise what
-// `inspect` found, 0 if that was nothing but the kernel is of another kind or refuses. With
-// `inspect_only` nothing is run.
+// Runs an elementwise kernel on plain tensors and returns its output, or a tuple of outputs.
+// Otherwise returns the bits of `inspect`; 0 if there are none, but the op is not elementwise or
+// the call cannot run. With `inspect_only` nothing is run.
 py::object launch(int op, const py::tuple& ins, const py::tuple& coefs, py::handle step,
                   py::handle noise, bool inspect_only) {
   const int found = inspect(ins, coefs);
@@ -108,13 +109,14 @@ py::object launch(int op, const py::tuple& ins, const py::tuple& coefs, py::hand
   return std::move(outs);
 }
 
-// The same of any kernel, into given outputs: None if it was run, else (code, argument, index,
-// detail) of binding/reason.h.
+// Runs any kernel, with the outputs as arguments. Returns None if it was run, else (code, argument,
+// index, detail) of binding/reason.h.
 py::object call(int op, const py::tuple& outs, const py::tuple& ins, const py::tuple& coefs,
                 py::handle step, bool reduce_all, py::handle noise) {
-  if (!g_torch.exchange) throw std::runtime_error("diffcore._C: connect() has not been called");
+  if (!g_torch.exchange) throw std::runtime_error("diffcore._C.connect() must be called first");
   const OpInfo* info = op_table().find(op);
-  if (!info) throw py::index_error("no such op");
+  if (!info)
+    throw py::index_error("op must be in the range of op_table(), got " + std::to_string(op));
   const Reason reason = try_call(op, *info, outs, ins, coefs, step, reduce_all, noise);
   if (!reason) return py::none();
   return py::make_tuple(int(reason.code), int(reason.argument), reason.index, reason.detail);
@@ -124,10 +126,12 @@ void connect(py::capsule exchange_api, py::type tensor, py::type parameter, py::
              py::tuple modes, py::function transforms, py::function grad_enabled) {
   auto* api = static_cast<const dlpack::ExchangeApiHeader*>(exchange_api.get_pointer());
   while (api && api->version.major != 1) api = api->prev_api;
-  if (!api) throw std::runtime_error("torch offers no DLPack exchange API of major version 1");
+  if (!api)
+    throw std::runtime_error("torch must have a DLPack exchange API of major version 1, got none");
   auto* exchange = reinterpret_cast<const dlpack::ExchangeApi*>(api);
   if (!exchange->borrow || !exchange->current_stream || !exchange->allocate)
-    throw std::runtime_error("torch's DLPack exchange API lacks a function that diffcore needs");
+    throw std::runtime_error(
+        "torch's DLPack exchange API must have borrow, current_stream and allocate");
   g_torch.tensor = reinterpret_cast<PyTypeObject*>(tensor.inc_ref().ptr());
   g_torch.parameter = reinterpret_cast<PyTypeObject*>(parameter.inc_ref().ptr());
   g_torch.empty_like = empty_like.inc_ref().ptr();
@@ -137,7 +141,7 @@ void connect(py::capsule exchange_api, py::type tensor, py::type parameter, py::
   g_torch.transforms = transforms.inc_ref().ptr();
   g_torch.grad_enabled = grad_enabled.inc_ref().ptr();
   if (!Py_TYPE(g_torch.requires_grad)->tp_descr_get)
-    throw std::runtime_error("torch.Tensor.requires_grad is no property");
+    throw std::runtime_error("torch.Tensor.requires_grad must be a property");
   g_torch.exchange = exchange;
 }
 
@@ -160,7 +164,8 @@ py::list op_rows() {
   const OpTable table = op_table();
   for (int i = 0; i < table.size; ++i) {
     const OpInfo& op = table.ops[i];
-    rows.append(py::make_tuple(op.name, op.n_in, op.n_out, op.n_sum, op.n_coef, op.draws));
+    rows.append(
+        py::make_tuple(op.name, op.n_in, op.n_out, op.n_sum, op.n_coef, op.generates_noise));
   }
   return rows;
 }
@@ -176,15 +181,15 @@ py::tuple names(const char* const (&array)[kCount]) {
   return names(array, kCount);
 }
 
-// The names and codes that both languages need, kept here alone.
+// The names and codes that Python shares, so that they are defined only in C++.
 void export_names(py::module_& m) {
   m.attr("STEP_COLUMNS") = names(step_columns());
   m.attr("VLB_COLUMNS") = names(vlb_columns());
-  m.attr("CODES") = names(kCodeNames);          // of a reason, by number
-  m.attr("ARGUMENTS") = names(kArgumentNames);  // that a reason is about, by number
+  m.attr("CODES") = names(kCodeNames);          // Reason::code, by number
+  m.attr("ARGUMENTS") = names(kArgumentNames);  // Reason::argument, by number
   py::dict found;
   for (const FoundName& item : kFoundNames) found[item.name] = int(item.bit);
-  m.attr("FOUND") = found;  // the bits that `launch` answers
+  m.attr("FOUND") = found;  // the bits that `launch` returns
 }
 
 }  // namespace

@@ -15,7 +15,7 @@ namespace {
 
 namespace py = pybind11;
 
-// Elements; below, the call ends before another thread could use the interpreter.
+// Elements. Below this, the call ends before another thread could use the interpreter.
 constexpr int64_t kReleaseGilFrom = 32 * 1024;
 
 Reason run_cpu(int op, Plan* plan) {
@@ -26,8 +26,8 @@ Reason run_cpu(int op, Plan* plan) {
   return {Code::kStepRange, Argument::kStep, 0, wrong};
 }
 
-// Memory of torch's allocator on a CUDA device, freed in stream order: work that is queued later
-// may use it again, the kernels before have ended by then.
+// Memory of torch's allocator on a CUDA device, freed in stream order: only work that is enqueued
+// later can use it again.
 class Workspace {
  public:
   explicit Workspace(int32_t device) : device_(device) {}
@@ -37,7 +37,7 @@ class Workspace {
   Workspace(const Workspace&) = delete;
   Workspace& operator=(const Workspace&) = delete;
 
-  // As `Allocate` of cuda/kernels.h, with a Workspace as its context.
+  // An `Allocate` of cuda/kernels.h whose context is a Workspace.
   static void* allocate(void* context, int64_t bytes) {
     auto* self = static_cast<Workspace*>(context);
     int64_t doubles = (bytes + 7) / 8;

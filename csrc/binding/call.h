@@ -5,8 +5,8 @@
 
 namespace diffcore {
 
-// A step that the CPU finds out of range is a reason, before anything is written. Throws what the
-// CUDA runtime or Python reports.
+// Returns kStepRange, before anything is written, if a step tensor on the CPU is out of range.
+// Throws on errors of the CUDA runtime or Python.
 Reason run_plan(int op, Plan* plan);
 
 }  // namespace diffcore

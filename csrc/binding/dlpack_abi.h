@@ -1,6 +1,5 @@
 // The part of the DLPack 1.3 C ABI that reads a torch tensor, declared from the specification
-// (https://dmlc.github.io/dlpack/latest/c_api.html). No header of torch or of DLPack is needed to
-// build.
+// (https://dmlc.github.io/dlpack/latest/c_api.html). The build needs no header of torch or DLPack.
 #pragma once
 
 #include <stddef.h>
@@ -48,11 +47,11 @@ struct ExchangeApi {
   int (*allocate)(Tensor* prototype, ManagedTensor** out, void* context, SetError set_error);
   int (*managed_from_object)(void* object, ManagedTensor** out);
   int (*managed_to_object)(ManagedTensor* tensor, void** out);
-  int (*borrow)(void* object, Tensor* out);  // no reference taken, no check made
+  int (*borrow)(void* object, Tensor* out);  // takes no reference, checks nothing
   int (*current_stream)(int32_t device_type, int32_t device_id, void** out);
 };
 
-static_assert(sizeof(void*) == 8, "the layout below is that of a 64-bit platform");
+static_assert(sizeof(void*) == 8, "the layout below requires a 64-bit platform");
 static_assert(sizeof(Tensor) == 48 && offsetof(Tensor, shape) == 24 &&
               offsetof(Tensor, byte_offset) == 40);
 static_assert(sizeof(ManagedTensor) == 80 && offsetof(ManagedTensor, tensor) == 32);

@@ -8,7 +8,7 @@ namespace {
 template <class... Op>
 OpTable table_of(OpList<Op...>) {
   static constexpr OpInfo kOps[] = {
-      {Op::name, kReads<Op>, Op::n_out, Op::n_sum, Op::n_coef, kDraws<Op>}...};
+      {Op::name, kReads<Op>, Op::n_out, Op::n_sum, Op::n_coef, kGeneratesNoise<Op>}...};
   return {kOps, sizeof...(Op)};
 }
 

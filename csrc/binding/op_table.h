@@ -1,4 +1,4 @@
-// What the binding knows of each op, as plain data.
+// The properties of each op that the binding uses, as plain data.
 #pragma once
 
 namespace diffcore {
@@ -6,7 +6,7 @@ namespace diffcore {
 struct OpInfo {
   const char* name;
   int n_in, n_out, n_sum, n_coef;  // n_in: inputs read from memory
-  bool draws;                      // generates its last input, the noise
+  bool generates_noise;            // generates its last input, the noise
 };
 
 struct OpTable {
@@ -17,7 +17,7 @@ struct OpTable {
 };
 OpTable op_table();  // in the order of AllOps
 
-// Names of coefficients in their order: rows of a step and of a term of the bound.
+// Names of coefficients in their order: columns of a step table and of a table of bound terms.
 struct Names {
   const char* const* first;
   int size;

@@ -5,7 +5,7 @@
 namespace diffcore {
 namespace {
 
-// Beyond this many runs, or in another order, noise is generated into a tensor first.
+// With more runs than this, or in another memory order, noise is generated into a tensor first.
 constexpr int64_t kMostRuns = 64;
 constexpr int64_t kNoiseBlocks = int64_t(1) << 32;  // of four elements, in a sample
 
@@ -42,7 +42,7 @@ class Planner {
   }
 
  private:
-  // Every elementwise tensor is like the first but for its strides.
+  // Every elementwise tensor must match the first in all but its strides.
   Reason check_tensors() {
     for (int k = 0; k < op_.n_in; ++k)
       if (Reason reason = check_like_first(views_.in[k], Argument::kInput, k)) return reason;
@@ -75,8 +75,8 @@ class Planner {
     return n == op_.n_coef ? Reason{} : Reason{Code::kCoefficients, Argument::kCoef, 0, n};
   }
 
-  // A number, a vector of one per sample, or a table, a row for each sample or step. Columns beyond
-  // the op's coefficients are counted, not stored.
+  // A 0-dim tensor, a vector with one entry per sample, or a table with one row per sample or step.
+  // Columns beyond the op's coefficients are counted, not stored.
   Reason read_coef_tensor(const TensorView& x, int i, int* n) {
     const Dtype dtype = dtype_of(x.dtype);
     if (dtype != kF32 && dtype != kF64) return {Code::kDtype, Argument::kCoef, i};
@@ -127,8 +127,8 @@ class Planner {
   }
 
   Reason read_noise() {
-    if (views_.has_noise != op_.draws) return {Code::kNoise};
-    if (!op_.draws) return {};
+    if (views_.has_noise != op_.generates_noise) return {Code::kNoise};
+    if (!op_.generates_noise) return {};
     NoiseSource& source = args_.noise;
     if (Reason reason = read_seed(views_.noise[kSeedPart], &source)) return reason;
     if (Reason reason = read_ids(views_.noise[kIdsPart], &source)) return reason;
@@ -143,7 +143,7 @@ class Planner {
     return {};
   }
 
-  // An int64 tensor on the device of the samples, with memory behind it.
+  // An int64 tensor with data, on the device of the samples.
   Reason check_noise_tensor(const TensorView& x, Argument argument) {
     if (!is_int(x.dtype, 64)) return {Code::kDtype, argument};
     if (!same_device(x, *first_)) return {Code::kOtherDevice, argument};
@@ -152,7 +152,7 @@ class Planner {
     return {};
   }
 
-  // A seed, or (seed, offset of the stream) in one tensor.
+  // The seed; a tensor of two elements is (seed, offset of the stream).
   Reason read_seed(const IntView& view, NoiseSource* source) {
     source->seed_value = view.value;
     if (!view.is_tensor) return {};
@@ -165,7 +165,7 @@ class Planner {
     return {};
   }
 
-  // The id of the first sample, from which they count up, or one for each sample.
+  // The id of the first sample, from which ids count up, or a tensor of one id per sample.
   Reason read_ids(const IntView& view, NoiseSource* source) {
     if (!rows_) return {};
     source->first_id = view.value;
@@ -189,12 +189,12 @@ class Planner {
     return {};
   }
 
-  // Where each tensor lies. The order in memory is that of the first tensor; inputs may have their
-  // samples farther apart than it, outputs are dense.
+  // The address and row stride of each tensor. All have the memory order of the first. The samples
+  // of an input may be farther apart than their size; outputs are dense.
   Reason read_layouts() {
-    if (op_.draws) {
-      // float64 on CUDA is not a hot path: noise is generated into a tensor first, which saves
-      // those kernels.
+    if (op_.generates_noise) {
+      // float64 on CUDA is not a hot path: generating noise into a tensor first saves these kernels
+      // and their share of the binary.
       if (plan_.device.type == dlpack::kCuda && plan_.dtype == kF64 && op_.n_in)
         return {Code::kNoiseLayout};
       args_.noise.inner = runs_of_row(*first_);
@@ -233,7 +233,7 @@ class Planner {
     return {};
   }
 
-  // An output may be an input, or lie apart from it; outputs lie apart from each other.
+  // An output may be the same memory as an input, or disjoint from it. Outputs are disjoint.
   Reason check_overlap() {
     const int64_t item = item_size(plan_.dtype), bytes = elements_ * item;
     const auto overlap = [&](const void* a, const void* b, int64_t bytes_of_b) {
@@ -278,8 +278,8 @@ class Planner {
   Plan& plan_;
   LaunchArgs& args_;
   const TensorView* first_ = nullptr;
-  int64_t elements_ = 0, rows_ = 0, row_ = 0;  // row_: elements of a sample
-  bool by_row_ = false;                        // samples differ in their coefficients or strides
+  int64_t elements_ = 0, rows_ = 0, row_ = 0;  // row_: elements per sample
+  bool by_row_ = false;                        // samples are separate rows of the kernel
 };
 
 }  // namespace

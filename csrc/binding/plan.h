@@ -1,5 +1,5 @@
-// From the views of a call to the arguments of a kernel, or to the reason why there are none.
-// Knows nothing of Python: tests/native compiles it alone.
+// Translates the views of a call into the arguments of a kernel, or into the reason why it cannot
+// run. Does not use Python, so tests/native compiles it separately.
 #pragma once
 
 #include "binding/op_table.h"
@@ -13,10 +13,10 @@ struct Plan {
   Dtype dtype = kNoDtype;
   dlpack::DeviceRef device{};
   int64_t elements = 0;
-  bool empty = false;  // there is nothing to run
+  bool empty = false;  // no element: nothing to run
 };
 
-// Fills `plan`, which has to be new. Reads no element of any tensor.
+// Fills `plan`, which must be newly constructed. Reads no element of any tensor.
 Reason plan_call(const OpInfo& op, const CallViews& views, Plan* plan);
 
 }  // namespace diffcore

@@ -12,7 +12,7 @@ bool is_tensor(PyObject* object) {
 Reason borrow(PyObject* object, TensorView* view, Argument argument, int index = 0) {
   if (!is_tensor(object)) return {Code::kType, argument, index};
   if (g_torch.exchange->borrow(object, view) != 0) {
-    // torch has no view of a tensor without storage, and says so by an error of one of these types.
+    // torch raises an Exception other than MemoryError for a tensor without storage.
     if (!PyErr_Occurred() || PyErr_ExceptionMatches(PyExc_MemoryError) ||
         !PyErr_ExceptionMatches(PyExc_Exception))
       throw py::error_already_set();
@@ -58,12 +58,12 @@ Reason read_step(py::handle step, CallViews* views) {
   views->step.value = PyLong_AsLongLong(step.ptr());
   if (views->step.value == -1 && PyErr_Occurred()) {
     if (!PyErr_ExceptionMatches(PyExc_OverflowError)) throw py::error_already_set();
-    PyErr_Clear();  // -1 is out of every range, as the step is
+    PyErr_Clear();  // -1 is out of range for every table, like the step
   }
   return {};
 }
 
-// (seed, sample ids, stream, first element): ints modulo 2^64, or tensors.
+// (seed, sample ids, stream, first element): ints modulo 2^64; the first three may be tensors.
 Reason read_noise(py::handle noise, CallViews* views) {
   views->has_noise = !noise.is_none();
   if (!views->has_noise) return {};

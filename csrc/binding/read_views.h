@@ -1,4 +1,4 @@
-// Python objects to the views of a call.
+// Converts Python objects to the views of a call.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -9,8 +9,8 @@
 namespace diffcore {
 namespace py = pybind11;
 
-// Borrows every tensor: the views are valid while the caller's references are. An argument that is
-// no tensor, or cannot be borrowed, is a reason; whatever else goes wrong in Python is thrown.
+// Borrows every tensor: the views are valid as long as the caller's references. Returns a reason if
+// an argument is not a tensor or cannot be borrowed; throws on other Python errors.
 Reason read_views(const py::tuple& outs, const py::tuple& ins, const py::tuple& coefs,
                   py::handle step, bool reduce_all, py::handle noise, CallViews* views);
 

@@ -1,5 +1,5 @@
-// Why a call was not run. Python builds its messages from the code and the argument, and reads the
-// values from the arguments themselves.
+// The reason why a call was not run. Python builds the error message from the code and the
+// argument, and reads the values from the arguments of the call.
 #pragma once
 
 #include <stdint.h>
@@ -8,29 +8,29 @@ namespace diffcore {
 
 enum class Code : int {
   kDone,
-  kCount,           // another number of tensors than the op has
-  kType,            // neither a tensor nor a number where one of them has to be
+  kCount,           // wrong number of tensors; `detail`: the number passed
+  kType,            // neither a tensor nor a number
   kUnreadable,      // a tensor that cannot be borrowed: sparse, quantized, without storage
   kDeviceKind,      // a device without kernels
-  kDtype,           // a dtype that the kernels do not read there
-  kMemory,          // no memory behind the tensor
-  kShape,           // another shape than the first tensor
-  kOtherDtype,      // another dtype than the first tensor
-  kOtherDevice,     // another device than the first tensor
+  kDtype,           // an unsupported dtype for this argument
+  kMemory,          // a tensor without data
+  kShape,           // shape differs from the first tensor
+  kOtherDtype,      // dtype differs from the first tensor
+  kOtherDevice,     // device differs from the first tensor
   kDimensions,      // too many dimensions
-  kLength,          // entries are neither 1 nor one per sample
-  kTableLength,     // a table without rows, or with another number of them (`detail`)
-  kCoefficients,    // `detail` coefficients came
-  kStepNotUsed,     // a step, but no table
-  kStepRange,       // a step outside the tables; `detail`: the step, if it fits
-  kNoise,           // noise for an op without, or none for an op with it
-  kNoiseElement,    // a first element that is negative or no multiple of 4
-  kNoiseRange,      // noise beyond element 2^34 of a sample; `detail`: where it would end
-  kReduceAll,       // coefficients differ by sample where one sum over all is wanted
-  kNoiseLayout,     // an order in memory in which kernels generate no noise
-  kLayout,          // an order in memory that kernels do not read or write as it is
-  kOverlap,         // an output partly over an input
-  kOutputsOverlap,  // an output over another
+  kLength,          // number of entries is neither 1 nor one per sample
+  kTableLength,     // a table without rows, or not as long as the others (`detail`)
+  kCoefficients,    // wrong number of coefficients; `detail`: the number passed
+  kStepNotUsed,     // a step without a table
+  kStepRange,       // a step out of range; `detail`: the step, -1 if it exceeds int64
+  kNoise,           // a noise key for an op without one, or a missing noise key
+  kNoiseElement,    // a first element that is negative or not a multiple of 4
+  kNoiseRange,      // noise beyond element 2^34 of a sample; `detail`: the end
+  kReduceAll,       // coefficients per sample in a sum over all elements
+  kNoiseLayout,     // a memory layout in which kernels do not generate noise
+  kLayout,          // a memory layout that kernels do not read or write
+  kOverlap,         // an output overlaps an input partly
+  kOutputsOverlap,  // two outputs overlap
 };
 constexpr const char* kCodeNames[] = {
     "done",         "count",  "type",          "unreadable",     "device_kind",
@@ -40,7 +40,7 @@ constexpr const char* kCodeNames[] = {
     "noise_layout", "layout", "overlap",       "outputs_overlap"};
 static_assert(sizeof(kCodeNames) / sizeof(*kCodeNames) == int(Code::kOutputsOverlap) + 1);
 
-// What the reason is about; `index` counts within the arguments of a kind.
+// The argument that caused the reason; `index` counts within arguments of one kind.
 enum class Argument : int {
   kNone,
   kInput,

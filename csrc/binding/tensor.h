@@ -1,5 +1,4 @@
-// Metadata of a tensor: its dtype, and how it lies in memory. For tensors of any number of
-// dimensions.
+// Metadata of a tensor with any number of dimensions: dtype and memory layout.
 #pragma once
 
 #include <algorithm>
@@ -36,8 +35,8 @@ inline bool contiguous(const TensorView& x) {
   return true;
 }
 
-// The dimensions of more than one element, from the last to the first. Orders of more dimensions
-// than `kMost` count as unknown: their tensors are copied.
+// The dimensions with more than one element, from the last to the first. With more of them than
+// `kMost` the memory order counts as unknown, and the tensor is copied.
 struct Dimensions {
   static constexpr int kMost = 16;
   int at[kMost];
@@ -56,16 +55,16 @@ struct Dimensions {
   }
 };
 
-// How the elements of a tensor lie in memory.
+// The memory layout of a tensor.
 enum class Layout {
-  kEmpty,       // there are none, and the strides mean nothing
-  kDenseRows,   // each element once, without gaps, sample after sample
-  kDense,       // each element once, without gaps, samples interleaved
-  kSpacedRows,  // dense samples, farther apart than their size: a part of a larger tensor
+  kEmpty,       // no elements; strides have no meaning
+  kDenseRows,   // no gaps or repeated elements; one sample after another
+  kDense,       // no gaps or repeated elements; samples interleaved
+  kSpacedRows,  // dense samples with gaps between them: a slice of a larger tensor
   kOther
 };
 
-// kDenseRows, kDense or kOther of the dimensions from `from` on.
+// kDenseRows, kDense or kOther, for the dimensions from `from` on.
 inline Layout density(const TensorView& x, int from) {
   Dimensions dims(x, from);
   if (!dims.known) return Layout::kOther;
@@ -89,8 +88,8 @@ inline Layout layout_of(const TensorView& x) {
   return density(x, 1) == Layout::kOther ? Layout::kOther : Layout::kSpacedRows;
 }
 
-// How a row of a dense tensor lies in memory: 1 in row-major order, n where neighbors are elements
-// of n equal runs of that order in turn (channels_last: the channels), 0 in any other order.
+// The memory order of a row of a dense tensor: 1 if row-major; n if it interleaves n runs of equal
+// length of that order (channels_last: the channels); 0 for any other order.
 inline int64_t runs_of_row(const TensorView& x) {
   if (contiguous(x)) return 1;
   const Dimensions dims(x, 1);
@@ -100,7 +99,7 @@ inline int64_t runs_of_row(const TensorView& x) {
   for (int i = 1; i < dims.n; ++i)
     if (x.strides[dims.at[i]] < x.strides[dims.at[fastest]]) fastest = i;
   int64_t runs = 1, expected = 1;
-  for (int i = 0; i < dims.n; ++i) {  // row-major order, begun elsewhere
+  for (int i = 0; i < dims.n; ++i) {  // row-major order, rotated
     const int at = (fastest + i) % dims.n;
     if (x.strides[dims.at[at]] != expected) return 0;
     expected *= x.shape[dims.at[at]];

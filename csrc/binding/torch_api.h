@@ -1,4 +1,4 @@
-// What Python lends of torch, by `connect`; kept until the interpreter ends.
+// Objects of torch that Python passes to `connect`. Kept until the interpreter exits.
 #pragma once
 
 #include <Python.h>
@@ -12,11 +12,11 @@ struct TorchApi {
   PyTypeObject* tensor = nullptr;
   PyTypeObject* parameter = nullptr;
   PyObject* empty_like = nullptr;
-  PyObject* requires_grad = nullptr;  // a getter, and a method
-  PyObject* is_neg = nullptr;
-  PyObject* modes[2] = {};           // functions: how many modes are active
-  PyObject* transforms = nullptr;    // a function: None where no transform is
-  PyObject* grad_enabled = nullptr;  // a function
+  PyObject* requires_grad = nullptr;  // a property
+  PyObject* is_neg = nullptr;         // a method
+  PyObject* modes[2] = {};            // functions: the number of active modes
+  PyObject* transforms = nullptr;     // a function: None without active transforms
+  PyObject* grad_enabled = nullptr;   // a function
 };
 inline TorchApi g_torch;
 

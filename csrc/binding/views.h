@@ -1,5 +1,5 @@
-// The arguments of a call as plain data, without Python: what views.cc reads from Python objects,
-// and plan.cc checks.
+// The arguments of a call as plain data, without Python. read_views.cc fills them from Python
+// objects, plan.cc checks them.
 #pragma once
 
 #include "binding/dlpack_abi.h"
@@ -7,10 +7,10 @@
 
 namespace diffcore {
 
-// A borrowed tensor; its data begins at `data`, whatever byte_offset is.
+// A borrowed tensor. `data` already includes byte_offset.
 using TensorView = dlpack::Tensor;
 
-// A number, or a tensor of them.
+// A number or a tensor.
 struct CoefView {
   bool is_tensor;
   double value;
@@ -22,12 +22,12 @@ struct IntView {
   TensorView tensor;
 };
 
-// The three parts of a noise key that tensors may hold.
+// The three parts of a noise key that may be tensors.
 enum NoisePart : int { kSeedPart, kIdsPart, kStreamPart, kNoiseParts };
 
-// Not initialized: an array is filled up to its count.
+// Not initialized: only the first n entries of an array are valid.
 struct CallViews {
-  int n_in, n_out, n_coef;  // of the arrays below; n_out: elementwise outputs, then sums
+  int n_in, n_out, n_coef;  // counts of the arrays below; out: elementwise outputs, then sums
   TensorView in[kMaxIn];
   TensorView out[kMaxOut + kMaxSum];
   CoefView coef[kMaxCoef];  // numbers, vectors and tables as they were passed

@@ -7,7 +7,7 @@
 
 DC_KERNEL_NAMESPACE_BEGIN
 
-// The step of a row, whatever it is.
+// The step of a row as passed: it may be out of range.
 DC_HD int64_t given_step(const LaunchArgs& args, int64_t row) {
   if (!args.step) return args.fixed_step;
   int64_t at = row * args.step_stride;
@@ -15,12 +15,12 @@ DC_HD int64_t given_step(const LaunchArgs& args, int64_t row) {
                          : static_cast<const int32_t*>(args.step)[at];
 }
 
-// The step of a row, within the table. The CPU refuses steps out of range before the launch; on
-// CUDA the host cannot see them without waiting for the device, so they are clamped: never a wild
-// read.
+// The step of a row, within the table. The CPU rejects steps out of range before it runs anything.
+// On CUDA the host cannot read them without waiting for the device, so the kernel clamps them and
+// never reads outside the table.
 DC_HD int64_t step_of(const LaunchArgs& args, int64_t row) {
   const int64_t step = given_step(args, row);
-  if (!args.step) return step;  // the host has checked it
+  if (!args.step) return step;  // checked on the host
   return step < 0 ? 0 : (step >= args.steps ? args.steps - 1 : step);
 }
 

@@ -1,5 +1,5 @@
-// What a call hands to a kernel: pointers, sizes and where each coefficient comes from. Plain data,
-// shared by both backends; on CUDA it is the kernel's parameter.
+// The arguments of a kernel: pointers, sizes and the source of each coefficient. Plain data, shared
+// by both backends; on CUDA it is the kernel's parameter.
 #pragma once
 
 #include <stdint.h>
@@ -21,7 +21,7 @@ struct Coef {
   bool by_step = false;  // indexed by the row's step instead of by the row
 };
 
-// Where the noise of a call comes from: z = normal(seed, sample id, stream, element).
+// The noise key of a call: z = normal(seed, sample id, stream, element).
 struct NoiseSource {
   const int64_t* seed = nullptr;    // null: `seed_value`
   const int64_t* id = nullptr;      // null: `first_id`
@@ -30,17 +30,17 @@ struct NoiseSource {
   int64_t first_id = 0;
   int64_t stream_value = 0;
   int64_t id_stride = 0;
-  bool ids_count_up = true;  // from the first
+  bool ids_count_up = true;  // the id of a row is the first id + row
   int64_t first_block = 0;
   bool seed_has_offset = false;  // seed[1] is added to the stream
-  // Neighbours in memory are `inner` different runs of logical order (channels_last: channels); 1
-  // where both orders agree.
+  // Neighbors in memory belong to `inner` separate runs of the logical order (channels_last: the
+  // channels). 1 where both orders agree.
   int64_t inner = 1;
 };
 
 struct LaunchArgs {
-  const void* in[kMaxIn] = {};      // [rows, cols], one storage type and layout for all ...
-  int64_t row_stride[kMaxIn] = {};  // ... but for this: elements from row to row
+  const void* in[kMaxIn] = {};      // [rows, cols], all of one storage type and row layout
+  int64_t row_stride[kMaxIn] = {};  // elements from row to row, per input
   void* out[kMaxOut] = {};          // [rows, cols]
   void* sum[kMaxSum] = {};          // [rows], compute type
   Coef coef[kMaxCoef] = {};
@@ -52,8 +52,9 @@ struct LaunchArgs {
   int64_t steps = 0;  // length of the coefficient table
   int64_t rows = 0;
   int64_t cols = 0;
-  int64_t chunk = 1;   // columns of one unit; sums are formed per chunk, so it fixes their order
-  int64_t chunks = 1;  // per row
+  // Columns per unit of work. Sums are formed per chunk, so this determines their order.
+  int64_t chunk = 1;
+  int64_t chunks = 1;          // per row
   double* partials = nullptr;  // [n_sum, rows, chunks] when chunks > 1
 };
 

@@ -1,12 +1,12 @@
-// What every functor and driver needs from the compiler.
+// Compiler-specific attributes and pragmas, for functors and loops.
 #pragma once
 
 #include <stdint.h>
 
 #ifdef __CUDACC__
 #define DC_HD __host__ __device__ __forceinline__
-// What is long: called on CUDA, where a pack would hold eight copies of it; on the CPU a call would
-// keep its loop from becoming one of vectors.
+// For long functions. On CUDA they are called, because inlining would put up to eight copies into
+// each kernel. On the CPU they are inlined, because a call would prevent vectorization of the loop.
 #define DC_OUTLINED __host__ __device__ __noinline__
 #define DC_UNROLL _Pragma("unroll")
 #else
@@ -15,8 +15,8 @@
 #define DC_UNROLL _Pragma("GCC unroll 32")
 #endif
 
-// CPU kernels are compiled once per instruction set, each in a namespace of its own: no symbol
-// compiled for a newer processor may be picked by the linker for an older one.
+// CPU kernels are compiled once per instruction set, each in a separate namespace, so the linker
+// cannot pick a symbol compiled for a newer processor to run on an older one.
 #ifdef DIFFCORE_ISA_NAMESPACE
 #define DC_KERNEL_NAMESPACE_BEGIN namespace diffcore::DIFFCORE_ISA_NAMESPACE {
 #else

@@ -1,4 +1,4 @@
-// Elementary functions that vectorise on the host and are the CUDA library's own on the device.
+// Elementary functions: vectorizable code on the host, the CUDA math library on the device.
 #pragma once
 
 #include "core/number.h"
@@ -9,7 +9,8 @@
 
 DC_KERNEL_NAMESPACE_BEGIN
 
-// a * b + c; fused where the hardware has it (without it, the call would leave the vector loop).
+// a * b + c; fused where the hardware has it (elsewhere fma is a library call, which does not
+// vectorize).
 DC_HD float mul_add(float a, float b, float c) {
 #if defined(__CUDA_ARCH__) || defined(__FMA__)
   return __builtin_fmaf(a, b, c);
@@ -27,7 +28,7 @@ DC_HD double mul_add(double a, double b, double c) {
 
 constexpr double kLogTwoPi = 1.8378770664093454836;  // log 2π
 
-// Σ c[k] x^k by Horner's rule. `A` is the arithmetic: that of the numbers themselves, or lanes of
+// Σ c[k] x^k by Horner's rule. `A` is the arithmetic: fused for plain numbers, or the lanes of
 // noise/philox.h.
 struct FusedArithmetic {
   template <class R>
@@ -47,7 +48,7 @@ DC_HD T polynomial(const C (&c)[kCount], T x) {
   return y;
 }
 
-// min(max(x, lo), hi) that keeps a NaN in x.
+// min(max(x, lo), hi). NaN for a NaN in x.
 template <class R>
 DC_HD R clamp(R x, R lo, R hi) {
   R above = x < lo ? lo : x;
@@ -67,12 +68,12 @@ template <>
 struct ExpConstants<float> {
   using Bits = uint32_t;
   static constexpr int kMantissa = 23, kBias = 127;
-  // Adding it rounds to an integer, which stays in the low bits.
+  // Adding this rounds to an integer, which is then in the low bits.
   static constexpr float kRound = 0x1.8p23f;
   static constexpr float kLog2E = 0x1.715476p+0f, kLn2High = 0x1.63p-1f, kLn2Low = -0x1.bd0106p-13f;
   // Where e^x leaves the normal numbers.
   static constexpr float kLow = -0x1.5d58ap+6f, kHigh = 0x1.62e42ep+6f;
-  static constexpr float kHalfHigh = 89.0f;  // where e^x / 2 has not yet overflowed
+  static constexpr float kHalfHigh = 89.0f;  // e^x / 2 overflows above
   static constexpr float kHuge = 0x1p127f;
   DC_HD static float q(float r) {
     constexpr float c[] = {0x1p-1f,        0x1.555556p-3f,  0x1.5554eap-5f,
@@ -107,8 +108,8 @@ struct ExpConstants<double> {
   }
 };
 
-// c ? a : b in bits. Where conditions meet, a compiler may follow them into one another, and then
-// finds no vector loop.
+// c ? a : b by bit masks. With several nested conditions a compiler may turn ?: into branches,
+// which prevents vectorization of the loop.
 template <class R>
 DC_HD R blend(bool c, R a, R b) {
 #ifdef __CUDA_ARCH__
@@ -127,13 +128,13 @@ struct ExpReduction {
   R r, q;
   Bits n;  // in the low bits
 
-  // Outside the range of exp the result is arbitrary (and NaN for NaN): the caller replaces it.
-  // Comparing first would cost more, because a compiler may not turn it into a vector minimum and
-  // maximum when a NaN must survive.
+  // Outside the range of exp the result is arbitrary (NaN for NaN), and the caller replaces it.
+  // Clamping x first would cost more: to preserve NaN, the compiler cannot use vector minimum and
+  // maximum instructions.
   DC_HD explicit ExpReduction(R x) {
     R shifted = mul_add(x, K::kLog2E, K::kRound);
-    R whole = shifted - K::kRound;
-    r = mul_add(-whole, K::kLn2Low, mul_add(-whole, K::kLn2High, x));
+    R rounded = shifted - K::kRound;
+    r = mul_add(-rounded, K::kLn2Low, mul_add(-rounded, K::kLn2High, x));
     n = bit_cast<Bits>(shifted);
     q = K::q(r);
   }
@@ -164,14 +165,16 @@ DC_HD R exp(R x) {
 #else
   using K = ExpConstants<R>;
   R y = normal_exp(x);
-  R edge = x < R(0) ? R(0) : x * K::kHuge;  // infinity, or the NaN that x is
+  R edge = x < R(0) ? R(0) : x * K::kHuge;  // infinity, or NaN for NaN
   return x >= K::kLow && x <= K::kHigh ? y : edge;
 #endif
 }
 
-// ½ (expm1(d) - d) and ½ expm1(d): what the Gaussian KL and its gradient are made of. With s = 2^n / 2, e^d / 2 = s (1 + r + r² q), so  ½ (e^d - 1 - d) = s r² q + [s r + (s - ½) - d / 2],  whose
-// bracket is exactly 0 where n = 0: nothing cancels for small d. Halves, because they overflow
-// later and are what is needed.
+// ½ (expm1(d) - d) and ½ expm1(d), for the Gaussian KL and its gradient. With s = 2^n / 2,
+// e^d / 2 = s (1 + r + r² q), so
+//   ½ (e^d - 1 - d) = s r² q + [s r + (s - ½) - d / 2],
+// whose bracket is exactly 0 where n = 0: nothing cancels for small d. The factor ½ is included
+// because the formulas need it and it delays overflow.
 template <class R>
 struct HalfExpm1 {
   R minus_d;

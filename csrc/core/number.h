@@ -1,5 +1,4 @@
-// Storage types and the type in which each is computed: float for f32, bf16 and f16; double for
-// f64.
+// Storage types and their compute types: float for f32, bf16 and f16; double for f64.
 #pragma once
 
 #include "core/macros.h"
@@ -46,9 +45,9 @@ DC_HD float load_value(F16 x) {
 #ifdef __CUDA_ARCH__
   return __half2float(bit_cast<__half>(x.bits));
 #else
-  // Shift the fields into place and let one exact multiplication move the exponent; subnormals come
-  // out right too. Branch-free integer code, because a conversion instruction the compiler does not
-  // vectorise would stop the loop.
+  // Shift the fields into place, then let one exact multiplication correct the exponent; this is
+  // exact for subnormals too. Branch-free integer code, because the compiler does not vectorize
+  // loops with the scalar conversion instruction.
   uint32_t sign = uint32_t(x.bits & 0x8000u) << 16;
   uint32_t magnitude = uint32_t(x.bits & 0x7fffu) << 13;
   uint32_t finite = bit_cast<uint32_t>(bit_cast<float>(magnitude) * 0x1p112f);
@@ -69,7 +68,7 @@ struct Store<double> {
   DC_HD static double from(double x) { return x; }
 };
 
-// The bits of a float that is no NaN, rounded to nearest (ties to even) where those of a bf16 end.
+// The bits of a float other than NaN, rounded to nearest (ties to even) at the last bit of a bf16.
 DC_HD uint32_t rounded_to_bf16(uint32_t u) { return u + 0x7fffu + ((u >> 16) & 1u); }
 
 template <>
@@ -95,11 +94,10 @@ struct Store<F16> {  // round to nearest, ties to even
     uint32_t u = bit_cast<uint32_t>(x);
     uint32_t sign = (u >> 16) & 0x8000u;
     uint32_t magnitude = u & 0x7fffffffu;
-    // Normal halves: round on the integer. The addition carries into the exponent, up to infinity,
-    // by itself.
+    // Normal halves: round the integer. The carry goes into the exponent, up to infinity.
     uint32_t normal = (magnitude + 0xfffu + ((magnitude >> 13) & 1u) - 0x38000000u) >> 13;
-    // Subnormal halves: adding 0.5 leaves the right multiple of 2^-24, rounded by the hardware, in
-    // the low bits.
+    // Subnormal halves: adding 0.5 makes the hardware round to a multiple of 2^-24, which is then
+    // in the low bits.
     uint32_t subnormal = bit_cast<uint32_t>(bit_cast<float>(magnitude) + 0.5f) - 0x3f000000u;
     uint32_t half = magnitude < 0x38800000u ? subnormal : normal;
     half = magnitude >= 0x477ff000u ? 0x7c00u : half;  // 65520 and above round to infinity

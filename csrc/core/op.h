@@ -1,5 +1,5 @@
-// The traits of an op: what a functor of csrc/ops states about itself and the loops of csrc/cpu and
-// csrc/cuda read. core/op_checks.h checks every op of the list.
+// The traits of an op. Functors in csrc/ops define them, the loops in csrc/cpu and csrc/cuda read
+// them, and core/op_checks.h checks them for every op of the list.
 #pragma once
 
 #include "core/macros.h"
@@ -7,9 +7,9 @@
 
 DC_KERNEL_NAMESPACE_BEGIN
 
-// Optional functions of an op. An op lists those it defines in `hooks`, and a function that is
-// listed but not defined (a misspelt one), defined but not listed, or of another signature does not
-// compile.
+// Optional functions of an op. An op lists those it defines in `hooks`. A function that is listed
+// but not defined (for example misspelled), defined but not listed, or has another signature is a
+// compile error.
 enum Hook : unsigned {
   kPrepare = 1,      // prepare
   kIdle = 2,         // idle
@@ -18,7 +18,7 @@ enum Hook : unsigned {
   kSelect = 16,      // ratio and selected
 };
 
-// Every op derives from OpBase and hides the defaults that do not hold for it. R is float, or
+// Every op derives from OpBase and redefines the defaults that do not apply to it. R is float, or
 // double for float64 tensors.
 struct OpBase {
   // Tensors read, tensors written, sums over each row, and coefficients. An op also has a `name`,
@@ -27,20 +27,21 @@ struct OpBase {
 
   static constexpr unsigned hooks = 0;
 
-  // Whether the formula computes in double even where R is float: CUDA gives it the registers.
+  // Whether the formula computes in double even where R is float. CUDA then allows it more
+  // registers.
   static constexpr bool in_double = false;
 
-  // kPrepare: changes the coefficients of a row once, where they are loaded.
+  // kPrepare: transforms the coefficients of a row once, after loading them.
   template <class R>
   DC_HD static void prepare(R*) {}
 
-  // kIdle: whether a row that is written in place stays as it is.
+  // kIdle: whether a row that is written in place does not change, so the loop can skip it.
   template <class R>
   DC_HD static bool idle(const R*) {
     return false;
   }
 
-  // kOther: whether a row takes the formula `Other`, an op of the same tensors and sums, instead.
+  // kOther: whether a row uses the formula `Other` instead, an op with the same tensors and sums.
   using Other = void;
   template <class R>
   DC_HD static bool other(const R*) {
@@ -53,8 +54,8 @@ struct OpBase {
     return total;
   }
 
-  // kSelect: instead of the sum of a row the loop finds a quantile of the magnitudes of its
-  // summands. c[ratio] is the quantile's share, in [0, 1]; the row stores selected(c, quantile).
+  // kSelect: instead of the sum of a row, the loop computes a quantile of the magnitudes of its
+  // summands. c[ratio] is the quantile's level, in [0, 1]; the result is selected(c, quantile).
   static constexpr int ratio = -1;
   DC_HD static double selected(const double*, double quantile) { return quantile; }
 };
@@ -66,20 +67,20 @@ constexpr bool kSwitches = (Op::hooks & kOther) != 0;
 template <class Op>
 constexpr bool kSelects = (Op::hooks & kSelect) != 0;
 
-// The same formula, whose last input, the noise, is generated where it is used instead of read.
+// The same formula, whose last input, the noise, is generated in the kernel instead of read.
 template <class Op>
-struct Drawn : Op {};
+struct Generated : Op {};
 
 template <class Op>
-constexpr bool kDraws = false;
+constexpr bool kGeneratesNoise = false;
 template <class Op>
-constexpr bool kDraws<Drawn<Op>> = true;
+constexpr bool kGeneratesNoise<Generated<Op>> = true;
 
 // Inputs read from memory.
 template <class Op>
-constexpr int kReads = Op::n_in - kDraws<Op>;
+constexpr int kReads = Op::n_in - kGeneratesNoise<Op>;
 
-// The name of a kernel, made of that of its family and its variants.
+// The name of a kernel, concatenated from its family and its variants.
 struct KernelName {
   char text[72] = {};
   template <class... Part>

@@ -1,5 +1,5 @@
-// The normal distribution's tail and the logarithm, and the exponential in double for formulas that
-// would cancel in float. float asks for fewer terms. tests/test_special.py derives the
+// The tail of the normal distribution, the logarithm, and the exponential in double for formulas
+// that would cancel in float. float needs fewer terms. tests/native/test_special.py derives the
 // coefficients.
 #pragma once
 
@@ -10,8 +10,8 @@ DC_KERNEL_NAMESPACE_BEGIN
 // ---- exp and expm1 ------------------------------------------------------------------------------
 //
 // As in math.h, for arguments where e^x is a normal number; elsewhere the result is arbitrary, and
-// NaN for NaN. What is within that range the caller knows best. R is the type of the result: for
-// float the error is 6e-14, since differences are taken of it.
+// NaN for NaN. The caller ensures that range. R is the type of the final result: for float the
+// error is 6e-14, because callers subtract these values.
 
 template <class R>
 struct Exponential {
@@ -23,18 +23,18 @@ struct Exponential {
     minus_one = ::expm1(x);
 #else
     using K = ExpConstants<double>;
-    const double shifted = mul_add(x, K::kLog2E, K::kRound), whole = shifted - K::kRound;
+    const double shifted = mul_add(x, K::kLog2E, K::kRound), rounded = shifted - K::kRound;
     const double scale = bit_cast<double>((bit_cast<uint64_t>(shifted) + K::kBias) << K::kMantissa);
     double r, q;
     if constexpr (sizeof(R) == 4) {
-      r = mul_add(-whole, 0x1.62e42fefa39efp-1, x);
+      r = mul_add(-rounded, 0x1.62e42fefa39efp-1, x);
       constexpr double kExp32[] = {0x1.fffffffffe069p-2,  0x1.5555555554f97p-3,
                                    0x1.55555565c559fp-5,  0x1.111111170ad56p-7,
                                    0x1.6c166be75a859p-10, 0x1.a019c3721fb3ep-13,
                                    0x1.a136b06babd51p-16, 0x1.72ad3ae3ed777p-19};
       q = polynomial(kExp32, r);
     } else {
-      r = mul_add(-whole, K::kLn2Low, mul_add(-whole, K::kLn2High, x));
+      r = mul_add(-rounded, K::kLn2Low, mul_add(-rounded, K::kLn2High, x));
       q = K::q(r);
     }
     const double excess = mul_add(r * r, q, r);  // e^r - 1
@@ -46,8 +46,8 @@ struct Exponential {
 
 // ---- e^{t²/2} P(Z > t) = erfcx(t / sqrt 2) / 2 for t >= 0 ---------------------------------------
 //
-// With u = k / (t + k), in (0, 1], it is u times a polynomial in 2 u - 1: to 1.3e-16 of itself at
-// every t for double, 3.2e-8 for float, before rounding; 0 at infinity.
+// With u = k / (t + k), in (0, 1], it is u times a polynomial in 2 u - 1. The relative error before
+// rounding is at most 1.3e-16 for double and 3.2e-8 for float; the result is 0 at infinity.
 
 template <class R>
 DC_HD R scaled_tail(R t) {
@@ -80,7 +80,7 @@ DC_HD R scaled_tail(R t) {
 // ---- log ----------------------------------------------------------------------------------------
 //
 // x = 2^k m with sqrt ½ <= m < sqrt 2. With f = m - 1 and s = f / (2 + f), log m = 2 atanh s =
-// f - s (f - s² p(s²)), where f²/2 is split off because it is the larger part of what is small.
+// f - s (f - s² p(s²)), where f²/2 is split off because it is the largest of the small terms.
 
 template <class R>
 struct LogConstants;
@@ -105,7 +105,7 @@ struct LogConstants<double> {
   }
 };
 
-// log x to about 1 ulp for positive normal x; arbitrary for others, NaN among them.
+// log x to about 1 ulp for positive normal x; arbitrary for other x, including NaN.
 template <class R>
 DC_HD R log(R x) {
 #ifdef __CUDA_ARCH__
@@ -117,10 +117,10 @@ DC_HD R log(R x) {
   using K = ExpConstants<R>;
   using L = LogConstants<R>;
   using Bits = typename K::Bits;
-  // A power of two more than k, so that it is positive, in the low bits of 2^kMantissa.
-  constexpr R kWhole = R(Bits(1) << K::kMantissa), kMore = R(K::kBias + 1);
+  // k + kOffset, which is positive, goes into the low bits of kBase = 2^kMantissa.
+  constexpr R kBase = R(Bits(1) << K::kMantissa), kOffset = R(K::kBias + 1);
   const Bits t = bit_cast<Bits>(x) - L::kSqrtHalf + (Bits(K::kBias + 1) << K::kMantissa);
-  const R k = bit_cast<R>((t >> K::kMantissa) | bit_cast<Bits>(kWhole)) - (kWhole + kMore);
+  const R k = bit_cast<R>((t >> K::kMantissa) | bit_cast<Bits>(kBase)) - (kBase + kOffset);
   const Bits mantissa = t & ((Bits(1) << K::kMantissa) - 1);
   const R f = bit_cast<R>(mantissa + L::kSqrtHalf) - R(1);
   const R s = f / (R(2) + f), z = s * s, half = R(0.5) * f * f;
@@ -129,10 +129,10 @@ DC_HD R log(R x) {
 #endif
 }
 
-// What log(1 + y) is more than log of the sum as it is rounded: over the sum, which matters only
-// where y is so small that it is 1.
+// The first-order correction of log(sum) to log(1 + y), where sum is 1 + y after rounding. The
+// exact term is divided by the sum, but it matters only where the sum is 1.
 template <class R>
-DC_HD R lost_in(R sum, R y) {
+DC_HD R log1p_correction(R sum, R y) {
   return y - (sum - R(1));
 }
 

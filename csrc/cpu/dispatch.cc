@@ -1,5 +1,5 @@
-// Chooses the instruction set once, and cuts a call into units shared among the threads of the
-// OpenMP runtime that torch has loaded (so torch.set_num_threads is obeyed).
+// Chooses the instruction set once, and splits a call into units of work for the threads of torch's
+// OpenMP runtime, so torch.set_num_threads applies.
 #include <omp.h>
 
 #include <cstdlib>
@@ -57,8 +57,8 @@ const Isa& isa() {
   return chosen;
 }
 
-constexpr int64_t kChunk = 8192;  // columns of a unit
-// Elements; below, starting threads costs more than it saves.
+constexpr int64_t kChunk = 8192;  // columns per unit of work
+// Elements. Below this, starting threads costs more than it saves.
 constexpr int64_t kParallelFrom = 32 * 1024;
 
 bool steps_in_range(const LaunchArgs& args, int64_t* wrong) {
@@ -105,7 +105,7 @@ bool run_on_cpu(int op, Dtype dtype, LaunchArgs& args, int64_t* wrong_step) {
                  scratch.get() + me * kernel.scratch);
     }
   }
-  if (args.partials) kernel.finish(args);
+  if (args.partials) kernel.combine(args);
   return true;
 }
 

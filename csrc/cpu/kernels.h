@@ -1,5 +1,5 @@
-// The CPU kernels: one table per instruction set, and the function that picks a table and runs a
-// kernel of it.
+// The CPU kernels: one table per instruction set, and the function that runs a kernel from the
+// table of the instruction set in use.
 #pragma once
 
 #include "core/launch_args.h"
@@ -8,8 +8,8 @@ namespace diffcore {
 
 struct CpuKernel {
   void (*run)(const LaunchArgs&, int64_t unit_begin, int64_t unit_end, void* scratch);
-  void (*finish)(const LaunchArgs&);
-  int64_t scratch;  // bytes for each thread; a kernel that needs any is given complete rows
+  void (*combine)(const LaunchArgs&);  // combines the chunks of every row; null for kSelect
+  int64_t scratch;  // bytes per thread; if not 0, a unit of work is a complete row
 };
 
 // kernels.cc: rows in the order of AllOps, kDtypes entries a row.
@@ -24,10 +24,10 @@ const CpuKernel* cpu_kernels();
 }
 
 // dispatch.cc
-const char* cpu_isa();       // in use
-const char* best_cpu_isa();  // that the processor has
+const char* cpu_isa();       // the instruction set in use
+const char* best_cpu_isa();  // the best one that the processor supports
 int cpu_threads();
-// false: `wrong_step` is out of range, and nothing was done
+// Returns false, without running anything, if a step is out of range, and sets `wrong_step` to it.
 bool run_on_cpu(int op, Dtype dtype, LaunchArgs& args, int64_t* wrong_step);
 
 }  // namespace diffcore

@@ -1,4 +1,4 @@
-// Vectors of the instruction set this unit is compiled for, as noise/normal.h wants its numbers.
+// The `Lanes` of noise/normal.h for vectors of the instruction set that this file is compiled for.
 #pragma once
 
 #include <immintrin.h>
@@ -21,7 +21,7 @@ typedef uint32_t VectorU __attribute__((vector_size(kVectorBytes)));
 typedef int32_t VectorI __attribute__((vector_size(kVectorBytes)));
 typedef float VectorF __attribute__((vector_size(kVectorBytes)));
 
-// The 64-bit products of the lower halves, which no compiler finds by itself.
+// The 64-bit products of the lower halves. Compilers do not find this instruction in plain C++.
 DC_HD VectorU64 products(VectorU64 a, VectorU64 b) {
 #if defined(__AVX512F__)
   return VectorU64(_mm512_maskz_mul_epu32(__mmask8(-1), __m512i(a), __m512i(b)));
@@ -42,71 +42,71 @@ DC_HD VectorF roots(VectorF x) {
 #endif
 }
 
-// Vectors that go through the same arithmetic side by side. One alone would wait for its own
-// results most of the time: the chain from a counter to a normal is some 250 cycles long.
-constexpr int kSide = 4;
+// Independent vectors that are processed together, to hide latency: the chain of dependent
+// operations from a counter to a normal takes about 250 cycles.
+constexpr int kGroup = 4;
 
 template <class V>
-struct Side {
-  V v[kSide];
-  Side() = default;
+struct VectorGroup {
+  V v[kGroup];
+  VectorGroup() = default;
   template <class W>
-  DC_HD explicit Side(const Side<W>& bits) {
+  DC_HD explicit VectorGroup(const VectorGroup<W>& bits) {
     DC_UNROLL
-    for (int i = 0; i < kSide; ++i) v[i] = V(bits.v[i]);
+    for (int i = 0; i < kGroup; ++i) v[i] = V(bits.v[i]);
   }
 };
 
-// f of each vector of the sides.
+// Applies f to each vector.
 template <class V, class F, class... A>
-DC_HD Side<V> map(F f, const Side<A>&... a) {
-  Side<V> y;
+DC_HD VectorGroup<V> map(F f, const VectorGroup<A>&... a) {
+  VectorGroup<V> y;
   DC_UNROLL
-  for (int i = 0; i < kSide; ++i) y.v[i] = f(a.v[i]...);
+  for (int i = 0; i < kGroup; ++i) y.v[i] = f(a.v[i]...);
   return y;
 }
 
 template <class V>
-DC_HD Side<V> operator^(const Side<V>& a, const Side<V>& b) {
+DC_HD VectorGroup<V> operator^(const VectorGroup<V>& a, const VectorGroup<V>& b) {
   return map<V>([](const V& x, const V& y) { return x ^ y; }, a, b);
 }
 template <class V>
-DC_HD Side<V> operator^(const Side<V>& a, uint32_t b) {
+DC_HD VectorGroup<V> operator^(const VectorGroup<V>& a, uint32_t b) {
   return map<V>([b](const V& x) { return x ^ b; }, a);
 }
 template <class V, class C>
-DC_HD Side<V> operator&(const Side<V>& a, C b) {
+DC_HD VectorGroup<V> operator&(const VectorGroup<V>& a, C b) {
   return map<V>([b](const V& x) { return x & b; }, a);
 }
 template <class V, class C>
-DC_HD Side<V> operator+(const Side<V>& a, C b) {
+DC_HD VectorGroup<V> operator+(const VectorGroup<V>& a, C b) {
   return map<V>([b](const V& x) { return x + b; }, a);
 }
 template <class V>
-DC_HD Side<V> operator-(const Side<V>& a, int32_t b) {
+DC_HD VectorGroup<V> operator-(const VectorGroup<V>& a, int32_t b) {
   return map<V>([b](const V& x) { return x - b; }, a);
 }
 template <class V>
-DC_HD Side<V> operator<<(const Side<V>& a, int n) {
+DC_HD VectorGroup<V> operator<<(const VectorGroup<V>& a, int n) {
   return map<V>([n](const V& x) { return x << n; }, a);
 }
 template <class V>
-DC_HD Side<V> operator>>(const Side<V>& a, int n) {
+DC_HD VectorGroup<V> operator>>(const VectorGroup<V>& a, int n) {
   return map<V>([n](const V& x) { return x >> n; }, a);
 }
 // The same number in all lanes.
 template <class V, class C>
-DC_HD Side<V> filled(C number) {
-  return map<V>([number](const V&) { return V{} + number; }, Side<V>{});
+DC_HD VectorGroup<V> filled(C number) {
+  return map<V>([number](const V&) { return V{} + number; }, VectorGroup<V>{});
 }
 
 struct VectorLanes {
-  // A word of Philox fills 64 bits: a product is there without shuffling, and what is left in the
-  // upper half is never read.
-  using Word = Side<VectorU64>;
-  using U = Side<VectorU>;
-  using I = Side<VectorI>;
-  using F = Side<VectorF>;
+  // A Philox word occupies a 64-bit lane, so products need no shuffling. The upper half of the lane
+  // is never read.
+  using Word = VectorGroup<VectorU64>;
+  using U = VectorGroup<VectorU>;
+  using I = VectorGroup<VectorI>;
+  using F = VectorGroup<VectorF>;
 
   DC_HD static void multiply(const Word& a, uint32_t b, Word* high, Word* low) {
     *low = map<VectorU64>([b](const VectorU64& x) { return products(x, VectorU64{} + b); }, a);

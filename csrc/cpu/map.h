@@ -1,8 +1,9 @@
-// The CPU loop: every functor, every storage type, the instruction set this unit is compiled for.
+// The CPU loop, for every functor and storage type, in the instruction set that this file is
+// compiled for.
 //
-// A call is cut into units of (row, chunk of columns). Sums are formed in kLanes float accumulators
-// per unit, folded by a fixed tree and combined in double, so the result does not depend on threads
-// or on the width of the vectors.
+// A unit of work is (row, chunk of columns). Each unit sums into kLanes accumulators, which are
+// folded by a fixed tree; the units of a row are combined in double. So the result depends neither
+// on the number of threads nor on the vector width.
 #pragma once
 
 #if defined(__F16C__)
@@ -18,19 +19,19 @@
 DC_KERNEL_NAMESPACE_BEGIN
 
 constexpr int kLanes = 64;
-constexpr int kTile = 512;  // elements of a 16-bit tensor converted at a time; a multiple of kLanes
+constexpr int kTile = 512;  // 16-bit elements converted at a time; a multiple of kLanes
 
 template <class T, class U>
 constexpr bool same = false;
 template <class T>
 constexpr bool same<T, T> = true;
 
-// Once a tile: not inlined, so that the kernels of all ops share one copy of each conversion.
+// Called once per tile. Not inlined, so that all kernels share one copy of each conversion.
 template <class S>
 __attribute__((noinline)) void load_tile(const S* from, int64_t n, float* to) {
   int64_t i = 0;
 #if defined(__F16C__)
-  if constexpr (same<S, F16>) {  // the portable conversion costs four times as much
+  if constexpr (same<S, F16>) {  // the portable conversion takes four times as long
     for (; i + 8 <= n; i += 8) {
       __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i));
       _mm256_storeu_ps(to + i, _mm256_cvtph_ps(half));
@@ -54,13 +55,13 @@ __attribute__((noinline)) void store_tile(const float* from, int64_t n, S* to) {
   for (; i < n; ++i) to[i] = Store<S>::from(from[i]);
 }
 
-// y[i] = Op(x[i]) for i < n, all in the compute type; sums go to acc[i % kLanes]. One copy serves
-// float and the types that are converted to it.
+// y[i] = Op(x[i]) for i < n, all in the compute type; summands are added to acc[i % kLanes]. float
+// and the types that are converted to it share one instance.
 template <class Op, class R>
 __attribute__((noinline)) void map_columns(const R* coefs, const R* const* from, R* const* to,
                                            int64_t n, R (*acc)[kLanes]) {
   constexpr int kIn = Op::n_in, kOut = Op::n_out, kSum = Op::n_sum;
-  // Copies that nothing in the loop can be thought to write to.
+  // Local copies, so the compiler can prove that the stores of the loop do not change them.
   R c[Op::n_coef + 1];
   const R* in[kIn + 1];
   R* out[kOut + 1];
@@ -80,7 +81,8 @@ __attribute__((noinline)) void map_columns(const R* coefs, const R* const* from,
     DC_UNROLL
     for (int k = 0; k < kSum; ++k) acc[k][lane] += y[kOut + k];
   };
-  // ivdep: an output may be an input (in place), never partly over one; the binding checks.
+  // ivdep: an output may be the same tensor as an input, but never overlaps one partly. The binding
+  // checks this.
   if constexpr (kSum == 0) {
 #pragma GCC ivdep
     for (int64_t i = 0; i < n; ++i) element(i, 0);
@@ -94,7 +96,7 @@ __attribute__((noinline)) void map_columns(const R* coefs, const R* const* from,
   }
 }
 
-// The same of a row, with the formula that is the row's.
+// map_columns with the formula of the row: Op, or Op::Other.
 template <class Op, class R>
 void map_row(const R* c, const R* const* from, R* const* to, int64_t n, R (*acc)[kLanes]) {
   if constexpr (kSwitches<Op>)
@@ -102,8 +104,8 @@ void map_row(const R* c, const R* const* from, R* const* to, int64_t n, R (*acc)
   map_columns<Op, R>(c, from, to, n, acc);
 }
 
-// What the rows of an op draw; nothing where their noise is read.
-template <class Op, bool = kDraws<Op>>
+// The generated noise of an op; empty if the op reads its noise or has none.
+template <class Op, bool = kGeneratesNoise<Op>>
 struct Noise {
   explicit Noise(const LaunchArgs&) {}
 };
@@ -111,19 +113,19 @@ template <class Op>
 struct Noise<Op, true> : RowNoise {
   using RowNoise::RowNoise;
 
-  // n columns from `first` on, n at most kTile, as a tensor of type S would hold them.
-  // `prefetch`: what else is read and written from column `first` on.
+  // The noise of columns [first, first + n), rounded to S as a tensor would store it; n <= kTile.
+  // `prefetch`: the other tensors, from column `first` on.
   template <class S>
   const Compute<S>* tile(int64_t row, int64_t first, int64_t n, const Prefetch& prefetch) {
     const int64_t within = first % kAtOnce;
-    if (within == 0) drawn_ = columns(row, first, prefetch);
-    const float* z = drawn_ + within;
+    if (within == 0) generated_ = columns(row, first, prefetch);
+    const float* z = generated_ + within;
     if constexpr (same<S, float>) {
       return z;
     } else if constexpr (same<S, double>) {
-      for (int64_t i = 0; i < n; ++i) wide_[i] = z[i];
-      return wide_;
-    } else if constexpr (same<S, Bf16>) {  // noise is no NaN: no need to store and load
+      for (int64_t i = 0; i < n; ++i) doubles_[i] = z[i];
+      return doubles_;
+    } else if constexpr (same<S, Bf16>) {  // noise is never NaN, so rounding the bits suffices
       for (int64_t i = 0; i < n; ++i)
         rounded_[i] = bit_cast<float>(rounded_to_bf16(bit_cast<uint32_t>(z[i])) & 0xffff0000u);
       return rounded_;
@@ -136,9 +138,9 @@ struct Noise<Op, true> : RowNoise {
   }
 
  private:
-  const float* drawn_ = nullptr;
+  const float* generated_ = nullptr;
   union {
-    alignas(64) double wide_[kTile];
+    alignas(64) double doubles_[kTile];
     alignas(64) float rounded_[kTile];
   };
 };
@@ -148,7 +150,7 @@ struct Formula {
   using type = Op;
 };
 template <class Op>
-struct Formula<Drawn<Op>> {
+struct Formula<Generated<Op>> {
   using type = Op;
 };
 
@@ -186,7 +188,7 @@ struct CpuLoop {
   }
 
   // Combines the chunks of every row.
-  static void finish(const LaunchArgs& args) {
+  static void combine(const LaunchArgs& args) {
     if constexpr (kSum > 0) {
       for (int k = 0; k < kSum; ++k) {
         for (int64_t row = 0; row < args.rows; ++row) {
@@ -213,12 +215,12 @@ struct CpuLoop {
       in[k] = static_cast<const S*>(args.in[k]) + row * args.row_stride[k] + first;
     DC_UNROLL
     for (int k = 0; k < kOut; ++k) out[k] = static_cast<S*>(args.out[k]) + at;
-    if constexpr (!kConverted && !kDraws<Op>) {
+    if constexpr (!kConverted && !kGeneratesNoise<Op>) {
       map_row<typename Formula<Op>::type, R>(c, in, out, n, acc);
     } else {
-      constexpr int kRoom = kConverted ? kTile : 1;
-      alignas(64) R x[kIn + 1][kRoom];
-      alignas(64) R y[kOut + 1][kRoom];
+      constexpr int kCapacity = kConverted ? kTile : 1;
+      alignas(64) R x[kIn + 1][kCapacity];
+      alignas(64) R y[kOut + 1][kCapacity];
       const R* xs[kIn + 1];
       R* ys[kOut + 1];
       for (int64_t i = 0; i < n; i += kTile) {
@@ -228,7 +230,7 @@ struct CpuLoop {
           if constexpr (kConverted) load_tile(in[k] + i, m, x[k]);
           xs[k] = pick<kConverted>(x[k], in[k] + i);
         }
-        if constexpr (kDraws<Op>) {
+        if constexpr (kGeneratesNoise<Op>) {
           RowNoise::Prefetch prefetch{{}, kIn + kOut, sizeof(S)};
           DC_UNROLL
           for (int k = 0; k < kIn; ++k) prefetch.at[k] = reinterpret_cast<const char*>(in[k] + i);

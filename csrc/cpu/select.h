@@ -1,7 +1,7 @@
-// The CPU loop of the ops that select: a unit is a row. Where a row is long, its keys are counted
-// by their highest bits first, until the candidates left fit into a room of fixed size; so the
-// inputs of an image are read twice. The bits that then remain are found one by one, which in so
-// few numbers is cheaper than to count by many at once.
+// The CPU loop of the ops with kSelect; a unit of work is a row. In a long row, keys are counted by
+// their highest bits until the remaining candidates fit into a buffer of fixed size; the inputs of
+// an image are read twice. The remaining bits are then determined one by one, which is cheaper for
+// so few candidates than counting by many bits at once.
 #pragma once
 
 #include "core/selection.h"
@@ -9,13 +9,13 @@
 
 DC_KERNEL_NAMESPACE_BEGIN
 
-// What an op would sum, as its output.
+// The op with its summand as an output instead of a sum.
 template <class Op>
 struct Summand : Op {
   static constexpr int n_out = 1, n_sum = 0;
 };
 
-// The keys of a row, a tile at a time. They are the same each time that they are made.
+// The keys of a row, one tile at a time. Each pass computes them again, with the same result.
 template <class Op, class S>
 struct RowKeys {
   using R = Compute<S>;
@@ -63,11 +63,11 @@ template <class Op, class S>
 struct CpuSelect {
   using R = Compute<S>;
   using K = Key<R>;
-  static constexpr int kRoom = 1 << 14;
+  static constexpr int kCapacity = 1 << 14;
 
   struct Scratch {
     int64_t counts[kBuckets];
-    K room[kRoom + kTile];
+    K candidates[kCapacity + kTile];
   };
 
   static void run(const LaunchArgs& args, int64_t begin, int64_t end, void* scratch) {
@@ -80,13 +80,13 @@ struct CpuSelect {
   }
 
  private:
-  static double quantile(const LaunchArgs& args, int64_t row, double share, Scratch& scratch) {
+  static double quantile(const LaunchArgs& args, int64_t row, double level, Scratch& scratch) {
     RowKeys<Op, S> keys(args, row);
     const K* tile = keys.tile;
-    const Position position = position_of(share, args.cols);
+    const Position position = position_of(level, args.cols);
     Search<R> search = Search<R>::of(position.rank, args.cols);
 
-    while (search.open && search.count > kRoom) {
+    while (search.open && search.count > kCapacity) {
       int64_t (&counts)[kBuckets] = scratch.counts;
       for (int64_t& count : counts) count = 0;
       keys.each_tile([&, search](int n) {
@@ -95,7 +95,7 @@ struct CpuSelect {
       search.narrow(bucket_of(search.rank, counts, kBuckets), search.rest());
     }
 
-    K* const room = scratch.room;
+    K* const candidates = scratch.candidates;
     int kept = 0;
     K above = kNoKey<R>;
     bool nan = false;
@@ -103,29 +103,29 @@ struct CpuSelect {
       above = smaller(above, smallest_from(search.high() + 1, tile, n));
       nan |= smallest_from(kNanKey<R>, tile, n) == kNanKey<R>;
       for (int i = 0; search.open && i < n; ++i) {
-        room[kept] = tile[i];
+        candidates[kept] = tile[i];
         kept += search.holds(tile[i]);
       }
-      kept = kept < kRoom ? kept : kRoom;  // they are no more, unless inputs change meanwhile
+      kept = kept < kCapacity ? kept : kCapacity;  // more only if another thread changes the inputs
     });
     if (nan) return bit_cast<R>(kNanKey<R>);
 
     while (search.open && search.count > 1) {
       const int rest = search.open - 1;
       K zeros = 0;
-      for (int i = 0; i < kept; ++i) zeros += room[i] - search.low < K(1) << rest;
+      for (int i = 0; i < kept; ++i) zeros += candidates[i] - search.low < K(1) << rest;
       const K counts[] = {zeros, K(search.count - zeros)};
       search.narrow(bucket_of(search.rank, counts, 2), rest);
     }
-    const K key = search.open ? smallest_from(search.low, room, kept) : search.low;
+    const K key = search.open ? smallest_from(search.low, candidates, kept) : search.low;
     const bool again = search.rank + 1 < search.count;
-    const K next = again ? key : smaller(above, smallest_from(key + 1, room, kept));
+    const K next = again ? key : smaller(above, smallest_from(key + 1, candidates, kept));
     return between<R>(key, next, position.weight);
   }
 
   DC_HD static K smaller(K a, K b) { return a < b ? a : b; }
 
-  // The smallest of the keys from `from` on. Those before it wrap around, to be the farthest.
+  // The smallest key >= `from`. Keys below it wrap around in the subtraction and become largest.
   DC_HD static K smallest_from(K from, const K* keys, int n) {
     K least = kNoKey<R>;
     for (int i = 0; i < n; ++i) least = smaller(least, keys[i] - from);

@@ -1,4 +1,4 @@
-// Stands in for cuda/kernels.cu in a build without CUDA.
+// Replaces cuda/kernels.cu in a build without CUDA.
 #include "cuda/kernels.h"
 
 namespace diffcore {

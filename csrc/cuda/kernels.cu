@@ -1,5 +1,5 @@
-// The CUDA kernels of every op and storage type, and the few questions asked of the CUDA runtime.
-// cudart is linked statically: the module imports on a machine with neither GPU nor driver.
+// The CUDA kernels of every op and storage type, and queries of the CUDA runtime. cudart is linked
+// statically, so the module can be imported on a machine without a GPU or driver.
 #include <type_traits>
 
 #include "cuda/kernels.h"
@@ -24,7 +24,7 @@ struct CudaKernel {
 struct CudaEntry {
   template <class Op, class S>
   static constexpr CudaKernel make() {
-    if constexpr (std::is_same_v<S, double> && kDraws<Op> && kReads<Op> > 0) return {};
+    if constexpr (std::is_same_v<S, double> && kGeneratesNoise<Op> && kReads<Op> > 0) return {};
     using Launch = std::conditional_t<kSelects<Op>, CudaSelect<Op, S>, CudaLaunch<Op, S>>;
     return {&Launch::template run<Workspace>, &Launch::load};
   }
@@ -32,7 +32,7 @@ struct CudaEntry {
 
 using Kernels = KernelMatrix<CudaKernel, CudaEntry, AllOps>;
 
-// Our cudart is not torch's: torch's current device says nothing about ours.
+// This module has a separate copy of cudart, so torch's current device does not apply here.
 class DeviceGuard {
  public:
   explicit DeviceGuard(int device) {
@@ -64,7 +64,7 @@ const char* cuda_architectures() { return DIFFCORE_CUDA_ARCHITECTURES; }
 int cuda_device_count() {
   int count = 0;
   if (cudaGetDeviceCount(&count) != cudaSuccess) {
-    cudaGetLastError();  // no driver or no device: not an error to remember
+    cudaGetLastError();  // no driver or no device: clear the error
     return 0;
   }
   return count;

@@ -1,4 +1,4 @@
-// The CUDA kernels as the binding calls them: kernels.cu, or absent.cc in a build without CUDA.
+// The interface of the CUDA kernels: kernels.cu, or absent.cc in a build without CUDA.
 #pragma once
 
 #include "core/launch_args.h"
@@ -15,7 +15,7 @@ bool cuda_built();
 const char* cuda_architectures();
 int cuda_device_count();
 int cuda_driver_version();
-// null, or what went wrong
+// Both return null, or an error message.
 const char* run_on_cuda(int op, Dtype dtype, LaunchArgs& args, Device device, Allocate allocate,
                         void* context);
 const char* load_cuda_kernels(int device);

@@ -1,7 +1,7 @@
-// The CUDA loop: every functor, every storage type. A block covers kThreads / threads_x rows; a
-// thread reads kUnroll packs of 16 bytes of each input before it computes. Sums are folded by a
-// fixed tree in the block, and blocks of one row are combined in double by a second kernel: no
-// atomics, the same bits every run.
+// The CUDA loop, for every functor and storage type. A block covers kThreads / threads_x rows; a
+// thread loads kUnroll packs of 16 bytes of each input before it computes. A block folds its sums
+// by a fixed tree, and a second kernel combines the blocks of one row in double: without atomics,
+// every run gives the same bits.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -16,28 +16,35 @@ namespace diffcore {
 
 constexpr int kThreads = 256;
 
-// Packs of each input a thread has in flight at once. Many inputs fill the memory pipe by
-// themselves, and fewer registers mean more threads to hide its latency. The same whether noise is
-// read or drawn: it cuts the rows of a sum, whose bits shall not depend on that.
+// Packs of each input that a thread loads before it computes. With many inputs one pack of each
+// keeps enough loads in flight, and fewer registers allow more threads to hide latency. Counts the
+// noise as an input even if it is generated: the value determines the order of a sum, whose bits
+// must not depend on the source of the noise.
 template <class Op>
 constexpr int kUnroll = Op::n_in <= 2 ? 2 : 1;
-// Blocks that have to fit on a multiprocessor, which bounds the registers: 64 a thread; 80 where
-// many tensors take part, or many coefficients besides packs of eight (with 64 they spill), or a
-// thread draws eight normals; 128 in double, whatever the type, and where it is both.
+// Minimum resident blocks per multiprocessor, which limits the registers of a thread: 64; 80 with
+// many tensors, with many coefficients and packs of eight (64 would spill), or if a thread
+// generates eight normals; 128 if the storage or the formula is double, or with eight normals and
+// many tensors.
 template <class Op, class S>
 constexpr int kBlocksPerSm = [] {
   const int tensors = Op::n_in + Op::n_out;
-  const bool draws_eight = kDraws<Op> && sizeof(S) == 2;
-  if (sizeof(S) == 8 || Op::in_double || (draws_eight && tensors >= 5)) return 2;
+  const bool eight_normals = kGeneratesNoise<Op> && sizeof(S) == 2;
+  if (sizeof(S) == 8 || Op::in_double || (eight_normals && tensors >= 5)) return 2;
   const int held = tensors + (sizeof(S) == 2 ? Op::n_coef / 4 : 0);
-  return held >= 9 || draws_eight ? 3 : 4;
+  return held >= 9 || eight_normals ? 3 : 4;
 }();
 
-// How the blocks lie over [rows, cols].
+// The mapping of blocks to [rows, cols].
 struct BlockLayout {
   int threads_x;  // a power of two
-  int rounds;     // how often a thread returns for another kUnroll packs
-  bool packed;    // 16-byte accesses; else single elements
+  int rounds;     // groups of kUnroll packs per thread
+  bool packed;    // 16-byte accesses instead of single elements
+};
+
+struct Launch {
+  LaunchArgs args;
+  BlockLayout layout;
 };
 
 template <class S, int N>
@@ -45,7 +52,7 @@ struct alignas(sizeof(S) * N) Pack {
   S value[N];
 };
 
-// load_coefs, shared by the warp where one row spans it: each lane fetches one coefficient.
+// load_coefs; if all threads of a warp have the same row, each lane loads one coefficient.
 template <class Op, class R>
 __device__ __forceinline__ void share_coefs(const LaunchArgs& args, int64_t row, int threads_x,
                                             R* c) {
@@ -63,7 +70,7 @@ __device__ __forceinline__ void share_coefs(const LaunchArgs& args, int64_t row,
   }
 }
 
-// What one thread does with its elements of a row; sums are left in `sums`.
+// The work of one thread on its elements of a row. Adds to `sums`.
 template <class Op, class S, class Formula = Op>
 struct RowWorker {
   using R = Compute<S>;
@@ -78,8 +85,8 @@ struct RowWorker {
     R values[Op::n_in], y[kOut + kSum];
     DC_UNROLL
     for (int k = 0; k < kIn; ++k) values[k] = load_value(x[k]);
-    // As a tensor of noise would hold it.
-    if constexpr (kDraws<Op>) values[kIn] = load_value(Store<S>::from(z));
+    // Rounded to S, as a tensor would store it.
+    if constexpr (kGeneratesNoise<Op>) values[kIn] = load_value(Store<S>::from(z));
     Formula::template apply<R>(c, values, y);
     DC_UNROLL
     for (int k = 0; k < kOut; ++k) stored[k] = Store<S>::from(y[k]);
@@ -87,8 +94,7 @@ struct RowWorker {
     for (int k = 0; k < kSum; ++k) sums[k] += y[kOut + k];
   }
 
-  // kU packs of N elements, threads_x packs apart. `meanwhile` runs while the loads are on their
-  // way.
+  // kU packs of N elements, threads_x packs apart. `meanwhile` runs while the loads are in flight.
   template <int N, class Meanwhile>
   __device__ __forceinline__ void packs(int64_t row, int64_t first, int64_t count, int threads_x,
                                         Meanwhile meanwhile) const {
@@ -109,7 +115,7 @@ struct RowWorker {
       if (p < count) {
         Pack<S, N> out[kOut + 1];
         float z[N] = {};
-        if constexpr (kDraws<Op>) draw(p * N, z);
+        if constexpr (kGeneratesNoise<Op>) generate(p * N, z);
         DC_UNROLL
         for (int i = 0; i < N; ++i) {
           S x[kIn + 1], stored[kOut + 1];
@@ -131,7 +137,7 @@ struct RowWorker {
     DC_UNROLL
     for (int k = 0; k < kIn; ++k) x[k] = from(k, row)[i];
     float z = 0;
-    if constexpr (kDraws<Op>) {
+    if constexpr (kGeneratesNoise<Op>) {
       const int64_t runs = args.noise.inner;
       z = normal(key, runs == 1 ? i : i % runs * (args.cols / runs) + i / runs);
     }
@@ -149,7 +155,7 @@ struct RowWorker {
   }
 
   template <int N>
-  __device__ __forceinline__ void draw(int64_t element, float (&z)[N]) const {
+  __device__ __forceinline__ void generate(int64_t element, float (&z)[N]) const {
     if constexpr (N == 2) {
       normal_pair(key, uint64_t(element) / 2, z[0], z[1]);
     } else {
@@ -177,9 +183,13 @@ __device__ __forceinline__ T row_sum(T value, int threads_x, int x) {
   return value;
 }
 
+// One parameter and a short name: the binary contains a host function and several copies of the
+// mangled name for each of about 400 kernels.
 template <class Op, class S>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSm<Op, S>)
-    op_kernel(const __grid_constant__ LaunchArgs args, const BlockLayout layout) {
+    map(const __grid_constant__ Launch launch) {
+  const LaunchArgs& args = launch.args;
+  const BlockLayout& layout = launch.layout;
   using R = Compute<S>;
   constexpr int kPack = 16 / sizeof(S);
   const int x = threadIdx.x % layout.threads_x, y = threadIdx.x / layout.threads_x;
@@ -189,7 +199,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm<Op, S>)
   R sums[Op::n_sum + 1] = {};
   if (row < args.rows) {
     NoiseKey key{};
-    if constexpr (kDraws<Op>) key = noise_key(args.noise, row);
+    if constexpr (kGeneratesNoise<Op>) key = noise_key(args.noise, row);
     const RowWorker<Op, S> worker{args, c, sums, key};
     const int64_t packs = layout.packed ? args.cols / kPack : 0;
     const auto load_c = [&] { share_coefs<Op>(args, row, layout.threads_x, c); };
@@ -202,7 +212,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm<Op, S>)
       load_c();
       other = Op::other(c);
     }
-    if (other) {  // rows of another formula are rare: one by one is fast enough
+    if (other) {  // rows with Other are rare: single elements are fast enough
       if constexpr (kSwitches<Op>) {
         const RowWorker<Op, S, typename Op::Other> other_worker{args, c, sums, key};
         const int64_t begin = int64_t(blockIdx.x) * args.chunk;
@@ -223,8 +233,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm<Op, S>)
     } else if (!kSwitches<Op>) {
       load_c();
     }
-    // One by one: everything when unaligned, else what is left behind the last whole pack, by the
-    // last block.
+    // Single elements: all of them if unaligned, else those after the last full pack, in the last
+    // block.
     if (!other && (!layout.packed || blockIdx.x == gridDim.x - 1)) {
       const int64_t begin = layout.packed ? packs * kPack : int64_t(blockIdx.x) * args.chunk;
       const int64_t end = begin + args.chunk < args.cols ? begin + args.chunk : args.cols;
@@ -247,9 +257,9 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm<Op, S>)
   }
 }
 
-// Combines the blocks of each row.
+// Combines the partial sums of each row.
 template <class Op, class S>
-__global__ void __launch_bounds__(kThreads) finish_kernel(const __grid_constant__ LaunchArgs args) {
+__global__ void __launch_bounds__(kThreads) fold(const __grid_constant__ LaunchArgs args) {
   using R = Compute<S>;
   for (int64_t row = blockIdx.x; row < args.rows; row += gridDim.x) {
     for (int k = 0; k < Op::n_sum; ++k) {
@@ -272,7 +282,7 @@ struct CudaLaunch {
 
   static bool aligned(const LaunchArgs& args) {
     if (args.rows > 1 && args.cols % kPack != 0) return false;
-    if (kDraws<Op> && args.noise.inner != 1) return false;
+    if (kGeneratesNoise<Op> && args.noise.inner != 1) return false;
     uintptr_t low = 0;
     for (int k = 0; k < kReads<Op>; ++k) {
       low |= reinterpret_cast<uintptr_t>(args.in[k]);
@@ -282,17 +292,17 @@ struct CudaLaunch {
     return low % 16 == 0;
   }
 
-  // Queues the work on the stream. `workspace(bytes)` gives memory ordered on that stream; null:
-  // none could be had.
+  // Enqueues the work on the stream. `workspace(bytes)` allocates memory in stream order, and
+  // returns null if it cannot.
   template <class Workspace>
   static const char* run(LaunchArgs& args, cudaStream_t stream, Workspace workspace) {
     BlockLayout layout{1, 1, aligned(args)};
     const int64_t threads = (args.cols + kPack - 1) / kPack;
     while (layout.threads_x < kThreads && layout.threads_x < threads) layout.threads_x *= 2;
     const int64_t per_round = int64_t(kUnroll<Op>) * kPack * layout.threads_x;
-    // Sums: one block a row where eight rounds suffice, else enough blocks to fill the device
-    // without leaving many partial results. The choice depends on the row's length alone, so the
-    // result does not depend on the device.
+    // Sums: one block per row if eight rounds suffice, else enough blocks to fill the device with
+    // few partial sums. The choice depends only on the length of a row, so the result does not
+    // depend on the device.
     const int64_t rounds = (args.cols + per_round - 1) / per_round;
     if (Op::n_sum > 0)
       layout.rounds = rounds <= 1                      ? 1
@@ -313,21 +323,20 @@ struct CudaLaunch {
     const int64_t grid_y = blocks_y < kMaxGridY ? blocks_y : kMaxGridY;
     const dim3 grid(unsigned(args.chunks), unsigned(grid_y),
                     unsigned((blocks_y + grid_y - 1) / grid_y));
-    op_kernel<Op, S><<<grid, kThreads, 0, stream>>>(args, layout);
+    map<Op, S><<<grid, kThreads, 0, stream>>>(Launch{args, layout});
     if constexpr (Op::n_sum > 0) {
       if (args.chunks > 1)
-        finish_kernel<Op, S>
-            <<<unsigned(args.rows < 65535 ? args.rows : 65535), kThreads, 0, stream>>>(args);
+        fold<Op, S><<<unsigned(args.rows < 65535 ? args.rows : 65535), kThreads, 0, stream>>>(args);
     }
     const cudaError_t error = cudaGetLastError();
     return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
   }
 
-  static const char* load() {  // brings the kernels' code onto the current device
+  static const char* load() {  // loads the kernels' code onto the current device
     cudaFuncAttributes attributes;
-    cudaError_t error = cudaFuncGetAttributes(&attributes, op_kernel<Op, S>);
+    cudaError_t error = cudaFuncGetAttributes(&attributes, map<Op, S>);
     if constexpr (Op::n_sum > 0)
-      if (error == cudaSuccess) error = cudaFuncGetAttributes(&attributes, finish_kernel<Op, S>);
+      if (error == cudaSuccess) error = cudaFuncGetAttributes(&attributes, fold<Op, S>);
     return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
   }
 };

@@ -1,7 +1,7 @@
-// The CUDA loop of the ops that select. A pass over the inputs counts the candidates of each row by
-// the next digit of their keys; the bucket of the rank then narrows the search. A block does all
-// passes over a short row by itself; over long rows each pass is a launch, whose blocks add their
-// counts to those of the row. Integers only: the same bits every run.
+// The CUDA loop of the ops with kSelect. A pass over the inputs counts the candidates of each row
+// by the next digit of their keys; the search then continues in the bucket that contains the rank.
+// For a short row one block does all passes; for long rows each pass is a launch, whose blocks add
+// their counts to those of the row. Counts are integers, so every run gives the same bits.
 #pragma once
 
 #include "core/selection.h"
@@ -9,8 +9,8 @@
 
 namespace diffcore {
 
-// A search and what it counts in one pass. `above` is the smallest key above the candidates of the
-// last pass: the next in order, where no candidate is.
+// A search and the counts of one pass. `above` is the smallest key above the candidates of the last
+// pass: the successor of the result if it is the largest candidate.
 template <class R, class Count>
 struct Tally {
   Search<R> search;
@@ -18,7 +18,7 @@ struct Tally {
   Count counts[kBuckets];
 };
 
-// ---- what the threads of a block do together ------------------------------------------------
+// ---- Functions of a block -------------------------------------------------------------------
 
 template <class Op, class R, class Count>
 __device__ __forceinline__ void start(Tally<R, Count>& tally, const LaunchArgs& args, int64_t row) {
@@ -35,7 +35,7 @@ __device__ __forceinline__ void clear(Tally<R, Count>& tally) {
   for (int i = threadIdx.x; i < kBuckets; i += kThreads) tally.counts[i] = 0;
 }
 
-// `above` becomes the smallest of what it is and what the threads have.
+// Sets `above` to the minimum of itself and the value `mine` of each thread.
 template <class K>
 __device__ __forceinline__ void keep_smallest(unsigned long long& above, K mine) {
   for (int offset = 16; offset > 0; offset /= 2) {
@@ -45,12 +45,13 @@ __device__ __forceinline__ void keep_smallest(unsigned long long& above, K mine)
   if (threadIdx.x % 32 == 0) atomicMin(&above, mine);
 }
 
-// The search goes on in the bucket of its rank. All counts must be there before; after it the
-// result is, for every thread.
+// Continues the search in the bucket that contains the rank. All counts must be complete and
+// visible before the call; the result is visible to every thread after it.
 template <class R, class Count>
 __device__ void narrow(Tally<R, Count>& tally) {
   constexpr int kMine = kBuckets / kThreads;
-  __shared__ int64_t up_to[kThreads];  // candidates in the buckets of this thread and before them
+  // Prefix sums: the number of candidates up to the last bucket of each thread.
+  __shared__ int64_t up_to[kThreads];
   const int x = int(threadIdx.x);
   const Count* mine = tally.counts + x * kMine;
   int64_t own = 0;
@@ -64,10 +65,10 @@ __device__ void narrow(Tally<R, Count>& tally) {
     __syncthreads();
   }
   Search<R> search = tally.search;
-  // NaN is last in order; where there is one, the key of rank n - 1 is what is looked for.
+  // NaN has the largest key. If a row contains one, select the last rank, so the result is NaN.
   if (search.open == kKeyBits<R> && tally.counts[kBuckets - 1] > 0) search.rank = search.count - 1;
   const int rest = search.rest();
-  __syncthreads();  // the search has been read
+  __syncthreads();  // all threads have read the search
   const int64_t before = up_to[x] - own;
   if (before <= search.rank && search.rank < before + own) {
     Bucket bucket = bucket_of(search.rank - before, mine, kMine);
@@ -78,7 +79,7 @@ __device__ void narrow(Tally<R, Count>& tally) {
   }
   __syncthreads();
   search = tally.search;
-  if (search.open == 0) {  // what is left of the candidates are whole keys, too
+  if (search.open == 0) {  // complete keys: the next one may be in a later bucket
     const int found = search.bucket(search.low);
     Key<R> next = kNoKey<R>;
     for (int k = kMine - 1; k >= 0; --k) {
@@ -104,7 +105,7 @@ __device__ __forceinline__ void store(const Tally<R, Count>& tally, const Launch
   }
 }
 
-// Counts the candidates among columns [begin, end) of a row in shared memory.
+// Counts the candidates in columns [begin, end) of a row, in shared memory.
 template <class Op, class S>
 struct Counting {
   using R = Compute<S>;
@@ -134,7 +135,7 @@ struct Counting {
       above = key;
   }
 
-  // All columns, or those of a chunk of which the first is a multiple of kPack.
+  // `begin` is a multiple of kPack.
   __device__ __forceinline__ void columns(int64_t row, int64_t begin, int64_t end, bool packed) {
     const S* in[kIn];
     DC_UNROLL
@@ -154,7 +155,7 @@ struct Counting {
         count(element);
       }
     }
-    // One by one: everything when unaligned, else what is left behind the last whole pack.
+    // Single elements: all of them if unaligned, else those after the last full pack.
 #pragma unroll 1
     for (int64_t i = (packed ? packs * kPack : begin) + threadIdx.x; i < end; i += kThreads) {
       S element[kIn];
@@ -165,7 +166,7 @@ struct Counting {
   }
 };
 
-// ---- short rows -----------------------------------------------------------------------------
+// ---- Short rows -----------------------------------------------------------------------------
 
 template <class Op, class S>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSm<Op, S>)
@@ -188,7 +189,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm<Op, S>)
   }
 }
 
-// ---- long rows: a tally for each in the workspace -----------------------------------------------
+// ---- Long rows: the tally of each row is in the workspace -----------------------------------
 
 template <class R>
 using RowTally = Tally<R, unsigned long long>;

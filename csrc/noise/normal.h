@@ -1,6 +1,6 @@
-// Two random words to two standard normals (Box & Muller 1958), the same bits on every machine:
-// additions, multiplications and one square root, each rounded on its own, in this order.
-// python/diffcore/_philox.py is the specification, docs/numerics.md has the errors.
+// Transforms two random words into two standard normals (Box & Muller 1958) with the same bits on
+// every machine: additions, multiplications and one square root, each rounded separately, in this
+// order. python/diffcore/reference/philox.py is the specification, docs/numerics.md has the errors.
 #pragma once
 
 #include "core/math.h"
@@ -27,7 +27,7 @@ DC_HD typename Lanes::F radius(typename Lanes::U w) {
   return Lanes::sqrt(Lanes::add(scale, log));
 }
 
-// The angle is a quarter turn by the upper two bits of v, and within π/4 of it by the others.
+// The upper two bits of v select a quarter turn, the other bits an angle within π/4 of it.
 template <class Lanes>
 DC_HD void box_muller(typename Lanes::U w, typename Lanes::U v, typename Lanes::F& z0,
                       typename Lanes::F& z1) {
@@ -47,7 +47,7 @@ DC_HD void box_muller(typename Lanes::U w, typename Lanes::U v, typename Lanes::
   z1 = Lanes::mul(r, Lanes::where_negative(swap, cosine, sine));
 }
 
-// The four normals of a block.
+// The four normals of one block.
 DC_HD void normals(const NoiseKey& key, uint32_t block, float* z) {
   uint32_t c[4] = {key.first_block + block, key.stream, key.id[0], key.id[1]};
   philox<ScalarLanes>(c, key.key[0], key.key[1]);
@@ -55,7 +55,7 @@ DC_HD void normals(const NoiseKey& key, uint32_t block, float* z) {
   box_muller<ScalarLanes>(c[2], c[3], z[2], z[3]);
 }
 
-// Two of them, or one, where no more are wanted.
+// Two normals, or one, for loops over single elements.
 DC_HD void normal_pair(const NoiseKey& key, uint64_t pair, float& z0, float& z1) {
   uint32_t c[4] = {key.first_block + uint32_t(pair / 2), key.stream, key.id[0], key.id[1]};
   philox<ScalarLanes>(c, key.key[0], key.key[1]);

@@ -1,6 +1,6 @@
-// Philox4x32-10: 128 bits of a counter to 128 random bits, under a 64-bit key (Salmon et al. 2011,
-// "Parallel random numbers: as easy as 1, 2, 3"). `Lanes` says what a word is: one number, or a
-// vector of them.
+// Philox4x32-10: maps a 128-bit counter to 128 random bits under a 64-bit key (Salmon et al. 2011,
+// "Parallel random numbers: as easy as 1, 2, 3"). `Lanes` defines the type of a word: one number,
+// or a vector of numbers.
 #pragma once
 
 #include "core/launch_args.h"
@@ -8,8 +8,9 @@
 
 DC_KERNEL_NAMESPACE_BEGIN
 
-// One number a lane: what a CUDA thread computes with. CUDA would contract a * b + c; the draw has
-// to be the same bits everywhere, so each operation is asked for by name.
+// One number per word, for CUDA threads and single elements on the CPU. nvcc would contract
+// a * b + c; noise must have the same bits everywhere, so each operation is an intrinsic that
+// rounds separately.
 struct ScalarLanes {
   using Word = uint32_t;
   using U = uint32_t;
@@ -53,12 +54,12 @@ DC_HD void philox(typename Lanes::Word (&c)[4], uint32_t key0, uint32_t key1) {
   }
 }
 
-// What is common to the noise of one sample: the key, and the counter but for the block.
+// The Philox key of one sample, and its counter except the block number.
 struct NoiseKey {
   uint32_t key[2];
   uint32_t id[2];
   uint32_t stream;
-  uint32_t first_block;  // four elements are a block
+  uint32_t first_block;  // a block is four elements
 };
 
 DC_HD NoiseKey noise_key(const NoiseSource& noise, int64_t row) {

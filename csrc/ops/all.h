@@ -28,23 +28,23 @@ struct Join<OpList<A...>, OpList<B...>, More...> : Join<OpList<A..., B...>, More
 template <class... List>
 using Joined = typename Join<List...>::type;
 
-// A term of each element, its sum over each row, and the gradients of both.
+// An elementwise term, its sum over each row, and the gradients of both.
 template <class Term, class... Gradient>
-using Family =
-    OpList<Term, SumOf<Term>, ElementwiseGradient<Gradient>..., SumGradient<Gradient>...>;
+using Family = OpList<Term, SumOf<Term>, GradientOf<Gradient>..., SumGradientOf<Gradient>...>;
 
 template <bool kGuided, int kHistory, bool kKeeps>
 using Step = OpList<ReverseStep<kGuided, kHistory, kKeeps, kStill>,
                     ReverseStep<kGuided, kHistory, kKeeps, kNoisy>,
-                    Drawn<ReverseStep<kGuided, kHistory, kKeeps, kNoisy>>>;
+                    Generated<ReverseStep<kGuided, kHistory, kKeeps, kNoisy>>>;
 
-// One history and three are instances; none that is kept, and two, are the next larger one with a
-// factor of 0 for a tensor that is there anyway.
+// Instances exist for one and three history tensors. A step that keeps h' without using history, or
+// uses two tensors, runs the next larger instance with coefficient 0 for a tensor that the loop has
+// allocated anyway.
 template <bool kGuided>
 using Steps = Joined<Step<kGuided, 0, false>, Step<kGuided, 1, false>, Step<kGuided, 1, true>,
                      Step<kGuided, 3, true>,
                      OpList<ReverseStep<kGuided, 0, false, kLearnedNoise>,
-                            Drawn<ReverseStep<kGuided, 0, false, kLearnedNoise>>,
+                            Generated<ReverseStep<kGuided, 0, false, kLearnedNoise>>,
                             ReverseStepBackward<kGuided, false>, ReverseStepBackward<kGuided, true>,
                             StepLogProb<kGuided>, StepLogProbBackward<kGuided, false>,
                             StepLogProbBackward<kGuided, true>>>;
@@ -55,7 +55,7 @@ using AllOps = Joined<
     Steps<false>, Steps<true>,
     // linear.h
     OpList<Scale, ScaleTwice, LinearCombination, LinearPair,
-           Drawn<Randn>, Drawn<LinearCombination>, Drawn<LinearPair>>,
+           Generated<Randn>, Generated<LinearCombination>, Generated<LinearPair>>,
     // gaussian.h
     Family<NormalKl, NormalKlGradient<Sides::kBoth>, NormalKlGradient<Sides::kFirst>,
            NormalKlGradient<Sides::kSecond>>,
@@ -65,19 +65,19 @@ using AllOps = Joined<
     Family<DiscretizedGaussianLogLikelihood, DiscretizedGradient<true>, DiscretizedGradient<false>>,
     // gaussian.h
     OpList<Reparameterize, ReparameterizeBackward, ReparameterizeKl, ReparameterizeKlBackward,
-           Drawn<Reparameterize>, Drawn<ReparameterizeBackward>,
-           Drawn<ReparameterizeKl>, Drawn<ReparameterizeKlBackward>>,
+           Generated<Reparameterize>, Generated<ReparameterizeBackward>,
+           Generated<ReparameterizeKl>, Generated<ReparameterizeKlBackward>>,
     // loss.h
     OpList<TargetLoss, WithGradient<TargetLoss>, MixedTargetLoss, WithGradient<MixedTargetLoss>,
            Rescale,
-           Drawn<TargetLoss>, Drawn<WithGradient<TargetLoss>>,
-           Drawn<MixedTargetLoss>, Drawn<WithGradient<MixedTargetLoss>>>,
+           Generated<TargetLoss>, Generated<WithGradient<TargetLoss>>,
+           Generated<MixedTargetLoss>, Generated<WithGradient<MixedTargetLoss>>>,
     // threshold.h
     OpList<X0Quantile<false>, X0Quantile<true>>,
     // bound.h
     OpList<VlbTerm<false>, VlbTerm<true>, VlbTermBackward<false>, VlbTermBackward<true>,
-           Drawn<VlbTerm<false>>, Drawn<VlbTerm<true>>,
-           Drawn<VlbTermBackward<false>>, Drawn<VlbTermBackward<true>>, PriorKl>>;
+           Generated<VlbTerm<false>>, Generated<VlbTerm<true>>,
+           Generated<VlbTermBackward<false>>, Generated<VlbTermBackward<true>>, PriorKl>>;
 // clang-format on
 
 template <class... Op>

@@ -1,7 +1,7 @@
-// Terms of the variational bound, summed over each row: the KL of a step or, where the row's
-// `decoder` says so, minus the discretised log-likelihood. All follow from the error of the
-// predicted x_0, e = b_0 x_0 + b_g given + b_m m, whose coefficients come as float + remainder and
-// which is formed in double: predicted noise is multiplied by hundreds where little signal is left.
+// Terms of the variational bound, summed over each row: the KL of a step or, if the row's `decoder`
+// is not 0, minus the discretized log-likelihood. All are functions of the error of the predicted
+// x_0, e = b_0 x_0 + b_g given + b_m m. It is computed in double, with coefficients given as float
+// + remainder, because at low signal levels predicted noise is multiplied by hundreds.
 #pragma once
 
 #include "core/math.h"
@@ -39,13 +39,13 @@ constexpr const char* kVlbColumns[] = {
     "clip_max", "decoder", "factor", "offset", "d_0",     "d_low",   "d_v",     "kl"};
 constexpr int kVlbCoefs = 13, kLearnedVlbCoefs = 16;
 
-// Inputs begin with x_0, m, [v], given (x_t, or the noise in it).
+// The first inputs are x_0, m, [v], given (x_t, or the noise in it).
 template <bool kLearned>
 struct BoundError : OpBase {
   static constexpr bool in_double = true;
   static constexpr int n = 3 + kLearned, n_coef = kLearned ? kLearnedVlbCoefs : kVlbCoefs;
 
-  // x_0 minus the prediction, clipped; `inside`: whether the clip let it pass.
+  // x_0 minus the clipped prediction. `inside`: whether the prediction was inside the clip range.
   template <class R>
   DC_HD static double error(const R* c, const R* x, bool& inside) {
     const VlbRow row(c);
@@ -58,13 +58,13 @@ struct BoundError : OpBase {
     e = e > most ? most : e;
     return e < least ? least : e;
   }
-  // de / dm where it let it pass.
+  // de / dm inside the clip range.
   template <class R>
   DC_HD static R slope(const R* c) {
     const VlbRow row(c);
     return R(double(row.b_m()) + double(row.b_m_low()));
   }
-  // log β̃ - log σ², σ² being the variance of p; minus the latter where there is no β̃.
+  // log β̃ - log σ², where σ² is the variance of p; only -log σ² if there is no β̃.
   template <class R>
   DC_HD static R log_ratio(const R* c, const R* x) {
     const VlbRow row(c);
@@ -75,7 +75,7 @@ struct BoundError : OpBase {
   }
 };
 
-// The decoder's term: minus the log-mass of N(x_0 - e, σ²) in the bin of x_0.
+// The decoder term: minus the log-mass of N(x_0 - e, σ²) in the bin of x_0.
 template <bool kLearned>
 struct DecoderTerm : BoundError<kLearned> {
   using Base = BoundError<kLearned>;
@@ -132,7 +132,7 @@ struct VlbTerm : BoundError<kLearned> {
   }
 };
 
-// Coefficients: and g, of each sample. Outputs: dm, [dv].
+// Coefficients: those of the term, then g of each sample. Outputs: dm, [dv].
 template <bool kLearned>
 struct DecoderTermBackward : BoundError<kLearned> {
   using Base = BoundError<kLearned>;

@@ -1,14 +1,14 @@
-// The kernels that follow from one term of each element: the term, its sum over each row, and the
-// gradients of both. A gradient has a `Term` and a `variant`, the suffix that says of which inputs
-// it is.
+// The kernels that derive from one elementwise term: the term, its sum over each row, and the
+// gradients of both. A gradient has a `Term` and a `variant`, a suffix that names the inputs it is
+// the gradient of.
 #pragma once
 
 #include "core/op.h"
 
 DC_KERNEL_NAMESPACE_BEGIN
 
-// A term summed over each row: the same inputs, one sum in place of the output, times the
-// coefficient `scale`.
+// A term summed over each row, times the coefficient `scale`: the same inputs, one sum instead of
+// the output.
 template <class Term>
 struct SumOf : OpBase {
   static constexpr KernelName kName{Term::name, "_sum"};
@@ -26,9 +26,9 @@ struct SumOf : OpBase {
   }
 };
 
-// The gradient of a term: of the elementwise op, whose upstream gradient is the last input ...
+// The gradient of the elementwise op. The upstream gradient is the last input.
 template <class Gradient>
-struct ElementwiseGradient : OpBase {
+struct GradientOf : OpBase {
   static constexpr KernelName kName{Gradient::Term::name, "_backward", Gradient::variant};
   static constexpr const char* name = kName.text;
   static constexpr int n_in = Gradient::n_in + 1, n_out = Gradient::n_out;
@@ -38,9 +38,9 @@ struct ElementwiseGradient : OpBase {
     Gradient::template apply<R>(x[Gradient::n_in], x, y);
   }
 };
-// ... and of its sum, whose upstream gradient is a number per row times `scale`.
+// The gradient of the sum. The upstream gradient is a number per row, times `scale`.
 template <class Gradient>
-struct SumGradient : OpBase {
+struct SumGradientOf : OpBase {
   static constexpr KernelName kName{Gradient::Term::name, "_sum_backward", Gradient::variant};
   static constexpr const char* name = kName.text;
   static constexpr int n_in = Gradient::n_in, n_out = Gradient::n_out, n_coef = 2;

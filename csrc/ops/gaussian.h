@@ -1,5 +1,5 @@
-// Diagonal Gaussians in (mean, log-variance): KL, negative log-likelihood, reparameterisation.
-// Nats.
+// Diagonal Gaussians in (mean, log-variance): KL, negative log-likelihood, reparameterization. In
+// nats.
 #pragma once
 
 #include "ops/family.h"
@@ -17,7 +17,7 @@ struct NormalKl : OpBase {
   }
 };
 
-// Of (mean1, logvar1), of (mean2, logvar2), or of all four.
+// The gradient of (mean1, logvar1), of (mean2, logvar2), or of all four.
 enum class Sides { kBoth, kFirst, kSecond };
 
 template <Sides kSides>
@@ -107,7 +107,7 @@ struct ReparameterizeBackward : OpBase {
   }
 };
 
-// The reparameterised sample and, in the same pass, the KL of each row to the standard normal.
+// The reparameterized sample and, in the same pass, the KL of each row to the standard normal.
 struct ReparameterizeKl : OpBase {
   static constexpr const char* name = "reparameterize_kl";
   static constexpr int n_in = 3, n_out = 1, n_sum = 1;  // mean, logvar, ε

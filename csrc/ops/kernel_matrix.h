@@ -1,5 +1,5 @@
 // A table of kernels: one row per op of a list, one column per storage type. `Entry::make<Op, S>()`
-// gives the kernel of each cell.
+// returns the kernel of each cell.
 #pragma once
 
 #include "core/launch_args.h"

@@ -1,4 +1,4 @@
-// The Gaussian's mass in the bin of a pixel. Nats.
+// The probability mass of a Gaussian in the bin of a pixel, in nats.
 #pragma once
 
 #include "core/special.h"
@@ -6,7 +6,7 @@
 
 DC_KERNEL_NAMESPACE_BEGIN
 
-// Half the distance of neighbouring pixels k / 127.5 - 1, and where the bins that are open begin.
+// Half the distance between neighboring pixels k / 127.5 - 1. Bins with |x| > kOpen are open.
 constexpr double kHalfBin = 1.0 / 255.0, kOpen = 0.999;
 
 // The bin lo .. hi around z in units of the scale, folded to z >= 0; eta is half its width. An open
@@ -14,19 +14,20 @@ constexpr double kHalfBin = 1.0 / 255.0, kOpen = 0.999;
 //   e^{-lo²/2} (E(lo) - E(hi) e^{-b2})          lo >= 0,  b2 = (hi² - lo²) / 2 = 2 z eta
 //   1 - e^{-lo²/2} (E(-lo) + E(hi) e^{-b2})     lo < 0
 //   2 eta φ(z) (1 + Σ eta^{2n} He_{2n}(z) / (2n + 1)!)        where the bin is narrow,
-// and `part` is what is in brackets there, the mass itself where lo < 0. The three are computed and
-// one is taken: a loop with branches would not become one of vectors.
+// and `part` is the factor in parentheses, or the mass itself for lo < 0. All three are computed
+// and one is selected, because a loop with branches does not vectorize.
 //
-// A bin is often far narrower than the scale, or so much wider that its mass is 1 but for a little:
-// the ends of the bin and lo² are formed in double, and the rest in R.
+// A bin may be far narrower than the scale, or so much wider that its mass is almost 1. Therefore
+// the ends of the bin and lo² are computed in double, the rest in R.
 template <class R>
 struct PixelBin {
-  // From here up, the difference of two tails loses less than the series lacks.
+  // Above this, the cancellation in the difference of two tails is smaller than the truncation
+  // error of the series.
   static constexpr R kNarrow = sizeof(R) == 4 ? R(0x1p-2) : R(0x1p-5);
-  // No 0 times infinity: smaller scales are this one, and larger ones e^345.
+  // The log-scale is clamped to [kSmallest, 345], which prevents 0 times infinity.
   static constexpr R kSmallest = sizeof(R) == 4 ? R(-80) : R(-690);
 
-  double d, inverse;   // |x - mean|, less than 0 beyond an open bin; 1 over the scale
+  double d, inverse;   // |x - mean|, in an open bin negative if the mean is beyond x; 1 / scale
   R sign, z, eta, lo;  // sign: of d z / d x
   R root, outside, part;
   bool is_open, narrow, tail;
@@ -42,8 +43,8 @@ struct PixelBin {
     const R slope = z * eta;
     narrow = blend(is_open, R(1), eta > slope ? eta : slope) < kNarrow;
     tail = lo >= R(0);
-    // The root of φ(lo) / φ(z), or of φ(lo) / φ(0), which may be too small for R. Its logarithm has
-    // more places than R.
+    // The square root of φ(lo) / φ(z), or of φ(lo) / φ(0), because the ratio may underflow in R.
+    // Its logarithm `at` + `more` has more precision than R.
     const R at = narrow ? R(0.5) * slope - R(0.25) * eta * eta : R(-0.25) * lo * lo;
     const R more = narrow ? R(0) : R(-0.25 * begin * begin - double(at));
     const R rounded = normal_exp(at);
@@ -55,7 +56,7 @@ struct PixelBin {
     part = narrow ? R(1) + series(slope * slope, eta * eta) : (tail ? near - far : R(1) - outside);
   }
 
-  // The sum over n of the narrow bin, b = (z eta)² and e = eta², of terms that matter to R.
+  // The sum over n for a narrow bin, with b = (z eta)² and e = eta², up to the precision of R.
   DC_HD static R series(R b, R e) {
     const R second = mul_add(mul_add(R(-6), e, b), b, R(3) * e * e);
     const R third =
@@ -64,18 +65,18 @@ struct PixelBin {
   }
 };
 
-// log of the mass of N(mean, e^{2 log_scale}) in the bin of x; the inputs are those three.
+// The log of the mass of N(mean, e^{2 log_scale}) in the bin of x. Inputs: x, mean, log_scale.
 template <class R>
 DC_OUTLINED R log_mass(const R* inputs) {
   constexpr R kLogBinPhi = R(-5.7670548978031535786);  // log(2/255 φ(0))
   const PixelBin<R> bin(inputs);
   const R narrow = kLogBinPhi - inputs[2] - R(0.5) * bin.z * bin.z;
-  const R rest = bin.tail ? R(-0.5) * bin.lo * bin.lo : lost_in(bin.part, -bin.outside);
+  const R rest = bin.tail ? R(-0.5) * bin.lo * bin.lo : log1p_correction(bin.part, -bin.outside);
   return -__builtin_fabs((bin.narrow ? narrow : rest) + log(bin.part));  // -0 for 1
 }
 
-// Its gradient times g: the mass loses φ(lo) at lo and, where the bin is closed, gains φ(hi) =
-// φ(lo) e^{-b2} at hi.
+// The gradient of log_mass, times g: the derivative of the mass is -φ(lo) at lo and, if the bin is
+// closed, φ(hi) = φ(lo) e^{-b2} at hi.
 template <class R>
 struct LogMassSlope {
   R of_x, of_log_scale;
@@ -86,11 +87,11 @@ DC_OUTLINED LogMassSlope<R> log_mass_slope(R g, const R* inputs) {
   const PixelBin<R> bin(inputs);
   const double b2 = 2.0 * bin.d * bin.inverse * (kHalfBin * bin.inverse);
   const double drop = bin.is_open | (b2 > 60.0) ? -1.0 : Exponential<R>(-b2).minus_one;
-  // φ(lo) over the mass, and over the scale. A g of 0 comes first, for it has to remain 0.
+  // φ(lo) over the mass, and over the scale. g is the first factor, so that g = 0 gives 0.
   const R root = blend(bin.narrow, bin.root, blend(bin.tail, R(1), bin.root));
   const R factor = g * blend(bin.narrow, R(0.5 / kHalfBin), kPhi0) * root / bin.part;
   const R at_lo = factor * blend(bin.narrow, R(1), R(bin.inverse)) * root;
-  // Of the scale: lo φ(lo) - hi φ(hi), which would cancel.
+  // The derivative by the scale, lo φ(lo) - hi φ(hi), in a form that does not cancel.
   const R of_scale = R(mul_add(bin.d, drop, kHalfBin * (2.0 + drop)));
   return {bin.sign * at_lo * R(drop), -at_lo * of_scale};
 }

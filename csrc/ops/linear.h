@@ -1,4 +1,4 @@
-// Linear maps: noising, targets, conversions between predictions, and their gradients.
+// Linear maps: q_sample, training targets, conversions between predictions, and their gradients.
 #pragma once
 
 #include "core/op.h"
@@ -33,14 +33,14 @@ struct LinearCombination : OpBase {  // y = a x_0 + b x_1
   }
 };
 
-// y_0 = a x_0 + b x_1, y_1 = c x_0 + d x_1: x_t and the training target that goes with it.
+// y_0 = a x_0 + b x_1, y_1 = c x_0 + d x_1: x_t and its training target.
 struct LinearPair : OpBase {
   static constexpr const char* name = "linear_pair";
   static constexpr int n_in = 2, n_out = 2, n_coef = 4;
   template <class R>
   DC_HD static void apply(const R* c, const R* x, R* y) {
     LinearCombination::apply(c, x, y);
-    // The target ε has no part of x_0, not even of an infinite one.
+    // With c = 0 (the target ε) an infinite x_0 must not give NaN.
     y[1] = c[2] == R(0) ? c[3] * x[1] : mul_add(c[2], x[0], c[3] * x[1]);
   }
 };

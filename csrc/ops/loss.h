@@ -1,8 +1,8 @@
 // Denoising losses: weighted squared error to a target, summed over each row and scaled by weight /
-// n. Where a gradient is wanted the same pass computes it for the expected upstream gradient;
-// Rescale corrects it if the upstream gradient differs. Where none is expected (0: in float16, for
-// which the product of weight and gradient may overflow or underflow) the pass stores the error,
-// and Rescale makes the gradient of it.
+// n. If a gradient is needed, the same pass computes it for the expected upstream gradient, and
+// Rescale corrects it if the upstream gradient differs. An expected gradient of 0 stands for
+// unknown (float16, where the product of weight and gradient may overflow or underflow): the pass
+// then stores the error, from which Rescale computes the gradient.
 #pragma once
 
 #include "core/op.h"
@@ -45,7 +45,7 @@ struct MixedTargetLoss : SquaredError<MixedTargetLoss> {  // the target is a x_0
 };
 
 template <class Loss>
-struct WithGradient : OpBase {  // and 2 weight slope (m - target), slope = expected gradient / n
+struct WithGradient : OpBase {  // also 2 weight slope (m - target), slope = expected gradient / n
   static constexpr KernelName kName{Loss::name, "_gradient"};
   static constexpr const char* name = kName.text;
   static constexpr int n_in = Loss::n_in, n_out = 1, n_sum = 1, n_coef = Loss::n_coef + 1;
@@ -63,8 +63,8 @@ struct WithGradient : OpBase {  // and 2 weight slope (m - target), slope = expe
   }
 };
 
-// The gradient of m for the upstream gradient g. Where g is the expected one, the input is that
-// gradient already, and a row written in place stays as it is.
+// The gradient of m for the upstream gradient g. If g is the expected one, the input is already the
+// gradient, and a row written in place does not change.
 struct Rescale : OpBase {
   static constexpr const char* name = "rescale";
   static constexpr int n_in = 1, n_out = 1, n_coef = 4;  // weight, 1/n, g, expected

@@ -1,6 +1,7 @@
 // One reverse step of any solver: m = m_u + w (m_c - m_u), x0 = clip(a_x x + a_m m),
-// x' = c_x x + c_m m + c_0 x0 + Σ c_k h_k + c_z z, and, for the steps to come,
-// h' = e_x x + e_m m + e_0 x0.   Instantiated per set of tensors it touches, never per option.
+// x' = c_x x + c_m m + c_0 x0 + Σ c_k h_k + c_z z, and, for later steps,
+// h' = e_x x + e_m m + e_0 x0. Instantiated per set of tensors that it reads and writes, not per
+// option.
 #pragma once
 
 #include <math.h>
@@ -9,8 +10,8 @@
 
 DC_KERNEL_NAMESPACE_BEGIN
 
-// The coefficients of a step by name: guidance and threshold, then the columns of a solver's table.
-// An instance has as many as it needs: the first kStepCoefs, or all up to c_k of its last history.
+// The coefficients of a step by name: guidance and threshold, then the columns of a solver table.
+// An instance has the first kStepCoefs of them, or all up to c_k of its last history tensor.
 template <class R>
 struct StepRow {
   R* c;
@@ -29,17 +30,17 @@ struct StepRow {
   DC_HD R& e_x() const { return c[10]; }
   DC_HD R& e_m() const { return c[11]; }
   DC_HD R& e_0() const { return c[12]; }
-  DC_HD R& c_k(int k) const { return c[13 + k]; }  // of history k, the first being 0
+  DC_HD R& c_k(int k) const { return c[13 + k]; }  // of history k, counted from 0
 };
 // The names of the coefficients in their order, for Python.
 constexpr const char* kStepColumns[] = {
     "guidance", "threshold", "c_x", "c_m", "c_0", "c_z", "a_x", "a_m",
     "clip_min", "clip_max",  "e_x", "e_m", "e_0", "c_1", "c_2", "c_3"};
 constexpr int kStepCoefs = 10;  // of a step without history
-constexpr int kKeepCoefs = 13;  // of one that keeps h', or has history: c_k come after these
+constexpr int kKeepCoefs = 13;  // of a step that keeps h' or has history; c_k follow
 constexpr int kMaxHistory = 3;
 
-// A threshold s other than 0 clips to [-s, s] instead, and x0 counts divided by s.
+// A threshold s other than 0 clips to [-s, s] instead, and divides x0 by s.
 template <int kCoefs, class R>
 DC_HD void set_threshold(R* c) {
   const StepRow<R> row(c);
@@ -51,7 +52,7 @@ DC_HD void set_threshold(R* c) {
   if constexpr (kCoefs >= kKeepCoefs) row.e_0() /= s;
 }
 
-// What every step has in common. Inputs begin with x, m (or m_c), [m_u].
+// Formulas that all steps share. The first inputs are x, m (or m_c), [m_u].
 template <bool kGuided>
 struct Prediction {
   static constexpr int n = 2 + kGuided;
@@ -70,8 +71,8 @@ struct Prediction {
     const StepRow row(c);
     return clamp(predicted_x0(c, x, m), row.clip_min(), row.clip_max());
   }
-  // b_x x + b_m m + b_0 x0. Where m has no part of its own, one that overflowed to infinity is met
-  // by the clip, not by 0 · inf.
+  // b_x x + b_m m + b_0 x0. With b_m = 0 the term is skipped: an m that overflowed to infinity then
+  // only enters through the clip, and does not give 0 · inf = NaN.
   template <class R>
   DC_HD static R mix(R b_x, R b_m, R b_0, R x, R m, R x0) {
     const R rest = b_m == R(0) ? b_0 * x0 : mul_add(b_m, m, b_0 * x0);
@@ -83,7 +84,7 @@ struct Prediction {
     const R m = output(c, x);
     return mix(row.c_x(), row.c_m(), row.c_0(), x[0], m, x0(c, x[0], m));
   }
-  // How b_x x + b_m m + b_0 x0 changes with x and with m: the clip passes nothing outside.
+  // The derivatives of b_x x + b_m m + b_0 x0 by x and by m; x0 has none outside the clip range.
   template <class R>
   struct Slope {
     R x, m;
@@ -103,7 +104,7 @@ struct Prediction {
       return Slope(c, in, row.e_x(), row.e_m(), row.e_0());
     }
   };
-  // The gradient of m as that of m, or of m_c and m_u.
+  // Converts the gradient of the guided m to the gradient of m, or of m_c and m_u.
   template <class R>
   DC_HD static void to_model_outputs(const R* c, R dm, R* y) {
     const R w = StepRow(c).guidance();
@@ -112,7 +113,7 @@ struct Prediction {
   }
 };
 
-// What every kernel of a step shares: its coefficients are those of StepRow.
+// The base of all step kernels, whose coefficients are those of StepRow.
 struct StepBase : OpBase {
   static constexpr unsigned hooks = kPrepare;
 };
@@ -120,7 +121,7 @@ struct StepBase : OpBase {
 enum StepNoise { kStill, kNoisy, kLearnedNoise };
 
 // Inputs: x, m (or m_c), [m_u], [h_1, ...], [v], [z]; outputs: x', [h'].
-// Learned: the noise is c_z exp(s_0 + s_v v) z; s_0 and s_v come after the table's columns.
+// Learned: the noise is c_z exp(s_0 + s_v v) z; s_0 and s_v follow the columns of the table.
 template <bool kGuided, int kHistory, bool kKeeps, StepNoise kNoise>
 struct ReverseStep : StepBase {
   using P = Prediction<kGuided>;
@@ -148,7 +149,7 @@ struct ReverseStep : StepBase {
     R next = P::mix(row.c_x(), row.c_m(), row.c_0(), x[0], m, x0);
     DC_UNROLL
     for (int k = 0; k < kHistory; ++k) {
-      const R c_k = row.c_k(k);  // 0: h_k is not read, whatever it holds
+      const R c_k = row.c_k(k);  // 0: h_k is ignored, even if NaN
       next = c_k == R(0) ? next : mul_add(c_k, x[P::n + k], next);
     }
     if constexpr (kNoise == kNoisy) next = mul_add(row.c_z(), x[n_in - 1], next);
@@ -190,8 +191,8 @@ struct ReverseStepBackward : StepBase {
   }
 };
 
-// log N(x'; mean, c_z² I) of a step, summed over a sample; 0 where there is no noise, and so no
-// density. Inputs: x, m (or m_c), [m_u], x'.
+// log N(x'; mean, c_z² I) of a step, summed over a sample; 0 if the step is deterministic and has
+// no density. Inputs: x, m (or m_c), [m_u], x'.
 template <bool kGuided>
 struct StepLogProb : StepBase {
   using P = Prediction<kGuided>;
@@ -214,7 +215,8 @@ struct StepLogProb : StepBase {
   }
 };
 
-// Coefficients: and g, of each sample. Outputs: dm (or dm_c), [dm_u]; all: dx, those, dx'.
+// Coefficients: those of the step, then g of each sample. Outputs: dm (or dm_c), [dm_u]; with kAll:
+// dx, those, dx'.
 template <bool kGuided, bool kAll>
 struct StepLogProbBackward : StepBase {
   using P = Prediction<kGuided>;

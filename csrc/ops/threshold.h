@@ -1,12 +1,12 @@
-// The threshold of dynamic thresholding: a quantile over each sample of |x0|, as a reverse step
-// makes it before its clip, at least 1 and at most a given maximum.
+// The threshold of dynamic thresholding: a quantile of |x0| over each sample, before the clip of a
+// reverse step, clamped to [1, maximum].
 #pragma once
 
 #include "ops/step.h"
 
 DC_KERNEL_NAMESPACE_BEGIN
 
-// Inputs: x, m (or m_c), [m_u]. Coefficients: kStepCoefs of StepRow; the ratio, the maximum.
+// Inputs: x, m (or m_c), [m_u]. Coefficients: the first kStepCoefs of StepRow, ratio, maximum.
 template <bool kGuided>
 struct X0Quantile : OpBase {
   using P = Prediction<kGuided>;

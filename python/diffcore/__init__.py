@@ -6,6 +6,8 @@ are the lecture's two models on top of them. :func:`sample` walks any table of
 :mod:`diffcore.likelihood` has the variational bound of a data set, in bits a dimension.
 """
 
+import typing as _typing
+
 from diffcore import likelihood as likelihood
 from diffcore import losses as losses
 from diffcore import ops as ops
@@ -45,8 +47,6 @@ from diffcore.vae import elbo_terms as elbo_terms
 from diffcore.vae import importance_weighted_bound as importance_weighted_bound
 from diffcore.vae import vae_loss as vae_loss
 
-__version__ = "0.1.0"
-
 __all__ = [
     "VARIANCE_TYPES",
     "BitsPerDim",
@@ -76,3 +76,15 @@ __all__ = [
     "warm_up",
 ]
 __all__ += ops.__all__
+
+__version__: str
+
+if not _typing.TYPE_CHECKING:
+
+    def __getattr__(name: str) -> str:
+        """``__version__``, which takes a look-up that an import does not pay for."""
+        if name == "__version__":
+            from diffcore._engine.info import version
+
+            return version()
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

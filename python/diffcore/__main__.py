@@ -7,7 +7,7 @@ import sys
 
 
 def main() -> None:
-    """Run the command line; without typer and rich, plain `info`, and advice for the rest."""
+    """Run the command line. Without typer and rich, only ``info`` works."""
     missing = [name for name in ("typer", "rich") if importlib.util.find_spec(name) is None]
     if not missing:
         from diffcore.cli import app
@@ -15,14 +15,16 @@ def main() -> None:
         app()
         return
     if sys.argv[1:] == ["info"]:
-        from diffcore._engine.info import collect_info
+        from diffcore._engine.info import collect_info, one_line
 
-        for name, value in collect_info().items():
+        facts = collect_info()
+        for name, value in facts.items():
             print(f"{name}: {value}")
+        print(f"For a bug report: {one_line(facts)}")
         return
     sys.exit(
-        f"The diffcore command needs {' and '.join(missing)}, which this Python does not have.\n"
-        'Install the extra: pip install "diffcore[demo]" ("diffcore[cli]" has info and bench only).'
+        f"The diffcore command needs {' and '.join(missing)}, not installed here.\n"
+        'Install an extra: pip install "diffcore[demo]" ("diffcore[cli]" for info and bench only).'
     )
 
 

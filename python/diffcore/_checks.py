@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from torch import Tensor
+
 
 def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
     """Refuse a string that is not one of ``choices``.
@@ -36,3 +38,19 @@ def check_count(value: int, name: str = "n") -> None:
         raise TypeError(f"{name} must be an int, got {type(value).__name__}")
     if value < 1:
         raise ValueError(f"{name} must be at least 1, got {value}")
+
+
+def check_float_tensor(name: str, value: object) -> None:
+    """Refuse what is not a floating-point tensor.
+
+    Args:
+        name: What to call the argument in the message.
+        value: What came.
+
+    Raises:
+        TypeError: Another type, or a tensor of another dtype.
+    """
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a floating-point tensor, got {type(value).__name__}")
+    if not value.is_floating_point():
+        raise TypeError(f"{name} must be a floating-point tensor, got {value.dtype}")

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeAlias
 
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from diffcore.noise import PhiloxNoise
-    from diffcore.solvers.levels import NoiseLevels
 
 Tensors: TypeAlias = tuple[Tensor, ...]
 
@@ -70,21 +66,14 @@ class VlbColumns(NamedTuple):
 NoiseParts: TypeAlias = tuple[int | Tensor, int | Tensor, int | Tensor, int]
 """What a kernel generates noise from: seed, sample ids, stream, first element."""
 
-Noise: TypeAlias = "Tensor | PhiloxNoise"
-StepNoise: TypeAlias = "Tensor | PhiloxNoise | Callable[[int, Tensor], Tensor | PhiloxNoise]"
-"""The noise of each step: ``[S, B, ...]``, a key read at one stream per step, or a function."""
-
 Row: TypeAlias = Tensor | tuple[float, ...]
 """The coefficients of a step: a table, or the numbers of one row."""
 
 ClipRange: TypeAlias = float | tuple[float, float] | None
 """Bounds of x_0: ``c`` for [-c, c], ``(low, high)``, or none."""
 
-Levels: TypeAlias = "NoiseLevels | Tensor | Sequence[float]"
-"""Where a solver steps: noise levels, or sigmas of a variance exploding process."""
-
 Model: TypeAlias = Callable[..., Tensor]
 """``model(x, t, **model_kwargs)``."""
 
 Callback: TypeAlias = Callable[[dict[str, Any]], object]
-"""Called after each step with a dict of its state."""
+"""Called once a step, before it, with a dict of its state."""

@@ -22,17 +22,17 @@ app = typer.Typer(
 
 
 def _fail(message: str, code: int = 1) -> typer.Exit:
-    # A plain print: rich would take "[demo]" for a style and wrap long paths.
+    # rich would read "[demo]" as a style and wrap long paths.
     print(message, file=sys.stderr)
     return typer.Exit(code)
 
 
 @app.command()
 def info(
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, not a table.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
-    """Show version, build flags, CUDA architectures, driver, instruction set, threads, devices."""
-    from diffcore._engine.info import collect_info
+    """Show versions, build, instruction set, threads and devices, for bug reports."""
+    from diffcore._engine.info import collect_info, one_line
 
     facts = collect_info()
     if as_json:
@@ -44,6 +44,7 @@ def info(
     for name, value in facts.items():
         table.add_row(name.replace("_", " "), _cell(value))
     Console().print(table, markup=False)
+    print(f"For a bug report: {one_line(facts)}")
 
 
 def _cell(value: object) -> str:
@@ -62,26 +63,26 @@ def demo(
         "demo-output"
     ),
     steps: Annotated[
-        int | None, typer.Option(min=1, help="Optimiser steps of the DDPM. [default: 2500]")
+        int | None, typer.Option(min=1, help="Optimizer steps of the DDPM. [default: 2500]")
     ] = None,
     vae_steps: Annotated[
-        int | None, typer.Option(min=1, help="Optimiser steps of the VAE. [default: 3000]")
+        int | None, typer.Option(min=1, help="Optimizer steps of the VAE. [default: 3000]")
     ] = None,
     data: Annotated[
         str | None,
         typer.Option(
-            help="auto, mnist, fashion or digits. auto is Fashion-MNIST where Debian's "
+            help="auto, mnist, fashion or digits. auto is Fashion-MNIST if Debian's "
             "dataset-fashion-mnist is installed, else MNIST. [default: auto]"
         ),
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="Governs everything. [default: 0]")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
+    seed: Annotated[int | None, typer.Option(help="Seed of all randomness. [default: 0]")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")] = False,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
     quick: Annotated[
-        bool, typer.Option("--quick", help="8x8 digits and few steps: a smoke run of seconds.")
+        bool, typer.Option("--quick", help="A smoke run of a few seconds on 8x8 digits.")
     ] = False,
 ) -> None:
-    """Train a small VAE and a small DDPM on real images, and draw what they made."""
+    """Train a small VAE and a small DDPM on real images, and save their samples."""
     from diffcore.demo import MissingExtraError, check_extra
 
     try:
@@ -109,20 +110,23 @@ def demo(
     except (ValueError, FileNotFoundError) as error:
         raise _fail(f"diffcore demo: {error}", 2) from None
     except Interrupted as stop:
-        raise _fail(f"\n{stop}. Go on with:\n  {command}", 130) from None
+        raise _fail(f"\n{stop}. Continue with:\n  {command}", 130) from None
     except KeyboardInterrupt:
-        raise _fail(f"\nStopped. Go on from the last checkpoint with:\n  {command}", 130) from None
+        raise _fail(
+            f"\nStopped. Continue from the last checkpoint with:\n  {command}", 130
+        ) from None
 
 
 def benchmarks_folder(start: Path, package: Path = Path(__file__)) -> Path | None:
-    """Find the benchmarks of a checkout.
+    """Find the benchmarks of a repository clone.
 
     Args:
-        start: A folder inside the checkout, perhaps.
-        package: A file of the package, which lies in the checkout when installed editable.
+        start: First folder to search, with its parents.
+        package: A file of the package, whose parents are searched next: an editable install is
+            inside the clone.
 
     Returns:
-        The folder that holds ``bench_ops.py``, or None.
+        The folder with ``bench_ops.py``, or None.
     """
     for folder in (start, *start.parents, *package.resolve().parents):
         if (folder / "benchmarks" / "bench_ops.py").exists():
@@ -133,14 +137,18 @@ def benchmarks_folder(start: Path, package: Path = Path(__file__)) -> Path | Non
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def bench(
     context: typer.Context,
-    name: Annotated[str, typer.Argument(help="Which: ops, training, sampling.")] = "ops",
+    name: Annotated[
+        str, typer.Argument(help="Which benchmark: ops, training, sampling, ...")
+    ] = "ops",
 ) -> None:
-    """Run the benchmarks of a checkout; what follows the name is passed on to them."""
+    """Run a benchmark of a repository clone; more arguments are passed on to it."""
     folder = benchmarks_folder(Path.cwd())
     if folder is None:
         raise _fail(
-            "The benchmarks are in the repository, not in the wheel. Clone it, and there run\n"
-            "  make bench        or        diffcore bench ops"
+            "The benchmarks are in the repository, not in the wheel. Clone it and run there:\n"
+            "  make bench\n"
+            "or\n"
+            "  diffcore bench ops"
         )
     script = folder / f"bench_{name}.py"
     if not script.exists():

@@ -1,30 +1,31 @@
-"""Weights of the simplified loss, as float64 tables over the timesteps."""
+"""Weights of the mean squared error over the timesteps, as float64 tables."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from diffcore._checks import check_choice
+from diffcore._checks import check_choice, check_float_tensor
 from diffcore.coefficients.step import PREDICTION_TYPES
 
 
 def min_snr_weights(snr: Tensor, *, gamma: float = 5.0, prediction_type: str = "epsilon") -> Tensor:
-    """Min-SNR-gamma: the weight min(snr, gamma) on the error of x_0, for what the model predicts.
+    """Min-SNR-gamma: the weight min(snr, gamma) on the error of x_0, for a prediction type.
 
-    epsilon: min(snr, gamma) / snr; sample: min(snr, gamma); v_prediction: min(snr, gamma) / (snr +
-    1); flow_prediction: min(snr, gamma) / (sqrt(snr) + 1)^2. At snr = 0, epsilon's is its limit, 1.
+    The weight on the squared error of the prediction is, for epsilon: min(snr, gamma) / snr, with
+    the limit 1 at snr = 0; sample: min(snr, gamma); v_prediction: min(snr, gamma) / (snr + 1);
+    flow_prediction: min(snr, gamma) / (sqrt(snr) + 1)^2.
 
     Args:
         snr: alpha^2 / sigma^2 at each timestep, ``[T]``, such as ``NoiseSchedule.snr``.
-        gamma: Where the weight stops growing; infinity for never.
+        gamma: Largest weight on the error of x_0; infinity for no limit.
         prediction_type: What the model predicts, one of ``PREDICTION_TYPES``.
 
     Returns:
         float64 ``[T]``, for ``GaussianDiffusion.training_losses(..., weights=...)``.
 
     Raises:
-        TypeError: ``snr`` is not a tensor of floating point numbers.
+        TypeError: ``snr`` is not a floating-point tensor.
         ValueError: Unknown ``prediction_type``, or gamma is not positive.
 
     Source:
@@ -49,20 +50,21 @@ def edm_weights(
 ) -> Tensor:
     """EDM: the weight 1/sigma^2 + 1/sigma_data^2 = snr + 1/sigma_data^2 on the error of x_0.
 
-    sigma^2 = 1/snr is the noise level where the signal is left unscaled. For what the model
-    predicts: epsilon: 1 + 1/(snr sigma_data^2), infinite at snr = 0; sample: as above;
-    v_prediction: that / (snr + 1); flow_prediction: that / (sqrt(snr) + 1)^2.
+    sigma^2 = 1/snr is the variance of the noise where the signal is not scaled. With w = snr +
+    1/sigma_data^2, the weight on the squared error of the prediction is, for sample: w; epsilon: w
+    / snr = 1 + 1/(snr sigma_data^2), infinite at snr = 0; v_prediction: w / (snr + 1);
+    flow_prediction: w / (sqrt(snr) + 1)^2.
 
     Args:
         snr: alpha^2 / sigma^2 at each timestep, ``[T]``, such as ``NoiseSchedule.snr``.
-        sigma_data: The standard deviation of the data.
+        sigma_data: Standard deviation of the data.
         prediction_type: What the model predicts, one of ``PREDICTION_TYPES``.
 
     Returns:
         float64 ``[T]``, for ``GaussianDiffusion.training_losses(..., weights=...)``.
 
     Raises:
-        TypeError: ``snr`` is not a tensor of floating point numbers.
+        TypeError: ``snr`` is not a floating-point tensor.
         ValueError: Unknown ``prediction_type``, or sigma_data is not positive.
 
     Source:
@@ -77,12 +79,10 @@ def edm_weights(
     if prediction_type == "sample":
         return snr + sigma_data**-2
     power, root = (1, snr) if prediction_type == "v_prediction" else (2, snr.sqrt())
-    # root / (root + 1), which is 1 where there is no noise
+    # root / (root + 1) in a form that is 1, not nan, at infinite snr
     return (1 / (1 + 1 / root)) ** power + 1 / (sigma_data * sigma_data * (root + 1) ** power)
 
 
 def _check(snr: Tensor, prediction_type: str) -> None:
     check_choice("prediction_type", prediction_type, PREDICTION_TYPES)
-    if not isinstance(snr, Tensor) or not snr.is_floating_point():
-        what = f"a tensor of {snr.dtype}" if isinstance(snr, Tensor) else type(snr).__name__
-        raise TypeError(f"snr must be a tensor of floating point numbers, got {what}")
+    check_float_tensor("snr", snr)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -173,6 +173,13 @@ class PhiloxNoise:
         seed, ids, stream, first = self._parts
         shard = f", first_element={first}" if first else ""
         return f"PhiloxNoise({seed}, sample_ids={ids}, stream={stream}{shard})"
+
+
+Noise: TypeAlias = Tensor | PhiloxNoise
+"""Noise as a tensor, or as the key that a kernel generates it from."""
+
+StepNoise: TypeAlias = Tensor | PhiloxNoise | Callable[[int, Tensor], Tensor | PhiloxNoise]
+"""The noise of each step: ``[S, B, ...]``, a key read at one stream per step, or a function."""
 
 
 def draw(noise: PhiloxNoise, out: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Sequences of noise levels: another name for these functions of :mod:`diffcore.schedules`."""
+"""Noise levels: the ``get_sigmas_*`` functions of :mod:`diffcore.schedules`."""
 
 from diffcore.schedules import (
     get_sigmas_beta,

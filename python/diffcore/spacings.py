@@ -1,4 +1,4 @@
-"""Timesteps and shifts: another name for these functions of :mod:`diffcore.schedules`."""
+"""Timesteps and shifts: functions of :mod:`diffcore.schedules`."""
 
 from diffcore.schedules import (
     TIME_SHIFT_TYPES,

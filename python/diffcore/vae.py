@@ -1,4 +1,4 @@
-"""The VAE of the lecture: its posterior, and the two terms of its bound."""
+"""The VAE of the lecture: posterior, loss, and bounds on the log-likelihood."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from diffcore import ops
+from diffcore._checks import check_float_tensor
 from diffcore.noise import PhiloxNoise
 from diffcore.reference import compute_dtype
 
@@ -16,13 +17,16 @@ _LOGVAR_MIN, _LOGVAR_MAX = -30.0, 20.0
 
 
 class DiagonalGaussianDistribution:
-    """N(mean, exp(logvar) I), what a VAE's encoder says about z. Names and clamp are diffusers'.
+    """The posterior N(mean, exp(logvar) I) of z that a VAE's encoder predicts.
 
-    Any number of dimensions after the second; ``kl`` and ``nll`` sum over all but the batch.
+    Names and clamp are those of diffusers. ``kl`` and ``nll`` sum over all dimensions but the
+    batch, however many there are. The log-variances are clamped once, by a plain torch operation in
+    the constructor; the kernels below read the clamped tensor. An encoder whose output needs no
+    clamp saves that pass by calling ``ops.reparameterize_kl`` itself.
 
     Args:
         parameters: ``[B, 2C, ...]``, the means and then the log-variances along dimension 1.
-        deterministic: Use the mean alone: variance, KL and NLL are 0.
+        deterministic: Use the mean only: variance, KL and NLL are 0.
 
     Attributes:
         mean: ``[B, C, ...]``.
@@ -31,7 +35,7 @@ class DiagonalGaussianDistribution:
         var: exp(logvar).
 
     Raises:
-        TypeError: ``parameters`` is not a tensor of floating point numbers.
+        TypeError: ``parameters`` is not a floating-point tensor.
         ValueError: Dimension 1 is missing or odd.
 
     Source:
@@ -39,13 +43,10 @@ class DiagonalGaussianDistribution:
     """
 
     def __init__(self, parameters: Tensor, deterministic: bool = False) -> None:
-        if not isinstance(parameters, Tensor) or not parameters.is_floating_point():
-            is_tensor = isinstance(parameters, Tensor)
-            what = f"a tensor of {parameters.dtype}" if is_tensor else type(parameters).__name__
-            raise TypeError(f"parameters must be a tensor of floating point numbers, got {what}")
+        check_float_tensor("parameters", parameters)
         if parameters.dim() < 2 or parameters.shape[1] % 2:
             raise ValueError(
-                f"parameters must have shape [B, 2C, ...], got {list(parameters.shape)}"
+                f"parameters must have shape [B, 2C, ...], got {tuple(parameters.shape)}"
             )
         self.parameters = parameters
         self.deterministic = bool(deterministic)
@@ -65,11 +66,11 @@ class DiagonalGaussianDistribution:
     def sample(
         self, generator: torch.Generator | None = None, *, noise: Tensor | PhiloxNoise | None = None
     ) -> Tensor:
-        """Draw z = mean + exp(logvar / 2) noise, differentiable in the parameters.
+        """Sample z = mean + exp(logvar / 2) noise, differentiable in the parameters.
 
         Args:
-            generator: Source of the noise's seed; ``None`` for torch's own.
-            noise: The noise, like ``mean``, or a recipe for it, instead.
+            generator: Source of the seed of the noise; ``None`` for torch's own.
+            noise: The noise itself, like ``mean``, or a noise key, instead of a generator.
 
         Returns:
             ``[B, C, ...]``.
@@ -81,11 +82,14 @@ class DiagonalGaussianDistribution:
     def sample_kl(
         self, generator: torch.Generator | None = None, *, noise: Tensor | PhiloxNoise | None = None
     ) -> tuple[Tensor, Tensor]:
-        """``sample()`` and ``kl()`` in one pass over the parameters, for training.
+        """``sample()`` and ``kl()`` in one kernel, for training.
+
+        The kernel reads mean and clamped log-variance once. The clamp is a separate pass, made in
+        the constructor.
 
         Args:
-            generator: Source of the noise's seed; ``None`` for torch's own.
-            noise: The noise, like ``mean``, or a recipe for it, instead.
+            generator: Source of the seed of the noise; ``None`` for torch's own.
+            noise: The noise itself, like ``mean``, or a noise key, instead of a generator.
 
         Returns:
             z ``[B, C, ...]`` and the KL to the standard normal ``[B]``, in nats.
@@ -95,11 +99,11 @@ class DiagonalGaussianDistribution:
         return ops.reparameterize_kl(self.mean, self.logvar, noise, generator=generator)
 
     def mode(self) -> Tensor:
-        """The most probable z: the mean, ``[B, C, ...]``."""
+        """The mode of the distribution, which is its mean, ``[B, C, ...]``."""
         return self.mean
 
     def kl(self, other: DiagonalGaussianDistribution | None = None) -> Tensor:
-        """KL(self || other), the lecture's L2, summed over all dimensions but the batch.
+        """KL(self || other), L2 of the lecture, summed over all dimensions but the batch.
 
         Args:
             other: ``None`` for the standard normal.
@@ -115,7 +119,9 @@ class DiagonalGaussianDistribution:
             kind = type(other).__name__
             raise TypeError(f"other must be a DiagonalGaussianDistribution or None, got {kind}")
         if other.deterministic:
-            raise ValueError("other is deterministic: the KL to a point is infinite")
+            raise ValueError(
+                "other must have a variance, got a deterministic distribution: the KL is infinite"
+            )
         return ops.normal_kl(self.mean, self.logvar, other.mean, other.logvar, reduction="sample")
 
     def nll(self, sample: Tensor) -> Tensor:
@@ -137,27 +143,31 @@ class DiagonalGaussianDistribution:
 
 
 def reconstruction_loss(x: Tensor, x_recon: Tensor, *, decoder_std: float | Tensor = 1.0) -> Tensor:
-    """The lecture's L1 = |x - D(z)|^2 / (2 s^2): -log N(x; D(z), s^2 I) up to a constant.
+    """L1 of the lecture, |x - D(z)|^2 / (2 s^2): -log N(x; D(z), s^2 I) up to a constant.
+
+    Computed by the kernel of ``ops.denoising_loss``, whose squared error is a mean over each
+    sample: with n elements in a sample, the weight n / (2 s^2) makes it this sum.
 
     Args:
         x: The data, ``[B, ...]``.
-        x_recon: What the decoder made of z, like ``x``.
-        decoder_std: s, the standard deviation of the decoder, a number, or a tensor of one element,
+        x_recon: Output of the decoder, like ``x``.
+        decoder_std: s, the standard deviation of the decoder: a number or a tensor of one element,
             which may be trained; 1 in the lecture.
 
     Returns:
         ``[B]``, in nats, summed over each sample.
     """
     if not isinstance(x, Tensor):
-        raise TypeError(f"x must be a tensor, got {type(x).__name__}")
+        raise TypeError(f"x must be a torch.Tensor, got {type(x).__name__}")
     if isinstance(decoder_std, Tensor):
         if decoder_std.numel() != 1:
-            shape = list(decoder_std.shape)
-            raise ValueError(f"decoder_std must be a number or of one element, got {shape}")
+            raise ValueError(
+                "decoder_std must be a number or a tensor of one element, "
+                f"got shape {tuple(decoder_std.shape)}"
+            )
         decoder_std = decoder_std.reshape(())
     elif not decoder_std > 0:
         raise ValueError(f"decoder_std must be positive, got {decoder_std}")
-    # The fused squared error is a mean over each sample: its weight turns it into the sum wanted.
     weight = x.shape[1:].numel() / (2 * decoder_std**2)
     return ops.denoising_loss(x_recon, x, x, prediction_type="sample", weight=weight)
 
@@ -165,13 +175,13 @@ def reconstruction_loss(x: Tensor, x_recon: Tensor, *, decoder_std: float | Tens
 def vae_loss(
     x: Tensor, x_recon: Tensor, kl: Tensor, *, decoder_std: float | Tensor = 1.0
 ) -> dict[str, Tensor]:
-    """The lecture's two terms and their sum, -ELBO up to a constant, for each sample.
+    """The two terms of the lecture and their sum, -ELBO up to a constant, for each sample.
 
     Args:
         x: The data, ``[B, ...]``.
-        x_recon: What the decoder made of z, like ``x``.
+        x_recon: Output of the decoder, like ``x``.
         kl: ``[B]``, from ``DiagonalGaussianDistribution.sample_kl`` or ``ops.reparameterize_kl``.
-        decoder_std: s, the standard deviation of the decoder, a number, or a tensor of one element,
+        decoder_std: s, the standard deviation of the decoder: a number or a tensor of one element,
             which may be trained; 1 in the lecture.
 
     Returns:
@@ -182,8 +192,9 @@ def vae_loss(
     """
     reconstruction = reconstruction_loss(x, x_recon, decoder_std=decoder_std)
     if not isinstance(kl, Tensor) or kl.shape != reconstruction.shape:
-        what = list(kl.shape) if isinstance(kl, Tensor) else type(kl).__name__
-        raise ValueError(f"kl must have shape {list(reconstruction.shape)}, got {what}")
+        what = tuple(kl.shape) if isinstance(kl, Tensor) else type(kl).__name__
+        kind = ValueError if isinstance(kl, Tensor) else TypeError
+        raise kind(f"kl must be a tensor of shape {tuple(reconstruction.shape)}, got {what}")
     return {"loss": reconstruction + kl, "reconstruction": reconstruction, "kl": kl}
 
 
@@ -192,15 +203,15 @@ def elbo(
 ) -> Tensor:
     """The evidence lower bound -(L1 + L2) with one sample of z, for each sample of x.
 
-    L1 = |x - D(z)|^2 / (2 s^2) leaves out the constant log s + 1/2 log 2 pi of each dimension of x;
+    L1 = |x - D(z)|^2 / (2 s^2) omits the constant log s + 1/2 log 2 pi of each dimension of x;
     L2 = KL(N(mean, exp(logvar)) || N(0, I)).
 
     Args:
         x: The data, ``[B, ...]``.
-        x_recon: What the decoder made of z, like ``x``.
-        mean: Of the posterior of z, ``[B, ...]``.
-        logvar: Of the posterior of z, like ``mean``.
-        decoder_std: s, the standard deviation of the decoder, a number, or a tensor of one element,
+        x_recon: Output of the decoder, like ``x``.
+        mean: Mean of the posterior of z, ``[B, ...]``.
+        logvar: Log-variance of the posterior of z, like ``mean``.
+        decoder_std: s, the standard deviation of the decoder: a number or a tensor of one element,
             which may be trained; 1 in the lecture.
 
     Returns:
@@ -213,28 +224,28 @@ def elbo(
 def elbo_terms(
     x: Tensor, x_recon: Tensor, kl: Tensor, *, decoder_std: float | Tensor = 1.0
 ) -> dict[str, Tensor]:
-    """The bound with its constant, log p(x) >= E[log N(x; D(z), s^2 I)] - KL, and its two terms.
+    """The bound log p(x) >= E[log N(x; D(z), s^2 I)] - KL with its constant, and its two terms.
 
     log N(x; D(z), s^2 I) = -L1 - n (log s + 1/2 log 2 pi) for x of n dimensions.
 
     Args:
         x: The data, ``[B, ...]``.
-        x_recon: What the decoder made of z, like ``x``.
+        x_recon: Output of the decoder, like ``x``.
         kl: ``[B]``, as for ``vae_loss``.
-        decoder_std: s, the standard deviation of the decoder, a number, or a tensor of one element,
+        decoder_std: s, the standard deviation of the decoder: a number or a tensor of one element,
             which may be trained; 1 in the lecture.
 
     Returns:
-        ``elbo`` = ``log_likelihood`` - ``kl``, each ``[B]``, in nats a sample, and ``bpd`` ``[B]``,
-        -elbo / (n log 2), in bits a dimension. It is of a density: an x that was scaled by a has
-        log2 a bits a dimension more.
+        ``elbo`` = ``log_likelihood`` - ``kl``, each ``[B]``, in nats per sample, and ``bpd``
+        ``[B]``, -elbo / (n log 2), in bits per dimension. These are values of a density: scaling x
+        by a adds log2 a bits per dimension.
 
     Source:
         Kingma and Welling 2014 (arXiv 1312.6114) eq. 3.
     """
     terms = vae_loss(x, x_recon, kl, decoder_std=decoder_std)
     n = x.shape[1:].numel()
-    log_likelihood = -terms["reconstruction"] - n * _log_normaliser(decoder_std)
+    log_likelihood = -terms["reconstruction"] - n * _log_normalizer(decoder_std)
     bound = log_likelihood - kl
     bpd = bound / (-n * math.log(2))
     return {"elbo": bound, "log_likelihood": log_likelihood, "kl": kl, "bpd": bpd}
@@ -251,59 +262,60 @@ def importance_weighted_bound(
 ) -> Tensor:
     """A tighter bound from K samples of z: log p(x) >= E[log 1/K sum_k p(x, z_k) / q(z_k | x)].
 
-    With log p(x, z) - log q(z | x) = log N(x; D(z), s^2 I) + log N(z; 0, I) - log N(z; mean,
-    exp(logvar)), constants included. K = 1 is an ELBO whose KL is sampled too; the bound rises with
-    K, to log p(x).
+    Here log p(x, z) - log q(z | x) = log N(x; D(z), s^2 I) + log N(z; 0, I) - log N(z; mean,
+    exp(logvar)), constants included. K = 1 gives an ELBO whose KL is sampled too; with K the
+    expected bound increases to log p(x).
 
     Args:
         x: The data, ``[B, ...]``.
-        x_recon: What the decoder made of each z, ``[K, B, ...]``.
+        x_recon: Output of the decoder for each z, ``[K, B, ...]``.
         z: Samples of N(mean, exp(logvar)), ``[K, B, ...]``.
-        mean: Of the posterior of z, ``[B, ...]``.
-        logvar: Of the posterior of z, like ``mean``.
-        decoder_std: s, the standard deviation of the decoder, a number, or a tensor of one element,
+        mean: Mean of the posterior of z, ``[B, ...]``.
+        logvar: Log-variance of the posterior of z, like ``mean``.
+        decoder_std: s, the standard deviation of the decoder: a number or a tensor of one element,
             which may be trained; 1 in the lecture.
 
     Returns:
         ``[B]``, in nats.
 
     Raises:
-        TypeError: An argument is no tensor.
-        ValueError: Shapes that do not fit.
+        TypeError: An argument is not a tensor.
+        ValueError: Shapes that do not match.
 
     Source:
         Burda, Grosse and Salakhutdinov 2016 (arXiv 1509.00519) eq. 8.
     """
     for name, tensor in (("x", x), ("z", z), ("mean", mean)):
         if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
     if z.ndim == 0 or len(z) == 0:
-        raise ValueError(f"z must hold K >= 1 samples [K, B, ...], got {list(z.shape)}")
+        raise ValueError(f"z must have shape [K, B, ...] with K >= 1, got {tuple(z.shape)}")
     for name, tensor, wanted in (
         ("x_recon", x_recon, (len(z), *x.shape)),
         ("z", z, (len(z), *mean.shape)),
         ("logvar", logvar, mean.shape),
     ):
-        if not isinstance(tensor, Tensor) or tensor.shape != wanted:
-            what = list(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
-            raise ValueError(f"{name} must have shape {list(wanted)}, got {what}")
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+        if tensor.shape != wanted:
+            raise ValueError(f"{name} must have shape {tuple(wanted)}, got {tuple(tensor.shape)}")
     if x.shape[:1] != mean.shape[:1]:
-        raise ValueError(f"x must have a batch of {len(mean)}, as mean has, got {list(x.shape)}")
+        raise ValueError(f"x must have the batch of mean, {len(mean)}, got shape {tuple(x.shape)}")
     n, k = x.shape[1:].numel(), len(z)
-    # K samples of each x are K B samples to the ops, which have no broadcasting.
+    # The ops do not broadcast: K samples of each x are passed as K B samples.
     each = [v.expand(k, *v.shape).flatten(0, 1) for v in (x, mean, logvar)]
-    drawn = z.flatten(0, 1)
-    zero = torch.zeros_like(drawn)
+    flat_z = z.flatten(0, 1)
+    zero = torch.zeros_like(flat_z)
     log_weights = (
         -reconstruction_loss(each[0], x_recon.flatten(0, 1), decoder_std=decoder_std)
-        - ops.gaussian_nll(drawn, zero, zero, reduction="sample")
-        + ops.gaussian_nll(drawn, each[1], each[2], reduction="sample")
+        - ops.gaussian_nll(flat_z, zero, zero, reduction="sample")
+        + ops.gaussian_nll(flat_z, each[1], each[2], reduction="sample")
     )
     bound = log_weights.reshape(k, -1).logsumexp(dim=0) - math.log(k)
-    return bound - n * _log_normaliser(decoder_std)
+    return bound - n * _log_normalizer(decoder_std)
 
 
-def _log_normaliser(decoder_std: float | Tensor) -> float | Tensor:
+def _log_normalizer(decoder_std: float | Tensor) -> float | Tensor:
     if isinstance(decoder_std, Tensor):
         return decoder_std.reshape(()).log() + 0.5 * math.log(2 * math.pi)
     return math.log(decoder_std) + 0.5 * math.log(2 * math.pi)

@@ -1,6 +1,6 @@
 """Recipes on CUDA: the CPU's bits, graphs that draw anew at each replay, nothing waits or is kept.
 
-`test_noise_*` and `test_loss_*` take a device and run there too.
+The tests of noise and losses that take a device run there too.
 """
 
 from __future__ import annotations

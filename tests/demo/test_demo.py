@@ -121,7 +121,7 @@ def test_a_keyboard_interrupt_inside_a_step_leaves_the_last_checkpoint(tmp_path:
 def test_the_seed_governs_training(tmp_path: Path) -> None:
     histories = []
     for seed in (0, 0, 1):
-        torch.manual_seed(len(histories))  # torch's own generator must not matter
+        torch.manual_seed(len(histories))  # the global generator must not matter
         trainer, _, images = _trainers(tmp_path, 3, seed)
         trainer.fit(images, name="x", progress=False)
         histories.append(trainer.history)
@@ -148,7 +148,7 @@ def test_checkpoint_of_another_length_is_refused(tmp_path: Path) -> None:
     trainer, _, _ = _trainers(tmp_path, 8)
     trainer.save()
     longer, _, _ = _trainers(tmp_path, 9)
-    with pytest.raises(ValueError, match="a run of 8 steps, not 9"):
+    with pytest.raises(ValueError, match="a run of 9 steps, got one of 8"):
         longer.load()
 
 
@@ -173,7 +173,7 @@ def test_foreign_and_missing_checkpoints_are_refused(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="no checkpoint at"):
         checkpoint.load_checkpoint(tmp_path / "none.safetensors")
     save_file({"a": torch.ones(2)}, tmp_path / "foreign.safetensors")
-    with pytest.raises(ValueError, match="not a diffcore checkpoint"):
+    with pytest.raises(ValueError, match="must be a checkpoint of the demo, got"):
         checkpoint.load_checkpoint(tmp_path / "foreign.safetensors")
 
 
@@ -190,14 +190,14 @@ def test_resume_takes_the_settings_of_the_run(tmp_path: Path) -> None:
     config.save(tmp_path / "config.json")
     assert _choose(tmp_path, resume=True) == config
     assert _choose(tmp_path, resume=True, steps=12, data="digits") == config
-    with pytest.raises(ValueError, match=r"steps of the run in .* is 12, not 13"):
+    with pytest.raises(ValueError, match=r"steps must be 12 to resume the run in .*, got 13"):
         _choose(tmp_path, resume=True, steps=13)
-    with pytest.raises(ValueError, match=r"data of the run in .* is digits, not mnist"):
+    with pytest.raises(ValueError, match=r"data must be digits to resume the run in .*, got mnist"):
         _choose(tmp_path, resume=True, data="mnist")
-    with pytest.raises(FileNotFoundError, match="nothing to resume"):
+    with pytest.raises(FileNotFoundError, match="out must hold a run to resume"):
         _choose(tmp_path / "empty", resume=True)
     (tmp_path / "config.json").write_text('{"data": "digits", "colour": 3}')
-    with pytest.raises(ValueError, match="does not hold the settings of a demo run"):
+    with pytest.raises(ValueError, match="must hold the settings of a demo run"):
         _choose(tmp_path, resume=True)
 
 
@@ -246,7 +246,7 @@ def test_smoke_run_leaves_everything(smoke_run: Path) -> None:
 
 
 def test_ddpm_learns_more_than_to_rescale_its_input(smoke_run: Path) -> None:
-    """The best model that only rescales x_t has an error known in closed form; ours halves it.
+    """The optimal multiple of x_t has an error known in closed form; the U-Net must halve it.
 
     With second moment m of the pixels, the best c_t x_t leaves alpha^2 m / (alpha^2 m + sigma^2)
     of the noise unexplained. An untrained network predicts 0, which leaves all of it.
@@ -264,7 +264,7 @@ def test_ddpm_learns_more_than_to_rescale_its_input(smoke_run: Path) -> None:
 
 
 def test_vae_learns_more_than_the_mean_image(smoke_run: Path) -> None:
-    """A decoder that ignores its latents can do no better than the mean image, with KL 0."""
+    """A decoder that ignores its latents is best at the mean image, with KL 0."""
     images = data.load_images("digits")
     config = quick_config("digits")
     variance = config.decoder_std**2
@@ -280,7 +280,7 @@ def test_vae_learns_more_than_the_mean_image(smoke_run: Path) -> None:
 def test_the_likelihoods_are_reported(smoke_run: Path) -> None:
     report: Any = _report(smoke_run)
     bits, exact = (report["ddpm"]["held_out_bits"], report["ddpm"]["held_out_bits"]["exact"])
-    assert 0 < bits["bits_per_dim"] < 8  # what independent uniform pixels take
+    assert 0 < bits["bits_per_dim"] < 8  # 8 bits: independent uniform pixels
     apart = bits["bits_per_dim"] - exact["bits_per_dim"]
     assert abs(apart) < 5 * math.hypot(bits["standard_error"], exact["standard_error"])
     assert len(exact["terms"]) == report["config"]["num_timesteps"]
@@ -332,7 +332,7 @@ def test_resuming_a_finished_run_only_draws_again(smoke_run: Path) -> None:
     assert after["ddpm"]["final_loss"] == before["ddpm"]["final_loss"]  # type: ignore[index]
     assert after["vae"]["held_out"]["kl_nats"] == pytest.approx(  # type: ignore[index]
         before["vae"]["held_out"]["kl_nats"],  # type: ignore[index]
-        rel=1e-4,  # another thread count may sum in another order
+        rel=1e-4,  # the order of sums depends on the thread count
     )
 
 

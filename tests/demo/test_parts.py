@@ -72,7 +72,7 @@ def test_bad_data_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="data must be one of auto, mnist, fashion, digits, got"):
         data.load_images("cifar")
     (tmp_path / "x.gz").write_bytes(gzip.compress(b"\x00\x00\x0d\x01"))
-    with pytest.raises(ValueError, match="not an IDX file"):
+    with pytest.raises(ValueError, match="must be an IDX file"):
         data.read_idx(tmp_path / "x.gz")
 
 
@@ -127,7 +127,7 @@ def test_vae_shapes_and_refusal() -> None:
     x = torch.randn(3, 1, 28, 28)
     assert model.encode(x).shape == (3, 10)
     assert model(x).shape == x.shape
-    with pytest.raises(ValueError, match="image_shape must have sides that 4 divides"):
+    with pytest.raises(ValueError, match="image_shape must have sides divisible by 4"):
         networks.ConvVAE((1, 28, 30), width=8, latent_dim=5)
 
 

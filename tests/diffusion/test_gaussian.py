@@ -1,4 +1,4 @@
-"""GaussianDiffusion: conventions, edges, refusals. Its numbers: test_gaussian_world."""
+"""GaussianDiffusion: conventions, edges, refusals. Its numbers: test_gaussian_world.py."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ def test_tables_are_float64_and_consistent():
     assert d.alphas_cumprod_prev[0] == 1
     assert torch.equal(d.alphas_cumprod_prev[1:], d.alphas_cumprod[:-1])
     product = torch.cumprod(1 - d.betas, 0)
-    # Two products of 1000 factors, each rounded as often.
+    # Two products of 1000 factors, each rounded 1000 times.
     torch.testing.assert_close(d.alphas_cumprod, product, rtol=2000 * EPS, atol=0)
     variance = d.betas * (1 - d.alphas_cumprod_prev) / (1 - d.alphas_cumprod)
-    # Read off the right-hand side as written: 1 - alphas_cumprod is a difference from 1.
+    # The right-hand side subtracts alphas_cumprod from 1, which loses its digits.
     torch.testing.assert_close(d.posterior_variance, variance, rtol=0, atol=1000 * EPS)
     assert d.posterior_variance[0] == 0
     assert d.posterior_log_variance_clipped[0] == d.posterior_log_variance_clipped[1]
@@ -61,7 +61,7 @@ def test_variance_at_the_first_step_is_guided_diffusions(variance_type):
 
 
 @pytest.mark.parametrize("variance_type", ["fixed_small", "fixed_large"])
-def test_one_timestep(variance_type):
+def test_variance_of_a_process_of_one_timestep(variance_type):
     d = GaussianDiffusion(torch.tensor([0.25]), "sample", variance_type)
     x = torch.randn(2, 3, dtype=torch.float64)
     t = torch.zeros(2, dtype=torch.int64)
@@ -128,6 +128,21 @@ def test_respaced_diffusions_tell_the_model_training_timesteps():
     assert [t.tolist() for t in model.t] == [[19], [3]]
 
 
+def test_unchecked_timesteps_are_clamped_before_the_model_gets_them(monkeypatch):
+    class GotThemError(Exception):
+        """Ends the call before a kernel of the CPU checks t once more."""
+
+    def model(x, t):
+        raise GotThemError(t.tolist())
+
+    # In a compiled graph and on CUDA the values of t are not read.
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    spaced = GaussianDiffusion(BETAS).respace([3, 19, 7])
+    with pytest.raises(GotThemError) as got:
+        spaced.p_mean_variance(model, torch.randn(4, 2), torch.tensor([-5, 0, 2, 3]))
+    assert got.value.args == ([3, 3, 19, 19],)
+
+
 def test_step_noise_is_asked_for_at_every_step_but_the_last():
     d = GaussianDiffusion(BETAS)
     for loop, options, expected in (
@@ -174,7 +189,7 @@ def test_loops_replay_exactly():
     assert torch.equal(one, x)
 
 
-def test_generators_and_torchs_own_seed_govern_the_draws():
+def test_generators_and_torchs_own_seed_seed_the_noise():
     d = GaussianDiffusion(BETAS)
     for loop in (d.p_sample_loop, lambda *a, **k: d.ddim_sample_loop(*a, eta=1.0, **k)):
         draws = [
@@ -248,7 +263,7 @@ def test_model_kwargs_reach_the_model():
         assert not torch.equal(call(Recorder(), {"scale": 0.25}), call(half, None))
 
 
-def test_clipping_follows_the_constructor_unless_told():
+def test_clipping_follows_the_constructor_by_default():
     x, t = torch.full((1, 2), 3.0, dtype=torch.float64), 10
     for clip_sample in (True, False):
         d = GaussianDiffusion(BETAS, "sample", clip_sample=clip_sample, clip_sample_range=0.5)
@@ -274,7 +289,7 @@ def test_device_and_dtype_of_a_loop_come_from_the_model_or_the_noise():
             return torch.zeros_like(x) if x.is_meta else super().forward(x)
 
     net = Net(3, 3, device="meta")
-    with contextlib.suppress(Exception):  # ops need not serve tensors without data
+    with contextlib.suppress(Exception):  # ops may refuse tensors without data
         d.p_sample_loop(net, (2, 3), num_steps=1)
     assert net.seen == torch.device("meta")
     out = d.p_sample_loop(half, (2, 3), noise=torch.randn(2, 3), dtype=torch.float64)
@@ -335,18 +350,19 @@ def test_tables_made_under_inference_mode_serve_training():
     with torch.inference_mode():
         d = GaussianDiffusion(BETAS, "v_prediction")
         before = d.training_losses(lambda x, t: net(x), x, t, noise=x)["loss"].clone()
-    assert not any(table.is_inference() for table in d._tables.values())
+    assert not any(table.is_inference() for table in d.tables.noise.values())
     loss = d.training_losses(lambda x, t: net(x), x, t, noise=x)["loss"]
     loss.mean().backward()
     assert torch.equal(loss.detach(), before)
     assert net.weight.grad.abs().sum() > 0
 
 
-def test_what_has_sampled_can_be_pickled():
+def test_a_used_diffusion_can_be_pickled():
     d, noise = GaussianDiffusion(BETAS), PhiloxNoise(3)
     wanted = d.p_sample_loop(half, (2, 3), num_steps=5, noise=noise)
     d.p_sample(half, torch.zeros(2, 3), 4)
     again = pickle.loads(pickle.dumps(d))
+    assert not again.tables.ddpm(1.0)  # the copies on devices stay behind
     assert torch.equal(again.p_sample_loop(half, (2, 3), num_steps=5, noise=noise), wanted)
 
 
@@ -354,6 +370,8 @@ def test_copies_do_not_share_what_they_cache():
     d = GaussianDiffusion(BETAS)
     d.q_sample(torch.zeros(1, 2), 0)
     twin = copy.deepcopy(d)
-    for table in twin._tables.values():
+    for copies in (d, twin):
+        copies.q_sample(torch.zeros(1, 2), 0)
+    for table in twin.tables.noise.values():
         table.zero_()
     assert d.q_sample(torch.ones(1, 2), 0, noise=torch.zeros(1, 2)).abs().sum() > 0

@@ -16,77 +16,12 @@ import torch
 from diffcore.coefficients.step import PREDICTION_TYPES
 from diffcore.diffusion import GaussianDiffusion
 from diffcore.schedules import make_betas, rescale_zero_terminal_snr, respaced_timesteps
+from support.worlds import DIGITS, World
 
 # What the library promises: in float64 a loop is exact to this of the formulas.
 PROMISE = 1e-10
 
 MEAN, STD = 0.7, 0.5
-DIGITS = 40
-
-
-class World:
-    """The schedule in 40 digits, and the best possible model in float64."""
-
-    def __init__(self, betas):
-        with mpmath.workdps(DIGITS):
-            self.betas = [mpmath.mpf(b) for b in betas.tolist()]
-            self.bar, product = [], mpmath.mpf(1)
-            for beta in self.betas:
-                product *= 1 - beta
-                self.bar.append(product)
-            self.total = [b * mpmath.mpf(STD) ** 2 + 1 - b for b in self.bar]
-            self.alpha = [mpmath.sqrt(b) for b in self.bar]
-            self.sigma = [mpmath.sqrt(1 - b) for b in self.bar]
-            tables = [self.alpha, self.sigma, self.total]
-            rounded = [[float(v) for v in row] for row in tables]
-            self.tables = torch.tensor(rounded, dtype=torch.float64)
-
-    def model(self, prediction_type):
-        def predict(x, t):
-            assert t.dtype == torch.int64
-            assert t.shape == x.shape[:1]
-            alpha, sigma, total = self.tables[:, t].unsqueeze(-1)
-            centred = x - alpha * MEAN
-            x0, noise = MEAN + alpha * STD**2 / total * centred, sigma / total * centred
-            return {
-                "epsilon": noise,
-                "sample": x0,
-                "v_prediction": alpha * noise - sigma * x0,
-                "flow_prediction": noise - x0,
-            }[prediction_type]
-
-        return predict
-
-    def previous(self, timesteps):
-        """(bar, bar of the next timestep of the list) along a falling list, 1 at the end."""
-        bars = [self.bar[t] for t in timesteps]
-        return zip(timesteps, bars, [*bars[1:], mpmath.mpf(1)], strict=True)
-
-    def ddpm_moments(self, timesteps, variance_type):
-        mean, variance = mpmath.mpf(0), mpmath.mpf(1)
-        for t, bar, prev in self.previous(timesteps):
-            beta = 1 - bar / prev
-            c0, c1 = (
-                mpmath.sqrt(prev) * beta / (1 - bar),
-                mpmath.sqrt(bar / prev) * (1 - prev) / (1 - bar),
-            )
-            noise = beta * (1 - prev) / (1 - bar) if variance_type == "fixed_small" else beta
-            slope = c1 + c0 * self.alpha[t] * mpmath.mpf(STD) ** 2 / self.total[t]
-            shift = c0 * MEAN * (1 - bar) / self.total[t]
-            mean, variance = slope * mean + shift, slope**2 * variance + (noise if prev < 1 else 0)
-        return mean, variance
-
-    def ddim_moments(self, timesteps, eta):
-        mean, variance = mpmath.mpf(0), mpmath.mpf(1)
-        for t, bar, prev in self.previous(timesteps):
-            noise = eta**2 * (1 - prev) / (1 - bar) * (1 - bar / prev)
-            direction = mpmath.sqrt(1 - prev - noise)
-            s2, total = mpmath.mpf(STD) ** 2, self.total[t]
-            slope = (mpmath.sqrt(prev * bar) * s2 + direction * self.sigma[t]) / total
-            shift = mpmath.sqrt(prev) * (MEAN - bar * s2 * MEAN / total)
-            shift -= direction * self.sigma[t] * self.alpha[t] * MEAN / total
-            mean, variance = slope * mean + shift, slope**2 * variance + noise
-        return mean, variance
 
 
 def sampled_moments(loop, steps):
@@ -122,7 +57,7 @@ def visited(num_steps, spacing):
 
 @pytest.fixture(scope="module")
 def world():
-    return World(BETAS)
+    return World(MEAN, STD, BETAS)
 
 
 @pytest.mark.parametrize("name", ["linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid"])
@@ -171,7 +106,7 @@ def test_posterior_is_bayes_rule(world):
 @predictions
 @choices
 @pytest.mark.parametrize("variance_type", ["fixed_small", "fixed_large"])
-def test_ddpm_draws_what_the_recursion_says(
+def test_ddpm_samples_follow_the_recursion(
     world, prediction_type, num_steps, spacing, variance_type
 ):
     diffusion = GaussianDiffusion(BETAS, prediction_type, variance_type, clip_sample=False)
@@ -200,7 +135,7 @@ def test_ddpm_draws_what_the_recursion_says(
 @choices
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("rederive_epsilon", [True, False])
-def test_ddim_draws_what_the_recursion_says(
+def test_ddim_samples_follow_the_recursion(
     world, prediction_type, num_steps, spacing, eta, rederive_epsilon
 ):
     diffusion = GaussianDiffusion(BETAS, prediction_type, clip_sample=False)
@@ -228,7 +163,7 @@ def test_ddim_draws_what_the_recursion_says(
 @pytest.mark.parametrize("prediction_type", ["sample", "v_prediction", "flow_prediction"])
 def test_samplers_start_from_pure_noise_under_zero_terminal_snr(prediction_type):
     betas = rescale_zero_terminal_snr(BETAS)
-    world = World(betas)
+    world = World(MEAN, STD, betas)
     diffusion = GaussianDiffusion(betas, prediction_type, clip_sample=False)
     timesteps = respaced_timesteps(len(betas), 7, "trailing")
     assert timesteps[0] == len(betas) - 1

@@ -1,4 +1,4 @@
-"""Models that say their own variance: its moments, and what it is best for."""
+"""Models that predict the variance: moments, and the optimal variance of a known world."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from support.toys import BETAS, EPS, Says, half
 STEPS = len(BETAS)
 each_type = pytest.mark.parametrize("variance_type", ["learned", "learned_range"])
 SHAPE = (4, 3, 2, 5)
-PROMISE = 1e-10  # in float64 a loop is exact to this of the formulas
+PROMISE = 1e-10  # the documented error of a float64 loop, relative to the formulas
 
 # ---- moments -----------------------------------------------------------------------------------
 
@@ -37,7 +37,7 @@ def test_moments_are_guided_diffusions(variance_type: str, dtype: torch.dtype) -
         part = (log_variance + 1) / 2
         small, large = LOG_SMALL[:, None, None], LOG_LARGE[:, None, None]
         log_variance = part * large + (1 - part) * small
-    # A few roundings of logarithms of up to 10, and the exponential's of those.
+    # A few roundings of logarithms of up to 10, and of their exponentials.
     close = {"rtol": 0, "atol": 64 * torch.finfo(wide).eps} if wide == torch.float32 else {}
     torch.testing.assert_close(out["log_variance"], log_variance.to(wide), **close)
     torch.testing.assert_close(out["variance"], log_variance.exp().to(wide), rtol=1e-5, atol=0)
@@ -56,7 +56,7 @@ def test_the_fixed_variances_as_learned_ones(variance_type: str, fixed: str) -> 
     logs = LOG_SMALL if fixed == "fixed_small" else LOG_LARGE
     model = Says(said_by(logs, torch.arange(STEPS), variance_type))
     noise = PhiloxNoise(3)
-    # Two ways to one deviation, each of a few roundings, and as many steps of those.
+    # Two computations of one deviation, a few roundings each, over as many steps.
     close = {"rtol": 0, "atol": 64 * STEPS * EPS}
     for t in (torch.tensor([0, 1, 7, 19]), 19, 0):
         step = d.p_sample(model, x, t, noise=noise)
@@ -66,7 +66,7 @@ def test_the_fixed_variances_as_learned_ones(variance_type: str, fixed: str) -> 
     found = d.p_sample_loop(model, SHAPE, noise=noise, dtype=torch.float64)
     loop = wanted.p_sample_loop(half, SHAPE, noise=noise, dtype=torch.float64)
     torch.testing.assert_close(found, loop, **close)
-    if variance_type == "learned_range":  # whatever the walk, the ends of the range are its own
+    if variance_type == "learned_range":  # the range of a respaced loop is its own
         model = Says(-1.0 if fixed == "fixed_small" else 1.0)
         options: dict[str, Any] = {"num_steps": 6, "noise": noise, "dtype": torch.float64}
         found = d.p_sample_loop(model, SHAPE, **options)
@@ -74,7 +74,7 @@ def test_the_fixed_variances_as_learned_ones(variance_type: str, fixed: str) -> 
 
 
 @each_type
-def test_one_timestep_and_the_last_step_draw_nothing(variance_type: str) -> None:
+def test_one_timestep_and_the_last_step_add_no_noise(variance_type: str) -> None:
     d = GaussianDiffusion(torch.tensor([0.25]), "sample", variance_type)
     x = torch.randn(2, 3, dtype=torch.float64)
     out = d.p_mean_variance(Says(0.3, 0.1), x, 0)
@@ -82,7 +82,7 @@ def test_one_timestep_and_the_last_step_draw_nothing(variance_type: str) -> None
     torch.testing.assert_close(out["log_variance"], torch.full_like(x, log_variance))
     loop = d.p_sample_loop(Says(0.3, 0.1), (2, 3), noise=x)
     assert torch.equal(loop, 0.1 * x)
-    # Not even where the model says something huge.
+    # Not even where the model predicts a huge value.
     d = GaussianDiffusion(BETAS, "sample", variance_type)
     huge = d.p_sample(Says(1e6, 0.1), x, 0, noise=torch.ones_like(x))["sample"]
     assert torch.equal(huge, 0.1 * x)
@@ -95,7 +95,7 @@ TOTAL = BAR * STD**2 + 1 - BAR  # the variance of x_t
 
 
 class Best:
-    """The best prediction and the best variance for data N(MEAN, STD^2), on a walk."""
+    """The optimal prediction and variance for data N(MEAN, STD^2), in a sampling loop."""
 
     def __init__(self, prediction_type: str, variance_type: str, timesteps: list[int]) -> None:
         self.prediction_type, self.variance_type = prediction_type, variance_type
@@ -143,7 +143,7 @@ class Best:
 @pytest.mark.parametrize("num_steps", [None, 6])
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
 @each_type
-def test_the_best_variance_draws_what_the_recursion_says(
+def test_samples_with_the_optimal_variance_follow_the_recursion(
     variance_type: str, prediction_type: str, num_steps: int | None
 ) -> None:
     d = GaussianDiffusion(BETAS, prediction_type, variance_type, clip_sample=False)

@@ -27,11 +27,11 @@ each_loss = pytest.mark.parametrize("loss_type", LOSS_TYPES)
 # ---- the losses --------------------------------------------------------------------------------
 
 TIMES = torch.tensor([0, 1, 7, 13, 19, 0])
-LOST = EPS / BETAS[0].item()  # what 1 - BAR loses, written as that, where BAR is almost 1
+LOST = EPS / BETAS[0].item()  # the relative error of computing 1 - BAR where BAR is almost 1
 
 
 def batch(variance_type: str, prediction_type: str) -> tuple[Tensor, ...]:
-    """Pixels, noise, m and v: x_0 is off by little at t = 0, where its bin must hold some mass."""
+    """Pixels, noise, m and v, with a small error of x_0 at t = 0, so that its bin has mass."""
     generator = torch.Generator().manual_seed(2)
     pixels = torch.randint(0, 256, (6, 2, 3, 2), generator=generator)
     pixels.view(-1)[[0, 3]], pixels.view(-1)[[1, 4]] = 0, 255
@@ -110,11 +110,11 @@ def test_what_the_rescaling_is(variance_type: str) -> None:
 
 @each_loss
 @each_variance
-def test_a_recipe_is_the_noise_it_stands_for(loss_type: str, variance_type: str) -> None:
+def test_a_key_gives_the_bits_of_its_tensor(loss_type: str, variance_type: str) -> None:
     d = GaussianDiffusion(BETAS, variance_type=variance_type, loss_type=loss_type)
     x0, _, m, v = (c.float() for c in batch(variance_type, "epsilon"))
-    recipe, seen = PhiloxNoise(7), []
-    for noise in (recipe, recipe.tensor(x0.shape)):
+    key, seen = PhiloxNoise(7), []
+    for noise in (key, key.tensor(x0.shape)):
         answer = torch.cat([m, v], dim=1) if variance_type in LEARNED else m.clone()
         answer.requires_grad_()
 
@@ -179,7 +179,7 @@ def test_gradcheck(loss_type: str, variance_type: str, decoder: str) -> None:
         model = says(m, v, variance_type)
         return d.training_losses(model, x0, TIMES, noise=noise, decoder=decoder)["loss"]
 
-    # Of the hybrid loss m has another gradient than its value: vb sees a constant there.
+    # In the hybrid loss vb reads m as a constant, so its gradient omits a part of the value.
     hybrid = variance_type in LEARNED and "mse" in loss_type
     m, v = m.requires_grad_(not hybrid), v.requires_grad_(variance_type in LEARNED)
     torch.autograd.gradcheck(loss, (m, v))
@@ -223,7 +223,7 @@ def test_weights_weigh_the_error_alone(variance_type: str) -> None:
         d = GaussianDiffusion(BETAS, variance_type=variance_type, loss_type=loss_type)
         refused(
             ValueError,
-            f"weights are given; loss_type='{loss_type}' has none",
+            f"weights must be None with loss_type='{loss_type}'",
             *(d.training_losses, model, x0, TIMES),
             weights=weights,
         )
@@ -257,7 +257,7 @@ def test_narrow_samples(loss_type: str, variance_type: str, dtype: torch.dtype) 
     )
     for name, value in found.items():
         assert value.dtype == torch.float32
-        # Of the same 16-bit inputs: the arithmetic in between is float32 or better.
+        # From the same 16-bit inputs, the arithmetic is float32 or better.
         torch.testing.assert_close(value.double(), truth[name], rtol=1e-4, atol=1e-5)
     found["loss"].mean().backward()
     assert m.grad is not None
@@ -269,22 +269,22 @@ def test_narrow_samples(loss_type: str, variance_type: str, dtype: torch.dtype) 
 
 @each_loss
 @each_variance
-def test_one_timestep(loss_type: str, variance_type: str) -> None:
+def test_loss_of_a_process_of_one_timestep_is_finite(loss_type: str, variance_type: str) -> None:
     d = GaussianDiffusion(torch.tensor([0.25]), variance_type=variance_type, loss_type=loss_type)
     x0, noise, m, v = batch(variance_type, "epsilon")
     found = d.training_losses(says(m, v, variance_type), x0, 0, noise=noise)
     assert found["loss"].isfinite().all()
 
 
-def test_bad_arguments() -> None:
+def test_bad_arguments_are_named() -> None:
     x = torch.zeros(2, 3, 4)
     refused(ValueError, "loss_type", GaussianDiffusion, BETAS, loss_type="l2")
     for loss_type in LOSS_TYPES:
         d = GaussianDiffusion(BETAS, variance_type="learned", loss_type=loss_type)
         loss = d.training_losses
-        refused(ValueError, r"shape \[2, 6, 4\] .* got \[2, 3, 4\]", loss, half, x, 3)
+        refused(ValueError, r"shape \(2, 6, 4\) .* got \(2, 3, 4\)", loss, half, x, 3)
         refused(ValueError, "decoder", loss, half, x, 3, decoder="laplace")
-        refused(ValueError, r"samples \[B, C, ...\]", loss, half, x[:, 0, 0], 3)
+        refused(ValueError, r"shape \[B, C, ...\]", loss, half, x[:, 0, 0], 3)
 
 
 @pytest.mark.skipif(native._C is None, reason="needs the compiled module")
@@ -302,7 +302,7 @@ def test_compile_a_training_step(loss_type: str, variance_type: str) -> None:
         net = torch.nn.Conv2d(2, 4, 1)
 
         def loss(net: Any = net) -> Tensor:
-            return d.training_losses(lambda x, t: net(x), x0, TIMES, noise)["loss"].mean()
+            return d.training_losses(lambda x, t: net(x), x0, TIMES, noise=noise)["loss"].mean()
 
         run = torch.compile(loss, fullgraph=True, backend="aot_eager") if compiled else loss
         run().backward()

@@ -85,7 +85,7 @@ def test_one_estimate_has_one_loss_whatever_the_model_calls_it():
             }[prediction_type]()
 
         weights = edm_weights(schedule.snr, prediction_type=prediction_type)
-        losses.append(diffusion.training_losses(model, x0, t, noise, weights=weights)["loss"])
+        losses.append(diffusion.training_losses(model, x0, t, noise=noise, weights=weights)["loss"])
     # epsilon's error is alpha / sigma times smaller than what it is a difference of.
     close = {"rtol": 64 * EPS * schedule.snr.max().sqrt().item(), "atol": 0}
     torch.testing.assert_close(losses[1], losses[0], **close)
@@ -95,8 +95,12 @@ def test_one_estimate_has_one_loss_whatever_the_model_calls_it():
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda: edm_weights(1.0), TypeError, "snr must be a tensor .* got float"),
-        (lambda: edm_weights(ONES.long()), TypeError, "snr must be .* got a tensor of torch.int64"),
+        (lambda: edm_weights(1.0), TypeError, "snr must be a floating-point tensor, got float"),
+        (
+            lambda: edm_weights(ONES.long()),
+            TypeError,
+            "snr must be a floating-point tensor, got torch.int64",
+        ),
         (lambda: edm_weights(ONES, sigma_data=0.0), ValueError, "sigma_data must be positive"),
         (lambda: edm_weights(ONES, sigma_data=-1.0), ValueError, "sigma_data must be positive"),
         (lambda: edm_weights(ONES, sigma_data=float("nan")), ValueError, "sigma_data"),

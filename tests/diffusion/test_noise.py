@@ -1,4 +1,4 @@
-"""GaussianDiffusion with noise that is drawn: the same samples however they are batched."""
+"""GaussianDiffusion with noise keys: the same samples in any batch."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from support.toys import BETAS, half
 SHAPE = (5, 3, 7)
 T = torch.tensor([0, 19, 4, 9, 1])
 IDS = torch.tensor([4, 0, -1, 2**40, 7])
-RECIPE = PhiloxNoise(11, sample_ids=IDS, stream=3)
+KEY = PhiloxNoise(11, sample_ids=IDS, stream=3)
 FLOATING = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
 each_dtype = pytest.mark.parametrize("dtype", FLOATING, ids=str)
@@ -28,7 +28,7 @@ each_prediction = pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
 
 
 def fading(x, t):
-    """A model whose answer for a sample is the same bits in any batch: one product an element."""
+    """A model whose output has the same bits in any batch: one product per element."""
     return x * (0.9 - 0.03 * t.to(x.dtype).view(-1, *[1] * (x.ndim - 1)))
 
 
@@ -40,27 +40,27 @@ def loops(diffusion):
     )
 
 
-# ---- a recipe is the tensor it stands for -------------------------------------------------------
+# ---- a noise key gives the same bits as its tensor ----------------------------------------------
 
 
 @each_dtype
-def test_single_calls_take_a_recipe_for_its_tensor(dtype):
+def test_single_calls_take_a_key_for_its_tensor(dtype):
     d = GaussianDiffusion(BETAS)
     x = torch.randn(SHAPE).to(dtype)
-    tensor = RECIPE.tensor(SHAPE, dtype=dtype)
+    tensor = KEY.tensor(SHAPE, dtype=dtype)
     for call in (
         lambda noise: d.q_sample(x, T, noise),
         lambda noise: d.q_sample(x, 7, noise),
         lambda noise: tuple(d.p_sample(fading, x, T, noise=noise).values()),
         lambda noise: tuple(d.ddim_sample(fading, x, T, eta=0.5, noise=noise).values()),
     ):
-        assert_same_bits(call(RECIPE), call(tensor))
-    assert not torch.equal(d.q_sample(x, T, RECIPE), d.q_sample(x, T, RECIPE.at(4)))
+        assert_same_bits(call(KEY), call(tensor))
+    assert not torch.equal(d.q_sample(x, T, KEY), d.q_sample(x, T, KEY.at(4)))
 
 
 @each_dtype
 @each_prediction
-def test_training_takes_a_recipe_for_its_tensor(prediction_type, dtype):
+def test_training_takes_a_key_for_its_tensor(prediction_type, dtype):
     d = GaussianDiffusion(BETAS, prediction_type)
     x = torch.randn(SHAPE).to(dtype)
     scale = torch.tensor(0.3, dtype=dtype, requires_grad=True)
@@ -74,42 +74,44 @@ def test_training_takes_a_recipe_for_its_tensor(prediction_type, dtype):
     for weights in tables:
 
         def step(noise, weights=weights):
-            loss = d.training_losses(lambda x, t: scale * x, x, T, noise, weights=weights)["loss"]
+            loss = d.training_losses(lambda x, t: scale * x, x, T, noise=noise, weights=weights)[
+                "loss"
+            ]
             mean_slope = torch.autograd.grad(loss.mean(), scale, retain_graph=True)
             other_slope = torch.autograd.grad((loss * torch.arange(5)).sum(), scale)
             with torch.no_grad():
-                kept = d.training_losses(lambda x, t: scale * x, x, T, noise, weights=weights)
+                kept = d.training_losses(lambda x, t: scale * x, x, T, noise=noise, weights=weights)
             assert torch.equal(kept["loss"], loss)
             return loss, *mean_slope, *other_slope
 
-        assert_same_bits(step(RECIPE), step(RECIPE.tensor(SHAPE, dtype=dtype)), str(weights))
+        assert_same_bits(step(KEY), step(KEY.tensor(SHAPE, dtype=dtype)), str(weights))
 
 
 @each_dtype
 def test_loops_take_step_i_from_the_next_stream_but_i(dtype):
     d = GaussianDiffusion(BETAS)
-    streams = [RECIPE.at(3 + i).tensor(SHAPE, dtype=dtype) for i in range(len(BETAS) + 1)]
+    streams = [KEY.at(3 + i).tensor(SHAPE, dtype=dtype) for i in range(len(BETAS) + 1)]
     x_T, steps = streams[0], torch.stack(streams[1:])
     for loop in loops(d):
         expected = loop(fading, SHAPE, noise=x_T, step_noise=lambda i, x: steps[i])
         for noise in (
-            {"noise": RECIPE, "dtype": dtype},
-            {"noise": RECIPE, "step_noise": RECIPE, "dtype": dtype},
-            {"noise": RECIPE, "step_noise": steps, "dtype": dtype},
-            {"noise": RECIPE, "step_noise": lambda i, x: steps[i], "dtype": dtype},
-            {"noise": x_T, "step_noise": RECIPE},
+            {"noise": KEY, "dtype": dtype},
+            {"noise": KEY, "step_noise": KEY, "dtype": dtype},
+            {"noise": KEY, "step_noise": steps, "dtype": dtype},
+            {"noise": KEY, "step_noise": lambda i, x: steps[i], "dtype": dtype},
+            {"noise": x_T, "step_noise": KEY},
             {"noise": x_T, "step_noise": steps},
-            {"noise": x_T, "step_noise": lambda i, x: RECIPE.at(4 + i)},
+            {"noise": x_T, "step_noise": lambda i, x: KEY.at(4 + i)},
         ):
             assert_same_bits(loop(fading, SHAPE, **noise), expected, str(noise))
-    # Steps that visit the same timesteps one by one draw the same.
+    # Single steps over the same timesteps generate the same noise.
     x = x_T
     for i, t in enumerate(reversed(range(len(BETAS)))):
-        x = d.p_sample(fading, x, t, noise=RECIPE.at(4 + i))["sample"]
-    assert_same_bits(d.p_sample_loop(fading, SHAPE, noise=RECIPE, dtype=dtype), x)
+        x = d.p_sample(fading, x, t, noise=KEY.at(4 + i))["sample"]
+    assert_same_bits(d.p_sample_loop(fading, SHAPE, noise=KEY, dtype=dtype), x)
 
 
-def test_another_stream_of_a_loop_draws_other_samples():
+def test_another_stream_of_a_loop_gives_other_samples():
     d = GaussianDiffusion(BETAS)
     noise = PhiloxNoise(0)
     for loop in loops(d):
@@ -134,8 +136,8 @@ def test_streams_and_seeds_may_be_tensors():
 
 @pytest.mark.parametrize("name", ["p_sample_loop", "ddim_sample_loop"])
 def test_the_noises_of_a_loop_are_independent(name):
-    # With this model a sampler is a sum, P x_T + R_1 z_1 + R_2 z_2 + ..., of which each factor is
-    # what becomes of one noise that is 1 while the others are 0.
+    # With this model a sampler computes P x_T + R_1 z_1 + R_2 z_2 + ...: each factor is the result
+    # for one noise of 1 while the others are 0.
     d = GaussianDiffusion(BETAS, "sample", clip_sample=False)
     count, steps = 400_000, 4
 
@@ -146,23 +148,23 @@ def test_the_noises_of_a_loop_are_independent(name):
     hot = torch.eye(steps).view(steps, steps, 1, 1)  # [which noise, 0 and the steps, 1, 1]
     factors = [loop((1, 1), noise=h[0], step_noise=h[1:]).item() for h in hot]
     variance = sum(f * f for f in factors)
-    # The standard deviation of the mean square of so many draws.
+    # The standard deviation of the mean square of this many samples.
     spread = variance * (2 / count) ** 0.5
-    recipe = PhiloxNoise(17)
+    key = PhiloxNoise(17)
 
     def off(**noises):
-        drawn = loop((count // 100, 100), noise=recipe, **noises)
+        drawn = loop((count // 100, 100), noise=key, **noises)
         return abs(drawn.square().mean().item() - variance) / spread
 
     assert off() < 5
-    # Did the steps share a stream, or one of them that of x_T, this would tell.
-    assert off(step_noise=lambda i, x: recipe.at(1)) > 20
-    assert off(step_noise=lambda i, x: recipe.at(i)) > 20
+    # Fails if two steps share a stream, or one uses that of x_T.
+    assert off(step_noise=lambda i, x: key.at(1)) > 20
+    assert off(step_noise=lambda i, x: key.at(i)) > 20
 
 
 # ---- the same samples in any batch --------------------------------------------------------------
 
-# What the library promises: in float64 a loop is exact to this of the formulas.
+# The documented error of a float64 loop, relative to the formulas.
 PROMISE = 1e-10
 
 COUNT, IMAGE = 64, (1, 5, 7)
@@ -178,7 +180,7 @@ torch.save(images(range({first}, {last}), {dtype}), {path!r})
 
 
 def images(ids, dtype=torch.float32):
-    """What two samplers make of the noise of some samples, [samplers, len(ids), *IMAGE]."""
+    """Results of two samplers for the noise of these samples, [samplers, len(ids), *IMAGE]."""
     noise = PhiloxNoise(5).for_samples(torch.tensor(list(ids)))
     shape = (len(ids), *IMAGE)
     drawn = [f(fading, shape, noise=noise, dtype=dtype) for f in loops(GaussianDiffusion(BETAS))]
@@ -194,7 +196,7 @@ def test_one_batch_of_64_is_64_batches_of_one(dtype):
     shuffled = torch.randperm(COUNT).tolist()
     uneven = [images(shuffled[a:b], dtype) for a, b in pairwise((0, 1, 18, 61, COUNT))]
     assert_same_bits(torch.cat(uneven, dim=1), whole[:, shuffled])
-    # Consecutive samples are named by the first of them.
+    # A range of samples is given by its first id.
     d = GaussianDiffusion(BETAS)
     some = d.p_sample_loop(fading, (9, *IMAGE), noise=PhiloxNoise(5, sample_ids=20), dtype=dtype)
     assert_same_bits(some, whole[0, 20:29])
@@ -223,19 +225,19 @@ def test_a_loss_does_not_depend_on_the_batch_around_it(prediction_type):
     d = GaussianDiffusion(BETAS, prediction_type)
     x, t = torch.randn(COUNT, *IMAGE), torch.randint(len(BETAS), (COUNT,))
     noise = PhiloxNoise(3)
-    whole = d.training_losses(fading, x, t, noise)["loss"]
+    whole = d.training_losses(fading, x, t, noise=noise)["loss"]
     for size in (1, 7, 32):
         parts = [
-            d.training_losses(fading, x[i : i + size], t[i : i + size], noise.for_samples(i))
+            d.training_losses(fading, x[i : i + size], t[i : i + size], noise=noise.for_samples(i))
             for i in range(0, COUNT, size)
         ]
         assert_same_bits(torch.cat([part["loss"] for part in parts]), whole)
 
 
-# ---- who governs what is drawn when nobody says -------------------------------------------------
+# ---- which generator seeds the default noise ----------------------------------------------------
 
 
-def test_a_generator_seeds_a_whole_loop_with_one_draw():
+def test_a_generator_seeds_a_complete_loop_with_one_number():
     d = GaussianDiffusion(BETAS)
     for loop in loops(d):
         generator, twin = (torch.Generator().manual_seed(4) for _ in range(2))
@@ -271,28 +273,28 @@ def test_torchs_seed_governs_single_steps():
         assert_same_bits(drawn, step(fading, x, T, noise=noise)["sample"])
 
 
-def test_nothing_is_drawn_where_nothing_is_needed():
+def test_the_generator_is_not_read_without_need():
     d = GaussianDiffusion(BETAS)
     x = torch.randn(SHAPE)
     before = torch.get_rng_state()
-    d.q_sample(x, T, RECIPE)
-    d.training_losses(fading, x, T, RECIPE)
-    d.p_sample(fading, x, T, noise=RECIPE)
+    d.q_sample(x, T, KEY)
+    d.training_losses(fading, x, T, noise=KEY)
+    d.p_sample(fading, x, T, noise=KEY)
     d.ddim_sample(fading, x, T)
-    d.p_sample_loop(fading, SHAPE, noise=RECIPE)
-    d.p_sample_loop(fading, SHAPE, noise=x, step_noise=RECIPE)
-    d.ddim_sample_loop(fading, SHAPE, noise=RECIPE)
+    d.p_sample_loop(fading, SHAPE, noise=KEY)
+    d.p_sample_loop(fading, SHAPE, noise=x, step_noise=KEY)
+    d.ddim_sample_loop(fading, SHAPE, noise=KEY)
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_without_kernels_a_loop_draws_the_same(tmp_path):
+def test_without_kernels_a_loop_gives_the_same_samples(tmp_path):
     path = str(tmp_path / "reference.pt")
     code = STATEMENTS.format(
         tests=TESTS, threads=1, first=0, last=3, path=path, dtype="torch.float64"
     )
     environment = {**os.environ, "DIFFCORE_BACKEND": "reference"}
     subprocess.run([sys.executable, "-c", code], env=environment, check=True)
-    # The draws are float32 numbers, the same bits; a last bit of one would be off by 1e-7.
+    # The noise is float32 with the same bits; an error in a last bit would be 1e-7.
     expected = images(range(3), torch.float64)
     torch.testing.assert_close(torch.load(path), expected, rtol=0, atol=PROMISE)
 
@@ -310,8 +312,12 @@ THREE = PhiloxNoise(0, sample_ids=torch.tensor([1, 2, 3]))
     [
         (lambda: D.q_sample(X, 0, 3), TypeError, "noise must be .* got int"),
         (lambda: D.q_sample(X, 0, THREE), ValueError, "sample_ids"),
-        (lambda: D.training_losses(half, X, 0, "randn"), TypeError, "noise must be .* got str"),
-        (lambda: D.training_losses(half, X, 0, THREE), ValueError, "sample_ids"),
+        (
+            lambda: D.training_losses(half, X, 0, noise="randn"),
+            TypeError,
+            "noise must be .* got str",
+        ),
+        (lambda: D.training_losses(half, X, 0, noise=THREE), ValueError, "sample_ids"),
         (lambda: D.p_sample(half, X, 0, noise=1.0), TypeError, "noise must be .* got float"),
         (lambda: D.p_sample(half, X, 0, noise=THREE), ValueError, "sample_ids"),
         (lambda: D.ddim_sample(half, X, 0, eta=1.0, noise=THREE), ValueError, "sample_ids"),
@@ -335,7 +341,7 @@ THREE = PhiloxNoise(0, sample_ids=torch.tensor([1, 2, 3]))
         (
             lambda: D.p_sample_loop(half, (2, 3), step_noise=torch.zeros(20, 3, 3)),
             ValueError,
-            r"step_noise must have shape \[S, 2, 3\]",
+            r"step_noise must have the shape \[S, 2, 3\]",
         ),
         (
             lambda: D.p_sample_loop(half, (2, 3), step_noise=torch.zeros(20, 2, 3).double()),

@@ -1,4 +1,4 @@
-"""A training step whose noise is drawn: its numbers, its launches, and the memory it asks for."""
+"""A training step with a noise key: results, launches and allocated memory."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ each_weight = pytest.mark.parametrize("weights", WEIGHTS.values(), ids=WEIGHTS.k
 
 
 def eager_step(diffusion, x0, noise, model_output, t, weights, upstream):
-    """What a user writes: x_t, loss and gradient in the dtype of the samples, from stored noise."""
+    """The eager equivalent: x_t, loss and gradient in the dtype of the samples, noise stored."""
     alpha, sigma = diffusion.schedule.alpha, diffusion.schedule.sigma
     m = model_output.detach().requires_grad_()
     loss = formulas.denoising_loss(
@@ -44,21 +44,23 @@ def test_a_training_step_is_eagers_with_the_same_noise(prediction_type, weights,
     diffusion = GaussianDiffusion(BETAS, prediction_type)
     table = weights(diffusion.schedule.snr, prediction_type)
     x0, output = torch.randn(2, 16, 3, 7).to(dtype)
-    recipe = PhiloxNoise(2, stream=9)
-    noise = recipe.tensor(x0.shape, dtype=dtype)
+    key = PhiloxNoise(2, stream=9)
+    noise = key.tensor(x0.shape, dtype=dtype)
     seen = {}
 
     def model(x, t):
         seen["x_t"] = x
         return seen.setdefault("m", output.detach().requires_grad_())
 
-    for time in (0, 3, 19):  # one at a time: with their weights, errors have other sizes
+    for time in (0, 3, 19):  # one at a time: errors scale with their weights
         t = torch.full((16,), time)
         for upstream in (torch.full((16,), 1 / 16), torch.randn(16)):
-            loss = diffusion.training_losses(model, x0, t, recipe, weights=table)["loss"]
+            loss = diffusion.training_losses(model, x0, t, noise=key, weights=table)["loss"]
             (slope,) = torch.autograd.grad(loss, seen["m"], upstream)
             with torch.no_grad():
-                untrained = diffusion.training_losses(model, x0, t, recipe, weights=table)["loss"]
+                untrained = diffusion.training_losses(model, x0, t, noise=key, weights=table)[
+                    "loss"
+                ]
             assert torch.equal(untrained, loss)
             actual = (seen["x_t"], loss.detach(), slope)
             eager = eager_step(diffusion, x0, noise, output, t, table, upstream)
@@ -74,8 +76,10 @@ def test_a_training_step_is_eagers_with_the_same_noise(prediction_type, weights,
 
 
 def training_step(diffusion, x, t, m, noise, weights):
-    """Noising, loss and gradient; the model itself costs nothing here."""
-    loss = diffusion.training_losses(lambda x, t: m, x, t, noise, weights=weights)["loss"].mean()
+    """q_sample, loss and gradient, with a model that costs nothing."""
+    loss = diffusion.training_losses(lambda x, t: m, x, t, noise=noise, weights=weights)[
+        "loss"
+    ].mean()
     return loss, torch.autograd.grad(loss, m)
 
 
@@ -98,7 +102,7 @@ def test_a_training_step_is_two_launches(launched, prediction_type, weights, dty
         "epsilon": ["target_loss_gradient*"],
         "sample": ["target_loss_gradient"],
     }.get(prediction_type, ["mixed_target_loss_gradient*"])
-    # The gradient's last word: it may touch nothing, where it was made for the gradient that came.
+    # Rescaling the gradient launches nothing if it was made for the incoming gradient.
     forward, mended = ["linear_combination*", *loss], ["rescale"]
     for noise in (None, PhiloxNoise(1), PhiloxNoise(torch.tensor(1, device=device))):
         training_step(diffusion, x, t, m, noise, table)
@@ -137,8 +141,8 @@ def test_a_noised_sample_and_a_step_are_one_launch(launched):
 
 
 def bytes_allocated(call, device):
-    """The bytes that a call asks for, all that it frees again included."""
-    call()  # the tables of a diffusion are made once
+    """The bytes that a call allocates, including those that it frees."""
+    call()  # tables are built once
     if device == "cuda":
         name = "requested_bytes.all.allocated"
         before = torch.cuda.memory_stats()[name]
@@ -186,7 +190,7 @@ def test_a_training_step_asks_for_x_t_and_the_gradient_alone(prediction_type, dt
         assert asked < 3 * x.nbytes < eager, report
         return asked - 2 * x.nbytes
 
-    # Numbers, and numbers a sample: as many for long samples as for short ones.
+    # Scalars, and scalars per sample: as many for long samples as for short ones.
     some, twice = beyond(8, 4096), beyond(16, 4096)
     assert some == beyond(8, 16384)
     assert 0 < twice - some <= some

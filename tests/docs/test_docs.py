@@ -1,7 +1,8 @@
 """Every ```python block of the README and the documentation runs, top to bottom, page by page.
 
 The blocks of a page share one namespace. A block that is not meant to run is fenced as something
-else (```py for Python that is only shown).
+else (```py for Python that is only shown). A block under `<!-- requires: NAME -->` runs where NAME
+can be imported.
 """
 
 from __future__ import annotations
@@ -12,25 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parents[2]
-FENCE = re.compile(r"^( *)```python[^\n]*\n(.*?)^\1```", re.MULTILINE | re.DOTALL)
+from support.pages import ROOT, blocks, pages
+
 EXCERPT = re.compile(r'^```\w+ title="([^"]+)"\n(.*?)^```', re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\((?!https?:|mailto:|#)([^)#\s]+)")
-
-
-def pages() -> list[Path]:
-    return sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
-
-
-def blocks(page: Path) -> list[tuple[int, str]]:
-    """(number of the first line, code) of each runnable block."""
-    text = page.read_text(encoding="utf-8")
-    found = []
-    for match in FENCE.finditer(text):
-        indent, code = match.groups()
-        lines = [line.removeprefix(indent) for line in code.splitlines()]
-        found.append((text.count("\n", 0, match.start()) + 2, "\n".join(lines)))
-    return found
 
 
 def test_there_are_pages_with_code() -> None:

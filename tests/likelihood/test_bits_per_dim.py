@@ -11,7 +11,8 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 from diffcore import GaussianDiffusion, PhiloxNoise, bits_per_dim, make_betas
-from diffcore.likelihood.strata import Moments, Strata
+from diffcore.likelihood.strata import Strata
+from diffcore.likelihood.tally import Moments
 from support.bits import DIFFUSION, RECIPE, N, T, data, model, same_bits
 
 # ---- every timestep -----------------------------------------------------------------------------
@@ -109,7 +110,7 @@ def test_a_model_with_parameters_says_where_to_work():
     assert math.isnan(one.estimator_variance)
 
 
-def test_one_timestep():
+def test_bound_of_a_process_of_one_timestep():
     one = GaussianDiffusion(torch.tensor([0.3], dtype=torch.float64))
     found = bits_per_dim(one, model, data(), noise=RECIPE)
     assert found.terms.shape == (1,)
@@ -248,6 +249,16 @@ def test_moments_merge():
     torch.testing.assert_close(moments.variance_of_mean(), rows.var(0) / 23, rtol=1e-12, atol=0)
 
 
+def test_the_default_device_does_not_matter():
+    """Sums and tables stay on the CPU, data on theirs, whatever ``with torch.device`` says."""
+    key = PhiloxNoise(3)
+    x = data()
+    wanted = bits_per_dim(DIFFUSION, model, x, timesteps=3, noise=key)
+    with torch.device("meta"):
+        found = bits_per_dim(DIFFUSION, model, x, timesteps=3, noise=key)
+    same_bits(found, wanted)
+
+
 # ---- mistakes ----------------------------------------------------------------------------------
 
 
@@ -255,23 +266,26 @@ def never(x, t):
     raise AssertionError("the model was called")
 
 
-def test_mistakes_are_named():
+def test_bad_arguments_are_named():
     x = data()
     for name, options in (
         ("timesteps must be in 1 .. T - 1 = 24, got 25", {"timesteps": 25}),
         ("timesteps must be in 1 .. T - 1 = 24, got 0", {"timesteps": 0}),
-        ("draws must be positive, got 0", {"draws": 0}),
-        ("batch_size must be positive, got -1", {"batch_size": -1}),
+        ("draws must be at least 1, got 0", {"draws": 0}),
+        ("batch_size must be at least 1, got -1", {"batch_size": -1}),
         ("decoder", {"decoder": "categorical"}),
         ("noise must be a PhiloxNoise with", {"noise": x, "timesteps": 3}),
         ("noise must have the shape of the data", {"noise": x[:5]}),
         ("noise must have the shape of the data", {"noise": data(N + 1)}),
         (
-            "checkpoint must be a file in a folder that is there",
+            "checkpoint must be a file in an existing folder",
             {"checkpoint": "nowhere/bits.json"},
         ),
-        ("checkpoint must be a file in a folder that is there", {"checkpoint": "."}),
-        ("noise must name its first sample", {"noise": PhiloxNoise(1, sample_ids=torch.arange(N))}),
+        ("checkpoint must be a file in an existing folder", {"checkpoint": "."}),
+        (
+            "noise must have a single sample id",
+            {"noise": PhiloxNoise(1, sample_ids=torch.arange(N))},
+        ),
     ):
         with pytest.raises(ValueError, match=name):
             bits_per_dim(DIFFUSION, model, x, **options)
@@ -284,17 +298,17 @@ def test_mistakes_are_named():
             bits_per_dim(DIFFUSION, model, x, **options)
     with pytest.raises(ValueError, match="data must be pixels"):
         bits_per_dim(DIFFUSION, never, x * 0.99)
-    with pytest.raises(ValueError, match="data must have samples"):
+    with pytest.raises(ValueError, match="data must have at least one sample"):
         bits_per_dim(DIFFUSION, model, x[:0])
-    with pytest.raises(ValueError, match="data must have samples"):
+    with pytest.raises(ValueError, match="data must have at least one sample"):
         bits_per_dim(DIFFUSION, model, [])
-    with pytest.raises(TypeError, match="data must be a tensor or batches of them, got int"):
+    with pytest.raises(TypeError, match="data must be a tensor or an iterable of batches, got int"):
         bits_per_dim(DIFFUSION, model, 3)
-    with pytest.raises(TypeError, match="data must give tensors, got int"):
+    with pytest.raises(TypeError, match="data must yield tensors, got int"):
         bits_per_dim(DIFFUSION, model, [3])
-    with pytest.raises(TypeError, match="data must be a tensor of floating point"):
+    with pytest.raises(TypeError, match="data must be a floating-point tensor"):
         bits_per_dim(DIFFUSION, model, x.long())
     with pytest.raises(ValueError, match="batch_size must be None"):
         bits_per_dim(DIFFUSION, model, [x], batch_size=3)
-    with pytest.raises(ValueError, match="data must be samples of one kind"):
+    with pytest.raises(ValueError, match="data must have one shape and dtype in all batches"):
         bits_per_dim(DIFFUSION, model, [x, x[..., :2]], timesteps=2)

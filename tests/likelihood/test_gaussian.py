@@ -18,9 +18,9 @@ import torch
 from diffcore import GaussianDiffusion
 from diffcore.coefficients.step import PREDICTION_TYPES
 from diffcore.likelihood import vdm_bound
+from support.worlds import DIGITS, World, column
 
 MEAN, T = 0.3, 1000
-DIGITS = 40
 
 
 def nodes(std):
@@ -31,97 +31,9 @@ def nodes(std):
     return x.reshape(-1, 1), noise.reshape(-1, 1), torch.outer(weight, weight).flatten()
 
 
-class World:
-    """The bound of each variance, in nats, from the formulas of the lecture."""
-
-    def __init__(self, std, betas):
-        with mpmath.workdps(DIGITS):
-            self.std, self.m = mpmath.mpf(std), mpmath.mpf(MEAN)
-            self.beta = [mpmath.mpf(b) for b in betas.tolist()]
-            self.bar, product = [], mpmath.mpf(1)
-            for beta in self.beta:
-                product *= 1 - beta
-                self.bar.append(product)
-            before = [mpmath.mpf(1), *self.bar[:-1]]
-            self.v = [b * self.std**2 + 1 - b for b in self.bar]
-            self.r = [self.std**2 * (1 - b) / v for b, v in zip(self.bar, self.v, strict=True)]
-            self.c0, self.c1, self.tilde = [], [], []
-            for beta, bar, prev in zip(self.beta, self.bar, before, strict=True):
-                self.c0.append(mpmath.sqrt(prev) * beta / (1 - bar))
-                self.c1.append(mpmath.sqrt(1 - beta) * (1 - prev) / (1 - bar))
-                self.tilde.append(beta * (1 - prev) / (1 - bar))
-
-    def variance(self, kind):
-        with mpmath.workdps(DIGITS):
-            if kind == "optimal":
-                return [q + c**2 * r for q, c, r in zip(self.tilde, self.c0, self.r, strict=True)]
-            rest = self.tilde if kind == "fixed_small" else self.beta
-            return [self.tilde[1], *rest[1:]]
-
-    def terms(self, kind):
-        """L_0, L_1, ... in nats."""
-        with mpmath.workdps(DIGITS):
-            v = self.variance(kind)
-            found = [mpmath.log(2 * mpmath.pi * v[0]) / 2 + self.r[0] / (2 * v[0])]
-            for t in range(1, len(v)):
-                ratio = (self.tilde[t] + self.c0[t] ** 2 * self.r[t]) / v[t]
-                found.append((mpmath.log(v[t] / self.tilde[t]) + ratio - 1) / 2)
-            return found
-
-    def prior(self):
-        with mpmath.workdps(DIGITS):
-            bar = self.bar[-1]
-            total = (1 - bar) + bar * (self.m**2 + self.std**2)
-            return (total - 1 - mpmath.log(1 - bar)) / 2
-
-    def kl_of_the_end(self):
-        """KL(q(x_T) || N(0, 1))."""
-        with mpmath.workdps(DIGITS):
-            v = self.v[-1]
-            return (self.bar[-1] * self.m**2 + v - 1 - mpmath.log(v)) / 2
-
-    def entropy(self):
-        with mpmath.workdps(DIGITS):
-            return mpmath.log(2 * mpmath.pi * mpmath.e * self.std**2) / 2
-
-    def nll(self, kind):
-        """-E log p of the model, which is Gaussian: its steps are affine."""
-        with mpmath.workdps(DIGITS):
-            mean, var = mpmath.mpf(0), mpmath.mpf(1)
-            noise = self.variance(kind)
-            for t in reversed(range(len(noise))):
-                gain = mpmath.sqrt(self.bar[t]) * self.std**2 / self.v[t]
-                slope = self.c1[t] + self.c0[t] * gain
-                shift = self.c0[t] * self.m * (1 - self.bar[t]) / self.v[t]
-                mean, var = slope * mean + shift, slope**2 * var + noise[t]
-            error = self.std**2 + (self.m - mean) ** 2
-            return mpmath.log(2 * mpmath.pi * var) / 2 + error / (2 * var)
-
-    def model(self, prediction_type, logvar=None):
-        rows = [[float(x) for x in row] for row in (self.bar, self.v)]
-        bar, v = torch.tensor(rows, dtype=torch.float64)
-        alpha, sigma = bar.sqrt(), column([mpmath.sqrt(1 - b) for b in self.bar])
-
-        def predict(x, t):
-            a, s, total = (c[t].reshape(-1, 1) for c in (alpha, sigma, v))
-            centred = x.double() - a * MEAN
-            x0, noise = MEAN + a * float(self.std) ** 2 / total * centred, s / total * centred
-            found = {
-                "epsilon": noise,
-                "sample": x0,
-                "v_prediction": a * noise - s * x0,
-                "flow_prediction": noise - x0,
-            }[prediction_type]
-            if logvar is not None:
-                found = torch.cat([found, logvar[t].reshape(-1, 1)], dim=1)
-            return found.to(x.dtype)
-
-        return predict
-
-
 BETAS = torch.linspace(1e-4, 0.02, T, dtype=torch.float64)
 # float64 betas are the schedule; the library and the truth start from the same numbers.
-WORLDS = {std: World(std, BETAS) for std in (0.25, 0.5)}
+WORLDS = {std: World(MEAN, std, BETAS) for std in (0.25, 0.5)}
 stds = pytest.mark.parametrize("std", sorted(WORLDS))
 
 
@@ -148,10 +60,6 @@ def measured(std, kind, prediction_type="epsilon", dtype=torch.float64):
         name: torch.tensordot(weights, value.double(), 1) * (math.log(2) if name in bits else 1)
         for name, value in found.items()
     }
-
-
-def column(values):
-    return torch.tensor([float(v) for v in values], dtype=torch.float64)
 
 
 @stds

@@ -118,7 +118,7 @@ def test_times_cover_the_interval_evenly():
     assert torch.equal((8 * steps).round().sort().values, torch.arange(1, 9).double())
 
 
-def test_it_is_a_training_loss():
+def test_the_bound_has_the_gradient_of_a_training_loss():
     x = pixels()
     weight = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
     t = torch.linspace(0.1, 0.9, 6, dtype=torch.float64)
@@ -154,14 +154,14 @@ def test_inference_mode():
     assert drawn.total_nats.isfinite().all()
 
 
-def test_mistakes_are_named():
+def test_bad_arguments_are_named():
     x = pixels()
     for name, options in (
-        ("gamma_min and gamma_max are None and None", {}),
+        ("gamma_min and gamma_max must both be given, or gamma, got None and None", {}),
         ("gamma_min must be less than gamma_max", {"gamma_min": 1.0, "gamma_max": 1.0}),
-        ("both given", {**RANGE, "gamma": lambda t: t}),
+        ("gamma must be None if gamma_min", {**RANGE, "gamma": lambda t: t}),
         ("t must have shape", {**RANGE, "t": torch.zeros(3)}),
-        ("num_timesteps must be positive, got 0", {**RANGE, "num_timesteps": 0}),
+        ("num_timesteps must be at least 1, got 0", {**RANGE, "num_timesteps": 0}),
         ("prediction_type", {**RANGE, "prediction_type": "x0"}),
         ("decoder", {**RANGE, "decoder": "x0"}),
         ("noise must have the shape", {**RANGE, "noise": x[:2]}),
@@ -175,11 +175,11 @@ def test_mistakes_are_named():
         vdm_bound(model, 0.99 * x, **RANGE)
     with pytest.raises(TypeError, match="t must be a tensor of floating point numbers"):
         vdm_bound(model, x, **RANGE, t=torch.zeros(6, dtype=torch.int64))
-    with pytest.raises(ValueError, match="x must have samples"):
+    with pytest.raises(ValueError, match="x must have at least one sample"):
         vdm_bound(model, x[:0], **RANGE)
     for count in (2.5, True):
         with pytest.raises(TypeError, match="num_timesteps must be an int"):
             vdm_bound(model, x, **RANGE, num_timesteps=count)
-    with pytest.raises(TypeError, match="x must be a tensor"):
+    with pytest.raises(TypeError, match="x must be a floating-point tensor"):
         vdm_bound(model, x.long(), **RANGE)
     assert vdm_bound(model, 0.99 * x, **RANGE, decoder="gaussian").total_nats.isfinite().all()

@@ -74,14 +74,18 @@ def assert_law_with_gradients(
 
 @each_noised_case
 @each_dtype
-def test_values(case: OpCase, dtype: torch.dtype, device: str) -> None:
+def test_values_are_those_of_the_noise_as_a_tensor(
+    case: OpCase, dtype: torch.dtype, device: str
+) -> None:
     for shape in SHAPES:
         assert_law(case, case.make(shape, dtype, device), RECIPE)
 
 
 @each_noised_case
 @each_dtype
-def test_gradients(case: OpCase, dtype: torch.dtype, device: str) -> None:
+def test_gradients_are_those_of_the_noise_as_a_tensor(
+    case: OpCase, dtype: torch.dtype, device: str
+) -> None:
     for shape in ((), (5,), (37, 3), (5, 65), (2, 2049), (2, 3, 4, 5)):
         assert_law_with_gradients(case, case.make(shape, dtype, device), RECIPE)
 

@@ -200,7 +200,7 @@ def unlikely(found: dict[str, float]) -> dict[str, float]:
     "n",
     [
         pytest.param(1 << 22, id="2^22"),
-        pytest.param(1 << 27, id="2^27", marks=pytest.mark.slow),
+        pytest.param(1 << 25, id="2^25", marks=pytest.mark.slow),
     ],
 )
 def test_noise_is_normal_and_independent(check: Check, n: int) -> None:

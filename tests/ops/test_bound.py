@@ -23,12 +23,38 @@ from diffcore.coefficients.bound import (
     vlb_coefficients,
 )
 from diffcore.coefficients.step import PREDICTION_TYPES
-from support.worlds import ALPHA, BAR, BETAS, MEAN, SIGMA, STD, STEPS, World, four_points, model
+from support.worlds import (
+    ALPHA,
+    BAR,
+    BETAS,
+    MEAN,
+    SIGMA,
+    STD,
+    STEPS,
+    World,
+    best_prediction,
+    column,
+)
 
 EVERY = torch.arange(STEPS)
+WORLD = World(MEAN, STD, BETAS)
+KINDS = ("fixed_small", "fixed_large", "optimal")
+TERMS = {kind: column(WORLD.terms(kind)) for kind in KINDS}
+OPTIMAL = column(WORLD.variance("optimal"))
+PRIOR, ENTROPY, PRIOR_OF_MARGINAL = (
+    float(number) for number in (WORLD.prior(), WORLD.entropy(), WORLD.kl_of_the_end())
+)
 
 
-WORLD = World()
+def model(x_t: Tensor, alpha: Tensor, sigma: Tensor, prediction_type: str) -> Tensor:
+    """The best possible one."""
+    return best_prediction(x_t, (alpha, sigma, alpha**2 * STD**2 + sigma**2), prediction_type)
+
+
+def four_points() -> tuple[Tensor, Tensor]:
+    """x_0 and noise `[T, 4]`, whose means are expectations."""
+    signs = torch.tensor([[1, 1], [1, -1], [-1, 1], [-1, -1]], dtype=torch.float64)
+    return (MEAN + STD * signs[:, 0]).repeat(STEPS, 1), signs[:, 1].repeat(STEPS, 1)
 
 
 def expected(
@@ -52,7 +78,7 @@ def expected(
         decoder="gaussian",
         given=given,
     )
-    v = WORLD.variances["optimal"].log().unsqueeze(1).expand_as(x0)
+    v = OPTIMAL.log().unsqueeze(1).expand_as(x0)
     x0, noise, x_t, m, v = (
         x.to(device, dtype).contiguous()
         for x in (x0, noise, x_t, model(x_t, alpha, sigma, prediction_type), v)
@@ -77,9 +103,9 @@ def relative(found: Tensor, wanted: Tensor) -> float:
 @pytest.mark.parametrize("variance", ["fixed_small", "fixed_large", "optimal"])
 def test_every_term_is_its_closed_form(variance, prediction_type, given, device) -> None:
     found = expected(variance, prediction_type, given, device=device)
-    assert relative(found, WORLD.terms[variance]) < 1e-12
-    wanted = WORLD.terms[variance].sum() + WORLD.prior
-    assert abs(found.sum() + WORLD.prior - wanted) < 1e-12
+    assert relative(found, TERMS[variance]) < 1e-12
+    wanted = TERMS[variance].sum() + PRIOR
+    assert abs(found.sum() + PRIOR - wanted) < 1e-12
 
 
 @pytest.mark.parametrize("given", GIVEN)
@@ -97,21 +123,21 @@ def test_every_term_in_float32(variance, prediction_type, given, device) -> None
 def test_the_prior_is_its_closed_form(device: str) -> None:
     x0 = four_points()[0][:1].to(device)
     found = ops.prior_kl(x0, float(ALPHA[-1]), float(SIGMA[-1])) / 4
-    assert abs(float(found) - WORLD.prior) < 1e-15
+    assert abs(float(found) - PRIOR) < 1e-15
     factor, offset = prior_coefficients(float(ALPHA[-1]), float(SIGMA[-1]))
     assert factor == 0.5 * float(ALPHA[-1]) ** 2
     assert 0 < offset < 1e-9
     single = ops.prior_kl(x0.float(), float(ALPHA[-1]), float(SIGMA[-1])) / 4
-    assert abs(float(single) / WORLD.prior - 1) < 1e-6
+    assert abs(float(single) / PRIOR - 1) < 1e-6
 
 
 def test_with_the_best_variance_nothing_is_lost_but_the_prior() -> None:
     """VLB = H + KL(q(x_T) || N(0, I)); and H <= any other bound."""
-    bound = float(expected("optimal", "epsilon", "noise").sum()) + WORLD.prior
-    assert abs(bound - (WORLD.entropy + WORLD.prior_of_marginal)) < 1e-12
+    bound = float(expected("optimal", "epsilon", "noise").sum()) + PRIOR
+    assert abs(bound - (ENTROPY + PRIOR_OF_MARGINAL)) < 1e-12
     for variance in ("fixed_small", "fixed_large"):
-        other = float(expected(variance, "epsilon", "noise").sum()) + WORLD.prior
-        assert WORLD.entropy < bound < other
+        other = float(expected(variance, "epsilon", "noise").sum()) + PRIOR
+        assert ENTROPY < bound < other
 
 
 # ---- the textbook ------------------------------------------------------------------------------

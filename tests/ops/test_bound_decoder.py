@@ -159,7 +159,7 @@ def test_infinite_log_variances(decoder: str, device: str) -> None:
         assert all(x != x for x in first[2:])
 
 
-def test_bad_arguments() -> None:
+def test_bad_arguments_are_named() -> None:
     x = inputs("learned")
     rows = table("learned")
     with pytest.raises(

@@ -71,7 +71,7 @@ def test_gradcheck(kind: str, weight: str, drawn: bool, device: str) -> None:
 
 @each_kind
 @pytest.mark.parametrize("shape", [(), (1,), (6,), (0, 5), (6, 0), (6, 1), (6, 3, 4, 5)], ids=str)
-def test_shapes(kind: str, shape: tuple[int, ...], device: str) -> None:
+def test_gradient_for_any_shape(kind: str, shape: tuple[int, ...], device: str) -> None:
     m, x0, noise = tensors_of(torch.float64, device, shape)
     options = {"prediction_type": kind, "weight": 1.5}
     if kind == "v_prediction":

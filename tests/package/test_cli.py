@@ -16,6 +16,7 @@ pytest.importorskip("rich")
 from typer.testing import CliRunner
 
 from diffcore import cli
+from diffcore._engine.info import one_line
 from diffcore.demo import DEMO_PACKAGES, MissingExtraError, check_extra
 
 runner = CliRunner()
@@ -57,6 +58,14 @@ def test_info_table_shows_every_fact() -> None:
     assert str(torch.__version__) in result.output
 
 
+def test_info_ends_with_a_line_for_a_bug_report() -> None:
+    facts = json.loads(runner.invoke(cli.app, ["info", "--json"]).output)
+    last = runner.invoke(cli.app, ["info"], env={"COLUMNS": "60"}).output.splitlines()[-1]
+    assert last == "For a bug report: " + one_line(facts)
+    for name in ("version", "torch", "python", "backend", "platform", "threads"):
+        assert str(facts[name]) in last
+
+
 # ---- without the extra --------------------------------------------------------------------------
 
 
@@ -94,7 +103,7 @@ def test_info_works_without_any_extra() -> None:
         (["--data", "cifar"], "data must be one of auto, mnist, fashion, digits, got 'cifar'"),
         (["--quick", "--data", "mnist"], "data must be digits with --quick, got mnist"),
         (["--device", "gpu"], "device must be auto or a torch device, got 'gpu'"),
-        (["--resume"], "nothing to resume"),
+        (["--resume"], "out must hold a run to resume"),
     ],
 )
 def test_demo_mistakes_are_one_line(arguments: list[str], message: str, tmp_path: Path) -> None:

@@ -93,16 +93,32 @@ def test_mistakes() -> None:
     net = Network()
     refused(TypeError, "table must be a SolverTable", capture, net, None, SHAPE)
     refused(ValueError, "uncond_kwargs", capture, net, TABLES["ddpm"], SHAPE, uncond_kwargs={})
-    refused(ValueError, r"shape is \(\)", capture, net, TABLES["ddpm"], ())
+    refused(ValueError, r"shape must be .*, got \(\)", capture, net, TABLES["ddpm"], ())
     sampler = capture(net, TABLES["ddpm"], SHAPE, model_kwargs={"y": torch.arange(3), "z": 1})
     assert isinstance(sampler, CapturedSampler)
     refused(TypeError, "noise must be a PhiloxNoise", sampler, torch.zeros(SHAPE))
     refused(ValueError, "first_element", sampler, PhiloxNoise(1, first_element=4))
     noise = PhiloxNoise(1)
-    refused(ValueError, r"x must have shape \[3, 2", sampler, noise, x=torch.zeros(2))
-    refused(ValueError, "guidance_scale was not recorded", sampler, noise, guidance_scale=2.0)
-    for bad in ({"z": 2}, {"other": torch.zeros(3)}):
-        refused(ValueError, "was not recorded as a tensor", sampler, noise, model_kwargs=bad)
+    refused(ValueError, r"x must have the recorded shape, \(3, 2", sampler, noise, x=torch.zeros(2))
     refused(
-        ValueError, r"\['y'\] must have shape", sampler, noise, model_kwargs={"y": torch.zeros(2)}
+        ValueError,
+        "guidance_scale must be None, because it was not recorded",
+        sampler,
+        noise,
+        guidance_scale=2.0,
+    )
+    for bad in ({"z": 2}, {"other": torch.zeros(3)}):
+        refused(
+            ValueError,
+            "must be None, because it was not recorded as a tensor",
+            sampler,
+            noise,
+            model_kwargs=bad,
+        )
+    refused(
+        ValueError,
+        r"\['y'\] must have the recorded shape",
+        sampler,
+        noise,
+        model_kwargs={"y": torch.zeros(2)},
     )

@@ -60,8 +60,8 @@ GUIDED = {"guidance_scale": torch.tensor([2.0, 3.0])}
 STEPS = {
     # name: (table, guided, noise, tensors of history, kernel, outputs)
     "ddpm-guided": (DDPM, True, "tensor", 0, "reverse_step_guided_noise", 1),
-    "ddpm-guided-drawn": (DDPM, True, "recipe", 0, "reverse_step_guided_noise*", 1),
-    "ddpm-drawn": (DDPM, False, "recipe", 0, "reverse_step_noise*", 1),
+    "ddpm-guided-drawn": (DDPM, True, "key", 0, "reverse_step_guided_noise*", 1),
+    "ddpm-drawn": (DDPM, False, "key", 0, "reverse_step_noise*", 1),
     "dpmpp-2m": (DPMPP, False, None, 1, "reverse_step_h1_keep", 2),
     "dpmpp-2m-guided": (DPMPP, True, None, 1, "reverse_step_guided_h1_keep", 2),
     "unipc": (UNIPC, False, None, 3, "reverse_step_h3_keep", 2),
@@ -74,7 +74,7 @@ STEPS = {
 def test_a_step_is_one_launch_and_allocates_its_outputs(launched: list[str], name, kind) -> None:
     table, guided, noise, history, kernel, outputs = STEPS[name]
     x, m, m_u, z, h = tensors()
-    z = {"tensor": z, "recipe": PhiloxNoise(1), None: None}[noise]
+    z = {"tensor": z, "key": PhiloxNoise(1), None: None}[noise]
     options = {"model_output_uncond": m_u, **GUIDED} if guided else {}
 
     def step() -> Any:
@@ -92,7 +92,7 @@ def test_a_step_is_one_launch_and_allocates_its_outputs(launched: list[str], nam
     assert op == kernel.replace("*", "_generated")
 
 
-@pytest.mark.parametrize("noise", [None, "recipe"])
+@pytest.mark.parametrize("noise", [None, "key"])
 def test_a_guided_step_of_one_stacked_output_allocates_no_halves(launched, noise) -> None:
     x, *_ = tensors()
     both = torch.randn(2 * SHAPE[0], *SHAPE[1:])

@@ -66,11 +66,11 @@ class Sampler:
         return next(self.draws)
 
 
-def churn_draws(recipe: PhiloxNoise, table: solvers.SolverTable, shape: Any) -> list[Tensor]:
+def churn_noise(key: PhiloxNoise, table: solvers.SolverTable, shape: Any) -> list[Tensor]:
     """What the steps begin with: the start's noise, then that of the last row of each step."""
     last = [r for r, (a, b) in enumerate(pairwise(table.step_index.tolist())) if a != b]
     streams = [1 + len(table), *(1 + r for r in last)]
-    return [recipe.at(s).tensor(shape, dtype=torch.float64) for s in streams]
+    return [key.at(s).tensor(shape, dtype=torch.float64) for s in streams]
 
 
 @pytest.mark.parametrize("walk_name", WALKS)
@@ -85,9 +85,9 @@ def test_samplers_are_the_published_rules(name: str, walk_name: str) -> None:
         given["noise_sampler"] = Sampler(draws)
     if "s_churn" in options:
         torch.manual_seed(5)
-        recipe = PhiloxNoise.from_generator()
+        key = PhiloxNoise.from_generator()
         table = make(sigmas, prediction_type="sample", **options)
-        order = iter(churn_draws(recipe, table, x.shape))
+        order = iter(churn_noise(key, table, x.shape))
         options = {"churn": tuple(options.values())}
         torch.manual_seed(5)
     ours = sampler(kd_name)(denoiser, x, sigmas, disable=True, **given)
@@ -97,7 +97,7 @@ def test_samplers_are_the_published_rules(name: str, walk_name: str) -> None:
 
 @pytest.mark.parametrize("walk_name", WALKS)
 @pytest.mark.parametrize("name", [n for n, (*_, options) in CASES.items() if options.get("eta")])
-def test_noise_samplers_are_asked_for_the_intervals_that_k_diffusion_names(name, walk_name) -> None:
+def test_noise_samplers_get_the_intervals_of_k_diffusion(name, walk_name) -> None:
     kd_name, _, _, options = CASES[name]
     wanted = []
     for sigma, after in pairwise(WALKS[walk_name].tolist()):
@@ -115,14 +115,14 @@ def test_noise_samplers_are_asked_for_the_intervals_that_k_diffusion_names(name,
 
 
 @pytest.mark.parametrize("name", ["euler_ancestral", "dpmpp_sde", "dpmpp_3m_sde"])
-def test_noise_is_drawn_from_torchs_generator(name: str) -> None:
+def test_default_noise_is_seeded_by_torchs_generator(name: str) -> None:
     x = torch.randn(3, 4)
     torch.manual_seed(7)
-    recipe = PhiloxNoise.from_generator()
+    key = PhiloxNoise.from_generator()
     torch.manual_seed(7)
     out = sampler(name)(denoiser, x, SIGMAS, disable=True)
     rows = [r for r, row in enumerate(noisy_table(name).rows) if row.noisy]
-    each = Sampler([recipe.at(1 + r).tensor(x.shape) for r in rows])
+    each = Sampler([key.at(1 + r).tensor(x.shape) for r in rows])
     assert torch.equal(out, sampler(name)(denoiser, x, SIGMAS, disable=True, noise_sampler=each))
     assert not torch.equal(out, sampler(name)(denoiser, x, SIGMAS, disable=True))
 
@@ -138,16 +138,16 @@ def noisy_table(name: str) -> solvers.SolverTable:
 def test_callbacks_are_those_of_k_diffusion(name: str) -> None:
     kd_name, _, _, options = CASES[name]
     options = options if "churn" in name else {}
-    told, steps = [], []
+    calls, steps = [], []
 
     def model(x: Tensor, sigma: Tensor, shift: float) -> Tensor:
         assert sigma.shape == (3,)
         assert sigma.unique().numel() == 1
-        told.append((x, sigma, denoiser(x, sigma) + shift))
-        return told[-1][2]
+        calls.append((x, sigma, denoiser(x, sigma) + shift))
+        return calls[-1][2]
 
     def callback(state: dict[str, Any]) -> None:
-        x, sigma, denoised = told[-1]  # the call that opens the step is the latest
+        x, sigma, denoised = calls[-1]  # the call that opens the step is the latest
         assert state.keys() == {"x", "i", "sigma", "sigma_hat", "denoised"}
         assert torch.equal(state["x"], x)
         assert torch.equal(state["denoised"], denoised)
@@ -188,7 +188,7 @@ def test_a_table_is_made_once_for_the_same_sigmas_and_options() -> None:
         return solvers.euler_ancestral_table(sigmas, **options)
 
     def run(sigmas: Tensor, eta: float) -> Tensor:
-        return k_diffusion._walk(
+        return k_diffusion._run(
             make, {"eta": eta}, denoiser, torch.ones(1, 2), sigmas, None, None, True
         )
 
@@ -203,7 +203,7 @@ def test_a_table_is_made_once_for_the_same_sigmas_and_options() -> None:
 
 REFUSED = {
     "rising": (lambda x: sampling.sample_euler(denoiser, x, SIGMAS.flip(0)), "sigma"),
-    "one": (lambda x: sampling.sample_euler(denoiser, x, SIGMAS[:1]), "sigmas must have shape"),
+    "one": (lambda x: sampling.sample_euler(denoiser, x, SIGMAS[:1]), "sigmas must have the shape"),
     "order": (lambda x: sampling.sample_lms(denoiser, x, SIGMAS, order=5), "order"),
     "eta": (lambda x: sampling.sample_dpmpp_sde(denoiser, x, SIGMAS, eta=-1.0), "eta"),
     "r": (lambda x: sampling.sample_dpmpp_sde(denoiser, x, SIGMAS, r=0.0), "r must"),

@@ -282,35 +282,42 @@ def test_what_a_model_must_return() -> None:
         lambda m: sample(m, x, table_of("learned")),
         lambda m: capture(m, table_of("learned"), SHAPE)(),
     ):
-        wanted = r"must return shape \[4, 6, 2, 5\] \(the prediction, .*variance\), got "
-        refused(ValueError, wanted + r"\[4, 3, 2, 5\]", call, half)
-        refused(ValueError, wanted + r"\[4, 9, 2, 5\]", call, lambda x, t: torch.cat([x] * 3, 1))
-        refused(ValueError, wanted + r"\[8, 3, 2, 5\]", call, lambda x, t: torch.cat([x, x]))
-        refused(ValueError, wanted + r"\[120\]", call, lambda x, t: x.flatten())
-        refused(TypeError, "must return a tensor", call, lambda x, t: (x, x))
+        wanted = r"must return the shape \(4, 6, 2, 5\) \(the prediction, .*variance\), got "
+        refused(ValueError, wanted + r"\(4, 3, 2, 5\)", call, half)
+        refused(ValueError, wanted + r"\(4, 9, 2, 5\)", call, lambda x, t: torch.cat([x] * 3, 1))
+        refused(ValueError, wanted + r"\(8, 3, 2, 5\)", call, lambda x, t: torch.cat([x, x]))
+        refused(ValueError, wanted + r"\(120,\)", call, lambda x, t: x.flatten())
+        refused(TypeError, "must return a torch.Tensor", call, lambda x, t: (x, x))
     for flat in (
         lambda: d.p_sample(Says(0.0), x.flatten(), 3),
         lambda: d.p_sample_loop(half, (4,)),
     ):
-        refused(ValueError, r"samples \[B, C, ...\].* got \[", flat)
+        refused(ValueError, r"shape \[B, C, ...\].* got \(", flat)
     # A model of two halves where nobody reads the second.
     fixed = GaussianDiffusion(BETAS)
     for call in (
         lambda m: fixed.p_sample(m, x, 3),
         lambda m: sample(m, x, table_of("fixed_small")),
     ):
-        refused(ValueError, r"shape \[4, 3, 2, 5\], got \[4, 6, 2, 5\]", call, Says(0.0))
+        refused(ValueError, r"shape \(4, 3, 2, 5\), got \(4, 6, 2, 5\)", call, Says(0.0))
 
 
 def test_a_step_needs_v_exactly_when_its_table_has_a_variance() -> None:
     x = torch.zeros(SHAPE)
     learned, fixed = table_of("learned"), table_of("fixed_small")
     for i in (0, 4, torch.tensor(1), torch.arange(4)):
-        refused(ValueError, "got no variance_output", learned.step, i, x, x, noise=x)
+        refused(ValueError, "variance_output is required", learned.step, i, x, x, noise=x)
         refused(
-            ValueError, "got a variance_output", fixed.step, i, x, x, noise=x, variance_output=x
+            ValueError,
+            "variance_output must be None",
+            fixed.step,
+            i,
+            x,
+            x,
+            noise=x,
+            variance_output=x,
         )
-    refused(ValueError, "adds noise, got none", learned.step, 0, x, x, variance_output=x)
+    refused(ValueError, "noise is required: row 0", learned.step, 0, x, x, variance_output=x)
     refused(
         ValueError, "variance_output has shape", learned.step, 0, x, x, noise=x,
         variance_output=x[:1],
@@ -322,7 +329,7 @@ def test_tables_that_cannot_be() -> None:
     table, learned = solvers.dpmpp_2m_table(table_levels()), table_of("learned")
     two = torch.zeros(len(table), 2, dtype=torch.float64)
     refused(ValueError, "without history", replace, table, variance=two, rows=())
-    refused(ValueError, r"shape \[5, 2\]", replace, learned, variance=two[:2], rows=())
+    refused(ValueError, r"shape \(5, 2\)", replace, learned, variance=two[:2], rows=())
 
 
 def table_levels() -> solvers.NoiseLevels:

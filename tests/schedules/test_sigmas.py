@@ -83,6 +83,14 @@ def test_beta(a, b):
     assert got[-2] == LOW
 
 
+@pytest.mark.parametrize("n", [3, 11])
+@pytest.mark.parametrize("shape", [0.6, 0.35, 1.0, 4.0])
+def test_beta_of_an_odd_number_has_the_mean_in_the_middle(n, shape):
+    # A symmetric distribution: p = 1/2, where rounding decides on which side the search is.
+    middle = sigmas.get_sigmas_beta(n, LOW, HIGH, shape, shape)[n // 2]
+    assert math.isclose(middle, (LOW + HIGH) / 2, rel_tol=1e-14)
+
+
 def test_the_ends_are_those_asked_for_and_the_rest_falls():
     for make in (
         sigmas.get_sigmas_karras,
@@ -160,16 +168,16 @@ def test_a_clipped_schedule_starts_where_lambda_allows():
     last = spacings.clipped_length(cosine, -5.1)
     assert 900 < last < 1000
     assert cosine.log_snr[last - 1] / 2 >= -5.1 > cosine.log_snr[last] / 2
-    told = spacings.spaced_timesteps(1000, 10, drop_last=True, last_timestep=last)
-    assert told[0] == last - 1
+    visited = spacings.spaced_timesteps(1000, 10, drop_last=True, last_timestep=last)
+    assert visited[0] == last - 1
     assert spacings.clipped_length(cosine, -math.inf) == 1000
 
 
 def test_timesteps_and_sigmas_of_a_schedule_invert_each_other():
     schedule = NoiseSchedule.from_betas(make_betas("linear", 1000))
     ratio = schedule.sigma / schedule.alpha
-    told = torch.tensor([0.0, 0.25, 17.0, 500.5, 999.0], dtype=torch.float64)
-    between = spacings.timesteps_to_sigmas(schedule, told)
+    visited = torch.tensor([0.0, 0.25, 17.0, 500.5, 999.0], dtype=torch.float64)
+    between = spacings.timesteps_to_sigmas(schedule, visited)
     assert between[0] == ratio[0]
     assert between[2] == ratio[17]
     assert between[4] == ratio[999]
@@ -229,9 +237,13 @@ REFUSED = {
     "terminal-1": (
         lambda: spacings.stretch_to_terminal(torch.ones(2), 0.5),
         ValueError,
-        "the last sigma is 1",
+        "sigmas must end below 1",
     ),
-    "spacing": (lambda: spacings.spaced_timesteps(10, 2, "odd"), ValueError, "timestep_spacing"),
+    "spacing": (
+        lambda: spacings.spaced_timesteps(10, 2, "odd"),
+        ValueError,
+        "^spacing must be one of",
+    ),
     "steps": (
         lambda: spacings.spaced_timesteps(10, 11),
         ValueError,
@@ -245,7 +257,7 @@ REFUSED = {
     "offset": (
         lambda: spacings.spaced_timesteps(10, 10, "leading", steps_offset=1),
         ValueError,
-        "steps_offset=1",
+        "steps_offset must keep .* 0 .. 9, got 1",
     ),
     "lambda": (
         lambda: spacings.clipped_length(NoiseSchedule.rectified_flow(4), math.inf),

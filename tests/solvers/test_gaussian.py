@@ -85,7 +85,7 @@ def test_the_prediction_type_does_not_matter(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_variance_preserving_and_exploding_walks_are_one(name: str) -> None:
+def test_variance_preserving_and_exploding_processes_give_the_same_samples(name: str) -> None:
     ratios = geometric(6, 0.05, 20.0, to_zero=True)
     preserving = levels_on("vp", ratios)
     vp = ALL[name](preserving, prediction_type="epsilon")
@@ -174,9 +174,9 @@ def test_solvers_end_on_training_images(name: str, wrong: float) -> None:
     datasets = pytest.importorskip("sklearn.datasets")
     images = torch.tensor(datasets.load_digits().data, dtype=torch.float64) / 8 - 1
     schedule = NoiseSchedule.from_betas(make_betas("linear", 1000))
-    told = torch.tensor(respaced_timesteps(1000, 50, "trailing"))
-    told[-1] = 0  # the last call where there is next to no noise
-    table = ALL[name](NoiseLevels.from_schedule(schedule, told))
+    times = torch.tensor(respaced_timesteps(1000, 50, "trailing"))
+    times[-1] = 0  # the last call where there is next to no noise
+    table = ALL[name](NoiseLevels.from_schedule(schedule, times))
 
     def model(x: Tensor, t: float) -> Tensor:
         alpha, sigma = float(schedule.alpha[int(t)]), float(schedule.sigma[int(t)])

@@ -99,18 +99,18 @@ def test_tables_are_frozen_and_copied_once_to_a_device():
     assert len({id(one) for one in found}) == 1
 
 
-def test_timesteps_are_whole_where_the_schedule_is_asked_at_its_own():
-    told = torch.tensor([999, 500, 20])
-    levels = NoiseLevels.from_schedule(LINEAR, told)
+def test_timesteps_are_integers_at_levels_of_the_schedule():
+    times = torch.tensor([999, 500, 20])
+    levels = NoiseLevels.from_schedule(LINEAR, times)
     assert solvers.dpmpp_table(levels).timesteps.dtype == torch.int64
     assert solvers.heun_table(levels).timesteps.tolist() == [999, 500, 500, 20, 20]
     between = solvers.dpm2_table(levels).timesteps
     assert between.dtype == torch.float64
     assert between[::2].tolist() == [999, 500, 20]
     assert 500 < between[1] < 999
-    assert torch.equal(levels.alpha[:-1], LINEAR.alpha[told])
+    assert torch.equal(levels.alpha[:-1], LINEAR.alpha[times])
     assert (levels.alpha[-1], levels.sigma[-1]) == (1, 0)
-    to_first = NoiseLevels.from_schedule(LINEAR, told, final_sigmas_type="sigma_min")
+    to_first = NoiseLevels.from_schedule(LINEAR, times, final_sigmas_type="sigma_min")
     assert (to_first.alpha[-1], to_first.sigma[-1]) == (LINEAR.alpha[0], LINEAR.sigma[0])
     heun = solvers.heun_table(to_first)
     assert heun.timesteps.tolist() == [999, 500, 500, 20, 20, 0]
@@ -118,18 +118,18 @@ def test_timesteps_are_whole_where_the_schedule_is_asked_at_its_own():
 
 def test_timesteps_given_with_sigmas_are_interpolated_between():
     levels = NoiseLevels.from_sigmas([9.0, 4.0, 1.0, 0.0], torch.tensor([30.0, 20.0, 10.0]))
-    told = solvers.dpm2_table(levels).timesteps
-    assert torch.allclose(told, torch.tensor([30.0, 25.0, 20.0, 15.0, 10.0]).double())
+    times = solvers.dpm2_table(levels).timesteps
+    assert torch.allclose(times, torch.tensor([30.0, 25.0, 20.0, 15.0, 10.0]).double())
 
 
 def test_lists_of_numbers_are_float64():
-    told = [600.1, 300.7, 0.3]
-    assert NoiseLevels.from_schedule(LINEAR, told).timesteps.tolist() == told
+    times = [600.1, 300.7, 0.3]
+    assert NoiseLevels.from_schedule(LINEAR, times).timesteps.tolist() == times
     assert NoiseLevels.from_schedule(LINEAR, [600, 300, 0]).timesteps.dtype == torch.int64
     assert NoiseLevels.from_sigmas([0.3, 0.1]).sigma.tolist() == [0.3, 0.1]
 
 
-def test_a_walk_can_begin_later():
+def test_levels_without_their_first_steps():
     levels = NoiseLevels.from_schedule(LINEAR, torch.tensor([900, 600, 300, 0]))
     left = levels.skip(2)
     assert left.timesteps.tolist() == [300, 0]
@@ -145,7 +145,7 @@ def test_a_walk_can_begin_later():
 
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("name", ALL)
-def test_a_walk_to_the_clean_sample_ends_at_x0(name, path):
+def test_the_last_step_to_a_clean_sample_returns_x0(name, path):
     table = ALL[name](levels_on(path, geometric(4, 0.1, 9.0, to_zero=True)))
     last = dict(zip(COLUMNS, table.coefficients[-1].tolist(), strict=True))
     direct = {"c_x": 0.0, "c_m": 0.0, "c_0": 1.0, "c_z": 0.0, "c_1": 0.0, "c_2": 0.0, "c_3": 0.0}
@@ -158,7 +158,7 @@ def test_a_walk_to_the_clean_sample_ends_at_x0(name, path):
 
 @pytest.mark.parametrize("name", ALL)
 @pytest.mark.parametrize("sigmas", [[5.0, 0.0], [5.0, 1.0], [5.0, 5.0], [5.0, 2.0, 0.0]])
-def test_short_walks(name, sigmas):
+def test_few_steps(name, sigmas):
     table = ALL[name](sigmas, prediction_type="sample")
     x = torch.linspace(-9, 9, 5, dtype=torch.float64)
     out = walk(table, bent, x, lambda row: torch.zeros_like(x))
@@ -171,16 +171,16 @@ def test_short_walks(name, sigmas):
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_walks_from_pure_noise(name):
+def test_solvers_from_pure_noise(name):
     flow = NoiseLevels.from_flow(spacing.get_sigmas_flow(6, shift=3.0))
-    told = torch.tensor([999, 700, 400, 100, 20, 0])
+    times = torch.tensor([999, 700, 400, 100, 20, 0])
     terminal = NoiseSchedule.from_betas(rescale_zero_terminal_snr(make_betas("linear", 1000)))
-    preserving = NoiseLevels.from_schedule(terminal, told)
+    preserving = NoiseLevels.from_schedule(terminal, times)
     assert flow.alpha[0] == preserving.alpha[0] == 0
     for levels in (flow, preserving):
         straight = name.startswith(("heun", "lms")) and levels.path == "vp"
         if name in NEED_SIGNAL or straight:
-            with pytest.raises(ValueError, match="cannot start at alpha = 0"):
+            with pytest.raises(ValueError, match="levels must start at alpha > 0"):
                 ALL[name](levels, prediction_type="v_prediction")
             continue
         for kind in ("v_prediction", "flow_prediction", "sample"):
@@ -189,7 +189,7 @@ def test_walks_from_pure_noise(name):
             table = ALL[name](levels, prediction_type=kind)
             x = torch.linspace(-2, 2, 5, dtype=torch.float64)
             assert walk(table, bent, x, lambda row: torch.ones(5).double()).isfinite().all()
-        with pytest.raises(ValueError, match="zero terminal SNR"):
+        with pytest.raises(ValueError, match=r"alpha must not be 0 .*zero terminal SNR"):
             ALL[name](levels, prediction_type="epsilon")
 
 
@@ -209,15 +209,15 @@ def test_pure_noise_is_the_limit_of_a_little_signal(name):
 def test_cosine_schedule_is_cut_where_lambda_asks():
     cosine = NoiseSchedule.from_betas(make_betas("squaredcos_cap_v2", 1000))
     last = clipped_length(cosine, -5.1)
-    told = spaced_timesteps(1000, 10, drop_last=True, last_timestep=last).round().long()
-    levels = NoiseLevels.from_schedule(cosine, told)
+    times = spaced_timesteps(1000, 10, drop_last=True, last_timestep=last).round().long()
+    levels = NoiseLevels.from_schedule(cosine, times)
     assert levels.levels()[0].lam >= -5.1
     for name in ("dpmpp-3m", "unipc-3-bh2", "dpmpp-2s"):
         x = torch.linspace(-2, 2, 5, dtype=torch.float64)
         assert walk(DETERMINISTIC[name](levels), bent, x).abs().max() < 1e3
 
 
-def test_long_walks_keep_their_order_to_the_end_and_short_ones_do_not():
+def test_from_15_steps_on_dpmpp_keeps_its_order_to_the_end():
     for steps, keeps in ((14, False), (15, True)):
         levels = spacing.get_sigmas_karras(steps + 1, 0.1, 10.0)[:-1]
         last = solvers.dpmpp_table(levels, order=3).coefficients[-3:, 11:] != 0
@@ -232,14 +232,22 @@ REFUSED = {
     "rising": (
         lambda: solvers.euler_table([1.0, 2.0, 0.0]),
         ValueError,
-        "sigmas must fall: step 0",
+        "sigmas must fall at every step, got step 0",
     ),
-    "equal": (lambda: solvers.euler_table([2.0, 1.0, 1.0, 0.0]), ValueError, "must fall: step 1"),
-    "negative": (lambda: solvers.euler_table([2.0, -1.0]), ValueError, "only the last sigma"),
+    "equal": (
+        lambda: solvers.euler_table([2.0, 1.0, 1.0, 0.0]),
+        ValueError,
+        "must fall at every step, got step 1",
+    ),
+    "negative": (
+        lambda: solvers.euler_table([2.0, -1.0]),
+        ValueError,
+        "sigma must be above 0 before",
+    ),
     "zero-inside": (
         lambda: solvers.euler_table([2.0, 0.0, 0.0]),
         ValueError,
-        "only the last sigma",
+        "sigma must be above 0 before",
     ),
     "single": (lambda: solvers.euler_table([2.0]), ValueError, r"shape \[N \+ 1\]"),
     "matrix": (lambda: solvers.euler_table(torch.ones(2, 2)), ValueError, r"shape \[N \+ 1\]"),
@@ -318,7 +326,7 @@ REFUSED = {
             NoiseLevels.from_schedule(LINEAR, torch.tensor([9, 0])), s_churn=1.0
         ),
         ValueError,
-        "s_churn needs levels with alpha = 1",
+        "s_churn must be 0 unless alpha = 1",
     ),
     "flow-range": (lambda: solvers.flow_euler_table([2.0, 0.0]), ValueError, "must lie in"),
     "sigma_data": (
@@ -329,12 +337,12 @@ REFUSED = {
     "neither": (
         lambda: NoiseLevels.from_schedule(LINEAR),
         ValueError,
-        "either timesteps or sigmas",
+        "timesteps or sigmas must be given, and not both",
     ),
     "both": (
         lambda: NoiseLevels.from_schedule(LINEAR, torch.tensor([1]), sigmas=SIGMAS),
         ValueError,
-        "either timesteps or sigmas",
+        "timesteps or sigmas must be given, and not both",
     ),
     "timesteps-out": (
         lambda: NoiseLevels.from_schedule(LINEAR, torch.tensor([1000, 0])),
@@ -349,7 +357,7 @@ REFUSED = {
     "timesteps-empty": (
         lambda: NoiseLevels.from_schedule(LINEAR, []),
         ValueError,
-        "timesteps must be numbers",
+        "timesteps must be real numbers",
     ),
     "timesteps-count": (
         lambda: NoiseLevels.from_sigmas(SIGMAS, torch.arange(2)),
@@ -366,12 +374,12 @@ REFUSED = {
             NoiseSchedule(torch.tensor([0.5, 0.4]), torch.tensor([0.1, 0.9])), torch.tensor([1, 0])
         ),
         ValueError,
-        "neither variance preserving",
+        "schedule must be variance preserving",
     ),
     "sigma-space": (
         lambda: NoiseLevels.from_sigmas(SIGMAS).sigma_space(),
         ValueError,
-        "only a variance preserving walk",
+        "path must be 'vp'",
     ),
 }
 
@@ -383,7 +391,7 @@ def test_refusals_name_the_argument(name):
         call()
 
 
-def test_a_schedule_of_one_timestep_is_a_walk_of_one_step():
+def test_a_schedule_of_one_timestep_gives_one_step():
     schedule = NoiseSchedule.from_betas(torch.tensor([0.5]))
     levels = NoiseLevels.from_schedule(schedule, torch.tensor([0]))
     for name in ALL:

@@ -148,13 +148,13 @@ def test_edm_preconditioning(kind, sign, sigma_data):
     assert plain.column("a_m").tolist() == [1.0] * 5
 
 
-def test_epsilon_as_said_through_a_preconditioned_network():
+def test_the_unclipped_epsilon_of_a_preconditioned_network():
     sigmas = get_sigmas_karras(5, 0.01, 20.0)
     levels = NoiseLevels.from_edm(sigmas)
     x = torch.linspace(-20, 20, 5, dtype=torch.float64)
-    said = solvers.ddim_table(levels, rederive_epsilon=False)
+    unclipped = solvers.ddim_table(levels, rederive_epsilon=False)
     again = solvers.ddim_table(levels)
-    assert (walk(said, bent, x) - walk(again, bent, x)).abs().max() <= 1e-12
+    assert (walk(unclipped, bent, x) - walk(again, bent, x)).abs().max() <= 1e-12
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample", "flow_prediction"])
@@ -175,9 +175,9 @@ def test_clipped_ddim_in_sigma_space_is_that_of_the_samples(kind, rederive):
 @pytest.mark.parametrize("variance_type", ["fixed_small", "fixed_large"])
 def test_ddpm_variances_and_the_last_step(variance_type):
     schedule = NoiseSchedule.from_betas(make_betas("linear", 1000))
-    told = torch.tensor([900, 600, 300])
+    times = torch.tensor([900, 600, 300])
     for final in ("zero", "sigma_min"):
-        levels = NoiseLevels.from_schedule(schedule, told, final_sigmas_type=final)
+        levels = NoiseLevels.from_schedule(schedule, times, final_sigmas_type=final)
         table = solvers.ddpm_table(levels, variance_type=variance_type)
         tail = (levels.alpha[:-1], levels.sigma[:-1], levels.alpha[1:], levels.sigma[1:])
         variances = posterior_coefficients(*tail)[2 if variance_type == "fixed_small" else 3]

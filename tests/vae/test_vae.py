@@ -1,4 +1,4 @@
-"""The VAE's posterior and bound against their formulas, torch.distributions and numerical truth."""
+"""Posterior and bound of the VAE against formulas, torch.distributions and exact values."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def per_sample(terms):
 
 
 def assert_sums_agree(actual, terms, extra=1.0):
-    """``actual`` is the sum of ``terms`` over each sample, whichever the order of the additions."""
+    """``actual`` is the sum of ``terms`` over each sample, in any order of additions."""
     # n additions and a dozen roundings in each term, relative to the sizes that went in
     count = terms[0].numel()
     bound = (count + 16) * EPS * (per_sample(terms.abs()) + extra * count)
@@ -61,7 +61,7 @@ def test_kl_and_nll_are_those_of_torch_distributions(shape):
     p, q = (Normal(d.mean, d.std) for d in (one, two))
     zero = torch.zeros_like(one.mean)
     x = parameters(one.mean.shape, 2)
-    # torch's forms subtract numbers as large as these squares and exponentials
+    # The formulas of torch subtract numbers as large as these squares and exponentials.
     size = 4 * (
         1
         + max(
@@ -133,7 +133,7 @@ def test_a_kl_near_zero_is_not_negative(dtype):
     posterior = DiagonalGaussianDistribution(value.expand(1, 128))
     v = value.double()
     truth = 64 * 0.5 * (v**2 + torch.expm1(v) - v)
-    # Computed in float32 from the 16-bit inputs: 64 terms of which none cancels.
+    # Computed in float32 from the 16-bit inputs: 64 terms, none of which cancels.
     bound = 80 * torch.finfo(torch.float32).eps * truth
     assert abs(posterior.kl().item() - truth) <= bound
 
@@ -221,10 +221,10 @@ GOOD = DiagonalGaussianDistribution(torch.zeros(2, 6))
         (lambda: reconstruction_loss(X, X[:, :2]), ValueError, "shape"),
         (lambda: reconstruction_loss(X, X, decoder_std=0.0), ValueError, "decoder_std"),
         (lambda: vae_loss(X, X, torch.zeros(3)), ValueError, "kl"),
-        (lambda: vae_loss(X, X, 0.0), ValueError, "kl"),
+        (lambda: vae_loss(X, X, 0.0), TypeError, "kl"),
         (lambda: elbo(X, X, X, X[:1]), ValueError, "shape"),
     ],
 )
-def test_bad_input(call, error, message):
+def test_bad_arguments_are_named(call, error, message):
     with pytest.raises(error, match=message):
         call()

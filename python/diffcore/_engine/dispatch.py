@@ -41,7 +41,7 @@ _NEGATED, _COEF_NEGATED = (_FOUND.get(x, 0) for x in ("negated", "coef_negated")
 _MODE, _TRANSFORM = (_FOUND.get(x, 0) for x in ("mode", "transform"))
 
 
-def _run(
+def _run(  # noqa: C901 - the call path: one more function is time
     kernel: Kernel,
     inputs: Tensors,
     coefs: Coefs = (),

@@ -58,7 +58,8 @@ def direct(
 
 
 # Reasons that are no mistake: the arguments lie in memory as kernels do not read or write them.
-_COPIES = ("layout", "noise_layout", "overlap", "outputs_overlap")
+_ORDERS = ("layout", "noise_layout")
+_COPIES = (*_ORDERS, "overlap", "outputs_overlap")
 
 
 def _careful(reason: native.Reason, outs: Tensors, args: Arguments, reduce_all: bool) -> Any:
@@ -76,10 +77,10 @@ def _careful(reason: native.Reason, outs: Tensors, args: Arguments, reduce_all: 
     like = outs[0] if kernel.outputs else _new_like(inputs[0])
     tensors = tuple(_as(like, x) for x in inputs) if kernel.reads_inputs else ()
     again = _C.call(kernel.index, outs, tensors, coefs, step, reduce_all, noise)
-    if again is not None and kernel.generates_noise and kernel.reads_inputs:
-        if messages.code_of(again) in ("layout", "noise_layout"):
-            z = _generated(noise, inputs[0])
-            return direct(kernel.reading(), (*tensors, _as(like, z)), coefs, step, reduce_all, out)
+    reads_noise_too = kernel.generates_noise and kernel.reads_inputs
+    if reads_noise_too and again is not None and messages.code_of(again) in _ORDERS:
+        z = _generated(noise, inputs[0])
+        return direct(kernel.reading(), (*tensors, _as(like, z)), coefs, step, reduce_all, out)
     if again is not None:  # samples interleaved in memory, or an output partly over an input
         tensors = tuple(x.contiguous() for x in tensors)
         fresh = tuple(torch.empty_like(o, memory_format=torch.contiguous_format) for o in outs)
@@ -94,11 +95,11 @@ def _careful(reason: native.Reason, outs: Tensors, args: Arguments, reduce_all: 
 
 
 def _generated(noise: Noise, like: Tensor) -> Tensor:
-    """The noise of a key in a contiguous tensor, where kernels do not generate it in that order."""
+    """The noise of a key, in row-major order."""
     z = torch.empty_like(like, memory_format=torch.contiguous_format)
     reason = _C.call(RANDN_INDEX, (z,), (), (), None, False, noise)
     if reason is not None:
-        raise RuntimeError(f"randn: the kernel refused ({messages.code_of(reason)}); please report")
+        raise RuntimeError(f"randn: the kernel refused the noise key ({messages.code_of(reason)})")
     return z
 
 
@@ -174,7 +175,7 @@ def resolved(coefs: Coefs) -> Coefs:
 
 
 def coefs_need_grad(coefs: Coefs) -> bool:
-    for c in coefs:
+    for c in coefs:  # noqa: SIM110 - in every call, where a generator costs more
         if type(c) is not float and c.requires_grad:  # type: ignore[union-attr]
             return True
     return False

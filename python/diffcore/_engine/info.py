@@ -18,6 +18,21 @@ def installed_version(package: str) -> str:
         return "not installed"
 
 
+def version() -> str:
+    """Return the version of the package in use, which is written in pyproject.toml alone.
+
+    The compiled module knows the version that it was built as. Metadata may be missing in a source
+    tree on ``PYTHONPATH``, or be those of another installation, and are read only without it.
+
+    Returns:
+        The version; "0+unknown" if there is neither a compiled module nor metadata.
+    """
+    if native._C is not None:
+        return str(native._C.build_info()["version"])
+    found = installed_version("diffcore")
+    return "0+unknown" if found == "not installed" else found
+
+
 def collect_info() -> dict[str, object]:
     """Describe build, hardware and versions.
 
@@ -27,13 +42,28 @@ def collect_info() -> dict[str, object]:
     """
     info = {name: _plain(value) for name, value in native.info().items()}
     for name, value in {
-        "version": installed_version("diffcore"),
+        "version": version(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "platform": platform.platform(),
     }.items():
         info.setdefault(name, value)
     return info
+
+
+def one_line(info: dict[str, object]) -> str:
+    """What a bug report must have of ``collect_info``, in one line to paste."""
+    build = f"{info['backend']} {info.get('instruction_set', '')}".strip()
+    devices = info["devices"]
+    parts = {
+        "diffcore": info["version"],
+        "torch": info["torch"],
+        "Python": info["python"],
+        "kernels": build,
+        "threads": info["threads"],
+        "devices": " + ".join(devices) if isinstance(devices, list) else devices,
+    }
+    return ", ".join(f"{name} {value}" for name, value in parts.items()) + f", {info['platform']}"
 
 
 def _plain(value: object) -> object:

@@ -129,6 +129,15 @@ _CODES: tuple[str, ...] = () if native._C is None else native._C.CODES
 _ARGUMENTS: tuple[str, ...] = () if native._C is None else native._C.ARGUMENTS
 
 
+class _Named(NamedTuple):
+    """A reason by the names of its code and its argument."""
+
+    code: str
+    argument: str
+    position: int
+    detail: int
+
+
 def code_of(reason: native.Reason) -> str:
     """The name of a reason's code."""
     return _CODES[reason[0]]
@@ -136,15 +145,15 @@ def code_of(reason: native.Reason) -> str:
 
 def refuse(reason: native.Reason, args: Arguments) -> NoReturn:
     """Raises the error of a reason that the compiled module gave."""
-    code, argument, index, detail = _CODES[reason[0]], _ARGUMENTS[reason[1]], *reason[2:]
-    build = _BY_ARGUMENT.get(argument)
-    error = None if build is None else build(args, code, index, detail)
-    if error is None and code == "noise_range":
-        error = _noise_range(detail)
+    named = _Named(_CODES[reason[0]], _ARGUMENTS[reason[1]], *reason[2:])
+    build = _BY_ARGUMENT.get(named.argument)
+    error = None if build is None else build(args, named)
+    if error is None and named.code == "noise_range":
+        error = _noise_range(named.detail)
     if error is None:
         error = RuntimeError(
-            f"{args.kernel.name}: the kernel refused its arguments ({code} of {argument} {index}, "
-            f"{detail}); please report"
+            f"{args.kernel.name}: the kernel refused its arguments ({', '.join(map(str, named))}); "
+            "please report"
         )
     raise error
 
@@ -160,31 +169,31 @@ def _of_tensor(name: str, x: Tensor, code: str, args: Arguments) -> Exception | 
     return None if what is None else _unlike(name, x, what, args)
 
 
-def _of_input(args: Arguments, code: str, index: int, detail: int) -> Exception | None:
-    return _of_tensor(args.kernel.inputs[index], args.inputs[index], code, args)
+def _of_input(args: Arguments, why: _Named) -> Exception | None:
+    return _of_tensor(args.kernel.inputs[why.position], args.inputs[why.position], why.code, args)
 
 
-def _of_output(args: Arguments, code: str, index: int, detail: int) -> Exception | None:
-    return None if args.out is None else _of_tensor("out", args.out, code, args)
+def _of_output(args: Arguments, why: _Named) -> Exception | None:
+    return None if args.out is None else _of_tensor("out", args.out, why.code, args)
 
 
-def _of_coef(args: Arguments, code: str, index: int, detail: int) -> Exception | None:
-    if code == "coefficients":
+def _of_coef(args: Arguments, why: _Named) -> Exception | None:
+    if why.code == "coefficients":
         return _coef_count(sum(map(_columns, args.coefs)), args.kernel)
-    c: Any = args.coefs[index]
-    name = _coef_name(args.kernel, c, sum(map(_columns, args.coefs[:index])))
+    c: Any = args.coefs[why.position]
+    name = _coef_name(args.kernel, c, sum(map(_columns, args.coefs[: why.position])))
     return {
         "type": lambda: _not_tensor(name, c, "a number or a torch.Tensor"),
         "dtype": lambda: _bad_dtype(name, c, _COEF_FLOATS),
         "other_device": lambda: _elsewhere(name, c, args.inputs[0]),
         "memory": lambda: _no_memory(name),
         "dimensions": lambda: _coef_dimensions(name, c),
-        "table_length": lambda: _table_length(name, c, detail),
+        "table_length": lambda: _table_length(name, c, why.detail),
         "length": lambda: _length(name, c, f"1 or {_rows(args.inputs[0])}"),
-    }.get(code, _nothing)()
+    }.get(why.code, _nothing)()
 
 
-def _of_step(args: Arguments, code: str, index: int, detail: int) -> Exception | None:
+def _of_step(args: Arguments, why: _Named) -> Exception | None:
     step: Any = args.step
     return {
         "type": lambda: _step_type(step),
@@ -195,16 +204,16 @@ def _of_step(args: Arguments, code: str, index: int, detail: int) -> Exception |
         "length": lambda: _step_shape(step, _rows(args.inputs[0])),
         "step_not_used": _step_not_used,
         "step_range": lambda: _step_range(
-            step, detail if isinstance(step, Tensor) else step, _table_rows(args.coefs)
+            step, why.detail if isinstance(step, Tensor) else step, _table_rows(args.coefs)
         ),
-    }.get(code, _nothing)()
+    }.get(why.code, _nothing)()
 
 
 def _of_noise(part: int, name: str) -> Callable[..., Exception | None]:
-    def build(args: Arguments, code: str, index: int, detail: int) -> Exception | None:
+    def build(args: Arguments, why: _Named) -> Exception | None:
         x: Any = None if args.noise is None else args.noise[part]
-        if code == "memory" and not x.numel():  # no elements, so no memory either
-            code = "length"
+        # A tensor without elements has no memory either.
+        code = "length" if why.code == "memory" and not x.numel() else why.code
         return {
             "other_device": lambda: _elsewhere(name, x, args.inputs[0]),
             "memory": lambda: _no_memory(name),
@@ -218,7 +227,7 @@ def _nothing() -> None:
     return None
 
 
-_BY_ARGUMENT: dict[str, Callable[[Arguments, str, int, int], Exception | None]] = {
+_BY_ARGUMENT: dict[str, Callable[[Arguments, _Named], Exception | None]] = {
     "input": _of_input,
     "output": _of_output,
     "coef": _of_coef,

@@ -2,7 +2,6 @@
 
 from diffcore.coefficients.bound import (
     DECODERS,
-    VARIANCE_TYPES,
     VLB_COLUMNS,
     log_variances,
     prior_coefficients,
@@ -11,6 +10,7 @@ from diffcore.coefficients.bound import (
 from diffcore.coefficients.step import (
     PREDICTION_TYPES,
     STEP_COLUMNS,
+    VARIANCE_TYPES,
     ddim_coefficients,
     ddpm_coefficients,
     epsilon_coefficients,

@@ -9,15 +9,16 @@ from torch import Tensor
 
 from diffcore._checks import check_choice
 from diffcore._types import VlbColumns
+from diffcore.coefficients.step import LEARNED as LEARNED
+from diffcore.coefficients.step import VARIANCE_TYPES as VARIANCE_TYPES
 from diffcore.coefficients.step import (
     parse_clip_range,
     posterior_coefficients,
     target_coefficients,
+    tensors,
     x0_coefficients,
 )
 
-VARIANCE_TYPES = ("fixed_small", "fixed_large", "learned", "learned_range")
-LEARNED = VARIANCE_TYPES[2:]
 DECODERS = ("discretized", "gaussian")
 GIVEN = ("x_t", "noise")
 
@@ -29,15 +30,15 @@ FIXED = 12
 def log_variances(alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
     """(log beta_tilde, log beta) of each step, float64 ``[T]``.
 
-    beta_tilde is 0 at the first step: its logarithm copies the next one's, if there is one, else it
-    is that of beta.
+    beta_tilde is 0 at the first step, where its logarithm is that of the second step, or of beta if
+    there is only one step.
 
     Args:
         alpha: Signal coefficients ``[T]``, from the least noisy time on; x_0 precedes the first.
-        sigma: Noise coefficients, likewise.
+        sigma: Noise coefficients ``[T]``, from the least noisy time on.
 
     Returns:
-        Two tensors ``[T]``.
+        Two float64 tensors ``[T]``.
 
     Source:
         Nichol and Dhariwal 2021 (arXiv 2102.09672) section 3.1.
@@ -61,18 +62,18 @@ def vlb_coefficients(
 
     L_t = 1/2 sum [expm1(d) - d + A_t² (x_0 - x0_hat)² / v_t], d = log beta_tilde_t - log v_t, where
     v_t is the variance of p: the means of q and p share B_t x_t, so their difference is A_t times
-    the error of the predicted x_0, which is subtracted there and nowhere else.
+    the error of the predicted x_0.
 
     Args:
         alpha: Signal coefficients ``[T]``, from the least noisy time on; x_0 precedes the first.
-        sigma: Noise coefficients, likewise.
+        sigma: Noise coefficients ``[T]``, from the least noisy time on.
         prediction_type: What the model predicts, one of ``PREDICTION_TYPES``.
-        variance_type: One of ``VARIANCE_TYPES``. "learned": the model says log v itself;
-            "learned_range": v between -1 (log beta_tilde) and 1 (log beta).
+        variance_type: One of ``VARIANCE_TYPES``. "learned": the model predicts log v;
+            "learned_range": it predicts a number from -1 (log beta_tilde) to 1 (log beta).
         clip_range: ``None``, ``c`` for [-c, c], or (lowest, highest), applied to the predicted x0.
-        decoder: L_0 for pixels k/127.5 - 1 ("discretized": the mass of their bin) or for anything
+        decoder: L_0 for pixels k/127.5 - 1 ("discretized": the mass of their bin) or for any data
             ("gaussian": the density).
-        given: What the term is computed from beside x_0: "x_t", or the "noise" in it.
+        given: What the term is computed from in addition to x_0: "x_t", or the "noise" in it.
 
     Returns:
         float64 ``[T, 12]``, or ``[T, 15]`` with a learned variance: ``VLB_COLUMNS``.
@@ -102,7 +103,7 @@ def vlb_coefficients(
     first[0] = 1
     is_first = first == 1
     zero, gaussian = torch.zeros_like(alpha), decoder == "gaussian"
-    normaliser = first * (0.5 * math.log(2 * math.pi) if gaussian else 0.0)
+    normalizer = first * (0.5 * math.log(2 * math.pi) if gaussian else 0.0)
     columns = [
         *high_parts,
         *low_parts,
@@ -116,22 +117,23 @@ def vlb_coefficients(
         else:  # log v = log_small + (v + 1) / 2 (log_large - log_small)
             d_v = 0.5 * (log_large - log_small)
             d_0 = -d_v
-        # At the first step there is no beta_tilde to compare with: d is minus the log-variance.
+        # The first step has no beta_tilde to compare with: d is minus the log-variance.
         d_0 = torch.where(is_first, d_0 - log_small, d_0)
         factor = 0.5 * shift**2 * torch.exp(-torch.where(is_first, zero, log_small))
         rounded = d_0.float().double()
-        columns += [factor, normaliser, rounded, d_0 - rounded, d_v, 1 - first]
+        columns += [factor, normalizer, rounded, d_0 - rounded, d_v, 1 - first]
     else:
         log_variance = log_small
         if variance_type == "fixed_large":
             log_variance = torch.where(is_first, log_small, log_large)
         d = log_small - log_variance
         factor = 0.5 * shift**2 * torch.exp(-log_variance)
-        offset = torch.where(is_first, normaliser + 0.5 * log_variance, _half_expm1_minus(d))
+        offset = torch.where(is_first, normalizer + 0.5 * log_variance, _half_expm1_minus(d))
         columns += [factor, offset, -log_variance]
     table = torch.stack(columns, dim=1)
     if not gaussian:
-        table[0, 9:11] = torch.tensor([1.0, 0.0])  # the sum of the decoder's terms as it is
+        # Row 0 is the sum of the decoder's terms, neither scaled nor shifted.
+        table[0, VLB_COLUMNS.index("factor")], table[0, VLB_COLUMNS.index("offset")] = 1.0, 0.0
     return table
 
 
@@ -145,27 +147,26 @@ def prior_coefficients(alpha: float, sigma: float) -> tuple[float, float]:
     Returns:
         1/2 alpha², and 1/2 [sigma² - 1 - log sigma²].
     """
-    d = torch.tensor(2 * math.log(sigma), dtype=torch.float64)
+    d = torch.tensor(2 * math.log(sigma), dtype=torch.float64, device="cpu")
     return 0.5 * alpha**2, float(_half_expm1_minus(d))
 
 
-def _posterior(alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _posterior(alpha: Tensor, sigma: Tensor) -> tuple[Tensor, ...]:
+    """Coefficients of q(x_{t-1} | x_t, x_0) for all t, x_0 itself before the first."""
     before = [
         torch.cat([torch.full_like(c[:1], v), c[:-1]]) for c, v in ((alpha, 1.0), (sigma, 0.0))
     ]
-    found = posterior_coefficients(alpha, sigma, *before)
-    shift, keep, small, large = (torch.as_tensor(c) for c in found)
-    return shift, keep, small, large
+    return tensors(posterior_coefficients(alpha, sigma, *before))
 
 
 def _errors(
     alpha: Tensor, sigma: Tensor, prediction_type: str, given: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(b_0, b_g, b_m) of x_0 - x0_hat = b_0 x_0 + b_g given + b_m m."""
-    a_x, a_m = (torch.as_tensor(c) for c in x0_coefficients(alpha, sigma, prediction_type))
+    a_x, a_m = tensors(x0_coefficients(alpha, sigma, prediction_type))
     if given == "x_t":
         return torch.ones_like(alpha), -a_x, -a_m
-    # A model that says the target itself is right: the error is -a_m (m - target).
+    # The error of x_0 is -a_m (m - target), with the target as a sum of x_0 and the noise.
     k_x0, k_noise = target_coefficients(alpha, sigma, prediction_type)
     return a_m * k_x0, a_m * k_noise, -a_m
 

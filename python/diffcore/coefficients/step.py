@@ -1,14 +1,14 @@
-"""The scalars of every diffusion formula, in float64 and nowhere else.
+"""The scalars of every diffusion formula, computed in float64 here and nowhere else.
 
-One family covers all schedules: x_t = alpha_t * x_0 + sigma_t * noise. Everything here is linear
-algebra on (alpha, sigma): what to multiply x_t and the model output by to get x_0, the noise, or
-the next sample. The functions take Python floats or tensors of any shape, compute in float64, and
-leave rounding to whoever launches a kernel.
+One family covers all schedules: x_t = alpha_t * x_0 + sigma_t * noise. These are the factors of x_t
+and of the model output that give x_0, the noise, or the next sample, as functions of (alpha,
+sigma). The functions take Python floats or tensors of any shape, compute in float64, and leave
+rounding to the code that launches a kernel.
 
-Floats in, floats out; as soon as one argument is a tensor the results are float64 tensors on its
-device. Values that a formula cannot take (alpha = 0 for epsilon prediction, sigma = 0 in a
-posterior) raise ValueError for floats and CPU tensors; on other devices looking would stop the
-stream, so they give inf or nan there.
+Floats in, floats out; if one argument is a tensor, the results are float64 tensors on its device.
+Values that a formula does not allow (alpha = 0 for epsilon prediction, sigma = 0 in a posterior)
+raise ValueError for floats and CPU tensors. On other devices a check would wait for the device, so
+there they give inf or nan.
 """
 
 from __future__ import annotations
@@ -20,16 +20,21 @@ import torch
 from torch import Tensor
 
 from diffcore._checks import check_choice
-from diffcore._types import Coef, StepColumns
+from diffcore._types import Coef
 
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction", "flow_prediction")
-VARIANCE_TYPES = ("fixed_small", "fixed_large")
+VARIANCE_TYPES = ("fixed_small", "fixed_large", "learned", "learned_range")
+FIXED_VARIANCE_TYPES, LEARNED = VARIANCE_TYPES[:2], VARIANCE_TYPES[2:]
 
-STEP_COLUMNS = StepColumns._fields
-"""The columns of a solver's table: see ``ops.reverse_step``."""
+STEP_COLUMNS = (
+    "c_x", "c_m", "c_0", "c_z", "a_x", "a_m", "clip_min", "clip_max",
+    "e_x", "e_m", "e_0", "c_1", "c_2", "c_3",
+)  # fmt: skip
+"""The columns of a solver table: see ``ops.reverse_step``."""
+HISTORY_WRITTEN, HISTORY_READ = slice(8, 11), slice(11, 14)
+"""Where the columns e_x, e_m, e_0 and c_1, c_2, c_3 are."""
 
-# Inputs may have been rounded to float32 before they came here; a beta that is negative by more
-# than that is a mistake.
+# Inputs may have been rounded to float32 before; a beta that is negative by more is an error.
 _FLOAT32_ROUNDING = 4 * torch.finfo(torch.float32).eps
 
 
@@ -53,9 +58,11 @@ def parse_clip_range(clip_range: float | tuple[float, float] | None) -> tuple[fl
     elif isinstance(clip_range, (tuple, list)) and len(clip_range) == 2:
         low, high = float(clip_range[0]), float(clip_range[1])
     else:
-        raise TypeError(f"clip_range must be None, a number or a pair of them, got {clip_range!r}")
+        raise TypeError(
+            f"clip_range must be None, a number or a pair of numbers, got {clip_range!r}"
+        )
     if not low < high:
-        raise ValueError(f"clip_range must hold lowest < highest, got ({low}, {high})")
+        raise ValueError(f"clip_range must have lowest < highest, got ({low}, {high})")
     return low, high
 
 
@@ -84,16 +91,16 @@ def x0_coefficients(alpha: Coef, sigma: Coef, prediction_type: str) -> tuple[Coe
     check_choice("prediction_type", prediction_type, PREDICTION_TYPES)
     alpha, sigma = _float64(_TWO, alpha, sigma)
     if prediction_type == "epsilon":
-        if _any_zero(alpha):
+        if _any(alpha == 0):
             raise ValueError(
-                "alpha is 0 (zero terminal SNR): a prediction of epsilon says nothing about x0, "
-                "use prediction_type 'v_prediction', 'sample' or 'flow_prediction'"
+                "alpha must not be 0 with prediction_type 'epsilon' (zero terminal SNR: epsilon "
+                "does not determine x0), got 0; use 'v_prediction', 'sample' or 'flow_prediction'"
             )
         return 1 / alpha, -sigma / alpha
     if prediction_type == "sample":
         return _constant(0.0, alpha), _constant(1.0, alpha)
     scale = alpha * alpha + sigma * sigma if prediction_type == "v_prediction" else alpha + sigma
-    if _any_zero(scale):
+    if _any(scale == 0):
         raise ValueError(f"alpha and sigma must not both be 0, got alpha={alpha}, sigma={sigma}")
     return (alpha if prediction_type == "v_prediction" else 1) / scale, -sigma / scale
 
@@ -120,11 +127,14 @@ def epsilon_coefficients(alpha: Coef, sigma: Coef, prediction_type: str) -> tupl
     if prediction_type == "epsilon":
         return _constant(0.0, alpha), _constant(1.0, alpha)
     if prediction_type == "sample":
-        if _any_zero(sigma):
-            raise ValueError("sigma is 0, where a prediction of x0 says nothing about epsilon")
+        if _any(sigma == 0):
+            raise ValueError(
+                "sigma must not be 0 with prediction_type 'sample' (x0 does not determine epsilon "
+                "there), got 0"
+            )
         return 1 / sigma, -alpha / sigma
     scale = alpha * alpha + sigma * sigma if prediction_type == "v_prediction" else alpha + sigma
-    if _any_zero(scale):
+    if _any(scale == 0):
         raise ValueError(f"alpha and sigma must not both be 0, got alpha={alpha}, sigma={sigma}")
     return (sigma if prediction_type == "v_prediction" else 1) / scale, alpha / scale
 
@@ -159,8 +169,8 @@ def posterior_coefficients(
 
     With r = alpha / alpha_prev and beta = sigma^2 - r^2 sigma_prev^2, the variance of the step from
     x_prev to x_t: A = alpha_prev beta / sigma^2, B = r sigma_prev^2 / sigma^2, beta_tilde = beta
-    sigma_prev^2 / sigma^2. The previous time is whichever the caller names, so respaced sequences
-    need no formula of their own.
+    sigma_prev^2 / sigma^2. The previous time is an argument, so respaced sequences use the same
+    formula.
 
     Args:
         alpha: Signal coefficient at t.
@@ -178,18 +188,21 @@ def posterior_coefficients(
         Ho et al. 2020 (arXiv 2006.11239) eq. 6-7; Kingma et al. 2021 (arXiv 2107.00630) appendix A.
     """
     alpha, sigma, alpha_prev, sigma_prev = _float64(_FOUR, alpha, sigma, alpha_prev, sigma_prev)
-    if _any_zero(sigma):
-        raise ValueError("sigma is 0: there is no reverse step from a sample without noise")
-    if _any_zero(alpha_prev):
-        raise ValueError("alpha_prev is 0: only the last time of a schedule may be without signal")
+    if _any(sigma == 0):
+        raise ValueError("sigma must not be 0, because no reverse step starts without noise, got 0")
+    if _any(alpha_prev == 0):
+        raise ValueError(
+            "alpha_prev must not be 0, because only the last time of a schedule may have no "
+            "signal, got 0"
+        )
     ratio = alpha / alpha_prev
-    kept = (ratio * sigma_prev / sigma) ** 2  # the share of sigma^2 that x_prev already had
+    kept = (ratio * sigma_prev / sigma) ** 2  # the share of sigma^2 that x_prev already has
     if _any(kept > 1 + _FLOAT32_ROUNDING):
         raise ValueError(
             "alpha_prev, sigma_prev must belong to the less noisy of the two times, "
             f"got alpha={alpha}, sigma={sigma}, alpha_prev={alpha_prev}, sigma_prev={sigma_prev}"
         )
-    fresh = _clamp_min_zero(1 - kept)
+    fresh = _at_least_zero(1 - kept)
     return (
         alpha_prev * fresh,
         ratio * (sigma_prev / sigma) ** 2,
@@ -219,7 +232,7 @@ def ddpm_coefficients(
         alpha_prev: Signal coefficient at the time stepped to.
         sigma_prev: Noise coefficient at the time stepped to.
         prediction_type: What the model predicts, one of ``PREDICTION_TYPES``.
-        variance_type: "fixed_small" or "fixed_large".
+        variance_type: One of ``FIXED_VARIANCE_TYPES``.
         clip_range: ``None``, ``c`` for [-c, c], or (lowest, highest), applied to x0.
 
     Returns:
@@ -232,11 +245,11 @@ def ddpm_coefficients(
     Source:
         Ho et al. 2020 (arXiv 2006.11239) algorithm 2 and section 3.2.
     """
-    check_choice("variance_type", variance_type, VARIANCE_TYPES)
+    check_choice("variance_type", variance_type, FIXED_VARIANCE_TYPES)
     low, high = parse_clip_range(clip_range)
     a_x, a_m = x0_coefficients(alpha, sigma, prediction_type)
     c_0, c_x, beta_tilde, beta = posterior_coefficients(alpha, sigma, alpha_prev, sigma_prev)
-    variance = beta_tilde if variance_type == "fixed_small" else _zero_where_zero(beta, sigma_prev)
+    variance = beta_tilde if variance_type == "fixed_small" else beta * (sigma_prev != 0)
     return _row(c_x, 0.0, c_0, _sqrt(variance), a_x, a_m, low, high)
 
 
@@ -255,16 +268,16 @@ def ddim_coefficients(
 
     x_prev = alpha_prev clip(x0) + d epsilon + c_z z, with c_z = eta sqrt(beta_tilde) and
     d^2 = sigma_prev^2 - c_z^2. ``epsilon`` comes either from the clipped x0
-    (``rederive_epsilon=True``, OpenAI's rule: (x_t - alpha clip(x0)) / sigma) or from the model
-    output as it is (``False``, the default of diffusers). Without clipping the two are the same.
-    With eta = 0 the time stepped to may also be the noisier one (DDIM inversion).
+    (``rederive_epsilon=True``, OpenAI's rule: (x_t - alpha clip(x0)) / sigma) or from the unclipped
+    model output (``False``, the default of diffusers). Without clipping the two are the same. With
+    eta = 0 the time stepped to may also be the noisier one (DDIM inversion).
 
     Args:
         alpha: Signal coefficient at t.
         sigma: Noise coefficient at t.
         alpha_prev: Signal coefficient at the time stepped to.
         sigma_prev: Noise coefficient at the time stepped to.
-        eta: 0 for the deterministic sampler, 1 for ancestral noise; between them, inclusive.
+        eta: In [0, 1]: 0 for the deterministic sampler, 1 for ancestral noise.
         prediction_type: What the model predicts, one of ``PREDICTION_TYPES``.
         rederive_epsilon: Whether epsilon follows the clipped x0.
         clip_range: ``None``, ``c`` for [-c, c], or (lowest, highest), applied to x0.
@@ -273,7 +286,8 @@ def ddim_coefficients(
         float64 ``[..., 8]``: (c_x, c_m, c_0, c_z, a_x, a_m, clip_min, clip_max).
 
     Raises:
-        ValueError: eta outside [0, 1], sigma = 0 where epsilon has to be derived, or as
+        TypeError: eta is not a number.
+        ValueError: eta outside [0, 1], sigma = 0 where epsilon must be derived, or as
             ``x0_coefficients``.
 
     Source:
@@ -291,25 +305,43 @@ def ddim_coefficients(
     if eta > 0:
         _, _, beta_tilde, _ = posterior_coefficients(alpha, sigma, alpha_prev, sigma_prev)
         c_z = eta * _sqrt(beta_tilde)
-        # sigma_prev^2 - eta^2 beta_tilde as a sum of what is left: nothing cancels at eta = 1.
+        # sigma_prev^2 - eta^2 beta_tilde, written as a sum so that nothing cancels at eta = 1.
         kept = (alpha / alpha_prev * sigma_prev / sigma) ** 2
         direction = sigma_prev * _sqrt((1 - eta * eta) + eta * eta * kept)
 
     if rederive_epsilon:
-        if _any_zero(sigma):
-            raise ValueError("sigma is 0: epsilon cannot be derived from x0 there")
+        if _any(sigma == 0):
+            raise ValueError(
+                "sigma must not be 0 with rederive_epsilon=True, because x0 does not determine "
+                "epsilon there, got 0"
+            )
         c_x = direction / sigma
         return _row(c_x, 0.0, alpha_prev - c_x * alpha, c_z, a_x, a_m, low, high)
     e_x, e_m = epsilon_coefficients(alpha, sigma, prediction_type)
     return _row(direction * e_x, direction * e_m, alpha_prev, c_z, a_x, a_m, low, high)
 
 
+def tensors(values: Sequence[Coef]) -> tuple[Tensor, ...]:
+    """Coefficients that were computed from tensors, and so are tensors, for a type checker.
+
+    Args:
+        values: What a function of this module returned.
+
+    Returns:
+        The same tensors.
+    """
+    assert all(isinstance(value, Tensor) for value in values)
+    return tuple(values)  # type: ignore[arg-type]
+
+
+# ---- floats or tensors --------------------------------------------------------------------------
+
 _TWO = ("alpha", "sigma")
 _FOUR = ("alpha", "sigma", "alpha_prev", "sigma_prev")
 
 
 def _float64(names: tuple[str, ...], *values: Coef) -> Sequence[Coef]:
-    """All of them as floats, or all of them as float64 tensors of one shape."""
+    """All values as floats, or, if one is a tensor, all as float64 tensors of one shape."""
     for value in values:
         if type(value) is not float:
             break
@@ -326,47 +358,8 @@ def _float64(names: tuple[str, ...], *values: Coef) -> Sequence[Coef]:
     return [float(value) for value in values]
 
 
-def _any(condition: bool | Tensor) -> bool:
-    """Whether a condition holds anywhere, where one can look without waiting for a device."""
-    if isinstance(condition, bool):
-        return condition
-    if torch.compiler.is_compiling() or condition.device.type != "cpu":
-        return False
-    try:
-        return bool(condition.any())
-    except RuntimeError:  # fake tensors and tensors under vmap hold no value to look at
-        return False
-
-
-def _any_zero(value: Coef) -> bool:
-    return _any(value == 0)
-
-
-def _sqrt(value: Coef) -> Coef:
-    return value.sqrt() if isinstance(value, Tensor) else math.sqrt(value)
-
-
-def _clamp_min_zero(value: Coef) -> Coef:
-    return value.clamp_min(0.0) if isinstance(value, Tensor) else max(value, 0.0)
-
-
-def _zero_where_zero(value: Coef, other: Coef) -> Coef:
-    if isinstance(other, Tensor):
-        return torch.where(other == 0, 0.0, value)
-    return value if other != 0 else _constant(0.0, value)
-
-
-def _constant(value: float, like: Coef) -> Coef:
-    return torch.full_like(like, value) if isinstance(like, Tensor) else value
-
-
-def _row(*columns: Coef) -> Tensor:
-    if isinstance(columns[0], Tensor):  # what is computed from tensors is a tensor, c_x first
-        return torch.stack(_broadcast(columns), dim=-1)
-    return torch.tensor(columns, dtype=torch.float64)
-
-
-def _broadcast(values: Sequence[Coef]) -> list[Tensor]:
+def _broadcast(values: Sequence[Coef]) -> Sequence[Tensor]:
+    """Float64 tensors of one shape, on the device of the first tensor."""
     device = next(value.device for value in values if isinstance(value, Tensor))
     tensors = [
         value.to(torch.float64)
@@ -374,5 +367,36 @@ def _broadcast(values: Sequence[Coef]) -> list[Tensor]:
         else torch.full((), value, dtype=torch.float64, device=device)
         for value in values
     ]
-    broadcast: list[Tensor] = list(torch.broadcast_tensors(*tensors))
+    broadcast: Sequence[Tensor] = torch.broadcast_tensors(*tensors)
     return broadcast
+
+
+def _row(*columns: Coef) -> Tensor:
+    """The columns as a float64 tensor ``[..., k]``; the first is a tensor if any is."""
+    if isinstance(columns[0], Tensor):
+        return torch.stack(tuple(_broadcast(columns)), dim=-1)
+    return torch.tensor(columns, dtype=torch.float64, device="cpu")
+
+
+def _constant(value: float, like: Coef) -> Coef:
+    return torch.full_like(like, value) if isinstance(like, Tensor) else value
+
+
+def _sqrt(value: Coef) -> Coef:
+    return value.sqrt() if isinstance(value, Tensor) else math.sqrt(value)
+
+
+def _at_least_zero(value: Coef) -> Coef:
+    return value.clamp_min(0.0) if isinstance(value, Tensor) else max(value, 0.0)
+
+
+def _any(condition: bool | Tensor) -> bool:
+    """Whether a condition holds anywhere, where its value is known without waiting for a device."""
+    if isinstance(condition, bool):
+        return condition
+    if torch.compiler.is_compiling() or condition.device.type != "cpu":
+        return False
+    try:
+        return bool(condition.any())
+    except RuntimeError:  # fake tensors, and tensors under vmap, have no value here
+        return False

@@ -1,6 +1,6 @@
-"""The bundled demo: a small VAE and a small DDPM trained on real images through the public API.
+"""The bundled demo: trains a small VAE and a small DDPM on real images through the public API.
 
-Run it with ``diffcore demo``. It needs the packages of the extra: ``pip install "diffcore[demo]"``.
+Run it with ``diffcore demo``. It needs the ``demo`` extra: ``pip install "diffcore[demo]"``.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ INSTALL_HINT = 'pip install "diffcore[demo]"'
 
 
 class MissingExtraError(RuntimeError):
-    """Packages of the ``demo`` extra are not installed."""
+    """Some packages of the ``demo`` extra are not installed."""
 
 
 def check_extra(packages: tuple[str, ...] = DEMO_PACKAGES) -> None:
@@ -22,10 +22,10 @@ def check_extra(packages: tuple[str, ...] = DEMO_PACKAGES) -> None:
         packages: Top-level module names.
 
     Raises:
-        MissingExtraError: If any is missing; the message says what to install.
+        MissingExtraError: If any is missing. The message says what to install.
     """
     missing = [name for name in packages if importlib.util.find_spec(name) is None]
     if missing:
         raise MissingExtraError(
-            f"the demo needs {', '.join(missing)}, which this Python does not have: {INSTALL_HINT}"
+            f"the demo needs {', '.join(missing)}, not installed here; install with: {INSTALL_HINT}"
         )

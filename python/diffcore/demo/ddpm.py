@@ -1,4 +1,4 @@
-"""The demo's DDPM: loss, samples and strips, each a call into diffcore."""
+"""The DDPM of the demo: loss, samples and strips, each a call into diffcore."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _CHUNK = 250
 
 
 def build_diffusion(config: DemoConfig) -> GaussianDiffusion:
-    """Return the noising process: T steps of linear betas scaled by 1000/T, epsilon prediction."""
+    """Return the diffusion: T linear betas scaled by 1000/T, epsilon prediction."""
     betas = make_betas("linear", config.num_timesteps, scale_to_1000=True)
     return GaussianDiffusion(betas, prediction_type="epsilon", variance_type="fixed_small")
 
@@ -40,10 +40,10 @@ def training_loss(diffusion: GaussianDiffusion) -> LossFunction:
     """Return Algorithm 1 of Ho et al.: ``|epsilon - epsilon_theta(x_t, t)|^2``, mean over pixels.
 
     Args:
-        diffusion: The noising process.
+        diffusion: The diffusion.
 
     Returns:
-        A loss for `Trainer`.
+        A loss for ``Trainer``.
     """
 
     def loss(model: nn.Module, x: Tensor, generator: torch.Generator) -> Tensor:
@@ -58,14 +58,14 @@ def training_loss(diffusion: GaussianDiffusion) -> LossFunction:
 def held_out_loss(
     diffusion: GaussianDiffusion, model: nn.Module, images: Tensor, *, seed: int, repeats: int = 4
 ) -> float:
-    """Average the training loss over unseen images, with timesteps spread evenly.
+    """Average the training loss over held-out images, with evenly spaced timesteps.
 
     Args:
-        diffusion: The noising process.
+        diffusion: The diffusion.
         model: Predicts the noise.
         images: ``[N, C, H, W]`` in [-1, 1].
-        seed: Governs timesteps and noise.
-        repeats: Timesteps an image.
+        seed: Seed of timesteps and noise.
+        repeats: Timesteps per image.
 
     Returns:
         The mean squared error of the predicted noise; 1 for a model that predicts 0.
@@ -84,7 +84,7 @@ def held_out_loss(
 
 
 def initial_noise(shape: tuple[int, ...], seed: int, device: torch.device) -> Tensor:
-    """Return x_T, the same on every device."""
+    """Return x_T, which has the same values on every device."""
     return PhiloxNoise(seed).tensor(shape, device=device)
 
 
@@ -92,14 +92,14 @@ def initial_noise(shape: tuple[int, ...], seed: int, device: torch.device) -> Te
 def sample_ddpm(
     diffusion: GaussianDiffusion, model: Denoiser, x_T: Tensor, *, seed: int, progress: bool
 ) -> Tensor:
-    """Draw samples by Algorithm 2: all T steps.
+    """Sample by Algorithm 2 of Ho et al., in T steps.
 
     Args:
-        diffusion: The noising process.
+        diffusion: The diffusion.
         model: Predicts the noise.
         x_T: Standard normal, ``[B, C, H, W]``.
-        seed: Governs the step noise.
-        progress: Whether to show a bar.
+        seed: Seed of the noise of the steps.
+        progress: Whether to show a progress bar.
 
     Returns:
         ``[B, C, H, W]``.
@@ -113,14 +113,14 @@ def sample_ddpm(
 def sample_ddim(
     diffusion: GaussianDiffusion, model: Denoiser, x_T: Tensor, *, num_steps: int, progress: bool
 ) -> Tensor:
-    """Draw samples by DDIM with eta = 0: a deterministic map of x_T.
+    """Sample by DDIM with eta = 0, a deterministic map of x_T.
 
     Args:
-        diffusion: The noising process.
+        diffusion: The diffusion.
         model: Predicts the noise.
         x_T: Standard normal, ``[B, C, H, W]``.
-        num_steps: Steps, spaced evenly over the T.
-        progress: Whether to show a bar.
+        num_steps: Number of steps, evenly spaced over the T timesteps.
+        progress: Whether to show a progress bar.
 
     Returns:
         ``[B, C, H, W]``.
@@ -131,7 +131,7 @@ def sample_ddim(
 
 
 def strip_timesteps(num_timesteps: int, columns: int) -> list[int]:
-    """Return `columns` timesteps from T-1 down to 0, denser near 0, where images are made."""
+    """Return ``columns`` timesteps from T-1 down to 0, denser near 0, where images take shape."""
     last = num_timesteps - 1
     return [round(last * (1 - i / (columns - 1)) ** 1.7) for i in range(columns)]
 
@@ -143,10 +143,10 @@ def forward_strip(
     """Noise images to several timesteps: ``x_t = alpha_t x_0 + sigma_t epsilon``.
 
     Args:
-        diffusion: The noising process.
+        diffusion: The diffusion.
         images: ``[B, 1, H, W]``.
-        timesteps: Which.
-        seed: Governs the noise, one draw an image.
+        timesteps: The timesteps.
+        seed: Seed of the noise, the same at every timestep of an image.
 
     Returns:
         ``[B, len(timesteps), H, W]``.
@@ -163,24 +163,24 @@ def forward_strip(
 def reverse_strip(
     diffusion: GaussianDiffusion, model: Denoiser, x_T: Tensor, timesteps: list[int], *, seed: int
 ) -> Tensor:
-    """Sample by Algorithm 2 and keep what the model saw at several timesteps, and the result.
+    """Sample by Algorithm 2 and keep x_t at several timesteps.
 
     Args:
-        diffusion: The noising process.
+        diffusion: The diffusion.
         model: Predicts the noise.
         x_T: Standard normal, ``[B, 1, H, W]``.
-        timesteps: Which, falling.
-        seed: Governs the step noise.
+        timesteps: The timesteps, decreasing.
+        seed: Seed of the noise of the steps.
 
     Returns:
         ``[B, len(timesteps) + 1, H, W]``: x_t for each timestep, then x_0.
     """
-    seen: dict[int, Tensor] = {}
+    kept: dict[int, Tensor] = {}
 
-    def watching(x: Tensor, t: Tensor) -> Tensor:
-        seen[int(t[0])] = x.clone()
+    def recording(x: Tensor, t: Tensor) -> Tensor:
+        kept[int(t[0])] = x.clone()
         prediction: Tensor = model(x, t)
         return prediction
 
-    result = sample_ddpm(diffusion, watching, x_T, seed=seed, progress=False)
-    return torch.cat([*(seen[t] for t in timesteps), result], dim=1)
+    result = sample_ddpm(diffusion, recording, x_T, seed=seed, progress=False)
+    return torch.cat([*(kept[t] for t in timesteps), result], dim=1)

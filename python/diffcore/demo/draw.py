@@ -1,4 +1,4 @@
-"""From trained models to pictures and measured numbers."""
+"""Pictures and measurements of the trained models."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _STRIP_ROWS = 6
 
 
 def _grid(images: Tensor) -> Tensor:
-    """Reshape ``[N, 1, H, W]`` to ``[rows, columns, H, W]``, nearly square and full."""
+    """Reshape ``[N, 1, H, W]`` to ``[rows, columns, H, W]``, nearly square without empty cells."""
     columns = math.ceil(math.sqrt(len(images)))
     while len(images) % columns:
         columns += 1
@@ -54,18 +54,18 @@ def draw_vae(
     sample_seed: int,
     evaluation_seed: int,
 ) -> dict[str, Any]:
-    """Draw the VAE's curves, samples and reconstructions, and measure it on held-out images.
+    """Draw curves, samples and reconstructions of the VAE, and measure it on held-out images.
 
     Args:
         out: Folder for the pictures.
         config: Settings of the run.
         images: The data.
         trainer: The trained VAE.
-        sample_seed: Governs the samples.
-        evaluation_seed: Governs the latent draws of the bound.
+        sample_seed: Seed of the samples.
+        evaluation_seed: Seed of the latent samples of the bound.
 
     Returns:
-        What was measured.
+        The measurements.
     """
     model = cast(ConvVAE, trainer.averaged_model)
     device = trainer.device
@@ -91,14 +91,14 @@ def draw_vae(
         [
             pictures.Curves(
                 "VAE: reconstruction, L1",
-                f"|x - D(z)|²/2s², s = {config.decoder_std} (nats an image)",
+                f"|x - D(z)|²/2s², s = {config.decoder_std} (nats per image)",
                 {"L1": history[:, 1]},
                 {},
                 log=True,
             ),
             pictures.Curves(
                 "VAE: KL to the prior, L2",
-                "KL (nats an image)",
+                "KL (nats per image)",
                 {"L2": history[:, 2]},
                 {"held out": bound["kl_nats"]},
             ),
@@ -110,8 +110,8 @@ def draw_vae(
         "latent_dim": config.latent_dim,
         "held_out": bound,
         "elbo_is": "log-density of pixels in [-1, 1] under N(D(z), decoder_std^2 I) minus KL, "
-        "in nats, constants included, one latent draw an image, averaged weights; bits_per_dim is "
-        "its negative in bits a pixel",
+        "in nats, constants included, one latent sample per image, averaged weights; bits_per_dim "
+        "is its negative in bits per pixel",
     }
 
 
@@ -125,19 +125,19 @@ def draw_ddpm(
     evaluation_seed: int,
     progress: bool,
 ) -> dict[str, Any]:
-    """Draw the DDPM's curve, samples and strips, and measure it on held-out images.
+    """Draw curve, samples and strips of the DDPM, and measure it on held-out images.
 
     Args:
         out: Folder for the pictures.
         config: Settings of the run.
         images: The data.
         trainer: The trained DDPM.
-        sample_seed: Governs the samples.
-        evaluation_seed: Governs timesteps and noise of the held-out loss and bound.
-        progress: Whether to show bars while sampling and measuring.
+        sample_seed: Seed of the samples.
+        evaluation_seed: Seed of timesteps and noise of the held-out loss and bound.
+        progress: Whether to show progress bars while sampling and measuring.
 
     Returns:
-        What was measured.
+        The measurements.
     """
     diffusion = ddpm.build_diffusion(config)
     model = trainer.averaged_model
@@ -167,7 +167,7 @@ def draw_ddpm(
     pictures.save_mosaic(
         out / "ddim_samples.png",
         _grid(ddim),
-        title=f"The same network and x_T, DDIM, {config.ddim_steps} steps, η = 0",
+        title=f"Same network and x_T, DDIM, {config.ddim_steps} steps, η = 0",
     )
     _draw_strips(out, config, test, trainer, x_T, sample_seed)
     pictures.save_curves(
@@ -175,7 +175,7 @@ def draw_ddpm(
         [
             pictures.Curves(
                 "DDPM: |ε − ε_θ(x_t, t)|², mean over pixels",
-                "loss (predicting 0 gives 1)",
+                "loss (a prediction of 0 has loss 1)",
                 {"training": trainer.history.cpu()[:, 0]},
                 {"held out, averaged weights": held_out},
                 log=True,

@@ -1,4 +1,4 @@
-"""How probable the models find images they have not seen, in bits a dimension and in nats."""
+"""Likelihood of held-out images under the models, in bits per dimension and in nats."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ _CHUNK = 250
 
 
 def on_grid(images: Tensor) -> Tensor:
-    """Round pixels to the nearest k/127.5 - 1, which is where those of 8 bits are already.
+    """Round pixels to the nearest k/127.5 - 1, the values of 8-bit pixels.
 
     Args:
         images: Pixels in [-1, 1].
 
     Returns:
-        The same, to half a grey level of 255 (the 17 levels of the 8x8 digits lie between them).
+        The rounded pixels. 8-bit pixels do not change; the 17 levels of the 8x8 digits do, by at
+        most half a gray level.
     """
     return (images * 127.5 + 127.5).round().clamp(0, 255) / 127.5 - 1
 
@@ -37,20 +38,20 @@ def held_out_bits(
     seed: int,
     progress: bool,
 ) -> tuple[BitsPerDim, BitsPerDim]:
-    """The variational bound of unseen images: estimated from a few timesteps, and at all of them.
+    """The variational bound of held-out images, estimated from a few timesteps and at all of them.
 
-    Every timestep of every image would be most of the time of a demo; the estimate is unbiased.
+    All timesteps of all images would take most of the time of the demo. The estimate is unbiased.
 
     Args:
         diffusion: The noising process.
         model: Predicts the noise.
-        images: ``[N, C, H, W]`` in [-1, 1]; some of them, evenly spread, if there are many.
-        config: Settings of the run: how many, and how many strata.
-        seed: Governs noise and timesteps.
-        progress: Whether to show bars.
+        images: ``[N, C, H, W]`` in [-1, 1]; evenly spaced ones are used if there are too many.
+        config: Settings of the run: numbers of images and of strata.
+        seed: Seed of noise and timesteps.
+        progress: Whether to show progress bars.
 
     Returns:
-        The estimate, and the exact one of fewer images, in bits a dimension.
+        The estimate, and the exact bound of fewer images, in bits per dimension.
     """
     strata = min(config.bits_strata, diffusion.num_timesteps - 1)
     found = []
@@ -71,14 +72,14 @@ def held_out_bits(
 
 
 def as_report(found: tuple[BitsPerDim, BitsPerDim], num_timesteps: int) -> dict[str, Any]:
-    """What goes into ``report.json``.
+    """The entries of ``report.json``.
 
     Args:
-        found: From `held_out_bits`.
+        found: Result of ``held_out_bits``.
         num_timesteps: T.
 
     Returns:
-        Numbers and lists, in bits a dimension.
+        Numbers and lists, in bits per dimension.
     """
     estimate, exact = found
     return {
@@ -97,32 +98,32 @@ def as_report(found: tuple[BitsPerDim, BitsPerDim], num_timesteps: int) -> dict[
             "terms": exact.terms.tolist(),
         },
         "is": "variational bound on -log2 of the probability of 8-bit pixels, per pixel, averaged "
-        "weights: a stratified estimate, and exactly at every timestep of fewer images; terms[t] "
-        "is that of timestep t, terms[0] = L_0 the decoder's",
+        "weights: a stratified estimate, and the exact value for fewer images; terms[t] is the "
+        "term of timestep t, terms[0] = L_0 that of the decoder",
     }
 
 
 def summary(ddpm: Mapping[str, Any], vae: Mapping[str, Any]) -> list[str]:
-    """What is said on the terminal.
+    """The lines printed at the end of a run.
 
     Args:
-        ddpm: From `as_report`.
-        vae: From `diffcore.demo.vae.held_out_elbo`.
+        ddpm: Result of ``as_report``.
+        vae: Result of ``diffcore.demo.vae.held_out_elbo``.
 
     Returns:
-        Lines.
+        The lines.
     """
     exact = ddpm["exact"]
     rest = ddpm["bits_per_dim"] - ddpm["prior"] - ddpm["decoder"]
     return [
         f"DDPM: {ddpm['bits_per_dim']:.3f} ± {ddpm['standard_error']:.3f} bits/dim on "
-        f"{ddpm['images']} held-out images, {ddpm['calls_per_image']} calls an image: "
+        f"{ddpm['images']} held-out images, {ddpm['calls_per_image']} model calls per image: "
         f"L_0 {ddpm['decoder']:.3f} + L_t {rest:.3f} + L_T {ddpm['prior']:.2g}",
         f"DDPM: {exact['bits_per_dim']:.3f} ± {exact['standard_error']:.3f} bits/dim on "
-        f"{exact['images']} of them at all {exact['calls_per_image']} timesteps",
-        f"VAE: ELBO {vae['elbo_nats']:.1f} nats an image = log-likelihood "
+        f"{exact['images']} of them, exact: all {exact['calls_per_image']} timesteps",
+        f"VAE: ELBO {vae['elbo_nats']:.1f} nats per image = log-likelihood "
         f"{vae['log_likelihood_nats']:.1f} - KL {vae['kl_nats']:.1f}; "
-        f"{vae['bits_per_dim']:.3f} bits/dim of a density on [-1, 1]",
-        f"VAE: with {vae['importance_samples']} importance-weighted latents "
-        f"{vae['importance_weighted_nats']:.1f} nats an image",
+        f"{vae['bits_per_dim']:.3f} bits/dim of the density on [-1, 1]",
+        f"VAE: importance-weighted bound {vae['importance_weighted_nats']:.1f} nats per image, "
+        f"{vae['importance_samples']} samples",
     ]

@@ -1,4 +1,4 @@
-"""The demo's two networks: a U-Net of 0.3 M parameters and a convolutional VAE."""
+"""The two networks of the demo: a U-Net of 0.3 M parameters and a convolutional VAE."""
 
 from __future__ import annotations
 
@@ -17,15 +17,16 @@ def timestep_embedding(t: Tensor, dim: int, max_period: float = 10_000.0) -> Ten
     Args:
         t: Timesteps ``[B]``, any real dtype.
         dim: Width of the embedding, even.
-        max_period: Longest period over 2 pi.
+        max_period: Longest period divided by 2 pi.
 
     Returns:
         ``[B, dim]`` float32.
 
     Raises:
-        ValueError: If `dim` is odd.
+        ValueError: If ``dim`` is odd.
 
-    Source: Vaswani et al., "Attention Is All You Need", 2017; Ho et al., 2020.
+    Source:
+        Vaswani et al. 2017 (arXiv 1706.03762) section 3.5; Ho et al. 2020 (arXiv 2006.11239).
     """
     if dim % 2:
         raise ValueError(f"dim must be even, got {dim}")
@@ -44,14 +45,14 @@ def _zeroed(layer: nn.Conv2d) -> nn.Conv2d:
 
 
 class ResBlock(nn.Module):
-    """Two 3x3 convolutions, the timestep scaling and shifting between them, and a skip around."""
+    """Residual block: two 3x3 convolutions with a timestep scale and shift between them."""
 
     def __init__(self, channels: int, out_channels: int, embedding_dim: int) -> None:
         """Build the block.
 
         Args:
-            channels: Channels that come in.
-            out_channels: Channels that go out.
+            channels: Input channels.
+            out_channels: Output channels.
             embedding_dim: Width of the timestep embedding.
         """
         super().__init__()
@@ -74,14 +75,14 @@ class ResBlock(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Attention among all pixels, with a skip around it."""
+    """Residual self-attention over all pixels."""
 
     def __init__(self, channels: int, heads: int = 2) -> None:
         """Build the layer.
 
         Args:
-            channels: Channels in and out.
-            heads: Attention heads; divides `channels`.
+            channels: Input and output channels.
+            heads: Attention heads, a divisor of ``channels``.
         """
         super().__init__()
         self.heads = heads
@@ -100,21 +101,22 @@ class SelfAttention(nn.Module):
 
 
 class UNet(nn.Module):
-    """U-Net of two levels on ``pixel_unshuffle``d images: 28x28x1 becomes 14x14x4, then 7x7.
+    """U-Net with two levels on ``pixel_unshuffle``d images: 28x28x1 becomes 14x14x4, then 7x7.
 
-    Source: Ho et al., "Denoising Diffusion Probabilistic Models", 2020, made small; the timestep
-    enters as in Dhariwal and Nichol, "Diffusion Models Beat GANs on Image Synthesis", 2021.
+    Source:
+        Ho et al. 2020 (arXiv 2006.11239), with fewer channels and levels; timestep conditioning by
+        scale and shift from Dhariwal and Nichol 2021 (arXiv 2105.05233).
     """
 
     def __init__(
         self, *, channels: int = 1, width: int = 32, patch: int = 2, num_timesteps: int = 200
     ) -> None:
-        """Build the network; its output is zero before training.
+        """Build the network. Its output is zero before training.
 
         Args:
             channels: Image channels.
-            width: Channels of the upper level; a multiple of 8. The lower has twice as many.
-            patch: Side of the ``pixel_unshuffle``; 1 for none.
+            width: Channels of the upper level, a multiple of 8; the lower level has twice as many.
+            patch: Block size of the ``pixel_unshuffle``; 1 for none.
             num_timesteps: T of the diffusion. Timesteps are embedded as if T were 1000.
         """
         super().__init__()
@@ -160,17 +162,18 @@ class UNet(nn.Module):
 
 
 class ConvVAE(nn.Module):
-    """Convolutional VAE: two halvings to a diagonal Gaussian over the latents, and back.
+    """Convolutional VAE with a diagonal Gaussian posterior; sides are halved twice.
 
-    Source: Kingma and Welling, "Auto-Encoding Variational Bayes", 2014.
+    Source:
+        Kingma and Welling 2014 (arXiv 1312.6114).
     """
 
     def __init__(self, image_shape: tuple[int, int, int], *, width: int, latent_dim: int) -> None:
         """Build encoder and decoder.
 
         Args:
-            image_shape: Channels, height and width; the sides are multiples of 4.
-            width: Channels after the first halving; twice as many after the second.
+            image_shape: Channels, height and width; both sides are multiples of 4.
+            width: Channels after the first convolution; twice as many after the second.
             latent_dim: Latent dimensions.
 
         Raises:
@@ -179,7 +182,7 @@ class ConvVAE(nn.Module):
         super().__init__()
         channels, height, side = image_shape
         if height % 4 or side % 4:
-            raise ValueError(f"image_shape must have sides that 4 divides, got {image_shape}")
+            raise ValueError(f"image_shape must have sides divisible by 4, got {image_shape}")
         self.latent_dim = latent_dim
         bottom = (2 * width, height // 4, side // 4)
         flat, hidden = math.prod(bottom), 8 * width
@@ -204,19 +207,19 @@ class ConvVAE(nn.Module):
             nn.ConvTranspose2d(width, width, 4, stride=2, padding=1),
             nn.SiLU(),
             nn.Conv2d(width, channels, 3, padding=1),
-            nn.Tanh(),  # a mean outside the pixels' range is never the better one
+            nn.Tanh(),  # pixels lie in [-1, 1], so a mean outside is never better
         )
 
     def encode(self, x: Tensor) -> Tensor:
-        """Return the posterior's parameters ``[B, 2 latent_dim]``: mean, then log-variance."""
+        """Return the posterior of z as ``[B, 2 latent_dim]``: mean, then log-variance."""
         parameters: Tensor = self.encoder(x)
         return parameters
 
     def decode(self, z: Tensor) -> Tensor:
-        """Return the decoder's mean image ``[B, C, H, W]`` for latents ``[B, latent_dim]``."""
+        """Return the mean image ``[B, C, H, W]`` of latents ``[B, latent_dim]``."""
         image: Tensor = self.decoder(z)
         return image.contiguous()
 
     def forward(self, x: Tensor) -> Tensor:
-        """Reconstruct images from the posterior's mean."""
+        """Reconstruct images from the mean of the posterior."""
         return self.decode(self.encode(x)[:, : self.latent_dim])

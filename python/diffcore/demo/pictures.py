@@ -14,28 +14,28 @@ from torch import Tensor
 from diffcore.likelihood import BitsPerDim
 
 _DPI = 150
-_COLOURS = ("#1f5fa8", "#c8501e", "#2f7d4f")
+_COLORS = ("#1f5fa8", "#c8501e", "#2f7d4f")
 
 
 def mosaic(images: Tensor) -> np.ndarray:
-    """Lay out images in rows and columns with white gaps between.
+    """Lay out images in rows and columns with white gaps.
 
     Args:
-        images: ``[rows, columns, H, W]``, pixels in [-1, 1]; what is outside is clipped.
+        images: ``[rows, columns, H, W]``, pixels in [-1, 1]; values outside are clipped.
 
     Returns:
-        Grey picture, float32 in [0, 1].
+        Gray picture, float32 in [0, 1].
 
     Raises:
-        ValueError: If `images` is not four-dimensional.
+        ValueError: If ``images`` is not 4-D.
     """
     if images.ndim != 4:
         raise ValueError(f"images must be [rows, columns, H, W], got {tuple(images.shape)}")
     rows, columns, height, width = images.shape
     gap = _gap(width)
     canvas = torch.ones(rows, height + gap, columns, width + gap)
-    grey = images.detach().float().cpu().clamp(-1, 1).add(1).mul(0.5)
-    canvas[:, :height, :, :width] = grey.transpose(1, 2)
+    gray = images.detach().float().cpu().clamp(-1, 1).add(1).mul(0.5)
+    canvas[:, :height, :, :width] = gray.transpose(1, 2)
     canvas = canvas.reshape(rows * (height + gap), columns * (width + gap))
     return canvas[:-gap, :-gap].numpy()
 
@@ -58,10 +58,10 @@ def save_mosaic(
     Args:
         path: File to write.
         images: ``[rows, columns, H, W]``, pixels in [-1, 1].
-        title: Above the picture.
-        column_labels: Above each column, or none.
-        row_labels: Left of each row, or none.
-        caption: Below the picture.
+        title: Title above the picture.
+        column_labels: Label above each column, or none.
+        row_labels: Label to the left of each row, or none.
+        caption: Text below the picture.
     """
     rows, columns, height, width = images.shape
     cell, gap = 0.75, _gap(width)
@@ -102,10 +102,10 @@ class Curves:
     """One panel of training curves.
 
     Attributes:
-        title: Above the panel.
-        ylabel: What is drawn, with its unit.
+        title: Title above the panel.
+        ylabel: Quantity and unit.
         lines: Values per step, by name.
-        levels: Horizontal marks, by name, such as a held-out value.
+        levels: Horizontal lines, by name, such as a held-out value.
         log: Whether the vertical axis is logarithmic.
     """
 
@@ -117,11 +117,11 @@ class Curves:
 
 
 def running_mean(values: Tensor, window: int) -> Tensor:
-    """Average each value with those before it, at most `window` in all.
+    """Average each value with those before it, over at most ``window`` values.
 
     Args:
         values: ``[N]``.
-        window: How many.
+        window: Number of values in an average.
 
     Returns:
         ``[N]`` float64.
@@ -132,7 +132,7 @@ def running_mean(values: Tensor, window: int) -> Tensor:
     return (total[last] - total[first]) / (last - first)
 
 
-def _plain_number(value: float, position: int | None) -> str:
+def _plain_number(value: float, _position: int | None) -> str:
     # The minor ticks between 5 and 10 would run into each other.
     return f"{value:g}" if f"{value:e}"[0] in "1235" else ""
 
@@ -146,14 +146,14 @@ def save_curves(path: Path, panels: Sequence[Curves]) -> None:
     """
     figure = Figure(figsize=(5.2 * len(panels), 3.6), dpi=_DPI, layout="constrained")
     for axes, panel in zip(np.atleast_1d(figure.subplots(1, len(panels))), panels, strict=True):
-        for colour, (name, values) in zip(_COLOURS, panel.lines.items(), strict=False):
+        for color, (name, values) in zip(_COLORS, panel.lines.items(), strict=False):
             values = values.detach().float().cpu()
             window = max(1, len(values) // 50)
             steps = np.arange(1, len(values) + 1)
-            axes.plot(steps, values.numpy(), color=colour, alpha=0.22, linewidth=0.6)
+            axes.plot(steps, values.numpy(), color=color, alpha=0.22, linewidth=0.6)
             mean = running_mean(values, window).numpy()
             label = f"{name}, mean of {window} steps" if window > 1 else name
-            axes.plot(steps, mean, color=colour, linewidth=1.6, label=label)
+            axes.plot(steps, mean, color=color, linewidth=1.6, label=label)
         for style, (name, level) in zip(("--", ":", "-."), panel.levels.items(), strict=False):
             label = f"{name}: {level:.3g}"
             axes.axhline(level, color="0.25", linestyle=style, linewidth=1, label=label)
@@ -161,7 +161,7 @@ def save_curves(path: Path, panels: Sequence[Curves]) -> None:
             axes.set_yscale("log")
             axes.yaxis.set_major_formatter(_plain_number)
             axes.yaxis.set_minor_formatter(_plain_number)
-        axes.set(title=panel.title, xlabel="optimiser step", ylabel=panel.ylabel)
+        axes.set(title=panel.title, xlabel="optimizer step", ylabel=panel.ylabel)
         axes.grid(alpha=0.25, linewidth=0.5)
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False, fontsize=8)
@@ -179,16 +179,16 @@ def save_terms(path: Path, bits: BitsPerDim) -> None:
     axes = figure.subplots()
     terms = bits.terms.numpy()
     rest = float(terms[1:].sum())
-    label = f"L_t, t > 0: {rest:.3f} in all"
-    axes.plot(np.arange(1, len(terms)), terms[1:], color=_COLOURS[0], linewidth=1.6, label=label)
-    label = f"L_0, the decoder's: {terms[0]:.3f}"
-    axes.plot([0], terms[:1], "o", color=_COLOURS[1], markersize=6, clip_on=False, label=label)
-    label = f"L_T, the prior's: {bits.prior:.2g}"
+    label = f"L_t, t > 0: sum {rest:.3f}"
+    axes.plot(np.arange(1, len(terms)), terms[1:], color=_COLORS[0], linewidth=1.6, label=label)
+    label = f"L_0 (decoder): {terms[0]:.3f}"
+    axes.plot([0], terms[:1], "o", color=_COLORS[1], markersize=6, clip_on=False, label=label)
+    label = f"L_T (prior): {bits.prior:.2g}"
     axes.axhline(bits.prior, color="0.25", linestyle="--", linewidth=1, label=label)
     axes.set_yscale("log")
     axes.set_xlim(0, max(1, len(terms) - 1))
     axes.set(
-        title=f"The bound on {bits.samples} held-out images: "
+        title=f"Variational bound, {bits.samples} held-out images: "
         f"{bits.total:.3f} ± {bits.standard_error:.3f} bits/dim",
         xlabel="timestep t",
         ylabel="term of the bound (bits/dim)",

@@ -1,4 +1,4 @@
-"""A whole demo run: data, two trainings, pictures, report."""
+"""A complete demo run: data, two trainings, pictures, report."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from diffcore.demo.data import ImageData, load_images, resolve
 from diffcore.demo.draw import draw_ddpm, draw_vae
 from diffcore.demo.training import Trainer, TrainingConfig
 
-# Each use of randomness gets its own stream; the seed shifts them all.
+# Offsets from the seed of the run, so that no two uses of randomness share a seed.
 _STREAM_SAMPLES, _STREAM_EVALUATION = 1_000_003, 2_000_003
 
 
 def choose_device(name: str) -> torch.device:
-    """Turn ``auto`` into a CUDA device where there is one.
+    """Resolve ``auto``: the CUDA device if there is one, else the CPU.
 
     Args:
-        name: ``auto`` or what `torch.device` takes.
+        name: ``auto`` or the name of a torch device.
 
     Returns:
         The device.
 
     Raises:
-        ValueError: If torch does not know it or cannot use it.
+        ValueError: If torch does not know the device or cannot use it.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -42,7 +42,7 @@ def choose_device(name: str) -> torch.device:
     except RuntimeError as error:
         raise ValueError(f"device must be auto or a torch device, got {name!r}") from error
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device {name} was asked for, but torch sees no CUDA device")
+        raise ValueError(f"device must be available, got {name!r}, but torch sees no CUDA device")
     return device
 
 
@@ -56,23 +56,23 @@ def choose_config(
     quick: bool,
     resume: bool,
 ) -> DemoConfig:
-    """Settle the settings: those of the run being resumed, or new ones.
+    """Return the settings of the run: new ones, or those of the run to resume.
 
     Args:
-        out: The run's folder.
+        out: Folder of the run.
         data: Data set, or None for the default.
         steps: Steps of the DDPM, or None for the default.
         vae_steps: Steps of the VAE, or None for the default.
         seed: Seed, or None for the default.
-        quick: Whether to take the smoke run's settings.
-        resume: Whether to go on with the run in `out`.
+        quick: Whether to use the settings of the smoke run.
+        resume: Whether to continue the run in ``out``.
 
     Returns:
         The settings.
 
     Raises:
-        FileNotFoundError: If there is nothing to resume.
-        ValueError: If a setting contradicts the run being resumed, or is unknown.
+        FileNotFoundError: If ``out`` holds no run to resume.
+        ValueError: If a setting differs from the run to resume, or is invalid.
     """
     given = {"data": data, "steps": steps, "vae_steps": vae_steps, "seed": seed}
     changes = {
@@ -84,18 +84,18 @@ def choose_config(
             raise ValueError(f"data must be digits with --quick, got {name}")
         config = quick_config(name) if name == "digits" else full_config(name)
         config = config.replace({**changes, "data": name})
-        # A short run still needs most of its steps at a useful learning rate.
+        # Warmup takes at most a quarter of a short run.
         warmup = max(1, min(config.warmup_steps, config.steps // 4, config.vae_steps // 4))
         return config.replace({"warmup_steps": warmup})
     path = out / "config.json"
     if not path.exists():
-        raise FileNotFoundError(f"nothing to resume in {out}: it has no config.json")
+        raise FileNotFoundError(f"out must hold a run to resume, got {out} without config.json")
     config = DemoConfig.load(path)
     for name, value in changes.items():
         if getattr(config, name) != value:
             raise ValueError(
-                f"{name} of the run in {out} is {getattr(config, name)}, not {value}; "
-                "resume without it, or start afresh without --resume"
+                f"{name} must be {getattr(config, name)} to resume the run in {out}, got {value}; "
+                "omit it, or start a new run without --resume"
             )
     return config
 
@@ -113,27 +113,27 @@ def run_demo(
     progress: bool = True,
     log: Callable[[str], object] = print,
 ) -> dict[str, object]:
-    """Train both models, draw the pictures, write ``report.json``.
+    """Train both models, draw the pictures, and write ``report.json``.
 
     Args:
-        out: Folder for everything, made if need be.
+        out: Folder for all results, created if missing.
         data: ``auto``, ``mnist``, ``fashion``, ``digits``, or None for the default.
-        steps: Optimiser steps of the DDPM, or None for the default.
-        vae_steps: Optimiser steps of the VAE, or None for the default.
-        seed: Governs everything, or None for 0.
-        quick: Smoke run on 8x8 digits.
-        resume: Go on with the run in `out`.
+        steps: Optimizer steps of the DDPM, or None for the default.
+        vae_steps: Optimizer steps of the VAE, or None for the default.
+        seed: Seed of all randomness, or None for 0.
+        quick: Whether to make the smoke run on 8x8 digits.
+        resume: Whether to continue the run in ``out``.
         device: ``auto`` or a torch device.
         progress: Whether to show progress bars on a terminal.
-        log: Takes each line about what happens.
+        log: Called with each line of output.
 
     Returns:
         The report.
 
     Raises:
-        Interrupted: After Ctrl-C during training; the state is saved.
-        ValueError: If the settings make no sense.
-        FileNotFoundError: If there is nothing to resume, or no such data.
+        Interrupted: After Ctrl-C during training, with the state saved.
+        ValueError: If a setting is invalid.
+        FileNotFoundError: If there is no run to resume, or the data are not installed.
     """
     place = choose_device(device)
     config = choose_config(
@@ -147,7 +147,10 @@ def run_demo(
     )
     started = time.perf_counter()
     images = load_images(config.data)
-    log(f"{images.title}: {len(images.train)} to train on, {len(images.test)} held out, on {place}")
+    log(
+        f"{images.title}: {len(images.train)} training images, {len(images.test)} held out, "
+        f"device {place}"
+    )
     checkpoints = out / "checkpoints"
     checkpoints.mkdir(parents=True, exist_ok=True)
     if not resume:
@@ -176,7 +179,7 @@ def run_demo(
             log(f"{name}: resumed at step {trainer.step} of {trainer.config.steps}")
         trainer.fit(train, name=name, progress=progress)
         per_step = 1000 * trainer.seconds / trainer.config.steps
-        log(f"{name}: {trainer.step} steps in {trainer.seconds:.0f} s, {per_step:.1f} ms a step")
+        log(f"{name}: {trainer.step} steps in {trainer.seconds:.0f} s, {per_step:.1f} ms per step")
         scalars = {"config": dataclasses.asdict(config), "step": trainer.step}
         weights = trainer.averaged_model.state_dict()
         save_checkpoint(checkpoints / f"{name.lower()}.safetensors", weights, scalars)
@@ -203,12 +206,12 @@ def build_trainers(
 
     Args:
         config: Settings of the run.
-        images: For their shape.
+        images: The data, for the shape of an image.
         checkpoints: Folder for the training states.
-        device: Where to train.
+        device: Device to train on.
 
     Returns:
-        DDPM, VAE.
+        (DDPM, VAE).
     """
     diffusion = ddpm.build_diffusion(config)
     common = {
@@ -248,5 +251,5 @@ def _discard_old(checkpoints: Path, log: Callable[[str], object]) -> None:
     for path in sorted(checkpoints.glob("*.training.safetensors")):
         scalars = read_scalars(path)
         if scalars["step"] < scalars["steps"]:
-            log(f"Starting afresh: {path.name}, stopped at step {scalars['step']}, is discarded")
+            log(f"New run: discarding {path.name}, which stopped at step {scalars['step']}")
         path.unlink()

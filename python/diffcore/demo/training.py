@@ -1,4 +1,4 @@
-"""The training loop of both models: counts steps, stops at any, resumes bit for bit."""
+"""The training loop of both models. A stopped run resumes with the same bits."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ LossFunction = Callable[[nn.Module, Tensor, torch.Generator], Tensor]
 
 
 class Interrupted(Exception):
-    """Training was stopped by Ctrl-C, after its state was saved."""
+    """Training was stopped by Ctrl-C and its state was saved."""
 
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """How a model is trained.
+    """Settings of a training.
 
     Attributes:
-        steps: Optimiser steps, also the length of the cosine decay.
-        batch_size: Images a step, drawn with replacement.
+        steps: Optimizer steps, also the length of the cosine decay.
+        batch_size: Images per step, sampled with replacement.
         learning_rate: Peak learning rate of AdamW.
-        warmup_steps: Steps of linear warm-up.
+        warmup_steps: Steps of linear warmup.
         ema_decay: Decay of the averaged weights.
-        seed: Governs initial weights, batches, and what the loss draws.
+        seed: Seed of initial weights, batches, and random numbers of the loss.
         checkpoint_every: Steps between two saves.
     """
 
@@ -49,7 +49,7 @@ class TrainingConfig:
     checkpoint_every: int
 
     def learning_rate_at(self, step: int) -> float:
-        """Return the learning rate of a step: linear warm-up times cosine decay."""
+        """Return the learning rate of a step: linear warmup times cosine decay."""
         warmup = min(1.0, (step + 1) / self.warmup_steps)
         return self.learning_rate * warmup * 0.5 * (1.0 + math.cos(math.pi * step / self.steps))
 
@@ -57,8 +57,8 @@ class TrainingConfig:
 class Trainer:
     """Trains one model and keeps its averaged weights, loss history and checkpoint.
 
-    All randomness comes from one CPU generator, whose state is in the checkpoint, so that a run on
-    any device sees the same batches and noise, and a resumed run goes on where the other stopped.
+    All randomness comes from one CPU generator, whose state is saved in the checkpoint. Batches and
+    noise are therefore the same on every device, and a resumed run continues the interrupted one.
     """
 
     def __init__(
@@ -71,21 +71,21 @@ class Trainer:
         path: Path,
         device: torch.device,
     ) -> None:
-        """Build the model and its optimiser.
+        """Build the model and its optimizer.
 
         Args:
-            build: Makes the model; runs under `config.seed`.
-            loss: From model, batch ``[B, ...]`` and generator to metrics ``[len(metrics)]``; the
-                first is minimised.
-            metrics: Their names.
-            config: How to train.
-            path: Where the training state is saved.
-            device: Where to train.
+            build: Builds the model. Called with torch seeded by ``config.seed``.
+            loss: Maps model, batch ``[B, ...]`` and generator to metrics ``[len(metrics)]``, the
+                first of which is minimized.
+            metrics: Names of the metrics.
+            config: Settings of the training.
+            path: File of the training state.
+            device: Device to train on.
         """
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             model = build()
-        # torch's stubs do not know this argument of Module.to
+        # The type stubs of torch lack this argument of Module.to.
         self.model: nn.Module = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.loss = loss
         self.metrics = metrics
@@ -102,7 +102,7 @@ class Trainer:
 
     @property
     def finished(self) -> bool:
-        """Whether every step is done."""
+        """Whether all steps are done."""
         return self.step >= self.config.steps
 
     @property
@@ -112,15 +112,15 @@ class Trainer:
         return module
 
     def fit(self, images: Tensor, *, name: str, progress: bool = True) -> None:
-        """Train until every step is done.
+        """Train until all steps are done.
 
         Args:
             images: ``[N, C, H, W]``, on the training device.
-            name: Shown beside the progress bar.
-            progress: Whether to show one; never shown where there is no terminal.
+            name: Label of the progress bar.
+            progress: Whether to show a progress bar; without a terminal none is shown.
 
         Raises:
-            Interrupted: After Ctrl-C. The step under way was finished and its state saved.
+            Interrupted: After Ctrl-C. The current step was finished and its state saved.
         """
         bar = tqdm(
             total=self.config.steps,
@@ -156,11 +156,11 @@ class Trainer:
             group["lr"] = self.config.learning_rate_at(self.step)
         self.optimizer.step()
         self.ema.update_parameters(self.model)
-        self.history[self.step] = values.detach()  # stays on the device: no wait for the number
+        self.history[self.step] = values.detach()  # on the device, so that no step waits for it
         self.step += 1
 
     def save(self) -> None:
-        """Save all that `load` needs to go on as if nothing had happened."""
+        """Save the complete training state, from which ``load`` continues with the same bits."""
         tensors = {
             **checkpoint.prefixed("model", self.model.state_dict()),
             **checkpoint.prefixed("ema", self.ema.state_dict()),
@@ -174,17 +174,17 @@ class Trainer:
         checkpoint.save_checkpoint(self.path, tensors, scalars)
 
     def load(self) -> None:
-        """Go back to the state that `save` left in `path`.
+        """Restore the state that ``save`` wrote to ``path``.
 
         Raises:
-            FileNotFoundError: If nothing was saved.
-            ValueError: If it was saved by a run of another length.
+            FileNotFoundError: If there is no saved state.
+            ValueError: If a run of another length saved it.
         """
         tensors, scalars = checkpoint.load_checkpoint(self.path)
         if scalars["steps"] != self.config.steps:
             raise ValueError(
-                f"{self.path} belongs to a run of {scalars['steps']} steps, not "
-                f"{self.config.steps}: the learning rate's decay depends on it"
+                f"{self.path} must come from a run of {self.config.steps} steps, got one of "
+                f"{scalars['steps']}; the learning rate depends on the number of steps"
             )
         self.model.load_state_dict(checkpoint.stripped("model", tensors))
         self.ema.load_state_dict(checkpoint.stripped("ema", tensors))
@@ -198,14 +198,14 @@ class Trainer:
 
 @contextmanager
 def _stop_on_ctrl_c() -> Iterator[threading.Event]:
-    """Turn the first Ctrl-C into an event, so that no step is torn; the second acts as usual."""
+    """Turn the first Ctrl-C into an event, read between steps; the second acts as usual."""
     stop = threading.Event()
     if threading.current_thread() is not threading.main_thread():
-        yield stop  # only the main thread may install handlers
+        yield stop  # only the main thread can install handlers
         return
     previous = signal.getsignal(signal.SIGINT)
 
-    def handler(signum: int, frame: FrameType | None) -> None:
+    def handler(_signum: int, _frame: FrameType | None) -> None:
         stop.set()
         signal.signal(signal.SIGINT, previous)
 

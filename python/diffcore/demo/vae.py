@@ -1,4 +1,4 @@
-"""The demo's VAE: loss, samples and reconstructions, each a call into diffcore."""
+"""The VAE of the demo: loss, samples and reconstructions, each a call into diffcore."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ def build_network(config: DemoConfig, image_shape: tuple[int, int, int]) -> Conv
 
 
 def training_loss(decoder_std: float) -> LossFunction:
-    """Return the lecture's loss, L1 + L2, for a Gaussian decoder N(D(z), s^2 I).
+    """Return the loss of the lecture, L1 + L2, for a Gaussian decoder N(D(z), s^2 I).
 
     ``L1 = |x - D(z)|^2 / (2 s^2)`` and ``L2 = KL(N(mean, var) || N(0, I))``, in nats, summed over
-    one image and averaged over the batch. L1 leaves out the constant ``n/2 log(2 pi s^2)``.
+    each image and averaged over the batch. L1 omits the constant ``n/2 log(2 pi s^2)``.
 
     Args:
-        decoder_std: s.
+        decoder_std: Standard deviation s of the decoder.
 
     Returns:
-        A loss for `Trainer`.
+        A loss for ``Trainer``.
     """
 
     def loss(model: nn.Module, x: Tensor, generator: torch.Generator) -> Tensor:
@@ -55,22 +55,22 @@ def training_loss(decoder_std: float) -> LossFunction:
 def held_out_elbo(
     model: ConvVAE, images: Tensor, *, decoder_std: float, seed: int
 ) -> dict[str, float]:
-    """Estimate the evidence lower bound on unseen images, one latent draw an image.
+    """Estimate the evidence lower bound of held-out images from one latent sample per image.
 
-    ``ELBO = E[log N(x; D(z), s^2 I)] - KL``, a density over pixels in [-1, 1], constant included;
-    and the tighter bound from several draws of z.
+    ``ELBO = E[log N(x; D(z), s^2 I)] - KL``, the log of a density over pixels in [-1, 1], constant
+    included; and the importance-weighted bound, which is tighter, from several samples of z.
 
     Args:
         model: The VAE.
         images: ``[N, C, H, W]`` in [-1, 1].
-        decoder_std: s.
-        seed: Governs the draws.
+        decoder_std: Standard deviation s of the decoder.
+        seed: Seed of the latent samples.
 
     Returns:
-        Means over the images: ``elbo_nats``, ``elbo_nats_per_dim`` (a pixel), its two terms
-        ``log_likelihood_nats`` and ``kl_nats``, the whole in bits a pixel (``bits_per_dim``) with
-        its ``standard_error``, ``importance_weighted_nats`` from ``importance_samples`` draws, and
-        ``mse`` a pixel.
+        Means over the images: ``elbo_nats`` per image, ``elbo_nats_per_dim`` per pixel, the two
+        terms ``log_likelihood_nats`` and ``kl_nats``, -ELBO in bits per pixel (``bits_per_dim``)
+        with its ``standard_error``, ``importance_weighted_nats`` from ``importance_samples``
+        samples, and ``mse`` per pixel.
     """
     pixels = math.prod(images.shape[1:])
     found = []
@@ -103,13 +103,13 @@ def held_out_elbo(
 
 @torch.inference_mode()
 def sample(model: ConvVAE, count: int, *, seed: int, device: torch.device) -> Tensor:
-    """Draw images: ``z ~ N(0, I)``, then the decoder's mean D(z).
+    """Sample images: ``z ~ N(0, I)``, then the mean D(z) of the decoder.
 
     Args:
         model: The VAE.
-        count: How many.
-        seed: Governs z.
-        device: Where the model is.
+        count: Number of images.
+        seed: Seed of z.
+        device: Device of the model.
 
     Returns:
         ``[count, C, H, W]``.
@@ -119,7 +119,7 @@ def sample(model: ConvVAE, count: int, *, seed: int, device: torch.device) -> Te
 
 @torch.inference_mode()
 def reconstruct(model: ConvVAE, images: Tensor) -> Tensor:
-    """Encode images, take the posterior's mode, and decode it.
+    """Encode images and decode the mode of the posterior.
 
     Args:
         model: The VAE.

@@ -1,39 +1,65 @@
-"""The DDPM of the lecture: forward process, posterior, training loss, and both samplers.
+"""The DDPM of the lecture: forward process, posterior, training losses, samplers and bound.
 
-Method names and calling conventions are those of guided-diffusion, so a user swaps the import. The
-arithmetic is ops', one launch each; the parts that this class is made of only decide which float64
-table a launch reads.
+Methods have the names of guided-diffusion, and the parameters that both have keep its names and
+its order, so that its training, sampling and likelihood scripts run with these methods. Its
+parameters ``denoised_fn`` and ``cond_fn`` do not exist here. From the place where one of them would
+stand, and in the sampling loops from ``noise`` on, parameters are keyword-only: a positional call
+that means another parameter raises TypeError. Parameters that guided-diffusion lacks are
+keyword-only. The constructor differs: it takes strings for the model's output and the loss, and
+``respace`` replaces ``SpacedDiffusion``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
+import torch
 from torch import Tensor
 
-from diffcore.diffusion.bound import VariationalBound
-from diffcore.diffusion.forward import ForwardProcess
-from diffcore.diffusion.reverse import ReverseProcess
-from diffcore.diffusion.training import TrainingLosses
+from diffcore import ops
+from diffcore._checks import check_choice
+from diffcore._types import Model
+from diffcore.coefficients.bound import DECODERS, LEARNED, VARIANCE_TYPES
+from diffcore.coefficients.step import PREDICTION_TYPES
+from diffcore.diffusion import bound, reverse, training
+from diffcore.diffusion.checks import (
+    can_read_values,
+    check_batch,
+    check_decoder,
+    check_noise,
+    check_pixels,
+    check_timestep_values,
+    check_timesteps,
+    check_weights,
+)
+from diffcore.diffusion.tables import DiffusionTables, on_cpu
+from diffcore.noise import Noise, PhiloxNoise, StepNoise
+from diffcore.sampling.loop import run_table
+from diffcore.sampling.model import call_model
+from diffcore.sampling.noise import initial_sample
+from diffcore.sampling.progress import progress_bar
+from diffcore.schedules.betas import check_betas
 
 
-class GaussianDiffusion(ForwardProcess, TrainingLosses, ReverseProcess, VariationalBound):
+class GaussianDiffusion:
     """Variance preserving diffusion with discrete timesteps 0 .. T-1, and its reverse process.
 
     x_t = sqrt(alphas_cumprod_t) x_0 + sqrt(1 - alphas_cumprod_t) noise. A model is called as
     ``model(x, t, **model_kwargs)`` with ``t`` int64 ``[B]``, always timesteps of the training
-    schedule, and returns a tensor of the shape of ``x``. Under autocast it may come in another
-    floating dtype; it is converted to that of ``x``.
+    schedule, and returns a tensor of the shape of ``x``. Under autocast its output may have another
+    floating-point dtype; it is converted to that of ``x``.
 
-    With a learned variance it returns ``[B, 2C, ...]``: its prediction, then v, along dimension 1.
-    v is the log-variance itself ("learned"), or where it lies between log beta_tilde, at v = -1,
-    and log beta, at v = 1 ("learned_range"); nothing keeps v between these. The two are read where
-    they lie. DDIM reads the prediction alone.
+    With a learned variance the model returns ``[B, 2C, ...]``: the prediction, then v, along
+    dimension 1. v is the log-variance itself ("learned"), or a position between log beta_tilde, at
+    v = -1, and log beta, at v = 1 ("learned_range"); v is not clamped. Kernels read both halves
+    without a copy. DDIM reads the prediction only.
 
     The tables (``betas``, ``alphas_cumprod``, ``alphas_cumprod_prev``, ``sqrt_alphas_cumprod``,
     ``sqrt_one_minus_alphas_cumprod``, ``log_one_minus_alphas_cumprod``, ``posterior_variance``,
     ``posterior_log_variance_clipped``, ``posterior_mean_coef1``, ``posterior_mean_coef2``) are
-    float64 ``[T]`` on the CPU. Kernels read copies, moved once to each device and rounded once.
+    float64 ``[T]`` on the CPU, whatever torch's default device is. Kernels read copies, moved to
+    each device once, and round once.
 
     Args:
         betas: Variances of the Markov steps, ``[T]`` in (0, 1]. The last may be 1 (zero terminal
@@ -41,13 +67,18 @@ class GaussianDiffusion(ForwardProcess, TrainingLosses, ReverseProcess, Variatio
         prediction_type: What the model predicts: "epsilon", "sample" (x_0), "v_prediction" or
             "flow_prediction".
         variance_type: Variance of the reverse step: "fixed_small" (beta_tilde), "fixed_large"
-            (beta), or one that the model says, "learned" or "learned_range". At t = 0, where
-            beta_tilde is 0 and no noise is drawn, the log-variance that ``p_mean_variance`` reports
-            is the next step's log beta_tilde for both fixed ones, and so is the variance of
-            "fixed_large" (Ho et al.; guided-diffusion). With T = 1 there is no next step: log beta.
+            (beta), or one that the model predicts, "learned" or "learned_range". At t = 0, where
+            beta_tilde is 0 and no noise is added, the log-variance that ``p_mean_variance`` returns
+            is that of t = 1, log beta_tilde, for both fixed types, and so is the variance of
+            "fixed_large" (Ho et al.; guided-diffusion). With T = 1 it is log beta.
         clip_sample: Clip the predicted x_0 while sampling.
         clip_sample_range: To [-clip_sample_range, clip_sample_range].
         loss_type: What ``training_losses`` computes: "mse", "rescaled_mse", "kl" or "rescaled_kl".
+
+    Attributes:
+        num_timesteps: T.
+        schedule: alpha and sigma at each timestep, a ``NoiseSchedule``.
+        tables: The numbers that the methods read, and their copies on devices.
 
     Raises:
         TypeError: An argument of the wrong type.
@@ -68,14 +99,45 @@ class GaussianDiffusion(ForwardProcess, TrainingLosses, ReverseProcess, Variatio
         clip_sample_range: float = 1.0,
         loss_type: str = "mse",
     ) -> None:
-        super().__init__(
-            betas, prediction_type, variance_type, clip_sample, clip_sample_range, loss_type
-        )
+        check_choice("prediction_type", prediction_type, PREDICTION_TYPES)
+        check_choice("variance_type", variance_type, VARIANCE_TYPES)
+        check_choice("loss_type", loss_type, training.LOSS_TYPES)
+        if isinstance(clip_sample_range, bool) or not hasattr(clip_sample_range, "__float__"):
+            kind = type(clip_sample_range).__name__
+            raise TypeError(f"clip_sample_range must be a number, got {kind}")
+        if not clip_sample_range > 0:
+            raise ValueError(f"clip_sample_range must be positive, got {clip_sample_range}")
+        betas = on_cpu(lambda: check_betas(betas))
+        if prediction_type == "epsilon" and betas[-1] == 1:
+            raise ValueError(
+                "betas must end below 1 with prediction_type='epsilon', got a last beta of 1 (zero "
+                "terminal SNR): its x_t holds no signal, so a prediction of epsilon does not "
+                "determine x_0; use prediction_type='v_prediction' or 'sample'"
+            )
+        self.prediction_type = prediction_type
+        self.variance_type = variance_type
+        self.clip_sample = bool(clip_sample)
+        self.clip_sample_range = float(clip_sample_range)
+        self.loss_type = loss_type
+
+        self.tables = tables = DiffusionTables(betas, prediction_type, variance_type)
+        self.num_timesteps = len(tables)
+        self.schedule = tables.schedule
+        self.betas = tables.betas
+        self.alphas_cumprod = tables.alphas_cumprod
+        self.alphas_cumprod_prev = tables.alphas_cumprod_prev
+        self.sqrt_alphas_cumprod = tables.sqrt_alphas_cumprod
+        self.sqrt_one_minus_alphas_cumprod = tables.sqrt_one_minus_alphas_cumprod
+        self.log_one_minus_alphas_cumprod = tables.log_one_minus_alphas_cumprod
+        self.posterior_variance = tables.posterior_variance
+        self.posterior_log_variance_clipped = tables.posterior_log_variance_clipped
+        self.posterior_mean_coef1 = tables.posterior_mean_coef1
+        self.posterior_mean_coef2 = tables.posterior_mean_coef2
 
     def respace(
         self, timesteps: int | Sequence[int], timestep_spacing: str = "leading"
     ) -> GaussianDiffusion:
-        """The same process seen at some of its timesteps only.
+        """The same process observed at some of its timesteps only.
 
         Indices of the result run over the chosen timesteps; the model still gets the original ones.
 
@@ -88,10 +150,14 @@ class GaussianDiffusion(ForwardProcess, TrainingLosses, ReverseProcess, Variatio
             A diffusion with as many steps, whose betas are 1 - alphas_cumprod_t /
             alphas_cumprod_prev over the chosen timesteps.
 
+        Raises:
+            TypeError: Timesteps that are not integers.
+            ValueError: No timestep, or one out of range.
+
         Source:
             Nichol and Dhariwal 2021 (arXiv 2102.09672) section 4 (SpacedDiffusion).
         """
-        rows, betas = self._respaced(timesteps, timestep_spacing)
+        timestep_map, betas = self.tables.respaced(timesteps, timestep_spacing)
         spaced = GaussianDiffusion(
             betas,
             self.prediction_type,
@@ -100,6 +166,515 @@ class GaussianDiffusion(ForwardProcess, TrainingLosses, ReverseProcess, Variatio
             self.clip_sample_range,
             self.loss_type,
         )
-        known = self._timestep_map
-        spaced._timestep_map = tuple(known[t] if known else t for t in rows)
+        spaced.tables.timestep_map = timestep_map
         return spaced
+
+    # ---- forward process -----------------------------------------------------------------------
+
+    def q_mean_variance(self, x_start: Tensor, t: Tensor | int) -> tuple[Tensor, Tensor, Tensor]:
+        """Moments of q(x_t | x_0) = N(sqrt(alphas_cumprod_t) x_0, (1 - alphas_cumprod_t) I).
+
+        Args:
+            x_start: x_0, ``[B, ...]``.
+            t: Timesteps, integers ``[B]``, or one int.
+
+        Returns:
+            (mean, variance, log_variance), of the shape of ``x_start``. The last two are float32,
+            or float64 for float64 samples.
+        """
+        t = check_timesteps(t, x_start, self.num_timesteps)
+        check_timestep_values(t, self.num_timesteps)
+        extract = self.tables.extract
+        scale = extract("sqrt_alphas_cumprod", t, x_start)
+        variance = extract("sqrt_one_minus_alphas_cumprod", t, x_start) ** 2
+        log_variance = extract("log_one_minus_alphas_cumprod", t, x_start)
+        return (scale * x_start).to(x_start.dtype), variance, log_variance
+
+    def q_sample(self, x_start: Tensor, t: Tensor | int, noise: Noise | None = None) -> Tensor:
+        """A sample of q(x_t | x_0): sqrt(alphas_cumprod_t) x_0 + sqrt(1 - alphas_cumprod_t) noise.
+
+        Args:
+            x_start: x_0, ``[B, ...]``.
+            t: Timesteps, integers ``[B]``, or one int.
+            noise: Standard normal, like ``x_start``, or a noise key; ``None`` for a key seeded by
+                torch's generator.
+
+        Returns:
+            x_t, like ``x_start``.
+        """
+        t = check_timesteps(t, x_start, self.num_timesteps)
+        if noise is None:
+            noise = PhiloxNoise.from_generator(device=x_start.device)
+        return ops.q_sample(x_start, t, noise, self.tables.noise[x_start.device])
+
+    def q_posterior_mean_variance(
+        self, x_start: Tensor, x_t: Tensor, t: Tensor | int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Moments of q(x_{t-1} | x_t, x_0) = N(coef1_t x_0 + coef2_t x_t, beta_tilde_t I).
+
+        Args:
+            x_start: x_0, ``[B, ...]``.
+            x_t: Noised samples, like ``x_start``.
+            t: Timesteps, integers ``[B]``, or one int.
+
+        Returns:
+            (mean, variance, log_variance_clipped), of the shape of ``x_start``; at t = 0 the
+            variance is 0 and the clipped logarithm is that of t = 1.
+        """
+        t = check_timesteps(t, x_start, self.num_timesteps)
+        coefficients = self.tables.posterior[x_start.device]
+        return (
+            ops.linear_combination(x_start, x_t, coefficients, t=t),
+            self.tables.extract("posterior_variance", t, x_start),
+            self.tables.extract("posterior_log_variance_clipped", t, x_start),
+        )
+
+    # ---- training ------------------------------------------------------------------------------
+
+    def training_losses(
+        self,
+        model: Model,
+        x_start: Tensor,
+        t: Tensor | int,
+        model_kwargs: Mapping[str, Any] | None = None,
+        noise: Noise | None = None,
+        *,
+        weights: Tensor | None = None,
+        decoder: str = "discretized",
+    ) -> dict[str, Tensor]:
+        """The loss of each sample, by ``loss_type`` of the constructor.
+
+        ::
+
+            mse           w_t mean (m - target)^2 [+ vb]    Algorithm 1, the simplified objective
+            rescaled_mse  the same, with vb times T / 1000
+            kl            vb                                in bits per dimension
+            rescaled_kl   T vb                              unbiased for L_0 + ... + L_{T-1}
+
+        vb is the term of the variational bound at t: L_t, or at t = 0 the decoder's L_0. With a
+        learned variance it is added to the mse: the hybrid objective, in which the gradient of vb
+        reaches the variance only. No prediction is clipped here.
+
+        Args:
+            model: ``model(x_t, t, **model_kwargs)``.
+            x_start: x_0, ``[B, ...]``.
+            t: Timesteps, integers ``[B]``, usually uniform in 0 .. T-1.
+            model_kwargs: More arguments for the model.
+            noise: Standard normal, like ``x_start``, or a noise key; ``None`` for a key seeded by
+                torch's generator. The noise of a key is generated twice and never stored.
+            weights: ``[T]``, a weight for each timestep (``losses.min_snr_weights``); 1 if
+                ``None``. Keep it on the device of ``x_start``: moving it there waits. Weights apply
+                to the mse only and are refused with "kl" and "rescaled_kl".
+            decoder: L_0 for pixels k/127.5 - 1 ("discretized": the mass of their bin) or for other
+                data such as latents ("gaussian": the density). Pixel values are not validated while
+                training: the bin of another x_0 is x_0 ± 1/255.
+
+        Returns:
+            ``loss``, and its parts ``mse`` and ``vb`` as far as the loss has them, each ``[B]``;
+            average them over the batch.
+
+        Raises:
+            TypeError: An argument, or the model's output, of the wrong type.
+            ValueError: An argument, or the model's output, of the wrong shape or value.
+
+        Source:
+            Ho et al. 2020 (arXiv 2006.11239) eq. 14; Nichol and Dhariwal 2021 (arXiv 2102.09672)
+            eq. 16.
+        """
+        check_choice("decoder", decoder, DECODERS)
+        t = check_timesteps(t, x_start, self.num_timesteps)
+        if weights is not None:
+            if self.loss_type not in ("mse", "rescaled_mse"):
+                raise ValueError(
+                    f"weights must be None with loss_type={self.loss_type!r}, got a tensor"
+                )
+            check_weights(weights, self.num_timesteps)
+        if noise is None:
+            noise = PhiloxNoise.from_generator(device=x_start.device)
+        x_t = ops.q_sample(x_start, t, noise, self.tables.noise[x_start.device])
+        output, variance_output = self._predict(model, x_t, t, model_kwargs)
+        return training.losses(
+            self.tables,
+            self.loss_type,
+            x_start,
+            output,
+            variance_output,
+            noise,
+            t,
+            weights=weights,
+            decoder=decoder,
+        )
+
+    # ---- reverse process, one step -------------------------------------------------------------
+
+    def p_mean_variance(
+        self,
+        model: Model,
+        x: Tensor,
+        t: Tensor | int,
+        clip_denoised: bool | None = None,
+        *,
+        model_kwargs: Mapping[str, Any] | None = None,
+    ) -> dict[str, Tensor]:
+        """Moments of p(x_{t-1} | x_t) = N(coef1_t pred_xstart + coef2_t x_t, variance_t I).
+
+        A learned log-variance is v, or log beta_tilde + (v + 1) / 2 (log beta - log beta_tilde).
+
+        Args:
+            model: ``model(x, t, **model_kwargs)``.
+            x: x_t, ``[B, ...]``.
+            t: Timesteps, integers ``[B]``, or one int.
+            clip_denoised: Clip the predicted x_0; ``None`` for ``clip_sample`` of the constructor.
+            model_kwargs: More arguments for the model.
+
+        Returns:
+            ``mean``, ``variance``, ``log_variance`` and ``pred_xstart``, of the shape of ``x``. The
+            variances are float32, or float64 for float64 samples.
+        """
+        t = self._timesteps_of(x, t)
+        output, variance_output = self._predict(model, x, t, model_kwargs)
+        clip = self._clip_range(clip_denoised)
+        return reverse.moments(self.tables, x, output, variance_output, t, clip)
+
+    def p_sample(
+        self,
+        model: Model,
+        x: Tensor,
+        t: Tensor | int,
+        clip_denoised: bool | None = None,
+        *,
+        model_kwargs: Mapping[str, Any] | None = None,
+        noise: Noise | None = None,
+    ) -> dict[str, Tensor]:
+        """One ancestral step: mean + sqrt(variance_t) noise, without noise where t = 0.
+
+        Args:
+            model: ``model(x, t, **model_kwargs)``.
+            x: x_t, ``[B, ...]``.
+            t: Timesteps, integers ``[B]``, or one int.
+            clip_denoised: Clip the predicted x_0; ``None`` for ``clip_sample`` of the constructor.
+            model_kwargs: More arguments for the model.
+            noise: Standard normal, like ``x``, or a noise key; ``None`` for a key seeded by torch's
+                generator.
+
+        Returns:
+            ``sample`` (x_{t-1}) and ``pred_xstart``, like ``x``.
+        """
+        t = self._timesteps_of(x, t)
+        clip = self._clip_range(clip_denoised)
+        table, variance_table = self.tables.ddpm(clip), self.tables.learned_variance(clip)
+        output, variance_output = self._predict(model, x, t, model_kwargs)
+        if noise is None:
+            noise = PhiloxNoise.from_generator(device=x.device)
+        return {
+            "sample": reverse.step(x, output, t, table, noise, variance_output, variance_table),
+            "pred_xstart": reverse.predicted_x0(self.tables, x, output, t, clip),
+        }
+
+    def ddim_sample(
+        self,
+        model: Model,
+        x: Tensor,
+        t: Tensor | int,
+        clip_denoised: bool | None = None,
+        *,
+        model_kwargs: Mapping[str, Any] | None = None,
+        eta: float = 0.0,
+        rederive_epsilon: bool = True,
+        noise: Noise | None = None,
+    ) -> dict[str, Tensor]:
+        """One DDIM step, from t to t - 1; call it on ``respace(...)`` for longer steps.
+
+        A predicted variance is not read.
+
+        Args:
+            model: ``model(x, t, **model_kwargs)``.
+            x: x_t, ``[B, ...]``.
+            t: Timesteps, integers ``[B]``, or one int.
+            clip_denoised: Clip the predicted x_0; ``None`` for ``clip_sample`` of the constructor.
+            model_kwargs: More arguments for the model.
+            eta: 0 for the deterministic step, 1 for ancestral noise.
+            rederive_epsilon: Compute epsilon from the clipped x_0 (OpenAI's rule) instead of using
+                that of the model (the default of diffusers). The same without clipping.
+            noise: Standard normal, like ``x``, or a noise key; ``None`` for a key seeded by torch's
+                generator. Not read with eta = 0.
+
+        Returns:
+            ``sample`` (x_{t-1}) and ``pred_xstart``, like ``x``.
+        """
+        t = self._timesteps_of(x, t)
+        clip = self._clip_range(clip_denoised)
+        table = self.tables.ddim(clip, eta, rederive_epsilon)
+        output, _ = self._predict(model, x, t, model_kwargs)
+        if eta == 0:
+            noise = None
+        elif noise is None:
+            noise = PhiloxNoise.from_generator(device=x.device)
+        return {
+            "sample": reverse.step(x, output, t, table, noise),
+            "pred_xstart": reverse.predicted_x0(self.tables, x, output, t, clip),
+        }
+
+    # ---- reverse process, all steps ------------------------------------------------------------
+
+    def p_sample_loop(
+        self,
+        model: Model,
+        shape: Sequence[int],
+        *,
+        noise: Noise | None = None,
+        clip_denoised: bool | None = None,
+        model_kwargs: Mapping[str, Any] | None = None,
+        device: torch.device | str | None = None,
+        progress: bool = False,
+        num_steps: int | None = None,
+        timestep_spacing: str = "leading",
+        step_noise: StepNoise | None = None,
+        dtype: torch.dtype | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Ancestral sampling (Algorithm 2), from x_T down to x_0, without waiting for the device.
+
+        Runs without gradients.
+
+        Args:
+            model: ``model(x, t, **model_kwargs)``.
+            shape: Shape of the samples, ``[B, ...]``.
+            noise: x_T, or a noise key for it; ``None`` for a key seeded by torch's generator.
+            clip_denoised: Clip the predicted x_0; ``None`` for ``clip_sample`` of the constructor.
+            model_kwargs: More arguments for the model.
+            device: Where to sample; ``None`` for that of ``noise``, else of the model's parameters.
+            progress: Show a progress bar (tqdm).
+            num_steps: How many timesteps to visit; ``None`` for all T.
+            timestep_spacing: Which timesteps: "leading", "trailing" or "linspace".
+            step_noise: A noise key, of which step i reads the stream 1 + i after its own; a tensor
+                ``[S, B, ...]``; or ``(i, x) -> noise``, not called at the last step, where no noise
+                is added. ``None`` for the key of x_T, or one seeded by torch's generator.
+            dtype: Of the samples; ``None`` for that of ``noise``, else torch's default.
+            generator: Source of seeds; ``None`` for torch's own.
+
+        Returns:
+            x_0, of the given shape.
+        """
+        rows = self.tables.rows(num_steps, timestep_spacing)
+        x, step_noise = initial_sample(model, shape, noise, step_noise, device, dtype, generator)
+        solver = self.tables.ddpm_solver(rows, self._clip_range(clip_denoised))
+        return run_table(model, x, solver, step_noise, model_kwargs=model_kwargs, progress=progress)
+
+    def ddim_sample_loop(
+        self,
+        model: Model,
+        shape: Sequence[int],
+        *,
+        noise: Noise | None = None,
+        clip_denoised: bool | None = None,
+        model_kwargs: Mapping[str, Any] | None = None,
+        device: torch.device | str | None = None,
+        progress: bool = False,
+        eta: float = 0.0,
+        num_steps: int | None = None,
+        timestep_spacing: str = "leading",
+        rederive_epsilon: bool = True,
+        step_noise: StepNoise | None = None,
+        dtype: torch.dtype | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """DDIM sampling. The last step goes to x_0 itself: alpha_prev = 1, and no noise.
+
+        Runs without gradients. A predicted variance is not read.
+
+        Args:
+            model: ``model(x, t, **model_kwargs)``.
+            shape: Shape of the samples, ``[B, ...]``.
+            noise: x_T, or a noise key for it; ``None`` for a key seeded by torch's generator.
+            clip_denoised: Clip the predicted x_0; ``None`` for ``clip_sample`` of the constructor.
+            model_kwargs: More arguments for the model.
+            device: Where to sample; ``None`` for that of ``noise``, else of the model's parameters.
+            progress: Show a progress bar (tqdm).
+            eta: 0 for the deterministic sampler, 1 for ancestral noise.
+            num_steps: How many timesteps to visit; ``None`` for all T.
+            timestep_spacing: Which timesteps: "leading", "trailing" or "linspace".
+            rederive_epsilon: Compute epsilon from the clipped x_0 (OpenAI's rule) instead of using
+                that of the model (the default of diffusers). The same without clipping.
+            step_noise: As for ``p_sample_loop``; with eta = 0 a function is never called.
+            dtype: Of the samples; ``None`` for that of ``noise``, else torch's default.
+            generator: Source of seeds; ``None`` for torch's own.
+
+        Returns:
+            x_0, of the given shape.
+        """
+        rows = self.tables.rows(num_steps, timestep_spacing)
+        x, step_noise = initial_sample(model, shape, noise, step_noise, device, dtype, generator)
+        clip = self._clip_range(clip_denoised)
+        solver = self.tables.ddim_solver(rows, clip, eta, rederive_epsilon)
+        return run_table(
+            model,
+            x,
+            solver,
+            step_noise,
+            model_kwargs=model_kwargs,
+            progress=progress,
+            learned=self.variance_type in LEARNED,
+        )
+
+    # ---- variational bound: L = L_T + sum_{t>0} L_t + L_0 ----------------------------------------
+
+    def prior_bpd(self, x_start: Tensor) -> Tensor:
+        """L_T = KL(q(x_T | x_0) || N(0, I)), the part of the bound without the model.
+
+        Args:
+            x_start: x_0, ``[B, ...]``.
+
+        Returns:
+            ``[B]``, in bits per dimension.
+        """
+        check_batch("x_start", x_start)
+        return bound.prior(self.tables, x_start)
+
+    def vb_terms_bpd(
+        self,
+        model: Model,
+        x_start: Tensor,
+        x_t: Tensor,
+        t: Tensor | int,
+        clip_denoised: bool | None = None,
+        model_kwargs: Mapping[str, Any] | None = None,
+        *,
+        decoder: str = "discretized",
+    ) -> dict[str, Tensor]:
+        """A term of the bound: KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)), at t = 0 -log p(x_0).
+
+        Differentiable in the model's output, its variance included.
+
+        Args:
+            model: ``model(x_t, t, **model_kwargs)``.
+            x_start: x_0, ``[B, ...]``.
+            x_t: Noised samples, like ``x_start``.
+            t: Timesteps, integers ``[B]``, or one int.
+            clip_denoised: Clip the predicted x_0; ``None`` for ``clip_sample`` of the constructor.
+            model_kwargs: More arguments for the model.
+            decoder: -log p(x_0) for pixels k/127.5 - 1 ("discretized": the mass of their bin) or
+                for other data such as latents ("gaussian": the density).
+
+        Returns:
+            ``output`` ``[B]``, in bits per dimension, and ``pred_xstart``, like ``x_start``.
+
+        Raises:
+            ValueError: ``x_start`` that is not made of pixels, with "discretized". On CUDA, where
+                the check would wait for the device, only with ``DIFFCORE_DEBUG=1``.
+        """
+        check_choice("decoder", decoder, DECODERS)
+        t = check_timesteps(t, x_start, self.num_timesteps)
+        check_timestep_values(t, self.num_timesteps)
+        if decoder == "discretized" and can_read_values(x_start):
+            check_pixels("x_start", x_start)
+        output, variance_output = self._predict(model, x_t, t, model_kwargs)
+        clip = self._clip_range(clip_denoised)
+        return bound.term_of_x_t(
+            self.tables, x_start, x_t, output, variance_output, t, clip, decoder
+        )
+
+    @torch.no_grad()
+    def calc_bpd_loop(
+        self,
+        model: Model,
+        x_start: Tensor,
+        clip_denoised: bool | None = None,
+        model_kwargs: Mapping[str, Any] | None = None,
+        *,
+        noise: Noise | None = None,
+        decoder: str = "discretized",
+        progress: bool | None = False,
+    ) -> dict[str, Tensor]:
+        """The complete bound: one call of the model at every timestep, without gradients.
+
+        Column t of the results ``[B, T]`` is timestep t, so L_0 comes first. The columns of
+        guided-diffusion run in the opposite direction, from T-1 to 0.
+
+        Args:
+            model: ``model(x_t, t, **model_kwargs)``.
+            x_start: x_0, ``[B, ...]``.
+            clip_denoised: Clip the predicted x_0; ``None`` for ``clip_sample`` of the constructor.
+            model_kwargs: More arguments for the model.
+            noise: The noise of every x_t, like ``x_start``; or a noise key, of which timestep t
+                reads the stream t after its own; ``None`` for a key seeded by torch's generator.
+            decoder: As for ``vb_terms_bpd``.
+            progress: Show a progress bar (tqdm); ``None`` for one on terminals only.
+
+        Returns:
+            ``total_bpd`` ``[B]``, the sum of ``prior_bpd`` ``[B]`` and of ``vb`` ``[B, T]``, in
+            bits per dimension; ``xstart_mse`` ``[B, T]`` and ``mse`` ``[B, T]``, the mean squared
+            errors of the predicted x_0 and of the noise that it implies, both after the clip.
+
+        Raises:
+            TypeError: ``x_start`` or ``noise`` of another type.
+            ValueError: ``x_start`` that is not made of pixels, with "discretized" (read once, on
+                every device).
+
+        Source:
+            Ho et al. 2020 (arXiv 2006.11239) eq. 5; Nichol and Dhariwal 2021 (arXiv 2102.09672).
+        """
+        check_batch("x_start", x_start)
+        check_decoder(decoder, "x_start", x_start)
+        noise = check_noise(noise, x_start)
+        clip = self._clip_range(clip_denoised)
+        prior = self.prior_bpd(x_start)
+        terms, errors = [], []
+        for t in progress_bar(range(self.num_timesteps), "calc_bpd_loop", progress):
+            steps = torch.full((len(x_start),), t, dtype=torch.int64, device=x_start.device)
+            now = noise.at(noise.stream + t) if isinstance(noise, PhiloxNoise) else noise
+            term, error = self._noised_term(model, x_start, steps, now, clip, decoder, model_kwargs)
+            terms.append(term)
+            errors.append(error)
+        vb, xstart_mse = torch.stack(terms, dim=1), torch.stack(errors, dim=1)
+        return {
+            "total_bpd": vb.sum(dim=1) + prior,
+            "prior_bpd": prior,
+            "vb": vb,
+            "xstart_mse": xstart_mse,
+            "mse": (xstart_mse * self.tables.snr[x_start.device]).to(xstart_mse.dtype),
+        }
+
+    # ---- private -------------------------------------------------------------------------------
+
+    def _clip_range(self, clip_denoised: bool | None) -> float | None:
+        """Largest magnitude of the predicted x_0; ``None`` for no clip."""
+        clip = self.clip_sample if clip_denoised is None else clip_denoised
+        return self.clip_sample_range if clip else None
+
+    def _predict(
+        self, model: Model, x: Tensor, t: Tensor, model_kwargs: Mapping[str, Any] | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The model's prediction at t and, where the variance is learned, its variance output."""
+        if model_kwargs is not None and not isinstance(model_kwargs, Mapping):
+            kind = type(model_kwargs).__name__
+            raise TypeError(f"model_kwargs must be a mapping or None, got {kind}")
+        learned = self.variance_type in LEARNED
+        output = call_model(model, x, self.tables.model_timesteps(t), model_kwargs, learned=learned)
+        if not learned:
+            return output, None
+        prediction, variance_output = output.chunk(2, dim=1)
+        return prediction, variance_output
+
+    def _noised_term(
+        self,
+        model: Model,
+        x_start: Tensor,
+        t: Tensor,
+        noise: Noise,
+        clip: float | None,
+        decoder: str,
+        model_kwargs: Mapping[str, Any] | None,
+    ) -> tuple[Tensor, Tensor]:
+        """The term t of the bound and the mean squared error of x_0, each ``[B]``."""
+        x_t = ops.q_sample(x_start, t, noise, self.tables.noise[x_start.device])
+        output, variance_output = self._predict(model, x_t, t, model_kwargs)
+        return bound.term_of_noise(
+            self.tables, x_start, noise, output, variance_output, t, clip, decoder
+        )
+
+    def _timesteps_of(self, x: Tensor, t: Tensor | int) -> Tensor:
+        """Checked timesteps of x_t, for steps that call the model before a kernel checks ``t``."""
+        t = check_timesteps(t, x, self.num_timesteps, name="x")
+        check_timestep_values(t, self.num_timesteps)
+        return t

@@ -1,4 +1,4 @@
-"""The bound of a variational diffusion model: in continuous time, or in any number of steps."""
+"""The bound of a variational diffusion model, in continuous time or in T steps."""
 
 from __future__ import annotations
 
@@ -11,27 +11,28 @@ import torch
 from torch import Tensor
 
 from diffcore import ops
-from diffcore._checks import check_choice
-from diffcore._types import Model, Noise
+from diffcore._checks import check_choice, check_count
+from diffcore._types import Model
 from diffcore.coefficients.bound import DECODERS, FIXED, VLB_COLUMNS
 from diffcore.coefficients.step import PREDICTION_TYPES, target_coefficients, x0_coefficients
-from diffcore.diffusion.bound import check_noise, check_pixels, may_look
-from diffcore.noise import PhiloxNoise
-from diffcore.sampling.loop import call_model, check_samples
+from diffcore.diffusion.checks import can_read_values, check_noise, check_pixels
+from diffcore.noise import Noise, PhiloxNoise
+from diffcore.sampling.model import call_model, check_samples
 
 Gamma = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True, eq=False)
 class VDMBound:
-    """-log p(x) <= prior + diffusion + reconstruction, for each sample.
+    """The bound -log p(x) <= prior + diffusion + reconstruction of each sample.
 
     Attributes:
-        prior_nats: KL(q(z_1 | x) || N(0, I)), ``[B]``, nats a sample.
-        diffusion_nats: The loss of all times, estimated at one for each sample, ``[B]``.
-        reconstruction_nats: -log p(x | z_0), ``[B]``.
-        t: The times, float64 ``[B]``.
-        dimensions: Of a sample.
+        prior_nats: KL(q(z_1 | x) || N(0, I)), ``[B]``, nats per sample.
+        diffusion_nats: The integral of the loss over t, estimated at one t per sample, ``[B]``,
+            nats per sample.
+        reconstruction_nats: -log p(x | z_0), ``[B]``, nats per sample.
+        t: The time of each sample, float64 ``[B]``.
+        dimensions: Number of dimensions of a sample.
     """
 
     prior_nats: Tensor
@@ -42,27 +43,27 @@ class VDMBound:
 
     @property
     def total_nats(self) -> Tensor:
-        """The bound, ``[B]``, nats a sample."""
+        """The bound, ``[B]``, nats per sample."""
         return self.prior_nats + self.diffusion_nats + self.reconstruction_nats
 
     @property
     def total_bpd(self) -> Tensor:
-        """The bound, ``[B]``, bits a dimension."""
+        """The bound, ``[B]``, bits per dimension."""
         return self.total_nats / self._nats
 
     @property
     def prior_bpd(self) -> Tensor:
-        """``prior_nats`` in bits a dimension, ``[B]``."""
+        """``prior_nats`` in bits per dimension, ``[B]``."""
         return self.prior_nats / self._nats
 
     @property
     def diffusion_bpd(self) -> Tensor:
-        """``diffusion_nats`` in bits a dimension, ``[B]``."""
+        """``diffusion_nats`` in bits per dimension, ``[B]``."""
         return self.diffusion_nats / self._nats
 
     @property
     def reconstruction_bpd(self) -> Tensor:
-        """``reconstruction_nats`` in bits a dimension, ``[B]``."""
+        """``reconstruction_nats`` in bits per dimension, ``[B]``."""
         return self.reconstruction_nats / self._nats
 
     @property
@@ -90,36 +91,37 @@ def vdm_bound(
 
     alpha² = sigmoid(-gamma) and sigma² = sigmoid(gamma). In continuous time the diffusion loss is
     1/2 E_t[gamma'(t) |noise - predicted noise|²]; in T steps, with s = t - 1/T, it is
-    T/2 E_t[expm1(gamma_t - gamma_s) |noise - predicted noise|²]. It has gradients for what the
-    model returned, so it is a training loss too; gamma gets none.
+    T/2 E_t[expm1(gamma_t - gamma_s) |noise - predicted noise|²]. The bound is differentiable in the
+    model output, so it is also a training loss; it is not differentiated in gamma.
 
     Args:
-        model: ``model(z_t, gamma_t, **model_kwargs)``: it is told gamma, float ``[B]``, not t.
+        model: ``model(z_t, gamma_t, **model_kwargs)``; its second argument is gamma(t), float
+            ``[B]``, not t.
         x: The data, ``[B, ...]``.
         gamma_min: gamma at t = 0, -13.3 in the paper; gamma(t) is linear.
         gamma_max: gamma at t = 1, 5 in the paper.
-        gamma: In place of the two: a rising function of float64 times in [0, 1]. On CUDA, its value
-            at 1 is waited for.
-        gamma_prime: Its derivative; by autograd if ``None``.
+        gamma: Instead of these two, an increasing function of float64 times in [0, 1]. Reading its
+            value at 1 synchronizes a CUDA device.
+        gamma_prime: Derivative of ``gamma``; ``None`` for autograd.
         num_timesteps: T, or ``None`` for continuous time.
         prediction_type: What the model predicts, one of ``PREDICTION_TYPES``.
-        decoder: p(x | z_0) = N(z_0 / alpha_0, sigma_0² / alpha_0²): its mass in the bin of a pixel
-            k/127.5 - 1 ("discretized"), or its density ("gaussian").
+        decoder: With p(x | z_0) = N(z_0 / alpha_0, sigma_0² / alpha_0²): the probability of the bin
+            of a pixel k/127.5 - 1 ("discretized"), or the density ("gaussian").
         t: Times in [0, 1], ``[B]``; ``None`` for (u + i/B) mod 1 with one uniform u, which covers
             them evenly. With ``num_timesteps`` they are rounded up to a multiple of 1/T.
-        noise: Like ``x``, both in z_t and in z_0; or a recipe, whose next stream is that in z_0;
-            ``None`` for a recipe seeded by torch's generator.
-        generator: Source of u and of that seed; ``None`` for torch's own.
-        model_kwargs: More arguments for the model.
+        noise: A tensor of the shape of ``x``, used for z_t and z_0; or a noise key, of which z_0
+            uses the next stream; ``None`` for a key seeded by torch's generator.
+        generator: Generator of u and of that seed; ``None`` for torch's default.
+        model_kwargs: Keyword arguments of the model.
 
     Returns:
         A ``VDMBound``.
 
     Raises:
         TypeError: An argument of the wrong type.
-        ValueError: Neither or both of gamma and its range, a gamma that does not rise, no samples,
-            t of another shape or outside [0, 1], or, with "discretized", x that is no pixel (the
-            last two on CUDA with ``DIFFCORE_DEBUG=1`` only).
+        ValueError: Neither or both of gamma and its range, a gamma that does not increase, no
+            samples, t of another shape or outside [0, 1], or, with "discretized", x that is not
+            8-bit pixels (the last two on CUDA only with ``DIFFCORE_DEBUG=1``).
 
     Source:
         Kingma et al. 2021 (arXiv 2107.00630) eq. 11 to 17 and appendix I.1.
@@ -128,56 +130,101 @@ def vdm_bound(
     check_choice("prediction_type", prediction_type, PREDICTION_TYPES)
     check_choice("decoder", decoder, DECODERS)
     if len(x) == 0:
-        raise ValueError("x must have samples, got an empty batch")
+        raise ValueError("x must have at least one sample, got an empty batch")
     if num_timesteps is not None:
-        if isinstance(num_timesteps, bool) or not isinstance(num_timesteps, int):
-            raise TypeError(f"num_timesteps must be an int, got {type(num_timesteps).__name__}")
-        if num_timesteps < 1:
-            raise ValueError(f"num_timesteps must be positive, got {num_timesteps}")
-    at = torch.device("cpu") if gamma is None else x.device
-    gamma, gamma_prime = _schedule(gamma_min, gamma_max, gamma, gamma_prime)
-    # A linear gamma is known here: nothing waits for the device.
-    ends = gamma(torch.tensor([0.0, 1.0], dtype=torch.float64, device=at)).detach()
-    first, last = ends.tolist()
-    if not first < last:
-        raise ValueError(f"gamma must rise from t = 0 to 1, got {first} and {last}")
-    if decoder == "discretized" and may_look(x):
+        check_count(num_timesteps, "num_timesteps")
+    schedule = _Schedule.of(gamma_min, gamma_max, gamma, gamma_prime, x.device)
+    if decoder == "discretized" and can_read_values(x):
         check_pixels("x", x)
     if noise is None:
         noise = PhiloxNoise.from_generator(generator, device=x.device)
     noise = check_noise(noise, x)
     t = _times(t, x, generator)
-
-    if num_timesteps is None:
-        gamma_t, weight = gamma(t), gamma_prime(t)
-    else:
-        i = torch.ceil(t * num_timesteps).clamp(1, num_timesteps)
-        t = i / num_timesteps
-        gamma_t = gamma(t)
-        weight = num_timesteps * torch.expm1(gamma_t - gamma((i - 1) / num_timesteps))
-    gamma_t, weight = gamma_t.detach(), weight.detach()
-    alpha, sigma = _coefficients(gamma_t)
-    z_t = ops.add_noise(x, noise, alpha, sigma)
-    told = gamma_t if x.dtype == torch.float64 else gamma_t.float()
-    output = call_model(model, z_t, told, model_kwargs)
-    # The error of x, times alpha / sigma, is that of the noise.
-    table = _errors(alpha, sigma, prediction_type)
-    table[:, _FACTOR] = 0.5 * weight * torch.exp(-gamma_t)
-    rows = torch.arange(len(x), device=x.device)
-    diffusion = ops.vlb_term(x, output, table, t=rows, noise=noise)
-
-    decoded = _decoder(ends[:1].to(x.device), decoder)
-    in_z_0 = noise.at(noise.stream + 1) if isinstance(noise, PhiloxNoise) else noise
-    # The mean of p(x | z_0) is z_0 / alpha_0: no model says it, and x itself stands in for one.
-    reconstruction = ops.vlb_term(x, x, decoded, t=torch.zeros_like(rows), noise=in_z_0)
-    alpha_1, sigma_1 = (c.item() for c in _coefficients(torch.tensor(last, dtype=torch.float64)))
+    if num_timesteps is not None:
+        t = torch.ceil(t * num_timesteps).clamp(1, num_timesteps) / num_timesteps
+    alpha_1, sigma_1 = (c.item() for c in _coefficients(schedule.ends[1].cpu()))
     return VDMBound(
         prior_nats=ops.prior_kl(x, alpha_1, sigma_1),
-        diffusion_nats=diffusion,
-        reconstruction_nats=reconstruction,
+        diffusion_nats=_diffusion(
+            model, x, t, noise, schedule, num_timesteps, prediction_type, model_kwargs
+        ),
+        reconstruction_nats=_reconstruction(x, noise, schedule.ends[:1], decoder),
         t=t,
         dimensions=x.shape[1:].numel(),
     )
+
+
+@dataclass(frozen=True)
+class _Schedule:
+    """A rising gamma(t) on [0, 1].
+
+    Attributes:
+        gamma: The function.
+        gamma_prime: Its derivative.
+        ends: gamma(0) and gamma(1), float64 ``[2]``.
+    """
+
+    gamma: Gamma
+    gamma_prime: Gamma
+    ends: Tensor
+
+    @classmethod
+    def of(
+        cls,
+        gamma_min: float | None,
+        gamma_max: float | None,
+        gamma: Gamma | None,
+        gamma_prime: Gamma | None,
+        device: torch.device,
+    ) -> _Schedule:
+        # The ends of a linear gamma are known on the CPU, so nothing waits for the device.
+        at = torch.device("cpu") if gamma is None else device
+        gamma, gamma_prime = _functions(gamma_min, gamma_max, gamma, gamma_prime)
+        ends = gamma(torch.tensor([0.0, 1.0], dtype=torch.float64, device=at)).detach()
+        first, last = ends.tolist()
+        if not first < last:
+            raise ValueError(f"gamma must rise from t = 0 to t = 1, got {first} and {last}")
+        return cls(gamma, gamma_prime, ends)
+
+    def weight(self, t: Tensor, num_timesteps: int | None) -> Tensor:
+        """gamma'(t), or T expm1(gamma(t) - gamma(t - 1/T)) in T steps."""
+        if num_timesteps is None:
+            return self.gamma_prime(t)
+        i = torch.round(t * num_timesteps)  # t is i / T, rounded
+        return num_timesteps * torch.expm1(self.gamma(t) - self.gamma((i - 1) / num_timesteps))
+
+
+def _diffusion(
+    model: Model,
+    x: Tensor,
+    t: Tensor,
+    noise: Noise,
+    schedule: _Schedule,
+    num_timesteps: int | None,
+    prediction_type: str,
+    model_kwargs: Mapping[str, Any] | None,
+) -> Tensor:
+    """The diffusion loss, ``[B]``, nats."""
+    gamma_t = schedule.gamma(t).detach()
+    weight = schedule.weight(t, num_timesteps).detach()
+    alpha, sigma = _coefficients(gamma_t)
+    z_t = ops.add_noise(x, noise, alpha, sigma)
+    model_input = gamma_t if x.dtype == torch.float64 else gamma_t.float()
+    output = call_model(model, z_t, model_input, model_kwargs)
+    # The error of x times alpha / sigma is the error of the noise.
+    table = _errors(alpha, sigma, prediction_type)
+    table[:, _FACTOR] = 0.5 * weight * torch.exp(-gamma_t)
+    rows = torch.arange(len(x), device=x.device)
+    return ops.vlb_term(x, output, table, t=rows, noise=noise)
+
+
+def _reconstruction(x: Tensor, noise: Noise, gamma_0: Tensor, decoder: str) -> Tensor:
+    """-log p(x | z_0), ``[B]``, nats."""
+    table = _decoder(gamma_0.to(x.device), decoder)
+    noise_0 = noise.at(noise.stream + 1) if isinstance(noise, PhiloxNoise) else noise
+    rows = torch.zeros(len(x), dtype=torch.int64, device=x.device)
+    # The mean of p(x | z_0) is z_0 / alpha_0, with no model: x stands in for the model output.
+    return ops.vlb_term(x, x, table, t=rows, noise=noise_0)
 
 
 _FACTOR, _DECODER, _OFFSET, _D = (
@@ -191,7 +238,10 @@ def _coefficients(gamma: Tensor) -> tuple[Tensor, Tensor]:
 
 def _errors(alpha: Tensor, sigma: Tensor, prediction_type: str) -> Tensor:
     """A table of ``ops.vlb_term`` with the error of x from x, the noise and the prediction."""
-    _, a_m = (torch.as_tensor(c) for c in x0_coefficients(alpha, sigma, prediction_type))
+    _, a_m = (
+        torch.as_tensor(c, device=alpha.device)
+        for c in x0_coefficients(alpha, sigma, prediction_type)
+    )
     k_x, k_noise = target_coefficients(alpha, sigma, prediction_type)
     return _table(alpha, a_m * k_x, a_m * k_noise, -a_m)
 
@@ -230,18 +280,18 @@ def _times(t: Tensor | None, x: Tensor, generator: torch.Generator | None) -> Te
         raise TypeError(f"t must be a tensor of floating point numbers, got {what}")
     if t.shape != x.shape[:1]:
         raise ValueError(f"t must have shape {list(x.shape[:1])}, got {list(t.shape)}")
-    if may_look(t) and not bool(((t >= 0) & (t <= 1)).all()):
+    if can_read_values(t) and not bool(((t >= 0) & (t <= 1)).all()):
         raise ValueError(f"t must lie in [0, 1], got {t.tolist()}")
     return t.to(x.device, torch.float64)
 
 
-def _schedule(
+def _functions(
     low: float | None, high: float | None, gamma: Gamma | None, gamma_prime: Gamma | None
 ) -> tuple[Gamma, Gamma]:
     """The function gamma and its derivative."""
     if gamma is not None:
         if low is not None or high is not None:
-            raise ValueError("gamma and gamma_min, gamma_max are both given; wanted one")
+            raise ValueError("gamma must be None if gamma_min or gamma_max is given; pass one")
         function = gamma
 
         def slope(t: Tensor) -> Tensor:
@@ -251,7 +301,9 @@ def _schedule(
 
         return function, slope if gamma_prime is None else gamma_prime
     if low is None or high is None:
-        raise ValueError(f"gamma_min and gamma_max are {low} and {high}; wanted both, or gamma")
+        raise ValueError(
+            f"gamma_min and gamma_max must both be given, or gamma, got {low} and {high}"
+        )
     if not -math.inf < low < high < math.inf:
         raise ValueError(f"gamma_min must be less than gamma_max, got {low} and {high}")
     start, span = low, high - low

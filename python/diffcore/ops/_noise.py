@@ -12,8 +12,8 @@ from diffcore._engine import messages
 from diffcore._engine.dispatch import run
 from diffcore._engine.kernel import NoisyKernel
 from diffcore._kernels import noise as k
-from diffcore._types import Coef, Noise, Step
-from diffcore.noise import PhiloxNoise, draw
+from diffcore._types import Coef, Step
+from diffcore.noise import Noise, PhiloxNoise, draw
 
 __all__ = [
     "randn",
@@ -39,9 +39,6 @@ def run_noisy(
             f"{kernel.reading.inputs[-1]} must be a torch.Tensor or a PhiloxNoise, got {kind}"
         )
     return run(kernel.reading, (*inputs, noise), coefs, step, False, out)
-
-
-noised = run_noisy  # until solvers/ and sampling/ use the other name
 
 
 def noise_or_default(

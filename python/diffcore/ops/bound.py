@@ -6,8 +6,9 @@ from torch import Tensor
 
 from diffcore._engine.dispatch import run
 from diffcore._kernels import bound as k
-from diffcore._types import Coef, Noise, Step
+from diffcore._types import Coef, Step
 from diffcore.coefficients.bound import FIXED, VLB_COLUMNS, prior_coefficients
+from diffcore.noise import Noise
 from diffcore.ops._arguments import as_coef, as_table, float_of
 from diffcore.ops._noise import run_noisy
 

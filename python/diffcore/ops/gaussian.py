@@ -12,7 +12,8 @@ from diffcore._engine import messages
 from diffcore._engine.dispatch import run
 from diffcore._kernels import gaussian as k
 from diffcore._kernels.term import Term
-from diffcore._types import Noise, Tensors
+from diffcore._types import Tensors
+from diffcore.noise import Noise
 from diffcore.ops._noise import noise_or_default, run_noisy
 
 __all__ = [

@@ -9,8 +9,9 @@ from torch import Tensor
 from diffcore._checks import check_choice
 from diffcore._engine.dispatch import run
 from diffcore._kernels import linear as k
-from diffcore._types import Coef, Noise, Step
+from diffcore._types import Coef, Step
 from diffcore.coefficients import step as formulas
+from diffcore.noise import Noise
 from diffcore.ops._arguments import as_coef, as_number, as_table, in_float64
 from diffcore.ops._noise import run_noisy
 

@@ -8,9 +8,9 @@ from torch import Tensor
 from diffcore._checks import check_choice
 from diffcore._engine import messages
 from diffcore._kernels import loss as k
-from diffcore._types import Coef, Noise, Step
+from diffcore._types import Coef, Step
 from diffcore.coefficients.step import PREDICTION_TYPES
-from diffcore.noise import PhiloxNoise
+from diffcore.noise import Noise, PhiloxNoise
 from diffcore.ops._arguments import as_coef, as_number
 from diffcore.ops._noise import run_noisy
 

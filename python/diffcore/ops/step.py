@@ -9,8 +9,9 @@ from torch import Tensor
 
 from diffcore._engine.dispatch import plain_eager, run
 from diffcore._kernels import step as k
-from diffcore._types import ClipRange, Coef, Coefs, Noise, Row, Step, Tensors
+from diffcore._types import ClipRange, Coef, Coefs, Row, Step, Tensors
 from diffcore.coefficients import step as formulas
+from diffcore.noise import Noise
 from diffcore.ops._arguments import as_coef, as_table, in_float64
 from diffcore.ops._noise import run_noisy
 
@@ -187,9 +188,7 @@ def reverse_step(
         )
     if out is not None and keeps:
         raise ValueError("out must be None with return_history or more than one h, got a tensor")
-    guidance = None
-    if guidance_scale is not None or model_output_uncond is not None:
-        guidance = Guidance(model_output_uncond, guidance_scale)
+    guidance = guidance_of(model_output_uncond, guidance_scale)
     if variance is None:
         row = step_columns(coefficients, k.columns_read(len(earlier), keeps))
         plan = k.plan(row, len(earlier), keeps, noise is not None)
@@ -246,7 +245,7 @@ def step_log_prob(
     Source:
         Black et al. 2023 (arXiv 2305.13301), section 4.
     """
-    guidance = _guidance_of(model_output_uncond, guidance_scale)
+    guidance = guidance_of(model_output_uncond, guidance_scale)
     return _log_prob(x, model_output, x_next, coefficients, t, guidance, threshold)
 
 
@@ -334,7 +333,8 @@ def predictions(
     return (x, model_output, uncond), (scale, bound)
 
 
-def _guidance_of(output_uncond: Tensor | None, scale: Coef | None) -> Guidance | None:
+def guidance_of(output_uncond: Tensor | None, scale: Coef | None) -> Guidance | None:
+    """The guidance of a call, or ``None`` if there is none."""
     return None if output_uncond is None and scale is None else Guidance(output_uncond, scale)
 
 
@@ -366,43 +366,6 @@ def _columns(name: str, row: Row, columns: int, widths: tuple[int, ...]) -> Coef
         return row[:columns]
     table = as_table(name, row, *widths)
     return (table if table.shape[1] == columns else table[:, :columns],)
-
-
-# The names that solvers/ and sampling/ call until they call the functions above.
-
-
-def take(
-    plan: k.Plan,
-    x: Tensor,
-    model_output: Tensor,
-    others: Tensors,
-    t: Step,
-    noise: Noise | None,
-    model_output_uncond: Tensor | None,
-    guidance_scale: Coef | None,
-    threshold: Coef | None,
-    out: Tensor | None = None,
-) -> Any:
-    """As :func:`launch`, with guidance as two arguments."""
-    guidance = _guidance_of(model_output_uncond, guidance_scale)
-    return launch(plan, x, model_output, others, t, noise, guidance, threshold, out)
-
-
-def leading_of(
-    x: Tensor,
-    model_output: Tensor,
-    model_output_uncond: Tensor | None,
-    guidance_scale: Coef | None,
-    threshold: Coef | None,
-) -> tuple[Tensors, tuple[Coef, Coef]]:
-    """As :func:`predictions`, with guidance as two arguments."""
-    guidance = _guidance_of(model_output_uncond, guidance_scale)
-    return predictions(x, model_output, guidance, threshold)
-
-
-def first_columns(row: Row, columns: int, name: str = "coefficients") -> Coefs:
-    """As :func:`step_columns`, or :func:`variance_columns` for two columns."""
-    return variance_columns(row) if columns == 2 else step_columns(row, columns)
 
 
 # ---- the DDPM and DDIM steps ---------------------------------------------------------------------
@@ -473,7 +436,7 @@ def ddpm_step(
     )
     row = _row(table, x_t)
     plan = k.plan(row, 0, False, noise is not None, k.SOLVER_STEP)
-    guidance = _guidance_of(model_output_uncond, guidance_scale)
+    guidance = guidance_of(model_output_uncond, guidance_scale)
     x_prev: Tensor = launch(plan, x_t, model_output, (), None, noise, guidance, None, out)
     return x_prev
 
@@ -542,6 +505,6 @@ def ddim_step(
     )
     row = _row(table, x_t)
     plan = k.plan(row, 0, False, noise is not None, k.SOLVER_STEP)
-    guidance = _guidance_of(model_output_uncond, guidance_scale)
+    guidance = guidance_of(model_output_uncond, guidance_scale)
     x_prev: Tensor = launch(plan, x_t, model_output, (), None, noise, guidance, None, out)
     return x_prev

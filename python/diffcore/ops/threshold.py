@@ -12,7 +12,7 @@ from diffcore._kernels.step import PLAIN
 from diffcore._kernels.threshold import X0_QUANTILE
 from diffcore._types import Coef, Row, Step
 from diffcore.ops._arguments import float_of
-from diffcore.ops.step import Guidance, predictions, step_columns
+from diffcore.ops.step import guidance_of, predictions, step_columns
 
 __all__ = [
     "dynamic_threshold",
@@ -62,9 +62,7 @@ def dynamic_threshold(
         raise ValueError(f"sample_max_value must be at least 1, got {most}")
     if isinstance(x, Tensor) and x.ndim and not x.shape[1:].numel():
         raise ValueError(f"x must have at least one element per sample, got shape {tuple(x.shape)}")
-    guidance = None
-    if model_output_uncond is not None or guidance_scale is not None:
-        guidance = Guidance(model_output_uncond, guidance_scale)
+    guidance = guidance_of(model_output_uncond, guidance_scale)
     tensors, leading = predictions(x, model_output, guidance, None)
     coefs = (*leading, *step_columns(coefficients, PLAIN), p, most)
     kernel = X0_QUANTILE[len(tensors) == 3]

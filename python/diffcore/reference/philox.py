@@ -20,7 +20,7 @@ e is the (e mod 4)-th of z0, z1 of the words (0, 1) and z0, z1 of the words (2, 
 
 All floating-point arithmetic is float32, every operation rounded to nearest on its own: a fused
 multiply-add, or another order, is another number. Largest errors, in ulp, against exact values
-(``tests/test_noise_polynomials.py`` measures every argument there is):
+(``tests/noise/test_polynomials.py`` measures every argument there is):
 
     -2 ln u of the float32 u     1.96     its square root      1.52
     sin x of the float32 x       0.77     of the exact x       2.76

@@ -1,4 +1,4 @@
-"""Sampling: one loop for every solver, and k-diffusion's samplers under their own names."""
+"""Sampling: one loop for every solver, and the samplers of k-diffusion under their own names."""
 
 from diffcore.sampling.capture import CapturedSampler, capture
 from diffcore.sampling.k_diffusion import (

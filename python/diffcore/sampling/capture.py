@@ -1,4 +1,4 @@
-"""A whole sampling loop, model included, as one CUDA graph."""
+"""A complete sampling loop, model included, as one CUDA graph."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from diffcore import ops
 from diffcore._engine import native
 from diffcore._types import Model
 from diffcore.noise import PhiloxNoise
-from diffcore.sampling.loop import thresholding, walk
+from diffcore.sampling.loop import run_table
+from diffcore.sampling.model import model_device
+from diffcore.sampling.sample import check_guidance
+from diffcore.sampling.threshold import threshold_rule
 from diffcore.solvers import SolverTable
 
 
@@ -32,48 +35,47 @@ def capture(
 ) -> CapturedSampler:
     """Record ``sample``, every call of the model included, as one CUDA graph.
 
-    What is returned samples by a single launch. Noise is drawn in the kernels from a seed in device
-    memory, so another seed, other samples and other tensors in ``model_kwargs`` need no recording
-    anew; another shape, table or number among the arguments do. The loop runs once before it is
-    recorded. On devices without graphs, the CPU above all, the same loop runs as it is.
+    The returned object samples with a single launch, under ``torch.no_grad()``. The kernels
+    generate the noise from a seed in device memory, so another seed, other sample ids and other
+    tensors in ``model_kwargs`` need no new recording; another shape, table or number among the
+    arguments does. The loop runs once before it is recorded. On devices without graphs, such as
+    the CPU, the same loop runs without recording.
 
     Args:
-        model: As for ``sample``; it has to be capturable: no waiting for the device.
+        model: As for ``sample``. It must be capturable, so it must not wait for the device.
         table: The solver.
-        shape: Of the samples, ``[B, ...]``.
+        shape: Shape of the samples, ``[B, ...]``.
         guidance_scale: As for ``sample``.
-        model_kwargs: As for ``sample``. Tensors are copied; a call may bring others.
-        uncond_kwargs: As for ``sample``, likewise.
+        model_kwargs: As for ``sample``. Tensors are copied; a call may replace them.
+        uncond_kwargs: As for ``sample``. Tensors are copied; a call may replace them.
         dynamic_thresholding_ratio: As for ``sample``.
         sample_max_value: As for ``sample``.
-        dtype: Of the samples; ``None`` for torch's default.
+        dtype: Dtype of the samples; ``None`` for torch's default.
         device: Where to sample; ``None`` for that of the model's parameters, else torch's default.
 
     Returns:
         A function of noise, see ``CapturedSampler``.
 
     Raises:
-        TypeError: ``table`` is no SolverTable.
-        ValueError: As ``sample``.
+        TypeError: ``table`` is not a SolverTable.
+        ValueError: ``shape`` is empty, or as ``sample``.
     """
     if not isinstance(table, SolverTable):
         raise TypeError(f"table must be a SolverTable, got {type(table).__name__}")
-    if uncond_kwargs is not None and guidance_scale is None:
-        raise ValueError("uncond_kwargs is given; wanted a guidance_scale with it")
-    if device is None and isinstance(model, torch.nn.Module):
-        parameter = next(model.parameters(), None)
-        device = None if parameter is None else parameter.device
+    check_guidance(guidance_scale, uncond_kwargs)
+    device = model_device(model) if device is None else device
     x = torch.empty(tuple(shape), dtype=dtype, device=device)
     if x.ndim == 0:
-        raise ValueError("shape is (); wanted [B, ...]")
+        raise ValueError("shape must be [B, ...], got ()")
     if guidance_scale is not None:
-        scale = torch.as_tensor(guidance_scale, dtype=torch.float64)
-        guidance_scale = scale.to(x.device, copy=True)
+        if not isinstance(guidance_scale, Tensor):
+            guidance_scale = torch.tensor(guidance_scale, dtype=torch.float64, device="cpu")
+        guidance_scale = guidance_scale.to(x.device, torch.float64, copy=True)
     options = {
         "guidance_scale": guidance_scale,
-        "model_kwargs": _kept(model_kwargs),
-        "uncond_kwargs": _kept(uncond_kwargs),
-        "threshold": thresholding(dynamic_thresholding_ratio, sample_max_value, guidance_scale),
+        "model_kwargs": _copied(model_kwargs),
+        "uncond_kwargs": _copied(uncond_kwargs),
+        "threshold": threshold_rule(dynamic_thresholding_ratio, sample_max_value, guidance_scale),
     }
     return CapturedSampler(model, table, x, options)
 
@@ -81,8 +83,8 @@ def capture(
 class CapturedSampler:
     """Samples by replaying a recorded loop; made by ``capture``.
 
-    It owns the memory that it reads and writes: do not call one from two threads, or two streams,
-    at once. (A ``SolverTable`` may be shared; record the loop twice.)
+    It owns the memory that it reads and writes: do not call one from two threads, or on two
+    streams, at once. (Two recordings may share a ``SolverTable``.)
     """
 
     def __init__(
@@ -93,13 +95,13 @@ class CapturedSampler:
         options: dict[str, Any],
     ) -> None:
         self._table, self._x, self._options = table, x, options
-        # A seed, and an offset to every stream; the ids of the samples.
+        # The noise key in device memory: a seed, an offset to every stream, the sample ids.
         self._key = torch.zeros(2, dtype=torch.int64, device=x.device)
         self._ids = torch.arange(x.shape[0], device=x.device)
         noise = PhiloxNoise(self._key, sample_ids=self._ids)
 
         def loop() -> Tensor:
-            return walk(model, self._x, table, noise, **options)
+            return run_table(model, self._x, table, noise, **options)
 
         self._replay = _recorded(loop, x.device)
 
@@ -115,26 +117,30 @@ class CapturedSampler:
         """Sample once more; the same as ``sample`` with the same arguments, bit for bit.
 
         Args:
-            noise: A recipe: of x at its own stream, of row r at the stream 1 + r after that.
-                ``None`` for one seeded by torch's generator.
-            x: What to start from; by default drawn from ``noise``, times
+            noise: A noise key: x takes its own stream, and row r the stream 1 + r after that.
+                ``None`` for a key seeded by torch's generator.
+            x: Samples to start from; by default generated from ``noise``, times
                 ``table.init_noise_sigma``.
-            guidance_scale: Another one; of the shape of the one recorded, a number or ``[B]``.
+            guidance_scale: Another one, of the shape of the recorded one, a number or ``[B]``.
             model_kwargs: Tensors to replace those recorded under the same names.
             uncond_kwargs: The same for the unconditional call.
 
         Returns:
-            The samples, in memory of their own.
+            The samples, in newly allocated memory.
 
         Raises:
-            TypeError, ValueError: What came does not fit what was recorded.
+            TypeError: ``noise`` is not a noise key.
+            ValueError: Shapes differ from the recorded ones, an argument was not recorded as a
+                tensor, or ``noise.first_element`` is not 0.
         """
         if noise is None:
             noise = PhiloxNoise.from_generator(device=self._x.device)
         if not isinstance(noise, PhiloxNoise):
             raise TypeError(f"noise must be a PhiloxNoise, got {type(noise).__name__}")
         if noise.first_element:
-            raise ValueError("noise.first_element must be 0 in a recorded loop")
+            raise ValueError(
+                f"noise must have first_element 0 in a recorded loop, got {noise.first_element}"
+            )
         if x is None:
             ops.randn(self._x.shape, noise, dtype=self._x.dtype, device=self._x.device, out=self._x)
             self._x.mul_(self._table.init_noise_sigma)
@@ -166,7 +172,7 @@ class CapturedSampler:
             self._ids += ids
 
 
-def _kept(kwargs: Mapping[str, Any] | None) -> dict[str, Any] | None:
+def _copied(kwargs: Mapping[str, Any] | None) -> dict[str, Any] | None:
     if kwargs is None:
         return None
     return {k: v.clone() if isinstance(v, Tensor) else v for k, v in kwargs.items()}
@@ -174,11 +180,15 @@ def _kept(kwargs: Mapping[str, Any] | None) -> dict[str, Any] | None:
 
 def _replace(name: str, old: Any, new: Any) -> None:
     if not isinstance(old, Tensor):
-        raise ValueError(f"{name} was not recorded as a tensor; record the loop anew")
+        raise ValueError(
+            f"{name} must be None, because it was not recorded as a tensor; record the loop again"
+        )
     if not isinstance(new, Tensor):
-        new = torch.as_tensor(new, dtype=old.dtype)
+        new = torch.tensor(new, dtype=old.dtype, device="cpu")
     if new.shape != old.shape:
-        raise ValueError(f"{name} must have shape {list(old.shape)}, got {list(new.shape)}")
+        raise ValueError(
+            f"{name} must have the recorded shape, {tuple(old.shape)}, got {tuple(new.shape)}"
+        )
     old.copy_(new)
 
 

@@ -1,12 +1,12 @@
-"""k-diffusion's samplers, with its signatures, on top of the one loop.
+"""k-diffusion's samplers, with its signatures, on top of the one sampling loop.
 
-All of them start from ``x = noise * sigmas[0]`` and take
+All of them start from ``x = noise * sigmas[0]``, run under ``torch.no_grad()``, and take
 
 - model: ``model(x, sigma, **extra_args)`` with sigma ``[B]``; it returns the denoised sample.
-- x: ``[B, ...]``.
-- sigmas: ``[N + 1]``, falling, with or without a 0 at the end: ``get_sigmas_karras`` and its
-  siblings. They are read on the host: where they are on a GPU, the call waits for it once. The
-  solver's table is made when the sigmas or the options are new, and found again later.
+- x: Samples ``[B, ...]``.
+- sigmas: ``[N + 1]``, falling, with or without a 0 at the end: ``get_sigmas_karras`` and the like.
+  They are read on the host: where they are on a GPU, the call waits for it once. The solver table
+  is made when the sigmas or the options are new, and cached.
 - extra_args: More arguments for the model.
 - callback: Called once a step, before it, with a dict of ``x``, ``i``, ``sigma`` (``sigmas[i]``),
   ``sigma_hat`` (where the model is called; above ``sigma`` under churn) and ``denoised``.
@@ -14,10 +14,10 @@ All of them start from ``x = noise * sigmas[0]`` and take
 - eta, s_noise: Strength of the noise, and a factor of it.
 - noise_sampler: ``(sigma, sigma_next) -> noise``, called whenever noise is added, with the ends of
   the interval it is for as 0-dim tensors.
-- s_churn, s_tmin, s_tmax: Karras et al.'s churn, see ``solvers.euler_table``.
+- s_churn, s_tmin, s_tmax: Churn of Karras et al., see ``solvers.euler_table``.
 
-Noise that no ``noise_sampler`` makes, and churn's always, is drawn in the kernel, from a seed that
-torch's generator gives: independent normals, where k-diffusion's SDE samplers take a Brownian tree.
+Without a ``noise_sampler``, and always for churn, the kernels generate the noise from a seed that
+torch's generator gives: independent normals, where k-diffusion's SDE samplers use a Brownian tree.
 
 Source: https://github.com/crowsonkb/k-diffusion (``k_diffusion/sampling.py``), 4601bf0.
 """
@@ -34,7 +34,9 @@ from torch import Tensor
 from diffcore import solvers
 from diffcore._types import Callback, Model
 from diffcore.noise import PhiloxNoise
-from diffcore.sampling.loop import check_samples, or_drawn, walk
+from diffcore.sampling.loop import run_table
+from diffcore.sampling.model import check_samples
+from diffcore.sampling.noise import noise_or_default
 from diffcore.solvers import SolverTable
 from diffcore.solvers.paths import level_vector
 
@@ -42,7 +44,7 @@ Sigmas = Tensor | Sequence[float]
 ExtraArgs = Mapping[str, Any] | None
 NoiseSampler = Callable[[Tensor, Tensor], Tensor | PhiloxNoise]
 
-_KEPT_TABLES = 32
+_CACHED_TABLES = 32
 
 
 def sample_euler(
@@ -62,7 +64,7 @@ def sample_euler(
     Source: Karras et al. 2022 (arXiv 2206.00364) algorithm 2, Euler steps.
     """
     churn = {"s_churn": s_churn, "s_tmin": s_tmin, "s_tmax": s_tmax, "s_noise": s_noise}
-    return _walk(solvers.euler_table, churn, model, x, sigmas, extra_args, callback, disable)
+    return _run(solvers.euler_table, churn, model, x, sigmas, extra_args, callback, disable)
 
 
 def sample_euler_ancestral(
@@ -81,7 +83,7 @@ def sample_euler_ancestral(
     Source: k-diffusion; with eta <= 1 DDIM, Song et al. 2021 (arXiv 2010.02502) eq. 12.
     """
     make, options = solvers.euler_ancestral_table, {"eta": eta, "s_noise": s_noise}
-    return _walk(make, options, model, x, sigmas, extra_args, callback, disable, noise_sampler)
+    return _run(make, options, model, x, sigmas, extra_args, callback, disable, noise_sampler)
 
 
 def sample_heun(
@@ -101,7 +103,7 @@ def sample_heun(
     Source: Karras et al. 2022 (arXiv 2206.00364) algorithm 2.
     """
     churn = {"s_churn": s_churn, "s_tmin": s_tmin, "s_tmax": s_tmax, "s_noise": s_noise}
-    return _walk(solvers.heun_table, churn, model, x, sigmas, extra_args, callback, disable)
+    return _run(solvers.heun_table, churn, model, x, sigmas, extra_args, callback, disable)
 
 
 def sample_dpm_2(
@@ -121,7 +123,7 @@ def sample_dpm_2(
     Source: Lu et al. 2022 (arXiv 2206.00927) algorithm 1.
     """
     churn = {"s_churn": s_churn, "s_tmin": s_tmin, "s_tmax": s_tmax, "s_noise": s_noise}
-    return _walk(solvers.dpm2_table, churn, model, x, sigmas, extra_args, callback, disable)
+    return _run(solvers.dpm2_table, churn, model, x, sigmas, extra_args, callback, disable)
 
 
 def sample_dpm_2_ancestral(
@@ -140,7 +142,7 @@ def sample_dpm_2_ancestral(
     Source: k-diffusion; Lu et al. 2022 (arXiv 2206.00927) algorithm 1 for the step.
     """
     make, options = solvers.dpm2_ancestral_table, {"eta": eta, "s_noise": s_noise}
-    return _walk(make, options, model, x, sigmas, extra_args, callback, disable, noise_sampler)
+    return _run(make, options, model, x, sigmas, extra_args, callback, disable, noise_sampler)
 
 
 def sample_lms(
@@ -157,7 +159,7 @@ def sample_lms(
     Source: Liu et al. 2022 (arXiv 2202.09778) eq. 12, for steps of any length.
     """
     make, options = solvers.lms_table, {"order": order}
-    return _walk(make, options, model, x, sigmas, extra_args, callback, disable)
+    return _run(make, options, model, x, sigmas, extra_args, callback, disable)
 
 
 def sample_dpmpp_2s_ancestral(
@@ -176,7 +178,7 @@ def sample_dpmpp_2s_ancestral(
     Source: Lu et al. 2022 (arXiv 2211.01095) algorithm 1; k-diffusion for the noise.
     """
     make, options = solvers.dpmpp_2s_table, {"eta": eta, "s_noise": s_noise}
-    return _walk(make, options, model, x, sigmas, extra_args, callback, disable, noise_sampler)
+    return _run(make, options, model, x, sigmas, extra_args, callback, disable, noise_sampler)
 
 
 def sample_dpmpp_sde(
@@ -196,7 +198,7 @@ def sample_dpmpp_sde(
     Source: k-diffusion; Lu et al. 2022 (arXiv 2211.01095).
     """
     make, options = solvers.dpmpp_sde_table, {"eta": eta, "s_noise": s_noise, "r": r}
-    return _walk(make, options, model, x, sigmas, extra_args, callback, disable, noise_sampler)
+    return _run(make, options, model, x, sigmas, extra_args, callback, disable, noise_sampler)
 
 
 def sample_dpmpp_2m(
@@ -211,7 +213,7 @@ def sample_dpmpp_2m(
 
     Source: Lu et al. 2022 (arXiv 2211.01095) algorithm 2.
     """
-    return _walk(solvers.dpmpp_2m_table, {}, model, x, sigmas, extra_args, callback, disable)
+    return _run(solvers.dpmpp_2m_table, {}, model, x, sigmas, extra_args, callback, disable)
 
 
 def sample_dpmpp_2m_sde(
@@ -232,7 +234,7 @@ def sample_dpmpp_2m_sde(
     """
     options = {"eta": eta, "s_noise": s_noise, "solver_type": solver_type}
     make = solvers.dpmpp_2m_sde_table
-    return _walk(make, options, model, x, sigmas, extra_args, callback, disable, noise_sampler)
+    return _run(make, options, model, x, sigmas, extra_args, callback, disable, noise_sampler)
 
 
 def sample_dpmpp_3m_sde(
@@ -251,10 +253,10 @@ def sample_dpmpp_3m_sde(
     Source: Lu et al. 2022 (arXiv 2211.01095) appendix; k-diffusion for eta.
     """
     make, options = solvers.dpmpp_3m_sde_table, {"eta": eta, "s_noise": s_noise}
-    return _walk(make, options, model, x, sigmas, extra_args, callback, disable, noise_sampler)
+    return _run(make, options, model, x, sigmas, extra_args, callback, disable, noise_sampler)
 
 
-def _walk(
+def _run(
     make: Callable[..., SolverTable],
     options: Mapping[str, Any],
     model: Model,
@@ -269,28 +271,28 @@ def _walk(
     levels = level_vector("sigmas", sigmas)
     table = _table(make, tuple(levels.tolist()), **options)
 
-    def sampled(row: int, x: Tensor) -> Tensor | PhiloxNoise:
+    def noise_of_interval(row: int, x: Tensor) -> Tensor | PhiloxNoise:
         assert noise_sampler is not None
         return noise_sampler(*table.to(x.device).noise_levels[row])
 
-    def shown(state: dict[str, Any]) -> None:
+    def report(state: dict[str, Any]) -> None:
         assert callback is not None
         hat = levels.new_full((), state["sigma"], device=x.device)  # a fill: nothing waits
         given = {"sigma": sigmas[state["i"]], "sigma_hat": hat}
         callback({name: state[name] for name in ("x", "i", "denoised")} | given)
 
-    return walk(
+    return run_table(
         model,
         x,
         table,
-        or_drawn(None, x) if noise_sampler is None else sampled,
+        noise_or_default(None, x) if noise_sampler is None else noise_of_interval,
         model_kwargs=extra_args,
-        callback=None if callback is None else shown,
+        callback=None if callback is None else report,
         progress=None if disable is None else not disable,
     )
 
 
-@lru_cache(_KEPT_TABLES)
+@lru_cache(_CACHED_TABLES)
 def _table(
     make: Callable[..., SolverTable], sigmas: tuple[float, ...], **options: Any
 ) -> SolverTable:

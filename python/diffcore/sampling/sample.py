@@ -8,9 +8,12 @@ from typing import Any
 
 from torch import Tensor
 
-from diffcore._types import Callback, Model, StepNoise
-from diffcore.noise import PhiloxNoise
-from diffcore.sampling.loop import check_samples, or_drawn, thresholding, walk
+from diffcore._types import Callback, Model
+from diffcore.noise import StepNoise
+from diffcore.sampling.loop import run_table
+from diffcore.sampling.model import check_samples
+from diffcore.sampling.noise import check_step_noise, noise_or_default
+from diffcore.sampling.threshold import threshold_rule
 from diffcore.solvers import SolverTable
 
 
@@ -28,62 +31,78 @@ def sample(
     callback: Callback | None = None,
     progress: bool | None = False,
 ) -> Tensor:
-    """Walk from noise to samples with any solver: one launch a model call, no waiting in between.
+    """Sample with any solver: one launch for each model call, and no wait for the device.
 
-    Nothing is remembered between calls, and nothing in the table changes: any number of threads
-    may sample from one table at once. For a loop of your own, see ``SolverTable.step``.
+    The loop runs under ``torch.no_grad()``. It keeps no state between calls and changes nothing in
+    the table, so any number of threads may sample from one table at once. To write your own loop,
+    or to get gradients, call ``SolverTable.step``.
 
     Args:
-        model: ``model(x, t, **model_kwargs)`` with ``t`` ``[B]``, the table's timesteps (int64, or
-            floating point numbers); its answer has the shape of ``x`` and is of the
-            prediction_type that the table was made for. Under guidance without ``uncond_kwargs`` it
-            answers ``[2 B, ...]``, the unconditional half first. For a table with a learned
-            variance it answers with twice the channels: the prediction, then what it says of the
-            variance; under guidance that of the conditional answer counts.
+        model: ``model(x, t, **model_kwargs)`` with ``t`` ``[B]``, the table's timesteps (int64 or
+            floating point). It returns the shape of ``x``, a prediction of the prediction_type that
+            the table was made for. Under guidance without ``uncond_kwargs`` it returns
+            ``[2 B, ...]``, the unconditional half first. For a table with a learned variance it
+            returns twice the channels: the prediction, then the predicted variance (under guidance
+            the conditional one is used).
         x: The samples to start from, ``[B, ...]``: standard normal noise times
             ``table.init_noise_sigma``.
         table: The solver (``diffcore.solvers``).
         guidance_scale: w of classifier-free guidance, m_u + w (m_c - m_u): a number or ``[B]``.
         model_kwargs: More arguments for the model.
         uncond_kwargs: The same for a second, unconditional call of the model.
-        noise: What the noise of the steps is: a recipe, of which row r takes the stream 1 + r after
-            its own (so that the recipe itself may have drawn ``x``); a tensor ``[S, B, ...]``; or
-            ``(r, x) -> noise``, called for the rows that add noise, and first with r = S where
-            churn raises the start. ``None`` for a recipe seeded by torch's generator.
-        dynamic_thresholding_ratio: Clip the predicted x_0 of each sample to [-s, s] and divide by
-            s, the quantile at this ratio of its absolute values, at least 1 (Imagen).
-        sample_max_value: The most that s may be.
-        callback: Called once a step, before it, with a dict of ``x``, ``i`` (the step), ``t`` (what
-            the model was told), ``sigma`` and ``denoised`` (x_0 as predicted; one more launch).
+        noise: The noise of the steps: a noise key, of which row r takes the stream 1 + r after its
+            own (so the key may also have generated ``x``); a tensor ``[S, B, ...]`` with an entry
+            for each of the S = ``len(table)`` rows, and ``[S + 1, B, ...]`` for a table with churn,
+            whose last entry is the noise that raises the start; or ``(r, x) -> noise``, called for
+            the rows that add noise, and first with r = S where churn raises the start. ``None`` for
+            a noise key seeded by torch's generator.
+        dynamic_thresholding_ratio: Clip the predicted x_0 of each sample to [-s, s] and divide it
+            by s, the quantile at this ratio of its absolute values, at least 1 (Imagen).
+        sample_max_value: The largest s.
+        callback: Called once a step, before it, with a dict of ``x``, ``i`` (the step), ``t`` (the
+            timestep input), ``sigma`` and ``denoised`` (the predicted x_0; one more launch).
         progress: Show a bar (tqdm); ``None`` for one on terminals only.
 
     Returns:
         The samples, like ``x``.
 
     Raises:
-        TypeError: An argument of the wrong type, or a model that returns something else.
-        ValueError: Shapes that do not fit, or half of what guidance needs.
+        TypeError: An argument, or the output of the model, has the wrong type.
+        ValueError: Shapes do not match, or guidance_scale or the second prediction is missing.
     """
     if not isinstance(table, SolverTable):
         raise TypeError(f"table must be a SolverTable, got {type(table).__name__}")
     check_samples(x)
-    if noise is not None and not isinstance(noise, (Tensor, PhiloxNoise)) and not callable(noise):
-        raise TypeError(
-            "noise must be a tensor, a PhiloxNoise or a function (r, x) -> noise, "
-            f"got {type(noise).__name__}"
-        )
-    if uncond_kwargs is not None and guidance_scale is None:
-        raise ValueError("uncond_kwargs is given; wanted a guidance_scale with it")
-    return walk(
+    if noise is None:
+        noise = noise_or_default(None, x)
+    check_step_noise("noise", noise)
+    check_guidance(guidance_scale, uncond_kwargs)
+    return run_table(
         model,
         x,
         table,
-        or_drawn(None, x) if noise is None else noise,
+        noise,
         guidance_scale=guidance_scale,
         model_kwargs=model_kwargs,
         uncond_kwargs=uncond_kwargs,
-        threshold=thresholding(dynamic_thresholding_ratio, sample_max_value, guidance_scale),
+        threshold=threshold_rule(dynamic_thresholding_ratio, sample_max_value, guidance_scale),
         callback=callback,
         progress=progress,
         noise_name="noise",
     )
+
+
+def check_guidance(
+    guidance_scale: float | Tensor | None, uncond_kwargs: Mapping[str, Any] | None
+) -> None:
+    """Refuse an unconditional call without a scale.
+
+    Args:
+        guidance_scale: w, or ``None``.
+        uncond_kwargs: Arguments of the second call, or ``None``.
+
+    Raises:
+        ValueError: Only ``uncond_kwargs`` is given.
+    """
+    if uncond_kwargs is not None and guidance_scale is None:
+        raise ValueError("guidance_scale is required with uncond_kwargs; pass a number or [B]")

@@ -1,4 +1,4 @@
-"""The variances of the Markov steps, float64."""
+"""Beta schedules: the variances of the Markov steps, in float64."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from diffcore._checks import check_choice, check_count
+from diffcore.schedules.tensors import float64_vector
 
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid")
 
@@ -29,16 +30,16 @@ def make_betas(
 ) -> Tensor:
     """The variances beta_t of the T Markov steps, by name.
 
-    linear: from beta_start to beta_end. scaled_linear: its square root is linear. sigmoid: along
+    linear: from beta_start to beta_end. scaled_linear: the square root is linear. sigmoid: along
     the logistic function from -6 to 6. squaredcos_cap_v2: from alpha_bar(t) = cos^2((t / T + 0.008)
-    / 1.008 * pi / 2), capped at 0.999; it has no start and no end.
+    / 1.008 * pi / 2), capped at 0.999; it reads neither beta_start nor beta_end.
 
     Args:
         name: One of ``BETA_SCHEDULES`` (the strings of diffusers).
         num_timesteps: T.
         beta_start: First beta, quoted for 1000 steps if ``scale_to_1000``.
-        beta_end: Last beta, likewise.
-        scale_to_1000: Multiply the betas by 1000 / T, so that a shorter schedule destroys as much
+        beta_end: Last beta, quoted for 1000 steps if ``scale_to_1000``.
+        scale_to_1000: Multiply the betas by 1000 / T, so that a shorter schedule removes as much
             signal as 1000 steps do (OpenAI's "linear"; diffusers never scales).
 
     Returns:
@@ -58,10 +59,15 @@ def make_betas(
     check_count(num_timesteps, "num_timesteps")
     if name == "squaredcos_cap_v2":
         if scale_to_1000:
-            raise ValueError("scale_to_1000 does not apply to 'squaredcos_cap_v2'")
+            raise ValueError(
+                "scale_to_1000 must be False with 'squaredcos_cap_v2', already a function of t / T,"
+                " got True"
+            )
         return _squared_cosine(num_timesteps)
     if not 0 < beta_start <= beta_end:
-        raise ValueError(f"expected 0 < beta_start <= beta_end, got {beta_start} and {beta_end}")
+        raise ValueError(
+            f"beta_start must be above 0 and at most beta_end, got {beta_start} and {beta_end}"
+        )
     if name == "linear":
         betas = _linspace(beta_start, beta_end, num_timesteps)
     elif name == "scaled_linear":
@@ -73,8 +79,9 @@ def make_betas(
         betas = betas * (_REFERENCE_STEPS / num_timesteps)
     if betas.max() > 1:
         raise ValueError(
-            f"betas reach {betas.max():.4g} > 1 with beta_end={beta_end}, scale_to_1000="
-            f"{scale_to_1000}: use more than {num_timesteps} timesteps or a smaller beta_end"
+            f"betas must be at most 1, got {betas.max():.4g} with beta_end={beta_end}, "
+            f"scale_to_1000={scale_to_1000}; use more than {num_timesteps} timesteps or a smaller "
+            "beta_end"
         )
     return betas
 
@@ -85,7 +92,7 @@ def betas_for_alpha_bar(
     """Betas of a schedule given as a function: beta_i = min(1 - f((i+1) / T) / f(i / T), max_beta).
 
     Args:
-        alpha_bar: f, the share of the signal's variance left at t / T in [0, 1].
+        alpha_bar: f, the share of the signal variance that remains at t / T in [0, 1].
         num_timesteps: T.
         max_beta: Cap, below 1 so that the last step keeps some signal.
 
@@ -98,7 +105,7 @@ def betas_for_alpha_bar(
     check_count(num_timesteps, "num_timesteps")
     values = [float(alpha_bar(i / num_timesteps)) for i in range(num_timesteps + 1)]
     betas = [min(1 - b / a, max_beta) for a, b in pairwise(values)]
-    return torch.tensor(betas, dtype=torch.float64)
+    return torch.tensor(betas, dtype=torch.float64, device="cpu")
 
 
 def betas_from_alphas_cumprod(alphas_cumprod: Tensor) -> Tensor:
@@ -114,9 +121,14 @@ def betas_from_alphas_cumprod(alphas_cumprod: Tensor) -> Tensor:
         ValueError: Not one-dimensional, not decreasing, or outside [0, 1].
     """
     bar = float64_vector("alphas_cumprod", alphas_cumprod)
-    previous = torch.cat([torch.ones(1, dtype=torch.float64), bar[:-1]])
-    if bool((bar < 0).any()) or not bool((bar < previous).all()):
-        raise ValueError("alphas_cumprod must fall strictly, from below 1 down to 0 or above")
+    previous = torch.cat([torch.ones_like(bar[:1]), bar[:-1]])
+    wrong = (bar < 0) | (bar >= previous)
+    if bool(wrong.any()):
+        first = int(wrong.nonzero()[0])
+        raise ValueError(
+            "alphas_cumprod must fall strictly, from below 1 to 0 or above, got "
+            f"{bar[first]:.6g} after {previous[first]:.6g}"
+        )
     return (previous - bar) / previous
 
 
@@ -137,14 +149,14 @@ def rescale_zero_terminal_snr(betas: Tensor) -> Tensor:
     """
     betas = check_betas(betas)
     if len(betas) < 2:
-        raise ValueError("betas must hold at least two steps to rescale")
+        raise ValueError("betas must hold at least two steps, got 1")
     root = torch.exp(0.5 * torch.log1p(-betas).cumsum(0))
     root = (root - root[-1]) * (root[0] / (root[0] - root[-1]))
     return betas_from_alphas_cumprod(root**2)
 
 
 def check_betas(betas: Tensor) -> Tensor:
-    """Return betas as float64 on the CPU, or say what is wrong with them.
+    """Betas as float64 on the CPU, checked.
 
     Args:
         betas: ``[T]``, T >= 1.
@@ -162,35 +174,21 @@ def check_betas(betas: Tensor) -> Tensor:
             f"betas must lie in (0, 1], got values from {betas.min():.4g} to {betas.max():.4g}"
         )
     if bool((betas[:-1] == 1).any()):
-        raise ValueError("a beta of 1 leaves no signal: only the last one may be 1")
+        raise ValueError(
+            "betas must be below 1 before the last, because a beta of 1 leaves no signal"
+        )
     return betas
 
 
-def float64_vector(name: str, values: Tensor) -> Tensor:
-    """The values as float64 ``[T]`` on the CPU, a copy; raises for anything else."""
-    try:
-        table = torch.as_tensor(values).detach()
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(f"{name} must be a tensor of real numbers: {error}") from None
-    if table.is_complex() or table.dtype == torch.bool:
-        raise TypeError(f"{name} must be a tensor of real numbers, got {table.dtype}")
-    if table.dim() != 1 or len(table) == 0:
-        raise ValueError(f"{name} must have shape [T] with T >= 1, got {list(table.shape)}")
-    table = table.to(device="cpu", dtype=torch.float64, copy=True)
-    if not bool(table.isfinite().all()):
-        raise ValueError(f"{name} must be finite")
-    return table
-
-
 def _linspace(start: float, end: float, count: int) -> Tensor:
-    return torch.linspace(start, end, count, dtype=torch.float64)
+    return torch.linspace(start, end, count, dtype=torch.float64, device="cpu")
 
 
 def _squared_cosine(count: int) -> Tensor:
-    # 1 - cos^2(b) / cos^2(a) = sin(b - a) sin(b + a) / cos^2(a): the small betas at the start keep
-    # all their digits, where the quotient subtracted from 1 loses a few.
+    # 1 - cos^2(b) / cos^2(a) = sin(b - a) sin(b + a) / cos^2(a): unlike 1 minus a quotient, this
+    # keeps all digits of the small betas at the start.
     quarter = math.pi / 2 / (1 + _COSINE_OFFSET)
-    time = torch.arange(count + 1, dtype=torch.float64) / count + _COSINE_OFFSET
+    time = torch.arange(count + 1, dtype=torch.float64, device="cpu") / count + _COSINE_OFFSET
     angle = time * quarter
     first, second = angle[:-1], angle[1:]
     betas = math.sin(quarter / count) * torch.sin(first + second) / torch.cos(first) ** 2

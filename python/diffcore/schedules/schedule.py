@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from diffcore._checks import check_count
-from diffcore.schedules.betas import check_betas, float64_vector
+from diffcore.schedules.betas import check_betas
+from diffcore.schedules.tensors import float64_vector
 
 
 @dataclass(frozen=True, eq=False)
@@ -16,11 +17,11 @@ class NoiseSchedule:
     """A forward process x_t = alpha_t x_0 + sigma_t noise, as two float64 tables.
 
     Variance preserving (``from_betas``, ``from_alphas_cumprod``), variance exploding
-    (``from_sigmas``) and rectified flow (``rectified_flow``) differ in nothing but the numbers.
+    (``from_sigmas``) and rectified flow (``rectified_flow``) differ in the numbers alone.
 
     Args:
         alpha: Signal coefficients ``[T]``, >= 0.
-        sigma: Noise coefficients ``[T]``, >= 0. Beware: the Euler family of diffusers calls
+        sigma: Noise coefficients ``[T]``, >= 0. Note that the Euler family of diffusers calls
             sigma / alpha "sigma".
 
     Raises:
@@ -35,14 +36,14 @@ class NoiseSchedule:
         for name in ("alpha", "sigma"):
             table = float64_vector(name, getattr(self, name))
             if not bool((table >= 0).all()):
-                raise ValueError(f"{name} must be at least 0 everywhere")
+                raise ValueError(f"{name} must be at least 0, got {float(table.min()):.6g}")
             object.__setattr__(self, name, table)
         if len(self.alpha) != len(self.sigma):
             raise ValueError(
-                f"alpha and sigma must be equally long, got {len(self.alpha)} and {len(self.sigma)}"
+                f"sigma must have the length of alpha, {len(self.alpha)}, got {len(self.sigma)}"
             )
         if bool(((self.alpha == 0) & (self.sigma == 0)).any()):
-            raise ValueError("alpha and sigma must not both be 0 at a timestep")
+            raise ValueError("sigma must be above 0 where alpha is 0, got 0 for both at a timestep")
 
     @classmethod
     def from_betas(cls, betas: Tensor) -> NoiseSchedule:
@@ -52,14 +53,14 @@ class NoiseSchedule:
             betas: ``[T]`` in (0, 1].
 
         Returns:
-            The schedule; sigma by expm1, exact where the product is close to 1.
+            The schedule. sigma uses expm1, which is exact where the product is close to 1.
         """
         log_bar = torch.log1p(-check_betas(betas)).cumsum(0)
         return cls(torch.exp(0.5 * log_bar), torch.sqrt(-torch.expm1(log_bar)))
 
     @classmethod
     def from_alphas_cumprod(cls, alphas_cumprod: Tensor) -> NoiseSchedule:
-        """Variance preserving, from the product itself.
+        """Variance preserving, from the product of 1 - beta.
 
         Args:
             alphas_cumprod: ``[T]`` in [0, 1].
@@ -69,7 +70,10 @@ class NoiseSchedule:
         """
         bar = float64_vector("alphas_cumprod", alphas_cumprod)
         if not bool(((bar >= 0) & (bar <= 1)).all()):
-            raise ValueError("alphas_cumprod must lie in [0, 1]")
+            raise ValueError(
+                f"alphas_cumprod must lie in [0, 1], got values from {bar.min():.6g} to "
+                f"{bar.max():.6g}"
+            )
         return cls(bar.sqrt(), (1 - bar).sqrt())
 
     @classmethod
@@ -96,10 +100,11 @@ class NoiseSchedule:
             The schedule; its last entry is pure noise.
         """
         check_count(num_timesteps, "num_timesteps")
-        count = torch.arange(1, num_timesteps + 1, dtype=torch.float64)
+        count = torch.arange(1, num_timesteps + 1, dtype=torch.float64, device="cpu")
         return cls((num_timesteps - count) / num_timesteps, count / num_timesteps)
 
     def __len__(self) -> int:
+        """T, the number of timesteps."""
         return len(self.alpha)
 
     @property
@@ -109,10 +114,10 @@ class NoiseSchedule:
 
     @property
     def log_snr(self) -> Tensor:
-        """Its logarithm 2 (log alpha - log sigma), float64 ``[T]``; -inf where alpha = 0."""
+        """log(``snr``) = 2 (log alpha - log sigma), float64 ``[T]``; -inf where alpha = 0."""
         return 2 * (self.alpha.log() - self.sigma.log())
 
     @property
     def table(self) -> Tensor:
-        """float64 ``[T, 2]``, columns (alpha, sigma): what ``ops.q_sample`` gathers from."""
+        """float64 ``[T, 2]``, columns (alpha, sigma), for ``ops.q_sample``."""
         return torch.stack([self.alpha, self.sigma], dim=1)

@@ -1,21 +1,21 @@
-"""Shifts of a flow's noise levels, by a number or by the size of the image."""
+"""Shifts of the noise levels of a rectified flow, by a number or by the size of the image."""
 
 from __future__ import annotations
 
 import math
 
-import torch
 from torch import Tensor
 
 from diffcore._checks import check_choice
+from diffcore.schedules.tensors import as_float64
 
 TIME_SHIFT_TYPES = ("exponential", "linear")
 
 
 def shift_sigmas(sigmas: Tensor, shift: float) -> Tensor:
-    """Move a flow's levels to where a larger image needs them: shift s / (1 + (shift - 1) s).
+    """Shift the noise levels of a flow, for larger images: shift s / (1 + (shift - 1) s).
 
-    Once: shifting twice by a is shifting by a^2. 0 and 1 stay where they are.
+    Apply it once: two shifts by a are one shift by a^2. 0 and 1 do not change.
 
     Args:
         sigmas: In [0, 1].
@@ -32,14 +32,14 @@ def shift_sigmas(sigmas: Tensor, shift: float) -> Tensor:
     """
     if not shift > 0:
         raise ValueError(f"shift must be above 0, got {shift}")
-    s = torch.as_tensor(sigmas, dtype=torch.float64)
+    s = as_float64(sigmas)
     return shift * s / (1 + (shift - 1) * s)
 
 
 def time_shift(sigmas: Tensor, mu: float, time_shift_type: str = "exponential") -> Tensor:
-    """The dynamic shift, by a mu that follows from the size of the image: shift s / (1 + ...).
+    """The dynamic shift, by a mu that depends on the size of the image.
 
-    exponential: ``shift_sigmas`` by exp(mu); linear: by mu.
+    exponential: ``shift_sigmas`` by exp(mu); linear: ``shift_sigmas`` by mu.
 
     Args:
         sigmas: In [0, 1].
@@ -63,22 +63,25 @@ def dynamic_shift_mu(
     base_shift: float = 0.5,
     max_shift: float = 1.15,
 ) -> float:
-    """Mu of the dynamic shift: the straight line through (base length, base) and (max, max).
+    """Mu of the dynamic shift, linear in the number of tokens of the image.
 
     Args:
         image_seq_len: Number of tokens of the image.
-        base_image_seq_len: Where mu is ``base_shift``.
-        max_image_seq_len: Where mu is ``max_shift``.
-        base_shift: See there.
-        max_shift: See there.
+        base_image_seq_len: Number of tokens where mu is ``base_shift``.
+        max_image_seq_len: Number of tokens where mu is ``max_shift``.
+        base_shift: mu at ``base_image_seq_len``.
+        max_shift: mu at ``max_image_seq_len``.
 
     Returns:
         mu.
+
+    Raises:
+        ValueError: ``base_image_seq_len`` is not below ``max_image_seq_len``.
     """
     if not base_image_seq_len < max_image_seq_len:
         raise ValueError(
-            f"base_image_seq_len must be below max_image_seq_len, got {base_image_seq_len} and "
-            f"{max_image_seq_len}"
+            f"base_image_seq_len must be below max_image_seq_len, {max_image_seq_len}, got "
+            f"{base_image_seq_len}"
         )
     share = (image_seq_len - base_image_seq_len) / (max_image_seq_len - base_image_seq_len)
     return base_shift + share * (max_shift - base_shift)
@@ -99,7 +102,7 @@ def stretch_to_terminal(sigmas: Tensor, shift_terminal: float) -> Tensor:
     """
     if not 0 <= shift_terminal < 1:
         raise ValueError(f"shift_terminal must lie in [0, 1), got {shift_terminal}")
-    signal = 1 - torch.as_tensor(sigmas, dtype=torch.float64)
+    signal = 1 - as_float64(sigmas)
     if signal[-1] == 0:
-        raise ValueError("the last sigma is 1: it cannot be stretched to another")
+        raise ValueError("sigmas must end below 1 to be stretched, got 1")
     return 1 - signal * ((1 - shift_terminal) / signal[-1])

@@ -1,4 +1,4 @@
-"""Sequences of noise levels for samplers, under the names that k-diffusion gives them."""
+"""Noise levels for samplers, under k-diffusion's names."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ def get_sigmas_karras(
     """sigma_i^(1 / rho) linear from sigma_max to sigma_min, and a 0.
 
     Args:
-        n: How many levels, the appended 0 not counted.
-        sigma_min: The last of them, above 0.
-        sigma_max: The first of them.
-        rho: How strongly steps crowd at the low end; 1 is linear, infinity geometric.
-        device: Where the result goes.
+        n: Number of levels, without the appended 0.
+        sigma_min: Last level before the 0, above 0.
+        sigma_max: First level.
+        rho: How strongly levels crowd at the low end; 1 is linear, infinity geometric.
+        device: Device of the result.
 
     Returns:
         float64 ``[n + 1]``.
@@ -51,10 +51,10 @@ def get_sigmas_exponential(
     """log(sigma) linear from sigma_max to sigma_min, and a 0.
 
     Args:
-        n: How many levels, the appended 0 not counted.
-        sigma_min: The last of them, above 0.
-        sigma_max: The first of them.
-        device: Where the result goes.
+        n: Number of levels, without the appended 0.
+        sigma_min: Last level before the 0, above 0.
+        sigma_max: First level.
+        device: Device of the result.
 
     Returns:
         float64 ``[n + 1]``.
@@ -71,11 +71,11 @@ def get_sigmas_polyexponential(
     """log(sigma) = log(sigma_min) + u^rho log(sigma_max / sigma_min), u from 1 to 0; and a 0.
 
     Args:
-        n: How many levels, the appended 0 not counted.
-        sigma_min: The last of them, above 0.
-        sigma_max: The first of them.
+        n: Number of levels, without the appended 0.
+        sigma_min: Last level before the 0, above 0.
+        sigma_max: First level.
         rho: Power of the ramp.
-        device: Where the result goes.
+        device: Device of the result.
 
     Returns:
         float64 ``[n + 1]``.
@@ -92,16 +92,16 @@ def get_sigmas_polyexponential(
 
 
 def get_sigmas_lu(n: int, sigma_min: float, sigma_max: float, device: Device = "cpu") -> Tensor:
-    """Lambda = -log(sigma) uniform, the levels DPM-Solver is analysed for; and a 0.
+    """Lambda = -log(sigma) uniform, the levels that DPM-Solver is analyzed for; and a 0.
 
-    The same numbers as ``get_sigmas_exponential``, under the name that diffusers gives them
+    The numbers of ``get_sigmas_exponential``, under diffusers' name for them
     (``use_lu_lambdas``).
 
     Args:
-        n: How many levels, the appended 0 not counted.
-        sigma_min: The last of them, above 0.
-        sigma_max: The first of them.
-        device: Where the result goes.
+        n: Number of levels, without the appended 0.
+        sigma_min: Last level before the 0, above 0.
+        sigma_max: First level.
+        device: Device of the result.
 
     Returns:
         float64 ``[n + 1]``.
@@ -126,12 +126,12 @@ def get_sigmas_beta(
     """Quantiles of a beta distribution stretched over [sigma_min, sigma_max], and a 0.
 
     Args:
-        n: How many levels, the appended 0 not counted.
-        sigma_min: The last of them, above 0.
-        sigma_max: The first of them.
+        n: Number of levels, without the appended 0.
+        sigma_min: Last level before the 0, above 0.
+        sigma_max: First level.
         alpha: First parameter of the distribution; below 1 crowds the low end.
-        beta: Second parameter; below 1 crowds the high end.
-        device: Where the result goes.
+        beta: Second parameter of the distribution; below 1 crowds the high end.
+        device: Device of the result.
 
     Returns:
         float64 ``[n + 1]``.
@@ -146,7 +146,9 @@ def get_sigmas_beta(
     if not (alpha > 0 and beta > 0):
         raise ValueError(f"alpha and beta must be above 0, got {alpha} and {beta}")
     quantiles = [_beta_quantile(p, alpha, beta) for p in (1 - _ramp(n)).tolist()]
-    sigmas = sigma_min + torch.tensor(quantiles, dtype=torch.float64) * (sigma_max - sigma_min)
+    sigmas = sigma_min + torch.tensor(quantiles, dtype=torch.float64, device="cpu") * (
+        sigma_max - sigma_min
+    )
     return _with_ends(sigmas, sigma_min, sigma_max).to(device)
 
 
@@ -162,11 +164,11 @@ def get_sigmas_vp(
     sigma = sqrt(exp(beta_d t^2 / 2 + beta_min t) - 1).
 
     Args:
-        n: How many levels, the appended 0 not counted.
+        n: Number of levels, without the appended 0.
         beta_d: Slope of beta(t).
         beta_min: beta(0).
         eps_s: The last time.
-        device: Where the result goes.
+        device: Device of the result.
 
     Returns:
         float64 ``[n + 1]``.
@@ -186,10 +188,10 @@ def get_sigmas_vp(
 
 
 def get_sigmas_flow(n: int, *, shift: float = 1.0, sigma_min: float | None = None) -> Tensor:
-    """Levels of a rectified flow from 1 down, shifted once, and a 0.
+    """Noise levels of a rectified flow from 1 down, shifted once, and a 0.
 
     Args:
-        n: How many levels, the appended 0 not counted.
+        n: Number of levels, without the appended 0.
         shift: See ``shift_sigmas``; 1 for none.
         sigma_min: The last level before the shift; by default 1 / n, so that the unshifted steps,
             the one to 0 included, are equally long (Flux; diffusers' pipelines pass these).
@@ -209,12 +211,12 @@ def get_sigmas_flow(n: int, *, shift: float = 1.0, sigma_min: float | None = Non
 
 
 def _ramp(n: int) -> Tensor:
-    """N numbers from 0 to 1."""
-    return torch.arange(n, dtype=torch.float64) / max(n - 1, 1)
+    """The n numbers from 0 to 1, evenly spaced."""
+    return torch.arange(n, dtype=torch.float64, device="cpu") / max(n - 1, 1)
 
 
 def _with_ends(sigmas: Tensor, sigma_min: float, sigma_max: float) -> Tensor:
-    """The ends as they were asked for, not as rounding left them, and the 0."""
+    """Set both ends to the values asked for, free of rounding, and append the 0."""
     sigmas[-1] = sigma_min
     sigmas[0] = sigma_max
     return torch.cat([sigmas, sigmas.new_zeros(1)])
@@ -224,17 +226,22 @@ def _check_range(n: int, sigma_min: float, sigma_max: float) -> None:
     check_count(n)
     if not 0 < sigma_min <= sigma_max < math.inf:
         raise ValueError(
-            "expected 0 < sigma_min <= sigma_max (the 0 at the end is appended), "
-            f"got sigma_min={sigma_min}, sigma_max={sigma_max}"
+            "sigma_min must be above 0 (the 0 at the end is appended) and at most sigma_max, "
+            f"finite, got sigma_min={sigma_min}, sigma_max={sigma_max}"
         )
 
 
 def _beta_quantile(p: float, a: float, b: float) -> float:
-    """X with I_x(a, b) = p, by bisection on the side where x keeps its digits."""
+    """The x with I_x(a, b) = p, from the side of 1/2 where x keeps its digits."""
     if p <= 0 or p >= 1:
         return float(p >= 1)
     if p > _beta_cdf(0.5, a, b):
-        return 1 - _beta_quantile(1 - p, b, a)
+        return 1 - _lower_quantile(1 - p, b, a)
+    return _lower_quantile(p, a, b)
+
+
+def _lower_quantile(p: float, a: float, b: float) -> float:
+    """The quantile by bisection in [0, 1/2]; 1/2 for a p that rounding puts above it."""
     low, high = 0.0, 0.5
     for _ in range(200):
         middle = (low + high) / 2
@@ -245,7 +252,7 @@ def _beta_quantile(p: float, a: float, b: float) -> float:
 
 
 def _beta_cdf(x: float, a: float, b: float) -> float:
-    """The regularised incomplete beta function I_x(a, b) for x <= 1/2.
+    """The regularized incomplete beta function I_x(a, b) for x <= 1/2.
 
     x^a (1 - x)^b / (a B(a, b)) times a series of positive terms, sum_k prod_{j < k} (a + b + j) x /
     (a + 1 + j): nothing cancels (DLMF 8.17.8).
@@ -253,7 +260,7 @@ def _beta_cdf(x: float, a: float, b: float) -> float:
     if x == 0:
         return 0.0
     term, total, k = 1.0, 1.0, 0
-    while term > 1e-17 * total:  # x <= 1/2 makes them fall in the end
+    while term > 1e-17 * total:  # with x <= 1/2 the terms fall in the end
         term *= (a + b + k) * x / (a + 1 + k)
         total += term
         k += 1

@@ -7,54 +7,9 @@ from torch import Tensor
 
 from diffcore._checks import check_choice, check_count
 from diffcore.schedules.schedule import NoiseSchedule
+from diffcore.schedules.tensors import as_float64
 
 TIMESTEP_SPACINGS = ("leading", "trailing", "linspace")
-
-
-def respaced_timesteps(
-    num_timesteps: int, num_steps: int, spacing: str = "leading", *, steps_offset: int = 0
-) -> list[int]:
-    """The ``num_steps`` training timesteps that a sampler visits, from noisy to clean.
-
-    With T = ``num_timesteps``, S = ``num_steps``, i = 0 .. S-1: leading: i * (T // S) +
-    ``steps_offset``; trailing: round((i + 1) * T / S) - 1; linspace: round(i * (T - 1) / (S - 1)).
-    Only the last two reach T - 1. With S = 1, leading and linspace visit timestep 0 alone.
-
-    Args:
-        num_timesteps: T, the length of the training schedule.
-        num_steps: S, at most T.
-        spacing: One of ``TIMESTEP_SPACINGS`` (the strings of diffusers).
-        steps_offset: Added to every timestep of "leading", and to no other.
-
-    Returns:
-        S distinct timesteps, falling.
-
-    Raises:
-        ValueError: Unknown spacing, S outside 1 .. T, or an offset that leads out of the schedule.
-
-    Source:
-        Lin et al. 2023 (arXiv 2305.08891) table 2.
-    """
-    check_choice("timestep_spacing", spacing, TIMESTEP_SPACINGS)
-    check_count(num_timesteps, "num_timesteps")
-    check_count(num_steps, "num_steps")
-    if num_steps > num_timesteps:
-        raise ValueError(f"num_steps must be at most {num_timesteps}, got {num_steps}")
-    # Quotients of integers, so that no rounding error decides a tie; round() is NumPy's, to even.
-    if spacing == "leading":
-        stride = num_timesteps // num_steps
-        rising = [i * stride + steps_offset for i in range(num_steps)]
-    elif spacing == "trailing":
-        rising = [round((i + 1) * num_timesteps / num_steps) - 1 for i in range(num_steps)]
-    else:
-        gaps = max(num_steps - 1, 1)
-        rising = [round(i * (num_timesteps - 1) / gaps) for i in range(num_steps)]
-    if rising[0] < 0 or rising[-1] >= num_timesteps:
-        raise ValueError(
-            f"steps_offset={steps_offset} leads out of the schedule: timesteps {rising[0]} to "
-            f"{rising[-1]} with num_timesteps={num_timesteps}"
-        )
-    return rising[::-1]
 
 
 def spaced_timesteps(
@@ -66,56 +21,116 @@ def spaced_timesteps(
     drop_last: bool = False,
     last_timestep: int | None = None,
 ) -> Tensor:
-    """The timesteps that diffusers' samplers visit, from noisy to clean, float64 and not rounded.
+    """The timesteps that diffusers' samplers visit, from noisy to clean, not rounded.
 
-    With T = ``last_timestep`` (by default ``num_timesteps``) and S points: linspace: from T - 1 to
-    0; leading: i * (T // S) + ``steps_offset``; trailing: T - i * (num_timesteps / S) - 1, rounded.
-    The Euler family takes these as they are, DDPM and DDIM round the linspace (for those see
-    ``schedules.respaced_timesteps``); DPM-Solver++ and UniPC round it and take S + 1 points of
-    linspace and leading, of which they drop the last (``drop_last=True``).
+    With T = ``num_timesteps``, L = ``last_timestep`` (T by default), S = ``num_steps`` and i = 0 ..
+    S-1: linspace: (S - 1 - i) (L - 1) / (S - 1); leading: (S - 1 - i) (L // S) + ``steps_offset``;
+    trailing: round(L - i T / S) - 1. Linspace and trailing begin at L - 1, leading does not. With
+    S = 1, leading and linspace visit timestep 0 alone. The sums are those of NumPy in diffusers, so
+    that ties of trailing round as they do there.
+
+    The Euler family takes these as they are; DDPM and DDIM take integers, see
+    ``respaced_timesteps``; DPM-Solver++ and UniPC round linspace and, for linspace and leading,
+    take S + 1 points and drop the last (``drop_last=True``).
 
     Args:
-        num_timesteps: Length of the training schedule.
+        num_timesteps: T, the length of the training schedule.
         num_steps: S.
-        spacing: One of ``TIMESTEP_SPACINGS``.
-        steps_offset: Added with "leading" only.
-        drop_last: See above; has no effect on "trailing".
-        last_timestep: Where the schedule is cut off (``clipped_length``).
+        spacing: One of ``TIMESTEP_SPACINGS`` (the strings of diffusers).
+        steps_offset: Added to every timestep of "leading", and to no other.
+        drop_last: Take one point more and drop it; has no effect on "trailing".
+        last_timestep: L, where the schedule is cut off (``clipped_length``).
 
     Returns:
-        float64 ``[S]``, falling; whole numbers but for linspace.
+        float64 ``[S]``, falling; integers except for linspace.
 
     Raises:
-        ValueError: Unknown spacing, a count below 1, more steps than timesteps, an offset that
-            leads out of the schedule.
+        TypeError: A count is not an int.
+        ValueError: Unknown spacing, a count below 1, more steps than timesteps, or timesteps
+            outside 0 .. T - 1.
 
     Source:
         Lin et al. 2023 (arXiv 2305.08891) table 2.
     """
-    check_choice("timestep_spacing", spacing, TIMESTEP_SPACINGS)
+    timesteps = _spaced(
+        num_timesteps, num_steps, spacing, steps_offset, drop_last, last_timestep, exact=False
+    )
+    return torch.tensor(timesteps, dtype=torch.float64, device="cpu")
+
+
+def respaced_timesteps(
+    num_timesteps: int, num_steps: int, spacing: str = "leading", *, steps_offset: int = 0
+) -> list[int]:
+    """The integer timesteps that DDPM and DDIM visit, from noisy to clean.
+
+    These are ``spaced_timesteps``, rounded half to even, with one difference: each is the quotient
+    of two integers, so that no rounding error decides a tie.
+
+    Args:
+        num_timesteps: T, the length of the training schedule.
+        num_steps: S, at most T.
+        spacing: One of ``TIMESTEP_SPACINGS`` (the strings of diffusers).
+        steps_offset: Added to every timestep of "leading", and to no other.
+
+    Returns:
+        S distinct timesteps, falling.
+
+    Raises:
+        TypeError: A count is not an int.
+        ValueError: Unknown spacing, S outside 1 .. T, or an offset that leads out of the schedule.
+
+    Source:
+        Lin et al. 2023 (arXiv 2305.08891) table 2.
+    """
+    timesteps = _spaced(num_timesteps, num_steps, spacing, steps_offset, False, None, exact=True)
+    return [round(t) for t in timesteps]
+
+
+def _spaced(
+    num_timesteps: int,
+    num_steps: int,
+    spacing: str,
+    steps_offset: int,
+    drop_last: bool,
+    last_timestep: int | None,
+    *,
+    exact: bool,
+) -> list[float]:
+    """``spaced_timesteps`` as floats; ``exact`` for quotients of integers instead of sums."""
+    check_choice("spacing", spacing, TIMESTEP_SPACINGS)
     check_count(num_timesteps, "num_timesteps")
     check_count(num_steps, "num_steps")
-    last = num_timesteps if last_timestep is None else last_timestep
-    points = num_steps + 1 if drop_last and spacing != "trailing" else num_steps
-    if not points <= last <= num_timesteps:
-        raise ValueError(
-            f"num_steps must be at most {last - (points - num_steps)} here, got {num_steps} "
-            f"(num_timesteps={num_timesteps}, last_timestep={last}, drop_last={drop_last})"
-        )
-    # In NumPy's order of operations, so that a tie rounds to where it does in diffusers.
-    i = torch.arange(num_steps, dtype=torch.float64)
+    end = num_timesteps if last_timestep is None else last_timestep
+    if end > num_timesteps:
+        raise ValueError(f"last_timestep must be at most {num_timesteps}, got {end}")
+    dropped = int(drop_last and spacing != "trailing")
+    points = num_steps + dropped
+    if points > end:
+        raise ValueError(f"num_steps must be at most {end - dropped}, got {num_steps}")
+    places = range(num_steps)
     if spacing == "linspace":
-        told = (points - 1 - i) * ((last - 1) / max(points - 1, 1))
+        gaps = max(points - 1, 1)
+        if exact:
+            timesteps = [(points - 1 - i) * (end - 1) / gaps for i in places]
+        else:
+            timesteps = [(points - 1 - i) * ((end - 1) / gaps) for i in places]
     elif spacing == "leading":
-        told = (points - 1 - i) * (last // points) + steps_offset
+        timesteps = [float((points - 1 - i) * (end // points) + steps_offset) for i in places]
+    elif exact:
+        timesteps = [
+            float(round((end * num_steps - i * num_timesteps) / num_steps) - 1) for i in places
+        ]
     else:
-        told = (last + i * (last - num_timesteps / num_steps - last)).round() - 1
-    if told[0] >= num_timesteps or told[-1] < 0:
+        fall = end - num_timesteps / num_steps - end  # numpy.arange finds its step by difference
+        timesteps = [float(round(end + i * fall) - 1) for i in places]
+    if timesteps[0] >= num_timesteps or timesteps[-1] < 0:
+        name = "steps_offset" if spacing == "leading" else "last_timestep"
+        value = steps_offset if spacing == "leading" else last_timestep
         raise ValueError(
-            f"the timesteps lead out of the schedule of {num_timesteps}: {told[0]:g} to "
-            f"{told[-1]:g} with spacing={spacing!r}, steps_offset={steps_offset}"
+            f"{name} must keep the timesteps in 0 .. {num_timesteps - 1}, got {value}, which leads "
+            f"from {timesteps[0]:g} to {timesteps[-1]:g}"
         )
-    return told
+    return timesteps
 
 
 def clipped_length(schedule: NoiseSchedule, lambda_min_clipped: float) -> int:
@@ -129,19 +144,23 @@ def clipped_length(schedule: NoiseSchedule, lambda_min_clipped: float) -> int:
         lambda_min_clipped: The bound, minus infinity for none.
 
     Returns:
-        The number of timesteps that are left, counted from the clean end.
+        The number of timesteps that remain, counted from the clean end.
 
     Raises:
-        ValueError: None is.
+        ValueError: None remains.
     """
-    left = int((schedule.log_snr / 2 >= lambda_min_clipped).sum())
+    half_log_snr = schedule.log_snr / 2
+    left = int((half_log_snr >= lambda_min_clipped).sum())
     if left < 1:
-        raise ValueError(f"lambda_min_clipped={lambda_min_clipped} leaves no timestep")
+        raise ValueError(
+            f"lambda_min_clipped must be at most {float(half_log_snr.max()):.6g}, the largest "
+            f"lambda of the schedule, got {lambda_min_clipped}"
+        )
     return left
 
 
 def timesteps_to_sigmas(schedule: NoiseSchedule, timesteps: Tensor) -> Tensor:
-    """Sigma / alpha at timesteps, linear between two of them.
+    """Sigma / alpha at timesteps, by linear interpolation between two of them.
 
     Args:
         schedule: The training schedule.
@@ -151,9 +170,9 @@ def timesteps_to_sigmas(schedule: NoiseSchedule, timesteps: Tensor) -> Tensor:
         float64, the shape of ``timesteps``.
 
     Raises:
-        ValueError: A timestep outside the schedule.
+        ValueError: A timestep is outside the schedule, or lies before a last one with alpha = 0.
     """
-    time = torch.as_tensor(timesteps, dtype=torch.float64)
+    time = as_float64(timesteps)
     if not bool(((time >= 0) & (time <= len(schedule) - 1)).all()):
         raise ValueError(f"timesteps must lie in 0 .. {len(schedule) - 1}, got {time.tolist()}")
     table = schedule.sigma / schedule.alpha
@@ -162,17 +181,17 @@ def timesteps_to_sigmas(schedule: NoiseSchedule, timesteps: Tensor) -> Tensor:
     share = time - low
     if bool((table[high].isinf() & (share > 0)).any()):
         raise ValueError(
-            "alpha is 0 at the last timestep: there is no sigma / alpha between it and the one "
-            f"before, got timesteps {time.tolist()}"
+            "timesteps must not lie between the last two of a schedule with alpha = 0 at the last, "
+            f"where sigma / alpha is infinite, got {time.tolist()}"
         )
     between = table[low] * (1 - share) + table[high] * share
     return torch.where(share == 0, table[low], between)
 
 
 def sigmas_to_timesteps(schedule: NoiseSchedule, sigmas: Tensor) -> Tensor:
-    """The timesteps where sigma / alpha takes given values, linear in its logarithm between two.
+    """The timesteps with given sigma / alpha, by linear interpolation in its logarithm.
 
-    Values beyond the schedule's take its first or last timestep.
+    Values beyond those of the schedule give its first or last timestep.
 
     Args:
         schedule: The training schedule; sigma / alpha must rise.
@@ -184,14 +203,14 @@ def sigmas_to_timesteps(schedule: NoiseSchedule, sigmas: Tensor) -> Tensor:
     Raises:
         ValueError: A sigma is not above 0.
     """
-    wanted = torch.as_tensor(sigmas, dtype=torch.float64)
-    if not bool((wanted > 0).all()):
-        raise ValueError(f"sigmas must be above 0 to have a timestep, got {wanted.tolist()}")
+    ratio = as_float64(sigmas)
+    if not bool((ratio > 0).all()):
+        raise ValueError(f"sigmas must be above 0 to have a timestep, got {ratio.tolist()}")
     log_table = (schedule.sigma / schedule.alpha).log()
     if len(log_table) == 1:
-        return torch.zeros_like(wanted)
-    log_wanted = wanted.log().clamp(float(log_table[0]), float(log_table[-1]))
-    high = torch.searchsorted(log_table, log_wanted).clamp(1, len(log_table) - 1)
+        return torch.zeros_like(ratio)
+    log_ratio = ratio.log().clamp(float(log_table[0]), float(log_table[-1]))
+    high = torch.searchsorted(log_table, log_ratio).clamp(1, len(log_table) - 1)
     low = high - 1
-    share = (log_wanted - log_table[low]) / (log_table[high] - log_table[low])
-    return torch.where(log_wanted == log_table[high], high.double(), low + share)
+    share = (log_ratio - log_table[low]) / (log_table[high] - log_table[low])
+    return torch.where(log_ratio == log_table[high], high.double(), low + share)

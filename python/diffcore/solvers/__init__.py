@@ -1,7 +1,7 @@
 """Solvers as tables of coefficients: DDPM to UniPC, for every noise schedule.
 
-A solver is a ``SolverTable``, made in float64 from the levels (alpha, sigma) that it visits. The
-functions take ``NoiseLevels``, or the sigmas of a variance exploding walk as k-diffusion has them.
+A solver is a ``SolverTable``, computed in float64 from the noise levels (alpha, sigma) that it
+visits. The functions take ``NoiseLevels``, or k-diffusion's sigmas, which are variance exploding.
 """
 
 from diffcore.solvers.ancestral import ddim_table, ddpm_table, euler_ancestral_table

@@ -1,4 +1,4 @@
-"""Solvers of one call a step without memory: DDPM, DDIM, Euler ancestral."""
+"""Solvers with one model call a step and no history: DDPM, DDIM, Euler ancestral."""
 
 from __future__ import annotations
 
@@ -8,10 +8,15 @@ import torch
 from torch import Tensor
 
 from diffcore._checks import check_choice
-from diffcore._types import ClipRange, Levels
-from diffcore.coefficients.bound import LEARNED, VARIANCE_TYPES
-from diffcore.coefficients.step import ddim_coefficients, posterior_coefficients
-from diffcore.solvers.levels import NoiseLevels, as_levels
+from diffcore._types import ClipRange
+from diffcore.coefficients.step import (
+    LEARNED,
+    VARIANCE_TYPES,
+    ddim_coefficients,
+    posterior_coefficients,
+    tensors,
+)
+from diffcore.solvers.levels import Levels, NoiseLevels, as_levels
 from diffcore.solvers.rows import Rows, ancestral, at_least_zero, toward
 from diffcore.solvers.table import SolverTable
 
@@ -25,17 +30,17 @@ def ddpm_table(
 ) -> SolverTable:
     """Ancestral sampling: x' = A x0 + B x + c_z z, the posterior q(x' | x, x0). Order 1.
 
-    c_z^2 = beta_tilde ("fixed_small") or beta ("fixed_large"), both of the step to the next level
-    of the walk, however far that is; 0 for a step to sigma = 0. Or the model says it: the noise is
-    then exp(log_variance / 2) z, log_variance = v ("learned") or log beta_tilde + (v + 1) / 2 (log
+    c_z^2 = beta_tilde ("fixed_small") or beta ("fixed_large"), both of the step to the next level,
+    however far that is; 0 for a step to sigma = 0. If the model predicts the variance, the noise is
+    exp(log_variance / 2) z with log_variance = v ("learned") or log beta_tilde + (v + 1) / 2 (log
     beta - log beta_tilde) ("learned_range": from -1, "fixed_small", to 1, "fixed_large").
 
     Args:
-        levels: The walk, or sigmas ``[N + 1]`` with alpha = 1.
-        variance_type: "fixed_small", "fixed_large", "learned" or "learned_range". For the last two
-            the model answers ``[B, 2C, ...]``, its prediction and then v.
-        prediction_type: What the model predicts.
-        clip_range: Bounds of x_0.
+        levels: Noise levels to visit, or sigmas ``[N + 1]`` with alpha = 1.
+        variance_type: One of ``VARIANCE_TYPES``. For "learned" and "learned_range" the model
+            returns ``[B, 2C, ...]``, its prediction and then v.
+        prediction_type: What the model predicts, one of ``PREDICTION_TYPES``.
+        clip_range: Bounds of the predicted x_0: ``c`` for [-c, c], (lowest, highest), or ``None``.
 
     Returns:
         N rows, with a ``variance`` where it is learned.
@@ -48,18 +53,18 @@ def ddpm_table(
         eq. 15.
     """
     check_choice("variance_type", variance_type, VARIANCE_TYPES)
-    walk = as_levels(levels)
-    rows = Rows("ddpm", walk, prediction_type, clip_range)
-    c_0, c_x, beta_tilde, beta = (torch.as_tensor(c) for c in posterior_coefficients(*_ends(walk)))
-    noisy, learned = walk.sigma[1:] != 0, None
+    levels = as_levels(levels)
+    rows = Rows("ddpm", levels, prediction_type, clip_range)
+    c_0, c_x, beta_tilde, beta = tensors(posterior_coefficients(*_ends(levels)))
+    noisy, learned = levels.sigma[1:] != 0, None
     if variance_type in LEARNED:
-        noisy &= beta_tilde > 0  # a step that goes nowhere needs no noise
+        noisy &= beta_tilde > 0  # a step to the same level needs no noise
         learned = _log_deviation(variance_type, noisy, beta_tilde, beta)
         c_z = noisy.double()
     else:
         variance = beta_tilde if variance_type == "fixed_small" else beta
         c_z = torch.where(noisy, variance, 0.0).sqrt()
-    columns = zip(walk.levels(), c_x.tolist(), c_0.tolist(), c_z.tolist(), strict=False)
+    columns = zip(levels.levels(), c_x.tolist(), c_0.tolist(), c_z.tolist(), strict=False)
     for i, (here, x, x0, z) in enumerate(columns):
         rows.add(i, here, c_x=x, c_0=x0, c_z=z)
     return rows.table(1, variance=learned)
@@ -75,15 +80,16 @@ def ddim_table(
 ) -> SolverTable:
     """DDIM: x' = alpha' x0 + sqrt(sigma'^2 - c_z^2) epsilon + c_z z, c_z = eta sqrt(beta_tilde).
 
-    epsilon follows the clipped x0 (``rederive_epsilon=True``, OpenAI's rule) or is what the model
-    said (``False``, the default of diffusers). Order 1; with eta = 0 the same as ``euler_table``.
+    epsilon is derived from the clipped x0 (``rederive_epsilon=True``, OpenAI's rule) or from the
+    unclipped model output (``False``, the default of diffusers). Order 1; with eta = 0 the same as
+    ``euler_table``.
 
     Args:
-        levels: The walk, or sigmas ``[N + 1]`` with alpha = 1.
-        eta: 0 for the deterministic sampler, 1 for ancestral noise; between them, inclusive.
-        rederive_epsilon: Whether epsilon follows the clipped x0.
-        prediction_type: What the model predicts.
-        clip_range: Bounds of x_0.
+        levels: Noise levels to visit, or sigmas ``[N + 1]`` with alpha = 1.
+        eta: In [0, 1]: 0 for the deterministic sampler, 1 for ancestral noise.
+        rederive_epsilon: Whether epsilon is derived from the clipped x0.
+        prediction_type: What the model predicts, one of ``PREDICTION_TYPES``.
+        clip_range: Bounds of the predicted x_0: ``c`` for [-c, c], (lowest, highest), or ``None``.
 
     Returns:
         N rows.
@@ -94,16 +100,16 @@ def ddim_table(
     Source:
         Song et al. 2021 (arXiv 2010.02502) eq. 12 and 16.
     """
-    walk = as_levels(levels)
-    rows = Rows("ddim", walk, prediction_type, clip_range)
-    # x0 as prediction: what remains are the coefficients of the step alone.
-    steps = ddim_coefficients(*_ends(walk), eta=eta, prediction_type="sample")[:, :4].tolist()
-    for i, (here, after) in enumerate(pairwise(walk.levels())):
+    levels = as_levels(levels)
+    rows = Rows("ddim", levels, prediction_type, clip_range)
+    # With x0 as the prediction, the first four columns are those of the step alone.
+    steps = ddim_coefficients(*_ends(levels), eta=eta, prediction_type="sample")[:, :4].tolist()
+    for i, (here, after) in enumerate(pairwise(levels.levels())):
         c_x, _, c_0, c_z = steps[i]
         if rederive_epsilon:
             rows.add(i, here, c_x=c_x, c_0=c_0, c_z=c_z)
             continue
-        e_x, e_m = walk.epsilon(here, prediction_type)
+        e_x, e_m = levels.epsilon(here, prediction_type)
         direction = c_x * here.sigma
         rows.add(i, here, c_x=direction * e_x, c_m=direction * e_m, c_0=after.alpha, c_z=c_z)
     return rows.table(1)
@@ -123,11 +129,11 @@ def euler_ancestral_table(
     eta <= 1 this is DDIM's rule, with a factor for the noise.
 
     Args:
-        levels: The walk, or sigmas ``[N + 1]`` with alpha = 1.
+        levels: Noise levels to visit, or sigmas ``[N + 1]`` with alpha = 1.
         eta: At least 0; 1 for ancestral noise.
-        s_noise: Factor of the noise.
-        prediction_type: What the model predicts.
-        clip_range: Bounds of x_0.
+        s_noise: Factor of the added noise.
+        prediction_type: What the model predicts, one of ``PREDICTION_TYPES``.
+        clip_range: Bounds of the predicted x_0: ``c`` for [-c, c], (lowest, highest), or ``None``.
 
     Returns:
         N rows.
@@ -140,9 +146,9 @@ def euler_ancestral_table(
     """
     at_least_zero("eta", eta)
     at_least_zero("s_noise", s_noise)
-    walk = as_levels(levels)
-    rows = Rows("euler_ancestral", walk, prediction_type, clip_range)
-    for i, (here, after) in enumerate(pairwise(walk.levels())):
+    levels = as_levels(levels)
+    rows = Rows("euler_ancestral", levels, prediction_type, clip_range)
+    for i, (here, after) in enumerate(pairwise(levels.levels())):
         down, up = ancestral(here, after, eta)
         c_x, c_0 = toward(here, after.alpha, down)
         rows.add(i, here, c_x=c_x, c_0=c_0, c_z=s_noise * up)
@@ -152,11 +158,11 @@ def euler_ancestral_table(
 def _log_deviation(variance_type: str, noisy: Tensor, beta_tilde: Tensor, beta: Tensor) -> Tensor:
     """s_0 and s_v of each row: half the log-variance is s_0 + s_v v. 0 where there is no noise."""
     if variance_type == "learned":
-        return noisy[:, None] * torch.tensor([0.0, 0.5], dtype=torch.float64)
+        return noisy[:, None] * torch.tensor([0.0, 0.5], dtype=torch.float64, device="cpu")
     small, large = (torch.where(noisy, c, 1.0).log() for c in (beta_tilde, beta))
     return torch.stack([small + large, large - small], dim=1) / 4
 
 
-def _ends(walk: NoiseLevels) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _ends(levels: NoiseLevels) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(alpha, sigma) before every step, and after it."""
-    return walk.alpha[:-1], walk.sigma[:-1], walk.alpha[1:], walk.sigma[1:]
+    return levels.alpha[:-1], levels.sigma[:-1], levels.alpha[1:], levels.sigma[1:]

@@ -1,8 +1,8 @@
 """Solvers that step along the derivative (x - x0) / sigma: Euler, Heun, DPM-Solver-2, LMS.
 
-The derivative is taken where it is a straight line for a straight path: of x by sigma with alpha =
-1 (x / alpha by sigma / alpha for a variance preserving walk), and of x by sigma in a rectified
-flow, where it is the velocity noise - x0.
+The derivative is taken in coordinates where it is constant on a straight path: of x by sigma with
+alpha = 1 (x / alpha by sigma / alpha for a variance preserving process), and of x by sigma in a
+rectified flow, where it is the velocity noise - x0.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ import math
 from collections.abc import Sequence
 
 from diffcore._kernels.step import MOST_HISTORY
-from diffcore._types import ClipRange, Levels
-from diffcore.solvers.levels import Level, NoiseLevels, as_levels
+from diffcore._types import ClipRange
+from diffcore.solvers.levels import Level, Levels, NoiseLevels, as_levels
 from diffcore.solvers.rows import Rows, ancestral, at_least_zero, check_order, toward
 from diffcore.solvers.table import SolverTable
 
-# EDM never multiplies a noise level by more than this.
+# The most by which EDM raises a noise level, as a fraction of it.
 _MAX_CHURN = math.sqrt(2) - 1
-# Gauss's rule of two points is exact to degree 3, the highest polynomial there is here.
+# Gauss's rule of two points is exact up to degree 3, the highest degree used here.
 _GAUSS_NODE = math.sqrt(1 / 3)
 
 
@@ -35,19 +35,19 @@ def euler_table(
 ) -> SolverTable:
     """Euler's method: x' = x + (sigma' - sigma) (x - x0) / sigma, with churn if asked for. Order 1.
 
-    In every coordinate the same step, alpha' x0 + sigma' noise: DDIM with eta = 0 for a variance
-    preserving walk, x + (sigma' - sigma) m for a flow. Churn raises the level to sigma (1 + gamma)
+    The step is alpha' x0 + sigma' noise on every path: DDIM with eta = 0 for a variance preserving
+    process, x + (sigma' - sigma) m for a flow. Churn raises the level to sigma (1 + gamma)
     before the model is called, gamma = min(s_churn / N, sqrt(2) - 1) where s_tmin <= sigma <=
     s_tmax.
 
     Args:
-        levels: The walk, or sigmas ``[N + 1]`` with alpha = 1.
-        s_churn: How much noise is renewed over the whole walk; 0 for none.
-        s_tmin: Lowest sigma with churn.
-        s_tmax: Highest sigma with churn.
-        s_noise: Factor of the noise.
-        prediction_type: What the model predicts.
-        clip_range: Bounds of x_0.
+        levels: Noise levels to visit, or sigmas ``[N + 1]`` with alpha = 1.
+        s_churn: How much noise is renewed over all steps; 0 for none.
+        s_tmin: Lowest sigma that churn raises.
+        s_tmax: Highest sigma that churn raises.
+        s_noise: Factor of the added noise.
+        prediction_type: What the model predicts, one of ``PREDICTION_TYPES``.
+        clip_range: Bounds of the predicted x_0: ``c`` for [-c, c], (lowest, highest), or ``None``.
 
     Returns:
         N rows.
@@ -59,10 +59,10 @@ def euler_table(
         Karras et al. 2022 (arXiv 2206.00364) algorithm 2 without its correction; Song et al. 2021
         (arXiv 2010.02502) eq. 13.
     """
-    walk = as_levels(levels)
-    churn = _Churn(walk, s_churn, s_tmin, s_tmax, s_noise)
-    rows = Rows("euler", walk, prediction_type, clip_range)
-    for i, after in enumerate(walk.levels()[1:]):
+    levels = as_levels(levels)
+    churn = _Churn(levels, s_churn, s_tmin, s_tmax, s_noise)
+    rows = Rows("euler", levels, prediction_type, clip_range)
+    for i, after in enumerate(levels.levels()[1:]):
         here = churn.level(i)
         c_x, c_0 = toward(here, after.alpha, after.sigma)
         rows.add(i, here, churn.interval(i + 1), c_x=c_x, c_0=c_0, c_z=churn.noise(i + 1))
@@ -85,35 +85,35 @@ def heun_table(
     sigma) (d + d') / 2. A step to sigma = 0 is Euler's. Churn as in ``euler_table``.
 
     Args:
-        levels: The walk, or sigmas ``[N + 1]`` with alpha = 1.
-        s_churn: How much noise is renewed over the whole walk; 0 for none.
-        s_tmin: Lowest sigma with churn.
-        s_tmax: Highest sigma with churn.
-        s_noise: Factor of the noise.
-        prediction_type: What the model predicts.
-        clip_range: Bounds of x_0.
+        levels: Noise levels to visit, or sigmas ``[N + 1]`` with alpha = 1.
+        s_churn: How much noise is renewed over all steps; 0 for none.
+        s_tmin: Lowest sigma that churn raises.
+        s_tmax: Highest sigma that churn raises.
+        s_noise: Factor of the added noise.
+        prediction_type: What the model predicts, one of ``PREDICTION_TYPES``.
+        clip_range: Bounds of the predicted x_0: ``c`` for [-c, c], (lowest, highest), or ``None``.
 
     Returns:
-        2N rows, 2N - 1 if the walk ends at a clean sample.
+        2N rows, 2N - 1 if the last sigma is 0.
 
     Raises:
-        ValueError: Churn with alpha other than 1, a variance preserving walk from alpha = 0, or as
-            ``NoiseLevels``.
+        ValueError: Churn with alpha other than 1, variance preserving levels that start at
+            alpha = 0, or as ``NoiseLevels``.
 
     Source:
         Karras et al. 2022 (arXiv 2206.00364) algorithms 1 and 2.
     """
-    walk = as_levels(levels)
-    churn = _Churn(walk, s_churn, s_tmin, s_tmax, s_noise)
-    rows = Rows("heun", walk, prediction_type, clip_range)
-    straight = _straight(walk, "heun_table")
-    for i, after in enumerate(walk.levels()[1:]):
+    levels = as_levels(levels)
+    churn = _Churn(levels, s_churn, s_tmin, s_tmax, s_noise)
+    rows = Rows("heun", levels, prediction_type, clip_range)
+    straight = _straight(levels, "heun_table")
+    for i, after in enumerate(levels.levels()[1:]):
         here, c_z = churn.level(i), churn.noise(i + 1)
         c_x, c_0 = toward(here, after.alpha, after.sigma)
         if after.sigma == 0 or after.ratio == here.ratio:
             rows.add(i, here, churn.interval(i + 1), c_x=c_x, c_0=c_0, c_z=c_z)
             continue
-        # x / scale + (s' - s) / 2 d, times scale', is half of Euler's step and half of standing.
+        # x / scale + (s' - s) / 2 d, times scale', is half of Euler's step.
         (scale, s), (scale_after, s_after) = straight(here), straight(after)
         half = (s_after - s) / 2
         e_x, e_0 = scale_after / scale * (1 + half / s), -scale_after * half / s
@@ -146,16 +146,16 @@ def dpm2_table(
     sigma = 0 is Euler's. Churn as in ``euler_table``.
 
     Args:
-        levels: The walk, or sigmas ``[N + 1]`` with alpha = 1.
-        s_churn: How much noise is renewed over the whole walk; 0 for none.
-        s_tmin: Lowest sigma with churn.
-        s_tmax: Highest sigma with churn.
-        s_noise: Factor of the noise.
-        prediction_type: What the model predicts.
-        clip_range: Bounds of x_0.
+        levels: Noise levels to visit, or sigmas ``[N + 1]`` with alpha = 1.
+        s_churn: How much noise is renewed over all steps; 0 for none.
+        s_tmin: Lowest sigma that churn raises.
+        s_tmax: Highest sigma that churn raises.
+        s_noise: Factor of the added noise.
+        prediction_type: What the model predicts, one of ``PREDICTION_TYPES``.
+        clip_range: Bounds of the predicted x_0: ``c`` for [-c, c], (lowest, highest), or ``None``.
 
     Returns:
-        2N rows, 2N - 1 if the walk ends at a clean sample.
+        2N rows, 2N - 1 if the last sigma is 0.
 
     Raises:
         ValueError: As ``heun_table``.
@@ -163,13 +163,13 @@ def dpm2_table(
     Source:
         Lu et al. 2022 (arXiv 2206.00927) algorithm 1, in k-diffusion's form (``sample_dpm_2``).
     """
-    walk = as_levels(levels)
-    churn = _Churn(walk, s_churn, s_tmin, s_tmax, s_noise)
-    rows = Rows("dpm2", walk, prediction_type, clip_range)
-    for i, after in enumerate(walk.levels()[1:]):
+    levels = as_levels(levels)
+    churn = _Churn(levels, s_churn, s_tmin, s_tmax, s_noise)
+    rows = Rows("dpm2", levels, prediction_type, clip_range)
+    for i, after in enumerate(levels.levels()[1:]):
         _dpm2_step(
             rows,
-            walk,
+            levels,
             i,
             churn.level(i),
             (after.alpha, after.sigma),
@@ -192,11 +192,11 @@ def dpm2_ancestral_table(
     sigma_up = eta sqrt(beta_tilde), at most sigma'; sigma_down^2 = sigma'^2 - sigma_up^2.
 
     Args:
-        levels: The walk, or sigmas ``[N + 1]`` with alpha = 1.
-        eta: 0 for ``dpm2_table``, 1 for ancestral noise.
-        s_noise: Factor of the noise.
-        prediction_type: What the model predicts.
-        clip_range: Bounds of x_0.
+        levels: Noise levels to visit, or sigmas ``[N + 1]`` with alpha = 1.
+        eta: At least 0: 0 for ``dpm2_table``, 1 for ancestral noise.
+        s_noise: Factor of the added noise.
+        prediction_type: What the model predicts, one of ``PREDICTION_TYPES``.
+        clip_range: Bounds of the predicted x_0: ``c`` for [-c, c], (lowest, highest), or ``None``.
 
     Returns:
         2N rows, less one for each step to sigma_down = 0.
@@ -207,14 +207,14 @@ def dpm2_ancestral_table(
     Source:
         k-diffusion's ``sample_dpm_2_ancestral``.
     """
-    walk = as_levels(levels)
+    levels = as_levels(levels)
     at_least_zero("eta", eta)
     at_least_zero("s_noise", s_noise)
-    rows = Rows("dpm2_ancestral", walk, prediction_type, clip_range)
-    track = walk.levels()
-    for i, (here, after) in enumerate(itertools.pairwise(track)):
+    rows = Rows("dpm2_ancestral", levels, prediction_type, clip_range)
+    points = levels.levels()
+    for i, (here, after) in enumerate(itertools.pairwise(points)):
         down, up = ancestral(here, after, eta)
-        _dpm2_step(rows, walk, i, here, (after.alpha, down), s_noise * up, None)
+        _dpm2_step(rows, levels, i, here, (after.alpha, down), s_noise * up, None)
     return rows.table(2 if eta == 0 else 1)
 
 
@@ -225,17 +225,17 @@ def lms_table(
     prediction_type: str = "epsilon",
     clip_range: ClipRange = None,
 ) -> SolverTable:
-    """Adams-Bashforth with the steps as they are (linear multistep).
+    """Adams-Bashforth for steps of any length (linear multistep).
 
     x' = x + integral from sigma to sigma' of the polynomial through the last ``order`` derivatives.
-    The first steps have fewer of them: the first is Euler's, and its error, of the second order,
-    stays; the claimed order shows where the first steps are short or their error dies out.
+    The first steps have fewer derivatives: the first is Euler's, and its second-order error
+    remains. The stated order holds where the first steps are short or their error decays.
 
     Args:
-        levels: The walk, or sigmas ``[N + 1]`` with alpha = 1.
+        levels: Noise levels to visit, or sigmas ``[N + 1]`` with alpha = 1.
         order: 1 to 4.
-        prediction_type: What the model predicts.
-        clip_range: Bounds of x_0.
+        prediction_type: What the model predicts, one of ``PREDICTION_TYPES``.
+        clip_range: Bounds of the predicted x_0: ``c`` for [-c, c], (lowest, highest), or ``None``.
 
     Returns:
         N rows.
@@ -247,12 +247,12 @@ def lms_table(
         Liu et al. 2022 (arXiv 2202.09778) eq. 12 for equal steps; k-diffusion's ``sample_lms``.
     """
     check_order(order, MOST_HISTORY + 1)
-    walk = as_levels(levels)
-    straight = _straight(walk, "lms_table")
-    rows = Rows("lms", walk, prediction_type, clip_range)
-    track = walk.levels()
-    places = [straight(level) for level in track]
-    for i, here in enumerate(track[:-1]):
+    levels = as_levels(levels)
+    straight = _straight(levels, "lms_table")
+    rows = Rows("lms", levels, prediction_type, clip_range)
+    points = levels.levels()
+    places = [straight(level) for level in points]
+    for i, here in enumerate(points[:-1]):
         (scale, s), (scale_after, s_after) = places[i], places[i + 1]
         known = [places[i - k][1] for k in range(min(order, i + 1))]
         weights = [w * scale_after for w in _adams_weights(known, s_after)]
@@ -270,27 +270,27 @@ def lms_table(
 
 
 class _Churn:
-    """The levels at which the model is called, raised by EDM's churn, and the noise that takes."""
+    """The levels that EDM's churn raises, where the model is called, and the noise it adds."""
 
     def __init__(
-        self, walk: NoiseLevels, s_churn: float, s_tmin: float, s_tmax: float, s_noise: float
+        self, levels: NoiseLevels, s_churn: float, s_tmin: float, s_tmax: float, s_noise: float
     ) -> None:
         for name, value in (("s_churn", s_churn), ("s_tmin", s_tmin), ("s_noise", s_noise)):
             at_least_zero(name, value)
         if not s_tmin <= s_tmax:
-            raise ValueError(f"s_tmin must be at most s_tmax, got {s_tmin} and {s_tmax}")
-        if s_churn > 0 and walk.path != "ve":
+            raise ValueError(f"s_tmin must be at most s_tmax, {s_tmax}, got {s_tmin}")
+        if s_churn > 0 and levels.path != "ve":
             raise ValueError(
-                "s_churn needs levels with alpha = 1: sigmas, NoiseLevels.from_edm, or the "
-                "sigma_space() of a variance preserving walk"
+                f"s_churn must be 0 unless alpha = 1, got {s_churn} on the path {levels.path!r}; "
+                "use sigmas, NoiseLevels.from_edm, or sigma_space() of variance preserving levels"
             )
-        gamma = min(s_churn / len(walk), _MAX_CHURN)
-        self._before = walk.levels()[:-1]
+        gamma = min(s_churn / len(levels), _MAX_CHURN)
+        self._before = levels.levels()[:-1]
         self._hat: list[Level] = []
         self._noise: list[float] = []
         for level in self._before:
             raised = gamma > 0 and s_tmin <= level.sigma <= s_tmax
-            self._hat.append(walk.at(level.sigma * (1 + gamma)) if raised else level)
+            self._hat.append(levels.at(level.sigma * (1 + gamma)) if raised else level)
             up = level.sigma * math.sqrt(gamma * (2 + gamma)) * s_noise if raised else 0.0
             self._noise.append(up)
 
@@ -298,7 +298,7 @@ class _Churn:
         return self._hat[i]
 
     def noise(self, i: int) -> float:
-        """What is added before step i; the end of the walk has none."""
+        """The noise added before step i; 0 after the last step."""
         return self._noise[i] if i < len(self._noise) else 0.0
 
     def interval(self, i: int) -> tuple[float, float] | None:
@@ -317,15 +317,15 @@ class _Straight:
         return (level.alpha, level.ratio) if self._vp else (1.0, level.sigma)
 
 
-def _straight(walk: NoiseLevels, name: str) -> _Straight:
-    if walk.path == "vp":
-        walk.check_signal(name)
-    return _Straight(walk.path)
+def _straight(levels: NoiseLevels, name: str) -> _Straight:
+    if levels.path == "vp":
+        levels.check_signal(name)
+    return _Straight(levels.path)
 
 
 def _dpm2_step(
     rows: Rows,
-    walk: NoiseLevels,
+    levels: NoiseLevels,
     i: int,
     here: Level,
     target: tuple[float, float],
@@ -338,27 +338,29 @@ def _dpm2_step(
         c_x, c_0 = toward(here, alpha, sigma)
         rows.add(i, here, interval, c_x=c_x, c_0=c_0, c_z=c_z)
         return
-    walk.check_signal("dpm2_table")
-    middle = walk.at(math.sqrt(here.ratio) * math.sqrt(sigma / alpha))
-    straight = _Straight(walk.path)
+    levels.check_signal("dpm2_table")
+    middle = levels.at(math.sqrt(here.ratio) * math.sqrt(sigma / alpha))
+    straight = _Straight(levels.path)
     (scale, s), (_, s_middle) = straight(here), straight(middle)
-    # sigma_down is on the walk's path for another alpha: step to there, and rescale.
-    end = walk.at(sigma / alpha)
+    # (alpha, sigma_down) is off the path: step to the level with the same ratio, and rescale.
+    end = levels.at(sigma / alpha)
     scale_end, s_end = straight(end)
     scale_end *= alpha / end.alpha
     c_x, c_0 = toward(here, middle.alpha, middle.sigma)
     rows.add(i, here, c_x=c_x, c_0=c_0, e_x=scale_end / scale)
     step = (s_end - s) / s_middle
     c_x, c_0 = step * scale_end / straight(middle)[0], -step * scale_end
-    rows.add(i, middle, interval or (here.ratio, _end(walk, i)), c_x=c_x, c_0=c_0, c_1=1.0, c_z=c_z)
+    rows.add(
+        i, middle, interval or (here.ratio, _end(levels, i)), c_x=c_x, c_0=c_0, c_1=1.0, c_z=c_z
+    )
 
 
-def _end(walk: NoiseLevels, i: int) -> float:
-    return float(walk.sigma[i + 1] / walk.alpha[i + 1])
+def _end(levels: NoiseLevels, i: int) -> float:
+    return float(levels.sigma[i + 1] / levels.alpha[i + 1])
 
 
 def _adams_weights(known: Sequence[float], end: float) -> list[float]:
-    """Integrals from known[0] to end of the Lagrange polynomials through the points known."""
+    """Integrals from known[0] to end of the Lagrange polynomials with the nodes ``known``."""
     middle, half = (known[0] + end) / 2, (end - known[0]) / 2
     total = [0.0] * len(known)
     for at in (middle - half * _GAUSS_NODE, middle + half * _GAUSS_NODE):

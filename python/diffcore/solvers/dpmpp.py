@@ -1,4 +1,4 @@
-"""DPM-Solver++: multistep (2M, 3M, SDE), two calls a step (2S, SDE)."""
+"""DPM-Solver++: multistep (2M, 3M, SDE), and with two model calls a step (2S, SDE)."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ import math
 from collections.abc import Sequence
 
 from diffcore._checks import check_choice
-from diffcore._types import ClipRange, Levels
+from diffcore._types import ClipRange
 from diffcore.solvers.exponential import first_order_weight, interpolating_weights, last_finite, phi
-from diffcore.solvers.levels import as_levels
+from diffcore.solvers.levels import Levels, as_levels
 from diffcore.solvers.rows import Rows, ancestral, at_least_zero, check_order, toward
 from diffcore.solvers.table import SolverTable
 
 ALGORITHM_TYPES = ("dpmsolver++", "sde-dpmsolver++")
 SOLVER_TYPES = ("midpoint", "heun")
 
-# With at least this many steps diffusers keeps the order to the end.
-_LONG_WALK = 15
+# With at least this many steps, diffusers keeps the order to the end.
+_MANY_STEPS = 15
 
 
 def dpmpp_table(
@@ -34,31 +34,32 @@ def dpmpp_table(
     prediction_type: str = "epsilon",
     clip_range: ClipRange = None,
 ) -> SolverTable:
-    """DPM-Solver++, multistep: x0 along a step from the last predictions. Order 1, 2, 2 (3).
+    """DPM-Solver++, multistep: x0 as a polynomial through the last predictions. Order 1, 2, 2 (3).
 
     With h = lambda' - lambda, H = h ("dpmsolver++") or (1 + eta) h ("sde-dpmsolver++"), and
     differences D1, D2 of x0 in units of h: x' = (sigma' / sigma) exp(h - H) x + alpha' (H phi_1 x0
-    + H phi_2 D1 + H phi_3 D2) + sigma' sqrt(1 - exp(-2 eta h)) z, the phi at -H. "midpoint" puts H
-    phi_1 / 2 for H phi_2 where the order is 2. The first step has order 1, the second at most 2, a
-    step to sigma = 0 order 1 and no noise, and so has any step whose history begins at alpha = 0.
+    + H phi_2 D1 + H phi_3 D2) + sigma' sqrt(1 - exp(-2 eta h)) z, the phi at -H. "midpoint"
+    replaces H phi_2 by H phi_1 / 2 where the order is 2. The first step has order 1, the second at
+    most 2. A step to sigma = 0 has order 1 and no noise; a step whose history begins at alpha = 0
+    has order 1.
 
-    As published, the third-order step counts its second difference half (D2 above is the divided
-    difference, not the second derivative), so that it converges with order 2, if with a small
-    constant. ``exact_third_order=True`` counts it whole.
+    As published, the third-order step has half of the second difference (D2 above is the divided
+    difference, not the second derivative), so it converges with order 2, with a small constant.
+    ``exact_third_order=True`` takes all of it.
 
     Args:
-        levels: The walk, or sigmas ``[N + 1]`` with alpha = 1.
+        levels: Noise levels to visit, or sigmas ``[N + 1]`` with alpha = 1.
         order: 1, 2 or 3.
         algorithm_type: One of ``ALGORITHM_TYPES``.
         solver_type: "midpoint" or "heun", for the steps of order 2.
-        lower_order_final: Where there are fewer than 15 steps, the last has order 1, the one before
-            it at most 2.
-        euler_at_final: The last step has order 1 in any case.
-        exact_third_order: See above.
-        eta: Strength of the noise with "sde-dpmsolver++"; 1 is the diffusion SDE.
-        s_noise: Factor of the noise.
-        prediction_type: What the model predicts.
-        clip_range: Bounds of x_0.
+        lower_order_final: With fewer than 15 steps, the last has order 1, the one before it at
+            most 2.
+        euler_at_final: The last step has order 1 with any number of steps.
+        exact_third_order: Use the full second difference in steps of order 3.
+        eta: Strength of the noise with "sde-dpmsolver++" (1 is the diffusion SDE); else not read.
+        s_noise: Factor of the added noise.
+        prediction_type: What the model predicts, one of ``PREDICTION_TYPES``.
+        clip_range: Bounds of the predicted x_0: ``c`` for [-c, c], (lowest, highest), or ``None``.
 
     Returns:
         N rows.
@@ -75,15 +76,15 @@ def dpmpp_table(
     check_choice("solver_type", solver_type, SOLVER_TYPES)
     at_least_zero("eta", eta)
     at_least_zero("s_noise", s_noise)
-    walk = as_levels(levels)
+    levels = as_levels(levels)
     eta = eta if algorithm_type == "sde-dpmsolver++" else 0.0
-    rows = Rows(f"{algorithm_type}-{order}m", walk, prediction_type, clip_range)
-    track, steps = walk.levels(), len(walk)
-    lambdas = [level.lam for level in track]
-    for i, (here, after) in enumerate(itertools.pairwise(track)):
+    rows = Rows(f"{algorithm_type}-{order}m", levels, prediction_type, clip_range)
+    points, steps = levels.levels(), len(levels)
+    lambdas = [level.lam for level in points]
+    for i, (here, after) in enumerate(itertools.pairwise(points)):
         left = steps - i
         limit = order
-        if lower_order_final and steps < _LONG_WALK:
+        if lower_order_final and steps < _MANY_STEPS:
             limit = min(limit, left)
         if after.sigma == 0 or lambdas[i] == lambdas[i + 1] or (euler_at_final and left == 1):
             limit = 1
@@ -115,43 +116,44 @@ def dpmpp_2s_table(
     prediction_type: str = "epsilon",
     clip_range: ClipRange = None,
 ) -> SolverTable:
-    """DPM-Solver++ (2S): a call in the middle of lambda decides the step. Order 2.
+    """DPM-Solver++ (2S): steps with the x0 predicted at the midpoint in lambda. Order 2.
 
-    To (alpha', sigma_down) through the level at (lambda + lambda_down) / 2: the first call moves x
-    there, x' = (sigma_down / sigma) x + (alpha' - alpha sigma_down / sigma) x0_mid + sigma_up z.
-    eta = 0 is the deterministic solver, eta = 1 k-diffusion's ``sample_dpmpp_2s_ancestral``; with
-    noise the order is 1. A step to sigma_down = 0 has one call.
+    A step goes to (alpha', sigma_down) through the level at (lambda + lambda_down) / 2: the first
+    model call moves x to that level, the second gives x0_mid there, and x' = (sigma_down / sigma) x
+    + (alpha' - alpha sigma_down / sigma) x0_mid + sigma_up z. eta = 0 is the deterministic solver,
+    eta = 1 k-diffusion's ``sample_dpmpp_2s_ancestral``; with noise the order is 1. A step to
+    sigma_down = 0 has one call.
 
     Args:
-        levels: The walk, or sigmas ``[N + 1]`` with alpha = 1.
-        eta: Strength of the noise.
-        s_noise: Factor of the noise.
-        prediction_type: What the model predicts.
-        clip_range: Bounds of x_0.
+        levels: Noise levels to visit, or sigmas ``[N + 1]`` with alpha = 1.
+        eta: Strength of the noise, at least 0.
+        s_noise: Factor of the added noise.
+        prediction_type: What the model predicts, one of ``PREDICTION_TYPES``.
+        clip_range: Bounds of the predicted x_0: ``c`` for [-c, c], (lowest, highest), or ``None``.
 
     Returns:
         2N rows, less one for each step to sigma_down = 0.
 
     Raises:
-        ValueError: eta below 0, a walk from alpha = 0, or as ``NoiseLevels``.
+        ValueError: eta below 0, levels that start at alpha = 0, or as ``NoiseLevels``.
 
     Source:
         Lu et al. 2022 (arXiv 2211.01095) algorithm 1.
     """
     at_least_zero("eta", eta)
     at_least_zero("s_noise", s_noise)
-    walk = as_levels(levels)
-    walk.check_signal("dpmpp_2s_table")
-    rows = Rows("dpmpp_2s", walk, prediction_type, clip_range)
-    track = walk.levels()
-    for i, (here, after) in enumerate(itertools.pairwise(track)):
+    levels = as_levels(levels)
+    levels.check_signal("dpmpp_2s_table")
+    rows = Rows("dpmpp_2s", levels, prediction_type, clip_range)
+    points = levels.levels()
+    for i, (here, after) in enumerate(itertools.pairwise(points)):
         down, up = ancestral(here, after, eta)
         c_x, c_0 = toward(here, after.alpha, down)
         c_z = s_noise * up
         if down == 0 or after.ratio == here.ratio:
             rows.add(i, here, c_x=c_x, c_0=c_0, c_z=c_z)
             continue
-        middle = walk.at(math.sqrt(here.ratio) * math.sqrt(down / after.alpha))
+        middle = levels.at(math.sqrt(here.ratio) * math.sqrt(down / after.alpha))
         to_x, to_0 = toward(here, middle.alpha, middle.sigma)
         rows.add(i, here, c_x=to_x, c_0=to_0, e_x=c_x)
         rows.add(i, middle, (here.ratio, after.ratio), c_0=c_0, c_1=1.0, c_z=c_z)
@@ -169,23 +171,24 @@ def dpmpp_sde_table(
 ) -> SolverTable:
     """DPM-Solver++ (SDE): two calls a step, noise after both. Order 1 (2 for eta = 0, r = 1/2).
 
-    The first call leads to lambda + r h, down to sigma_down and up again by noise; the second
-    leads from x by x0 (1 - 1 / (2 r)) + x0_mid / (2 r), likewise. A step to sigma = 0 has one call
-    and no noise.
+    The first model call steps to lambda + r h: down to its sigma_down, then noise. The second steps
+    from x to lambda + h with x0 (1 - 1 / (2 r)) + x0_mid / (2 r): down to sigma_down, then noise. A
+    step to sigma = 0 has one call and no noise.
 
     Args:
-        levels: The walk, or sigmas ``[N + 1]`` with alpha = 1.
-        eta: Strength of the noise.
-        s_noise: Factor of the noise.
-        r: Where the second call is, in (0, 1].
-        prediction_type: What the model predicts.
-        clip_range: Bounds of x_0.
+        levels: Noise levels to visit, or sigmas ``[N + 1]`` with alpha = 1.
+        eta: Strength of the noise, at least 0.
+        s_noise: Factor of the added noise.
+        r: Position of the second call within the step in lambda, in (0, 1].
+        prediction_type: What the model predicts, one of ``PREDICTION_TYPES``.
+        clip_range: Bounds of the predicted x_0: ``c`` for [-c, c], (lowest, highest), or ``None``.
 
     Returns:
-        2N rows, 2N - 1 if the walk ends at a clean sample.
+        2N rows, 2N - 1 if the last sigma is 0.
 
     Raises:
-        ValueError: eta below 0, r outside (0, 1], a walk from alpha = 0, or as ``NoiseLevels``.
+        ValueError: eta below 0, r outside (0, 1], levels that start at alpha = 0, or as
+            ``NoiseLevels``.
 
     Source:
         k-diffusion's ``sample_dpmpp_sde``.
@@ -194,16 +197,16 @@ def dpmpp_sde_table(
     at_least_zero("s_noise", s_noise)
     if not 0 < r <= 1:
         raise ValueError(f"r must lie in (0, 1], got {r}")
-    walk = as_levels(levels)
-    walk.check_signal("dpmpp_sde_table")
-    rows = Rows("dpmpp_sde", walk, prediction_type, clip_range)
-    track = walk.levels()
-    for i, (here, after) in enumerate(itertools.pairwise(track)):
+    levels = as_levels(levels)
+    levels.check_signal("dpmpp_sde_table")
+    rows = Rows("dpmpp_sde", levels, prediction_type, clip_range)
+    points = levels.levels()
+    for i, (here, after) in enumerate(itertools.pairwise(points)):
         if after.sigma == 0 or after.ratio == here.ratio:
             c_x, c_0 = toward(here, after.alpha, after.sigma)
             rows.add(i, here, c_x=c_x, c_0=c_0)
             continue
-        middle = walk.at(here.ratio ** (1 - r) * after.ratio**r)
+        middle = levels.at(here.ratio ** (1 - r) * after.ratio**r)
         down, up = ancestral(here, middle, eta)
         to_x, to_0 = toward(here, middle.alpha, down)
         to_z, between = s_noise * up, (here.ratio, middle.ratio)
@@ -212,21 +215,21 @@ def dpmpp_sde_table(
         late = 1 / (2 * r)
         e_0 = (1 - late) * c_0
         rows.add(i, here, between, c_x=to_x, c_0=to_0, c_z=to_z, e_x=c_x, e_0=e_0)
-        whole = (here.ratio, after.ratio)
-        rows.add(i, middle, whole, c_0=late * c_0, c_1=1.0, c_z=s_noise * up)
+        complete = (here.ratio, after.ratio)
+        rows.add(i, middle, complete, c_0=late * c_0, c_1=1.0, c_z=s_noise * up)
     return rows.table(1 if eta else 2)
 
 
 def _multistep_weights(
     nodes: Sequence[float], big_h: float, solver_type: str, exact: bool
 ) -> list[float]:
-    """Weights of the x0 at ``nodes`` (two or three, the present one first), without alpha'."""
+    """Weights of x0 at two or three ``nodes``, the current one first, without alpha'."""
     if len(nodes) == 2 and solver_type == "midpoint":
         slope = first_order_weight(big_h) / 2 / -nodes[1]
         return [first_order_weight(big_h) + slope, -slope]
     if len(nodes) == 2 or exact:
         return interpolating_weights(nodes, big_h)
-    # Half of the second difference missing: as published and as every implementation has it.
+    # Without half of the second difference, as published and as in other implementations.
     curve = big_h * phi(3, -big_h)
     weights = interpolating_weights(nodes, big_h)
     second = [

@@ -1,9 +1,9 @@
-"""What the exponential integrators share: x0 as a polynomial in lambda, integrated exactly.
+"""Exponential integrators: weights of x0 as a polynomial in lambda, integrated exactly.
 
 In lambda = log(alpha / sigma) the probability flow is x' = (sigma' / sigma) x + alpha' integral of
 exp(lambda - lambda') x0 from lambda to lambda'. With noise of strength eta the exponent is (1 +
 eta) times that. On v = (lambda - lambda_here) / h, h the step, and H = (1 + eta) h, a solver's
-weights are the integrals H int_0^1 exp(-H (1 - v)) p(v) dv of a polynomial p through known x0.
+weights are the integrals H int_0^1 exp(-H (1 - v)) p(v) dv of the polynomial p through the x0.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-# Terms of the series of phi for |z| <= 1: 1 / 20! is below the rounding error.
+# Terms of the series of phi for |z| <= 1; 1 / 20! is below the rounding error.
 _TERMS = 20
 
 
@@ -54,7 +54,8 @@ def interpolating_weights(nodes: Sequence[float], big_h: float) -> list[float]:
     """Weights of the values at ``nodes`` in the integral of the polynomial through them.
 
     Args:
-        nodes: Distinct v, the present one 0, earlier ones negative, the end of the step 1.
+        nodes: Distinct v: 0 for the current level, negative for earlier ones, 1 for the end of the
+            step.
         big_h: H, finite.
 
     Returns:
@@ -75,15 +76,15 @@ def interpolating_weights(nodes: Sequence[float], big_h: float) -> list[float]:
 
 
 def last_finite(lambdas: Sequence[float], i: int, count: int) -> int:
-    """How many of the ``count`` levels i, i-1, ... may be interpolated through.
+    """How many of the ``count`` levels i, i-1, ... a polynomial may go through.
 
     Args:
-        lambdas: Of all levels.
-        i: The present one.
-        count: How many are wanted, including it.
+        lambdas: lambda of all levels.
+        i: Index of the current level.
+        count: Number of levels asked for, the current one included.
 
     Returns:
-        At most ``count``, at least 1: a level at lambda = -infinity ends the list.
+        At most ``count``, at least 1: the levels before one at lambda = -infinity.
     """
     used = 1
     while used < min(count, i + 1) and math.isfinite(lambdas[i - used]):

@@ -1,11 +1,11 @@
-"""Where a sampler goes: the noise levels it visits, and what the model is told and shown there."""
+"""The noise levels that a sampler visits, and the inputs of the model there."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -16,11 +16,13 @@ from diffcore.schedules import NoiseSchedule
 from diffcore.schedules.timesteps import sigmas_to_timesteps, timesteps_to_sigmas
 from diffcore.solvers.paths import (
     PATHS,
+    FlowTime,
     TimeOf,
     all_on_path,
     level_vector,
     on_path,
     path_of,
+    quarter_log,
     timestep_vector,
 )
 
@@ -28,7 +30,7 @@ FINAL_SIGMAS_TYPES = ("zero", "sigma_min")
 
 
 class Level(NamedTuple):
-    """One noise level: x = alpha * x_0 + sigma * noise, and what the model gets to see there."""
+    """One noise level, x = alpha * x_0 + sigma * noise, and the inputs of the model there."""
 
     alpha: float
     sigma: float
@@ -37,12 +39,12 @@ class Level(NamedTuple):
 
     @property
     def ratio(self) -> float:
-        """Sigma / alpha, infinite where there is no signal."""
+        """Sigma / alpha; infinite where alpha = 0."""
         return self.sigma / self.alpha if self.alpha > 0 else math.inf
 
     @property
     def lam(self) -> float:
-        """log(alpha / sigma), half the logarithm of the signal-to-noise ratio; may be infinite."""
+        """Lambda = log(alpha / sigma), half the log signal-to-noise ratio; may be infinite."""
         if self.alpha == 0:
             return -math.inf
         return math.log(self.alpha) - math.log(self.sigma) if self.sigma > 0 else math.inf
@@ -50,23 +52,25 @@ class Level(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class NoiseLevels:
-    """The levels (alpha, sigma) that a sampler visits, from noisy to clean, the last one included.
+    """The noise levels (alpha, sigma) that a sampler visits, from noisy to clean.
 
-    Made by ``from_sigmas`` (variance exploding, as k-diffusion has it), ``from_flow``,
+    Made by ``from_sigmas`` (variance exploding, k-diffusion's convention), ``from_flow``,
     ``from_schedule`` (a discrete schedule at some of its timesteps) and ``from_edm``. Every solver
-    takes these; N steps have N + 1 levels.
+    takes these; N steps have N + 1 levels, the last one included.
 
     Args:
         alpha: Signal coefficients ``[N + 1]``.
-        sigma: Noise coefficients ``[N + 1]``; the last is 0 where the walk ends at a clean sample.
-        timesteps: ``[N]``, what the model is told at each level but the last; int64 or float64.
+        sigma: Noise coefficients ``[N + 1]``; the last is 0 for steps to a clean sample.
+        timesteps: Timestep input of the model at all levels but the last, ``[N]``; int64 or
+            float64.
         path: Where levels between these lie: "vp" (alpha^2 + sigma^2 = 1), "ve" (alpha = 1) or
             "flow" (alpha + sigma = 1).
-        time_of: From sigma / alpha to the timestep there.
-        input_std: The model is shown x / sqrt((sigma / alpha)^2 + input_std^2); ``None`` for x.
-        preconditioned: The model is EDM's F, and x_0 = c_skip x + c_out F with sigma_data =
-            ``input_std``.
-        init_noise_sigma: Standard deviation of the sample that a walk starts from.
+        time_of: Function from sigma / alpha to the timestep there; picklable, if the levels are to
+            be pickled.
+        input_std: The model input is x / sqrt((sigma / alpha)^2 + input_std^2); ``None`` for x.
+        preconditioned: Whether the model is EDM's F, with x_0 = c_skip x + c_out F and
+            sigma_data = ``input_std``.
+        init_noise_sigma: Standard deviation of the sample to start from.
 
     Raises:
         ValueError: Fewer than two levels, a level noisier than the one before, alpha = 0 after the
@@ -86,26 +90,30 @@ class NoiseLevels:
         check_choice("path", self.path, PATHS)
         if len(self.alpha) != len(self.sigma) or len(self.alpha) < 2:
             raise ValueError(
-                f"a walk needs at least two levels, alpha and sigma of each, "
-                f"got {len(self.alpha)} and {len(self.sigma)}"
+                "alpha and sigma must have the same length, at least 2, got "
+                f"{len(self.alpha)} and {len(self.sigma)}"
             )
         if len(self.timesteps) != len(self.alpha) - 1:
             raise ValueError(
-                f"timesteps must hold one for each of the {len(self.alpha) - 1} steps, "
-                f"got {len(self.timesteps)}"
+                f"timesteps must hold one for each of the {len(self.alpha) - 1} steps, got "
+                f"{len(self.timesteps)}"
             )
         if bool((self.sigma[:-1] <= 0).any()) or bool((self.sigma < 0).any()):
-            raise ValueError(f"only the last sigma may be 0, got {self.sigma.tolist()}")
+            raise ValueError(
+                f"sigma must be above 0 before the last level, got {self.sigma.tolist()}"
+            )
         if bool((self.alpha[1:] <= 0).any()) or bool((self.alpha < 0).any()):
-            raise ValueError(f"only the first alpha may be 0, got {self.alpha.tolist()}")
-        # sigma' alpha <= sigma alpha' is the falling of sigma / alpha without a division by 0.
+            raise ValueError(
+                f"alpha must be above 0 after the first level, got {self.alpha.tolist()}"
+            )
+        # sigma' alpha <= sigma alpha' means that sigma / alpha falls, without a division by 0.
         before, after = self.alpha[:-1] * self.sigma[1:], self.alpha[1:] * self.sigma[:-1]
         wrong = after < before
-        wrong[:-1] |= (after == before)[:-1]  # the last step may stay where it is (DDIM's t = 0)
+        wrong[:-1] |= (after == before)[:-1]  # the last step may keep its level (DDIM's t = 0)
         if bool(wrong.any()):
             step = int(wrong.nonzero()[0])
             raise ValueError(
-                f"sigmas must fall: step {step} goes from (alpha, sigma) = "
+                f"sigmas must fall at every step, got step {step} from (alpha, sigma) = "
                 f"({self.alpha[step]:.6g}, {self.sigma[step]:.6g}) to "
                 f"({self.alpha[step + 1]:.6g}, {self.sigma[step + 1]:.6g})"
             )
@@ -114,39 +122,39 @@ class NoiseLevels:
     def from_sigmas(
         cls, sigmas: Tensor | Sequence[float], timesteps: Tensor | None = None
     ) -> NoiseLevels:
-        """Variance exploding, alpha = 1: what k-diffusion's samplers take.
+        """Variance exploding, alpha = 1: the convention of k-diffusion's samplers.
 
         Args:
-            sigmas: ``[N + 1]``, falling; usually a 0 at the end (the ``get_sigmas_*`` append it).
-            timesteps: ``[N]``, what the model is told; by default sigma itself.
+            sigmas: ``[N + 1]``, falling, usually to a 0 (which the ``get_sigmas_*`` append).
+            timesteps: Timestep input of the model ``[N]``; sigma by default.
 
         Returns:
             The levels; init_noise_sigma is the first sigma.
         """
         sigma = level_vector("sigmas", sigmas)
-        told = sigma[:-1]
+        times = sigma[:-1]
         time_of: Callable[[float], float] = float
         if timesteps is not None:
-            told = timestep_vector(timesteps)
-            time_of = TimeOf(sigma[:-1].flip(0), told.flip(0))
+            times = timestep_vector(timesteps)
+            time_of = TimeOf(sigma[:-1].flip(0), times.flip(0))
         first = float(sigma[0])
-        return cls(torch.ones_like(sigma), sigma, told, "ve", time_of, init_noise_sigma=first)
+        return cls(torch.ones_like(sigma), sigma, times, "ve", time_of, init_noise_sigma=first)
 
     @classmethod
     def from_edm(cls, sigmas: Tensor | Sequence[float], *, sigma_data: float = 0.5) -> NoiseLevels:
-        """Variance exploding with the preconditioning of EDM around the network.
+        """Variance exploding, for a network with EDM's preconditioning.
 
-        The network sees c_in x, c_in = 1 / sqrt(sigma^2 + sigma_data^2), is told log(sigma) / 4,
-        and its output F gives x_0 = c_skip x + c_out F: c_skip = sigma_data^2 c_in^2, c_out = sigma
-        sigma_data c_in for prediction_type "epsilon" (EDM's own), minus that for "v_prediction";
-        with "sample" the output is x_0 itself.
+        The inputs of the network are c_in x, c_in = 1 / sqrt(sigma^2 + sigma_data^2), and
+        log(sigma) / 4; its output F gives x_0 = c_skip x + c_out F with c_skip = sigma_data^2
+        c_in^2 and c_out = sigma sigma_data c_in for prediction_type "epsilon" (the convention of
+        EDM) or minus that for "v_prediction"; with "sample" the output is x_0 itself.
 
         Args:
             sigmas: As for ``from_sigmas``.
             sigma_data: Standard deviation of the data.
 
         Returns:
-            The levels; init_noise_sigma is sqrt(sigma[0]^2 + 1), as diffusers has it.
+            The levels; init_noise_sigma is sqrt(sigma[0]^2 + 1), as in diffusers.
 
         Source:
             Karras et al. 2022 (arXiv 2206.00364) table 1 and eq. 7.
@@ -159,7 +167,7 @@ class NoiseLevels:
             sigma,
             _quarter_log_of(sigma[:-1]),
             "ve",
-            lambda ratio: math.log(ratio) / 4,
+            quarter_log,
             input_std=float(sigma_data),
             preconditioned=True,
             init_noise_sigma=math.hypot(float(sigma[0]), 1),
@@ -172,21 +180,18 @@ class NoiseLevels:
         """Rectified flow, alpha = 1 - sigma.
 
         Args:
-            sigmas: ``[N + 1]``, falling, in [0, 1]; a shift is applied before (``shift_sigmas``).
-            num_train_timesteps: The model is told sigma times this.
+            sigmas: ``[N + 1]``, falling, in [0, 1], already shifted (``shift_sigmas``).
+            num_train_timesteps: The timestep input is sigma times this.
 
         Returns:
             The levels; init_noise_sigma is 1.
         """
         sigma = level_vector("sigmas", sigmas)
         if bool((sigma > 1).any()):
-            raise ValueError(f"sigmas of a flow must lie in [0, 1], got {sigma.tolist()}")
+            raise ValueError(f"sigmas must lie in [0, 1] for a flow, got {sigma.tolist()}")
         scale = float(num_train_timesteps)
 
-        def time_of(ratio: float) -> float:
-            return scale * (ratio / (1 + ratio) if math.isfinite(ratio) else 1.0)
-
-        return cls(1 - sigma, sigma, sigma[:-1] * scale, "flow", time_of)
+        return cls(1 - sigma, sigma, sigma[:-1] * scale, "flow", FlowTime(scale))
 
     @classmethod
     def from_schedule(
@@ -198,11 +203,11 @@ class NoiseLevels:
         final_sigmas_type: str = "zero",
         round_timesteps: bool = False,
     ) -> NoiseLevels:
-        """A discrete schedule, at timesteps of its own or where sigma / alpha takes given values.
+        """A discrete schedule, at given timesteps or at given values of sigma / alpha.
 
-        Timesteps between two of the schedule's take sigma / alpha by linear interpolation; sigmas
-        between two of the schedule's take the timestep by linear interpolation in log sigma
-        (diffusers does both).
+        For timesteps between two of the schedule, sigma / alpha is interpolated linearly; for
+        sigmas between two of the schedule, the timestep is interpolated linearly in log sigma (both
+        as in diffusers).
 
         Args:
             schedule: The training schedule.
@@ -211,52 +216,53 @@ class NoiseLevels:
                 (Karras' for instance).
             final_sigmas_type: With timesteps: the last level is the clean sample ("zero") or that
                 of timestep 0 ("sigma_min"; diffusers' DDIM with ``set_alpha_to_one=False``).
-            round_timesteps: With sigmas: tell the model whole timesteps.
+            round_timesteps: With sigmas: round the timestep input to integers.
 
         Returns:
             The levels; init_noise_sigma is 1, or the first sigma where alpha = 1.
 
         Raises:
             ValueError: Both or neither of timesteps and sigmas, timesteps outside the schedule or
-                not falling, a schedule on no known path where one is needed.
+                not falling, or a schedule that is on none of the paths.
         """
         if (timesteps is None) == (sigmas is None):
-            raise ValueError("give either timesteps or sigmas")
+            came = "neither" if sigmas is None else "both"
+            raise ValueError(f"timesteps or sigmas must be given, and not both, got {came}")
         check_choice("final_sigmas_type", final_sigmas_type, FINAL_SIGMAS_TYPES)
         path = path_of(schedule)
-        time_of = TimeOf(schedule.sigma / schedule.alpha, torch.arange(len(schedule)))
+        time_of = TimeOf(schedule.sigma / schedule.alpha, torch.arange(len(schedule), device="cpu"))
 
         if sigmas is not None:
             ratio = level_vector("sigmas", sigmas)
-            told = sigmas_to_timesteps(schedule, ratio[:-1])
-            told = told.round().long() if round_timesteps else told
+            times = sigmas_to_timesteps(schedule, ratio[:-1])
+            times = times.round().long() if round_timesteps else times
             alpha, sigma = all_on_path(path, ratio)
         else:
             assert timesteps is not None
-            told = timestep_vector(timesteps)
-            if told.dtype == torch.int64:
-                if int(told.min()) < 0 or int(told.max()) >= len(schedule):
+            times = timestep_vector(timesteps)
+            if times.dtype == torch.int64:
+                if int(times.min()) < 0 or int(times.max()) >= len(schedule):
                     raise ValueError(
-                        f"timesteps must lie in 0 .. {len(schedule) - 1}, got {told.tolist()}"
+                        f"timesteps must lie in 0 .. {len(schedule) - 1}, got {times.tolist()}"
                     )
-                alpha, sigma = schedule.alpha[told], schedule.sigma[told]
+                alpha, sigma = schedule.alpha[times], schedule.sigma[times]
             else:
-                alpha, sigma = all_on_path(path, timesteps_to_sigmas(schedule, told))
+                alpha, sigma = all_on_path(path, timesteps_to_sigmas(schedule, times))
             clean = final_sigmas_type == "zero"
             alpha = torch.cat([alpha, alpha.new_ones(1) if clean else schedule.alpha[:1]])
             sigma = torch.cat([sigma, sigma.new_zeros(1) if clean else schedule.sigma[:1]])
         first = float(sigma[0]) if path == "ve" else 1.0
-        return cls(alpha, sigma, told, path, time_of, init_noise_sigma=first)
+        return cls(alpha, sigma, times, path, time_of, init_noise_sigma=first)
 
     def sigma_space(self, *, init_noise_sigma: float | None = None) -> NoiseLevels:
-        """The same walk for x / alpha: variance exploding, the model shown its own alpha x again.
+        """The same levels for x / alpha: variance exploding, with alpha x as the model input.
 
-        diffusers' Euler family and k-diffusion's wrappers of discrete models live here, and call
-        sigma / alpha "sigma".
+        This is the space of diffusers' Euler family and of k-diffusion's wrappers of discrete
+        models, which call sigma / alpha "sigma".
 
         Args:
-            init_noise_sigma: By default the first sigma / alpha; diffusers takes sqrt(that^2 + 1)
-                for "leading" timesteps.
+            init_noise_sigma: By default the first sigma / alpha; diffusers takes the root of its
+                square plus 1 for "leading" timesteps.
 
         Returns:
             Levels with alpha = 1.
@@ -265,7 +271,9 @@ class NoiseLevels:
             ValueError: The levels are not variance preserving, or the first alpha is 0.
         """
         if self.path != "vp":
-            raise ValueError(f"only a variance preserving walk has a sigma space, not {self.path}")
+            raise ValueError(
+                f"path must be 'vp' for sigma_space (variance preserving), got {self.path!r}"
+            )
         self.check_signal("sigma_space")
         ratio = self.sigma / self.alpha
         return replace(
@@ -278,16 +286,16 @@ class NoiseLevels:
         )
 
     def skip(self, steps: int) -> NoiseLevels:
-        """The same walk from a later level on, for a sample that was noised up to there.
+        """The levels without the first steps, for a sample that has that much noise already.
 
         Args:
-            steps: How many steps to leave out, less than there are.
+            steps: Number of steps to leave out, less than ``len(self)``.
 
         Returns:
-            The levels; init_noise_sigma is the first sigma that is left.
+            The levels; init_noise_sigma is the first sigma that remains.
 
         Raises:
-            ValueError: No step is left.
+            ValueError: No step remains.
         """
         if not 0 <= steps < len(self):
             raise ValueError(f"steps must lie in 0 .. {len(self) - 1}, got {steps}")
@@ -304,11 +312,11 @@ class NoiseLevels:
         return len(self.timesteps)
 
     def levels(self) -> list[Level]:
-        """All N + 1 of them; a clean last one has no timestep, for no model is called there."""
+        """All N + 1 levels; a clean last one has the timestep nan, as no model is called there."""
         alpha, sigma = float(self.alpha[-1]), float(self.sigma[-1])
         last = self.time_of(sigma / alpha) if sigma > 0 else math.nan
-        told = [*self.timesteps.tolist(), last]
-        pairs = zip(self.alpha.tolist(), self.sigma.tolist(), told, strict=True)
+        times = [*self.timesteps.tolist(), last]
+        pairs = zip(self.alpha.tolist(), self.sigma.tolist(), times, strict=True)
         return [Level(a, s, t, self._scale(a, s)) for a, s, t in pairs]
 
     def at(self, ratio: float) -> Level:
@@ -317,7 +325,7 @@ class NoiseLevels:
         return Level(alpha, sigma, self.time_of(ratio), self._scale(alpha, sigma))
 
     def x0(self, level: Level, prediction_type: str) -> tuple[float, float]:
-        """(a_x, a_m) with x_0 = a_x x + a_m m, for the model's answer m to the scaled x."""
+        """(a_x, a_m) with x_0 = a_x x + a_m m, for the model output m at the scaled x."""
         scale = level.input_scale
         if self.preconditioned and prediction_type in ("epsilon", "v_prediction"):
             assert self.input_std is not None
@@ -328,7 +336,7 @@ class NoiseLevels:
         return float(a_x) * scale, float(a_m)
 
     def epsilon(self, level: Level, prediction_type: str) -> tuple[float, float]:
-        """(e_x, e_m) with epsilon = e_x x + e_m m, without any clipping on the way."""
+        """(e_x, e_m) with epsilon = e_x x + e_m m, without clipping."""
         scale = level.input_scale
         if self.preconditioned:
             a_x, a_m = self.x0(level, prediction_type)
@@ -337,18 +345,19 @@ class NoiseLevels:
         return float(e_x) * scale, float(e_m)
 
     def check_signal(self, name: str) -> None:
-        """Refuse a walk that starts without signal, where a solver cannot.
+        """Refuse levels that start at alpha = 0, for a solver that cannot.
 
         Args:
-            name: Who refuses.
+            name: Name of the solver function.
 
         Raises:
             ValueError: The first alpha is 0.
         """
         if self.alpha[0] == 0:
             raise ValueError(
-                f"{name} cannot start at alpha = 0 (pure noise, sigma / alpha infinite): start a "
-                "little below, or use euler_table, ddim_table, dpmpp_table or unipc_table"
+                f"levels must start at alpha > 0 for {name}, got alpha = 0 (pure noise, sigma / "
+                "alpha infinite); start at a lower level, or use euler_table, ddim_table, "
+                "dpmpp_table or unipc_table"
             )
 
     def _scale(self, alpha: float, sigma: float) -> float:
@@ -357,19 +366,23 @@ class NoiseLevels:
         return 1 / math.hypot(sigma / alpha, self.input_std)
 
 
-def as_levels(levels: NoiseLevels | Tensor | Sequence[float]) -> NoiseLevels:
-    """Levels as they are, or sigmas ``[N + 1]`` with alpha = 1.
+Levels: TypeAlias = NoiseLevels | Tensor | Sequence[float]
+"""Where a solver steps: noise levels, or sigmas of a variance exploding process."""
+
+
+def as_levels(levels: Levels) -> NoiseLevels:
+    """Noise levels unchanged, and sigmas ``[N + 1]`` as levels with alpha = 1.
 
     Args:
-        levels: Either.
+        levels: Noise levels, or sigmas.
 
     Returns:
-        The levels.
+        Noise levels.
     """
     return levels if isinstance(levels, NoiseLevels) else NoiseLevels.from_sigmas(levels)
 
 
 def _quarter_log_of(sigma: Tensor) -> Tensor:
     if bool((sigma <= 0).any()):
-        raise ValueError(f"only the last sigma may be 0, got {sigma.tolist()}")
+        raise ValueError(f"sigmas must be above 0 before the last, got {sigma.tolist()}")
     return sigma.log() / 4

@@ -1,28 +1,31 @@
-"""Solvers under the names their lineages know them by; each is another table with its settings."""
+"""Solvers under names from the literature; each is a table of another module with settings."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, TypedDict
 
 from torch import Tensor
 
-from diffcore._types import ClipRange, Levels
+from diffcore._types import ClipRange
 from diffcore.solvers.derivative import euler_table, heun_table
 from diffcore.solvers.dpmpp import dpmpp_table
-from diffcore.solvers.levels import NoiseLevels
+from diffcore.solvers.levels import Levels, NoiseLevels
 from diffcore.solvers.table import SolverTable
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 def dpmpp_2m_table(
     levels: Levels, *, prediction_type: str = "epsilon", clip_range: ClipRange = None
 ) -> SolverTable:
-    """DPM-Solver++ (2M) as k-diffusion has it: full order to the end. Order 2.
+    """DPM-Solver++ (2M) as in k-diffusion: full order to the end. Order 2.
 
     Args:
-        levels: The walk, or sigmas ``[N + 1]`` with alpha = 1.
-        prediction_type: What the model predicts.
-        clip_range: Bounds of x_0.
+        levels: Noise levels to visit, or sigmas ``[N + 1]`` with alpha = 1.
+        prediction_type: What the model predicts, one of ``PREDICTION_TYPES``.
+        clip_range: Bounds of the predicted x_0: ``c`` for [-c, c], (lowest, highest), or ``None``.
 
     Returns:
         N rows; see ``dpmpp_table``.
@@ -45,15 +48,15 @@ def dpmpp_2m_sde_table(
     prediction_type: str = "epsilon",
     clip_range: ClipRange = None,
 ) -> SolverTable:
-    """DPM-Solver++ (2M) SDE as k-diffusion has it: noise of strength eta. Order 1 (2 for eta = 0).
+    """DPM-Solver++ (2M) SDE as in k-diffusion: noise of strength eta. Order 1 (2 for eta = 0).
 
     Args:
-        levels: The walk, or sigmas ``[N + 1]`` with alpha = 1.
-        eta: Strength of the noise.
-        s_noise: Factor of the noise.
+        levels: Noise levels to visit, or sigmas ``[N + 1]`` with alpha = 1.
+        eta: Strength of the noise, at least 0.
+        s_noise: Factor of the added noise.
         solver_type: "midpoint" or "heun".
-        prediction_type: What the model predicts.
-        clip_range: Bounds of x_0.
+        prediction_type: What the model predicts, one of ``PREDICTION_TYPES``.
+        clip_range: Bounds of the predicted x_0: ``c`` for [-c, c], (lowest, highest), or ``None``.
 
     Returns:
         N rows; see ``dpmpp_table``.
@@ -80,15 +83,17 @@ def dpmpp_3m_sde_table(
     prediction_type: str = "epsilon",
     clip_range: ClipRange = None,
 ) -> SolverTable:
-    """DPM-Solver++ (3M) SDE as k-diffusion has it; its second step is of the "heun" type.
+    """DPM-Solver++ (3M) SDE as in k-diffusion; its second step is of the "heun" type.
+
+    Order 1 (2 for eta = 0).
 
     Args:
-        levels: The walk, or sigmas ``[N + 1]`` with alpha = 1.
-        eta: Strength of the noise.
-        s_noise: Factor of the noise.
+        levels: Noise levels to visit, or sigmas ``[N + 1]`` with alpha = 1.
+        eta: Strength of the noise, at least 0.
+        s_noise: Factor of the added noise.
         exact_third_order: See ``dpmpp_table``.
-        prediction_type: What the model predicts.
-        clip_range: Bounds of x_0.
+        prediction_type: What the model predicts, one of ``PREDICTION_TYPES``.
+        clip_range: Bounds of the predicted x_0: ``c`` for [-c, c], (lowest, highest), or ``None``.
 
     Returns:
         N rows; see ``dpmpp_table``.
@@ -117,19 +122,19 @@ def flow_euler_table(
     """Euler's method in a rectified flow: x' = x + (sigma' - sigma) m. Order 1.
 
     Args:
-        sigmas: ``[N + 1]``, falling, in [0, 1], shifted already (``get_sigmas_flow``).
-        num_train_timesteps: The model is told sigma times this.
-        prediction_type: What the model predicts.
-        clip_range: Bounds of x_0.
+        sigmas: ``[N + 1]``, falling, in [0, 1], already shifted (``get_sigmas_flow``).
+        num_train_timesteps: The timestep input is sigma times this.
+        prediction_type: As for ``euler_table``, but "flow_prediction" by default.
+        clip_range: As for ``euler_table``.
 
     Returns:
-        N rows; see ``euler_table``.
+        N rows: ``euler_table`` of ``NoiseLevels.from_flow``.
 
     Source:
         Liu et al. 2022 (arXiv 2209.03003); Esser et al. 2024 (arXiv 2403.03206).
     """
-    walk = NoiseLevels.from_flow(sigmas, num_train_timesteps=num_train_timesteps)
-    return euler_table(walk, prediction_type=prediction_type, clip_range=clip_range)
+    levels = NoiseLevels.from_flow(sigmas, num_train_timesteps=num_train_timesteps)
+    return euler_table(levels, prediction_type=prediction_type, clip_range=clip_range)
 
 
 def flow_heun_table(
@@ -142,93 +147,64 @@ def flow_heun_table(
     """Heun's method in a rectified flow: the mean of the velocities at both ends. Order 2.
 
     Args:
-        sigmas: ``[N + 1]``, falling, in [0, 1], shifted already (``get_sigmas_flow``).
-        num_train_timesteps: The model is told sigma times this.
-        prediction_type: What the model predicts.
-        clip_range: Bounds of x_0.
+        sigmas: As for ``flow_euler_table``.
+        num_train_timesteps: As for ``flow_euler_table``.
+        prediction_type: As for ``heun_table``, but "flow_prediction" by default.
+        clip_range: As for ``heun_table``.
 
     Returns:
-        2N rows, 2N - 1 if the walk ends at a clean sample; see ``heun_table``.
+        2N rows, 2N - 1 if the last sigma is 0: ``heun_table`` of ``NoiseLevels.from_flow``.
     """
-    walk = NoiseLevels.from_flow(sigmas, num_train_timesteps=num_train_timesteps)
-    return heun_table(walk, prediction_type=prediction_type, clip_range=clip_range)
+    levels = NoiseLevels.from_flow(sigmas, num_train_timesteps=num_train_timesteps)
+    return heun_table(levels, prediction_type=prediction_type, clip_range=clip_range)
+
+
+class ChurnOptions(TypedDict, total=False):
+    """The keyword arguments of ``euler_table`` and ``heun_table``."""
+
+    s_churn: float
+    s_tmin: float
+    s_tmax: float
+    s_noise: float
+    prediction_type: str
+    clip_range: ClipRange
 
 
 def edm_euler_table(
-    sigmas: Tensor | Sequence[float],
-    *,
-    sigma_data: float = 0.5,
-    s_churn: float = 0.0,
-    s_tmin: float = 0.0,
-    s_tmax: float = math.inf,
-    s_noise: float = 1.0,
-    prediction_type: str = "epsilon",
-    clip_range: ClipRange = None,
+    sigmas: Tensor | Sequence[float], *, sigma_data: float = 0.5, **options: Unpack[ChurnOptions]
 ) -> SolverTable:
-    """Euler's method around an EDM network, which is shown c_in x and told log(sigma) / 4. Order 1.
+    """Euler's method for a network with EDM's preconditioning. Order 1.
 
     Args:
-        sigmas: ``[N + 1]``, falling, usually Karras'.
+        sigmas: ``[N + 1]``, falling, usually from ``get_sigmas_karras``.
         sigma_data: Standard deviation of the data.
-        s_churn: See ``euler_table``.
-        s_tmin: Lowest sigma with churn.
-        s_tmax: Highest sigma with churn.
-        s_noise: Factor of the noise.
-        prediction_type: "epsilon" for EDM's F, see ``NoiseLevels.from_edm``.
-        clip_range: Bounds of x_0.
+        **options: The keyword arguments of ``euler_table``; prediction_type "epsilon" is EDM's F,
+            see ``NoiseLevels.from_edm``.
 
     Returns:
-        N rows; see ``euler_table``.
+        N rows: ``euler_table`` of ``NoiseLevels.from_edm``.
 
     Source:
         Karras et al. 2022 (arXiv 2206.00364).
     """
-    return euler_table(
-        NoiseLevels.from_edm(sigmas, sigma_data=sigma_data),
-        s_churn=s_churn,
-        s_tmin=s_tmin,
-        s_tmax=s_tmax,
-        s_noise=s_noise,
-        prediction_type=prediction_type,
-        clip_range=clip_range,
-    )
+    return euler_table(NoiseLevels.from_edm(sigmas, sigma_data=sigma_data), **options)
 
 
 def edm_heun_table(
-    sigmas: Tensor | Sequence[float],
-    *,
-    sigma_data: float = 0.5,
-    s_churn: float = 0.0,
-    s_tmin: float = 0.0,
-    s_tmax: float = math.inf,
-    s_noise: float = 1.0,
-    prediction_type: str = "epsilon",
-    clip_range: ClipRange = None,
+    sigmas: Tensor | Sequence[float], *, sigma_data: float = 0.5, **options: Unpack[ChurnOptions]
 ) -> SolverTable:
-    """EDM's sampler: Heun's method with churn around an EDM network. Order 2.
+    """EDM's sampler: Heun's method with churn for a preconditioned network. Order 2.
 
     Args:
-        sigmas: ``[N + 1]``, falling, usually Karras'.
+        sigmas: ``[N + 1]``, falling, usually from ``get_sigmas_karras``.
         sigma_data: Standard deviation of the data.
-        s_churn: See ``euler_table``.
-        s_tmin: Lowest sigma with churn.
-        s_tmax: Highest sigma with churn.
-        s_noise: Factor of the noise.
-        prediction_type: "epsilon" for EDM's F, see ``NoiseLevels.from_edm``.
-        clip_range: Bounds of x_0.
+        **options: The keyword arguments of ``heun_table``; prediction_type "epsilon" is EDM's F,
+            see ``NoiseLevels.from_edm``.
 
     Returns:
-        2N rows, 2N - 1 if the walk ends at a clean sample; see ``heun_table``.
+        2N rows, 2N - 1 if the last sigma is 0: ``heun_table`` of ``NoiseLevels.from_edm``.
 
     Source:
         Karras et al. 2022 (arXiv 2206.00364) algorithm 2.
     """
-    return heun_table(
-        NoiseLevels.from_edm(sigmas, sigma_data=sigma_data),
-        s_churn=s_churn,
-        s_tmin=s_tmin,
-        s_tmax=s_tmax,
-        s_noise=s_noise,
-        prediction_type=prediction_type,
-        clip_range=clip_range,
-    )
+    return heun_table(NoiseLevels.from_edm(sigmas, sigma_data=sigma_data), **options)

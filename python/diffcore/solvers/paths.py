@@ -10,19 +10,20 @@ import torch
 from torch import Tensor
 
 from diffcore.schedules import NoiseSchedule
+from diffcore.schedules.tensors import as_float64
 
 PATHS = ("vp", "ve", "flow")
 
-# A schedule is on a path if its levels are to this; tables rounded to float32 still count.
+# Tolerance for a schedule to be on a path; it accepts tables rounded to float32.
 _ON_PATH = 1e-6
 
 
 class TimeOf:
-    """The timestep where sigma / alpha has a value, linear in its logarithm between known ones.
+    """The timestep at a value of sigma / alpha, interpolated linearly in its logarithm.
 
     Args:
-        ratios: Known values of sigma / alpha, rising.
-        times: The timesteps there.
+        ratios: Values of sigma / alpha with known timesteps, rising.
+        times: The timesteps at these.
     """
 
     def __init__(self, ratios: Tensor, times: Tensor) -> None:
@@ -30,7 +31,7 @@ class TimeOf:
         self._times: list[float] = times.double().tolist()
 
     def __call__(self, ratio: float) -> float:
-        """The timestep; that of the first or last known value for one beyond it."""
+        """The timestep; beyond the known values, that of the first or last."""
         logs, times, log = self._logs, self._times, math.log(ratio)
         high = bisect_left(logs, log)
         if high in (0, len(logs)):
@@ -39,15 +40,35 @@ class TimeOf:
         return times[high] - share * (times[high] - times[high - 1])
 
 
+class FlowTime:
+    """The timestep of a rectified flow: a factor times sigma, from sigma / alpha.
+
+    Args:
+        scale: The factor.
+    """
+
+    def __init__(self, scale: float) -> None:
+        self._scale = scale
+
+    def __call__(self, ratio: float) -> float:
+        """The timestep; the factor itself at an infinite sigma / alpha."""
+        return self._scale * (ratio / (1 + ratio) if math.isfinite(ratio) else 1.0)
+
+
+def quarter_log(ratio: float) -> float:
+    """EDM's timestep input, log(sigma) / 4, from sigma / alpha with alpha = 1."""
+    return math.log(ratio) / 4
+
+
 def on_path(path: str, ratio: float) -> tuple[float, float]:
-    """(alpha, sigma) from a finite sigma / alpha.
+    """(alpha, sigma) on a path, from sigma / alpha.
 
     Args:
         path: One of ``PATHS``.
-        ratio: sigma / alpha.
+        ratio: sigma / alpha, finite.
 
     Returns:
-        The two.
+        (alpha, sigma).
     """
     if path == "ve":
         return 1.0, ratio
@@ -58,66 +79,66 @@ def on_path(path: str, ratio: float) -> tuple[float, float]:
 
 
 def all_on_path(path: str, ratios: Tensor) -> tuple[Tensor, Tensor]:
-    """The same for a vector of them.
+    """(alpha, sigma) on a path, from a vector of sigma / alpha.
 
     Args:
         path: One of ``PATHS``.
         ratios: ``[N]``, finite.
 
     Returns:
-        alpha and sigma, float64 ``[N]``.
+        (alpha, sigma), each float64 ``[N]``.
     """
     pairs = [on_path(path, ratio) for ratio in ratios.tolist()]
-    both = torch.tensor(pairs, dtype=torch.float64)
+    both = torch.tensor(pairs, dtype=torch.float64, device="cpu")
     return both[:, 0], both[:, 1]
 
 
 def path_of(schedule: NoiseSchedule) -> str:
-    """Which path a schedule is on.
+    """The path that a schedule is on.
 
     Args:
-        schedule: Any.
+        schedule: The schedule.
 
     Returns:
         One of ``PATHS``.
 
     Raises:
-        ValueError: It is on none.
+        ValueError: It is on none of them.
     """
     alpha, sigma = schedule.alpha, schedule.sigma
     for path, total in (("vp", alpha**2 + sigma**2), ("ve", alpha), ("flow", alpha + sigma)):
         if bool(((total - 1).abs() <= _ON_PATH).all()):
             return path
     raise ValueError(
-        "the schedule is neither variance preserving (alpha^2 + sigma^2 = 1) nor exploding "
-        "(alpha = 1) nor a rectified flow (alpha + sigma = 1)"
+        "schedule must be variance preserving (alpha^2 + sigma^2 = 1), variance exploding "
+        "(alpha = 1) or a rectified flow (alpha + sigma = 1), got another"
     )
 
 
 def level_vector(name: str, values: Tensor | Sequence[float]) -> Tensor:
-    """Noise levels as a float64 vector on the CPU, or what is wrong with them.
+    """Noise levels as a float64 vector on the CPU, checked.
 
     Args:
-        name: What to call them.
+        name: Name of the argument.
         values: ``[N + 1]``, N >= 1, finite.
 
     Returns:
         float64 ``[N + 1]``.
 
     Raises:
-        TypeError: No real numbers.
+        TypeError: Not real numbers.
         ValueError: Another shape, or not finite.
     """
     try:
-        vector = torch.as_tensor(values, dtype=None if isinstance(values, Tensor) else torch.double)
+        vector = values if isinstance(values, Tensor) else as_float64(values)
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f"{name} must be a tensor of real numbers: {error}") from None
     if vector.is_complex() or vector.dtype == torch.bool:
         raise TypeError(f"{name} must be a tensor of real numbers, got {vector.dtype}")
     if vector.dim() != 1 or len(vector) < 2:
         raise ValueError(
-            f"{name} must have shape [N + 1], the level to end at included, N >= 1, "
-            f"got {list(vector.shape)}"
+            f"{name} must have the shape [N + 1] with N >= 1, the last level included, got "
+            f"{tuple(vector.shape)}"
         )
     vector = vector.detach().to("cpu", torch.float64)
     if not bool(vector.isfinite().all()):
@@ -126,7 +147,7 @@ def level_vector(name: str, values: Tensor | Sequence[float]) -> Tensor:
 
 
 def timestep_vector(values: Tensor | Sequence[float]) -> Tensor:
-    """Timesteps as an int64 or float64 vector on the CPU, or what is wrong with them.
+    """Timesteps as an int64 or float64 vector on the CPU, checked.
 
     Args:
         values: ``[N]``.
@@ -135,14 +156,15 @@ def timestep_vector(values: Tensor | Sequence[float]) -> Tensor:
         int64 for integers, else float64.
 
     Raises:
-        ValueError: No real numbers, or of another shape.
+        ValueError: Not real numbers, or of another shape.
     """
     if not isinstance(values, Tensor):  # Python floats are float64, whatever torch's default is
-        whole = all(isinstance(value, int) for value in values)
-        values = torch.tensor(values, dtype=torch.int64 if whole else torch.float64)
-    told = values.detach().cpu()
-    if told.dim() != 1 or len(told) == 0 or told.is_complex() or told.dtype == torch.bool:
+        integers = all(isinstance(value, int) for value in values)
+        dtype = torch.int64 if integers else torch.float64
+        values = torch.tensor(values, dtype=dtype, device="cpu")
+    times = values.detach().cpu()
+    if times.dim() != 1 or len(times) == 0 or times.is_complex() or times.dtype == torch.bool:
         raise ValueError(
-            f"timesteps must be numbers of shape [N], got {told.dtype} {list(told.shape)}"
+            f"timesteps must be real numbers of shape [N], got {times.dtype} {tuple(times.shape)}"
         )
-    return told.to(torch.float64 if told.is_floating_point() else torch.int64)
+    return times.to(torch.float64 if times.is_floating_point() else torch.int64)

@@ -1,4 +1,4 @@
-"""What builds a solver's table: rows, and the moves that most of them are made of."""
+"""Builds the table of a solver row by row; and the moves that most rows consist of."""
 
 from __future__ import annotations
 
@@ -8,18 +8,25 @@ import torch
 from torch import Tensor
 
 from diffcore._checks import check_choice
-from diffcore.coefficients.step import PREDICTION_TYPES, STEP_COLUMNS, parse_clip_range
+from diffcore.coefficients.step import (
+    HISTORY_READ,
+    HISTORY_WRITTEN,
+    PREDICTION_TYPES,
+    STEP_COLUMNS,
+    parse_clip_range,
+)
+from diffcore.schedules.tensors import as_float64
 from diffcore.solvers.levels import Level, NoiseLevels
-from diffcore.solvers.table import KEPT, READ, SolverTable
+from diffcore.solvers.table import SolverTable
 
 
 class Rows:
     """A table under construction.
 
     Args:
-        name: Of the solver.
-        levels: The walk.
-        prediction_type: What the model predicts.
+        name: Name of the solver.
+        levels: The noise levels it visits.
+        prediction_type: What the model predicts, one of ``PREDICTION_TYPES``.
         clip_range: Bounds of x_0, see ``parse_clip_range``.
     """
 
@@ -63,7 +70,9 @@ class Rows:
         row = {"a_x": a_x, "a_m": a_m, "clip_min": low, "clip_max": high, **columns}
         for column, value in row.items():
             if math.isnan(value) or (math.isinf(value) and not column.startswith("clip")):
-                raise ValueError(f"{self._name}: {column} of step {step} is {value}")
+                raise ValueError(
+                    f"{column} of step {step} of {self._name} must be finite, got {value}"
+                )
         self._rows.append(row)
         self._called.append(level)
         self._steps.append(step)
@@ -78,41 +87,36 @@ class Rows:
         start: tuple[float, float] = (1.0, 0.0),
         variance: Tensor | None = None,
     ) -> SolverTable:
-        """The rows as a table.
+        """The rows as a table; what no later row reads is not written.
 
         Args:
-            order: What the solver claims.
+            order: Order of convergence of the solver.
             start: start_scale and start_noise.
-            variance: s_0 and s_v of each row, where the model says its variance.
+            variance: s_0 and s_v of each row, where the model predicts its variance.
 
         Returns:
             The table.
         """
         rows = [[row.get(name, 0.0) for name in STEP_COLUMNS] for row in self._rows]
-        coefficients = torch.tensor(rows, dtype=torch.float64)
-        read = coefficients[:, READ] != 0
+        coefficients = as_float64(rows)
+        read = coefficients[:, HISTORY_READ] != 0
         for r in range(len(rows)):
             later = [read[r + k, k - 1] for k in (1, 2, 3) if r + k < len(rows)]
             if not any(later):
-                coefficients[r, KEPT] = 0
+                coefficients[r, HISTORY_WRITTEN] = 0
         history = max((k for k in (1, 2, 3) if bool(read[:, k - 1].any())), default=0)
-        told = torch.tensor([level.timestep for level in self._called], dtype=torch.float64)
-        if self._levels.timesteps.dtype == torch.int64 and bool((told == told.round()).all()):
-            told = told.long()
-
-        def of(name: str) -> Tensor:
-            values = [getattr(level, name) for level in self._called]
-            return torch.tensor(values, dtype=torch.float64)
-
+        times = as_float64([level.timestep for level in self._called])
+        if self._levels.timesteps.dtype == torch.int64 and bool((times == times.round()).all()):
+            times = times.long()
         return SolverTable(
             name=self._name,
             coefficients=coefficients,
-            timesteps=told,
-            alpha=of("alpha"),
-            sigma=of("sigma"),
-            input_scale=of("input_scale"),
-            step_index=torch.tensor(self._steps),
-            noise_levels=torch.tensor(self._noise, dtype=torch.float64),
+            timesteps=times,
+            alpha=as_float64([level.alpha for level in self._called]),
+            sigma=as_float64([level.sigma for level in self._called]),
+            input_scale=as_float64([level.input_scale for level in self._called]),
+            step_index=torch.tensor(self._steps, device="cpu"),
+            noise_levels=as_float64(self._noise),
             history=history,
             order=order,
             init_noise_sigma=self._levels.init_noise_sigma,
@@ -125,13 +129,13 @@ class Rows:
 def toward(level: Level, alpha: float, sigma: float) -> tuple[float, float]:
     """(c_x, c_0) of the straight move to (alpha, sigma): x' = alpha x0 + sigma noise.
 
-    With noise = (x - level.alpha x0) / level.sigma. Exact if x_0 does not change on the way. No
-    logarithm and no division by alpha: both ends may be infinite in lambda.
+    With noise = (x - level.alpha x0) / level.sigma. Exact for a constant x_0. It needs no logarithm
+    and no division by alpha, so both ends may be infinite in lambda.
 
     Args:
-        level: Where x is.
-        alpha: Signal to end with.
-        sigma: Noise to end with.
+        level: The level of x.
+        alpha: Signal coefficient to end at.
+        sigma: Noise coefficient to end at.
 
     Returns:
         The two coefficients.
@@ -143,16 +147,16 @@ def toward(level: Level, alpha: float, sigma: float) -> tuple[float, float]:
 def ancestral(level: Level, after: Level, eta: float) -> tuple[float, float]:
     """(sigma_down, sigma_up) with sigma_down^2 + sigma_up^2 = after.sigma^2.
 
-    sigma_up = eta sqrt(beta_tilde), at most all of it; eta = 1 is the ancestral sampler. Written
+    sigma_up = eta sqrt(beta_tilde), at most after.sigma; eta = 1 is the ancestral sampler. Written
     with q = (sigma'/alpha') / (sigma/alpha), so that nothing cancels at eta = 1.
 
     Args:
-        level: Where x is.
-        after: Where it goes.
-        eta: >= 0.
+        level: The level of x.
+        after: The level to step to.
+        eta: At least 0.
 
     Returns:
-        What to step down to, and the noise to add.
+        The noise to step down to, and the noise to add.
     """
     if eta == 0 or after.sigma == 0:
         return after.sigma, 0.0
@@ -164,14 +168,14 @@ def ancestral(level: Level, after: Level, eta: float) -> tuple[float, float]:
 
 
 def at_least_zero(name: str, value: float) -> None:
-    """Refuse what is no number of at least 0.
+    """Refuse anything but a finite number of at least 0.
 
     Args:
-        name: What to call it.
-        value: What came.
+        name: Name of the argument.
+        value: The argument to check.
 
     Raises:
-        TypeError: No number.
+        TypeError: Not a number.
         ValueError: Below 0, infinite or nan.
     """
     if isinstance(value, bool) or not isinstance(value, (int, float)):
@@ -181,14 +185,18 @@ def at_least_zero(name: str, value: float) -> None:
 
 
 def check_order(order: int, highest: int) -> int:
-    """An order of a solver, or an error that says which there are.
+    """The order of a solver, checked.
 
     Args:
-        order: What came.
-        highest: The largest there is.
+        order: The argument to check.
+        highest: The largest order of the solver.
 
     Returns:
-        It.
+        ``order``.
+
+    Raises:
+        TypeError: Not an int.
+        ValueError: Outside 1 .. ``highest``.
     """
     if isinstance(order, bool) or not isinstance(order, int):
         raise TypeError(f"order must be an int, got {type(order).__name__}")

@@ -1,4 +1,4 @@
-"""DPM-Solver++ in blocks: a block of p steps of the walk is one step of order p."""
+"""DPM-Solver++ in blocks: p steps form a block, which is one step of order p."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 from diffcore._checks import check_choice
-from diffcore._types import ClipRange, Levels
+from diffcore._types import ClipRange
 from diffcore.solvers.dpmpp import SOLVER_TYPES
 from diffcore.solvers.exponential import first_order_weight, interpolating_weights, phi
-from diffcore.solvers.levels import as_levels
+from diffcore.solvers.levels import Levels, as_levels
 from diffcore.solvers.rows import Rows, check_order
 from diffcore.solvers.table import SolverTable
 
@@ -23,51 +23,51 @@ def dpmpp_singlestep_table(
     prediction_type: str = "epsilon",
     clip_range: ClipRange = None,
 ) -> SolverTable:
-    """DPM-Solver++, singlestep: every block of ``order`` steps starts anew from its first sample.
+    """DPM-Solver++, singlestep: every block of ``order`` steps starts from its first sample.
 
-    Within a block, step j goes from the block's first sample to the next level with the j values of
-    x0 known since: x' = (sigma' / sigma_0) x_0 + alpha' sum of w_k x0_k, w the weights of the
-    polynomial through them in lambda ("heun"), or of 1 and 1/2 the slope, as in ``dpmpp_table``
-    ("midpoint", order 2), or of the slope to the last one alone ("midpoint", order 3, which is
-    right where that lies at 2/3 of the step). In a row: the block's first sample is taken from
-    the present one by what was added to it since.
+    Within a block, step j goes from the block's first sample x_0 to the next level with the j
+    values of x0 predicted since: x' = (sigma' / sigma_0) x_0 + alpha' sum of w_k x0_k. The w are
+    the weights of the polynomial through these in lambda ("heun"), or of 1 and half the slope, as
+    in ``dpmpp_table`` ("midpoint", order 2), or of the slope to the last one alone ("midpoint",
+    order 3; exact where the last one lies at 2/3 of the step). A row recovers the block's first
+    sample from the current one, by subtracting what the block has added.
 
-    Blocks are cut short where the number of steps asks for it, at a step to sigma = 0, and for
+    Blocks are shorter where the number of steps requires it, at a step to sigma = 0, and with
     ``lower_order_final``, so that the last step has order 1.
 
     Args:
-        levels: The walk, or sigmas ``[N + 1]`` with alpha = 1.
+        levels: Noise levels to visit, or sigmas ``[N + 1]`` with alpha = 1.
         order: 1, 2 or 3.
         solver_type: "midpoint" or "heun".
         lower_order_final: End with a step of order 1.
-        prediction_type: What the model predicts.
-        clip_range: Bounds of x_0.
+        prediction_type: What the model predicts, one of ``PREDICTION_TYPES``.
+        clip_range: Bounds of the predicted x_0: ``c`` for [-c, c], (lowest, highest), or ``None``.
 
     Returns:
         N rows.
 
     Raises:
-        ValueError: Order outside 1 .. 3, unknown solver_type, a walk from alpha = 0, or as
+        ValueError: Order outside 1 .. 3, unknown solver_type, levels that start at alpha = 0, or as
             ``NoiseLevels``.
 
     Source:
         Lu et al. 2022 (arXiv 2211.01095) algorithm 1; Lu et al. 2022 (arXiv 2206.00927) appendix
-        D.3 for the cut of the steps into blocks, as diffusers has it.
+        D.3 for the division into blocks, as in diffusers.
     """
     check_order(order, 3)
     check_choice("solver_type", solver_type, SOLVER_TYPES)
-    walk = as_levels(levels)
-    walk.check_signal("dpmpp_singlestep_table")
-    rows = Rows(f"dpmpp-{order}s-blocks", walk, prediction_type, clip_range)
-    track, steps = walk.levels(), len(walk)
-    lambdas = [level.lam for level in track]
-    to_clean = track[-1].sigma == 0
+    levels = as_levels(levels)
+    levels.check_signal("dpmpp_singlestep_table")
+    rows = Rows(f"dpmpp-{order}s-blocks", levels, prediction_type, clip_range)
+    points, steps = levels.levels(), len(levels)
+    lambdas = [level.lam for level in points]
+    to_clean = points[-1].sigma == 0
     lower = lower_order_final or to_clean or steps % order != 0
     places = _places(steps, order, lower)
-    if track[-1].ratio == track[-2].ratio or to_clean:
+    if points[-1].ratio == points[-2].ratio or to_clean:
         places[-1] = 1
-    added: list[float] = []  # alpha times weights of the last step, the latest x0 first
-    for i, (here, after) in enumerate(pairwise(track)):
+    added: list[float] = []  # alpha times the weights of the last step, latest x0 first
+    for i, (here, after) in enumerate(pairwise(points)):
         place = places[i]
         first = i - place + 1
         if place == 1:
@@ -86,10 +86,10 @@ def dpmpp_singlestep_table(
 
 
 def _places(steps: int, order: int, lower: bool) -> list[int]:
-    """For each step, which it is of its block, counted from 1."""
+    """The position of each step in its block, counted from 1."""
     blocks = [list(range(1, order + 1))] * (steps // order)
     left = steps % order
-    if lower and left == 0:  # the last block gives way to a shorter one and a step of order 1
+    if lower and left == 0:  # replace the last block by a shorter one and a step of order 1
         blocks = [*blocks[:-1], list(range(1, order)), [1]] if order > 1 else blocks
     elif left:
         blocks = [*blocks, list(range(1, left + 1))]
@@ -97,7 +97,7 @@ def _places(steps: int, order: int, lower: bool) -> list[int]:
 
 
 def _block_weights(nodes: Sequence[float], h: float, solver_type: str) -> list[float]:
-    """Weights of x0 at the nodes, of which the last is 0, the first sample of the block."""
+    """Weights of x0 at the nodes; the last node is 0, the first sample of the block."""
     if solver_type == "heun":
         return interpolating_weights(nodes, h)
     slope = first_order_weight(h) / 2 if len(nodes) == 2 else h * phi(2, -h)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -11,69 +10,96 @@ import torch
 from torch import Tensor
 
 from diffcore._checks import check_choice
-from diffcore._engine.dispatch import run
-from diffcore._kernels.step import PLAIN, Plan, columns_read, learned_plan, plan
-from diffcore._types import Coef, Noise
+from diffcore._types import Coef
 from diffcore.coefficients.step import STEP_COLUMNS
+from diffcore.noise import Noise
 from diffcore.ops import reverse_step
-from diffcore.ops._noise import run_noisy
-from diffcore.ops.step import take
+from diffcore.ops._launcher import RowLauncher
 
 COLUMNS = STEP_COLUMNS
-KEPT, READ = slice(8, 11), slice(11, 14)  # e_x, e_m, e_0; c_1, c_2, c_3
 TO_X0 = (0.0, 0.0, 1.0, 0.0)  # c_x, c_m, c_0, c_z of a step that stops at the predicted x_0
+
+_TENSORS = (
+    "coefficients",
+    "timesteps",
+    "alpha",
+    "sigma",
+    "input_scale",
+    "step_index",
+    "noise_levels",
+    "variance",
+)
 
 
 class Row(NamedTuple):
-    """A row as numbers, and how to take it."""
+    """One row of a table, as numbers.
+
+    Attributes:
+        coefficients: In the order of ``COLUMNS``.
+        variance: s_0 and s_v, ``None`` where the variance is fixed.
+        sigma: Noise in the x that the model is called with.
+        input_scale: The model is called with x times this.
+        step: Index of the step that the row belongs to.
+        begins: Whether it is the first row of that step.
+    """
 
     coefficients: tuple[float, ...]
-    plan: Plan
+    variance: tuple[float, ...] | None
     sigma: float
     input_scale: float
     step: int
-    begins: bool  # that step
+    begins: bool
 
     @property
     def noisy(self) -> bool:
-        """Whether it adds noise."""
-        return self.plan.noisy
+        """Whether the row adds noise."""
+        return self.coefficients[_NOISE] != 0
+
+
+_NOISE = COLUMNS.index("c_z")
 
 
 @dataclass(frozen=True, eq=False)
 class SolverTable:
-    """Every number of a walk from noise to a sample; row r belongs to the r-th call of the model.
+    """All numbers of a solver, from noise to a sample; row r belongs to the r-th call of the model.
 
-    With m the model's answer to ``input_scale[r] * x`` and ``timesteps[r]``, z a standard normal,
-    and h_1, h_2, h_3 what the last three rows left behind, row r is
+    With m the output of the model for ``input_scale[r] * x`` at ``timesteps[r]``, z standard normal
+    noise, and h_1, h_2, h_3 what the last three rows wrote, row r is
 
         x0 = clip(a_x x + a_m m, clip_min, clip_max)
         x' = c_x x + c_m m + c_0 x0 + c_1 h_1 + c_2 h_2 + c_3 h_3 + c_z z
         h' = e_x x + e_m m + e_0 x0
 
-    Where the model says its own variance, the noise is c_z exp(s_0 + s_v v) z, v what it says.
-    Then x' is the next row's x, and h' its h_1 (h_1 becomes h_2, h_2 becomes h_3). A row whose e
-    are all 0 leaves nothing that is ever read, so nothing need be written; a row with c_k = 0
-    does not read h_k, whatever that holds. Before the first row x = start_scale x + start_noise z.
+    Where the model predicts its own variance, the noise is c_z exp(s_0 + s_v v) z with v that
+    prediction. Then x' is the next row's x, and h' its h_1 (h_1 becomes h_2, h_2 becomes h_3). A
+    row whose e are all 0 writes no h, because no later row reads it; a row with c_k = 0 does not
+    read h_k. Before the first row, x = start_scale x + start_noise z.
+
+    A table is immutable data: it compares by identity, can be pickled and copied, and serves any
+    number of threads at once.
 
     Args:
-        name: Of the solver.
+        name: Name of the solver.
         coefficients: float64 ``[S, 14]``, columns as in ``COLUMNS``.
-        timesteps: ``[S]``, int64 or float64: what the model is told.
-        alpha: float64 ``[S]``: signal in the x that the model sees (before ``input_scale``).
-        sigma: float64 ``[S]``: noise in it.
-        input_scale: float64 ``[S]``: the model sees x times this.
+        timesteps: ``[S]``, int64 or float64: the timestep input of the model.
+        alpha: float64 ``[S]``: signal coefficient of the x that the model is called with (before
+            ``input_scale``).
+        sigma: float64 ``[S]``: noise coefficient of it.
+        input_scale: float64 ``[S]``: the model is called with x times this.
         step_index: int64 ``[S]``: which of the solver's steps the row belongs to.
         noise_levels: float64 ``[S, 2]``: sigma / alpha before and after the row's noise, for noise
             that is a function of an interval (k-diffusion's ``noise_sampler``).
         history: How many h its rows read, 0 to 3.
-        order: Order of convergence to the probability flow (1 for a solver that draws noise).
+        order: Order of convergence to the probability flow (1 for a solver that adds noise).
         init_noise_sigma: Standard deviation of the x to start from.
-        start_scale: See above; 1 but for churn.
-        start_noise: See above; 0 but for churn.
-        variance: float64 ``[S, 2]``: s_0 and s_v, where the model says its own variance: it answers
-            with twice the channels, m and then v. ``None`` where it does not. Not with history.
-        rows: All that once more as numbers; made of the tensors if not given.
+        start_scale: See above; 1 unless churn raises the start.
+        start_noise: See above; 0 unless churn raises the start.
+        variance: float64 ``[S, 2]``: s_0 and s_v, where the model predicts its own variance and
+            returns twice the channels, m and then v; else ``None``. Not with history.
+        rows: The same rows as numbers; derived from the tensors if not given.
+
+    Raises:
+        ValueError: A ``variance`` of another shape, or in a table with history.
     """
 
     name: str
@@ -91,47 +117,53 @@ class SolverTable:
     start_noise: float = 0.0
     variance: Tensor | None = None
     rows: tuple[Row, ...] = field(default=(), repr=False)
-    _copies: dict[torch.device, SolverTable] = field(
-        default_factory=dict, init=False, repr=False, compare=False
-    )
+    # Plans, and copies on other devices: not part of the data, and never pickled.
+    _launcher: RowLauncher = field(init=False, repr=False)
+    _copies: dict[torch.device, SolverTable] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        if self.rows:
-            return
-        said: list[Any] = [None] * len(self)
-        if self.variance is not None:
-            if self.variance.shape != (len(self), 2) or self.history:
-                raise ValueError(
-                    f"variance must have shape [{len(self)}, 2] in a table without history, got "
-                    f"{list(self.variance.shape)} and history={self.history}"
-                )
-            said = self.variance.tolist()
-        rows, before = [], -1
-        for c, v, sigma, scale, step in zip(
+        if self.variance is not None and (self.variance.shape != (len(self), 2) or self.history):
+            raise ValueError(
+                f"variance must have shape {(len(self), 2)} and belong to a table without history, "
+                f"got {tuple(self.variance.shape)} and history={self.history}"
+            )
+        rows = self.rows or self._as_numbers()
+        launcher = RowLauncher(
+            self.name,
+            [row.coefficients for row in rows],
+            [row.variance for row in rows],
+            self.history,
+            self.coefficients,
+            self.variance,
+        )
+        for name, value in (("rows", rows), ("_launcher", launcher), ("_copies", {})):
+            object.__setattr__(self, name, value)
+
+    def _as_numbers(self) -> tuple[Row, ...]:
+        steps = self.step_index.tolist()
+        variances = [None] * len(self) if self.variance is None else self.variance.tolist()
+        columns = zip(
             self.coefficients.tolist(),
-            said,
+            variances,
             self.sigma.tolist(),
             self.input_scale.tolist(),
-            self.step_index.tolist(),
-            strict=True,
-        ):
-            reads = max((k for k in (1, 2, 3) if c[READ][k - 1] != 0), default=0)
-            keeps = any(c[KEPT]) or reads > 1  # of those that read more there is no other kernel
-            if v is not None and c[3] != 0:
-                how = learned_plan((*c[:PLAIN], *v))
-            else:
-                how = plan(tuple(c[: columns_read(reads, keeps)]), reads, keeps, noisy=c[3] != 0)
-            rows.append(Row(tuple(c), how, sigma, scale, step, begins=step != before))
-            before = step
-        object.__setattr__(self, "rows", tuple(rows))
+            steps,
+            [None, *steps],
+            strict=False,
+        )
+        return tuple(
+            Row(tuple(c), None if v is None else tuple(v), sigma, scale, step, step != before)
+            for c, v, sigma, scale, step, before in columns
+        )
 
     def __getstate__(self) -> dict[str, Any]:
-        """What makes the rest: kernels and copies on other devices are not pickled."""
-        return {**self.__dict__, "rows": (), "_copies": {}}
+        """The data alone: the rest is built again."""
+        derived = ("rows", "_launcher", "_copies")
+        return {name: value for name, value in self.__dict__.items() if name not in derived}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Make them again."""
-        self.__dict__.update(state)
+        """Take the data, and build the rest."""
+        self.__dict__.update(state, rows=())
         self.__post_init__()
 
     def __len__(self) -> int:
@@ -145,7 +177,7 @@ class SolverTable:
 
     @property
     def stochastic(self) -> bool:
-        """Whether any row draws noise, or the start does."""
+        """Whether any row adds noise, or the start does."""
         return self.start_noise != 0 or any(row.noisy for row in self.rows)
 
     def step(
@@ -161,106 +193,45 @@ class SolverTable:
         threshold: Coef | None = None,
         variance_output: Tensor | None = None,
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Row i, in one launch: from x and what the model said of it to the next x.
+        """Row i in one launch: from x and the model's output to the next x.
 
-        Nothing is remembered here: what later steps need of this one is returned, and handed to the
-        next. So a table serves any number of threads and loops at once::
+        The table keeps no state: what later steps read of this one is returned, for the caller to
+        pass to the next. So a table serves any number of threads and loops at once::
 
             for i in range(len(table)):
                 x, history = table.step(i, x, model(...), history, noise=...)
 
         Args:
-            i: The row: an int; or a tensor beside the samples, ``[B]``, a row for each of them, or
-                one element (a counter), with the copy of this table on that device.
-            x: ``[B, ...]``.
-            model_output: m, ``[B, ...]``; see ``ops.reverse_step``, as for the others.
+            i: The row: an int; or a tensor on the device of the samples, ``[B]`` (a row for each
+                sample) or with one element (a counter).
+            x: Current samples ``[B, ...]``.
+            model_output: m, ``[B, ...]``; see ``ops.reverse_step``, which describes these in full.
             history: What the step before returned; ``()`` for the first.
-            noise: z, or a recipe for it. A row without noise does not read it.
+            noise: z, like ``x``, or a noise key for it. Not read by a row without noise.
             model_output_uncond: m_u, for classifier-free guidance.
             guidance_scale: w, a number or ``[B]``.
             threshold: Bound of x_0, a number or ``[B]``.
-            variance_output: v, ``[B, ...]``, for a table with a ``variance``, and only then. A row
-                without noise does not read it.
+            variance_output: v, ``[B, ...]``: required for a table with a ``variance``, and refused
+                for others. Not read by a row without noise.
 
         Returns:
-            x', and the history: a tuple of as many tensors as later rows read at most.
+            x' ``[B, ...]``, and the history: a tuple of as many tensors as later rows read at most.
 
         Raises:
-            ValueError: No such row, too short a history, a v too many or too few, or as
-                ``ops.reverse_step``.
+            ValueError: No such row, no noise for a row that adds some, too short a history, a
+                missing or superfluous v, or as ``ops.reverse_step``.
         """
-        if type(i) is int and 0 <= i < len(self.rows):
-            how, t = self.rows[i].plan, None
-        else:
-            how, t = self._plan(i)
-        earlier = tuple(history)
-        if len(earlier) != how.reads or how.padding:
-            earlier = self._earlier(i, how, x, earlier)
-            if t is not None:
-                history = earlier[: how.reads]
-        if self.variance is not None or variance_output is not None:
-            earlier = self._said(how, variance_output)
-        if not how.noisy:
-            noise = None
-        elif noise is None:
-            raise ValueError(f"row {i} of {self.name} adds noise, got none")
-        found: Any
-        if guidance_scale is None and model_output_uncond is None and threshold is None:
-            inputs = (x, model_output, *earlier)  # nothing is left to be worked out
-            if noise is None:
-                found = run(how.kernel, inputs, how.coefs, t)
-            else:
-                found = run_noisy(how.kernel, inputs, noise, how.coefs, t)
-        else:
-            found = take(
-                *(how, x, model_output, earlier, t),
-                *(noise, model_output_uncond, guidance_scale, threshold),
-            )
-        if not self.history:
-            return found, ()
-        # Where nothing is kept, x stands in for it: no later row reads that.
-        x_next, left = found if how.keeps else (found, x)
-        return x_next, (left,) if self.history == 1 else (left, *history)[: self.history]
-
-    def _plan(self, i: int | Tensor) -> tuple[Plan, Tensor | None]:
-        """How to take row i; with a tensor of rows, all that any of them needs."""
-        if not isinstance(i, Tensor):
-            index = operator.index(i)
-            if not 0 <= index < len(self.rows):
-                raise ValueError(f"i must be a row of {self.name}, 0 .. {len(self) - 1}, got {i}")
-            return self.rows[index].plan, None
-        reads, keeps = self.history, self.history > 0
-        here = self.to(i.device)
-        columns = here.coefficients[:, : columns_read(reads, keeps)]
-        if here.variance is not None and self.stochastic:
-            return learned_plan((columns, here.variance)), i
-        return plan((columns,), reads, keeps, self.stochastic), i
-
-    def _said(self, how: Plan, variance_output: Tensor | None) -> tuple[Tensor, ...]:
-        """What a kernel reads of the variance that a model says."""
-        if self.variance is None:
-            raise ValueError(
-                f"{self.name} knows its variance, got a variance_output; wanted a table with a "
-                "learned one (ddpm_table(variance_type='learned'))"
-            )
-        if variance_output is None:
-            raise ValueError(
-                f"{self.name} has a learned variance, got no variance_output; wanted what the "
-                "model says of it, the second half of its channels"
-            )
-        return (variance_output,) if how.noisy else ()
-
-    def _earlier(
-        self, i: int | Tensor, how: Plan, x: Tensor, history: tuple[Tensor, ...]
-    ) -> tuple[Tensor, ...]:
-        """As many h as the kernel reads; what stands in for those that the row does not, is x."""
-        if not isinstance(i, Tensor) and len(history) < how.reads:
-            raise ValueError(
-                f"row {i} of {self.name} reads {how.reads} tensors of history, got {len(history)}: "
-                "hand on what the step before returned"
-            )
-        history = history[: how.reads]
-        return (*history, *(x,) * (how.reads + how.padding - len(history)))
+        return self._launcher.step(
+            i,
+            x,
+            model_output,
+            history,
+            noise,
+            model_output_uncond,
+            guidance_scale,
+            threshold,
+            variance_output,
+        )
 
     def denoised(
         self,
@@ -272,15 +243,15 @@ class SolverTable:
         guidance_scale: Coef | None = None,
         threshold: Coef | None = None,
     ) -> Tensor:
-        """The clean sample x0 that the model predicts at row i, as the step clips it.
+        """The clean sample x0 that the model predicts at row i, clipped as the step clips it.
 
         Args:
             i: The row.
-            x: ``[B, ...]``.
-            model_output: See ``step``, as for the others.
-            model_output_uncond: m_u.
-            guidance_scale: w.
-            threshold: Bound of x_0.
+            x: Current samples ``[B, ...]``.
+            model_output: m, ``[B, ...]``; see ``ops.reverse_step``, which describes these in full.
+            model_output_uncond: m_u, for classifier-free guidance.
+            guidance_scale: w, a number or ``[B]``.
+            threshold: Bound of x_0, a number or ``[B]``.
 
         Returns:
             x0, ``[B, ...]``.
@@ -296,13 +267,16 @@ class SolverTable:
         return x0
 
     def column(self, name: str) -> Tensor:
-        """One column of the coefficients, float64 ``[S]``.
+        """One column of the coefficients.
 
         Args:
             name: One of ``COLUMNS``.
 
         Returns:
-            A view.
+            float64 ``[S]``, a view.
+
+        Raises:
+            ValueError: There is no such column.
         """
         check_choice("name", name, COLUMNS)
         return self.coefficients[:, COLUMNS.index(name)]
@@ -314,7 +288,7 @@ class SolverTable:
             device: Where to.
 
         Returns:
-            This table, if it is there, else a copy.
+            This table if it is there, else the copy.
         """
         device = torch.device(device)
         if device.index is None and device.type != "cpu":
@@ -323,17 +297,11 @@ class SolverTable:
             return self
         copy = self._copies.get(device)
         if copy is None:
+            moved: dict[str, Any] = {}
             with torch.inference_mode(False):
-                copy = replace(
-                    self,
-                    coefficients=self.coefficients.to(device),
-                    timesteps=self.timesteps.to(device),
-                    alpha=self.alpha.to(device),
-                    sigma=self.sigma.to(device),
-                    input_scale=self.input_scale.to(device),
-                    step_index=self.step_index.to(device),
-                    noise_levels=self.noise_levels.to(device),
-                    variance=None if self.variance is None else self.variance.to(device),
-                )
+                for name in _TENSORS:
+                    tensor = getattr(self, name)
+                    moved[name] = None if tensor is None else tensor.to(device)
+                copy = replace(self, **moved)
             copy = self._copies.setdefault(device, copy)
         return copy

@@ -1,4 +1,4 @@
-"""UniPC: a predictor and a corrector that share one model call."""
+"""UniPC: a predictor and a corrector that share a model call."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import math
 from collections.abc import Sequence
 
 from diffcore._checks import check_choice
-from diffcore._types import ClipRange, Levels
+from diffcore._types import ClipRange
 from diffcore.solvers.exponential import first_order_weight, interpolating_weights, last_finite
-from diffcore.solvers.levels import as_levels
+from diffcore.solvers.levels import Levels, as_levels
 from diffcore.solvers.rows import Rows, check_order
 from diffcore.solvers.table import SolverTable
 
@@ -26,27 +26,27 @@ def unipc_table(
     prediction_type: str = "epsilon",
     clip_range: ClipRange = None,
 ) -> SolverTable:
-    """UniPC of order p: predict by p values of x0, correct when the next one is known. Order p + 1.
+    """UniPC of order p: predict with p values of x0, correct with the next one. Order p + 1.
 
-    Predictor: x' = (sigma' / sigma) x_c + alpha' sum of w_k x0_k, the w those of the polynomial in
-    lambda through the present x0 and the p - 1 before it; corrector: the same with the new x0 as
-    one more. B(h) = -h ("bh1") or expm1(-h) ("bh2") matters only where the solver of Zhao et al.
-    takes 1/2 for a weight: predictor of order 2, corrector of order 1. In one row: x is the
-    predicted sample, and x_c = x + alpha sum of (w^c_k - w_k) x0_k, for the factor of the x before
-    is the same in both; the prediction starts from x_c.
+    Predictor: x' = (sigma' / sigma) x_c + alpha' sum of w_k x0_k, with the weights w of the
+    polynomial in lambda through the current x0 and the p - 1 before it. Corrector: the same with
+    the new x0 as one more node. B(h) = -h ("bh1") or expm1(-h) ("bh2") matters only where the
+    solver of Zhao et al. sets a weight to 1/2: predictor of order 2, corrector of order 1. One row
+    does both: x is the predicted sample, x_c = x + alpha sum of (w^c_k - w_k) x0_k, because the
+    previous x has the same factor in both, and the next prediction starts from x_c.
 
-    The first step has order 1, and the claimed order needs its error to die out (for p = 3 the
-    corrected first step has a local error of the third order). A step to sigma = 0 has order 1;
-    one from alpha = 0 order 1 and no corrector.
+    The first step has order 1, and the stated order holds where its error decays (for p = 3 the
+    corrected first step has a local error of third order). A step to sigma = 0 has order 1; a step
+    from alpha = 0 has order 1 and no corrector.
 
     Args:
-        levels: The walk, or sigmas ``[N + 1]`` with alpha = 1.
+        levels: Noise levels to visit, or sigmas ``[N + 1]`` with alpha = 1.
         order: p, 1 to 3.
         solver_type: "bh1" or "bh2".
-        lower_order_final: The last steps have order at most 3, 2, 1.
-        disable_corrector: Steps whose result is left as it was predicted.
-        prediction_type: What the model predicts.
-        clip_range: Bounds of x_0.
+        lower_order_final: Whether the last steps have order at most 3, 2, 1.
+        disable_corrector: Indices of steps whose result is not corrected.
+        prediction_type: What the model predicts, one of ``PREDICTION_TYPES``.
+        clip_range: Bounds of the predicted x_0: ``c`` for [-c, c], (lowest, highest), or ``None``.
 
     Returns:
         N rows.
@@ -59,18 +59,18 @@ def unipc_table(
     """
     check_order(order, 3)
     check_choice("solver_type", solver_type, SOLVER_TYPES)
-    walk = as_levels(levels)
-    rows = Rows(f"unipc-{order}", walk, prediction_type, clip_range)
-    track, steps = walk.levels(), len(walk)
-    lambdas = [level.lam for level in track]
+    levels = as_levels(levels)
+    rows = Rows(f"unipc-{order}", levels, prediction_type, clip_range)
+    points, steps = levels.levels(), len(levels)
+    lambdas = [level.lam for level in points]
     predicted: list[float] = []  # weights of the last prediction, of x0 at i-1, i-2, ...
-    for i, (here, after) in enumerate(itertools.pairwise(track)):
+    for i, (here, after) in enumerate(itertools.pairwise(points)):
         used = min(order, steps - i) if lower_order_final else order
         if after.sigma == 0 or lambdas[i] == lambdas[i + 1]:
             used = 1
         used = last_finite(lambdas, i, used) if math.isfinite(lambdas[i]) else 1
         weights = _predictor(lambdas, i, used, solver_type)
-        if used == 1:  # no logarithm: either end may be infinite
+        if used == 1:  # no logarithm: both ends may be infinite
             weights = [1 - here.alpha * after.sigma / (after.alpha * here.sigma)]
         c_x = after.sigma / here.sigma
         columns = [after.alpha * w for w in weights] + [0.0] * (4 - used)
@@ -97,7 +97,7 @@ def _predictor(lambdas: Sequence[float], i: int, used: int, solver_type: str) ->
 
 
 def _corrector(lambdas: Sequence[float], i: int, used: int, solver_type: str) -> list[float]:
-    """Weights of x0 at i+1, i, i-1, ... for the same step, once x0 at i+1 is known."""
+    """Weights of x0 at i+1, i, i-1, ... for the same step."""
     h = lambdas[i + 1] - lambdas[i]
     if used == 1:
         slope = _half_b(h, solver_type)

@@ -1,7 +1,7 @@
-"""A solver three times: as our table, as formulas written by hand, as diffusers' scheduler.
+"""One solver in three forms: a diffcore table, formulas in plain torch, a scheduler of diffusers.
 
-All three take the same steps over the same schedule. diffusers is no dependency: without it the
-other two remain.
+All three take the same steps over the same schedule. diffusers is optional: without it, the other
+two remain.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Model = Callable[[Tensor, Tensor], Tensor]
 Noises = Callable[[Tensor], Tensor]
 Pair = tuple[Tensor, Tensor | None]
 Formula = Callable[..., Pair]
-"""(x, m, h, z) -> x' and what the next step reads; h and z are None where there are none."""
+"""(x, m, h, z) -> x' and the h of the next step; h and z are None where a step has none."""
 
 _SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
     "DDPM": ("DDPMScheduler", {"clip_sample": True, "clip_sample_range": CLIP}),
@@ -42,13 +42,13 @@ def has_diffusers() -> bool:
     return importlib.util.find_spec("diffusers") is not None
 
 
-class Walk:
-    """A solver on its way down the linear schedule, at evenly spaced ("trailing") timesteps.
+class SamplingLoop:
+    """A solver over the linear schedule, at evenly spaced ("trailing") timesteps.
 
     Args:
         kind: "DDPM" or "DDIM", which clip x_0 to [-1, 1]; "DPM++ 2M"; or "Euler", for x / alpha as
-            diffusers has it.
-        steps: How many.
+            in diffusers.
+        steps: Number of steps.
     """
 
     def __init__(self, kind: str, steps: int) -> None:
@@ -68,7 +68,7 @@ class Walk:
         self.levels = levels.levels()
 
     def formula(self, i: int) -> Formula:
-        """Step i by hand, in plain PyTorch; its coefficients are numbers already."""
+        """Step i in plain torch; its coefficients are numbers."""
         here, after = self.levels[i], self.levels[i + 1]
         a, s, a_next, s_next = here.alpha, here.sigma, after.alpha, after.sigma
         if self.kind == "DDPM":
@@ -108,21 +108,21 @@ class Walk:
 
         return dpmpp
 
-    def by_hand(self, device: torch.device) -> Callable[..., Tensor]:
-        """The whole loop in plain PyTorch: (model, x, noise=torch.randn_like) -> samples.
+    def plain_torch(self, device: torch.device) -> Callable[..., Tensor]:
+        """The complete loop in plain torch: (model, x, noise=torch.randn_like) -> samples.
 
         Args:
-            device: Where it runs; what it needs is made now.
+            device: Where it runs; its constants are made here, outside the loop.
         """
-        told = self.table.timesteps.to(device)
+        timesteps = self.table.timesteps.to(device)
         formulas = [self.formula(i) for i in range(self.steps)]
-        steps = list(zip(formulas, told, self.table.rows, strict=True))
+        steps = list(zip(formulas, timesteps, self.table.rows, strict=True))
 
         def loop(model: Model, x: Tensor, noise: Noises = torch.randn_like) -> Tensor:
             h = None
             for formula, t, row in steps:
-                seen = x if row.input_scale == 1 else row.input_scale * x
-                m = model(seen, t.expand(len(x)))
+                scaled = x if row.input_scale == 1 else row.input_scale * x
+                m = model(scaled, t.expand(len(x)))
                 x, h = formula(x, m, h, noise(x) if row.noisy else None)
             return x
 
@@ -132,12 +132,12 @@ class Walk:
         """The loop of diffusers' pipelines: (model, x) -> samples.
 
         Args:
-            device: Where it runs; the scheduler is made now.
+            device: Where it runs; the scheduler is made here, outside the loop.
         """
         scheduler = self.scheduler(device)
 
         def loop(model: Model, x: Tensor) -> Tensor:
-            # As set_timesteps leaves them, which pipelines call first and which is not timed.
+            # Reset, as by set_timesteps, which pipelines call first and which is not timed.
             scheduler._step_index, scheduler.lower_order_nums = None, 0
             for t in scheduler.timesteps:
                 m = model(scheduler.scale_model_input(x, t), t.expand(len(x)))
@@ -147,10 +147,10 @@ class Walk:
         return loop
 
     def scheduler(self, device: torch.device) -> Any:
-        """The scheduler of diffusers, at its first step.
+        """The scheduler of diffusers, before its first step.
 
         Args:
-            device: Where its timesteps go.
+            device: Device of its timesteps.
         """
         name, options = _SCHEDULERS[self.kind]
         with warnings.catch_warnings():

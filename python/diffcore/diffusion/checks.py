@@ -1,0 +1,195 @@
+"""Checks of samples, timesteps, pixels and noise that the diffusion and its bound share."""
+
+from __future__ import annotations
+
+import operator
+
+import torch
+from torch import Tensor
+
+from diffcore._checks import check_choice, check_float_tensor
+from diffcore._engine import native
+from diffcore._engine.dispatch import plain_eager
+from diffcore.coefficients.bound import DECODERS
+from diffcore.noise import Noise, PhiloxNoise
+
+
+def can_read_values(x: Tensor) -> bool:
+    """Whether values can be read on the host without a graph break or a wait for the device."""
+    return plain_eager() and (x.device.type == "cpu" or native.DEBUG)
+
+
+def check_batch(name: str, x: Tensor) -> None:
+    """Refuse what is not a floating-point tensor ``[B, ...]``.
+
+    Args:
+        name: Name of the argument in the caller.
+        x: The argument.
+
+    Raises:
+        TypeError: Another type or dtype, or a tensor without dimensions.
+    """
+    check_float_tensor(name, x)
+    if x.dim() == 0:
+        raise TypeError(f"{name} must be a floating-point tensor [B, ...], got a 0-dim tensor")
+
+
+def check_decoder(decoder: str, name: str, x: Tensor) -> None:
+    """Refuse an unknown decoder, and data for which the discretized decoder has no bins.
+
+    Args:
+        decoder: One of ``DECODERS``.
+        name: Name of the data in the caller.
+        x: The data. Their values are read, which waits for their device.
+
+    Raises:
+        ValueError: ``decoder`` is unknown, or ``x`` does not fit it.
+    """
+    check_choice("decoder", decoder, DECODERS)
+    if decoder == "discretized":
+        check_pixels(name, x)
+
+
+def check_noise(noise: Noise | None, like: Tensor, name: str = "noise") -> Noise:
+    """The given noise if it fits; for ``None`` a noise key seeded by torch's generator.
+
+    Args:
+        noise: A tensor, a noise key or ``None``.
+        like: The samples that the noise is for.
+        name: Name of the argument in the caller.
+
+    Returns:
+        A tensor or a noise key.
+
+    Raises:
+        TypeError: Another type.
+        ValueError: A tensor of another shape.
+    """
+    if noise is None:
+        return PhiloxNoise.from_generator(device=like.device)
+    if isinstance(noise, Tensor):
+        if noise.shape != like.shape:
+            raise ValueError(
+                f"{name} must have the shape of the samples, {tuple(like.shape)}, "
+                f"got {tuple(noise.shape)}"
+            )
+    elif not isinstance(noise, PhiloxNoise):
+        raise TypeError(f"{name} must be a tensor or a PhiloxNoise, got {type(noise).__name__}")
+    return noise
+
+
+def check_pixels(name: str, x: Tensor) -> None:
+    """Refuse values that are not k/127.5 - 1 for an integer k in 0 .. 255, to rounding.
+
+    16-bit pixels must be the value nearest to k/127.5 - 1. float64 pixels may have been rounded to
+    float32 before.
+
+    Args:
+        name: Name of the data in the caller.
+        x: The data. Their values are read, which waits for their device.
+
+    Raises:
+        ValueError: Some values are not pixels.
+    """
+    exact = x.detach().double()
+    grid = (exact * 127.5 + 127.5).round().clamp(0, 255) / 127.5 - 1
+    if x.dtype.itemsize < 4:
+        good = grid.to(x.dtype) == x
+    else:
+        good = (exact - grid).abs() <= 4 * torch.finfo(torch.float32).eps
+    if bool(good.all()):
+        return
+    bad = exact[~good]
+    raise ValueError(
+        f"{name} must be pixels k/127.5 - 1, k = 0 .. 255, with decoder='discretized', "
+        f"got {bad.numel()} of {x.numel()} values off this grid, such as {bad[0].item():.6g}; use "
+        "decoder='gaussian' for latents and other data that are not 8-bit pixels"
+    )
+
+
+def check_timestep_values(t: Tensor, num_timesteps: int) -> None:
+    """Refuse timesteps outside 0 .. T-1, for callers that use them before a kernel checks them.
+
+    Reads the values of a CPU tensor. Values on another device are not read, because that would
+    wait for the device.
+
+    Args:
+        t: Timesteps, integer ``[B]``.
+        num_timesteps: T.
+
+    Raises:
+        ValueError: A timestep is out of range.
+    """
+    if t.device.type != "cpu" or not t.numel() or torch.compiler.is_compiling():
+        return
+    low, high = int(t.min()), int(t.max())
+    if low < 0 or high >= num_timesteps:
+        raise ValueError(f"t must be in 0 .. {num_timesteps - 1}, got values from {low} to {high}")
+
+
+def check_timesteps(
+    t: Tensor | int, x: Tensor, num_timesteps: int, name: str = "x_start"
+) -> Tensor:
+    """Timesteps as an integer ``[B]`` tensor on the device of ``x``.
+
+    Checks type, shape and device. The values of a tensor are not read: kernels check them on the
+    CPU, and ``check_timestep_values`` where no kernel comes first.
+
+    Args:
+        t: Timesteps: one int, or an int64 or int32 tensor ``[B]``.
+        x: Samples ``[B, ...]``.
+        num_timesteps: T.
+        name: Name of ``x`` in the caller.
+
+    Returns:
+        ``t``, or a tensor filled with it.
+
+    Raises:
+        TypeError: ``t`` or ``x`` of another type or dtype.
+        ValueError: ``t`` of another shape or device, or an int out of range.
+    """
+    # Called for every sample: the condition of check_batch without its calls.
+    if not isinstance(x, Tensor) or not x.is_floating_point() or x.dim() == 0:
+        check_batch(name, x)
+    if not isinstance(t, Tensor):
+        return torch.full(
+            (x.shape[0],), _one_timestep(t, num_timesteps), dtype=torch.int64, device=x.device
+        )
+    if t.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"t must be an int or an int64 or int32 tensor, got {t.dtype}")
+    if t.shape != x.shape[:1]:
+        raise ValueError(f"t must have shape {tuple(x.shape[:1])}, got {tuple(t.shape)}")
+    if t.device != x.device:
+        raise ValueError(f"t must be on {x.device}, the device of {name}, got {t.device}")
+    return t
+
+
+def check_weights(weights: Tensor, num_timesteps: int) -> None:
+    """Refuse loss weights that are not a tensor ``[T]``.
+
+    Args:
+        weights: The argument.
+        num_timesteps: T.
+
+    Raises:
+        TypeError: Not a tensor.
+        ValueError: Another shape.
+    """
+    if not isinstance(weights, Tensor):
+        raise TypeError(f"weights must be a torch.Tensor, got {type(weights).__name__}")
+    if weights.shape != (num_timesteps,):
+        raise ValueError(f"weights must have shape ({num_timesteps},), got {tuple(weights.shape)}")
+
+
+def _one_timestep(t: int, num_timesteps: int) -> int:
+    try:
+        if isinstance(t, bool):
+            raise TypeError
+        t = operator.index(t)
+    except TypeError:
+        raise TypeError(
+            f"t must be an int or an int64 or int32 tensor, got {type(t).__name__}"
+        ) from None
+    if not 0 <= t < num_timesteps:
+        raise ValueError(f"t must be in 0 .. {num_timesteps - 1}, got {t}")
+    return t

@@ -1,0 +1,167 @@
+"""Turns a row of a solver's table into one launch: plans, histories, device copies.
+
+It lies below ``solvers``, so that a table is data that holds one launcher, and ``SolverTable.step``
+is a call of it. It takes numbers and tensors, not a table: this module imports no solver.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from diffcore._kernels.step import PLAIN, Plan, columns_read, learned_plan, plan
+from diffcore._types import Coef, Tensors
+from diffcore.coefficients.step import HISTORY_READ, HISTORY_WRITTEN, STEP_COLUMNS
+from diffcore.noise import Noise
+from diffcore.ops.step import guidance_of, launch
+
+_NOISE = STEP_COLUMNS.index("c_z")
+
+
+class RowLauncher:
+    """Launches the rows of one solver table.
+
+    It remembers nothing between steps: any number of threads may use it at once.
+
+    Args:
+        name: Name of the solver, for errors.
+        rows: The coefficients of each row, as numbers in the order of ``STEP_COLUMNS``.
+        variances: s_0 and s_v of each row, ``None`` where the variance is fixed.
+        history: How many h its rows read, 0 to 3.
+        coefficients: The same rows as a float64 tensor ``[S, 14]``, read when a row is selected by
+            a tensor.
+        variance: s_0 and s_v as a tensor ``[S, 2]``, or ``None``.
+    """
+
+    __slots__ = ("_coefficients", "_copies", "_history", "_learned", "_name", "_plans", "_variance")
+
+    def __init__(
+        self,
+        name: str,
+        rows: Sequence[tuple[float, ...]],
+        variances: Sequence[tuple[float, ...] | None],
+        history: int,
+        coefficients: Tensor,
+        variance: Tensor | None,
+    ) -> None:
+        self._name = name
+        self._plans = tuple(row_plan(c, v) for c, v in zip(rows, variances, strict=True))
+        self._history = history
+        self._learned = variance is not None
+        self._coefficients = coefficients
+        self._variance = variance
+        # Per device: the tensors above, for rows that a tensor selects there.
+        self._copies = {coefficients.device: (coefficients, variance)}
+
+    def step(
+        self,
+        i: int | Tensor,
+        x: Tensor,
+        model_output: Tensor,
+        history: Sequence[Tensor],
+        noise: Noise | None,
+        model_output_uncond: Tensor | None,
+        guidance_scale: Coef | None,
+        threshold: Coef | None,
+        variance_output: Tensor | None,
+    ) -> tuple[Tensor, Tensors]:
+        """Row i in one launch: see ``SolverTable.step``, which has the same arguments."""
+        if type(i) is int and 0 <= i < len(self._plans):
+            how, t = self._plans[i], None
+        else:
+            how, t = self._plan(i)
+        earlier = tuple(history)
+        if len(earlier) != how.reads or how.padding:
+            earlier = self._filled(i, how, x, earlier)
+            if t is not None:
+                history = earlier[: how.reads]
+        if self._learned or variance_output is not None:
+            earlier = self._variance_inputs(how, variance_output)
+        if not how.noisy:
+            noise = None
+        elif noise is None:
+            raise ValueError(
+                f"noise is required: row {i} of {self._name} is stochastic; pass a tensor or a "
+                "PhiloxNoise"
+            )
+        guidance = guidance_of(model_output_uncond, guidance_scale)
+        found = launch(how, x, model_output, earlier, t, noise, guidance, threshold)
+        if not self._history:
+            return found, ()
+        # A row that writes no h returns x in its place, which no later row reads.
+        x_next, left = found if how.keeps else (found, x)
+        return x_next, (left,) if self._history == 1 else (left, *history)[: self._history]
+
+    def _plan(self, i: int | Tensor) -> tuple[Plan, Tensor | None]:
+        """The plan of row i; for a tensor of rows, one that covers the needs of every row."""
+        if not isinstance(i, Tensor):
+            index = operator.index(i)
+            if not 0 <= index < len(self._plans):
+                raise ValueError(
+                    f"i must be a row of {self._name}, 0 .. {len(self._plans) - 1}, got {i}"
+                )
+            return self._plans[index], None
+        reads, keeps = self._history, self._history > 0
+        coefficients, variance = self._on(i.device)
+        stochastic = any(how.noisy for how in self._plans)
+        columns = coefficients[:, : columns_read(reads, keeps)]
+        if variance is not None and stochastic:
+            return learned_plan((columns, variance)), i
+        return plan((columns,), reads, keeps, stochastic), i
+
+    def _on(self, device: torch.device) -> tuple[Tensor, Tensor | None]:
+        """Coefficients and variance on a device: copied once, then found again."""
+        found = self._copies.get(device)
+        if found is None:
+            with torch.inference_mode(False):
+                variance = None if self._variance is None else self._variance.to(device)
+                copy = self._coefficients.to(device), variance
+            found = self._copies.setdefault(device, copy)
+        return found
+
+    def _variance_inputs(self, how: Plan, variance_output: Tensor | None) -> Tensors:
+        """What the kernel reads of a predicted variance."""
+        if not self._learned:
+            raise ValueError(
+                f"variance_output must be None: {self._name} has a fixed variance; only a table "
+                "such as ddpm_table(variance_type='learned') takes one"
+            )
+        if variance_output is None:
+            raise ValueError(
+                f"variance_output is required: {self._name} has a learned variance; pass the "
+                "second half of the model's channels"
+            )
+        return (variance_output,) if how.noisy else ()
+
+    def _filled(self, i: int | Tensor, how: Plan, x: Tensor, history: Tensors) -> Tensors:
+        """As many h as the kernel has inputs for; x fills those that have the coefficient 0."""
+        if not isinstance(i, Tensor) and len(history) < how.reads:
+            raise ValueError(
+                f"history must hold at least {how.reads} tensors at row {i} of {self._name}, got "
+                f"{len(history)}; pass what the step before returned"
+            )
+        history = history[: how.reads]
+        return (*history, *(x,) * (how.reads + how.padding - len(history)))
+
+
+def row_plan(coefficients: tuple[float, ...], variance: tuple[float, ...] | None) -> Plan:
+    """The kernel of one row, and the numbers that it takes.
+
+    Args:
+        coefficients: The row, in the order of ``STEP_COLUMNS``.
+        variance: s_0 and s_v where the model predicts the variance, else ``None``.
+
+    Returns:
+        A plan that reads and writes only the tensors that the row needs.
+    """
+    noisy = coefficients[_NOISE] != 0
+    if variance is not None and noisy:
+        return learned_plan((*coefficients[:PLAIN], *variance))
+    used = [k for k, c in enumerate(coefficients[HISTORY_READ], 1) if c != 0]
+    reads = max(used, default=0)
+    # Kernels that read more than one h exist only in the form that writes one too.
+    keeps = any(coefficients[HISTORY_WRITTEN]) or reads > 1
+    return plan(coefficients[: columns_read(reads, keeps)], reads, keeps, noisy)

@@ -1,0 +1,148 @@
+"""Where the noise of a sampling loop comes from: the first sample, and each step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffcore._types import Model
+from diffcore.noise import Noise, PhiloxNoise, StepNoise
+from diffcore.sampling.model import model_device
+from diffcore.solvers import SolverTable
+
+
+def noise_or_default(noise: Noise | None, like: Tensor) -> Noise:
+    """The noise given, else a noise key seeded by torch's generator.
+
+    Args:
+        noise: A tensor, a noise key or ``None``.
+        like: The samples it is for; the key gets their device.
+
+    Returns:
+        A tensor or a noise key.
+    """
+    return PhiloxNoise.from_generator(device=like.device) if noise is None else noise
+
+
+def check_step_noise(name: str, step_noise: Any) -> None:
+    """Refuse what cannot be the noise of steps.
+
+    Args:
+        name: Name of the argument.
+        step_noise: The argument to check.
+
+    Raises:
+        TypeError: Neither a tensor, nor a noise key, nor a function.
+    """
+    if not isinstance(step_noise, (Tensor, PhiloxNoise)) and not callable(step_noise):
+        raise TypeError(
+            f"{name} must be a torch.Tensor, a PhiloxNoise or a function (r, x) -> noise, got "
+            f"{type(step_noise).__name__}"
+        )
+
+
+def initial_sample(
+    model: Model,
+    shape: Sequence[int],
+    noise: Noise | None,
+    step_noise: StepNoise | None,
+    device: torch.device | str | None,
+    dtype: torch.dtype | None,
+    generator: torch.Generator | None,
+) -> tuple[Tensor, StepNoise]:
+    """x_T, and the noise of the steps.
+
+    What is not given comes from one noise key: ``noise`` if that is one, else one seeded by torch's
+    generator. x_T takes its own stream, and step i the stream 1 + i after that.
+
+    Args:
+        model: Source of the device, if it is a module with parameters.
+        shape: Shape of x_T, ``[B, ...]``.
+        noise: x_T as a tensor, a noise key for it, or ``None``.
+        step_noise: As for ``run_table``, or ``None``.
+        device: ``None`` for that of ``noise``, else of the model, else torch's default.
+        dtype: ``None`` for that of ``noise``, else torch's default.
+        generator: Source of the seed; ``None`` for torch's default generator.
+
+    Returns:
+        x_T, and ``step_noise`` or its default.
+
+    Raises:
+        TypeError: ``noise`` or ``step_noise`` has another type.
+        ValueError: ``shape`` is empty, ``noise`` has another shape, or ``generator`` comes with
+            noise that leaves it nothing to seed.
+    """
+    if len(shape) == 0:
+        raise ValueError("shape must be [B, ...], got ()")
+    if generator is not None and isinstance(noise, PhiloxNoise):
+        raise ValueError(
+            "generator must be None where noise is a PhiloxNoise, which has a seed already, got "
+            "a torch.Generator; pass one of the two"
+        )
+    if generator is not None and noise is not None and step_noise is not None:
+        raise ValueError(
+            "generator must be None where noise and step_noise are both given, got a "
+            "torch.Generator; nothing is left to seed"
+        )
+    if noise is not None and not isinstance(noise, (Tensor, PhiloxNoise)):
+        raise TypeError(
+            f"noise must be a torch.Tensor or a PhiloxNoise, got {type(noise).__name__}"
+        )
+    if isinstance(noise, Tensor):
+        if not noise.is_floating_point():
+            raise TypeError(f"noise must be a floating-point tensor, got {noise.dtype}")
+        if tuple(noise.shape) != tuple(shape):
+            raise ValueError(
+                f"noise must have the given shape, {tuple(shape)}, got {tuple(noise.shape)}"
+            )
+        x, key = noise.to(device=device, dtype=dtype), None
+    else:
+        device = model_device(model) if device is None else device
+        key = noise
+        if key is None:
+            at = torch.empty(0, device=device).device
+            key = PhiloxNoise.from_generator(generator, device=at)
+        x = key.tensor(shape, dtype=dtype, device=device)
+    if step_noise is None:
+        step_noise = key or PhiloxNoise.from_generator(generator, device=x.device)
+    check_step_noise("step_noise", step_noise)
+    return x, step_noise
+
+
+def noise_of_row(step_noise: StepNoise, i: int, x: Tensor, table: SolverTable, name: str) -> Noise:
+    """The noise of one row of a table; row ``len(table)`` is the start, which churn raises.
+
+    Args:
+        step_noise: See ``run_table``.
+        i: The row.
+        x: The samples before it.
+        table: The solver.
+        name: What the caller calls ``step_noise``, for errors.
+
+    Returns:
+        A tensor like ``x``, or a noise key.
+
+    Raises:
+        TypeError: A function returned something else.
+        ValueError: A tensor of another shape.
+    """
+    if isinstance(step_noise, PhiloxNoise):
+        return step_noise.at(step_noise.stream + 1 + i)
+    if not isinstance(step_noise, Tensor):
+        noise = step_noise(i, x)
+        if not isinstance(noise, (Tensor, PhiloxNoise)):
+            kind = type(noise).__name__
+            raise TypeError(f"{name} must return a torch.Tensor or a PhiloxNoise, got {kind}")
+        return noise
+    if step_noise.shape[1:] != x.shape or i >= len(step_noise):
+        count, entries = "S", f"an entry for each of the S = {len(table)} rows of {table.name}"
+        if table.start_noise:
+            count, entries = "S + 1", f"{entries} and one for the start, which churn raises"
+        raise ValueError(
+            f"{name} must have the shape [{', '.join([count, *map(str, x.shape)])}], {entries}, "
+            f"got {tuple(step_noise.shape)}"
+        )
+    return step_noise[i]

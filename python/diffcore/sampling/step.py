@@ -1,0 +1,64 @@
+"""Values of one step in a sampling loop: timestep inputs of the model, state for a callback."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffcore.sampling.model import Prediction
+from diffcore.solvers import SolverTable
+
+
+def timestep_inputs(table: SolverTable, x: Tensor) -> Tensor:
+    """The timestep input of every row, on the device of the samples.
+
+    Args:
+        table: The solver.
+        x: Samples ``[B, ...]``.
+
+    Returns:
+        ``[S, B]``: int64 where the timesteps are integers, else float32, or float64 beside float64
+        samples.
+    """
+    timesteps = table.to(x.device).timesteps
+    if timesteps.is_floating_point() and x.dtype != torch.float64:
+        timesteps = timesteps.float()
+    return timesteps.unsqueeze(1).repeat(1, x.shape[0])
+
+
+def callback_state(
+    table: SolverTable,
+    i: int,
+    x: Tensor,
+    t: Tensor,
+    prediction: Prediction,
+    guidance_scale: float | Tensor | None,
+    threshold: Tensor | None,
+) -> dict[str, Any]:
+    """What a callback gets before a step; the predicted x_0 takes one launch.
+
+    Args:
+        table: The solver.
+        i: The first row of the step.
+        x: The samples before it, ``[B, ...]``.
+        t: Its timestep input ``[B]``.
+        prediction: What the model returned.
+        guidance_scale: w of classifier-free guidance, or ``None``.
+        threshold: Bound of x_0 ``[B]``, or ``None``.
+
+    Returns:
+        ``x``, ``i`` (the step), ``t``, ``sigma`` and ``denoised``.
+    """
+    output, uncond, _ = prediction
+    denoised = table.denoised(
+        i,
+        x,
+        output,
+        model_output_uncond=uncond,
+        guidance_scale=guidance_scale,
+        threshold=threshold,
+    )
+    row = table.rows[i]
+    return {"x": x, "i": row.step, "t": t, "sigma": row.sigma, "denoised": denoised}

@@ -1,0 +1,46 @@
+"""Dynamic thresholding in a sampling loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from diffcore import ops
+from diffcore.sampling.model import Prediction
+from diffcore.solvers.table import Row
+
+Threshold = Callable[[Row, Tensor, Prediction], Tensor]
+"""From a row, the samples before it and the prediction to the bound of x_0, ``[B]``."""
+
+
+def threshold_rule(
+    ratio: float | None, max_value: float, guidance_scale: float | Tensor | None
+) -> Threshold | None:
+    """Imagen's bound of x_0 as a function for ``run_table``.
+
+    Args:
+        ratio: Quantile of abs(x_0) in each sample; ``None`` for no thresholding.
+        max_value: The largest bound.
+        guidance_scale: w of classifier-free guidance.
+
+    Returns:
+        The function, ``None`` for no thresholding.
+    """
+    if ratio is None:
+        return None
+    quantile = ratio
+
+    def bound(row: Row, x: Tensor, prediction: Prediction) -> Tensor:
+        output, uncond, _ = prediction
+        return ops.dynamic_threshold(
+            x,
+            output,
+            row.coefficients,
+            ratio=quantile,
+            sample_max_value=max_value,
+            model_output_uncond=uncond,
+            guidance_scale=guidance_scale,
+        )
+
+    return bound
