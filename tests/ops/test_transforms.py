@@ -8,7 +8,6 @@ from torch import Tensor
 
 from diffcore import ops
 from diffcore._engine import native
-from diffcore._kernels import linear
 from support.bounds import each_case
 from support.cases import CASES, OpCase, as_tuple
 
@@ -50,7 +49,9 @@ def test_vmap_over_coefficients_and_other_dimensions() -> None:
 
 def test_vmap_of_the_operator() -> None:
     x, y = torch.randn(2, 4, 3, 5)
-    f = torch.vmap(linear.LINEAR_COMBINATION.op, (0, 0, None, None, None, None, None))
+    f = torch.vmap(
+        torch.ops.diffcore.linear_combination.default, (0, 0, None, None, None, None, None)
+    )
     found = f(x, y, [None, None], [0.8, 0.6], None, -1, False)
     torch.testing.assert_close(found, ops.add_noise(x, y, 0.8, 0.6))
 
