@@ -6,7 +6,7 @@ namespace diffcore {
 namespace {
 
 // With more runs than this, or in another memory order, noise is generated into a tensor first.
-constexpr int64_t kMostRuns = 64;
+constexpr int64_t kMaxRuns = 64;
 constexpr int64_t kNoiseBlocks = int64_t(1) << 32;  // of four elements, in a sample
 
 class Planner {
@@ -198,7 +198,7 @@ class Planner {
       if (plan_.device.type == dlpack::kCuda && plan_.dtype == kF64 && op_.n_in)
         return {Code::kNoiseLayout};
       args_.noise.inner = runs_of_row(*first_);
-      if (!args_.noise.inner || args_.noise.inner > kMostRuns) return {Code::kNoiseLayout};
+      if (!args_.noise.inner || args_.noise.inner > kMaxRuns) return {Code::kNoiseLayout};
     }
     const Layout layout = layout_of(*first_);
     const bool spaced = layout == Layout::kSpacedRows && !views_.reduce_all;

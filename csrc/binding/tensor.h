@@ -36,17 +36,17 @@ inline bool contiguous(const TensorView& x) {
 }
 
 // The dimensions with more than one element, from the last to the first. With more of them than
-// `kMost` the memory order counts as unknown, and the tensor is copied.
+// `kMaxDims` the memory order counts as unknown, and the tensor is copied.
 struct Dimensions {
-  static constexpr int kMost = 16;
-  int at[kMost];
+  static constexpr int kMaxDims = 16;
+  int at[kMaxDims];
   int n = 0;
   bool known = true;
 
   Dimensions(const TensorView& x, int from) {
     for (int d = x.ndim - 1; d >= from; --d) {
       if (x.shape[d] == 1) continue;
-      if (n == kMost) {
+      if (n == kMaxDims) {
         known = false;
         return;
       }

@@ -1,4 +1,4 @@
-// Calls for the tests of plan_call: tensors with their shapes and strides, and no memory to speak of.
+// Calls for the tests of plan_call: tensors with shapes and strides, whose data is never read.
 #pragma once
 
 #include <cstdio>
@@ -53,7 +53,7 @@ struct Tensor {
   }
 };
 
-// A call whose tensors live as long as it does.
+// A call that owns its tensors.
 struct TestCall {
   const OpInfo* op;
   std::vector<Tensor> in, out, coef_tensors;  // coef_tensors: empty shape and no data: the number
@@ -79,7 +79,8 @@ struct TestCall {
 
   Reason plan(Plan* plan) {
     static CallViews views;
-    std::memset(static_cast<void*>(&views), 0x5a, sizeof(views));  // no field may matter unread
+    std::memset(static_cast<void*>(&views), 0x5a,
+                sizeof(views));  // uninitialized fields must not matter
     views.n_in = int(in.size());
     views.n_out = int(out.size());
     views.n_coef = int(coef_tensors.size());
@@ -111,7 +112,7 @@ inline const OpInfo* op_named(const std::string& name, bool generates_noise = fa
   std::exit(1);
 }
 
-// Tensors of a shape 64 KiB apart, coefficients that are numbers.
+// A call with tensors of one shape, 64 KiB apart, and numbers as coefficients.
 inline TestCall plain_call(const OpInfo* op, const Dims& shape) {
   TestCall call;
   call.op = op;
@@ -132,7 +133,7 @@ inline bool is(const Reason& reason, Code code, Argument argument = Argument::kN
   return false;
 }
 
-// Random calls, whose plans are checked element by element; prints how many ended with each code.
+// Runs random calls and checks their plans element by element. Prints the count of each code.
 void fuzz_plans(int calls);
 
 }  // namespace diffcore

@@ -1,5 +1,5 @@
-// Random calls of plan_call. Where there is a plan, the position of each element in each tensor is
-// compared with what the loops would read and write.
+// Random calls of plan_call. For each plan, checks the position of every element that the loops
+// would read and write in each tensor.
 #include <algorithm>
 #include <iterator>
 #include <random>
@@ -136,7 +136,7 @@ class Fuzzer {
     }
   }
 
-  // ---- what a plan promises
+  // ---- properties of a plan
 
   static int64_t offset(const TensorView& x, int64_t i) {
     int64_t at = 0;
@@ -147,7 +147,7 @@ class Fuzzer {
     return at;
   }
 
-  // Position (row, column) of the plan is the same element of every tensor, and the loop visits each
+  // Position (row, column) of the plan is the same element in every tensor, and the loop visits each
   // element once.
   void check(TestCall& call, const Plan& plan) {
     const OpInfo& op = *call.op;
@@ -200,7 +200,7 @@ class Fuzzer {
     }
   }
 
-  // Each coefficient of each row is an element of the tensor that it was given in.
+  // Each coefficient of each row is an element of the tensor that was passed for it.
   void check_coefs(TestCall& call, const LaunchArgs& args) {
     int n = 0;
     for (size_t k = 0; k < call.coef_tensors.size(); ++k) {

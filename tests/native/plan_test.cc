@@ -1,5 +1,5 @@
-// plan_call without Python: what it answers to right and wrong calls. Ends with status 0, or says
-// what failed.
+// Tests of plan_call without Python: the plans of valid calls and the reasons of invalid ones. Exits
+// with status 0, or prints the failed check.
 #include <iterator>
 #include <utility>
 
@@ -10,7 +10,7 @@ using namespace diffcore;
 
 namespace {
 
-// ---- calls that are right ------------------------------------------------------------------------
+// ---- valid calls -----------------------------------------------------------------------
 
 void test_plain_calls_of_every_op() {
   const OpTable table = op_table();
@@ -58,11 +58,11 @@ void test_layouts() {
   CHECK(layout_of(expanded.view()) == Layout::kOther);
   CHECK(layout_of(Tensor({2, 0, 3}, 0).view()) == Layout::kEmpty);
   Tensor reversed({2, 3, 4, 5}, 0);
-  reversed.strides = {60, 1, 3, 12};  // neither row-major nor begun elsewhere
+  reversed.strides = {60, 1, 3, 12};  // neither row-major nor a rotation of it
   CHECK(runs_of_row(reversed.view()) == 0);
 }
 
-// More dimensions than the arrays of tensor.h hold: an answer, not a write past them.
+// More dimensions than the arrays of tensor.h hold must not write past their end.
 void test_many_dimensions() {
   for (int n = 14; n <= 24; ++n) {
     Dims shape(n, 1), strides(n);
@@ -71,10 +71,10 @@ void test_many_dimensions() {
     std::swap(x.strides[n - 1], x.strides[n - 2]);
     int wide = 0;
     for (int64_t s : shape) wide += s > 1;
-    // One more than the array holds is still known, as dense samples of the rest.
-    const Layout expected = wide <= Dimensions::kMost       ? Layout::kDenseRows
-                            : wide == Dimensions::kMost + 1 ? Layout::kSpacedRows
-                                                            : Layout::kOther;
+    // With one dimension more than fits, dense samples are still recognized.
+    const Layout expected = wide <= Dimensions::kMaxDims       ? Layout::kDenseRows
+                            : wide == Dimensions::kMaxDims + 1 ? Layout::kSpacedRows
+                                                               : Layout::kOther;
     CHECK(layout_of(x.view()) == expected);
     CHECK(runs_of_row(x.view()) == 0);
     TestCall call = plain_call(op_named("linear_combination", true), {2});
@@ -84,7 +84,7 @@ void test_many_dimensions() {
   }
 }
 
-// ---- calls that are wrong ------------------------------------------------------------------------
+// ---- invalid calls -----------------------------------------------------------------------
 
 template <class Change>
 Reason changed(const char* op, bool generates_noise, Change change) {

@@ -93,20 +93,20 @@ def test_an_op_that_is_right_compiles(tmp_path: Path, members: str) -> None:
 
 
 WRONG = {
-    "misspelt": ("static constexpr unsigned hooks = kIdle;" + IDLE % "idel", "misspelt"),
-    "not listed": (IDLE % "idle", "misspelt"),
-    "not defined": ("static constexpr unsigned hooks = kPrepare;", "misspelt"),
+    "misspelled": ("static constexpr unsigned hooks = kIdle;" + IDLE % "idel", "misspelled"),
+    "not listed": (IDLE % "idle", "misspelled"),
+    "not defined": ("static constexpr unsigned hooks = kPrepare;", "misspelled"),
     "not a template": ("DC_HD static bool idle(const float*) { return true; }", "error"),
     "signature": (
         "static constexpr unsigned hooks = kIdle;"
         "template <class R> DC_HD static int idle(const R*) { return 1; }",
-        "idle: static bool",
+        "idle must be static bool",
     ),
     "coefficients by value": (
         "template <class R> DC_HD static double finalize_sum(R, double t, double) { return t; }"
         "static constexpr unsigned hooks = kFinalizeSum;"
         "static constexpr int n_sum = 1;",
-        "finalize_sum: static double",
+        "finalize_sum must be static double",
     ),
     "inputs": ("static constexpr int n_in = kMaxIn + 1;", "n_in"),
     "no input": ("static constexpr int n_in = 0;", "n_in"),
@@ -127,7 +127,7 @@ WRONG = {
     "selects and writes": (
         "static constexpr int n_sum = 1, ratio = 1;"
         "static constexpr unsigned hooks = kSelect;" + SELECTED,
-        "reads all its inputs",
+        "must read all its inputs",
     ),
     "Other alone": ("using Other = Term;", "Other"),
     "other alone": (
