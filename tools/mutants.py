@@ -182,7 +182,7 @@ def apply(mutants: list[Mutant], folder: Path, suffixes: set[str]) -> None:
 
 
 def copy_of(folder: Path, into: Path) -> Path:
-    """``into`` with the contents of ``folder``, anew."""
+    """``into`` with the contents of ``folder``, replaced."""
     shutil.rmtree(into, ignore_errors=True)
     shutil.copytree(folder, into, ignore=shutil.ignore_patterns("__pycache__"))
     return into

@@ -49,7 +49,7 @@ def exercise(case: OpCase, args: Arguments) -> None:
 
 
 def exercise_drawn(case: OpCase, args: Arguments) -> None:
-    """The same with noise that is drawn, by numbers and by tensors."""
+    """The same with generated noise, keys as numbers and as tensors."""
     like = args.tensors["noise"]
     counter = torch.arange(max(len(like), 2), device=like.device)
     for noise in (
@@ -59,8 +59,10 @@ def exercise_drawn(case: OpCase, args: Arguments) -> None:
         out = torch.empty_like(like)
         ops.randn(like.shape, noise, out=out)
         tensors = {name: x.detach() for name, x in args.tensors.items() if name != "noise"}
-        drawn = replace(case, differentiable=tuple(n for n in case.differentiable if n != "noise"))
-        exercise(drawn, Arguments(tensors, {**args.options, "noise": noise}))
+        generated = replace(
+            case, differentiable=tuple(n for n in case.differentiable if n != "noise")
+        )
+        exercise(generated, Arguments(tensors, {**args.options, "noise": noise}))
 
 
 def exercise_thresholds(device: str) -> int:

@@ -28,7 +28,7 @@ def tidy(text: str) -> str:
 
 
 def yaml_error(text: str) -> str | None:
-    """Why `text` is no YAML; None when it is. Tags are not looked up: mkdocs.yml has its own."""
+    """Why `text` is not YAML; None if it is. Tags are not resolved: mkdocs.yml has its own."""
     try:
         list(yaml.compose_all(text, Loader=yaml.SafeLoader))
     except yaml.YAMLError as error:

@@ -1,9 +1,9 @@
 """Fused diffusion and VAE mathematics for PyTorch, on CPU and CUDA.
 
 The functional ops are in :mod:`diffcore.ops`; :class:`GaussianDiffusion` and :mod:`diffcore.vae`
-are the lecture's two models on top of them. :func:`sample` walks any table of
+are the lecture's two models on top of them. :func:`sample` runs any table of
 :mod:`diffcore.solvers`; :mod:`diffcore.sampling` has k-diffusion's samplers under their own names.
-:mod:`diffcore.likelihood` has the variational bound of a data set, in bits a dimension.
+:mod:`diffcore.likelihood` has the variational bound of a data set, in bits per dimension.
 """
 
 import typing as _typing

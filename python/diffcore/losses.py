@@ -8,6 +8,8 @@ from torch import Tensor
 from diffcore._checks import check_choice, check_float_tensor
 from diffcore.coefficients.step import PREDICTION_TYPES
 
+__all__ = ["edm_weights", "min_snr_weights"]
+
 
 def min_snr_weights(snr: Tensor, *, gamma: float = 5.0, prediction_type: str = "epsilon") -> Tensor:
     """Min-SNR-gamma: the weight min(snr, gamma) on the error of x_0, for a prediction type.

@@ -12,6 +12,8 @@ from diffcore._engine import messages
 from diffcore._engine.dispatch import plain_eager, run
 from diffcore._kernels.noise import RANDN
 
+__all__ = ["PhiloxNoise"]
+
 _WORDS = 2**32
 _MAX_FIRST = 4 * _WORDS
 

@@ -23,6 +23,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+__all__ = [
+    "FACTOR",
+    "assert_op_within_bound",
+    "assert_within_bound",
+    "error_bound",
+    "gradients_of",
+    "ulp",
+]
+
 FACTOR = 2.0
 """How many times eager's largest error a result may be off."""
 

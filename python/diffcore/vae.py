@@ -13,6 +13,15 @@ from diffcore._checks import check_float_tensor
 from diffcore.noise import PhiloxNoise
 from diffcore.reference import compute_dtype
 
+__all__ = [
+    "DiagonalGaussianDistribution",
+    "elbo",
+    "elbo_terms",
+    "importance_weighted_bound",
+    "reconstruction_loss",
+    "vae_loss",
+]
+
 _LOGVAR_MIN, _LOGVAR_MAX = -30.0, 20.0
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import html
 import importlib
 import importlib.util
@@ -38,10 +37,6 @@ MODULES = (
     "diffcore.testing",
     "diffcore.vae",
 )
-# Without an underscore, and still for other modules of the package only.
-INTERNAL = {
-    "diffcore.noise": {"draw"},
-}
 
 
 @pytest.fixture(scope="module")
@@ -72,21 +67,7 @@ def inventory(site: Path) -> set[str]:
 
 
 def public_names(module: ModuleType) -> list[str]:
-    """`__all__`, or what a module without one defines and re-exports by `import x as x`."""
-    if hasattr(module, "__all__"):
-        return sorted(module.__all__)
-    names = set()
-    for node in ast.parse(inspect.getsource(module)).body:
-        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
-            names.add(node.name)
-        elif isinstance(node, (ast.Import, ast.ImportFrom)):
-            names.update(
-                a.asname for a in node.names if a.asname is not None and a.asname == a.name
-            )
-        elif isinstance(node, ast.Assign):
-            names.update(t.id for t in node.targets if isinstance(t, ast.Name) and t.id.isupper())
-    hidden = INTERNAL.get(module.__name__, set())
-    return sorted(n for n in names if not n.startswith("_") and n not in hidden)
+    return sorted(module.__all__)
 
 
 def paths_of(module: ModuleType, name: str) -> set[str]:
