@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple, overload
+from typing import Any, Literal, overload
 
 from torch import Tensor
 
 from diffcore._engine.dispatch import plain_eager, run
 from diffcore._kernels import step as k
-from diffcore._types import ClipRange, Coef, Coefs, Row, Step, Tensors
+from diffcore._types import ClipRange, Coef, Coefs, Row, Step
 from diffcore.coefficients import step as formulas
 from diffcore.noise import Noise
-from diffcore.ops._arguments import as_coef, as_table, in_float64
-from diffcore.ops._noise import run_noisy
+from diffcore.ops._arguments import as_table, in_float64
+from diffcore.ops._launch import (
+    Guidance,
+    guidance_of,
+    launch,
+    predictions,
+    step_columns,
+    variance_columns,
+    variance_of,
+)
 
 __all__ = [
     "ddim_step",
@@ -21,26 +29,6 @@ __all__ = [
     "reverse_step",
     "step_log_prob",
 ]
-
-
-_ALL = len(formulas.STEP_COLUMNS)
-
-
-class Guidance(NamedTuple):
-    """Classifier-free guidance, ``m = m_u + w (m_c - m_u)``, as the user passed it.
-
-    Without ``output_uncond`` the model output holds both predictions, m_u first.
-    """
-
-    output_uncond: Tensor | None
-    scale: Coef | None
-
-
-class LearnedVariance(NamedTuple):
-    """A predicted variance, ``c_z exp(s_0 + s_v v)``: v, and the columns s_0 and s_v."""
-
-    output: Tensor
-    coefficients: Row
 
 
 @overload
@@ -179,7 +167,7 @@ def reverse_step(
     keeps = return_history or len(earlier) > 1
     variance = None
     if variance_output is not None or variance_coefficients is not None:
-        variance = _variance_of(variance_output, variance_coefficients)
+        variance = variance_of(variance_output, variance_coefficients)
     if len(earlier) > k.MOST_HISTORY:
         raise ValueError(f"history must hold at most {k.MOST_HISTORY} tensors, got {len(earlier)}")
     if return_log_prob and (out is not None or earlier or keeps or variance is not None):
@@ -262,110 +250,6 @@ def _log_prob(
     tensors, leading = predictions(x, model_output, guidance, threshold)
     kernel = k.STEP_LOG_PROB[len(tensors) == 3]
     return run(kernel, (*tensors, x_next), (*leading, *row), t)
-
-
-# ---- from a row and a plan to a launch -----------------------------------------------------------
-
-
-def launch(
-    plan: k.Plan,
-    x: Tensor,
-    model_output: Tensor,
-    others: Tensors,
-    t: Step,
-    noise: Noise | None,
-    guidance: Guidance | None = None,
-    threshold: Coef | None = None,
-    out: Tensor | None = None,
-) -> Any:
-    """Takes a planned step in one launch.
-
-    Args:
-        plan: The kernel and the coefficients.
-        x: The current samples.
-        model_output: m, or m_c under guidance.
-        others: The other tensors that the kernel reads: history, or a predicted variance.
-        t: The row, where the plan holds a table.
-        noise: z or a noise key; given if the plan is noisy.
-        guidance: ``None`` without guidance.
-        threshold: Bound of x_0, or ``None``.
-        out: Tensor to write to.
-
-    Returns:
-        x', or (x', h') if the plan keeps history.
-    """
-    if guidance is None and threshold is None:
-        kernel, inputs, coefs = plan.kernel, (x, model_output, *others), plan.coefs
-    else:
-        tensors, leading = predictions(x, model_output, guidance, threshold)
-        kernel = plan.kernel if len(tensors) == 2 else plan.guided
-        inputs, coefs = (*tensors, *others), leading + plan.coefs[2:]
-    if noise is None:
-        return run(kernel, inputs, coefs, t, False, out)
-    return run_noisy(kernel, inputs, noise, coefs, t, out)
-
-
-def predictions(
-    x: Tensor, model_output: Tensor, guidance: Guidance | None, threshold: Coef | None
-) -> tuple[Tensors, tuple[Coef, Coef]]:
-    """The tensors that every step reads, and the coefficients that no table holds."""
-    bound: Coef = 0.0
-    if threshold is not None:
-        bound = as_coef("threshold", threshold, None)
-        if isinstance(bound, float) and bound < 0:
-            raise ValueError(f"threshold must be at least 0, got {bound}")
-    if guidance is None:
-        return (x, model_output), (1.0, bound)
-    uncond, scale = guidance
-    if scale is None:
-        raise ValueError(
-            "guidance_scale is required with model_output_uncond, got only model_output_uncond"
-        )
-    scale = as_coef("guidance_scale", scale, None)
-    if uncond is None:
-        pair = isinstance(x, Tensor) and isinstance(model_output, Tensor) and x.ndim > 0
-        if not pair or model_output.ndim == 0 or len(model_output) != 2 * len(x):
-            raise ValueError(
-                "model_output_uncond is required with guidance_scale, got only guidance_scale; or "
-                "pass a model_output [2 B, ...] with the unconditional batch first"
-            )
-        uncond, model_output = model_output.chunk(2)
-    return (x, model_output, uncond), (scale, bound)
-
-
-def guidance_of(output_uncond: Tensor | None, scale: Coef | None) -> Guidance | None:
-    """The guidance of a call, or ``None`` if there is none."""
-    return None if output_uncond is None and scale is None else Guidance(output_uncond, scale)
-
-
-def _variance_of(output: Tensor | None, coefficients: Row | None) -> LearnedVariance:
-    if output is None or coefficients is None:
-        raise ValueError(
-            "variance_output and variance_coefficients must be given together, got one"
-        )
-    return LearnedVariance(output, coefficients)
-
-
-def step_columns(row: Row, columns: int) -> Coefs:
-    """The first columns of a step, of a row or table that may have all of them."""
-    return _columns(
-        "coefficients", row, columns, (columns, _ALL) if columns == k.PLAIN else (_ALL,)
-    )
-
-
-def variance_columns(row: Row) -> Coefs:
-    """s_0 and s_v."""
-    return _columns("variance_coefficients", row, 2, (2,))
-
-
-def _columns(name: str, row: Row, columns: int, widths: tuple[int, ...]) -> Coefs:
-    if isinstance(row, tuple):
-        if len(row) not in widths:
-            counts = " or ".join(map(str, widths))
-            raise ValueError(f"{name} must hold {counts} numbers, got {len(row)}")
-        return row[:columns]
-    table = as_table(name, row, *widths)
-    return (table if table.shape[1] == columns else table[:, :columns],)
 
 
 # ---- the DDPM and DDIM steps ---------------------------------------------------------------------

@@ -12,7 +12,7 @@ from diffcore._kernels.step import PLAIN
 from diffcore._kernels.threshold import X0_QUANTILE
 from diffcore._types import Coef, Row, Step
 from diffcore.ops._arguments import float_of
-from diffcore.ops.step import guidance_of, predictions, step_columns
+from diffcore.ops._launch import guidance_of, predictions, step_columns
 
 __all__ = [
     "dynamic_threshold",

@@ -14,7 +14,7 @@ from diffcore._types import Coef
 from diffcore.coefficients.step import STEP_COLUMNS
 from diffcore.noise import Noise
 from diffcore.ops import reverse_step
-from diffcore.ops._launcher import RowLauncher
+from diffcore.ops._launch import RowLauncher
 
 COLUMNS = STEP_COLUMNS
 TO_X0 = (0.0, 0.0, 1.0, 0.0)  # c_x, c_m, c_0, c_z of a step that stops at the predicted x_0

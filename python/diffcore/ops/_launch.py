@@ -1,24 +1,146 @@
-"""Turns a row of a solver's table into one launch: plans, histories, device copies.
+"""Turns a row of step coefficients into one launch: a single row, or the rows of a solver's table.
 
-It lies below ``solvers``, so that a table is data that holds one launcher, and ``SolverTable.step``
-is a call of it. It takes numbers and tensors, not a table: this module imports no solver.
+It lies below ``solvers``, so that a table is data that holds one ``RowLauncher``, and
+``SolverTable.step`` is a call of it. It takes numbers and tensors, not a table: this module imports
+no solver.
 """
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from diffcore._engine.dispatch import run
 from diffcore._kernels.step import PLAIN, Plan, columns_read, learned_plan, plan
-from diffcore._types import Coef, Tensors
+from diffcore._types import Coef, Coefs, Row, Step, Tensors
 from diffcore.coefficients.step import HISTORY_READ, HISTORY_WRITTEN, STEP_COLUMNS
 from diffcore.noise import Noise
-from diffcore.ops.step import guidance_of, launch
+from diffcore.ops._arguments import as_coef, as_table
+from diffcore.ops._noise import run_noisy
 
+_ALL = len(STEP_COLUMNS)
 _NOISE = STEP_COLUMNS.index("c_z")
+
+
+class Guidance(NamedTuple):
+    """Classifier-free guidance, ``m = m_u + w (m_c - m_u)``, as the user passed it.
+
+    Without ``output_uncond`` the model output holds both predictions, m_u first.
+    """
+
+    output_uncond: Tensor | None
+    scale: Coef | None
+
+
+class LearnedVariance(NamedTuple):
+    """A predicted variance, ``c_z exp(s_0 + s_v v)``: v, and the columns s_0 and s_v."""
+
+    output: Tensor
+    coefficients: Row
+
+
+def launch(
+    plan: Plan,
+    x: Tensor,
+    model_output: Tensor,
+    others: Tensors,
+    t: Step,
+    noise: Noise | None,
+    guidance: Guidance | None = None,
+    threshold: Coef | None = None,
+    out: Tensor | None = None,
+) -> Any:
+    """Takes a planned step in one launch.
+
+    Args:
+        plan: The kernel and the coefficients.
+        x: The current samples.
+        model_output: m, or m_c under guidance.
+        others: The other tensors that the kernel reads: history, or a predicted variance.
+        t: The row, where the plan holds a table.
+        noise: z or a noise key; given if the plan is noisy.
+        guidance: ``None`` without guidance.
+        threshold: Bound of x_0, or ``None``.
+        out: Tensor to write to.
+
+    Returns:
+        x', or (x', h') if the plan keeps history.
+    """
+    if guidance is None and threshold is None:
+        kernel, inputs, coefs = plan.kernel, (x, model_output, *others), plan.coefs
+    else:
+        tensors, leading = predictions(x, model_output, guidance, threshold)
+        kernel = plan.kernel if len(tensors) == 2 else plan.guided
+        inputs, coefs = (*tensors, *others), leading + plan.coefs[2:]
+    if noise is None:
+        return run(kernel, inputs, coefs, t, False, out)
+    return run_noisy(kernel, inputs, noise, coefs, t, out)
+
+
+def predictions(
+    x: Tensor, model_output: Tensor, guidance: Guidance | None, threshold: Coef | None
+) -> tuple[Tensors, tuple[Coef, Coef]]:
+    """The tensors that every step reads, and the coefficients that no table holds."""
+    bound: Coef = 0.0
+    if threshold is not None:
+        bound = as_coef("threshold", threshold, None)
+        if isinstance(bound, float) and bound < 0:
+            raise ValueError(f"threshold must be at least 0, got {bound}")
+    if guidance is None:
+        return (x, model_output), (1.0, bound)
+    uncond, scale = guidance
+    if scale is None:
+        raise ValueError(
+            "guidance_scale is required with model_output_uncond, got only model_output_uncond"
+        )
+    scale = as_coef("guidance_scale", scale, None)
+    if uncond is None:
+        pair = isinstance(x, Tensor) and isinstance(model_output, Tensor) and x.ndim > 0
+        if not pair or model_output.ndim == 0 or len(model_output) != 2 * len(x):
+            raise ValueError(
+                "model_output_uncond is required with guidance_scale, got only guidance_scale; or "
+                "pass a model_output [2 B, ...] with the unconditional batch first"
+            )
+        uncond, model_output = model_output.chunk(2)
+    return (x, model_output, uncond), (scale, bound)
+
+
+def guidance_of(output_uncond: Tensor | None, scale: Coef | None) -> Guidance | None:
+    """The guidance of a call, or ``None`` if there is none."""
+    return None if output_uncond is None and scale is None else Guidance(output_uncond, scale)
+
+
+def variance_of(output: Tensor | None, coefficients: Row | None) -> LearnedVariance:
+    """The predicted variance of a call, whose two parts come together."""
+    if output is None or coefficients is None:
+        raise ValueError(
+            "variance_output and variance_coefficients must be given together, got one"
+        )
+    return LearnedVariance(output, coefficients)
+
+
+def step_columns(row: Row, columns: int) -> Coefs:
+    """The first columns of a step, of a row or table that may have all of them."""
+    return _columns("coefficients", row, columns, (columns, _ALL) if columns == PLAIN else (_ALL,))
+
+
+def variance_columns(row: Row) -> Coefs:
+    """s_0 and s_v."""
+    return _columns("variance_coefficients", row, 2, (2,))
+
+
+def _columns(name: str, row: Row, columns: int, widths: tuple[int, ...]) -> Coefs:
+    if isinstance(row, tuple):
+        if len(row) not in widths:
+            counts = " or ".join(map(str, widths))
+            raise ValueError(f"{name} must hold {counts} numbers, got {len(row)}")
+        return row[:columns]
+    table = as_table(name, row, *widths)
+    return (table if table.shape[1] == columns else table[:, :columns],)
 
 
 class RowLauncher:
