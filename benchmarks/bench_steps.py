@@ -38,7 +38,7 @@ from benchmarks.machine import last_level_cache, why_no_compile
 from benchmarks.sampling_loops import NO_DIFFUSERS, SamplingLoop, has_diffusers
 from benchmarks.timing import Budget, Call, interleave
 from diffcore import PhiloxNoise, ops
-from diffcore.ops._launcher import row_plan
+from diffcore.ops._launch import row_plan
 
 STEPS, AT = 50, 25
 SCALE = 7.5

@@ -51,7 +51,7 @@ def test_the_training_lines_give_one_loss() -> None:
     target = scheduler.get_velocity(latents, noise, t)
     theirs = F.mse_loss(of_page["unet"](noisy, t, condition).sample, target)
     ours = of_page["diffusion"].training_losses(
-        of_page["model"], latents, t, noise, model_kwargs={"condition": condition}
+        of_page["model"], latents, t, noise=noise, model_kwargs={"condition": condition}
     )
     torch.testing.assert_close(ours["loss"].mean(), theirs, rtol=1e-5, atol=0)
 

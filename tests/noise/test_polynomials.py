@@ -187,7 +187,7 @@ def test_largest_and_smallest_normal() -> None:
 
 def test_errors_are_the_documented_ones() -> None:
     docs = (Path(__file__).parents[2] / "docs" / "numerics.md").read_text(encoding="utf-8")
-    section = docs.split("## Normals")[1].split("\n## ")[0]
+    section = docs.split("## Normal numbers")[1].split("\n## ")[0]
     table = sorted(map(float, re.findall(r"\| (\d\.\d\d) \|", section)))
     assert table == sorted(LARGEST_ERROR.values())
     for error in LARGEST_ERROR.values():

@@ -319,7 +319,7 @@ def test_a_step_needs_v_exactly_when_its_table_has_a_variance() -> None:
         )
     refused(ValueError, "noise is required: row 0", learned.step, 0, x, x, variance_output=x)
     refused(
-        ValueError, "variance_output has shape", learned.step, 0, x, x, noise=x,
+        ValueError, "variance_output must have the shape of x", learned.step, 0, x, x, noise=x,
         variance_output=x[:1],
     )  # fmt: skip
     refused(TypeError, "variance_output", learned.step, 0, x, x, noise=x, variance_output="v")
