@@ -84,16 +84,16 @@ def test_noise_is_a_tensor_a_recipe_or_the_seed_of_torch():
 
 
 def test_model_kwargs_may_depend_on_the_batch():
-    def labelled(x, t, labels):
+    def labeled(x, t, labels):
         assert len(labels) == len(x)
         return model(x, t) + 0.1 * labels.reshape(-1, 1, 1, 1)
 
     loader = DataLoader(TensorDataset(data(), torch.arange(N) % 2), batch_size=5)
     found = bits_per_dim(
-        DIFFUSION, labelled, loader, noise=RECIPE, model_kwargs=lambda b: {"labels": b[1]}
+        DIFFUSION, labeled, loader, noise=RECIPE, model_kwargs=lambda b: {"labels": b[1]}
     )
     whole = bits_per_dim(
-        DIFFUSION, labelled, data(), noise=RECIPE, model_kwargs={"labels": torch.arange(N) % 2}
+        DIFFUSION, labeled, data(), noise=RECIPE, model_kwargs={"labels": torch.arange(N) % 2}
     )
     assert found.total == pytest.approx(whole.total, rel=1e-13)
     assert found.total != bits_per_dim(DIFFUSION, model, data(), noise=RECIPE).total

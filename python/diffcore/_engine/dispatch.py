@@ -83,7 +83,7 @@ def _run(  # noqa: C901 - the call path: one more function is time
 
 
 def plain_eager() -> bool:
-    """Whether calls on plain tensors are neither compiled, transformed nor watched by a mode."""
+    """Whether calls on plain tensors are neither compiled, transformed nor under a mode."""
     return not (
         _compiling()
         or forward_ad._current_level >= 0
