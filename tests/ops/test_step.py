@@ -36,7 +36,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             return real.call(index, *args)
 
     monkeypatch.setattr(execute, "_C", Recorder())
-    # Looks, and leaves everything to the careful way.
+    # Inspects only, so that every call goes through _C.call.
     monkeypatch.setattr(dispatch, "_launch", lambda *args: real.launch(*args[:-1], True))
     monkeypatch.setattr(execute, "_as", lambda like, x: seen.append("copy") or copied(like, x))
     return seen
@@ -202,7 +202,7 @@ def test_a_step_without_noise_has_no_density(device: str) -> None:
     assert g.flatten(1).any(1).tolist() == [True, False, True, False]
 
 
-@pytest.mark.parametrize("noise", ["tensor", "recipe"])
+@pytest.mark.parametrize("noise", ["tensor", "key"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_step_and_the_probability_of_what_it_stored(
     dtype: torch.dtype, noise: str, device: str

@@ -293,7 +293,7 @@ def test_what_a_model_must_return() -> None:
         lambda: d.p_sample_loop(half, (4,)),
     ):
         refused(ValueError, r"shape \[B, C, ...\].* got \(", flat)
-    # A model of two halves where nobody reads the second.
+    # A model of two halves whose second half is not read.
     fixed = GaussianDiffusion(BETAS)
     for call in (
         lambda m: fixed.p_sample(m, x, 3),
