@@ -49,7 +49,7 @@ from diffcore import PhiloxNoise, ops
 from diffcore._engine import native
 from diffcore.reference import philox
 
-RECIPE = PhiloxNoise(2026)
+KEY = PhiloxNoise(2026)
 SHORT_ROWS = ((65536, 2), (4096, 112))
 INSTRUCTION_SETS = ("v2", "v3", "v4")
 FORWARD, BOTH = "forward", "forward+backward"
@@ -62,7 +62,7 @@ class DrawnCase:
     name: str
     mode: str
     given: OpCase  # its noise a tensor: its inputs, its truth, and the formula of the others
-    op: Callable[..., Any]  # as `given.op`, with a recipe as `noise`
+    op: Callable[..., Any]  # as `given.op`, with a noise key as `noise`
     moves: int  # elements read and written for each element, backward included
     kept: bool = False  # the others find their noise in memory instead of drawing it
     out: bool = False  # takes out=
@@ -117,7 +117,7 @@ def _loss(kind: str, moves: int) -> DrawnCase:
     """The loss with its gradient; the noise is drawn again instead of read."""
 
     def op(model_output: Tensor, x0: Tensor, noise: Tensor, **options: Any) -> Tensor:
-        return ops.denoising_loss(model_output, x0, RECIPE, **options)
+        return ops.denoising_loss(model_output, x0, KEY, **options)
 
     given = BY_NAME[f"denoising_loss_{kind}"]
     return DrawnCase(given.name, BOTH, given, op, moves, kept=True)
@@ -151,7 +151,7 @@ def cases() -> list[DrawnCase]:
 
 
 def check(case: DrawnCase, contest: Contest) -> float:
-    """Checks diffcore's first call, the noise for truth and eager being the recipe's tensor.
+    """Checks diffcore's first call, the noise for truth and eager being the key's tensor.
 
     Args:
         case: what is called.
@@ -167,11 +167,11 @@ def check(case: DrawnCase, contest: Contest) -> float:
     x = next(iter(args.tensors.values()))
     found = as_tuple(contest.diffcore[0]())
     if case.name == "randn":
-        wanted = philox.normals(RECIPE._parts, x.shape, x.dtype, x.device)
+        wanted = philox.normals(KEY._parts, x.shape, x.dtype, x.device)
         if not torch.equal(found[0], wanted):
             raise WrongResultError("randn: not the bits of the specification")
         return 0.0
-    noise = RECIPE.tensor(x.shape, dtype=x.dtype, device=x.device)
+    noise = KEY.tensor(x.shape, dtype=x.dtype, device=x.device)
     options = {name: value for name, value in args.options.items() if name != "noise"}
     given = Arguments({**args.tensors, "noise": noise}, options)
     leaves = contest.case.differentiable
@@ -196,8 +196,8 @@ def time_case(
     Args:
         case: what is called.
         dtype: of the elementwise tensors, by its short name.
-        shape: likewise.
-        device: likewise.
+        shape: of the elementwise tensors.
+        device: of the same tensors.
         budget: how long.
         compiler: gives the ``torch.compile`` baseline; none where it is None.
         memory_format: of the tensors.
@@ -217,9 +217,9 @@ def time_case(
             lambda x: x.contiguous(memory_format=memory_format)
         )
         if case.kept:
-            args.tensors["noise"] = RECIPE.tensor(shape, dtype=kind, device=device)
+            args.tensors["noise"] = KEY.tensor(shape, dtype=kind, device=device)
         else:
-            args.options["noise"] = RECIPE
+            args.options["noise"] = KEY
         sets.append(args)
     contest = Contest(drawn, case.mode, sets)
     errors = {"diffcore": check(case, contest)}

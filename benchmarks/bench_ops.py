@@ -76,8 +76,8 @@ def time_op(
         case: what is called.
         mode: "forward" or "forward+backward".
         dtype: of the elementwise tensors.
-        shape: likewise.
-        device: likewise.
+        shape: of the elementwise tensors.
+        device: of the same tensors.
         budget: how long.
         compiler: gives the ``torch.compile`` baseline.
 

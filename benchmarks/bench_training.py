@@ -84,7 +84,7 @@ def diffcore_part(
         levels: alpha and sigma, its columns, where the target needs them.
         m: the network's output.
         x0: clean samples.
-        noise: standard normal, or a recipe; None for a recipe seeded by torch's generator, whose
+        noise: standard normal, or a noise key; None for one seeded by torch's generator, whose
             noise is drawn in both launches and never stored.
         t: timesteps `[B]`.
 
@@ -124,9 +124,9 @@ def time_part(
     diffusion = GaussianDiffusion(make_betas("linear", STEPS))
     table = diffusion.schedule.table.to(device)
     tables = [column.float().contiguous() for column in table.unbind(1)]
-    recipe = PhiloxNoise(2026)
+    key = PhiloxNoise(2026)
     m, x0 = (torch.randn(shape, device=device) for _ in range(2))
-    noise = recipe.tensor(shape, dtype=x0.dtype, device=device)
+    noise = key.tensor(shape, dtype=x0.dtype, device=device)
     m.requires_grad_()
     t = torch.randint(STEPS, shape[:1], device=device)
     eager = partial(eager_part, kind, tables)
@@ -144,7 +144,7 @@ def time_part(
     truth = gradient(wide, leaf, x0.double(), noise.double(), t)
     by_hand = gradient(eager, m, x0, noise, t)
     # With the noise drawn as well: it is this very noise.
-    for source in (noise, recipe):
+    for source in (noise, key):
         check_outputs("diffcore", gradient(ours, m, x0, source, t), by_hand, truth)
     rows = []
     for given, text in ((noise, "noise given"), (None, "noise drawn")):

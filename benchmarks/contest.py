@@ -56,8 +56,8 @@ def make_inputs(
     Args:
         case: what is called.
         shape: of the elementwise tensors.
-        dtype: likewise.
-        device: likewise.
+        dtype: of the same tensors.
+        device: of the same tensors.
         seed: of the draw.
     """
     batch, *rest = shape

@@ -130,9 +130,9 @@ def summary(results: Mapping[str, Any]) -> str:
         "sampling": ("Sampling with a U-Net, time per step", lambda r: "U-Net" in r["what"]),
     }
     parts = []
-    for name, (heading, wants) in chosen.items():
+    for name, (heading, included) in chosen.items():
         section = results.get(name, {"rows": []})
-        rows = [r for r in section["rows"] if wants(r)]
+        rows = [r for r in section["rows"] if included(r)]
         if rows:
             header, body = report.TABLES[name](rows)
             keep = [k for k, column in enumerate(header) if column not in DETAILS]

@@ -56,7 +56,7 @@ def check_wheel_contents(wheel: Path) -> None:
     if not any(n.startswith("diffcore/_C.") and n.endswith(".so") for n in names):
         sys.exit("the compiled module diffcore/_C is not in the wheel")
     if not any(n.endswith("/LICENSE") for n in names):
-        sys.exit("the licence is not in the wheel")
+        sys.exit("the license is not in the wheel")
     strays = [n for n in names if n.endswith((".cc", ".cu", ".cuh", ".h", ".o", ".a"))]
     strays += [n for n in names if not n.startswith(("diffcore/", "diffcore-"))]
     if strays:

@@ -85,8 +85,8 @@ MUTANTS = [
     # ---- Python: mutants that once lived ---------------------------------------------------------
     Mutant(
         "solvers: end of a noise interval",
-        "return float(walk.sigma[i + 1] / walk.alpha[i + 1])",
-        "return float(walk.sigma[i + 1] * walk.alpha[i + 1])",
+        "return float(levels.sigma[i + 1] / levels.alpha[i + 1])",
+        "return float(levels.sigma[i + 1] * levels.alpha[i + 1])",
         "tests/solvers/test_rows.py",
     ),
     Mutant(
@@ -109,8 +109,8 @@ MUTANTS = [
     ),
     Mutant(
         "diffusion: clamp of unread timesteps",
-        "[t.clamp(0, self.num_timesteps - 1)]",
-        "[t.clamp(0, self.num_timesteps + 1)]",
+        "[t.clamp(0, len(self) - 1)]",
+        "[t.clamp(0, len(self) + 1)]",
         "tests/diffusion/test_gaussian.py -k unchecked",
     ),
     Mutant(

@@ -82,7 +82,7 @@ __version__: str
 if not _typing.TYPE_CHECKING:
 
     def __getattr__(name: str) -> str:
-        """``__version__``, which takes a look-up that an import does not pay for."""
+        """``__version__``, read when used, so that an import stays fast."""
         if name == "__version__":
             from diffcore._engine.info import version
 

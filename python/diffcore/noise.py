@@ -37,7 +37,7 @@ class PhiloxNoise:
         seed: Any 64-bit int (negative ones are their two's complement), or an int64 or uint64
             tensor beside the samples: 0-dim, ``[1]``, or ``[2]``, a key (seed, offset) as made by
             ``torch.func._random.key``, whose offset is added to the stream. A tensor is read by
-            the kernel: a captured CUDA graph sees its new value, and ``torch.compile`` does not
+            the kernel: a captured CUDA graph uses its new value, and ``torch.compile`` does not
             compile again for it.
         sample_ids: Which samples these are: ``None`` for 0 .. B-1, an int (or a 0-dim int64
             tensor) for that and the B-1 following, or int64 ``[B]``.

@@ -164,7 +164,7 @@ def noise_row(case: bench_noise.DrawnCase, **how: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("case", bench_noise.cases(), ids=lambda c: c.name)
-def test_drawn_noise_is_checked_against_the_recipe_as_a_tensor(
+def test_drawn_noise_is_checked_against_the_key_as_a_tensor(
     case: bench_noise.DrawnCase,
 ) -> None:
     row = noise_row(case)
@@ -184,7 +184,7 @@ def test_drawn_noise_is_checked_against_the_recipe_as_a_tensor(
         noise_row(dataclasses.replace(case, op=wrong))
 
 
-def test_the_noise_drawn_must_be_that_of_the_recipe() -> None:
+def test_the_noise_drawn_must_be_that_of_the_key() -> None:
     for case in bench_noise.cases():
         if not case.kept:
 

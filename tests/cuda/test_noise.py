@@ -1,4 +1,4 @@
-"""Recipes on CUDA: the CPU's bits, graphs that draw anew at each replay, nothing waits or is kept.
+"""Noise keys on CUDA: the CPU's bits, new noise at each replay, nothing waits or is kept.
 
 The tests of noise and losses that take a device run there too.
 """
@@ -21,7 +21,7 @@ from support.waiting import no_waiting
 
 pytestmark = pytest.mark.cuda
 
-RECIPE = PhiloxNoise(2**63 + 5, sample_ids=2**32 - 2, stream=9, first_element=64)
+KEY = PhiloxNoise(2**63 + 5, sample_ids=2**32 - 2, stream=9, first_element=64)
 SHAPES = (
     (),
     (1,),
@@ -42,25 +42,25 @@ each_noised_case = pytest.mark.parametrize("case", NOISED, ids=lambda case: case
 @each_dtype
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_the_cpu_and_cuda_draw_the_same(shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    on_cpu = RECIPE.tensor(shape, dtype=dtype)
-    assert_same_bits(RECIPE.tensor(shape, dtype=dtype, device="cuda"), on_cpu)
+    on_cpu = KEY.tensor(shape, dtype=dtype)
+    assert_same_bits(KEY.tensor(shape, dtype=dtype, device="cuda"), on_cpu)
     if len(shape) == 4:
         out = torch.empty_like(on_cpu, device="cuda", memory_format=torch.channels_last)
-        assert_same_bits(ops.randn(shape, RECIPE, out=out), on_cpu)
+        assert_same_bits(ops.randn(shape, KEY, out=out), on_cpu)
     if shape:
         ids = torch.randint(-(2**63), 2**63 - 1, shape[:1])
-        there = RECIPE.for_samples(ids.cuda()).tensor(shape, dtype=dtype)
-        assert_same_bits(there, RECIPE.for_samples(ids).tensor(shape, dtype=dtype))
+        there = KEY.for_samples(ids.cuda()).tensor(shape, dtype=dtype)
+        assert_same_bits(there, KEY.for_samples(ids).tensor(shape, dtype=dtype))
 
 
 @each_dtype
 @pytest.mark.parametrize("offset", [1, 2, 3, 4, 8])
 def test_unaligned_outputs(offset: int, dtype: torch.dtype) -> None:
     for shape in ((1, 4099), (3, 4096), (37, 5)):
-        wanted = RECIPE.tensor(shape, dtype=dtype)
+        wanted = KEY.tensor(shape, dtype=dtype)
         buffer = torch.full((wanted.numel() + 64,), 77.0, dtype=dtype, device="cuda")
         out = buffer[16 + offset : 16 + offset + wanted.numel()].view(shape)
-        assert_same_bits(ops.randn(shape, RECIPE, out=out), wanted)
+        assert_same_bits(ops.randn(shape, KEY, out=out), wanted)
         assert (buffer[: 16 + offset] == 77).all()
         assert (buffer[16 + offset + wanted.numel() :] == 77).all()
 
@@ -70,7 +70,7 @@ def test_unaligned_outputs(offset: int, dtype: torch.dtype) -> None:
 def test_odd_columns(case: OpCase, columns: int) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         args = case.make((40 if columns < 5000 else 6, columns), dtype, "cuda")
-        assert_law(case, args, RECIPE)
+        assert_law(case, args, KEY)
 
 
 def test_more_than_2_to_the_31_elements() -> None:
@@ -86,7 +86,7 @@ def test_more_than_2_to_the_31_elements() -> None:
 @pytest.mark.two_gpus
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_a_second_device() -> None:
-    assert_same_bits(RECIPE.tensor((7, 301), device="cuda:1"), RECIPE.tensor((7, 301)))
+    assert_same_bits(KEY.tensor((7, 301), device="cuda:1"), KEY.tensor((7, 301)))
     with pytest.raises(ValueError, match=r"seed must be on .* got cuda:0"):
         PhiloxNoise(torch.tensor(3, device="cuda:0")).tensor((7, 301), device="cuda:1")
 
@@ -96,21 +96,21 @@ def test_a_second_device() -> None:
 
 def test_cudas_generator_governs() -> None:
     torch.manual_seed(3)
-    recipe = PhiloxNoise.from_generator(device="cuda")
-    assert isinstance(recipe.seed, Tensor)
-    assert recipe.seed.device.type == "cuda"
+    key = PhiloxNoise.from_generator(device="cuda")
+    assert isinstance(key.seed, Tensor)
+    assert key.seed.device.type == "cuda"
     torch.manual_seed(3)
-    assert PhiloxNoise.from_generator(device="cuda") == recipe
-    assert PhiloxNoise.from_generator(device="cuda") != recipe
+    assert PhiloxNoise.from_generator(device="cuda") == key
+    assert PhiloxNoise.from_generator(device="cuda") != key
     generator = torch.Generator("cuda").manual_seed(3)
-    assert PhiloxNoise.from_generator(generator) == recipe
+    assert PhiloxNoise.from_generator(generator) == key
 
 
 def test_a_generator_on_the_cpu_gives_the_same_noise_everywhere() -> None:
     def noise(device: str) -> Tensor:
         generator = torch.Generator().manual_seed(3)
-        recipe = PhiloxNoise.from_generator(generator, device=device)
-        return recipe.tensor((3, 5), device=device)
+        key = PhiloxNoise.from_generator(generator, device=device)
+        return key.tensor((3, 5), device=device)
 
     assert_same_bits(noise("cuda"), noise("cpu"))
 
@@ -119,19 +119,19 @@ def test_a_generator_on_the_cpu_gives_the_same_noise_everywhere() -> None:
 
 
 @each_noised_case
-def test_no_recipe_waits_for_the_device(case: OpCase) -> None:
+def test_no_key_waits_for_the_device(case: OpCase) -> None:
     args = case.make((8, 129), torch.float32, "cuda")
     parts = torch.arange(8, device="cuda")
     diffcore.warm_up()
     torch.cuda.synchronize()
     with no_waiting():
-        for recipe in (
-            RECIPE,
+        for key in (
+            KEY,
             PhiloxNoise(parts[:2], sample_ids=parts, stream=parts[3]),
             PhiloxNoise.from_generator(device="cuda").at(parts[:1]).for_samples(parts[1]),
         ):
             tensors = {n: x for n, x in args.tensors.items() if n != "noise"}
-            run_with_gradients(case, tensors, {**args.options, "noise": recipe})
+            run_with_gradients(case, tensors, {**args.options, "noise": key})
 
 
 def test_default_noise_does_not_wait() -> None:
@@ -146,7 +146,7 @@ def test_default_noise_does_not_wait() -> None:
 def test_the_noise_is_never_stored() -> None:
     x0, m = torch.randn(2, 4, 1_000_000, device="cuda")
     m.requires_grad_()
-    loss = ops.denoising_loss(m, x0, RECIPE)  # once, for the kernels' own memory
+    loss = ops.denoising_loss(m, x0, KEY)  # once, for the kernels' own memory
     torch.autograd.grad(loss.mean(), m)
 
     def most(f: Callable[[], Any]) -> int:
@@ -158,9 +158,9 @@ def test_the_noise_is_never_stored() -> None:
 
     kept: list[Any] = []
     slack = x0.nbytes // 10
-    assert most(lambda: ops.add_noise(x0, RECIPE, 0.8, 0.6)) < x0.nbytes + slack
-    assert most(lambda: ops.denoising_loss(m.detach(), x0, RECIPE)) < slack
-    assert most(lambda: ops.denoising_loss(m, x0, RECIPE)) < x0.nbytes + slack
+    assert most(lambda: ops.add_noise(x0, KEY, 0.8, 0.6)) < x0.nbytes + slack
+    assert most(lambda: ops.denoising_loss(m.detach(), x0, KEY)) < slack
+    assert most(lambda: ops.denoising_loss(m, x0, KEY)) < x0.nbytes + slack
     loss = kept[-1]
     made = loss.grad_fn.saved_tensors[-1].data_ptr()
     assert most(lambda: torch.autograd.grad(loss.sum(), m)[0]) < slack
@@ -171,13 +171,13 @@ def test_the_noise_is_never_stored() -> None:
 
 
 @each_noised_case
-def test_a_replay_reads_the_recipe_anew(case: OpCase) -> None:
+def test_a_replay_reads_the_key_again(case: OpCase) -> None:
     args = case.make((9, 2003), torch.float32, "cuda")
     seed = torch.tensor([5, 0], device="cuda")
     ids, stream = torch.arange(9, device="cuda"), torch.tensor(2, device="cuda")
-    recipe = PhiloxNoise(seed, sample_ids=ids, stream=stream)
+    key = PhiloxNoise(seed, sample_ids=ids, stream=stream)
     tensors = {n: x for n, x in args.tensors.items() if n != "noise"}
-    options = {**args.options, "noise": recipe}
+    options = {**args.options, "noise": key}
     graph, found = captured(lambda: run_with_gradients(case, tensors, options))
     for value in (1, -(2**40)):
         seed[0].fill_(value)

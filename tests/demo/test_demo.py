@@ -196,7 +196,7 @@ def test_resume_takes_the_settings_of_the_run(tmp_path: Path) -> None:
         _choose(tmp_path, resume=True, data="mnist")
     with pytest.raises(FileNotFoundError, match="out must hold a run to resume"):
         _choose(tmp_path / "empty", resume=True)
-    (tmp_path / "config.json").write_text('{"data": "digits", "colour": 3}')
+    (tmp_path / "config.json").write_text('{"data": "digits", "color": 3}')
     with pytest.raises(ValueError, match="must hold the settings of a demo run"):
         _choose(tmp_path, resume=True)
 

@@ -103,10 +103,10 @@ def test_a_training_step_is_two_launches(launched, prediction_type, weights, dty
         "sample": ["target_loss_gradient"],
     }.get(prediction_type, ["mixed_target_loss_gradient*"])
     # Rescaling the gradient launches nothing if it was made for the incoming gradient.
-    forward, mended = ["linear_combination*", *loss], ["rescale"]
+    forward, rescaled = ["linear_combination*", *loss], ["rescale"]
     for noise in (None, PhiloxNoise(1), PhiloxNoise(torch.tensor(1, device=device))):
         training_step(diffusion, x, t, m, noise, table)
-        assert launched == forward + mended
+        assert launched == forward + rescaled
         launched.clear()
     with torch.no_grad():
         diffusion.training_losses(lambda x, t: m, x, t, weights=table)

@@ -13,14 +13,14 @@ from torch.utils.data import DataLoader, TensorDataset
 from diffcore import GaussianDiffusion, PhiloxNoise, bits_per_dim, make_betas
 from diffcore.likelihood.strata import Strata
 from diffcore.likelihood.tally import Moments
-from support.bits import DIFFUSION, RECIPE, N, T, data, model, same_bits
+from support.bits import DIFFUSION, KEY, N, T, data, model, same_bits
 
 # ---- every timestep -----------------------------------------------------------------------------
 
 
 def test_exact_is_the_mean_of_the_loop():
-    found = bits_per_dim(DIFFUSION, model, data(), noise=RECIPE, batch_size=5)
-    loop = DIFFUSION.calc_bpd_loop(model, data(), noise=RECIPE)
+    found = bits_per_dim(DIFFUSION, model, data(), noise=KEY, batch_size=5)
+    loop = DIFFUSION.calc_bpd_loop(model, data(), noise=KEY)
     loop = {name: value.double() for name, value in loop.items()}
     total = loop["prior_bpd"] + loop["vb"].sum(1)
     assert found.total == pytest.approx(total.mean().item(), rel=1e-14)
@@ -38,10 +38,10 @@ def test_exact_is_the_mean_of_the_loop():
 def test_batches_and_their_size_do_not_matter():
     loader = DataLoader(TensorDataset(data(), torch.arange(N)), batch_size=7)
     for options in ({}, {"timesteps": 6, "draws": 2}):
-        whole = bits_per_dim(DIFFUSION, model, data(), noise=RECIPE, batch_size=N, **options)
-        ones = bits_per_dim(DIFFUSION, model, data(), noise=RECIPE, batch_size=1, **options)
-        loaded = bits_per_dim(DIFFUSION, model, loader, noise=RECIPE, **options)
-        streamed = bits_per_dim(DIFFUSION, model, iter(data().split(5)), noise=RECIPE, **options)
+        whole = bits_per_dim(DIFFUSION, model, data(), noise=KEY, batch_size=N, **options)
+        ones = bits_per_dim(DIFFUSION, model, data(), noise=KEY, batch_size=1, **options)
+        loaded = bits_per_dim(DIFFUSION, model, loader, noise=KEY, **options)
+        streamed = bits_per_dim(DIFFUSION, model, iter(data().split(5)), noise=KEY, **options)
         for other in (ones, loaded, streamed):
             assert other.total == pytest.approx(whole.total, rel=1e-13)
             assert other.standard_error == pytest.approx(whole.standard_error, rel=1e-9)
@@ -51,7 +51,7 @@ def test_batches_and_their_size_do_not_matter():
 
 def test_it_clips_where_the_diffusion_does():
     unclipped = GaussianDiffusion(DIFFUSION.betas, clip_sample=False)
-    options = {"noise": RECIPE, "decoder": "gaussian"}
+    options = {"noise": KEY, "decoder": "gaussian"}
     latents = 3 * data()
     found = bits_per_dim(unclipped, model, latents, **options)
     same_bits(found, bits_per_dim(unclipped, model, latents, clip_denoised=False, **options))
@@ -63,12 +63,12 @@ def test_one_noise_for_all_timesteps_makes_them_go_together():
     x = data(1).expand(300, -1, -1, -1)
     noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(4))
     shared = bits_per_dim(DIFFUSION, model, x, noise=noise, batch_size=300)
-    fresh = bits_per_dim(DIFFUSION, model, x, noise=RECIPE, batch_size=300)
+    fresh = bits_per_dim(DIFFUSION, model, x, noise=KEY, batch_size=300)
     assert shared.estimator_variance == pytest.approx(shared.standard_error**2)
     assert fresh.estimator_variance == pytest.approx(fresh.standard_error**2, rel=0.3)
 
 
-def test_noise_is_a_tensor_a_recipe_or_the_seed_of_torch():
+def test_noise_is_a_tensor_a_key_or_the_seed_of_torch():
     noise = torch.randn(data().shape)
     found = bits_per_dim(DIFFUSION, model, data(), noise=noise, batch_size=5)
     loop = DIFFUSION.calc_bpd_loop(model, data(), noise=noise)["total_bpd"]
@@ -80,23 +80,23 @@ def test_noise_is_a_tensor_a_recipe_or_the_seed_of_torch():
     assert totals[0] == totals[1] != totals[2]
     tensor_seed = PhiloxNoise(torch.tensor(5), sample_ids=torch.tensor(100), stream=7)
     same = bits_per_dim(DIFFUSION, model, data(), noise=tensor_seed)
-    assert same.total == bits_per_dim(DIFFUSION, model, data(), noise=RECIPE).total
+    assert same.total == bits_per_dim(DIFFUSION, model, data(), noise=KEY).total
 
 
 def test_model_kwargs_may_depend_on_the_batch():
-    def labelled(x, t, labels):
+    def labeled(x, t, labels):
         assert len(labels) == len(x)
         return model(x, t) + 0.1 * labels.reshape(-1, 1, 1, 1)
 
     loader = DataLoader(TensorDataset(data(), torch.arange(N) % 2), batch_size=5)
     found = bits_per_dim(
-        DIFFUSION, labelled, loader, noise=RECIPE, model_kwargs=lambda b: {"labels": b[1]}
+        DIFFUSION, labeled, loader, noise=KEY, model_kwargs=lambda b: {"labels": b[1]}
     )
     whole = bits_per_dim(
-        DIFFUSION, labelled, data(), noise=RECIPE, model_kwargs={"labels": torch.arange(N) % 2}
+        DIFFUSION, labeled, data(), noise=KEY, model_kwargs={"labels": torch.arange(N) % 2}
     )
     assert found.total == pytest.approx(whole.total, rel=1e-13)
-    assert found.total != bits_per_dim(DIFFUSION, model, data(), noise=RECIPE).total
+    assert found.total != bits_per_dim(DIFFUSION, model, data(), noise=KEY).total
 
 
 def test_a_model_with_parameters_says_where_to_work():
@@ -112,7 +112,7 @@ def test_a_model_with_parameters_says_where_to_work():
 
 def test_bound_of_a_process_of_one_timestep():
     one = GaussianDiffusion(torch.tensor([0.3], dtype=torch.float64))
-    found = bits_per_dim(one, model, data(), noise=RECIPE)
+    found = bits_per_dim(one, model, data(), noise=KEY)
     assert found.terms.shape == (1,)
     assert found.total == pytest.approx(found.prior + found.terms[0].item(), rel=1e-14)
     with pytest.raises(ValueError, match=r"timesteps must be in 1 .* = 0, got 1"):
@@ -126,8 +126,8 @@ def test_learned_variances_are_split_off():
         return torch.cat([model(x, t), torch.full_like(x, -1.0)], dim=1)
 
     # -1 says log beta_tilde: the same bound as with that variance
-    found = bits_per_dim(learned, both, data(), noise=RECIPE, timesteps=5)
-    plain = bits_per_dim(DIFFUSION, model, data(), noise=RECIPE, timesteps=5)
+    found = bits_per_dim(learned, both, data(), noise=KEY, timesteps=5)
+    plain = bits_per_dim(DIFFUSION, model, data(), noise=KEY, timesteps=5)
     assert found.total == pytest.approx(plain.total, rel=1e-5)
 
 
@@ -183,8 +183,8 @@ def test_timesteps_are_uniform_in_their_strata():
 
 
 def test_all_strata_of_one_timestep_are_the_exact_bound():
-    exact = bits_per_dim(DIFFUSION, model, data(), noise=RECIPE)
-    found = bits_per_dim(DIFFUSION, model, data(), noise=RECIPE, timesteps=T - 1)
+    exact = bits_per_dim(DIFFUSION, model, data(), noise=KEY)
+    found = bits_per_dim(DIFFUSION, model, data(), noise=KEY, timesteps=T - 1)
     same_bits(dataclasses.replace(found, timesteps=None), exact)
 
 
@@ -223,11 +223,11 @@ def test_the_estimator_is_unbiased_and_says_its_variance(timesteps, draws):
 
 def test_one_draw_bounds_the_variance_and_leaves_timesteps_out():
     many = data(400)
-    options = {"noise": RECIPE, "timesteps": 4, "batch_size": 400}
+    options = {"noise": KEY, "timesteps": 4, "batch_size": 400}
     found = bits_per_dim(SMALL, model, many, **options)
     truth = bits_per_dim(SMALL, model, many, draws=8, **options)
     assert found.estimator_variance > 0.6 * 8 * truth.estimator_variance  # of 400, with a tail
-    found = bits_per_dim(DIFFUSION, model, data(), noise=RECIPE, timesteps=6)
+    found = bits_per_dim(DIFFUSION, model, data(), noise=KEY, timesteps=6)
     visited = found.visits > 0
     assert visited[0]
     assert not visited.all()

@@ -23,7 +23,7 @@ def pixels(shape=SHAPE, dtype=torch.float64):
 
 
 def network(variance_type):
-    """Something that looks at x and t, wrong in places, with a variance where it is learned."""
+    """A function of x and t, wrong in places, with a variance where it is learned."""
 
     def predict(x, t):
         time = (t.to(x) / T).reshape(-1, 1, 1, 1)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from diffcore import GaussianDiffusion, PhiloxNoise, bits_per_dim
-from support.bits import DIFFUSION, RECIPE, data, model, same_bits
+from support.bits import DIFFUSION, KEY, data, model, same_bits
 
 
 class Stop(Exception):
@@ -30,7 +30,7 @@ def stopping(after):
 
 @pytest.mark.parametrize("options", [{}, {"timesteps": 6, "draws": 2}], ids=["exact", "strata"])
 @pytest.mark.parametrize("loaded", [False, True])
-@pytest.mark.parametrize("noise", [None, RECIPE], ids=["seeded", "recipe"])
+@pytest.mark.parametrize("noise", [None, KEY], ids=["seeded", "key"])
 def test_a_run_goes_on_to_the_same_bits(tmp_path, options, loaded, noise):
     path = tmp_path / "bits.json"
     source = {"data": data().split(5)} if loaded else {"data": data(), "batch_size": 5}
@@ -60,7 +60,7 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path):
     path = tmp_path / "bits.json"
 
     def run(diffusion=DIFFUSION, **changes):
-        options = {"noise": RECIPE, "timesteps": 4, "data": data(), "batch_size": 5, **changes}
+        options = {"noise": KEY, "timesteps": 4, "data": data(), "batch_size": 5, **changes}
         return bits_per_dim(diffusion, model, **options, checkpoint=path)
 
     run()

@@ -25,11 +25,11 @@ def model(z, gamma):
 
 
 def test_each_part_is_its_formula():
-    x, recipe = pixels(), PhiloxNoise(3)
+    x, key = pixels(), PhiloxNoise(3)
     t = torch.linspace(0.05, 0.95, len(x), dtype=torch.float64)
-    found = vdm_bound(model, x, **RANGE, t=t, noise=recipe)
+    found = vdm_bound(model, x, **RANGE, t=t, noise=key)
     gamma = LOW + (HIGH - LOW) * t
-    noise, noise_0 = (recipe.at(k).tensor(x.shape, dtype=torch.float64) for k in (0, 1))
+    noise, noise_0 = (key.at(k).tensor(x.shape, dtype=torch.float64) for k in (0, 1))
     column = gamma.reshape(-1, 1, 1, 1)
     z = torch.sigmoid(-column).sqrt() * x + torch.sigmoid(column).sqrt() * noise
     error = (noise - model(z, gamma)).square().flatten(1).sum(1)
@@ -49,7 +49,7 @@ def test_each_part_is_its_formula():
     torch.testing.assert_close(bits, found.total_bpd, rtol=1e-14, atol=0)
     torch.testing.assert_close(found.total_bpd * 18 * math.log(2), total, rtol=1e-14, atol=0)
 
-    steps = vdm_bound(model, x, **RANGE, t=t, noise=recipe, num_timesteps=10)
+    steps = vdm_bound(model, x, **RANGE, t=t, noise=key, num_timesteps=10)
     assert torch.equal(steps.t, torch.ceil(10 * t) / 10)
     gamma = LOW + (HIGH - LOW) * steps.t
     column = gamma.reshape(-1, 1, 1, 1)
@@ -61,7 +61,7 @@ def test_each_part_is_its_formula():
 
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
 def test_any_prediction_of_the_same_noise_is_the_same_bound(prediction_type):
-    x, recipe = pixels(), PhiloxNoise(3)
+    x, key = pixels(), PhiloxNoise(3)
     t = torch.linspace(0.3, 0.9, len(x), dtype=torch.float64)
 
     def other(z, gamma):
@@ -76,15 +76,15 @@ def test_any_prediction_of_the_same_noise_is_the_same_bound(prediction_type):
             "flow_prediction": epsilon - x0,
         }[prediction_type]
 
-    truth = vdm_bound(model, x, **RANGE, t=t, noise=recipe).diffusion_nats
-    found = vdm_bound(other, x, **RANGE, t=t, noise=recipe, prediction_type=prediction_type)
+    truth = vdm_bound(model, x, **RANGE, t=t, noise=key).diffusion_nats
+    found = vdm_bound(other, x, **RANGE, t=t, noise=key, prediction_type=prediction_type)
     torch.testing.assert_close(found.diffusion_nats, truth, rtol=1e-9, atol=0)
 
 
 def test_gamma_may_be_any_function():
-    x, recipe, t = pixels(), PhiloxNoise(3), torch.linspace(0.1, 0.9, 6, dtype=torch.float64)
-    linear = vdm_bound(model, x, **RANGE, t=t, noise=recipe)
-    options = {"t": t, "noise": recipe}
+    x, key, t = pixels(), PhiloxNoise(3), torch.linspace(0.1, 0.9, 6, dtype=torch.float64)
+    linear = vdm_bound(model, x, **RANGE, t=t, noise=key)
+    options = {"t": t, "noise": key}
     same = vdm_bound(model, x, gamma=lambda t: LOW + (HIGH - LOW) * t, **options)
     assert torch.equal(same.total_nats, linear.total_nats)
 
@@ -95,7 +95,7 @@ def test_gamma_may_be_any_function():
     given = vdm_bound(model, x, gamma=bent, gamma_prime=lambda t: 2 * (HIGH - LOW) * t, **options)
     torch.testing.assert_close(by_autograd.total_nats, given.total_nats, rtol=1e-12, atol=0)
     # At the same gamma the losses differ by the density of the times only (Kingma et al. 5.1).
-    at = {"t": t.sqrt(), "noise": recipe}
+    at = {"t": t.sqrt(), "noise": key}
     other = vdm_bound(model, x, gamma=bent, **at).diffusion_nats
     torch.testing.assert_close(other, linear.diffusion_nats * 2 * t.sqrt(), rtol=1e-9, atol=0)
 
@@ -132,10 +132,10 @@ def test_the_bound_has_the_gradient_of_a_training_loss():
 
 
 def test_low_precision_is_near_float64():
-    t, recipe = torch.linspace(0.1, 0.9, 6, dtype=torch.float64), PhiloxNoise(3)
-    truth = vdm_bound(model, pixels(), **RANGE, t=t, noise=recipe).total_bpd
+    t, key = torch.linspace(0.1, 0.9, 6, dtype=torch.float64), PhiloxNoise(3)
+    truth = vdm_bound(model, pixels(), **RANGE, t=t, noise=key).total_bpd
     for dtype in (torch.float32, torch.bfloat16):
-        found = vdm_bound(model, pixels(dtype=dtype), **RANGE, t=t, noise=recipe).total_bpd
+        found = vdm_bound(model, pixels(dtype=dtype), **RANGE, t=t, noise=key).total_bpd
         eps = torch.finfo(dtype).eps
         torch.testing.assert_close(found.double(), truth, rtol=8 * eps, atol=0)
 

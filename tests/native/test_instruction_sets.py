@@ -42,7 +42,7 @@ found["draws"], found["unlawful"] = draws(), unlawful()
 torch.save(found, sys.argv[1])
 """
 
-RECIPE = PhiloxNoise(2**63 + 5, sample_ids=-3, stream=2**32 - 1, first_element=2**33)
+KEY = PhiloxNoise(2**63 + 5, sample_ids=-3, stream=2**32 - 1, first_element=2**33)
 DRAWN = ((37, 3), SHAPE, (2, 2049), (1, 16_387), (3, 6, 5, 7))
 
 
@@ -50,10 +50,10 @@ def draws() -> list[Tensor]:
     """Noise of every dtype, where the last dimensions are rows and where channels are."""
     found = []
     for shape, dtype in itertools.product(DRAWN, DTYPES):
-        found.append(RECIPE.tensor(shape, dtype=dtype))
+        found.append(KEY.tensor(shape, dtype=dtype))
         if len(shape) == 4:
             last = found[-1].contiguous(memory_format=torch.channels_last).zero_()
-            found.append(ops.randn(shape, RECIPE, out=last))
+            found.append(ops.randn(shape, KEY, out=last))
     return found
 
 
@@ -62,7 +62,7 @@ def unlawful() -> list[str]:
     wrong = []
     for case, dtype in itertools.product(NOISED, DTYPES):
         try:
-            assert_law(case, case.make(SHAPE, dtype), RECIPE)
+            assert_law(case, case.make(SHAPE, dtype), KEY)
         except AssertionError as error:
             wrong.append(str(error))
     return wrong
@@ -141,10 +141,10 @@ def test_any_number_of_threads_gives_the_same_bits(
     cases = [case for case in CASES if case.name in names]
     drawing = [case for case in cases if "noise" in case.tensors]
     try:
-        for case, recipe in (*((c, None) for c in cases), *((c, RECIPE) for c in drawing)):
+        for case, key in (*((c, None) for c in cases), *((c, KEY) for c in drawing)):
             args = case.make(shape, dtype)
-            if recipe is not None:
-                args = with_noise(args, recipe)
+            if key is not None:
+                args = with_noise(args, key)
             found = []
             for n in (1, 2, 7):
                 torch.set_num_threads(n)

@@ -32,14 +32,14 @@ SHAPES = (
 )
 
 
-def specified(recipe: PhiloxNoise, shape: tuple[int, ...]) -> Tensor:
+def specified(key: PhiloxNoise, shape: tuple[int, ...]) -> Tensor:
     """The noise in float32, in plain torch on the CPU."""
-    parts = tuple(p.cpu() if isinstance(p, Tensor) else p for p in recipe._parts)
+    parts = tuple(p.cpu() if isinstance(p, Tensor) else p for p in key._parts)
     return philox.normals(parts, shape, torch.float32, "cpu")
 
 
-def check(recipe: PhiloxNoise, shape: tuple[int, ...], device: str) -> None:
-    assert_same_bits(recipe.tensor(shape, device=device), specified(recipe, shape), f"{recipe}")
+def check(key: PhiloxNoise, shape: tuple[int, ...], device: str) -> None:
+    assert_same_bits(key.tensor(shape, device=device), specified(key, shape), f"{key}")
 
 
 # ---- shapes and dtypes --------------------------------------------------------------------------
@@ -47,11 +47,11 @@ def check(recipe: PhiloxNoise, shape: tuple[int, ...], device: str) -> None:
 
 @each_dtype
 def test_every_shape(dtype: torch.dtype, device: str) -> None:
-    recipe = PhiloxNoise(-7, sample_ids=2**32 - 3, stream=5)
+    key = PhiloxNoise(-7, sample_ids=2**32 - 3, stream=5)
     for shape in SHAPES:
-        z = recipe.tensor(shape, dtype=dtype, device=device)
+        z = key.tensor(shape, dtype=dtype, device=device)
         assert (z.shape, z.dtype, z.device.type) == (shape, dtype, device)
-        assert_same_bits(z, specified(recipe, shape).to(dtype), f"{shape}")
+        assert_same_bits(z, specified(key, shape).to(dtype), f"{shape}")
 
 
 def test_defaults_of_the_dtype_and_the_device(device: str) -> None:
@@ -66,13 +66,13 @@ def test_defaults_of_the_dtype_and_the_device(device: str) -> None:
         torch.set_default_dtype(torch.float32)
 
 
-def test_randn_is_the_recipes_tensor(device: str) -> None:
-    recipe = PhiloxNoise(3, stream=4)
+def test_randn_is_the_keys_tensor(device: str) -> None:
+    key = PhiloxNoise(3, stream=4)
     for dtype in DTYPES:
-        wanted = recipe.tensor((3, 5), dtype=dtype, device=device)
-        assert_same_bits(ops.randn((3, 5), recipe, dtype=dtype, device=device), wanted)
+        wanted = key.tensor((3, 5), dtype=dtype, device=device)
+        assert_same_bits(ops.randn((3, 5), key, dtype=dtype, device=device), wanted)
         out = torch.empty(3, 5, dtype=dtype, device=device)
-        assert ops.randn([3, 5], recipe, out=out) is out
+        assert ops.randn([3, 5], key, out=out) is out
         assert_same_bits(out, wanted)
 
 
@@ -120,8 +120,8 @@ def test_keys_of_torch(device: str) -> None:
 
 @pytest.mark.parametrize("columns", [1, 9, 700])
 def test_every_form_of_sample_ids(columns: int, device: str) -> None:
-    recipe, ids = PhiloxNoise(3), torch.tensor(IDS)
-    each = [specified(recipe.for_samples(i), (1, columns))[0] for i in IDS]
+    key, ids = PhiloxNoise(3), torch.tensor(IDS)
+    each = [specified(key.for_samples(i), (1, columns))[0] for i in IDS]
     on_device = ids.to(device)
     n = len(IDS)
     forms = {
@@ -132,23 +132,23 @@ def test_every_form_of_sample_ids(columns: int, device: str) -> None:
     }
     for name, form in forms.items():
         wanted = torch.stack(each if name != "reversed" else each[::-1])
-        z = recipe.for_samples(form).tensor((n, columns), device=device)
+        z = key.for_samples(form).tensor((n, columns), device=device)
         assert_same_bits(z, wanted, name)
-    one = recipe.for_samples(on_device[2].expand(n)).tensor((n, columns))
+    one = key.for_samples(on_device[2].expand(n)).tensor((n, columns))
     assert_same_bits(one, each[2].expand(n, columns))
 
 
 @pytest.mark.parametrize("first", [0, 5, 2**32 - 2, -2, -(2**63), 2**63 - 2])
 def test_sample_ids_that_count(first: int, device: str) -> None:
-    recipe = PhiloxNoise(3).for_samples(first)
+    key = PhiloxNoise(3).for_samples(first)
     rows = [(first + i + 2**63) % 2**64 - 2**63 for i in range(40)]
-    wanted = specified(recipe.for_samples(torch.tensor(rows)), (40, 6))
-    for form in (recipe, recipe.for_samples(torch.tensor(first, device=device))):
+    wanted = specified(key.for_samples(torch.tensor(rows)), (40, 6))
+    for form in (key, key.for_samples(torch.tensor(first, device=device))):
         assert_same_bits(form.tensor((40, 6), device=device), wanted)
         assert_same_bits(form.tensor((40,), device=device), wanted[:, 0])
     if first == 0:
-        assert_same_bits(recipe.for_samples(None).tensor((40, 6), device=device), wanted)
-        assert_same_bits(recipe.tensor((), device=device), wanted[0, 0])
+        assert_same_bits(key.for_samples(None).tensor((40, 6), device=device), wanted)
+        assert_same_bits(key.tensor((), device=device), wanted[0, 0])
 
 
 def test_every_form_of_stream(device: str) -> None:
@@ -161,8 +161,8 @@ def test_every_form_of_stream(device: str) -> None:
             torch.tensor(stream + 2**32, device=device),  # low 32 bits
             torch.tensor(stream - 2**40, device=device),
         ):
-            recipe = PhiloxNoise(3).at(form)
-            assert_same_bits(recipe.tensor((2, 9), device=device), z, f"{form}")
+            key = PhiloxNoise(3).at(form)
+            assert_same_bits(key.tensor((2, 9), device=device), z, f"{form}")
     for a, b in itertools.combinations(wanted.values(), 2):
         assert not torch.isclose(a, b, rtol=0, atol=1e-6).any()
 
@@ -190,17 +190,17 @@ def test_samples_end_at_element_2_to_the_34(columns: int, device: str) -> None:
 
 @pytest.mark.parametrize("columns", [1, 3, 9, 70, 2049])
 def test_any_split_and_order_of_a_batch(columns: int, device: str) -> None:
-    recipe = PhiloxNoise(3).for_samples(-4)
-    whole = recipe.tensor((21, columns), device=device)
+    key = PhiloxNoise(3).for_samples(-4)
+    whole = key.tensor((21, columns), device=device)
     for size in (1, 2, 5, 20):
         starts = range(0, 21, size)
         parts = [
-            recipe.for_samples(s - 4).tensor((min(size, 21 - s), columns), device=device)
+            key.for_samples(s - 4).tensor((min(size, 21 - s), columns), device=device)
             for s in starts
         ]
         assert_same_bits(torch.cat(parts), whole)
     order = torch.randperm(21, device=device)
-    assert_same_bits(recipe.for_samples(order - 4).tensor((21, columns)), whole[order])
+    assert_same_bits(key.for_samples(order - 4).tensor((21, columns)), whole[order])
 
 
 # ---- memory -------------------------------------------------------------------------------------
@@ -209,34 +209,34 @@ def test_any_split_and_order_of_a_batch(columns: int, device: str) -> None:
 @each_dtype
 @pytest.mark.parametrize("layout", [*DENSE.values(), *OTHER.values()], ids=[*DENSE, *OTHER])
 def test_every_layout(layout: Layout, dtype: torch.dtype, device: str) -> None:
-    recipe = PhiloxNoise(3, stream=1)
+    key = PhiloxNoise(3, stream=1)
     for shape in ((3, 4, 5, 7), (2, 3, 33, 65), (2, 67, 3, 5)):
         out = layout(torch.zeros(shape, dtype=dtype, device=device))
         strides = out.stride()
-        assert ops.randn(shape, recipe, out=out) is out
+        assert ops.randn(shape, key, out=out) is out
         assert out.stride() == strides
-        assert_same_bits(out, specified(recipe, shape).to(dtype))
+        assert_same_bits(out, specified(key, shape).to(dtype))
 
 
 @pytest.mark.parametrize("sizes", [(2, 3, 4, 5), (1, 3, 1, 7), (5, 1, 33, 2)], ids=str)
 def test_every_order_of_dimensions(sizes: tuple[int, ...], device: str) -> None:
-    recipe = PhiloxNoise(3)
+    key = PhiloxNoise(3)
     for batch in (1, 3):
-        wanted = specified(recipe, (batch, *sizes))
+        wanted = specified(key, (batch, *sizes))
         for order in itertools.permutations(range(5)):
             out = inside(torch.zeros(batch, *sizes, device=device), 0, order)
-            assert_same_bits(ops.randn(wanted.shape, recipe, out=out), wanted, f"{order}")
+            assert_same_bits(ops.randn(wanted.shape, key, out=out), wanted, f"{order}")
 
 
 def test_channels_last_of_many_sizes(device: str) -> None:
     # Runs that end within a block, a draw, and what is drawn at once.
-    recipe = PhiloxNoise(3)
+    key = PhiloxNoise(3)
     for channels in (2, 3, 4, 7, 63, 64, 65):
         for width in (1, 3, 4, 9, 57, 700):
             shape = (2, channels, 1, width)
             zeros = torch.zeros(shape, device=device)
             out = zeros.contiguous(memory_format=torch.channels_last)
-            assert_same_bits(ops.randn(shape, recipe, out=out), specified(recipe, shape))
+            assert_same_bits(ops.randn(shape, key, out=out), specified(key, shape))
 
 
 def test_nothing_beside_the_output_is_written(device: str) -> None:
@@ -252,15 +252,15 @@ def test_nothing_beside_the_output_is_written(device: str) -> None:
     "shape", [(3, 40_003), (1025, 37), (1, 100_003), (2, 3, 150, 150)], ids=str
 )
 def test_any_number_of_threads(shape: tuple[int, ...]) -> None:
-    threads, recipe = torch.get_num_threads(), PhiloxNoise(3, sample_ids=2**40)
+    threads, key = torch.get_num_threads(), PhiloxNoise(3, sample_ids=2**40)
     out = torch.empty(shape)
     if len(shape) == 4:
         out = out.contiguous(memory_format=torch.channels_last)
-    wanted = specified(recipe, shape)
+    wanted = specified(key, shape)
     try:
         for n in (1, 2, 7):
             torch.set_num_threads(n)
-            assert_same_bits(ops.randn(shape, recipe, out=out), wanted, f"{n} threads")
+            assert_same_bits(ops.randn(shape, key, out=out), wanted, f"{n} threads")
     finally:
         torch.set_num_threads(threads)
 
@@ -280,7 +280,7 @@ KNOWN = (
 
 
 def known(key: Any, counter: Any) -> PhiloxNoise:
-    """The recipe whose first block has this key and this counter."""
+    """The noise key whose first block has this key and this counter."""
     sample = counter[2] | counter[3] << 32
     return PhiloxNoise(
         key[0] | key[1] << 32,
@@ -294,26 +294,26 @@ def known(key: Any, counter: Any) -> PhiloxNoise:
 def test_known_answers_of_philox(key: Any, counter: Any, words: Any, device: str) -> None:
     w = [torch.tensor(word) for word in words]
     wanted = torch.stack([*philox.box_muller(w[0], w[1]), *philox.box_muller(w[2], w[3])])
-    recipe = known(key, counter)
+    noise = known(key, counter)
     for columns in (4, 40, 400):  # in a draw of many rows, of one, of a part of one
-        if recipe.first_element + columns <= 2**34:
-            z = recipe.tensor((3, columns), device=device)
+        if noise.first_element + columns <= 2**34:
+            z = noise.tensor((3, columns), device=device)
             assert_same_bits(z[0, :4], wanted)
-            check(recipe, (3, columns), device)
+            check(noise, (3, columns), device)
     for column in range(4):
-        assert_same_bits(recipe.tensor((1, column + 1), device=device)[0, column], wanted[column])
+        assert_same_bits(noise.tensor((1, column + 1), device=device)[0, column], wanted[column])
 
 
 def test_these_bits_are_the_format(device: str) -> None:
-    """A recipe that was written down draws the same in every version."""
+    """A noise key gives the same bits in every version."""
     found = [
-        PINNED_RECIPE.tensor((2, 4), device=device),
+        PINNED_KEY.tensor((2, 4), device=device),
         *(known(k, c).tensor((1, 4), device=device) for k, c, _ in KNOWN),
     ]
     assert [x.hex() for x in torch.cat(found).flatten().tolist()] == PINNED.split()
 
 
-PINNED_RECIPE = PhiloxNoise(2026, sample_ids=11, stream=3, first_element=16)
+PINNED_KEY = PhiloxNoise(2026, sample_ids=11, stream=3, first_element=16)
 PINNED = """
     0x1.7785520000000p-1 -0x1.fa355c0000000p+0 -0x1.e9b2f20000000p-3 -0x1.533a0e0000000p+0
     0x1.45368e0000000p+1 0x1.f77ab40000000p+0 -0x1.0990b60000000p-1 0x1.06badc0000000p-3

@@ -1,4 +1,4 @@
-"""The recipe as a value, where it comes from, and what is said of a wrong one."""
+"""Noise keys as values, where they come from, and the errors of wrong ones."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from support.refusals import no_kernel_runs, pair, read_by, refused  # noqa: F40
 
 SHAPE = (3, 10)
 
-RECIPES: dict[str, Callable[[], PhiloxNoise]] = {
+KEYS: dict[str, Callable[[], PhiloxNoise]] = {
     "seed": lambda: PhiloxNoise(5),
     "ints": lambda: PhiloxNoise(-5, sample_ids=2**40, stream=7, first_element=8),
     "tensors": lambda: PhiloxNoise(
         torch.tensor([5, 2]), sample_ids=torch.tensor([4, -1, 9]), stream=torch.tensor(3)
     ),
 }
-each_recipe = pytest.mark.parametrize("make", RECIPES.values(), ids=RECIPES)
+each_key = pytest.mark.parametrize("make", KEYS.values(), ids=KEYS)
 
 
 @pytest.fixture
@@ -46,39 +46,39 @@ def test_it_is_where_users_look_for_it() -> None:
     assert "randn" in ops.__all__
 
 
-@each_recipe
-def test_equal_recipes(make: Callable[[], PhiloxNoise]) -> None:
-    recipe = make()
-    for twin in (make(), copy.copy(recipe), copy.deepcopy(recipe)):
-        assert twin == recipe
-        assert not twin != recipe  # noqa: SIM202 - __ne__ is under test
-        assert hash(twin) == hash(recipe)
-        assert len({twin, recipe}) == 1
+@each_key
+def test_equal_keys(make: Callable[[], PhiloxNoise]) -> None:
+    key = make()
+    for twin in (make(), copy.copy(key), copy.deepcopy(key)):
+        assert twin == key
+        assert not twin != key  # noqa: SIM202 - __ne__ is under test
+        assert hash(twin) == hash(key)
+        assert len({twin, key}) == 1
 
 
-def test_different_recipes() -> None:
-    recipe = RECIPES["ints"]()
+def test_different_keys() -> None:
+    key = KEYS["ints"]()
     others: list[Any] = [
         PhiloxNoise(5, sample_ids=2**40, stream=7, first_element=8),
-        recipe.for_samples(2**40 + 1),
-        recipe.at(8),
+        key.for_samples(2**40 + 1),
+        key.at(8),
         PhiloxNoise(-5, sample_ids=2**40, stream=7, first_element=12),
         PhiloxNoise(torch.tensor(-5), sample_ids=2**40, stream=7, first_element=8),
-        recipe.for_samples(torch.tensor([2**40, 0])),
+        key.for_samples(torch.tensor([2**40, 0])),
         None,
         -5,
         (-5, 2**40, 7, 8),
     ]
     for other in others:
-        assert recipe != other
-        assert other != recipe
-    tensors = RECIPES["tensors"]()
+        assert key != other
+        assert other != key
+    tensors = KEYS["tensors"]()
     assert tensors != tensors.for_samples(torch.tensor([4, -1, 8]))
     assert tensors != tensors.for_samples(torch.tensor([4, -1]))
     assert tensors != tensors.at(torch.tensor(4))
 
 
-def test_one_recipe_by_several_names() -> None:
+def test_one_key_by_several_names() -> None:
     assert PhiloxNoise(2**64 - 1) == PhiloxNoise(-1)
     assert PhiloxNoise(2**63) == PhiloxNoise(-(2**63))
     assert PhiloxNoise(np.int64(3)) == PhiloxNoise(np.uint64(3)) == PhiloxNoise(3)
@@ -88,59 +88,59 @@ def test_one_recipe_by_several_names() -> None:
     assert PhiloxNoise(np.int64(3)).seed.__class__ is int
 
 
-@each_recipe
+@each_key
 @pytest.mark.parametrize("protocol", range(2, pickle.HIGHEST_PROTOCOL + 1))
 def test_pickles(make: Callable[[], PhiloxNoise], protocol: int, drawing: None) -> None:
-    recipe = make()
-    twin = pickle.loads(pickle.dumps(recipe, protocol))
-    assert twin == recipe
-    assert_same_bits(twin.tensor(SHAPE), recipe.tensor(SHAPE))
+    key = make()
+    twin = pickle.loads(pickle.dumps(key, protocol))
+    assert twin == key
+    assert_same_bits(twin.tensor(SHAPE), key.tensor(SHAPE))
 
 
 def test_a_deep_copy_shares_nothing() -> None:
-    recipe = RECIPES["tensors"]()
-    twin, shallow = copy.deepcopy(recipe), copy.copy(recipe)
-    assert isinstance(recipe.stream, Tensor)
-    recipe.stream.add_(1)
-    assert twin != recipe
-    assert shallow == recipe
+    key = KEYS["tensors"]()
+    twin, shallow = copy.deepcopy(key), copy.copy(key)
+    assert isinstance(key.stream, Tensor)
+    key.stream.add_(1)
+    assert twin != key
+    assert shallow == key
 
 
-@each_recipe
+@each_key
 def test_nothing_in_it_can_be_changed(make: Callable[[], PhiloxNoise]) -> None:
-    recipe = make()
+    key = make()
     for name in ("seed", "sample_ids", "stream", "first_element", "_parts", "other"):
         with pytest.raises(AttributeError):
-            setattr(recipe, name, 1)
+            setattr(key, name, 1)
         with pytest.raises(AttributeError):
-            delattr(recipe, name)
-    assert recipe == make()
+            delattr(key, name)
+    assert key == make()
 
 
 def test_what_it_says_of_itself() -> None:
     assert repr(PhiloxNoise(5)) == "PhiloxNoise(5, sample_ids=0, stream=0)"
-    recipe = RECIPES["ints"]()
-    assert eval(repr(recipe)) == recipe
-    assert (recipe.seed, recipe.sample_ids, recipe.stream, recipe.first_element) == (
+    key = KEYS["ints"]()
+    assert eval(repr(key)) == key
+    assert (key.seed, key.sample_ids, key.stream, key.first_element) == (
         -5,
         2**40,
         7,
         8,
     )
-    assert "tensor([ 4, -1,  9])" in repr(RECIPES["tensors"]())
+    assert "tensor([ 4, -1,  9])" in repr(KEYS["tensors"]())
 
 
-@each_recipe
+@each_key
 def test_at_and_for_samples_replace_one_part(make: Callable[[], PhiloxNoise]) -> None:
-    recipe = make()
-    elsewhere = recipe.at(11)
+    key = make()
+    elsewhere = key.at(11)
     assert elsewhere.stream == 11
-    assert elsewhere.at(recipe.stream) == recipe
-    others = recipe.for_samples(20)
+    assert elsewhere.at(key.stream) == key
+    others = key.for_samples(20)
     assert others.sample_ids == 20
-    assert others.for_samples(recipe.sample_ids) == recipe
-    assert recipe.for_samples(None).sample_ids == 0
-    assert recipe == make()
+    assert others.for_samples(key.sample_ids) == key
+    assert key.for_samples(None).sample_ids == 0
+    assert key == make()
 
 
 # ---- from torch's generator ---------------------------------------------------------------------
@@ -170,9 +170,9 @@ def test_seeds_have_64_bits() -> None:
 
 def test_a_generator_of_ones_own_governs_alone() -> None:
     state = torch.get_rng_state()
-    recipe = PhiloxNoise.from_generator(torch.Generator().manual_seed(3))
-    assert PhiloxNoise.from_generator(torch.Generator().manual_seed(3)) == recipe
-    assert PhiloxNoise.from_generator(torch.Generator().manual_seed(4)) != recipe
+    key = PhiloxNoise.from_generator(torch.Generator().manual_seed(3))
+    assert PhiloxNoise.from_generator(torch.Generator().manual_seed(3)) == key
+    assert PhiloxNoise.from_generator(torch.Generator().manual_seed(4)) != key
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -184,9 +184,9 @@ def test_fork_rng() -> None:
 
 
 def test_from_a_generator_where_it_is_wanted() -> None:
-    recipe = PhiloxNoise.from_generator(device="meta")
-    assert isinstance(recipe.seed, Tensor)
-    assert recipe.seed.device.type == "meta"
+    key = PhiloxNoise.from_generator(device="meta")
+    assert isinstance(key.seed, Tensor)
+    assert key.seed.device.type == "meta"
     on_cpu = PhiloxNoise.from_generator(torch.Generator().manual_seed(3), device="cpu")
     assert isinstance(on_cpu.seed, int)
     assert (on_cpu.sample_ids, on_cpu.stream, on_cpu.first_element) == (0, 0, 0)
@@ -195,7 +195,7 @@ def test_from_a_generator_where_it_is_wanted() -> None:
     )
 
 
-# ---- wrong recipes ------------------------------------------------------------------------------
+# ---- wrong keys ------------------------------------------------------------------------------
 
 INT64 = torch.int64
 WRONG: dict[str, list[Any]] = {
@@ -232,7 +232,7 @@ def test_wrong_parts(name: str, value: Any) -> None:
     refused(kind, f"^{name} must be .*, got {came}", make)
 
 
-def recipes_elsewhere() -> dict[str, PhiloxNoise]:
+def keys_elsewhere() -> dict[str, PhiloxNoise]:
     nowhere = torch.zeros(4, dtype=INT64, device="meta")
     return {
         "seed": PhiloxNoise(nowhere[0]),
@@ -245,10 +245,10 @@ READ = [case for case in NOISED if "noise" in read_by(case)]
 
 
 @pytest.mark.parametrize("case", READ, ids=lambda case: case.name)
-def test_recipes_that_do_not_fit(case: OpCase) -> None:
+def test_keys_that_do_not_fit(case: OpCase) -> None:
     args = case.make((4, 3), torch.float32)
-    for name, recipe in recipes_elsewhere().items():
-        args.tensors["noise"] = recipe
+    for name, key in keys_elsewhere().items():
+        args.tensors["noise"] = key
         refused(ValueError, f"^{name} must be on cpu, .* got meta", case.native, args)
     for entries in (0, 1, 3, 5):
         ids = torch.arange(entries)
@@ -257,7 +257,7 @@ def test_recipes_that_do_not_fit(case: OpCase) -> None:
 
 
 @pytest.mark.parametrize("case", NOISED, ids=lambda case: case.name)
-def test_a_recipe_is_no_other_tensor(case: OpCase) -> None:
+def test_a_key_is_no_other_tensor(case: OpCase) -> None:
     for name in case.tensors:
         for noise in (torch.randn(4, 3), PhiloxNoise(0)):
             args = case.make((4, 3), torch.float32)
@@ -270,20 +270,14 @@ def test_a_recipe_is_no_other_tensor(case: OpCase) -> None:
         refused(TypeError, f"^noise must be .*, got {type(bad).__name__}", case.native, args)
 
 
-def test_a_recipe_is_no_coefficient_step_or_output() -> None:
+def test_a_key_is_no_coefficient_step_or_output() -> None:
     x, _ = pair()
-    recipe = PhiloxNoise(0)
-    refused(TypeError, "^alpha must be .* got PhiloxNoise", ops.add_noise, x, recipe, recipe, 0.6)
-    refused(
-        TypeError, "^t must be .* got PhiloxNoise", ops.q_sample, x, recipe, recipe, NOISE_TABLE
-    )
-    refused(
-        TypeError, "^out must be .* got PhiloxNoise", ops.add_noise, x, recipe, 0.8, 0.6, out=recipe
-    )
-    refused(
-        TypeError, "^y must be .* got PhiloxNoise", ops.linear_combination, x, recipe, (0.8, 0.6)
-    )
-    refused(TypeError, "^x_t must be .* got PhiloxNoise", ops.predict_x0, x, recipe, 0.8, 0.6)
+    key = PhiloxNoise(0)
+    refused(TypeError, "^alpha must be .* got PhiloxNoise", ops.add_noise, x, key, key, 0.6)
+    refused(TypeError, "^t must be .* got PhiloxNoise", ops.q_sample, x, key, key, NOISE_TABLE)
+    refused(TypeError, "^out must be .* got PhiloxNoise", ops.add_noise, x, key, 0.8, 0.6, out=key)
+    refused(TypeError, "^y must be .* got PhiloxNoise", ops.linear_combination, x, key, (0.8, 0.6))
+    refused(TypeError, "^x_t must be .* got PhiloxNoise", ops.predict_x0, x, key, 0.8, 0.6)
 
 
 def test_freed_parts() -> None:
@@ -293,17 +287,17 @@ def test_freed_parts() -> None:
 
     x, _ = pair()
     for name, value in (("seed", [3]), ("sample_ids", [0, 1, 2, 3]), ("stream", [1])):
-        recipe = PhiloxNoise(**{"seed": 0, name: torch.tensor(value)})
-        freed(getattr(recipe, name))
-        refused(ValueError, f"^{name} must have memory", ops.add_noise, x, recipe, 0.8, 0.6)
+        key = PhiloxNoise(**{"seed": 0, name: torch.tensor(value)})
+        freed(getattr(key, name))
+        refused(ValueError, f"^{name} must have memory", ops.add_noise, x, key, 0.8, 0.6)
 
 
 # ---- wrong calls of randn -----------------------------------------------------------------------
 
 
 def test_wrong_shapes_and_dtypes() -> None:
-    recipe = PhiloxNoise(0)
-    for f in (recipe.tensor, lambda shape, **kwargs: ops.randn(shape, recipe, **kwargs)):
+    key = PhiloxNoise(0)
+    for f in (key.tensor, lambda shape, **kwargs: ops.randn(shape, key, **kwargs)):
         for shape in (5, None, "ab", (2.0, 3), (2, "3")):
             refused(TypeError, "^shape must be ", f, shape)
         refused(ValueError, "^shape must be ", f, (2, -1))
@@ -312,7 +306,7 @@ def test_wrong_shapes_and_dtypes() -> None:
     refused(
         ValueError,
         "^sample_ids must have 3 entries",
-        recipe.for_samples(torch.arange(2)).tensor,
+        key.for_samples(torch.arange(2)).tensor,
         SHAPE,
     )
     for bad in (None, 3, torch.randn(SHAPE), (0, 0, 0, 0)):
@@ -320,25 +314,21 @@ def test_wrong_shapes_and_dtypes() -> None:
 
 
 def test_wrong_outputs() -> None:
-    recipe, out = PhiloxNoise(0), torch.empty(SHAPE)
-    refused(ValueError, "^shape must be ", ops.randn, (3, 9), recipe, out=out)
-    refused(ValueError, "^dtype must be ", ops.randn, SHAPE, recipe, dtype=torch.float64, out=out)
-    refused(ValueError, "^device must be ", ops.randn, SHAPE, recipe, device="meta", out=out)
+    key, out = PhiloxNoise(0), torch.empty(SHAPE)
+    refused(ValueError, "^shape must be ", ops.randn, (3, 9), key, out=out)
+    refused(ValueError, "^dtype must be ", ops.randn, SHAPE, key, dtype=torch.float64, out=out)
+    refused(ValueError, "^device must be ", ops.randn, SHAPE, key, device="meta", out=out)
+    refused(ValueError, "^out must have memory", ops.randn, SHAPE, key, out=out[:1].expand(SHAPE))
     refused(
-        ValueError, "^out must have memory", ops.randn, SHAPE, recipe, out=out[:1].expand(SHAPE)
+        ValueError, "^out must not require grad", ops.randn, SHAPE, key, out=out.requires_grad_()
     )
-    refused(
-        ValueError, "^out must not require grad", ops.randn, SHAPE, recipe, out=out.requires_grad_()
-    )
-    refused(TypeError, "^out must be a torch.Tensor, got int", ops.randn, SHAPE, recipe, out=3)
-    refused(
-        TypeError, "^out must have dtype", ops.randn, SHAPE, recipe, out=torch.empty(SHAPE).int()
-    )
+    refused(TypeError, "^out must be a torch.Tensor, got int", ops.randn, SHAPE, key, out=3)
+    refused(TypeError, "^out must have dtype", ops.randn, SHAPE, key, out=torch.empty(SHAPE).int())
     refused(
         TypeError,
         "^out must be a dense",
         ops.randn,
         SHAPE,
-        recipe,
+        key,
         out=torch.ones(SHAPE).to_sparse(),
     )

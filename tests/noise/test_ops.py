@@ -1,4 +1,4 @@
-"""The law of recipes: an op gives the same bits for a recipe and for the tensor that it stands for.
+"""An op gives the same bits for a noise key and for the tensor that it stands for.
 
 Outputs, sums and gradients; in every shape, dtype, layout, and by every route through torch.
 """
@@ -21,7 +21,7 @@ from support.bounds import assert_law, assert_same_bits, check, each_dtype, with
 from support.cases import BY_NAME, NOISED, Arguments, OpCase, as_tuple, without_kernels
 from support.layouts import DENSE, LAYOUTS, OTHER, Layout, inside
 
-RECIPE = PhiloxNoise(2**63 + 5, sample_ids=2**32 - 2, stream=9, first_element=64)
+KEY = PhiloxNoise(2**63 + 5, sample_ids=2**32 - 2, stream=9, first_element=64)
 
 each_noised_case = pytest.mark.parametrize("case", NOISED, ids=lambda case: case.name)
 needs_module = pytest.mark.skipif(native._C is None, reason="needs the compiled module")
@@ -57,14 +57,14 @@ def outputs_and_gradients(
 def assert_law_with_gradients(
     case: OpCase,
     args: Arguments,
-    recipe: PhiloxNoise,
+    key: PhiloxNoise,
     run: Callable[..., Any] | None = None,
     *,
     sums: bool = True,
 ) -> None:
     like = args.tensors["noise"]
-    noise = recipe.tensor(like.shape, dtype=like.dtype, device=like.device)
-    drawn = outputs_and_gradients(case, run or case.native, args, recipe, sums)
+    noise = key.tensor(like.shape, dtype=like.dtype, device=like.device)
+    drawn = outputs_and_gradients(case, run or case.native, args, key, sums)
     read = outputs_and_gradients(case, case.native, args, noise, sums)
     assert_same_bits(drawn, read, case.name)
 
@@ -78,7 +78,7 @@ def test_values_are_those_of_the_noise_as_a_tensor(
     case: OpCase, dtype: torch.dtype, device: str
 ) -> None:
     for shape in SHAPES:
-        assert_law(case, case.make(shape, dtype, device), RECIPE)
+        assert_law(case, case.make(shape, dtype, device), KEY)
 
 
 @each_noised_case
@@ -87,20 +87,20 @@ def test_gradients_are_those_of_the_noise_as_a_tensor(
     case: OpCase, dtype: torch.dtype, device: str
 ) -> None:
     for shape in ((), (5,), (37, 3), (5, 65), (2, 2049), (2, 3, 4, 5)):
-        assert_law_with_gradients(case, case.make(shape, dtype, device), RECIPE)
+        assert_law_with_gradients(case, case.make(shape, dtype, device), KEY)
 
 
 @each_noised_case
-def test_every_form_of_recipe(case: OpCase, device: str) -> None:
+def test_every_form_of_key(case: OpCase, device: str) -> None:
     ids = torch.tensor([3, -1, 2**40, 0, 3], device=device)
     parts = torch.tensor([7, 2], device=device)
-    for recipe in (
+    for key in (
         PhiloxNoise(-1),
         PhiloxNoise(parts[0], sample_ids=ids, stream=parts[:1]),
         PhiloxNoise(parts, sample_ids=ids[1]),
         PhiloxNoise(3, sample_ids=ids[:1].expand(5), stream=parts[1]),
     ):
-        assert_law_with_gradients(case, case.make((5, 33), torch.float32, device), recipe)
+        assert_law_with_gradients(case, case.make((5, 33), torch.float32, device), key)
 
 
 @each_noised_case
@@ -108,21 +108,21 @@ def test_every_form_of_recipe(case: OpCase, device: str) -> None:
 def test_without_kernels(case: OpCase, dtype: torch.dtype) -> None:
     args = case.make((41, 33), dtype)
     with without_kernels():
-        assert_law_with_gradients(case, args, RECIPE)
+        assert_law_with_gradients(case, args, KEY)
     # The noise is the same to the bit; the ops themselves agree to the bound.
-    read = with_noise(args, RECIPE.tensor((41, 33), dtype=dtype))
-    check(case, read, case.reference(with_noise(args, RECIPE)))
+    read = with_noise(args, KEY.tensor((41, 33), dtype=dtype))
+    check(case, read, case.reference(with_noise(args, KEY)))
 
 
 def test_the_draw_is_rounded_to_the_dtype(device: str) -> None:
     """A noise of more digits than a tensor would hold, or of fewer, is another one."""
-    wide = RECIPE.tensor((5, 33), device=device)
+    wide = KEY.tensor((5, 33), device=device)
     for dtype in (torch.bfloat16, torch.float16, torch.float64):
         zero = torch.zeros(5, 33, dtype=dtype, device=device)
-        assert_same_bits(ops.add_noise(zero, RECIPE, 1.0, 1.0), wide.to(dtype) + zero)
+        assert_same_bits(ops.add_noise(zero, KEY, 1.0, 1.0), wide.to(dtype) + zero)
         # 3 times the rounded number, rounded; not 3 times the number
         rounded = (3 * wide.to(dtype).double()).to(dtype)
-        assert_same_bits(ops.add_noise(zero, RECIPE, 1.0, 3.0), rounded + zero)
+        assert_same_bits(ops.add_noise(zero, KEY, 1.0, 3.0), rounded + zero)
 
 
 # ---- memory -------------------------------------------------------------------------------------
@@ -137,9 +137,9 @@ def test_the_draw_is_rounded_to_the_dtype(device: str) -> None:
 def test_every_layout(case: OpCase, layout: Layout, device: str) -> None:
     args = case.make((3, 4, 5, 7), torch.float32, device).map(layout)
     sums = device == "cpu"
-    assert_law(case, args, RECIPE, sums=sums)
+    assert_law(case, args, KEY, sums=sums)
     if layout in DENSE.values():
-        assert_law_with_gradients(case, args.map(torch.Tensor.bfloat16), RECIPE, sums=sums)
+        assert_law_with_gradients(case, args.map(torch.Tensor.bfloat16), KEY, sums=sums)
 
 
 @each_noised_case
@@ -147,13 +147,13 @@ def test_every_order_of_dimensions(case: OpCase, device: str) -> None:
     for order in itertools.permutations(range(1, 4)):
         args = case.make((6, 3, 66, 9), torch.float32, device)
         laid = args.map(lambda x, o=order: inside(x, 0, (0, *o)))
-        assert_law(case, laid, RECIPE, sums=device == "cpu")
+        assert_law(case, laid, KEY, sums=device == "cpu")
 
 
 @pytest.mark.parametrize("case", [c for c in NOISED if c.out], ids=lambda case: case.name)
 @each_dtype
 def test_out_of_any_layout(case: OpCase, dtype: torch.dtype, device: str) -> None:
-    args = with_noise(case.make((3, 4, 5, 7), dtype, device), RECIPE)
+    args = with_noise(case.make((3, 4, 5, 7), dtype, device), KEY)
     wanted = case.native(args)
     for name, layout in {**DENSE, **OTHER}.items():
         out = layout(torch.full((3, 4, 5, 7), 77.0, dtype=dtype, device=device))
@@ -169,9 +169,9 @@ def test_out_partly_over_an_input(device: str) -> None:
     for shift in (-5, 1, 64):
         buffer = torch.randn(4 * 257 + 128, device=device)
         x = buffer[64:-64].view(4, 257)
-        wanted = ops.add_noise(x, RECIPE, 0.8, 0.6)
+        wanted = ops.add_noise(x, KEY, 0.8, 0.6)
         out = buffer[64 + shift : 64 + shift + 4 * 257].view(4, 257)
-        assert_same_bits(ops.add_noise(x, RECIPE, 0.8, 0.6, out=out), wanted)
+        assert_same_bits(ops.add_noise(x, KEY, 0.8, 0.6, out=out), wanted)
 
 
 # ---- routes through torch -----------------------------------------------------------------------
@@ -236,8 +236,8 @@ ROUTES = (operator, function_mode, dispatch_mode, checkpointed, reentrant, compi
 def test_every_route(name: str, route: Callable[..., Any]) -> None:
     case = BY_NAME[name]
     args = case.make((3, 37), torch.float32)
-    recipe = PhiloxNoise(torch.tensor([5, 1]), sample_ids=torch.tensor([9, -1, 4]), stream=2)
-    for noise in (recipe,) if route is compiled else (RECIPE, recipe):
+    key = PhiloxNoise(torch.tensor([5, 1]), sample_ids=torch.tensor([9, -1, 4]), stream=2)
+    for noise in (key,) if route is compiled else (KEY, key):
         assert_law_with_gradients(case, args, noise, lambda a: route(case, a))
 
 
@@ -245,7 +245,7 @@ def test_every_route(name: str, route: Callable[..., Any]) -> None:
 @each_kernel
 def test_tracing(name: str) -> None:
     case = BY_NAME[name]
-    args = with_noise(case.make((3, 37), torch.float32), RECIPE)
+    args = with_noise(case.make((3, 37), torch.float32), KEY)
     names = [n for n in case.tensors if n != "noise"]
 
     def f(*tensors: Tensor) -> Any:
@@ -260,7 +260,7 @@ def test_tracing(name: str) -> None:
 
 @each_kernel
 def test_vmap(name: str) -> None:
-    """A recipe whose ids are mapped over: each call has the noise of its id."""
+    """A noise key whose ids are mapped over: each call has the noise of its id."""
     case = BY_NAME[name]
     samples = [case.make((1, 7), torch.float64, seed=i) for i in range(4)]
     options = samples[0].options
@@ -268,7 +268,7 @@ def test_vmap(name: str) -> None:
     ids = torch.tensor([7, 2**33, -1, 0])
 
     def f(sample_id: Tensor, *tensors: Tensor) -> Any:
-        noise = RECIPE.for_samples(sample_id)
+        noise = KEY.for_samples(sample_id)
         return case.op(**dict(zip(names, tensors, strict=True)), noise=noise, **options)
 
     tensors = [torch.stack([s.tensors[n] for s in samples]) for n in names]
@@ -276,7 +276,7 @@ def test_vmap(name: str) -> None:
     for i in range(4):
         args = with_noise(
             Arguments({n: x[i] for n, x in zip(names, tensors, strict=True)}, options),
-            RECIPE.for_samples(int(ids[i])).tensor((1, 7), dtype=torch.float64),
+            KEY.for_samples(int(ids[i])).tensor((1, 7), dtype=torch.float64),
         )
         for y, w in zip(found, as_tuple(case.native(args)), strict=True):
             torch.testing.assert_close(y[i], w)
@@ -289,7 +289,7 @@ def test_forward_mode_and_second_derivatives(name: str) -> None:
     names = [n for n in case.differentiable if n != "noise"]
 
     def f(*tensors: Tensor) -> Any:
-        found = {**args.tensors, **dict(zip(names, tensors, strict=True)), "noise": RECIPE}
+        found = {**args.tensors, **dict(zip(names, tensors, strict=True)), "noise": KEY}
         return case.op(**found, **args.options)
 
     tensors = tuple(args.tensors[n].requires_grad_() for n in names)
@@ -301,7 +301,7 @@ def test_forward_mode_and_second_derivatives(name: str) -> None:
 
 
 def gradients_of_default_noise(run: Callable[..., Any]) -> tuple[Tensor, ...]:
-    """z, and the gradients of z.sum() + kl.sum(), where nobody has given a noise."""
+    """z, and the gradients of z.sum() + kl.sum(), where no noise is given."""
     mean = torch.linspace(-1, 1, 111, dtype=torch.float64).view(3, 37).requires_grad_()
     logvar = torch.linspace(1, -2, 111, dtype=torch.float64).view(3, 37).requires_grad_()
     torch.manual_seed(3)
@@ -348,9 +348,9 @@ def test_changing_a_part_before_the_backward_draws_again_is_noticed(
     op: Callable[..., Any], part: str, device: str
 ) -> None:
     value = torch.tensor([3, 4] if part == "sample_ids" else 3, device=device)
-    recipe = PhiloxNoise(**{"seed": 1, part: value})
+    key = PhiloxNoise(**{"seed": 1, part: value})
     mean, logvar = torch.randn(2, 2, 5, device=device)
-    z = as_tuple(op(mean, logvar.requires_grad_(), recipe))[0]
+    z = as_tuple(op(mean, logvar.requires_grad_(), key))[0]
     value.add_(1)
     with pytest.raises(RuntimeError, match=r"in.?place"):
         z.sum().backward()

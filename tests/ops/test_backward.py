@@ -59,7 +59,7 @@ def upstream_of(case: OpCase, args: Arguments) -> list[Tensor]:
 
 
 def functional(case: OpCase, args: Arguments) -> tuple[Any, tuple[Tensor, ...]]:
-    """The op as a function of its tensors alone, and those tensors, as gradcheck wants them."""
+    """The op as a function of its tensors alone, and those tensors, as gradcheck takes them."""
     names = list(args.tensors)
 
     def f(*tensors: Tensor) -> Any:

@@ -225,11 +225,11 @@ def test_a_single_step_is_the_decoders(variance: str) -> None:
     assert torch.allclose(found, torch.full_like(found, wanted), rtol=1e-12)
 
 
-def test_a_recipe_is_its_noise(device: str) -> None:
-    recipe = PhiloxNoise(3, stream=4)
+def test_a_key_is_its_noise(device: str) -> None:
+    key = PhiloxNoise(3, stream=4)
     x0, m = torch.randn(2, 5, 3, 7, device=device)
     table = vlb_coefficients(ALPHA, SIGMA, given="noise").to(device)
     t = torch.tensor([0, 1, 10, 500, 999], device=device)
-    drawn = ops.vlb_term(x0, m, table, t=t, noise=recipe)
-    read = ops.vlb_term(x0, m, table, t=t, noise=recipe.tensor(x0.shape, device=device))
+    drawn = ops.vlb_term(x0, m, table, t=t, noise=key)
+    read = ops.vlb_term(x0, m, table, t=t, noise=key.tensor(x0.shape, device=device))
     assert torch.equal(drawn, read)

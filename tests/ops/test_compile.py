@@ -231,7 +231,7 @@ def test_compile_with_dynamic_shapes(name: str) -> None:
         leaves = [x.requires_grad_() for x in args.tensors.values()]
         assert_same_bits(compiled(args.options, *leaves), f(args.options, *leaves))
         frames.append(torch._dynamo.utils.counters["frames"]["total"])
-    assert frames[-1] == frames[1], "each shape is compiled anew"
+    assert frames[-1] == frames[1], "each shape is compiled again"
 
 
 def test_compile_with_a_step_that_changes() -> None:

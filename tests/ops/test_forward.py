@@ -278,8 +278,8 @@ def test_noise_is_drawn_from_torchs_generator(op: Callable[..., Tensor], device:
         assert_same_bits(z, op(mean, logvar, noise.to(device)))
     generator = torch.Generator(device).manual_seed(4)
     z = op(mean, logvar, generator=generator)
-    recipe = PhiloxNoise.from_generator(generator.manual_seed(4), device=device)
-    assert_same_bits(z, op(mean, logvar, recipe.tensor((3, 5), device=device)))
+    key = PhiloxNoise.from_generator(generator.manual_seed(4), device=device)
+    assert_same_bits(z, op(mean, logvar, key.tensor((3, 5), device=device)))
 
 
 @pytest.mark.parametrize("prediction_type", ops.PREDICTION_TYPES)

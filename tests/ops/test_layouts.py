@@ -30,7 +30,7 @@ def test_every_layout_gives_the_same_values(case: OpCase, layout: Layout, device
     args = case.make((24, 4, 5, 7), torch.float32, device).map(layout)
     found = case.native(args)
     assert_same(case, found, case.native(args.map(lambda x: x.contiguous())))
-    if layout not in EXPANDED.values():  # a bound wants many different numbers
+    if layout not in EXPANDED.values():  # a bound needs many different numbers
         check(case, args, found)
 
 

@@ -16,7 +16,7 @@ from support.bounds import assert_same_bits, each_low_dtype
 from support.cases import STEPS
 from support.losses import (
     BATCH,
-    RECIPE,
+    KEY,
     UPSTREAM,
     WEIGHTS,
     Options,
@@ -44,12 +44,12 @@ def test_every_weight_and_upstream_gradient(
     options = options_of(kind, weight, device)
     wide = tuple(x.detach().double() for x in (m, x0, noise))
     exact, plain = (eager(*x, **options)[:, None] for x in (wide, (m, x0, noise)))
-    for form in (noise, RECIPE):
+    for form in (noise, KEY):
         judge(ops.denoising_loss(m, x0, form, **options)[:, None], plain, exact, "loss")
     for name, total in UPSTREAM.items():
         truth = gradient(eager, wide[0], wide[1:], options, total)
         by_eager = gradient(eager, m, (x0, noise), options, total)
-        for form in (noise, RECIPE):
+        for form in (noise, KEY):
             found = gradient(ops.denoising_loss, m, (x0, form), options, total)
             judge(found, by_eager, truth, f"gradient of {name}")
 
@@ -62,7 +62,7 @@ def test_gradcheck(kind: str, weight: str, drawn: bool, device: str) -> None:
     options = options_of(kind, WEIGHTS[weight], device)
 
     def f(m: Tensor) -> Tensor:
-        return ops.denoising_loss(m, x0, RECIPE if drawn else noise, **options)
+        return ops.denoising_loss(m, x0, KEY if drawn else noise, **options)
 
     assert torch.autograd.gradcheck(f, m)
     assert torch.autograd.gradcheck(lambda m: f(m).mean(), m)
@@ -76,7 +76,7 @@ def test_gradient_for_any_shape(kind: str, shape: tuple[int, ...], device: str) 
     options = {"prediction_type": kind, "weight": 1.5}
     if kind == "v_prediction":
         options |= {"alpha": 0.8, "sigma": 0.6}
-    for form in (noise, RECIPE):
+    for form in (noise, KEY):
         loss = ops.denoising_loss(m, x0, form, **options)
         assert loss.shape == shape[:1]
         for total in (torch.sum, torch.mean):
@@ -92,7 +92,7 @@ def test_float16_under_any_weight_and_scale(drawn: bool, device: str) -> None:
         m, _, noise = tensors_of(torch.float16, device)
         m = (noise + error * m.detach()).requires_grad_()
         options = {"weight": torch.full((STEPS,), weight, device=device), "t": 3}
-        rest = (noise, RECIPE if drawn else noise)
+        rest = (noise, KEY if drawn else noise)
         total = lambda loss, s=scale: loss.mean() * s  # noqa: E731
         found = gradient(ops.denoising_loss, m, rest, options, total)
         # What mixed precision does: the loss in float32, its gradient rounded.
@@ -112,7 +112,7 @@ def test_no_gradient_of_nothing_and_of_overflow(device: str) -> None:
         (lambda loss: torch.inf * loss.sum(), lambda g: g.isinf().all()),
         (lambda loss: torch.nan * loss.sum(), lambda g: g.isnan().all()),
     ):
-        assert check(gradient(ops.denoising_loss, m, (x0, RECIPE), {}, total))
+        assert check(gradient(ops.denoising_loss, m, (x0, KEY), {}, total))
 
 
 # ---- which gradients are asked for, and how often -----------------------------------------------
@@ -124,7 +124,7 @@ def test_no_gradient_of_nothing_and_of_overflow(device: str) -> None:
 def test_a_graph_that_is_kept(kind: str, drawn: bool, dtype: torch.dtype, device: str) -> None:
     m, x0, noise = tensors_of(dtype, device)
     options = options_of(kind, WEIGHTS["table"], device)
-    rest = (x0, RECIPE if drawn else noise)
+    rest = (x0, KEY if drawn else noise)
     wanted = {n: gradient(ops.denoising_loss, m, rest, options, f) for n, f in UPSTREAM.items()}
     loss = ops.denoising_loss(m, *rest, **options)
     found = []
@@ -141,16 +141,16 @@ def test_a_graph_that_is_kept(kind: str, drawn: bool, dtype: torch.dtype, device
 def test_gradients_add_up_in_the_leaf(device: str) -> None:
     m, x0, noise = tensors_of(torch.float32, device)
     once = gradient(ops.denoising_loss, m, (x0, noise), {}, torch.mean)
-    loss = ops.denoising_loss(m, x0, RECIPE)
+    loss = ops.denoising_loss(m, x0, KEY)
     loss.mean().backward(retain_graph=True)
     loss.mean().backward()
     assert m.grad is not None
     assert_same_bits(m.grad, 2 * once)
     m.grad = None
-    (ops.denoising_loss(m, x0, RECIPE).mean() + ops.denoising_loss(m, x0, noise).mean()).backward()
+    (ops.denoising_loss(m, x0, KEY).mean() + ops.denoising_loss(m, x0, noise).mean()).backward()
     assert_same_bits(m.grad, 2 * once)
     h = (2 * m.detach()).requires_grad_()
-    ops.denoising_loss(0.5 * h, x0, RECIPE).mean().backward()  # an output that is no leaf
+    ops.denoising_loss(0.5 * h, x0, KEY).mean().backward()  # an output that is no leaf
     assert_same_bits(h.grad, 0.5 * once)
 
 
@@ -167,7 +167,7 @@ def test_gradient_of_a_gradient(kind: str, drawn: bool, device: str) -> None:
     wide = tuple(x.detach().double() for x in (m, x0, noise))
     truth = gradient(lambda m, *r: penalty(eager, m, *r), wide[0], wide[1:], {}, torch.sum)
     plain = gradient(lambda m, *r: penalty(eager, m, *r), m, (x0, noise), {}, torch.sum)
-    rest = (x0, RECIPE if drawn else noise)
+    rest = (x0, KEY if drawn else noise)
     found = gradient(lambda m, *r: penalty(ops.denoising_loss, m, *r), m, rest, {}, torch.sum)
     judge(found, plain, truth)
 
@@ -188,7 +188,7 @@ def test_a_target_that_is_trained_too(
 
     wide = (x.detach().double() for x in (m, x0, noise))
     truth, plain = gradients(eager, *wide), gradients(eager, m, x0, noise)
-    found = gradients(ops.denoising_loss, m, x0, RECIPE if drawn else noise)
+    found = gradients(ops.denoising_loss, m, x0, KEY if drawn else noise)
     for i, results in enumerate(zip(found, plain, truth, strict=True)):
         judge(*results, name=f"gradient in tensor {i}")
 
@@ -203,9 +203,9 @@ def test_upstream_gradients_of_any_kind(device: str) -> None:
         upstream.flip(0),
         values.conj().imag,  # with a pending negation
     ):
-        loss = ops.denoising_loss(m, x0, RECIPE)
+        loss = ops.denoising_loss(m, x0, KEY)
         (found,) = torch.autograd.grad(loss, m, g)
-        (wanted,) = torch.autograd.grad(ops.denoising_loss(m, x0, RECIPE), m, 1 * g)
+        (wanted,) = torch.autograd.grad(ops.denoising_loss(m, x0, KEY), m, 1 * g)
         assert_same_bits(found, wanted)
 
 
@@ -218,7 +218,7 @@ def test_the_backward_allocates_nothing(dtype: torch.dtype) -> None:
     m, x0, _ = tensors_of(dtype, shape=(8, 50_000))
     for total in (torch.mean, torch.sum):
         m.grad = None
-        loss = ops.denoising_loss(m, x0, RECIPE)
+        loss = ops.denoising_loss(m, x0, KEY)
         made = loss.grad_fn.saved_tensors[-1].data_ptr()
         value = total(loss)
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
@@ -232,7 +232,7 @@ def test_the_backward_allocates_nothing(dtype: torch.dtype) -> None:
 @needs_module
 def test_a_gradient_that_is_right_already_is_not_touched() -> None:
     m, x0, _ = tensors_of(torch.float32)
-    loss = ops.denoising_loss(m, x0, RECIPE)
+    loss = ops.denoising_loss(m, x0, KEY)
     made = loss.grad_fn.saved_tensors[-1].detach()
     # Numbers that any arithmetic would change, put there behind autograd's back.
     signalling = torch.full_like(made, 0x7F800001, dtype=torch.int32)

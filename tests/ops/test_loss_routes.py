@@ -15,7 +15,7 @@ from support.bounds import assert_same_bits, each_low_dtype
 from support.cases import NOISE_TABLE, without_kernels
 from support.losses import (
     BATCH,
-    RECIPE,
+    KEY,
     UPSTREAM,
     WEIGHTS,
     each_kind,
@@ -71,11 +71,11 @@ def test_compile(backend: str) -> None:
     for seed in (5, -1, 2**62):
         at = torch.tensor(seed)
         assert_same_bits(step_and_gradient(run, at), step_and_gradient(training_step, at))
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1, "a seed compiles anew"
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1, "a seed compiles again"
 
 
 @pytest.mark.parametrize("reentrant", [False, True], ids=["new", "reentrant"])
-@pytest.mark.parametrize("noise", [None, RECIPE], ids=["default", "recipe"])
+@pytest.mark.parametrize("noise", [None, KEY], ids=["default", "key"])
 def test_checkpoint(reentrant: bool, noise: PhiloxNoise | None) -> None:
     found = step_and_gradient(
         lambda *args: checkpoint(training_step, *args, use_reentrant=reentrant), noise
@@ -87,7 +87,7 @@ def test_checkpoint(reentrant: bool, noise: PhiloxNoise | None) -> None:
 def test_a_mode_that_has_ended_before_the_backward(kind: str) -> None:
     m, x0, noise = tensors_of(torch.float32)
     options = options_of(kind, WEIGHTS["table"])
-    for form in (noise, RECIPE):
+    for form in (noise, KEY):
         with torch.device("cpu"):  # a function mode
             loss = ops.denoising_loss(m, x0, form, **options)
         (found,) = torch.autograd.grad(loss.sum(), m)
@@ -97,7 +97,7 @@ def test_a_mode_that_has_ended_before_the_backward(kind: str) -> None:
 
 def test_saved_tensors_hooks() -> None:
     m, x0, _ = tensors_of(torch.float32)
-    wanted = gradient(ops.denoising_loss, m, (x0, RECIPE), {}, torch.sum)
+    wanted = gradient(ops.denoising_loss, m, (x0, KEY), {}, torch.sum)
     kept: list[Tensor] = []
     for hooks in (
         torch.autograd.graph.save_on_cpu(),
@@ -106,7 +106,7 @@ def test_saved_tensors_hooks() -> None:
         ),
     ):
         with hooks:
-            loss = ops.denoising_loss(m, x0, RECIPE)
+            loss = ops.denoising_loss(m, x0, KEY)
         (found,) = torch.autograd.grad(loss.sum(), m)
         assert_same_bits(found, wanted)
     assert kept
@@ -121,10 +121,10 @@ def test_vmap_over_samples(kind: str) -> None:
         options |= {"alpha": 0.8, "sigma": 0.6}
 
     def loss(m: Tensor, x0: Tensor, sample_id: Tensor) -> Tensor:
-        recipe = RECIPE.for_samples(sample_id)
-        return ops.denoising_loss(m[None], x0[None], recipe, **options)[0]
+        key = KEY.for_samples(sample_id)
+        return ops.denoising_loss(m[None], x0[None], key, **options)[0]
 
-    ids = torch.arange(BATCH) + RECIPE.sample_ids
+    ids = torch.arange(BATCH) + KEY.sample_ids
     wide = tuple(x.double() for x in (m, x0, noise))
     found = torch.vmap(loss)(m, x0, ids)
     plain, exact = eager(m, x0, noise, **options), eager(*wide, **options)
@@ -143,8 +143,7 @@ def test_without_kernels(kind: str, dtype: torch.dtype) -> None:
     for total in UPSTREAM.values():
         with without_kernels():
             found, drawn = (
-                gradient(ops.denoising_loss, m, (x0, form), options, total)
-                for form in (noise, RECIPE)
+                gradient(ops.denoising_loss, m, (x0, form), options, total) for form in (noise, KEY)
             )
         assert_same_bits(found, drawn)
         plain, truth = (

@@ -36,7 +36,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             return real.call(index, *args)
 
     monkeypatch.setattr(execute, "_C", Recorder())
-    # Looks, and leaves everything to the careful way.
+    # Inspects only, so that every call goes through _C.call.
     monkeypatch.setattr(dispatch, "_launch", lambda *args: real.launch(*args[:-1], True))
     monkeypatch.setattr(execute, "_as", lambda like, x: seen.append("copy") or copied(like, x))
     return seen
@@ -202,7 +202,7 @@ def test_a_step_without_noise_has_no_density(device: str) -> None:
     assert g.flatten(1).any(1).tolist() == [True, False, True, False]
 
 
-@pytest.mark.parametrize("noise", ["tensor", "recipe"])
+@pytest.mark.parametrize("noise", ["tensor", "key"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_step_and_the_probability_of_what_it_stored(
     dtype: torch.dtype, noise: str, device: str
@@ -256,21 +256,28 @@ def test_what_does_not_go_together() -> None:
     refused(ValueError, "at most 3", step, x, m, table, t=0, history=[h] * 4)
     refused(ValueError, "given together", step, x, m, table, t=0, noise=z, variance_output=h)
     learned: dict[str, Any] = {"variance_output": h, "variance_coefficients": (0.0, 1.0)}
-    refused(ValueError, "must come with noise", step, x, m, table, t=0, **learned)
-    refused(ValueError, "without history", step, x, m, table, t=0, noise=z, history=[h], **learned)
+    refused(ValueError, "None without noise", step, x, m, table, t=0, **learned)
+    refused(ValueError, "or with history", step, x, m, table, t=0, noise=z, history=[h], **learned)
     for option in ({"out": h}, {"history": [h]}, {"return_history": True}, {**learned, "noise": z}):
         wanted = "return_log_prob must be False"
         refused(ValueError, wanted, step, x, m, table, t=0, return_log_prob=True, **option)
     refused(ValueError, "^out must be None", step, x, m, table, t=0, return_history=True, out=z)
     refused(
-        ValueError, "model_output_uncond is required", step, x, m, table, t=0, guidance_scale=2.0
+        ValueError,
+        "model_output_uncond must be given",
+        step,
+        x,
+        m,
+        table,
+        t=0,
+        guidance_scale=2.0,
     )
 
 
 def test_a_stochastic_ddim_step_wants_noise() -> None:
     x, m, z = tensors(3)
     levels = (0.6, 0.8, 0.8, 0.6)
-    refused(ValueError, "^noise is required .* eta=0.5", ops.ddim_step, m, x, *levels, eta=0.5)
+    refused(ValueError, "^noise must be given .* eta=0.5", ops.ddim_step, m, x, *levels, eta=0.5)
     assert ops.ddim_step(m, x, *levels, eta=0.5, noise=z).isfinite().all()
 
 

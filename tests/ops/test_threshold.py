@@ -363,8 +363,8 @@ def test_vmap() -> None:
             "^sample_max_value must be at least 1, got nan",
             {"sample_max_value": math.nan},
         ),
-        (ValueError, "^model_output_uncond is required", {"guidance_scale": 2.0}),
-        (ValueError, "^guidance_scale is required", {"model_output_uncond": torch.ones(2, 5)}),
+        (ValueError, "^model_output_uncond must be given", {"guidance_scale": 2.0}),
+        (ValueError, "^guidance_scale must be given", {"model_output_uncond": torch.ones(2, 5)}),
         (
             ValueError,
             r"^coefficients must have shape .* got \(6, 7\)",

@@ -41,7 +41,7 @@ def test_a_package_exports_what_its_families_list(package: ModuleType) -> None:
 
 
 def test_every_function_with_the_docstring_of_an_op_is_listed() -> None:
-    # A new op that its family does not list would be reachable by nobody.
+    # A new op that its family does not list could not be reached.
     for family in families(ops):
         documented = {
             n for n in public_functions(family) if "\n    Args:" in getattr(family, n).__doc__

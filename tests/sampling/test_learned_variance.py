@@ -293,7 +293,7 @@ def test_what_a_model_must_return() -> None:
         lambda: d.p_sample_loop(half, (4,)),
     ):
         refused(ValueError, r"shape \[B, C, ...\].* got \(", flat)
-    # A model of two halves where nobody reads the second.
+    # A model of two halves whose second half is not read.
     fixed = GaussianDiffusion(BETAS)
     for call in (
         lambda m: fixed.p_sample(m, x, 3),
@@ -306,7 +306,7 @@ def test_a_step_needs_v_exactly_when_its_table_has_a_variance() -> None:
     x = torch.zeros(SHAPE)
     learned, fixed = table_of("learned"), table_of("fixed_small")
     for i in (0, 4, torch.tensor(1), torch.arange(4)):
-        refused(ValueError, "variance_output is required", learned.step, i, x, x, noise=x)
+        refused(ValueError, "variance_output must be given", learned.step, i, x, x, noise=x)
         refused(
             ValueError,
             "variance_output must be None",
@@ -317,7 +317,7 @@ def test_a_step_needs_v_exactly_when_its_table_has_a_variance() -> None:
             noise=x,
             variance_output=x,
         )
-    refused(ValueError, "noise is required: row 0", learned.step, 0, x, x, variance_output=x)
+    refused(ValueError, "noise must be given at row 0", learned.step, 0, x, x, variance_output=x)
     refused(
         ValueError, "variance_output must have the shape of x", learned.step, 0, x, x, noise=x,
         variance_output=x[:1],

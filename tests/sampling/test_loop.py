@@ -313,7 +313,7 @@ REFUSED = {
     "no-scale": (
         lambda: sample(bent, X, PLAIN, uncond_kwargs={}),
         ValueError,
-        "guidance_scale is required",
+        "guidance_scale must be given",
     ),
     "half": (lambda: sample(bent, X, PLAIN, guidance_scale=2.0), ValueError, r"shape \(4, 3\)"),
     "both": (
@@ -351,7 +351,7 @@ REFUSED = {
     "no-noise": (
         lambda: NOISY.step(0, X, X),
         ValueError,
-        "noise is required: row 0 of ddpm is stochastic",
+        "noise must be given at row 0 of ddpm",
     ),
     "no-history": (
         lambda: PLAIN.step(1, X, X),

@@ -24,7 +24,7 @@ from diffcore.spacings import spaced_timesteps, time_shift
 from support.walking import ancestral_noise, dummy, told, walk
 
 diffusers = pytest.importorskip("diffusers")
-pytestmark = pytest.mark.filterwarnings("ignore")  # theirs to mend
+pytestmark = pytest.mark.filterwarnings("ignore")  # those of diffusers
 
 LINEAR = {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02}
 

@@ -11,7 +11,7 @@ from diffcore import BitsPerDim, GaussianDiffusion, PhiloxNoise, make_betas
 
 T, N = 25, 12
 DIFFUSION = GaussianDiffusion(make_betas("linear", T, scale_to_1000=True))
-RECIPE = PhiloxNoise(5, sample_ids=100, stream=7)
+KEY = PhiloxNoise(5, sample_ids=100, stream=7)
 
 
 def data(count=N, dtype=torch.float32):

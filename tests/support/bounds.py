@@ -42,17 +42,17 @@ def check(
 
 
 def with_noise(args: Arguments, noise: Tensor | PhiloxNoise) -> Arguments:
-    """The same call with another noise, or a recipe for one."""
+    """The same call with another noise, or a noise key for one."""
     return Arguments({**args.tensors, "noise": noise}, args.options)
 
 
-def assert_law(case: OpCase, args: Arguments, recipe: PhiloxNoise, *, sums: bool = True) -> None:
-    """An op gives the same bits for a recipe and for the tensor that it stands for."""
+def assert_law(case: OpCase, args: Arguments, key: PhiloxNoise, *, sums: bool = True) -> None:
+    """An op gives the same bits for a noise key and for the tensor that it stands for."""
     like = args.tensors["noise"]
-    noise = recipe.tensor(like.shape, dtype=like.dtype, device=like.device)
+    noise = key.tensor(like.shape, dtype=like.dtype, device=like.device)
     drawn, read = (
         tuple(y for y in as_tuple(case.native(with_noise(args, n))) if sums or y.ndim == like.ndim)
-        for n in (recipe, noise)
+        for n in (key, noise)
     )
     assert_same_bits(drawn, read, f"{case.name}, {tuple(like.shape)}, {like.dtype}")
 

@@ -186,4 +186,4 @@ CASES: list[OpCase] = [
 BY_NAME: dict[str, OpCase] = {case.name: case for case in CASES}
 LOSSES = [case for case in CASES if case.op is ops.denoising_loss]
 NOISED = [case for case in CASES if "noise" in case.tensors]
-"""What takes a recipe in place of the noise."""
+"""What takes a noise key in place of the noise."""

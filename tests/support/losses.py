@@ -16,7 +16,7 @@ from support import formulas
 from support.cases import NOISE_TABLE, STEPS, steps_of
 
 BATCH, COLUMNS = 6, 1031
-RECIPE = PhiloxNoise(2**63 + 5, sample_ids=2**32 - 2, stream=9, first_element=64)
+KEY = PhiloxNoise(2**63 + 5, sample_ids=2**32 - 2, stream=9, first_element=64)
 SNR = (NOISE_TABLE[:, 0] / NOISE_TABLE[:, 1]) ** 2
 
 Options = dict[str, Any]
@@ -40,7 +40,7 @@ UPSTREAM: dict[str, Callable[[Tensor], Tensor]] = {
 }
 each_kind = pytest.mark.parametrize("kind", ops.PREDICTION_TYPES)
 each_weight = pytest.mark.parametrize("weight", WEIGHTS.values(), ids=WEIGHTS)
-each_noise = pytest.mark.parametrize("drawn", [False, True], ids=["tensor", "recipe"])
+each_noise = pytest.mark.parametrize("drawn", [False, True], ids=["tensor", "key"])
 needs_module = pytest.mark.skipif(native._C is None, reason="needs the compiled module")
 
 
@@ -60,10 +60,10 @@ def options_of(kind: str, weight: Callable[[str], Options], device: str = "cpu")
 def tensors_of(
     dtype: torch.dtype, device: str = "cpu", shape: tuple[int, ...] = (BATCH, COLUMNS)
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """A model's output, x_0, and the noise of the recipe."""
+    """A model's output, x_0, and the noise of the key."""
     generator = torch.Generator().manual_seed(1)
     m, x0 = (torch.randn(shape, generator=generator).to(device, dtype) for _ in range(2))
-    return m.requires_grad_(), x0, RECIPE.tensor(shape, dtype=dtype, device=device)
+    return m.requires_grad_(), x0, KEY.tensor(shape, dtype=dtype, device=device)
 
 
 def eager(*args: Any, **options: Any) -> Tensor:

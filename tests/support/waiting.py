@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 @contextmanager
 def no_waiting() -> Iterator[None]:
-    """Makes every operation that synchronises raise."""
+    """Makes every operation that synchronizes raise."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch calls the mode a prototype
         torch.cuda.set_sync_debug_mode("error")

@@ -82,15 +82,15 @@ def test_sample_and_kl_in_one_pass(shape):
     def seeded():
         return torch.Generator().manual_seed(5)
 
-    recipe = PhiloxNoise.from_generator(seeded())
-    noise = recipe.tensor(posterior.mean.shape, dtype=torch.float64)
+    key = PhiloxNoise.from_generator(seeded())
+    noise = key.tensor(posterior.mean.shape, dtype=torch.float64)
     z, kl = posterior.sample_kl(seeded())
     assert torch.equal(z, posterior.sample(seeded()))
     torch.testing.assert_close(
         z, posterior.mean + posterior.std * noise, rtol=8 * EPS, atol=16 * EPS
     )
     assert torch.equal(kl, posterior.kl())
-    for given in (recipe, noise):
+    for given in (key, noise):
         assert torch.equal(z, posterior.sample(noise=given))
         assert all(map(torch.equal, posterior.sample_kl(noise=given), (z, kl)))
 

@@ -73,7 +73,8 @@ def _run(  # noqa: C901 - the call path: one more function is time
         if found & (_NEEDS_GRAD | _COEF_NEEDS_GRAD):
             if out is not None:
                 raise ValueError(
-                    "out must be None where an argument requires grad; call under torch.no_grad()"
+                    "out must be None where an argument requires grad, got a tensor; call under "
+                    "torch.no_grad()"
                 )
             if found & _COEF_NEEDS_GRAD:
                 return run_reference(kernel, inputs, coefs, step, reduce_all, None, noise)
@@ -82,7 +83,7 @@ def _run(  # noqa: C901 - the call path: one more function is time
 
 
 def plain_eager() -> bool:
-    """Whether calls on plain tensors are neither compiled, transformed nor watched by a mode."""
+    """Whether calls on plain tensors are neither compiled, transformed nor under a mode."""
     return not (
         _compiling()
         or forward_ad._current_level >= 0

@@ -1,4 +1,4 @@
-"""What a bug report needs to know about this installation."""
+"""What a bug report needs about this installation."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def installed_version(package: str) -> str:
 def version() -> str:
     """Return the version of the package in use, which is written in pyproject.toml alone.
 
-    The compiled module knows the version that it was built as. Metadata may be missing in a source
+    The compiled module holds the version that it was built as. Metadata may be missing in a source
     tree on ``PYTHONPATH``, or be those of another installation, and are read only without it.
 
     Returns:

@@ -59,7 +59,7 @@ class Kernel:
 
     @property
     def operator(self) -> str:
-        """The name under which torch.library knows this kernel."""
+        """The name of this kernel in torch.library."""
         return self.name + "_generated" * self.generates_noise
 
     def renamed(

@@ -95,7 +95,7 @@ def run_registered(
         try:
             result = op(*arguments)
         except (TypeError, ValueError):
-            # The operator names the arguments of the kernel; the user knows those of the function.
+            # The operator names the arguments of the kernel; the error names those of the function.
             messages.explain(Arguments(kernel, inputs, coefs, step, None, noise))
             raise
     if out is None:

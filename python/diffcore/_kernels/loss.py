@@ -33,7 +33,7 @@ def _loss_backward(inputs: Tensors, call: Call, grads: Grads, needs: Needs) -> G
     _, (weight, inverse_n, *_), step, _, _ = call
     g, made = grads[1], inputs[-1]
     assert g is not None
-    # Where nobody will need it again, the gradient made is the one returned; most often as it is.
+    # In the last backward pass the gradient made is rescaled in place; most often the ratio is 1.
     # (One that requires grad is the visible output of a registered operator, not ours to change.)
     out = made if plain_eager() and last_use() and not made.requires_grad else None
     coefs = (weight, inverse_n, g, expected_gradient(inputs[0]))

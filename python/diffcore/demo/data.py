@@ -19,7 +19,7 @@ _HOLD_OUT_EVERY = 10
 
 @dataclass(frozen=True)
 class ImageData:
-    """Grey images with pixels in [-1, 1].
+    """Gray images with pixels in [-1, 1].
 
     Attributes:
         name: Name of the data set.

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from diffcore._checks import check_choice
 from diffcore.coefficients.bound import FIXED, VLB_COLUMNS, vlb_coefficients
-from diffcore.coefficients.step import posterior_coefficients, x0_coefficients
+from diffcore.coefficients.step import posterior_coefficients, tensors, x0_coefficients
 from diffcore.schedules.schedule import NoiseSchedule
 from diffcore.schedules.timesteps import TIMESTEP_SPACINGS, respaced_timesteps
 from diffcore.solvers import NoiseLevels, SolverTable, ddim_table, ddpm_table
@@ -96,7 +96,7 @@ class DiffusionTables:
         # x_0 precedes the first timestep.
         alpha_prev = torch.cat([torch.ones_like(alpha[:1]), alpha[:-1]])
         sigma_prev = torch.cat([torch.zeros_like(sigma[:1]), sigma[:-1]])
-        posterior = _tensors(posterior_coefficients(alpha, sigma, alpha_prev, sigma_prev))
+        posterior = tensors(posterior_coefficients(alpha, sigma, alpha_prev, sigma_prev))
         self.posterior_mean_coef1, self.posterior_mean_coef2, self.posterior_variance, _ = posterior
         # beta_tilde is 0 at t = 0: its logarithm there is that of t = 1, if T > 1.
         first = self.posterior_variance[1:2] if len(betas) > 1 else betas
@@ -117,7 +117,7 @@ class DiffusionTables:
             torch.stack([self.posterior_mean_coef1, self.posterior_mean_coef2], dim=1)
         )
         self.snr = DeviceCopies(self.schedule.snr)
-        x0 = _tensors(x0_coefficients(alpha, sigma, self.prediction_type))
+        x0 = tensors(x0_coefficients(alpha, sigma, self.prediction_type))
         self.x0 = DeviceCopies(torch.stack([c.expand_as(alpha) for c in x0], dim=1))
 
     def __len__(self) -> int:
@@ -315,9 +315,3 @@ def on_cpu(build: Callable[[], Built]) -> Built:
             return build()
         with torch.device("cpu"):
             return build()
-
-
-def _tensors(coefficients: tuple[float | Tensor, ...]) -> list[Tensor]:
-    """The coefficients of tensors, which are tensors."""
-    assert all(isinstance(c, Tensor) for c in coefficients)
-    return [c for c in coefficients if isinstance(c, Tensor)]

@@ -81,11 +81,11 @@ def skip_counted(source: Iterator[tuple[Any, Tensor]], tally: Tally) -> None:
     Raises:
         ValueError: The batches are not those of the interrupted run.
     """
-    samples, seen = 0, ""
+    samples, chain = 0, ""
     for _, (_, x) in zip(range(tally.batches), source, strict=False):
         samples += len(x)
-        seen = digest(x, seen)
-    if (samples, seen) == (tally.samples, tally.digest):
+        chain = digest(x, chain)
+    if (samples, chain) == (tally.samples, tally.digest):
         return
     got = "other values" if samples == tally.samples else f"{samples} samples"
     raise ValueError(

@@ -291,7 +291,9 @@ def _functions(
     """The function gamma and its derivative."""
     if gamma is not None:
         if low is not None or high is not None:
-            raise ValueError("gamma must be None if gamma_min or gamma_max is given; pass one")
+            raise ValueError(
+                "gamma must be None if gamma_min or gamma_max is given, got both; pass one"
+            )
         function = gamma
 
         def slope(t: Tensor) -> Tensor:

@@ -94,16 +94,14 @@ def predictions(
         return (x, model_output), (1.0, bound)
     uncond, scale = guidance
     if scale is None:
-        raise ValueError(
-            "guidance_scale is required with model_output_uncond, got only model_output_uncond"
-        )
+        raise ValueError("guidance_scale must be given with model_output_uncond, got None")
     scale = as_coef("guidance_scale", scale, None)
     if uncond is None:
         pair = isinstance(x, Tensor) and isinstance(model_output, Tensor) and x.ndim > 0
         if not pair or model_output.ndim == 0 or len(model_output) != 2 * len(x):
             raise ValueError(
-                "model_output_uncond is required with guidance_scale, got only guidance_scale; or "
-                "pass a model_output [2 B, ...] with the unconditional batch first"
+                "model_output_uncond must be given with guidance_scale, got None; or pass a "
+                "model_output [2 B, ...] with the unconditional batch first"
             )
         uncond, model_output = model_output.chunk(2)
     return (x, model_output, uncond), (scale, bound)
@@ -206,8 +204,8 @@ class RowLauncher:
             noise = None
         elif noise is None:
             raise ValueError(
-                f"noise is required: row {i} of {self._name} is stochastic; pass a tensor or a "
-                "PhiloxNoise"
+                f"noise must be given at row {i} of {self._name}, which adds noise, got None; pass "
+                "a tensor or a PhiloxNoise"
             )
         guidance = guidance_of(model_output_uncond, guidance_scale)
         found = launch(how, x, model_output, earlier, t, noise, guidance, threshold)
@@ -248,13 +246,14 @@ class RowLauncher:
         """What the kernel reads of a predicted variance."""
         if not self._learned:
             raise ValueError(
-                f"variance_output must be None: {self._name} has a fixed variance; only a table "
-                "such as ddpm_table(variance_type='learned') takes one"
+                f"variance_output must be None for {self._name}, whose variance is fixed, got a "
+                f"{type(variance_output).__name__}; only a table such as "
+                "ddpm_table(variance_type='learned') takes one"
             )
         if variance_output is None:
             raise ValueError(
-                f"variance_output is required: {self._name} has a learned variance; pass the "
-                "second half of the model's channels"
+                f"variance_output must be given for {self._name}, whose variance is learned, got "
+                "None; pass the second half of the model's channels"
             )
         return (variance_output,) if how.noisy else ()
 

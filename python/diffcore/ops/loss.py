@@ -83,7 +83,8 @@ def denoising_loss(
     if prediction_type == "flow_prediction":
         return _loss(k.MIXED_TARGET_LOSS, (model_output, x0), noise, w, (-1.0, 1.0), step)
     if alpha is None or sigma is None:
-        raise ValueError("alpha and sigma are required for prediction_type='v_prediction'")
+        missing = "alpha" if alpha is None else "sigma"
+        raise ValueError(f"{missing} must be given with prediction_type='v_prediction', got None")
     a = as_coef("sigma", -as_number("sigma", sigma), t)
     return _loss(_V_LOSS, (model_output, x0), noise, w, (a, as_coef("alpha", alpha, t)), t)
 

@@ -184,7 +184,9 @@ def reverse_step(
             earlier += (x,) * plan.padding
     else:
         if noise is None or earlier or keeps:
-            raise ValueError("variance_output must come with noise and without history")
+            raise ValueError(
+                "variance_output must be None without noise or with history, got a tensor"
+            )
         row = step_columns(coefficients, k.PLAIN) + variance_columns(variance.coefficients)
         plan, earlier = k.learned_plan(row), (variance.output,)
     found: Any = launch(plan, x, model_output, earlier, t, noise, guidance, threshold, out)
@@ -375,7 +377,8 @@ def ddim_step(
     """
     if noise is None and eta != 0:
         raise ValueError(
-            f"noise is required where eta is not 0, got eta={eta}; pass a tensor or a PhiloxNoise"
+            f"noise must be given where eta is not 0, got None with eta={eta}; pass a tensor or a "
+            "PhiloxNoise"
         )
     table = formulas.ddim_coefficients(
         in_float64("alpha", alpha),

@@ -29,7 +29,7 @@ def vlb_term(
     With e = b_0 x_0 + b_g given + b_m m, the error of the predicted x_0, after the clip: scale
     times the sum of ``factor e² + offset``; with a learned variance, d = d_0 + d_low - d_v v, of
     ``(expm1(d) - d) / 2`` (``-d / 2`` where kl is 0) ``+ factor e² exp(d) + offset``; and where
-    decoder is not 0, of minus the discretised log-likelihood under N(x_0 - e, exp(-d)).
+    decoder is not 0, of minus the discretized log-likelihood under N(x_0 - e, exp(-d)).
     """
     # Coefficients as the kernels read them, rounded to the compute type; then double throughout.
     compute = compute_dtype(x0.dtype)

@@ -14,7 +14,7 @@ __all__ = ["discretized_gaussian_log_likelihood"]
 BIN = 1 / 255  # half the distance of two values of a pixel, k/127.5 - 1
 OPEN = 0.999  # beyond it the bin of a pixel has no other end
 NARROW = 1 / 32  # of a scale
-LOG_SCALES = (-690.0, 345.0)  # 1e300 and 1e-150: whose squares can be told from 0 and nan
+LOG_SCALES = (-690.0, 345.0)  # 1 / scale up to 1e300, from 1e-150: squares are not 0 or nan
 LOG_BIN_DENSITY = math.log(2 * BIN / math.sqrt(2 * math.pi))
 
 

@@ -181,7 +181,8 @@ def _copied(kwargs: Mapping[str, Any] | None) -> dict[str, Any] | None:
 def _replace(name: str, old: Any, new: Any) -> None:
     if not isinstance(old, Tensor):
         raise ValueError(
-            f"{name} must be None, because it was not recorded as a tensor; record the loop again"
+            f"{name} must be None, because it was not recorded as a tensor, got a "
+            f"{type(new).__name__}; record the loop again"
         )
     if not isinstance(new, Tensor):
         new = torch.tensor(new, dtype=old.dtype, device="cpu")

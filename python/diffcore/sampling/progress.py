@@ -9,7 +9,7 @@ Item = TypeVar("Item")
 
 
 def progress_bar(items: Iterable[Item], description: str, progress: bool | None) -> Iterable[Item]:
-    """The items, with a progress bar if wanted.
+    """The items, with a progress bar if requested.
 
     Args:
         items: What the loop runs over.

@@ -105,4 +105,6 @@ def check_guidance(
         ValueError: Only ``uncond_kwargs`` is given.
     """
     if uncond_kwargs is not None and guidance_scale is None:
-        raise ValueError("guidance_scale is required with uncond_kwargs; pass a number or [B]")
+        raise ValueError(
+            "guidance_scale must be given with uncond_kwargs, got None; pass a number or [B]"
+        )

@@ -175,7 +175,8 @@ def check_betas(betas: Tensor) -> Tensor:
         )
     if bool((betas[:-1] == 1).any()):
         raise ValueError(
-            "betas must be below 1 before the last, because a beta of 1 leaves no signal"
+            "betas must be below 1 before the last, because a beta of 1 leaves no signal, got 1 at "
+            f"index {int((betas == 1).long().argmax())} of {len(betas)}"
         )
     return betas
 

@@ -40,7 +40,8 @@ def float64_vector(name: str, values: Tensor) -> Tensor:
     try:
         table = values if isinstance(values, Tensor) else torch.as_tensor(values, device="cpu")
     except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(f"{name} must be a tensor of real numbers: {error}") from None
+        kind = type(values).__name__
+        raise TypeError(f"{name} must be a tensor of real numbers, got {kind}: {error}") from None
     table = table.detach()
     if table.is_complex() or table.dtype == torch.bool:
         raise TypeError(f"{name} must be a tensor of real numbers, got {table.dtype}")

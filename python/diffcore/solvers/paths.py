@@ -132,7 +132,8 @@ def level_vector(name: str, values: Tensor | Sequence[float]) -> Tensor:
     try:
         vector = values if isinstance(values, Tensor) else as_float64(values)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(f"{name} must be a tensor of real numbers: {error}") from None
+        kind = type(values).__name__
+        raise TypeError(f"{name} must be a tensor of real numbers, got {kind}: {error}") from None
     if vector.is_complex() or vector.dtype == torch.bool:
         raise TypeError(f"{name} must be a tensor of real numbers, got {vector.dtype}")
     if vector.dim() != 1 or len(vector) < 2:
