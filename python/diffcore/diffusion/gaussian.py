@@ -443,7 +443,8 @@ class GaussianDiffusion:
             noise: x_T, or a noise key for it; ``None`` for a key seeded by torch's generator.
             clip_denoised: Clip the predicted x_0; ``None`` for ``clip_sample`` of the constructor.
             model_kwargs: More arguments for the model.
-            device: Where to sample; ``None`` for that of ``noise``, else of the model's parameters.
+            device: Where to sample; ``None`` for that of a ``noise`` tensor, else of the model's
+                parameters, else of the tensors in a key.
             progress: Show a progress bar (tqdm).
             num_steps: How many timesteps to visit; ``None`` for all T.
             timestep_spacing: Which timesteps: "leading", "trailing" or "linspace".
@@ -489,7 +490,8 @@ class GaussianDiffusion:
             noise: x_T, or a noise key for it; ``None`` for a key seeded by torch's generator.
             clip_denoised: Clip the predicted x_0; ``None`` for ``clip_sample`` of the constructor.
             model_kwargs: More arguments for the model.
-            device: Where to sample; ``None`` for that of ``noise``, else of the model's parameters.
+            device: Where to sample; ``None`` for that of a ``noise`` tensor, else of the model's
+                parameters, else of the tensors in a key.
             progress: Show a progress bar (tqdm).
             eta: 0 for the deterministic sampler, 1 for ancestral noise.
             num_steps: How many timesteps to visit; ``None`` for all T.

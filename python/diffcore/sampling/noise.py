@@ -63,7 +63,8 @@ def initial_sample(
         shape: Shape of x_T, ``[B, ...]``.
         noise: x_T as a tensor, a noise key for it, or ``None``.
         step_noise: As for ``run_table``, or ``None``.
-        device: ``None`` for that of ``noise``, else of the model, else torch's default.
+        device: ``None`` for that of a ``noise`` tensor; for a key, that of the model, else of the
+            tensors in the key, else torch's default.
         dtype: ``None`` for that of ``noise``, else torch's default.
         generator: Source of the seed; ``None`` for torch's default generator.
 
