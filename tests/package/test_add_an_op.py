@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from sysconfig import get_path
 
 import pytest
 
@@ -116,7 +117,8 @@ def copy_of_the_sources(to: Path) -> None:
 
 
 def run(command: list[str], folder: Path) -> str:
-    paths = [str(folder / "python"), str(folder / "tests"), str(folder)]
+    # With -S no .pth file runs, so an editable install does not import its own sources instead.
+    paths = [*(str(folder / name) for name in ("python", "tests", "")), get_path("purelib")]
     done = subprocess.run(
         command,
         cwd=folder,
@@ -153,6 +155,7 @@ def test_five_edits_add_an_op(tmp_path: Path) -> None:
     found = run(
         [
             sys.executable,
+            "-S",
             "-c",
             "import torch, diffcore\n"
             "from benchmarks.bench_ops import OPS\n"
@@ -168,7 +171,7 @@ def test_five_edits_add_an_op(tmp_path: Path) -> None:
     assert found.strip() == "[0.5, 4.0] [1.5, 6.0] True 2 3"
 
     files = [f"tests/ops/test_{name}.py" for name in ("forward", "backward", "compile", "errors")]
-    summary = run([sys.executable, "-m", "pytest", "-q", "-k", "cube", *files], tmp_path)
+    summary = run([sys.executable, "-S", "-m", "pytest", "-q", "-k", "cube", *files], tmp_path)
     passed = re.search(r"(\d+) passed", summary)
     assert passed, summary
     assert int(passed.group(1)) > 30, summary
