@@ -218,7 +218,10 @@ def smoke_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The quick demo, run once through the real command."""
     out = tmp_path_factory.mktemp("demo") / "out"
     subprocess.run(
-        [sys.executable, "-m", "diffcore", "demo", "--quick", "--device", "cpu", "--out", str(out)],
+        [
+            *(sys.executable, "-m", "diffcore", "demo", "--quick", "--steps", "300"),
+            *("--device", "cpu", "--out", str(out)),
+        ],
         check=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},  # images of 8x8 gain nothing from threads
     )
