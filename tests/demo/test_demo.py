@@ -331,7 +331,7 @@ def test_resuming_a_finished_run_only_draws_again(smoke_run: Path) -> None:
     (smoke_run / "reverse.png").unlink()
     after = run_demo(smoke_run, resume=True, device="cpu", progress=False, log=lines.append)
     assert (smoke_run / "reverse.png").exists()
-    assert "DDPM: resumed at step 400 of 400" in lines
+    assert "DDPM: resumed at step 300 of 300" in lines
     assert after["ddpm"]["final_loss"] == before["ddpm"]["final_loss"]  # type: ignore[index]
     assert after["vae"]["held_out"]["kl_nats"] == pytest.approx(  # type: ignore[index]
         before["vae"]["held_out"]["kl_nats"],  # type: ignore[index]
