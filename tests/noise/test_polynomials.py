@@ -30,7 +30,7 @@ LARGEST_ERROR = {
 # The integer is rounded to 24 bits, then the half is added: of 2^24 + ..., no more than 3/2.
 UNIFORM_ERROR = 1.5 * 2**-24
 TURN = 2 * np.pi / 2**32
-SLICE = 1 << 22
+SLICE = 1 << 17  # its float64 temporaries stay in the cache
 
 
 def worst(got: Tensor, exact: np.ndarray) -> float:
