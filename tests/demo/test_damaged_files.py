@@ -220,21 +220,28 @@ def test_damaged_settings_are_refused(tmp_path: Path, content: Any, message: str
 # ---- a run in a folder with damaged files -------------------------------------------------------
 
 
-def test_a_new_run_does_not_read_what_it_replaces(tmp_path: Path, saved: bytes) -> None:
+def test_a_new_run_does_not_read_what_it_replaces(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, saved: bytes
+) -> None:
     folder = tmp_path / "checkpoints"
     folder.mkdir()
     for name, damage in (("vae", "truncated"), ("ddpm", "pickle")):
         (folder / f"{name}.training.safetensors").write_bytes(FILES[damage](saved))
     (tmp_path / "config.json").write_text("{")
+
+    def stop(*args: object) -> None:
+        raise KeyboardInterrupt  # before the training
+
+    monkeypatch.setattr(run, "build_trainers", stop)
     lines: list[str] = []
-    run._discard_old(folder, lines.append)
+    with pytest.raises(KeyboardInterrupt):
+        run_demo(tmp_path, quick=True, device="cpu", log=lines.append)
     assert not list(folder.iterdir())
-    assert lines == [
+    assert lines[1:] == [
         f"New run: discarding {name}.training.safetensors of the run before"
         for name in ("ddpm", "vae")
     ]
-    CONFIG.save(tmp_path / "config.json")
-    assert DemoConfig.load(tmp_path / "config.json") == CONFIG
+    assert DemoConfig.load(tmp_path / "config.json") == quick_config("digits")
 
 
 NO_FOLDERS = ["file", "file/below", "/dev/null/x", "x" * 300, "a\0b"]
