@@ -120,7 +120,8 @@ def packed(kernel: Kernel, source: str, noise: str, *, grad: bool) -> tuple[Any,
         own = [n in ("inverse_n", "slope") for n in kernel.coefs]
         coefs = tuple(n if o else c for n, c, o in zip(numbers, each, own, strict=True))
     parts = NOISE_PARTS[noise] if kernel.generates_noise else None
-    return (*tensors, *library.pack(coefs, step), False, *library.pack_noise(parts))
+    coefficients = library.pack(kernel, tensors[0], coefs, step)
+    return (*tensors, *coefficients, False, *library.pack_noise(parts))
 
 
 def test_every_kernel_of_the_module_is_registered() -> None:
@@ -173,7 +174,7 @@ def test_opcheck_in_other_layouts_and_dtypes(name: str, generated: bool) -> None
 def test_differentiating_a_backward_operator_says_why_not() -> None:
     x = torch.randn(3, 4, requires_grad=True)
     kernel = gaussian.NORMAL_KL.of_elementwise[""]
-    out = operator(kernel)(x, x, x, x, x, [], [], None, -1, False)
+    out = operator(kernel)(x, x, x, x, x, False)
     with pytest.raises(RuntimeError, match="is not differentiable itself"):
         out[0].sum().backward()
 
