@@ -150,6 +150,20 @@ def _slice(argument: Any, dim: Any, i: int) -> Any:
     return argument if dim is None else argument.select(dim, i)
 
 
+def _check_devices(kernel: Kernel, args: Sequence[Any]) -> None:
+    """Raises where an argument is on another device than the first input.
+
+    A tensor on "meta" makes torch take any call for one without data, and return garbage.
+    """
+    at = args[0].device
+    tensors = [x for a in args for x in (a if isinstance(a, (list, tuple)) else (a,))]
+    for x in tensors:
+        if isinstance(x, Tensor) and x.device != at:
+            raise ValueError(
+                f"{kernel.operator}: the arguments must be on one device, got {at} and {x.device}"
+            )
+
+
 def define_noisy(kernel: Kernel) -> NoisyKernel:
     """Registers a kernel whose last input is noise, and the one that generates this noise."""
     return NoisyKernel(define(kernel), define(kernel.generating()))
@@ -172,6 +186,7 @@ def define(kernel: Kernel) -> Kernel:
         return direct(kernel, args[:arity], resolved(coefs), step, reduce_all, None, noise)
 
     def fake(*args: Any) -> Any:
+        _check_devices(kernel, args)
         outs = allocate(kernel, args[0], args[arity + 4 * bool(kernel.coefs)])
         return outs[0] if len(outs) == 1 else outs
 
