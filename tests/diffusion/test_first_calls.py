@@ -194,15 +194,25 @@ class Calls(torch.nn.Module):
 
 def test_the_first_call_is_compiled_once() -> None:
     torch._dynamo.reset()
-    counter = CompileCounterWithBackend("aot_eager")
-    for calls in (Calls(), Calls()):  # the second with tables of its own
-        compiled = torch.compile(calls, fullgraph=True, backend=counter)
-        for x in (X, Y, X):
-            for name, found in compiled(x).items():
-                assert_same_bits(found, CASES[name][1](CASES[name][0](), x))
-        for x in (X, Y):
-            for name, found in calls(x).items():
-                assert_same_bits(found, CASES[name][1](CASES[name][0](), x))
+    counter, calls = CompileCounterWithBackend("aot_eager"), Calls()
+    compiled = torch.compile(calls, fullgraph=True, backend=counter)
+    for run, x in ((compiled, X), (compiled, Y), (calls, X), (compiled, X)):
+        for name, found in run(x).items():
+            assert_same_bits(found, CASES[name][1](CASES[name][0](), x), name)
+    assert counter.frame_count == 1
+
+
+def test_tables_of_another_diffusion_are_compiled_for_again() -> None:
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("eager")
+
+    def step(diffusion: GaussianDiffusion, x: Tensor) -> Tensor:
+        return diffusion.ddim_sample(model, x, T, eta=0.5, noise=KEY)["sample"]
+
+    compiled = torch.compile(step, fullgraph=True, backend=counter)
+    one, other = (GaussianDiffusion(betas[10:]) for betas in (BETAS, BETAS.flip(0)))
+    for d in (one, other, one, other):
+        assert_same_bits(compiled(d, X), step(d, X))
     assert counter.frame_count == 2
 
 
