@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 
@@ -38,6 +39,23 @@ def check_count(value: int, name: str = "n") -> None:
         raise TypeError(f"{name} must be an int, got {type(value).__name__}")
     if value < 1:
         raise ValueError(f"{name} must be at least 1, got {value}")
+
+
+def check_not_compiling(name: str, instead: str) -> None:
+    """Refuse to be traced by torch.compile or torch.export.
+
+    Args:
+        name: The public function.
+        instead: What to do.
+
+    Raises:
+        RuntimeError: Compiling or exporting.
+    """
+    if torch.compiler.is_compiling():
+        raise RuntimeError(
+            f"{name} must be called outside of torch.compile and torch.export, got a call inside; "
+            f"{instead}"
+        )
 
 
 def check_float_tensor(name: str, value: object) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from diffcore import ops
 from diffcore._checks import check_choice
+from diffcore._engine.kept import made_plainly
 from diffcore._types import Model
 from diffcore.coefficients.bound import DECODERS, LEARNED, VARIANCE_TYPES
 from diffcore.coefficients.step import PREDICTION_TYPES
@@ -33,7 +34,7 @@ from diffcore.diffusion.checks import (
     check_timesteps,
     check_weights,
 )
-from diffcore.diffusion.tables import DiffusionTables, on_cpu
+from diffcore.diffusion.tables import DiffusionTables
 from diffcore.noise import Noise, PhiloxNoise, StepNoise
 from diffcore.sampling.loop import run_table
 from diffcore.sampling.model import call_model
@@ -107,7 +108,7 @@ class GaussianDiffusion:
             raise TypeError(f"clip_sample_range must be a number, got {kind}")
         if not clip_sample_range > 0:
             raise ValueError(f"clip_sample_range must be positive, got {clip_sample_range}")
-        betas = on_cpu(lambda: check_betas(betas))
+        betas = made_plainly(lambda: check_betas(betas))
         if prediction_type == "epsilon" and betas[-1] == 1:
             raise ValueError(
                 "betas must end below 1 with prediction_type='epsilon', got a last beta of 1 (zero "

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffcore._checks import check_choice, check_count
+from diffcore._checks import check_choice, check_count, check_not_compiling
 from diffcore._types import Model
 from diffcore.coefficients.bound import DECODERS
 from diffcore.diffusion import GaussianDiffusion
@@ -153,6 +153,7 @@ def bits_per_dim(
     Source:
         Ho et al. 2020 (arXiv 2006.11239) eq. 5; Kingma et al. 2021 (arXiv 2107.00630) section 5.
     """
+    check_not_compiling("bits_per_dim", "compile the model that it gets")
     estimator = _Estimator.of(
         diffusion, model, model_kwargs, timesteps, draws, decoder, clip_denoised
     )

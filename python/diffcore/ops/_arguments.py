@@ -8,6 +8,8 @@ from torch import Tensor
 from diffcore._engine.dispatch import plain_eager
 from diffcore._types import Coef, Step
 
+_SYMBOLS = (torch.SymInt, torch.SymFloat)
+
 
 def as_coef(name: str, value: Coef, step: Step) -> Coef:
     """A float, a 0-dim or ``[B]`` tensor, or, with a step, a table ``[T, 1]``."""
@@ -57,10 +59,22 @@ def as_number(name: str, value: Coef) -> Coef:
         return value
     if type(value) is float:
         return value
-    if not hasattr(value, "__float__"):  # a string would do for float() itself
+    if not is_number(value):
         kind = type(value).__name__
         raise TypeError(f"{name} must be a number or a torch.Tensor, got {kind}")
-    return float(value)
+    return as_float(value)
+
+
+def is_number(value: object) -> bool:
+    """Whether ``float`` takes the value as a number; it would take a string too."""
+    # The types first: Dynamo has no hasattr for a symbolic number.
+    return isinstance(value, (int, float, *_SYMBOLS)) or hasattr(value, "__float__")
+
+
+def as_float(value: float) -> float:
+    """The value as a float. One that a tracer derives from a size stays symbolic."""
+    number: float = torch.sym_float(value) if isinstance(value, _SYMBOLS) else float(value)
+    return number
 
 
 def in_float64(name: str, value: Coef) -> Coef:
@@ -71,6 +85,6 @@ def in_float64(name: str, value: Coef) -> Coef:
 
 def float_of(name: str, value: float) -> float:
     """A number; a tensor is refused."""
-    if isinstance(value, Tensor) or not hasattr(value, "__float__"):
+    if isinstance(value, Tensor) or not is_number(value):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    return float(value)
+    return as_float(value)

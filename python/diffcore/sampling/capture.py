@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from diffcore import ops
+from diffcore._checks import check_not_compiling
 from diffcore._engine import native
 from diffcore._types import Model
 from diffcore.noise import PhiloxNoise
@@ -60,6 +61,7 @@ def capture(
         TypeError: ``table`` is not a SolverTable.
         ValueError: ``shape`` is empty, or as ``sample``.
     """
+    check_not_compiling("capture", "compile the model that it gets")
     if not isinstance(table, SolverTable):
         raise TypeError(f"table must be a SolverTable, got {type(table).__name__}")
     check_guidance(guidance_scale, uncond_kwargs)

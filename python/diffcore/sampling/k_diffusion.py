@@ -32,6 +32,8 @@ from typing import Any
 from torch import Tensor
 
 from diffcore import solvers
+from diffcore._checks import check_not_compiling
+from diffcore._engine.kept import made_plainly
 from diffcore._types import Callback, Model
 from diffcore.noise import PhiloxNoise
 from diffcore.sampling.loop import run_table
@@ -267,8 +269,13 @@ def _run(
     disable: bool | None,
     noise_sampler: NoiseSampler | None = None,
 ) -> Tensor:
+    check_not_compiling(
+        "a sampler with k-diffusion's signature",
+        f"make the table there, with solvers.{make.__name__}(sigmas, ...), and compile "
+        "diffcore.sample",
+    )
     check_samples(x)
-    levels = level_vector("sigmas", sigmas)
+    levels = made_plainly(lambda: level_vector("sigmas", sigmas))
     table = _table(make, tuple(levels.tolist()), **options)
 
     def noise_of_interval(row: int, x: Tensor) -> Tensor | PhiloxNoise:
@@ -296,4 +303,4 @@ def _run(
 def _table(
     make: Callable[..., SolverTable], sigmas: tuple[float, ...], **options: Any
 ) -> SolverTable:
-    return make(sigmas, prediction_type="sample", **options)
+    return made_plainly(lambda: make(sigmas, prediction_type="sample", **options))
