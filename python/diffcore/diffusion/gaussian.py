@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from diffcore import ops
-from diffcore._checks import check_choice
+from diffcore._checks import as_positive, as_real, check_choice
 from diffcore._types import Model
 from diffcore.coefficients.bound import DECODERS, LEARNED, VARIANCE_TYPES
 from diffcore.coefficients.step import PREDICTION_TYPES
@@ -102,11 +102,7 @@ class GaussianDiffusion:
         check_choice("prediction_type", prediction_type, PREDICTION_TYPES)
         check_choice("variance_type", variance_type, VARIANCE_TYPES)
         check_choice("loss_type", loss_type, training.LOSS_TYPES)
-        if isinstance(clip_sample_range, bool) or not hasattr(clip_sample_range, "__float__"):
-            kind = type(clip_sample_range).__name__
-            raise TypeError(f"clip_sample_range must be a number, got {kind}")
-        if not clip_sample_range > 0:
-            raise ValueError(f"clip_sample_range must be positive, got {clip_sample_range}")
+        clip_sample_range = as_positive("clip_sample_range", clip_sample_range)
         betas = on_cpu(lambda: check_betas(betas))
         if prediction_type == "epsilon" and betas[-1] == 1:
             raise ValueError(
@@ -117,7 +113,7 @@ class GaussianDiffusion:
         self.prediction_type = prediction_type
         self.variance_type = variance_type
         self.clip_sample = bool(clip_sample)
-        self.clip_sample_range = float(clip_sample_range)
+        self.clip_sample_range = clip_sample_range
         self.loss_type = loss_type
 
         self.tables = tables = DiffusionTables(betas, prediction_type, variance_type)
@@ -404,6 +400,7 @@ class GaussianDiffusion:
         """
         t = self._timesteps_of(x, t)
         clip = self._clip_range(clip_denoised)
+        eta = as_real("eta", eta)
         table = self.tables.ddim(clip, eta, rederive_epsilon)
         output, _ = self._predict(model, x, t, model_kwargs)
         if eta == 0:
@@ -508,7 +505,7 @@ class GaussianDiffusion:
         rows = self.tables.rows(num_steps, timestep_spacing)
         x, step_noise = initial_sample(model, shape, noise, step_noise, device, dtype, generator)
         clip = self._clip_range(clip_denoised)
-        solver = self.tables.ddim_solver(rows, clip, eta, rederive_epsilon)
+        solver = self.tables.ddim_solver(rows, clip, as_real("eta", eta), rederive_epsilon)
         return run_table(
             model,
             x,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -10,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from diffcore._checks import check_choice
+from diffcore._checks import as_int, check_choice, hint
 from diffcore.coefficients.bound import FIXED, VLB_COLUMNS, vlb_coefficients
 from diffcore.coefficients.step import posterior_coefficients, tensors, x0_coefficients
 from diffcore.schedules.schedule import NoiseSchedule
@@ -270,13 +269,15 @@ class DiffusionTables:
             TypeError: Timesteps that are not integers.
             ValueError: None, or one out of range.
         """
-        if isinstance(timesteps, int):
-            rows = self.rows(timesteps, timestep_spacing)
+        if hasattr(timesteps, "__index__") and not getattr(timesteps, "ndim", 0):
+            rows = self.rows(as_int("timesteps", timesteps), timestep_spacing)
         else:
             try:
-                rows = tuple(sorted({operator.index(t) for t in timesteps}))
-            except TypeError as error:
-                raise TypeError(f"timesteps must be integers, got {timesteps!r}") from error
+                rows = tuple(sorted({as_int("timesteps", t) for t in timesteps}))
+            except TypeError:
+                fix = "p_sample_loop(num_steps=...) and ddim_sample_loop(num_steps=...) respace too"
+                openai = hint(fix if isinstance(timesteps, str) else "")
+                raise TypeError(f"timesteps must be integers, got {timesteps!r}{openai}") from None
         if not rows or not 0 <= rows[0] <= rows[-1] < len(self):
             raise ValueError(f"timesteps must be in 0 .. {len(self) - 1}, got {timesteps}")
         log_bar = torch.log1p(-self.betas).cumsum(0)[list(rows)]

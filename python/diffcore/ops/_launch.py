@@ -19,7 +19,7 @@ from diffcore._kernels.step import PLAIN, Plan, columns_read, learned_plan, plan
 from diffcore._types import Coef, Coefs, Row, Step, Tensors
 from diffcore.coefficients.step import HISTORY_READ, HISTORY_WRITTEN, STEP_COLUMNS
 from diffcore.noise import Noise
-from diffcore.ops._arguments import as_coef, as_table
+from diffcore.ops._arguments import as_coef, as_table, converted
 from diffcore.ops._noise import run_noisy
 
 _ALL = len(STEP_COLUMNS)
@@ -77,6 +77,10 @@ def launch(
         kernel = plan.kernel if len(tensors) == 2 else plan.guided
         inputs, coefs = (*tensors, *others), leading + plan.coefs[2:]
     if noise is None:
+        try:
+            return run(kernel, inputs, coefs, t, False, out)
+        except TypeError as error:
+            coefs, t = converted(error, coefs, t, x)
         return run(kernel, inputs, coefs, t, False, out)
     return run_noisy(kernel, inputs, noise, coefs, t, out)
 

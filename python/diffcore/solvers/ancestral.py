@@ -53,7 +53,7 @@ def ddpm_table(
         eq. 15.
     """
     check_choice("variance_type", variance_type, VARIANCE_TYPES)
-    levels = as_levels(levels)
+    levels = as_levels(levels, prediction_type)
     rows = Rows("ddpm", levels, prediction_type, clip_range)
     c_0, c_x, beta_tilde, beta = tensors(posterior_coefficients(*_ends(levels)))
     noisy, learned = levels.sigma[1:] != 0, None
@@ -100,7 +100,7 @@ def ddim_table(
     Source:
         Song et al. 2021 (arXiv 2010.02502) eq. 12 and 16.
     """
-    levels = as_levels(levels)
+    levels = as_levels(levels, prediction_type)
     rows = Rows("ddim", levels, prediction_type, clip_range)
     # With x0 as the prediction, the first four columns are those of the step alone.
     steps = ddim_coefficients(*_ends(levels), eta=eta, prediction_type="sample")[:, :4].tolist()
@@ -144,9 +144,8 @@ def euler_ancestral_table(
     Source:
         k-diffusion's ``sample_euler_ancestral``.
     """
-    at_least_zero("eta", eta)
-    at_least_zero("s_noise", s_noise)
-    levels = as_levels(levels)
+    eta, s_noise = at_least_zero("eta", eta), at_least_zero("s_noise", s_noise)
+    levels = as_levels(levels, prediction_type)
     rows = Rows("euler_ancestral", levels, prediction_type, clip_range)
     for i, (here, after) in enumerate(pairwise(levels.levels())):
         down, up = ancestral(here, after, eta)

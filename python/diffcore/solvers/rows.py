@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from diffcore._checks import check_choice
+from diffcore._checks import as_int, as_real, check_choice
 from diffcore.coefficients.step import (
     HISTORY_READ,
     HISTORY_WRITTEN,
@@ -167,21 +167,24 @@ def ancestral(level: Level, after: Level, eta: float) -> tuple[float, float]:
     return after.sigma * math.sqrt(left), after.sigma * eta * math.sqrt((1 - q) * (1 + q))
 
 
-def at_least_zero(name: str, value: float) -> None:
-    """Refuse anything but a finite number of at least 0.
+def at_least_zero(name: str, value: float) -> float:
+    """A finite number of at least 0, as a Python float.
 
     Args:
         name: Name of the argument.
         value: The argument to check.
 
+    Returns:
+        The float.
+
     Raises:
         TypeError: Not a number.
         ValueError: Below 0, infinite or nan.
     """
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    value = as_real(name, value)
     if not 0 <= value < math.inf:
         raise ValueError(f"{name} must be at least 0 and finite, got {value}")
+    return value
 
 
 def check_order(order: int, highest: int) -> int:
@@ -198,8 +201,7 @@ def check_order(order: int, highest: int) -> int:
         TypeError: Not an int.
         ValueError: Outside 1 .. ``highest``.
     """
-    if isinstance(order, bool) or not isinstance(order, int):
-        raise TypeError(f"order must be an int, got {type(order).__name__}")
+    order = as_int("order", order)
     if not 1 <= order <= highest:
         raise ValueError(f"order must be in 1 .. {highest}, got {order}")
     return order

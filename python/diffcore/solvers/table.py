@@ -170,6 +170,18 @@ class SolverTable:
         """S, the number of calls of the model."""
         return len(self.coefficients)
 
+    def __repr__(self) -> str:
+        """One line: the solver, its steps and model calls, and what it needs."""
+        kinds = (
+            (self.stochastic, "stochastic"),
+            (self.variance is not None, "learned variance"),
+            (self.history > 0, f"history={self.history}"),
+        )
+        return (
+            f"SolverTable({self.name!r}, {self.num_steps} steps, {len(self)} model calls, "
+            f"order {self.order}{''.join(f', {what}' for holds, what in kinds if holds)})"
+        )
+
     @property
     def num_steps(self) -> int:
         """The number of steps, of one or two calls each."""
