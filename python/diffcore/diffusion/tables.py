@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from diffcore._checks import as_int, check_choice, hint
-from diffcore.coefficients.bound import FIXED, VLB_COLUMNS, vlb_coefficients
+from diffcore.coefficients.bound import FIXED, LEARNED, VLB_COLUMNS, vlb_coefficients
 from diffcore.coefficients.step import posterior_coefficients, tensors, x0_coefficients
 from diffcore.schedules.schedule import NoiseSchedule
 from diffcore.schedules.timesteps import TIMESTEP_SPACINGS, respaced_timesteps
 from diffcore.solvers import NoiseLevels, SolverTable, ddim_table, ddpm_table
+from diffcore.solvers.ancestral import ddim_coefficients, ddpm_coefficients
 from diffcore.solvers.table import TO_X0
 
 # A few samplers in use at once, not every combination of arguments ever used.
@@ -159,22 +160,29 @@ class DiffusionTables:
         """``reverse_step`` coefficients of the ancestral step from each timestep."""
         return self._cached(
             ("ddpm steps", clip),
-            lambda: DeviceCopies(self.ddpm_solver(None, clip).coefficients.flip(0)),
+            lambda: DeviceCopies(self._ddpm_coefficients(clip)[0].flip(0)),
         )
 
     def learned_variance(self, clip: float | None) -> DeviceCopies | None:
         """Coefficients of the variance output in these steps; ``None`` for a fixed variance."""
-        learned = self.ddpm_solver(None, clip).variance
-        if learned is None:
+        if self.variance_type not in LEARNED:
             return None
-        return self._cached(("ddpm variance",), lambda: DeviceCopies(learned.flip(0)))
+
+        def build() -> DeviceCopies:
+            _, variance = self._ddpm_coefficients(clip)
+            assert variance is not None
+            return DeviceCopies(variance.flip(0))
+
+        return self._cached(("ddpm variance",), build)
 
     def ddim(self, clip: float | None, eta: float, rederive_epsilon: bool) -> DeviceCopies:
         """``reverse_step`` coefficients of the DDIM step from each timestep."""
         return self._cached(
             ("ddim steps", clip, eta, rederive_epsilon),
             lambda: DeviceCopies(
-                self.ddim_solver(None, clip, eta, rederive_epsilon).coefficients.flip(0)
+                ddim_coefficients(
+                    self._levels(None), eta, rederive_epsilon, self.prediction_type, clip
+                ).flip(0)
             ),
         )
 
@@ -182,7 +190,7 @@ class DiffusionTables:
         """``reverse_step`` coefficients whose result is the clipped x_0."""
 
         def build() -> DeviceCopies:
-            table = self.ddpm_solver(None, clip).coefficients.flip(0)
+            table = self._ddpm_coefficients(clip)[0].flip(0)
             for column, value in enumerate(TO_X0):
                 table[:, column] = value
             return DeviceCopies(table)
@@ -295,6 +303,10 @@ class DiffusionTables:
                 self._built.clear()
             found = self._built[key] = on_cpu(build)
         return found
+
+    def _ddpm_coefficients(self, clip: float | None) -> tuple[Tensor, Tensor | None]:
+        levels = self._levels(None)
+        return ddpm_coefficients(levels, self.variance_type, self.prediction_type, clip)
 
     def _levels(self, rows: tuple[int, ...] | None) -> NoiseLevels:
         """Noise levels from the last of these timesteps down; the model gets training timesteps."""

@@ -7,13 +7,13 @@ no solver.
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from diffcore._checks import as_int
 from diffcore._engine.dispatch import run
 from diffcore._kernels.step import PLAIN, Plan, columns_read, learned_plan, plan
 from diffcore._types import Coef, Coefs, Row, Step, Tensors
@@ -138,6 +138,11 @@ def variance_columns(row: Row) -> Coefs:
 def _columns(name: str, row: Row, columns: int, widths: tuple[int, ...]) -> Coefs:
     if isinstance(row, tuple):
         if len(row) not in widths:
+            if hasattr(row, "coefficients"):  # a Row of a solver's table, which is a tuple too
+                raise TypeError(
+                    f"{name} must be a tuple of numbers or a tensor, got {type(row).__name__}; "
+                    "pass table.rows[i].coefficients, or table.coefficients with t=i"
+                )
             counts = " or ".join(map(str, widths))
             raise ValueError(f"{name} must hold {counts} numbers, got {len(row)}")
         return row[:columns]
@@ -222,12 +227,7 @@ class RowLauncher:
     def _plan(self, i: int | Tensor) -> tuple[Plan, Tensor | None]:
         """The plan of row i; for a tensor of rows, one that covers the needs of every row."""
         if not isinstance(i, Tensor):
-            index = operator.index(i)
-            if not 0 <= index < len(self._plans):
-                raise ValueError(
-                    f"i must be a row of {self._name}, 0 .. {len(self._plans) - 1}, got {i}"
-                )
-            return self._plans[index], None
+            return self._plans[self.index(i)], None
         reads, keeps = self._history, self._history > 0
         coefficients, variance = self._on(i.device)
         stochastic = any(how.noisy for how in self._plans)
@@ -235,6 +235,15 @@ class RowLauncher:
         if variance is not None and stochastic:
             return learned_plan((columns, variance)), i
         return plan((columns,), reads, keeps, stochastic), i
+
+    def index(self, i: int) -> int:
+        """The number of a row, checked."""
+        index = as_int("i", i)
+        if not 0 <= index < len(self._plans):
+            raise ValueError(
+                f"i must be a row of {self._name}, 0 .. {len(self._plans) - 1}, got {i}"
+            )
+        return index
 
     def _on(self, device: torch.device) -> tuple[Tensor, Tensor | None]:
         """Coefficients and variance on a device: copied once, then found again."""

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from diffcore._checks import as_int, as_positive, check_choice
-from diffcore.coefficients.step import epsilon_coefficients, x0_coefficients
+from diffcore.coefficients.step import epsilon_coefficients, tensors, x0_coefficients
 from diffcore.schedules import NoiseSchedule
 from diffcore.schedules.schedule import check_schedule
+from diffcore.schedules.tensors import as_float64
 from diffcore.schedules.timesteps import sigmas_to_timesteps, timesteps_to_sigmas
 from diffcore.solvers.paths import (
     PATHS,
@@ -359,6 +360,24 @@ class NoiseLevels:
             return (1 - level.alpha * a_x) / level.sigma, -level.alpha * a_m / level.sigma
         e_x, e_m = epsilon_coefficients(level.alpha * scale, level.sigma * scale, prediction_type)
         return float(e_x) * scale, float(e_m)
+
+    def x0_columns(self, prediction_type: str) -> tuple[Tensor, Tensor]:
+        """``x0`` at all levels but the last, float64 ``[N]`` each."""
+        if self.input_std is None:
+            alpha, sigma = self.alpha[:-1], self.sigma[:-1]
+            a_x, a_m = tensors(x0_coefficients(alpha, sigma, prediction_type))
+            return a_x, a_m
+        pairs = as_float64([self.x0(level, prediction_type) for level in self.levels()[:-1]])
+        return pairs[:, 0], pairs[:, 1]
+
+    def epsilon_columns(self, prediction_type: str) -> tuple[Tensor, Tensor]:
+        """``epsilon`` at all levels but the last, float64 ``[N]`` each."""
+        if self.input_std is None:
+            alpha, sigma = self.alpha[:-1], self.sigma[:-1]
+            e_x, e_m = tensors(epsilon_coefficients(alpha, sigma, prediction_type))
+            return e_x, e_m
+        pairs = as_float64([self.epsilon(level, prediction_type) for level in self.levels()[:-1]])
+        return pairs[:, 0], pairs[:, 1]
 
     def check_signal(self, name: str) -> None:
         """Refuse levels that start at alpha = 0, for a solver that cannot.
