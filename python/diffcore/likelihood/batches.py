@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from diffcore._checks import check_count
+from diffcore._checks import as_int
 from diffcore.likelihood.checkpoint import digest
 from diffcore.likelihood.tally import Tally
 from diffcore.noise import Noise, PhiloxNoise
@@ -44,7 +44,7 @@ class Batches:
             if data.ndim == 0:
                 raise ValueError("data must have shape [N, ...], got []")
             size = DEFAULT_BATCH_SIZE if batch_size is None else batch_size
-            check_count(size, "batch_size")
+            size = as_int("batch_size", size, 1)
             return cls(data.split(size), {"data": list(data.shape), "batch_size": size})
         if batch_size is not None:
             raise ValueError(

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffcore._checks import check_choice, check_count, check_not_compiling
+from diffcore._checks import as_int, check_choice, check_not_compiling
 from diffcore._types import Model
 from diffcore.coefficients.bound import DECODERS
 from diffcore.diffusion import GaussianDiffusion
@@ -230,11 +230,11 @@ class _Estimator:
         clip_denoised: bool | None,
     ) -> _Estimator:
         last = diffusion.num_timesteps - 1
-        check_count(draws, "draws")
+        draws = as_int("draws", draws, 1)
         if timesteps is not None:
-            if isinstance(timesteps, int) and not 1 <= timesteps <= last:
+            timesteps = as_int("timesteps", timesteps)
+            if not 1 <= timesteps <= last:
                 raise ValueError(f"timesteps must be in 1 .. T - 1 = {last}, got {timesteps}")
-            check_count(timesteps, "timesteps")
         check_choice("decoder", decoder, DECODERS)
         strata = Strata.of(diffusion.schedule.log_snr, last if timesteps is None else timesteps)
         clip = diffusion._clip_range(clip_denoised)

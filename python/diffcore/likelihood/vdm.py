@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from diffcore import ops
-from diffcore._checks import check_choice, check_count
+from diffcore._checks import as_int, check_choice
 from diffcore._engine.dispatch import plain_eager, run
 from diffcore._kernels.bound import PRIOR_KL
 from diffcore._types import Model
@@ -134,7 +134,7 @@ def vdm_bound(
     if len(x) == 0:
         raise ValueError("x must have at least one sample, got an empty batch")
     if num_timesteps is not None:
-        check_count(num_timesteps, "num_timesteps")
+        num_timesteps = as_int("num_timesteps", num_timesteps, 1)
     schedule = _Schedule.of(gamma_min, gamma_max, gamma, gamma_prime, x.device)
     if decoder == "discretized" and can_read_values(x):
         check_pixels("x", x)

@@ -15,6 +15,7 @@ from diffcore._engine.kernel import NoisyKernel
 from diffcore._kernels import noise as k
 from diffcore._types import Coef, Step
 from diffcore.noise import Noise, PhiloxNoise, draw
+from diffcore.ops._arguments import converted
 
 __all__ = [
     "randn",
@@ -33,12 +34,20 @@ def run_noisy(
     if isinstance(noise, PhiloxNoise):
         if not isinstance(inputs[0], Tensor):
             messages.refuse_non_tensor(kernel.generating.inputs, inputs)
+        try:
+            return k.run_noisy(kernel, inputs, noise._parts, coefs, step, out)
+        except TypeError as error:
+            coefs, step = converted(error, coefs, step, inputs[0])
         return k.run_noisy(kernel, inputs, noise._parts, coefs, step, out)
     if not isinstance(noise, Tensor):
         kind = type(noise).__name__
         raise TypeError(
             f"{kernel.reading.inputs[-1]} must be a torch.Tensor or a PhiloxNoise, got {kind}"
         )
+    try:
+        return run(kernel.reading, (*inputs, noise), coefs, step, False, out)
+    except TypeError as error:
+        coefs, step = converted(error, coefs, step, inputs[0])
     return run(kernel.reading, (*inputs, noise), coefs, step, False, out)
 
 

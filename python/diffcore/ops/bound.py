@@ -10,7 +10,7 @@ from diffcore._kernels import bound as k
 from diffcore._types import Coef, Step
 from diffcore.coefficients.bound import FIXED, VLB_COLUMNS, prior_coefficients
 from diffcore.noise import Noise
-from diffcore.ops._arguments import as_coef, as_table, float_of
+from diffcore.ops._arguments import as_coef, as_table, converted, float_of
 from diffcore.ops._noise import run_noisy
 
 __all__ = [
@@ -86,7 +86,12 @@ def vlb_term(
         inputs = (*inputs, variance_output)
     found: Tensor
     if x_t is not None:
-        found = run(k.VLB_TERM[learned].reading, (*inputs, x_t), coefs, t)
+        kernel = k.VLB_TERM[learned].reading
+        try:
+            return run(kernel, (*inputs, x_t), coefs, t)
+        except TypeError as error:
+            coefs, t = converted(error, coefs, t, x0)
+        found = run(kernel, (*inputs, x_t), coefs, t)
     else:
         assert noise is not None
         found = run_noisy(_OF_NOISE[learned], inputs, noise, coefs, t)
