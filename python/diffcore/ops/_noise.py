@@ -30,9 +30,12 @@ def run_noisy(
 ) -> Any:
     """Runs a kernel whose last input is ``noise``, or the one that generates it."""
     if isinstance(noise, PhiloxNoise):
-        if not isinstance(inputs[0], Tensor):
+        x = inputs[0]
+        if not isinstance(x, Tensor):
             messages.refuse_non_tensor(kernel.generating.inputs, inputs)
-        return k.run_noisy(kernel, inputs, noise._parts, coefs, step, out)
+        if type(noise) is PhiloxNoise or x.dtype not in messages.DTYPES:
+            return k.run_noisy(kernel, inputs, noise._parts, coefs, step, out)
+        noise = noise.tensor(x.shape, dtype=x.dtype, device=x.device)  # of a shard
     if not isinstance(noise, Tensor):
         kind = type(noise).__name__
         raise TypeError(
