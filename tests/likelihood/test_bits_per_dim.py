@@ -171,7 +171,7 @@ def test_strata_cover_all_timesteps_in_even_shares():
 
 def test_timesteps_are_uniform_in_their_strata():
     strata = Strata(torch.tensor([0, 1, 4]), torch.tensor([1, 3, 46]))
-    t = strata.timesteps(PhiloxNoise(3), (20_000, 2), torch.device("cpu"))
+    t = strata.timesteps(PhiloxNoise(3), (20_000, 2))
     assert (t[:, 0] == 0).all()
     for k, draw in ((1, 0), (1, 1), (2, 0), (2, 1)):
         start, size = strata.starts[k].item(), strata.sizes[k].item()

@@ -280,7 +280,7 @@ class _Estimator:
         """The timesteps to visit, int64 ``[B, S, draws]`` on the CPU."""
         if isinstance(noise, PhiloxNoise):
             key = noise.at(noise.stream + self.calls)
-            return self.strata.timesteps(key, (len(x), self.draws), x.device)
+            return self.strata.timesteps(key, (len(x), self.draws))
         return self.strata.starts.reshape(1, -1, 1).repeat(len(x), 1, 1)
 
 

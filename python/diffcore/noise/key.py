@@ -234,6 +234,7 @@ class PhiloxNoise:
         """
         _check_dtype(dtype)
         batch, *rest = p.sizes("shape", shape) or (1,)
+        self._check_batch(batch)
         elements = self._elements(tuple(rest), self._device(device))
         dtype = torch.get_default_dtype() if dtype is None else dtype
         u = philox.uniforms(self._parts, elements, batch, dtype)
@@ -268,6 +269,7 @@ class PhiloxNoise:
         if num_timesteps > _MAX_TIMESTEPS:
             raise ValueError(f"num_timesteps must be at most 2^31, got {num_timesteps}")
         (batch,) = p.sizes("batch", (batch,))
+        self._check_batch(batch)
         bounds = torch.full((1,), num_timesteps, dtype=torch.int64, device=self._device(device))
         return philox.integers(self._parts, bounds, batch)[:, 0]
 
@@ -292,6 +294,13 @@ class PhiloxNoise:
     def _with(self, parts: NoiseParts) -> PhiloxNoise:
         """A key of the same kind, of parts that are known to be right."""
         return PhiloxNoise(*parts)
+
+    def _check_batch(self, batch: int) -> None:
+        ids = self._parts[1]
+        if isinstance(ids, Tensor) and ids.ndim and len(ids) != batch:
+            raise ValueError(
+                f"sample_ids must have {batch} entries, one for each sample, got {len(ids)}"
+            )
 
     def _device(self, device: Device) -> Device:
         if device is not None:
