@@ -28,7 +28,7 @@ from diffcore._engine.kernel import Kernel, NoisyKernel
 from diffcore._engine.messages import Arguments
 from diffcore._types import Coefs, Step, Tensors
 
-_LIBRARY = torch.library.Library("diffcore", "DEF")
+LIBRARY = torch.library.Library("diffcore", "DEF")
 
 
 def pack(coefs: Coefs, step: Step) -> tuple[list[Tensor | None], list[float], Tensor | None, int]:
@@ -128,7 +128,7 @@ def define(kernel: Kernel) -> Kernel:
     arity, name = len(kernel.inputs), kernel.operator
     tensors = ", ".join(f"Tensor {i}" for i in kernel.inputs)
     returns = ", ".join(["Tensor"] * (kernel.outputs + kernel.sums))
-    _LIBRARY.define(
+    LIBRARY.define(
         f"{name}({tensors}, Tensor?[] coef_tensors, float[] coef_numbers, Tensor? step_tensor, "
         f"int step, bool reduce_all{_NOISE_SCHEMA * kernel.generates_noise})"
         f" -> {returns if kernel.outputs + kernel.sums == 1 else f'({returns})'}",
@@ -174,9 +174,9 @@ def define(kernel: Kernel) -> Kernel:
         return (*found, *map(_no_gradient, ctx.call))
 
     qualified = f"diffcore::{name}"
-    _LIBRARY.impl(name, native, "CPU")
-    _LIBRARY.impl(name, native, "CUDA")
-    torch.library.register_fake(qualified, fake, lib=_LIBRARY)
-    torch.library.register_vmap(qualified, vmap, lib=_LIBRARY)
-    torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=_LIBRARY)
+    LIBRARY.impl(name, native, "CPU")
+    LIBRARY.impl(name, native, "CUDA")
+    torch.library.register_fake(qualified, fake, lib=LIBRARY)
+    torch.library.register_vmap(qualified, vmap, lib=LIBRARY)
+    torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=LIBRARY)
     return kernel

@@ -124,8 +124,11 @@ class PhiloxNoise:
         source = torch.device("cpu") if generator is None else generator.device
         at = source if device is None else torch.device(device)
         seeded_on = at if generator is None else source
+        eager = plain_eager()
+        if generator is None and not eager:
+            return cls(torch.ops.diffcore.draw_seed(device=seeded_on))
         seed = torch.randint(-(2**63), 2**63 - 1, (1,), generator=generator, device=seeded_on)
-        if seeded_on.type == "cpu" and plain_eager():
+        if seeded_on.type == "cpu" and eager:
             return cls(int(seed))
         return cls(seed.to(at))
 
