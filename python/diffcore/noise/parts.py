@@ -35,7 +35,7 @@ def ids_part(sample_ids: Any) -> Any:
     """An int, or an int64 tensor ``[]`` or ``[B]``."""
     if sample_ids is None:
         return 0
-    if isinstance(sample_ids, (list, tuple)):
+    if isinstance(sample_ids, (list, tuple, range)):
         sample_ids = _list_of_ids(sample_ids)
     elif hasattr(sample_ids, "__array_interface__") and getattr(sample_ids, "ndim", 0):
         if sample_ids.dtype.kind not in "iu" or sample_ids.dtype.name == "uint64":
