@@ -29,7 +29,7 @@ from diffcore._engine.kernel import Kernel, NoisyKernel
 from diffcore._engine.messages import Arguments
 from diffcore._types import Coefs, Step, Tensors
 
-_LIBRARY = torch.library.Library("diffcore", "DEF")
+LIBRARY = torch.library.Library("diffcore", "DEF")
 
 
 def pack(kernel: Kernel, first: Tensor, coefs: Coefs, step: Step) -> tuple[Any, ...]:
@@ -176,7 +176,7 @@ def define(kernel: Kernel) -> Kernel:
     arity, name = len(kernel.inputs), kernel.operator
     tensors = ", ".join(f"Tensor {i}" for i in kernel.inputs)
     returns = ", ".join(["Tensor"] * (kernel.outputs + kernel.sums))
-    _LIBRARY.define(
+    LIBRARY.define(
         f"{name}({tensors}{_COEF_SCHEMA * bool(kernel.coefs)}, bool reduce_all"
         f"{_NOISE_SCHEMA * kernel.generates_noise})"
         f" -> {returns if kernel.outputs + kernel.sums == 1 else f'({returns})'}",
@@ -220,9 +220,9 @@ def define(kernel: Kernel) -> Kernel:
         return (*found, *map(_no_gradient, ctx.call))
 
     qualified = f"diffcore::{name}"
-    _LIBRARY.impl(name, native, "CPU")
-    _LIBRARY.impl(name, native, "CUDA")
-    torch.library.register_fake(qualified, fake, lib=_LIBRARY)
-    torch.library.register_vmap(qualified, vmap, lib=_LIBRARY)
-    torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=_LIBRARY)
+    LIBRARY.impl(name, native, "CPU")
+    LIBRARY.impl(name, native, "CUDA")
+    torch.library.register_fake(qualified, fake, lib=LIBRARY)
+    torch.library.register_vmap(qualified, vmap, lib=LIBRARY)
+    torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=LIBRARY)
     return kernel

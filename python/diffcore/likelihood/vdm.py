@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,6 +42,33 @@ class VDMBound:
     reconstruction_nats: Tensor
     t: Tensor
     dimensions: int
+
+    @classmethod
+    def combine(cls, bounds: Sequence[VDMBound]) -> VDMBound:
+        """The bounds of all samples, from those of several batches or processes, in their order.
+
+        A sample has the same bits in any batch if its noise is from a key, its t is given and the
+        model works on single samples; so then has a mean over all of them.
+
+        Args:
+            bounds: At least one bound, of samples with the same number of dimensions.
+
+        Returns:
+            A ``VDMBound``, on the device of the first.
+
+        Raises:
+            ValueError: No bounds, or samples of different sizes.
+        """
+        if not bounds:
+            raise ValueError("bounds must have at least one entry, got none")
+        sizes = {bound.dimensions for bound in bounds}
+        if len(sizes) > 1:
+            raise ValueError(f"bounds must have one number of dimensions, got {sorted(sizes)}")
+        device = bounds[0].t.device
+        names = ("prior_nats", "diffusion_nats", "reconstruction_nats", "t")
+        columns = ([getattr(bound, name).to(device) for bound in bounds] for name in names)
+        prior, diffusion, reconstruction, t = (torch.cat(column) for column in columns)
+        return cls(prior, diffusion, reconstruction, t, bounds[0].dimensions)
 
     @property
     def total_nats(self) -> Tensor:

@@ -32,13 +32,16 @@ def run_noisy(
 ) -> Any:
     """Runs a kernel whose last input is ``noise``, or the one that generates it."""
     if isinstance(noise, PhiloxNoise):
-        if not isinstance(inputs[0], Tensor):
+        if not all(isinstance(x, Tensor) for x in inputs):
             messages.refuse_non_tensor(kernel.generating.inputs, inputs)
-        try:
+        like = inputs[kernel.generating.samples]
+        if type(noise) is PhiloxNoise or like.dtype not in messages.DTYPES:
+            try:
+                return k.run_noisy(kernel, inputs, noise._parts, coefs, step, out)
+            except TypeError as error:
+                coefs, step = converted(error, coefs, step, inputs[0])
             return k.run_noisy(kernel, inputs, noise._parts, coefs, step, out)
-        except TypeError as error:
-            coefs, step = converted(error, coefs, step, inputs[0])
-        return k.run_noisy(kernel, inputs, noise._parts, coefs, step, out)
+        noise = noise.tensor(like.shape, dtype=like.dtype, device=like.device)  # of a shard
     if not isinstance(noise, Tensor):
         kind = type(noise).__name__
         raise TypeError(

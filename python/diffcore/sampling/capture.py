@@ -133,16 +133,14 @@ class CapturedSampler:
         Raises:
             TypeError: ``noise`` is not a noise key.
             ValueError: Shapes differ from the recorded ones, an argument was not recorded as a
-                tensor, or ``noise.first_element`` is not 0.
+                tensor, or ``noise`` is the key of a shard.
         """
         if noise is None:
             noise = PhiloxNoise.from_generator(device=self._x.device)
         if not isinstance(noise, PhiloxNoise):
             raise TypeError(f"noise must be a PhiloxNoise, got {type(noise).__name__}")
-        if noise.first_element:
-            raise ValueError(
-                f"noise must have first_element 0 in a recorded loop, got {noise.first_element}"
-            )
+        if noise.first_element or type(noise) is not PhiloxNoise:
+            raise ValueError(f"noise must be of complete samples in a recorded loop, got {noise}")
         if x is None:
             ops.randn(self._x.shape, noise, dtype=self._x.dtype, device=self._x.device, out=self._x)
             self._x.mul_(self._table.init_noise_sigma)

@@ -15,7 +15,8 @@ write a loop on ``SolverTable.step``. They take
 - disable: ``None`` for a bar on terminals only, ``True`` for none.
 - eta, s_noise: Strength of the noise, and a factor of it.
 - noise_sampler: ``(sigma, sigma_next) -> noise``, called whenever noise is added, with the ends of
-  the interval it is for as 0-dim tensors.
+  the interval it is for as 0-dim tensors. Or a noise key, of which row r of the solver table takes
+  the stream 1 + r after its own, as in ``diffcore.sample``.
 - s_churn, s_tmin, s_tmax: Churn of Karras et al., see ``solvers.euler_table``.
 
 Without a ``noise_sampler``, and always for churn, the kernels generate the noise from a seed that
@@ -47,7 +48,7 @@ from diffcore.solvers.paths import level_vector
 
 Sigmas = Tensor | Sequence[float]
 ExtraArgs = Mapping[str, Any] | None
-NoiseSampler = Callable[[Tensor, Tensor], Tensor | PhiloxNoise]
+NoiseSampler = Callable[[Tensor, Tensor], Tensor | PhiloxNoise] | PhiloxNoise
 
 _CACHED_TABLES = 32
 
@@ -280,9 +281,13 @@ def _run(
     check_samples(x)
     levels = made_plainly(lambda: level_vector("sigmas", sigmas))
     table = _table(make, tuple(levels.tolist()), **options)
+    keyed = noise_sampler is None or isinstance(noise_sampler, PhiloxNoise)
+    if not (keyed or callable(noise_sampler)):
+        kind = type(noise_sampler).__name__
+        raise TypeError(f"noise_sampler must be a function or a PhiloxNoise, got {kind}")
 
     def noise_of_interval(row: int, x: Tensor) -> Tensor | PhiloxNoise:
-        assert noise_sampler is not None
+        assert callable(noise_sampler)
         return noise_sampler(*table.to(x.device).noise_levels[row])
 
     def report(state: dict[str, Any]) -> None:
@@ -296,7 +301,7 @@ def _run(
         model,
         x,
         table,
-        noise_or_default(None, x) if noise_sampler is None else noise_of_interval,
+        noise_of_interval if callable(noise_sampler) else noise_or_default(noise_sampler, x),
         model_kwargs=extra_args,
         callback=None if callback is None else report,
         progress=None if disable is None else not disable,
