@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from diffcore._checks import is_dtensor
 from diffcore._engine import messages, native
 from diffcore._engine.autograd import Function
 from diffcore._engine.execute import Noise, direct, resolved, run_reference
@@ -52,7 +53,7 @@ def _run(  # noqa: C901 - the call path: one more function is time
 ) -> Any:
     """The outputs of a kernel, one tensor or a tuple: elementwise first, then sums."""
     if _compiling():
-        return run_registered(kernel, inputs, coefs, step, reduce_all, out, noise)
+        return _run_registered(kernel, inputs, coefs, step, reduce_all, out, noise)
     found = _NOT_PLAIN
     if _launch is not None:
         inspect_only = out is not None or forward_ad._current_level >= 0 or native.DEBUG
@@ -62,7 +63,7 @@ def _run(  # noqa: C901 - the call path: one more function is time
     if found & _NOT_PLAIN and not all(isinstance(x, Tensor) for x in inputs):
         messages.refuse_non_tensor(kernel.inputs, inputs)
     if found & (_NOT_PLAIN | _MODE):
-        return run_registered(kernel, inputs, coefs, step, reduce_all, out, noise)
+        return _run_registered(kernel, inputs, coefs, step, reduce_all, out, noise)
     if found & _TRANSFORM or forward_ad._current_level >= 0:
         return run_reference(kernel, inputs, coefs, step, reduce_all, out, noise)
     if found:
@@ -80,6 +81,22 @@ def _run(  # noqa: C901 - the call path: one more function is time
                 return run_reference(kernel, inputs, coefs, step, reduce_all, None, noise)
             return _apply((kernel, coefs, step, reduce_all, noise), *inputs)
     return direct(kernel, inputs, coefs, step, reduce_all, out, noise)
+
+
+def _run_registered(
+    kernel: Kernel,
+    inputs: Tensors,
+    coefs: Coefs,
+    step: Step,
+    reduce_all: bool,
+    out: Tensor | None,
+    noise: Noise,
+) -> Any:
+    if not any(map(is_dtensor, (*inputs, *coefs, step, *(noise or ())))):
+        return run_registered(kernel, inputs, coefs, step, reduce_all, out, noise)
+    from diffcore._engine.sharding import run_sharded
+
+    return run_sharded(_run, kernel, inputs, coefs, step, reduce_all, out, noise)
 
 
 def plain_eager() -> bool:
