@@ -2,20 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
-from torch.nn import Parameter
-
-
-def is_dtensor(x: Any) -> bool:
-    """Whether ``x`` is a DTensor, without the import of ``torch.distributed.tensor``.
-
-    Args:
-        x: Anything.
-    """
-    kind = type(x)
-    return kind is not Tensor and kind is not Parameter and hasattr(x, "device_mesh")
 
 
 def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:

@@ -9,31 +9,31 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import (
+    DTensor,
+    Partial,
+    Placement,
+    Replicate,
+    Shard,
+    distribute_tensor,
+)
 
+from diffcore import PhiloxNoise, ops
 from support.bounds import with_noise
-from support.cases import CASES, NOISED, Arguments, OpCase, as_tuple
+from support.cases import BY_NAME, CASES, NOISED, Arguments, OpCase, as_tuple
 from support.ranks import Cells
 
-from diffcore import PhiloxNoise
-
-SHAPE = (5, 3, 6, 4)  # 5 samples on 2 and 4 ranks, 3 channels: uneven, and ranks without any
+SHAPE = (5, 3, 6, 4)  # 5 samples and 3 channels on 2 and 4 ranks: uneven, and ranks without any
 
 Placements = tuple[Placement, ...]
 
 PLACEMENTS: dict[int, list[Placements]] = {
-    2: [(Shard(0),), (Shard(1),), (Shard(2),), (Shard(3),), (Replicate(),)],
-    4: [
-        (Shard(0), Replicate()),
-        (Shard(0), Shard(1)),
-        (Shard(0), Shard(0)),
-        (Shard(2), Shard(0)),
-        (Shard(2), Shard(3)),
-        (Shard(1), Shard(2)),
-    ],
+    2: [(Replicate(),), (Shard(0),), (Shard(1),), (Shard(3),)],
+    4: [(Shard(0), Replicate()), (Shard(0), Shard(0)), (Shard(2), Shard(0)), (Shard(1), Shard(3))],
 }
 
 
@@ -43,24 +43,42 @@ def mesh_of(world: int) -> DeviceMesh:
     return init_device_mesh("cpu", (world,) if world < 4 else (2, world // 2))
 
 
+def distribute(x: Tensor, mesh: DeviceMesh, placements: Sequence[Placement]) -> DTensor:
+    """A DTensor of values that every rank has, without communication."""
+    return distribute_tensor(x, mesh, placements, src_data_rank=None)
+
+
 def distributed(x: Tensor, mesh: DeviceMesh, placements: Placements) -> DTensor:
-    """A DTensor of values that every rank has; a leaf, if it needs a gradient."""
-    needs = x.requires_grad
-    return distribute_tensor(x.detach(), mesh, placements).requires_grad_(needs)
+    """The same, as a leaf, if it needs a gradient."""
+    return distribute(x.detach(), mesh, placements).requires_grad_(x.requires_grad)
+
+
+def rows_of(placements: Placements) -> Placements:
+    """Where one value per sample is, beside samples that are placed so."""
+    return tuple(Shard(0) if p.is_shard(0) else Replicate() for p in placements)
 
 
 def expect_same(name: str, found: Any, wanted: Tensor) -> None:
     """The unsharded values: the same bits, or close where a sum crosses ranks."""
     assert isinstance(found, DTensor), f"{name}: a {type(found).__name__}"
     assert found.shape == wanted.shape, f"{name}: {found.shape}, wanted {wanted.shape}"
-    crosses = any(p.is_partial() for p in found.placements)
-    full = found.full_tensor()
-    assert full.dtype == wanted.dtype, f"{name}: {full.dtype}, wanted {wanted.dtype}"
-    if crosses:
-        scale = wanted.abs().max().item()
-        torch.testing.assert_close(full, wanted, rtol=1e-6, atol=1e-6 * scale, equal_nan=True)
-    else:
-        assert torch.equal(full, wanted), f"{name}: {(full - wanted).abs().max()} off"
+    assert found.dtype == wanted.dtype, f"{name}: {found.dtype}, wanted {wanted.dtype}"
+    if any(p.is_partial() for p in found.placements):
+        expect_close(name, found.full_tensor(), wanted)
+        return
+    shard = found.to_local()
+    there = distribute(wanted, found.device_mesh, found.placements).to_local()
+    assert shard.shape == there.shape, f"{name}: {shard.shape}, wanted {there.shape}"
+    same = torch.equal(shard.nan_to_num(7.0), there.nan_to_num(7.0))
+    assert same, f"{name}: {(shard - there).abs().max()} off"
+
+
+def expect_close(name: str, found: Tensor, wanted: Tensor) -> None:
+    """The same up to the order of a sum of float32 terms, as large as the largest entry."""
+    scale = wanted.abs().max().item() if wanted.numel() else 0.0
+    torch.testing.assert_close(
+        found, wanted, rtol=1e-6, atol=1e-6 * scale, equal_nan=True, msg=lambda m: f"{name}: {m}"
+    )
 
 
 def upstream(y: Tensor) -> Tensor:
@@ -68,38 +86,45 @@ def upstream(y: Tensor) -> Tensor:
     return torch.randn(y.shape, generator=torch.Generator().manual_seed(5)).to(y.dtype)
 
 
+def backward(outputs: tuple[Any, ...]) -> None:
+    """The backward pass of all outputs that need one, from the same gradients on every rank."""
+    pairs = []
+    for y in outputs:
+        if y.requires_grad:
+            g = upstream(y)
+            if isinstance(y, DTensor):
+                placements = [Replicate() if p.is_partial() else p for p in y.placements]
+                g = distribute(g, y.device_mesh, placements)
+            pairs.append((y, g))
+    if pairs:
+        torch.autograd.backward([y for y, _ in pairs], [g for _, g in pairs])
+
+
 def with_gradients(case: OpCase, args: Arguments) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Outputs, and the gradients of what is differentiable."""
     leaves = {
-        n: x.detach().requires_grad_(n in case.differentiable) for n, x in args.tensors.items()
+        n: x.detach().requires_grad_(n in case.differentiable) if isinstance(x, Tensor) else x
+        for n, x in args.tensors.items()
     }
     outputs = as_tuple(case.native(Arguments(leaves, args.options)))
-    pairs = [(y, upstream(y)) for y in outputs if y.requires_grad]
-    if pairs:
-        grads = [
-            distributed(g, y.device_mesh, tuple(_unsummed(y))) if isinstance(y, DTensor) else g
-            for y, g in pairs
-        ]
-        torch.autograd.backward([y for y, _ in pairs], grads)
-    return outputs, {n: x.grad for n, x in leaves.items() if x.grad is not None}
+    backward(outputs)
+    grads = {n: x.grad for n, x in leaves.items() if isinstance(x, Tensor) and x.grad is not None}
+    return outputs, grads
 
 
-def _unsummed(y: DTensor) -> list[Placement]:
-    return [Replicate() if p.is_partial() else p for p in y.placements]
+Results = tuple[tuple[Any, ...], dict[str, Any]]
 
 
-def check_case(
-    case: OpCase, args: Arguments, unsharded: Arguments, placements: Placements, what: str = ""
-) -> None:
-    """A call on DTensors against the same call on plain tensors."""
-    outputs, grads = with_gradients(case, args)
-    wanted, wanted_grads = with_gradients(case, unsharded)
-    assert len(outputs) == len(wanted)
-    for found, y in zip(outputs, wanted, strict=True):
-        expect_same(f"{what} {placements} output", found, y.detach())
+def expect_results(what: str, found: Results, wanted: Results, placements: Placements) -> None:
+    """Outputs and gradients of a call on DTensors, against those of the unsharded call."""
+    (outputs, grads), (wanted_outputs, wanted_grads) = found, wanted
+    for y, w in zip(outputs, wanted_outputs, strict=True):
+        expect_same(f"{what}, {placements}, output", y, w.detach())
+        assert y.placements == expected_placements(w, placements), f"{what}: {y.placements}"
+        assert y.stride() == w.stride(), f"{what}: strides {y.stride()}"
     assert grads.keys() == wanted_grads.keys()
     for name, g in wanted_grads.items():
-        expect_same(f"{what} {placements} gradient of {name}", grads[name], g)
+        expect_same(f"{what}, {placements}, gradient of {name}", grads[name], g)
         assert grads[name].placements == placements, f"{name}: {grads[name].placements}"
 
 
@@ -112,43 +137,235 @@ def expected_placements(y: Tensor, placements: Placements) -> Placements:
     )
 
 
-def options_beside(
-    options: dict[str, Any], mesh: DeviceMesh, batch: int, placements: Placements
-) -> dict[str, Any]:
+def options_beside(options: dict[str, Any], mesh: DeviceMesh, rows: Placements) -> dict[str, Any]:
     """Coefficients, steps and tables as DTensors: per sample like the samples, else replicated."""
-    rows = tuple(Shard(0) if p.is_shard(0) else Replicate() for p in placements)
     everywhere = (Replicate(),) * mesh.ndim
 
     def move(x: Any) -> Any:
         if not isinstance(x, Tensor):
             return x
-        of_samples = x.ndim == 1 and len(x) == batch
-        return distribute_tensor(x, mesh, rows if of_samples else everywhere)
+        return distribute(x, mesh, rows if x.ndim == 1 and len(x) == SHAPE[0] else everywhere)
 
     return {name: move(x) for name, x in options.items()}
 
 
+# ---- every op ------------------------------------------------------------------------------------
+
+
 def _case_cell(case: OpCase) -> Callable[[int], None]:
+    """Values and gradients, beside plain coefficients and beside coefficients that are DTensors."""
+
     def cell(world: int) -> None:
         mesh = mesh_of(world)
+        plain = case.make(SHAPE, torch.float32)
+        wanted = with_gradients(case, plain)
         for placements in PLACEMENTS[world]:
-            plain = case.make(SHAPE, torch.float32)
             args = plain.map(lambda x, p=placements: distributed(x, mesh, p))
-            check_case(case, args, plain, placements, "plain coefficients,")
-            for y, w in zip(
-                as_tuple(case.native(args)), as_tuple(case.native(plain)), strict=True
-            ):
-                if case.op.__name__ != "dynamic_threshold":
-                    assert y.placements == expected_placements(w, placements)
-                assert y.stride() == w.stride()
-            options = options_beside(plain.options, mesh, SHAPE[0], placements)
+            expect_results(case.name, with_gradients(case, args), wanted, placements)
+            options = options_beside(plain.options, mesh, rows_of(placements))
             if any(isinstance(x, Tensor) for x in options.values()):
                 both = Arguments(args.tensors, options)
-                check_case(case, both, plain, placements, "DTensor coefficients,")
+                expect_results("DTensors", with_gradients(case, both), wanted, placements)
 
     return cell
 
 
+def _noise_cell(case: OpCase) -> Callable[[int], None]:
+    """Noise of a key: the bits of the unsharded samples, however they are sharded."""
+
+    def cell(world: int) -> None:
+        mesh = mesh_of(world)
+        plain = case.make(SHAPE, torch.float32)
+        ids = torch.tensor([7, -3, 2**40, 0, 11])
+        for placements in PLACEMENTS[world]:
+            args = plain.map(lambda x, p=placements: distributed(x, mesh, p))
+            for at, beside in (
+                (2**63 - 3, 2**63 - 3),  # successive ids, of which the fourth is the least int64
+                (torch.tensor(5), torch.tensor(5)),
+                (ids, ids),
+                (ids, distribute(ids, mesh, rows_of(placements))),
+            ):
+                key = PhiloxNoise(17, sample_ids=at, stream=3, first_element=8)
+                wanted = with_gradients(case, with_noise(plain, key))
+                found = with_gradients(case, with_noise(args, key.for_samples(beside)))
+                expect_results("key", found, wanted, placements)
+
+    return cell
+
+
+def _noise_parts(world: int) -> None:
+    """Seeds and streams that are tensors, a plain noise tensor, and ``randn(out=)``."""
+    mesh, case = mesh_of(world), BY_NAME["add_noise"]
+    plain = case.make(SHAPE, torch.bfloat16)
+    seed, stream = torch.tensor([9, 4]), torch.tensor(6)
+    for placements in PLACEMENTS[world]:
+        args = plain.map(lambda x, p=placements: distributed(x, mesh, p))
+        wanted = case.native(with_noise(plain, PhiloxNoise(seed, stream=stream)))
+        everywhere = (Replicate(),) * mesh.ndim
+        for key in (
+            PhiloxNoise(seed, stream=stream),
+            PhiloxNoise(distribute(seed, mesh, everywhere), stream=stream),
+        ):
+            expect_same("key of tensors", case.native(with_noise(args, key)), wanted)
+        found = case.native(with_noise(args, plain.tensors["noise"]))
+        expect_same("plain noise", found, case.native(plain))
+        out = distributed(torch.zeros(SHAPE), mesh, placements)
+        ops.randn(SHAPE, PhiloxNoise(3, sample_ids=2), out=out)
+        expect_same("randn", out, ops.randn(SHAPE, PhiloxNoise(3, sample_ids=2)))
+
+
+def _default_noise(world: int) -> None:
+    """Without noise, every rank takes the seed of the first, whatever its own generator says."""
+    mesh = mesh_of(world)
+    torch.manual_seed(100)
+    wanted = ops.reparameterize(torch.zeros(SHAPE), torch.zeros(SHAPE))
+    for placements in PLACEMENTS[world]:
+        torch.manual_seed(100 + torch.distributed.get_rank())
+        mean = distributed(torch.zeros(SHAPE), mesh, placements)
+        expect_same("default noise", ops.reparameterize(mean, mean), wanted)
+
+
+# ---- sums, outputs, gradients of coefficients ----------------------------------------------------
+
+
+def _reductions(world: int) -> None:
+    """Sums over all elements and means, whose divisor is the size of all shards together."""
+    mesh = mesh_of(world)
+    plain = BY_NAME["normal_kl"].make(SHAPE, torch.float32)
+    for placements in PLACEMENTS[world]:
+        args = plain.map(lambda x, p=placements: distributed(x, mesh, p))
+        for reduction in ("sum", "mean", "batchmean"):
+            case = BY_NAME["normal_kl_sample"]
+            found, wanted = (
+                with_gradients(case, Arguments(a.tensors, {"reduction": reduction}))
+                for a in (args, plain)
+            )
+            expect_results(reduction, found, wanted, placements)
+
+
+def _mean_of_losses(world: int) -> None:
+    """The gradient of a mean over the batch is the one that the loss made, untouched."""
+    mesh = mesh_of(world)
+    for name in ("denoising_loss_epsilon", "denoising_loss_v_prediction"):
+        case = BY_NAME[name]
+        for dtype in (torch.float32, torch.float16):
+            plain = case.make(SHAPE, dtype)
+            m = plain.tensors["model_output"].requires_grad_()
+            case.native(plain).mean().backward()
+            for placements in PLACEMENTS[world]:
+                args = plain.map(lambda x, p=placements: distributed(x, mesh, p))
+                case.native(args).mean().backward()
+                expect_same(f"{name} {dtype}", args.tensors["model_output"].grad, m.grad)
+
+
+def _number_as_gradient(world: int) -> None:
+    """The gradient of ``.sum()`` of an elementwise term, which is one number expanded."""
+    mesh = mesh_of(world)
+    plain = BY_NAME["normal_kl"].make(SHAPE, torch.float32).map(Tensor.requires_grad_)
+    (3 * ops.normal_kl(**plain.tensors).sum()).backward()
+    for placements in PLACEMENTS[world]:
+        args = plain.map(lambda x, p=placements: distributed(x, mesh, p))
+        (3 * ops.normal_kl(**args.tensors).sum()).backward()
+        for name, x in plain.tensors.items():
+            expect_same(name, args.tensors[name].grad, x.grad)
+
+
+def _coefficient_gradients(world: int) -> None:
+    """Coefficients of every kind, trained: each rank adds what its shard contributes."""
+    mesh = mesh_of(world)
+    x, z = torch.randn(2, *SHAPE, dtype=torch.float64)
+    for shape in ((SHAPE[0],), (), (1,)):
+        sigma = torch.rand(shape, dtype=torch.float64).requires_grad_()
+        backward((ops.add_noise(x, z, 0.5, sigma),))
+        for placements in PLACEMENTS[world]:
+            rows = rows_of(placements) if shape == SHAPE[:1] else (Replicate(),) * mesh.ndim
+            for s in (sigma.detach().clone().requires_grad_(), distributed(sigma, mesh, rows)):
+                there, noise = (distribute(y, mesh, placements) for y in (x, z))
+                backward((ops.add_noise(there, noise, 0.5, s),))
+                grad = s.grad.full_tensor() if isinstance(s.grad, DTensor) else s.grad
+                torch.testing.assert_close(grad, sigma.grad, rtol=1e-13, atol=1e-13)
+
+
+def _outputs_given(world: int) -> None:
+    """``out=``, placed like the inputs or not, and inputs that are placed differently."""
+    mesh = mesh_of(world)
+    x, y = torch.randn(2, *SHAPE)
+    wanted = ops.linear_combination(x, y, (0.3, -2.0))
+    for placements in PLACEMENTS[world]:
+        for others in PLACEMENTS[world]:
+            a, b = distribute(x, mesh, placements), distribute(y, mesh, others)
+            out = distribute(torch.zeros(SHAPE), mesh, others)
+            found = ops.linear_combination(a, b, (0.3, -2.0), out=out)
+            assert found is out
+            assert out.placements == others
+            expect_same("out", out, wanted)
+            expect_same("plain beside", ops.linear_combination(x, b, (0.3, -2.0)), wanted)
+
+
+def _partial_inputs(world: int) -> None:
+    """A tensor that is pending a sum is summed first: most ops are not linear."""
+    mesh = mesh_of(world)
+    x = torch.arange(60.0).reshape(5, 12)
+    partial = DTensor.from_local(x, mesh, (Partial(),) * mesh.ndim, run_check=False)
+    wanted = ops.standard_normal_kl(x * world, x * 0)
+    expect_same("partial", ops.standard_normal_kl(partial, torch.zeros(5, 12)), wanted)
+
+
+def _second_derivatives(world: int) -> None:
+    """The gradient of a gradient; the truth is plain torch."""
+    mesh = mesh_of(world)
+    x = torch.randn(SHAPE, dtype=torch.float64).requires_grad_()
+
+    def formula(mean: Tensor, logvar: Tensor) -> Tensor:
+        return 0.5 * (mean**2 + torch.expm1(logvar) - logvar)
+
+    def twice(term: Callable[..., Tensor], x: Tensor) -> Tensor:
+        (g,) = torch.autograd.grad(term(x, x.sin()).sum(), x, create_graph=True)
+        return torch.autograd.grad((g * g).sum(), x)[0]
+
+    wanted = twice(formula, x)
+    for placements in PLACEMENTS[world]:
+        found = twice(ops.standard_normal_kl, distributed(x, mesh, placements))
+        torch.testing.assert_close(found.full_tensor(), wanted, rtol=1e-12, atol=1e-12)
+
+
+def _layouts(world: int) -> None:
+    """channels_last stays channels_last."""
+    mesh = mesh_of(world)
+    x = torch.randn(SHAPE).to(memory_format=torch.channels_last)
+    wanted = ops.add_noise(x, PhiloxNoise(3), 0.5, 0.5)
+    for placements in PLACEMENTS[world]:
+        found = ops.add_noise(distribute(x, mesh, placements), PhiloxNoise(3), 0.5, 0.5)
+        expect_same("channels_last", found, wanted)
+        assert found.stride() == wanted.stride()
+
+
+def _errors(world: int) -> None:
+    """What is wrong is named as for plain tensors, by global shapes."""
+    mesh, other = mesh_of(world), init_device_mesh("cpu", (1, world))
+    x = distribute(torch.randn(SHAPE), mesh, (Shard(0),) * mesh.ndim)
+    for call, message in (
+        (lambda: ops.normal_kl(x, x, x, x.to(torch.float64)), "logvar2 must have the dtype"),
+        (lambda: ops.add_noise(x, x[:4], 0.1, 0.2), r"noise must have the shape of x0, \(5, 3, 6"),
+        (lambda: ops.add_noise(x, x, 0.1, torch.rand(4)), "sigma must have 1 or 5 entries"),
+        (
+            lambda: ops.add_noise(x, distribute(torch.randn(SHAPE), other, [Shard(0)] * 2), 0.1, 1),
+            "must be on one DeviceMesh",
+        ),
+    ):
+        with pytest.raises((TypeError, ValueError), match=message):
+            call()
+
+
 def cells(world: int) -> Cells:
     """The checks for this many ranks, by name."""
-    return {case.name: _case_cell(case) for case in CASES}
+    checks: tuple[Callable[[int], None], ...] = (
+        *(_noise_parts, _default_noise, _reductions, _mean_of_losses, _number_as_gradient),
+        *(_coefficient_gradients, _outputs_given, _partial_inputs, _second_derivatives),
+        *(_layouts, _errors),
+    )
+    return {
+        **{case.name: _case_cell(case) for case in CASES},
+        **{f"{case.name}, noise of a key": _noise_cell(case) for case in NOISED},
+        **{check.__name__.strip("_").replace("_", " "): check for check in checks},
+    }

@@ -75,7 +75,9 @@ def _main(module: str, world: int) -> None:
     fork = multiprocessing.get_context("fork")
     with tempfile.TemporaryDirectory() as folder:
         store = str(Path(folder) / "store")
-        ranks = [fork.Process(target=_run_rank, args=(r, world, cells, store)) for r in range(world)]
+        ranks = [
+            fork.Process(target=_run_rank, args=(r, world, cells, store)) for r in range(world)
+        ]
         for rank in ranks:
             rank.start()
         for rank in ranks:

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from diffcore._checks import is_dtensor
 from diffcore._engine import messages, native
 from diffcore._engine.autograd import Function
+from diffcore._engine.dtensor import is_dtensor
 from diffcore._engine.execute import Noise, direct, resolved, run_reference
 from diffcore._engine.kernel import Kernel
 from diffcore._engine.library import run_registered

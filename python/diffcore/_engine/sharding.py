@@ -61,6 +61,10 @@ class Layout(NamedTuple):
             for p in self.placements
         )
 
+    def replicated(self) -> tuple[Placement, ...]:
+        """The placements of what every rank has."""
+        return (Replicate(),) * len(self.placements)
+
     def window(self) -> Window:
         """The shard of each sample."""
         return Window(self.shape[1:], self.starts[1:], self.sizes[1:])
@@ -99,26 +103,6 @@ def run_sharded(
                 found = run(kernel.reading(), (*shards, z), local, at, reduce_all)
     result = _gathered(kernel, found, layout, inputs[0], reduce_all)
     return result if out is None else out.copy_(result)
-
-
-def follow(x: Tensor, like: Tensor) -> Tensor:
-    """A plain tensor of one value per sample as a DTensor that is sharded like these samples."""
-    if not isinstance(like, DTensor) or isinstance(x, DTensor):
-        return x
-    return _distributed(x, like.device_mesh).redistribute(
-        placements=tuple(Shard(0) if p.is_shard(0) else Replicate() for p in like.placements)
-    )
-
-
-def beside(x: Tensor, like: Tensor) -> Tensor:
-    """A plain tensor as a DTensor that every rank of the mesh of ``like`` has."""
-    if not isinstance(like, DTensor) or isinstance(x, DTensor):
-        return x
-    return _distributed(x, like.device_mesh)
-
-
-def _distributed(x: Tensor, mesh: DeviceMesh) -> DTensor:
-    return DTensor.from_local(x, mesh, (Replicate(),) * mesh.ndim, run_check=False)
 
 
 # ---- layout --------------------------------------------------------------------------------------
@@ -172,7 +156,7 @@ def _is_per_sample(x: Tensor, shape: tuple[int, ...], step: Step = None) -> bool
 def _shard(x: Tensor, layout: Layout, placements: tuple[Placement, ...]) -> Tensor:
     """This rank's shard of an input."""
     if not isinstance(x, DTensor):
-        x = _distributed(x, layout.mesh)
+        x = DTensor.from_local(x, layout.mesh, layout.replicated(), run_check=False)
     if x.placements != placements:
         x = x.redistribute(placements=placements)
     return x.to_local(grad_placements=placements)
@@ -191,7 +175,7 @@ def _of_samples(x: Tensor, layout: Layout, step: Step = None) -> Tensor:
     if not isinstance(x, DTensor) and not x.requires_grad:
         return x.narrow(0, layout.starts[0], layout.sizes[0]) if per_sample else x
     if not isinstance(x, DTensor):
-        x = _distributed(x, layout.mesh)
+        x = DTensor.from_local(x, layout.mesh, layout.replicated(), run_check=False)
     placements = layout.of_samples(per_sample)
     if x.placements != placements:
         x = x.redistribute(placements=placements)
@@ -239,9 +223,7 @@ def _generated(run: Run, parts: NoiseParts, window: Window, like: Tensor) -> Ten
 # ---- from this rank ------------------------------------------------------------------------------
 
 
-def _gathered(
-    kernel: Kernel, found: Any, layout: Layout, like: Tensor, reduce_all: bool
-) -> Any:
+def _gathered(kernel: Kernel, found: Any, layout: Layout, like: Tensor, reduce_all: bool) -> Any:
     """What the ranks computed, as one DTensor for each output."""
     outs = found if isinstance(found, tuple) else (found,)
     stride, placements = _dense_stride(like), layout.placements
@@ -255,9 +237,7 @@ def _gathered(
     shape, stride = (like.shape[:0], ()) if whole else (like.shape[:1], (1,))
     placements = layout.of_sums(whole)
     results += [
-        DTensor.from_local(
-            x, layout.mesh, placements, run_check=False, shape=shape, stride=stride
-        )
+        DTensor.from_local(x, layout.mesh, placements, run_check=False, shape=shape, stride=stride)
         for x in outs[kernel.outputs :]
     ]
     return results[0] if len(results) == 1 else tuple(results)

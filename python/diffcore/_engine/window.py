@@ -83,9 +83,7 @@ class Window(NamedTuple):
             *(range(o, o + n) for o, n in zip(self.offset[:d], self.sizes[:d], strict=True))
         )
         rest = (0,) * (len(self.sample) - d - 1)
-        starts = (
-            self._replace(offset=(*index, self.offset[d], *rest)).start for index in indices
-        )
+        starts = (self._replace(offset=(*index, self.offset[d], *rest)).start for index in indices)
         return starts, (self.sizes[d], *self.sample[d + 1 :])
 
     def generate(self, first: int, run: Callable[[int, int], Tensor]) -> Tensor:

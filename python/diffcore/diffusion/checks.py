@@ -10,8 +10,10 @@ from torch import Tensor
 from diffcore._checks import check_choice, check_float_tensor
 from diffcore._engine import native
 from diffcore._engine.dispatch import plain_eager
+from diffcore._engine.dtensor import per_sample, shard_of
 from diffcore.coefficients.bound import DECODERS
 from diffcore.noise import Noise, PhiloxNoise
+from diffcore.ops._noise import default_key
 
 
 def can_read_values(x: Tensor) -> bool:
@@ -66,7 +68,7 @@ def check_noise(noise: Noise | None, like: Tensor, name: str = "noise") -> Noise
         ValueError: A tensor of another shape.
     """
     if noise is None:
-        return PhiloxNoise.from_generator(device=like.device)
+        return default_key(like)
     if isinstance(noise, Tensor):
         if noise.shape != like.shape:
             raise ValueError(
@@ -91,6 +93,7 @@ def check_pixels(name: str, x: Tensor) -> None:
     Raises:
         ValueError: Some values are not pixels.
     """
+    x = shard_of(x)
     exact = x.detach().double()
     grid = (exact * 127.5 + 127.5).round().clamp(0, 255) / 127.5 - 1
     if x.dtype.itemsize < 4:
@@ -120,6 +123,7 @@ def check_timestep_values(t: Tensor, num_timesteps: int) -> None:
     Raises:
         ValueError: A timestep is out of range.
     """
+    t = shard_of(t)
     if t.device.type != "cpu" or not t.numel() or torch.compiler.is_compiling():
         return
     low, high = int(t.min()), int(t.max())
@@ -142,7 +146,7 @@ def check_timesteps(
         name: Name of ``x`` in the caller.
 
     Returns:
-        ``t``, or a tensor filled with it.
+        ``t``, or a tensor filled with it; beside a DTensor, a DTensor sharded like its samples.
 
     Raises:
         TypeError: ``t`` or ``x`` of another type or dtype.
@@ -152,16 +156,17 @@ def check_timesteps(
     if not isinstance(x, Tensor) or not x.is_floating_point() or x.dim() == 0:
         check_batch(name, x)
     if not isinstance(t, Tensor):
-        return torch.full(
+        t = torch.full(
             (x.shape[0],), _one_timestep(t, num_timesteps), dtype=torch.int64, device=x.device
         )
+        return per_sample(t, x)
     if t.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"t must be an int or an int64 or int32 tensor, got {t.dtype}")
     if t.shape != x.shape[:1]:
         raise ValueError(f"t must have shape {tuple(x.shape[:1])}, got {tuple(t.shape)}")
     if t.device != x.device:
         raise ValueError(f"t must be on {x.device}, the device of {name}, got {t.device}")
-    return t
+    return per_sample(t, x)
 
 
 def check_weights(weights: Tensor, num_timesteps: int) -> None:

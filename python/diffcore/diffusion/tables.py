@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from diffcore._checks import check_choice
+from diffcore._engine.dtensor import replicated
 from diffcore.coefficients.bound import FIXED, VLB_COLUMNS, vlb_coefficients
 from diffcore.coefficients.step import posterior_coefficients, tensors, x0_coefficients
 from diffcore.schedules.schedule import NoiseSchedule
@@ -144,7 +145,7 @@ class DiffusionTables:
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         # Out of range on a device that cannot report it must not read out of bounds either.
         index = t.clamp(0, len(self) - 1)
-        values = self.column(name)[x.device][index].to(dtype)
+        values = replicated(self.column(name)[x.device], index)[index].to(dtype)
         return values.reshape(-1, *[1] * (x.dim() - 1)).expand(x.shape)
 
     def model_timesteps(self, t: Tensor) -> Tensor:
@@ -152,7 +153,7 @@ class DiffusionTables:
         if self.timestep_map is None:
             return t.long()
         copies = self._cached(("timesteps",), lambda: DeviceCopies(self._training_timesteps(None)))
-        return copies[t.device][t.clamp(0, len(self) - 1)]
+        return replicated(copies[t.device], t)[t.clamp(0, len(self) - 1)]
 
     # ---- tables of kernels -------------------------------------------------------------------
 
