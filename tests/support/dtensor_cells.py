@@ -67,7 +67,7 @@ def expect_same(name: str, found: Any, wanted: Tensor) -> None:
         expect_close(name, found.full_tensor(), wanted)
         return
     shard = found.to_local()
-    there = distribute(wanted, found.device_mesh, found.placements).to_local()
+    there = distribute(wanted.detach(), found.device_mesh, found.placements).to_local()
     assert shard.shape == there.shape, f"{name}: {shard.shape}, wanted {there.shape}"
     same = torch.equal(shard.nan_to_num(7.0), there.nan_to_num(7.0))
     assert same, f"{name}: {(shard - there).abs().max()} off"

@@ -1,7 +1,7 @@
 """Checks that several processes make together, over gloo.
 
-``run_cells`` starts one Python process, which imports everything once and forks into the ranks. Each
-rank runs every cell; what a cell raises on any rank is its result.
+``run_cells`` starts one Python process, which imports everything once and forks into the ranks.
+Each rank runs every cell; what a cell raises on any rank is its result.
 """
 
 from __future__ import annotations
