@@ -335,7 +335,7 @@ def _log_weights(
     logvar: Tensor,
     decoder_std: float | Tensor,
 ) -> Tensor:
-    """log p(x, z) - log q(z | x) of each sample, less the constant of the decoder."""
+    """The log of p(x, z) / q(z | x) of each sample, less the constant of the decoder."""
     zero = torch.zeros_like(z)
     return (
         -reconstruction_loss(x, x_recon, decoder_std=decoder_std)

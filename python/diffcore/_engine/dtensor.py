@@ -22,9 +22,13 @@ def replicated(x: Tensor, beside: Any) -> Any:
     """``x`` for plain torch operations with another tensor: replicated on its mesh."""
     if not is_dtensor(beside) or is_dtensor(x):
         return x
+    return replicated_on(x, beside.device_mesh)
+
+
+def replicated_on(x: Tensor, mesh: Any) -> Any:
+    """``x``, which every rank has, as a DTensor."""
     from torch.distributed.tensor import DTensor, Replicate
 
-    mesh = beside.device_mesh
     return DTensor.from_local(x, mesh, (Replicate(),) * mesh.ndim, run_check=False)
 
 
@@ -44,10 +48,9 @@ def shard_of(x: Any) -> Tensor:
     return found
 
 
-def all_of(x: Any) -> Tensor:
-    """All elements of ``x``, on every rank."""
-    found: Tensor = x.full_tensor() if is_dtensor(x) else x
-    return found
+def all_of(x: Any) -> Any:
+    """All elements of ``x``, on every rank; anything but a DTensor as it is."""
+    return x.full_tensor() if is_dtensor(x) else x
 
 
 def of_first_rank(x: Tensor, beside: Any) -> Tensor:

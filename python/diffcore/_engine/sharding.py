@@ -18,6 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
 from diffcore._engine import messages
+from diffcore._engine.dtensor import all_of, replicated_on
 from diffcore._engine.execute import Noise
 from diffcore._engine.kernel import Kernel
 from diffcore._engine.messages import Arguments
@@ -61,10 +62,6 @@ class Layout(NamedTuple):
             for p in self.placements
         )
 
-    def replicated(self) -> tuple[Placement, ...]:
-        """The placements of what every rank has."""
-        return (Replicate(),) * len(self.placements)
-
     def window(self) -> Window:
         """The shard of each sample."""
         return Window(self.shape[1:], self.starts[1:], self.sizes[1:])
@@ -102,7 +99,14 @@ def run_sharded(
             if kernel.reads_inputs:
                 found = run(kernel.reading(), (*shards, z), local, at, reduce_all)
     result = _gathered(kernel, found, layout, inputs[0], reduce_all)
-    return result if out is None else out.copy_(result)
+    if out is None:
+        return result
+    if result.requires_grad:
+        raise ValueError(
+            "out must be None where an argument requires grad, got a tensor; call under "
+            "torch.no_grad()"
+        )
+    return out.copy_(result)
 
 
 # ---- layout --------------------------------------------------------------------------------------
@@ -156,7 +160,7 @@ def _is_per_sample(x: Tensor, shape: tuple[int, ...], step: Step = None) -> bool
 def _shard(x: Tensor, layout: Layout, placements: tuple[Placement, ...]) -> Tensor:
     """This rank's shard of an input."""
     if not isinstance(x, DTensor):
-        x = DTensor.from_local(x, layout.mesh, layout.replicated(), run_check=False)
+        x = replicated_on(x, layout.mesh)
     if x.placements != placements:
         x = x.redistribute(placements=placements)
     return x.to_local(grad_placements=placements)
@@ -175,7 +179,7 @@ def _of_samples(x: Tensor, layout: Layout, step: Step = None) -> Tensor:
     if not isinstance(x, DTensor) and not x.requires_grad:
         return x.narrow(0, layout.starts[0], layout.sizes[0]) if per_sample else x
     if not isinstance(x, DTensor):
-        x = DTensor.from_local(x, layout.mesh, layout.replicated(), run_check=False)
+        x = replicated_on(x, layout.mesh)
     placements = layout.of_samples(per_sample)
     if x.placements != placements:
         x = x.redistribute(placements=placements)
@@ -189,23 +193,15 @@ def _of_samples(x: Tensor, layout: Layout, step: Step = None) -> Tensor:
 def _noise(noise: NoiseParts, layout: Layout) -> NoiseParts:
     """The noise of this rank's samples."""
     seed, ids, stream, first_element = noise
-    if isinstance(seed, Tensor):
-        seed = _of_everything(seed, layout)
-    if isinstance(stream, Tensor):
-        stream = _of_everything(stream, layout)
+    seed, stream = all_of(seed), all_of(stream)
     begin = layout.starts[0] if layout.starts else 0
     if not isinstance(ids, Tensor):
         ids = (ids + begin + 2**63) % 2**64 - 2**63
     elif ids.ndim:
         ids = _of_samples(ids, layout)
     else:
-        ids = _of_everything(ids, layout) + begin
+        ids = all_of(ids) + begin
     return seed, ids, stream, first_element
-
-
-def _of_everything(x: Tensor, layout: Layout) -> Tensor:
-    """A part of a noise key that all samples share."""
-    return x.full_tensor() if isinstance(x, DTensor) else x
 
 
 def _generated(run: Run, parts: NoiseParts, window: Window, like: Tensor) -> Tensor:

@@ -28,9 +28,9 @@ def expected_gradient(model_output: Tensor) -> float:
 
 
 def _assumed_gradient(inverse_n: Coef, slope: Coef) -> Coef:
-    """The upstream gradient for which a gradient was made, exactly as ``expected_gradient`` gave it.
+    """The upstream gradient that a gradient was made for, exactly as ``expected_gradient`` gave it.
 
-    It is not that of the tensors at hand: these may be a shard of the batch.
+    The batch of the tensors at hand does not tell: they may be a shard of it.
     """
     if isinstance(inverse_n, float) and isinstance(slope, float):
         return 1.0 / round(inverse_n / slope) if slope else 0.0
