@@ -15,7 +15,9 @@ from torch.nn import Parameter
 def is_dtensor(x: Any) -> bool:
     """Whether ``x`` is a DTensor."""
     kind = type(x)
-    return kind is not Tensor and kind is not Parameter and hasattr(x, "device_mesh")
+    if kind is Tensor or kind is Parameter or not isinstance(x, Tensor):
+        return False
+    return hasattr(x, "device_mesh")
 
 
 def replicated(x: Tensor, beside: Any) -> Any:

@@ -132,7 +132,7 @@ def _layout(kernel: Kernel, inputs: Tensors, coefs: Coefs, step: Step, noise: No
     starts, sizes = [0] * len(shape), list(shape)
     placements: list[Placement] = []
     for i in range(mesh.ndim):
-        dims = [_sharded_dim(x.placements[i]) for x in deciding]
+        dims = [_sharded_dim(x.placements[i], len(shape)) for x in deciding]
         dims = [d for d in dims if d is not None and not (d and kernel.reads_samples)]
         placements.append(Shard(dims[0]) if dims else Replicate())
         if dims:
@@ -143,15 +143,20 @@ def _layout(kernel: Kernel, inputs: Tensors, coefs: Coefs, step: Step, noise: No
     return Layout(mesh, tuple(placements), shape, tuple(starts), tuple(sizes))
 
 
-def _sharded_dim(placement: Placement) -> int | None:
+def _sharded_dim(placement: Placement, ndim: int) -> int | None:
     """The dimension of a shard of consecutive entries; others are gathered first."""
-    return placement.dim if type(placement) is Shard else None
+    if type(placement) is not Shard:
+        return None
+    for d in range(ndim):  # Dynamo takes ``placement.dim`` for a number that may change
+        if placement.is_shard(d):
+            return d
+    return None
 
 
 def _is_per_sample(x: Tensor, shape: tuple[int, ...], step: Step = None) -> bool:
     """Whether a coefficient, the step or a part of a noise key has an entry for each sample."""
     is_table = x.ndim == 2 and step is not None
-    return bool(shape) and x.ndim > 0 and not is_table and len(x) == shape[0]
+    return len(shape) > 0 and x.ndim > 0 and not is_table and len(x) == shape[0]
 
 
 # ---- to this rank --------------------------------------------------------------------------------
@@ -194,7 +199,7 @@ def _noise(noise: NoiseParts, layout: Layout) -> NoiseParts:
     """The noise of this rank's samples."""
     seed, ids, stream, first_element = noise
     seed, stream = all_of(seed), all_of(stream)
-    begin = layout.starts[0] if layout.starts else 0
+    begin = layout.starts[0] if len(layout.starts) else 0
     if not isinstance(ids, Tensor):
         ids = (ids + begin + 2**63) % 2**64 - 2**63
     elif ids.ndim:
@@ -229,7 +234,7 @@ def _gathered(kernel: Kernel, found: Any, layout: Layout, like: Tensor, reduce_a
         )
         for x in outs[: kernel.outputs]
     ]
-    whole = reduce_all or not layout.shape
+    whole = reduce_all or like.ndim == 0
     shape, stride = (like.shape[:0], ()) if whole else (like.shape[:1], (1,))
     placements = layout.of_sums(whole)
     results += [
@@ -241,9 +246,12 @@ def _gathered(kernel: Kernel, found: Any, layout: Layout, like: Tensor, reduce_a
 
 def _dense_stride(x: Tensor) -> tuple[int, ...]:
     """The strides of ``torch.empty_like``: the order of dimensions in memory, without gaps."""
-    dims = range(x.ndim)
-    if all(x.stride()):
-        dims = sorted(dims, key=lambda d: -x.stride(d))
+    dims: list[int] = []
+    for d in range(x.ndim):  # no sorted(): the strides of a compiler may be symbols
+        at = d
+        while at and 0 < x.stride(dims[at - 1]) < x.stride(d):
+            at -= 1
+        dims.insert(at, d)
     strides, size = [0] * x.ndim, 1
     for d in reversed(dims):
         strides[d] = size
