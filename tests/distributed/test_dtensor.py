@@ -6,7 +6,8 @@ import functools
 
 import pytest
 
-from support.dtensor_cells import PLACEMENTS, cells
+from support.dtensor_cells import cells
+from support.dtensors import PLACEMENTS
 from support.ranks import run_cells
 
 pytestmark = pytest.mark.skipif(

@@ -14,7 +14,7 @@ import diffcore
 from diffcore import GaussianDiffusion, PhiloxNoise, losses, ops, solvers, vae
 from diffcore.likelihood import vdm_bound
 from diffcore.sigmas import get_sigmas_karras
-from support.dtensor_cells import (
+from support.dtensors import (
     PLACEMENTS,
     backward,
     distribute,
@@ -87,7 +87,8 @@ def _cell(call: Call, *, gradient: bool = False) -> Callable[[int], None]:
             wanted[id(t)], other.grad = (result, other.grad), None
         for placements in PLACEMENTS[world]:
             x = distribute(PIXELS, mesh, placements)
-            for t, like in ((T, T), (distribute(T, mesh, rows_of(placements)), T), (3, 3)):
+            times = [(distribute(T, mesh, rows_of(placements)), T), (T, T), (3, 3)]
+            for t, like in times if world == 2 else times[:1]:
                 y = distributed(other, mesh, placements)
                 result, grad = wanted[id(like)]
                 found = call(x, y, t)
@@ -183,7 +184,7 @@ def _loops(world: int) -> None:
         states.clear()
         wanted = diffcore.sample(model, x, table, **options[name])
         before = list(states)
-        for placements in PLACEMENTS[world]:
+        for placements in PLACEMENTS[world][-2:]:
             states.clear()
             there = distribute(x, mesh_of(world), placements)
             compare(name, diffcore.sample(model, there, table, **options[name]), wanted)
