@@ -366,12 +366,12 @@ def _number(name: str, value: Coef) -> Coef:
 
 
 def _broadcast(values: Sequence[Coef], names: tuple[str, ...] = ()) -> Sequence[Tensor]:
-    """Float64 tensors of one shape, on the device of the first tensor."""
-    device = next(value.device for value in values if isinstance(value, Tensor))
+    """Float64 tensors of one shape, of the device and the type of the first tensor."""
+    first = next(value for value in values if isinstance(value, Tensor))
     tensors = [
         value.to(torch.float64)
         if isinstance(value, Tensor)
-        else torch.full((), value, dtype=torch.float64, device=device)
+        else first.new_full((), value, dtype=torch.float64)
         for value in values
     ]
     try:

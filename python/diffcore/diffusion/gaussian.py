@@ -19,6 +19,7 @@ from torch import Tensor
 
 from diffcore import ops
 from diffcore._checks import as_positive, as_real, check_choice
+from diffcore._engine.dtensor import replicated
 from diffcore._engine.kept import made_plainly
 from diffcore._types import Model
 from diffcore.coefficients.bound import DECODERS, LEARNED, VARIANCE_TYPES
@@ -36,6 +37,7 @@ from diffcore.diffusion.checks import (
 )
 from diffcore.diffusion.tables import DiffusionTables
 from diffcore.noise import Noise, PhiloxNoise, StepNoise
+from diffcore.ops._noise import default_key
 from diffcore.sampling.loop import run_table
 from diffcore.sampling.model import call_model
 from diffcore.sampling.noise import initial_sample
@@ -201,7 +203,7 @@ class GaussianDiffusion:
         """
         t = check_timesteps(t, x_start, self.num_timesteps)
         if noise is None:
-            noise = PhiloxNoise.from_generator(device=x_start.device)
+            noise = default_key(x_start)
         return ops.q_sample(x_start, t, noise, self.tables.noise[x_start.device])
 
     def q_posterior_mean_variance(
@@ -287,7 +289,7 @@ class GaussianDiffusion:
                 )
             check_weights(weights, self.num_timesteps)
         if noise is None:
-            noise = PhiloxNoise.from_generator(device=x_start.device)
+            noise = default_key(x_start)
         x_t = ops.q_sample(x_start, t, noise, self.tables.noise[x_start.device])
         output, variance_output = self._predict(model, x_t, t, model_kwargs)
         return training.losses(
@@ -362,7 +364,7 @@ class GaussianDiffusion:
         table, variance_table = self.tables.ddpm(clip), self.tables.learned_variance(clip)
         output, variance_output = self._predict(model, x, t, model_kwargs)
         if noise is None:
-            noise = PhiloxNoise.from_generator(device=x.device)
+            noise = default_key(x)
         return {
             "sample": reverse.step(x, output, t, table, noise, variance_output, variance_table),
             "pred_xstart": reverse.predicted_x0(self.tables, x, output, t, clip),
@@ -407,7 +409,7 @@ class GaussianDiffusion:
         if eta == 0:
             noise = None
         elif noise is None:
-            noise = PhiloxNoise.from_generator(device=x.device)
+            noise = default_key(x)
         return {
             "sample": reverse.step(x, output, t, table, noise),
             "pred_xstart": reverse.predicted_x0(self.tables, x, output, t, clip),
@@ -628,7 +630,7 @@ class GaussianDiffusion:
         prior = self.prior_bpd(x_start)
         terms, errors = [], []
         for t in progress_bar(range(self.num_timesteps), "calc_bpd_loop", progress):
-            steps = torch.full((len(x_start),), t, dtype=torch.int64, device=x_start.device)
+            steps = check_timesteps(t, x_start, self.num_timesteps)
             now = noise.at(noise.stream + t) if isinstance(noise, PhiloxNoise) else noise
             term, error = self._noised_term(model, x_start, steps, now, clip, decoder, model_kwargs)
             terms.append(term)
@@ -639,7 +641,9 @@ class GaussianDiffusion:
             "prior_bpd": prior,
             "vb": vb,
             "xstart_mse": xstart_mse,
-            "mse": (xstart_mse * self.tables.snr[x_start.device]).to(xstart_mse.dtype),
+            "mse": (xstart_mse * replicated(self.tables.snr[x_start.device], xstart_mse)).to(
+                vb.dtype
+            ),
         }
 
     # ---- private -------------------------------------------------------------------------------
