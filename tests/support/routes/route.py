@@ -1,0 +1,184 @@
+"""What a route is, what it measures of a call, and how a cell of the matrix is checked."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from support.bounds import assert_same_bits
+from support.op_case import Shape
+from support.routes.case import Call, Case, Function
+
+Tensors = tuple[Tensor, ...]
+Measure = Callable[[Function, Call], Tensors]
+Compare = Callable[[Tensors, Tensors, str], None]
+SEED = 11  # of torch's generator before each measurement: it seeds the default noise
+SMALL: Shape = (2, 3)
+
+
+@dataclass(frozen=True)
+class Route:
+    """One way through torch: a name, its column in docs/routes.md, and the check of a case."""
+
+    name: str
+    column: str
+    check: Callable[[Case], None]
+    applies: Callable[[Case], bool] = lambda case: True
+
+
+# ---- what is measured -----------------------------------------------------------------------
+
+
+def values(f: Function, call: Call) -> Tensors:
+    torch.manual_seed(SEED)
+    return f(*call.values)
+
+
+def upstream(outputs: Tensors) -> list[Tensor]:
+    """Gradients of the outputs, all different, the same on every route."""
+    return [_weights(y.numel()).reshape(y.shape).to(y) for y in outputs]
+
+
+def _weights(n: int) -> Tensor:
+    return torch.linspace(0.5, 1.5, n, dtype=torch.float64, device="cpu").cos()
+
+
+def leaves(call: Call) -> Tensors:
+    return tuple(x.detach().requires_grad_(n) for x, n in zip(call.values, call.needs, strict=True))
+
+
+def gradients(f: Function, call: Call) -> Tensors:
+    """The outputs and the gradients of what is differentiable."""
+    given = leaves(call)
+    torch.manual_seed(SEED)
+    outputs = f(*given)
+    wanted = [y for y in outputs if y.requires_grad]
+    torch.autograd.backward(wanted, upstream(wanted))
+    return (*(y.detach() for y in outputs), *(_zero_if_none(x) for x in given if x.requires_grad))
+
+
+def _zero_if_none(x: Tensor) -> Tensor:
+    return torch.zeros_like(x) if x.grad is None else x.grad
+
+
+def scalar(f: Function, call: Call) -> Callable[..., Tensor]:
+    """A function of the differentiable tensors: a weighted sum of the outputs."""
+
+    def g(*differentiable: Tensor) -> Tensor:
+        rest = iter(differentiable)
+        given = [
+            next(rest) if n else x.detach() for x, n in zip(call.values, call.needs, strict=True)
+        ]
+        torch.manual_seed(SEED)
+        outputs = f(*given)
+        return sum(
+            (y.double() * _weights(y.numel()).reshape(y.shape)).sum()
+            for y in outputs
+            if y.is_floating_point()
+        )
+
+    return g
+
+
+def differentiable(call: Call) -> Tensors:
+    return tuple(x for x, n in zip(call.values, call.needs, strict=True) if n)
+
+
+def directions(call: Call) -> Tensors:
+    return tuple(_weights(x.numel()).reshape(x.shape).to(x) - 0.3 for x in differentiable(call))
+
+
+def by_backward(f: Function, call: Call) -> Tensors:
+    """The gradients of the weighted sum, by plain reverse mode: the truth of the next ones."""
+    given = tuple(x.clone().requires_grad_() for x in differentiable(call))
+    return torch.autograd.grad(scalar(f, call)(*given), given, materialize_grads=True)
+
+
+def by_func_grad(f: Function, call: Call) -> Tensors:
+    given = differentiable(call)
+    found = torch.func.grad(scalar(f, call), argnums=tuple(range(len(given))))(*given)
+    return tuple(found)
+
+
+def slope(f: Function, call: Call) -> Tensors:
+    """The derivative along ``directions``, by plain reverse mode."""
+    pairs = zip(by_backward(f, call), directions(call), strict=True)
+    return (sum((g * d).sum(dtype=torch.float64) for g, d in pairs),)
+
+
+def slope_by_jvp(f: Function, call: Call) -> Tensors:
+    return (torch.func.jvp(scalar(f, call), differentiable(call), directions(call))[1],)
+
+
+def slope_by_duals(f: Function, call: Call) -> Tensors:
+    with forward_ad.dual_level():
+        pairs = zip(differentiable(call), directions(call), strict=True)
+        given = [forward_ad.make_dual(x, d) for x, d in pairs]
+        tangent = forward_ad.unpack_dual(scalar(f, call)(*given)).tangent
+    assert tangent is not None, "the tangent is lost"
+    return (tangent,)
+
+
+# ---- how it is compared -----------------------------------------------------------------------
+
+
+def same_bits(found: Tensors, wanted: Tensors, what: str) -> None:
+    assert len(found) == len(wanted), what
+    assert_same_bits(found, wanted, what)
+
+
+def close(found: Tensors, wanted: Tensors, what: str) -> None:
+    """Equal up to rounding in float64: torch's own tolerance, 1e-7 of the value."""
+    assert len(found) == len(wanted), what
+    for x, y in zip(found, wanted, strict=True):
+        torch.testing.assert_close(x.double(), y.double(), msg=lambda m: f"{what}: {m}")
+
+
+# ---- how a cell is checked ----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Through:
+    """Checks that a call gives on a route what it gives in plain eager.
+
+    The object of a case is new on the route (cold), is used there again (warm), and afterwards in
+    plain eager: what a route left in its caches may serve no one else.
+    """
+
+    measures: tuple[tuple[Measure, Measure], ...] = ((values, values), (gradients, gradients))
+    context: Callable[[], Any] = contextlib.nullcontext
+    wrap: Callable[[Function], Function] = lambda f: f
+    before: Callable[[Tensor], Tensor] = lambda x: x
+    after: Callable[[Tensor], Tensor] = lambda y: y
+    compare: Compare = same_bits
+    dtype: torch.dtype = torch.float32
+    shape: Shape = (3, 37)
+
+    def __call__(self, case: Case) -> None:
+        call = case.make(self.shape, self.dtype)
+        tensors = {name: self.before(x) for name, x in call.tensors.items()}
+        on_route = Call(case, tensors, call.others)
+        for measure, truth in self.measures:
+            if measure is not values and not case.differentiable:
+                continue
+            wanted = truth(call.of_tensors(case.subject()), call)
+            with self.context():
+                subject = case.subject()
+                f = self.wrap(on_route.of_tensors(subject))
+                cold = measure(f, on_route)
+                warm = measure(f, on_route)
+            plain = truth(call.of_tensors(subject), call)
+            what = f"{case.name}, {measure.__name__}"
+            self.compare(tuple(map(self.after, cold)), wanted, f"{what}, cold")
+            self.compare(tuple(map(self.after, warm)), wanted, f"{what}, warm")
+            same_bits(plain, wanted, f"{what}, in plain eager after the route")
+
+
+TRANSFORMS = ((by_func_grad, by_backward), (slope_by_jvp, slope), (slope_by_duals, slope))
+"""Transforms that a mode or a subclass may not hide, each with its truth in plain eager."""
