@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from diffcore import PhiloxNoise
 from support.op_case import Shape
 
 Function = Callable[..., tuple[Tensor, ...]]
+
+
+def nothing() -> None:
+    """The object of a call that has none."""
 
 
 @dataclass(frozen=True)
@@ -29,12 +34,13 @@ class Case:
     tensors: tuple[str, ...]  # elementwise arguments ``[B, ...]``
     differentiable: tuple[str, ...] = ()
     others: Callable[[int], dict[str, Tensor]] = lambda batch: {}  # coefficients, tables, timesteps
-    subject: Callable[[], Any] = lambda: None
+    subject: Callable[[], Any] = nothing
+    reading: Case | None = None  # the same call, which reads the noise that this one generates
 
     @property
-    def keyed(self) -> bool:
-        """Whether the call generates its noise."""
-        return "key" in self.name or "default noise" in self.name
+    def stateful(self) -> bool:
+        """Whether the object fills caches in its first call."""
+        return self.subject is not nothing and not isinstance(self.subject(), PhiloxNoise)
 
     def make(self, shape: Shape, dtype: torch.dtype, *, seed: int = 0) -> Call:
         """A call on random values, which are the same for every dtype up to rounding."""
@@ -54,6 +60,10 @@ class Call:
     @property
     def values(self) -> tuple[Tensor, ...]:
         return tuple(self.tensors.values())
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(iter(self.tensors.values())).dtype
 
     @property
     def needs(self) -> tuple[bool, ...]:
@@ -92,7 +102,3 @@ def _values(name: str, shape: Shape, generator: torch.Generator) -> Tensor:
         return levels.double() / 127.5 - 1
     x = torch.randn(shape, generator=generator, dtype=torch.float64)
     return 0.7 * x - 0.5 if "log" in name else x
-
-
-def of_kind(cases: list[Case], kind: str) -> Iterator[Case]:
-    return (case for case in cases if case.kind == kind)

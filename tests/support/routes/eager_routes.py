@@ -8,6 +8,7 @@ import io
 import pickle
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,10 +20,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from support.op_case import without_kernels
+from support.routes import method_cases
 from support.routes.case import Call, Case, Function
 from support.routes.route import (
+    SEED,
     SMALL,
     TRANSFORMS,
+    WIDE,
     Route,
     Tensors,
     Through,
@@ -37,6 +41,7 @@ from support.routes.route import (
     slope,
     slope_by_duals,
     slope_by_jvp,
+    truth_of,
     upstream,
     values,
 )
@@ -116,7 +121,7 @@ SETTINGS: dict[str, Callable[[], Any]] = {
 def backward_twice(f: Function, call: Call) -> Tensors:
     """Gradients of the second of two passes through one graph."""
     given = leaves(call)
-    torch.manual_seed(11)
+    torch.manual_seed(SEED)
     outputs = f(*given)
     wanted = [y for y in outputs if y.requires_grad]
     torch.autograd.backward(wanted, upstream(wanted), retain_graph=True)
@@ -177,7 +182,7 @@ def _of_first(f: Function, call: Call) -> Function:
     given = call.values
 
     def g(x: Tensor) -> Tensors:
-        torch.manual_seed(11)
+        torch.manual_seed(SEED)
         return f(*given[:place], x, *given[place + 1 :])
 
     return g
@@ -188,7 +193,7 @@ def jacobian_by_rev(f: Function, call: Call) -> Tensors:
 
 
 def jacobian_by_fwd(f: Function, call: Call) -> Tensors:
-    return torch.func.jacfwd(_of_first(f, call))(differentiable(call)[0])
+    return torch.func.jacfwd(_of_first(f, call), randomness="same")(differentiable(call)[0])
 
 
 def check_vmap(case: Case) -> None:
@@ -199,7 +204,7 @@ def check_vmap(case: Case) -> None:
     stacked = tuple(map(torch.stack, zip(*(c.values for c in calls), strict=True)))
     if not stacked:
         return
-    torch.manual_seed(11)
+    torch.manual_seed(SEED)
     found = torch.vmap(f, randomness="same")(*stacked)
     for i, call in enumerate(calls):
         wanted = values(f, call)
@@ -224,13 +229,13 @@ def without_gradient(context: Callable[[], Any]) -> Callable[[Case], None]:
     """Checks that values are the same and no graph is made, and that training goes on after it."""
 
     def check(case: Case) -> None:
-        call = case.make((3, 37), torch.float32)
-        wanted = values(call.of_tensors(case.subject()), call)
+        call = case.make(WIDE, torch.float32)
+        wanted = truth_of(case, values, WIDE, torch.float32)
         subject = case.subject()
         f = call.of_tensors(subject)
         given = leaves(call)
         for when in ("cold", "warm"):
-            torch.manual_seed(11)
+            torch.manual_seed(SEED)
             with context():
                 found = f(*given)
             assert not any(y.requires_grad for y in found)
@@ -275,8 +280,8 @@ def check_fake(case: Case) -> None:
 
 def check_meta(case: Case) -> None:
     """Tensors of the device "meta": shapes and dtypes."""
-    call = case.make((3, 37), torch.float32)
-    real = values(call.of_tensors(case.subject()), call)
+    call = case.make(WIDE, torch.float32)
+    real = truth_of(case, values, WIDE, torch.float32)
     subject = case.subject()
     meta = Call(
         case,
@@ -290,11 +295,13 @@ def check_meta(case: Case) -> None:
 
 def traced(mode: str) -> Callable[[Case], None]:
     def check(case: Case) -> None:
-        call = case.make((3, 37), torch.float32)
+        call = case.make(WIDE, torch.float32)
         subject = case.subject()
-        wanted = values(call.of_tensors(case.subject()), call)
-        torch.manual_seed(11)
-        graph = make_fx(call.of_tensors(subject), tracing_mode=mode)(*call.values)
+        wanted = truth_of(case, values, WIDE, torch.float32)
+        torch.manual_seed(SEED)
+        graph = make_fx(call.of_tensors(subject), tracing_mode=mode, _allow_non_fake_inputs=True)(
+            *call.values
+        )
         same_bits(tuple(values(graph, call)), wanted, f"{case.name}, make_fx")
         same_bits(values(call.of_tensors(subject), call), wanted, f"{case.name}, after make_fx")
 
@@ -304,6 +311,10 @@ def traced(mode: str) -> Callable[[Case], None]:
 # ---- dtypes -----------------------------------------------------------------------------------
 
 
+STORED = ("x0", "x", "x_t", "mean")
+"""The first of these is what the noise of a key is added to: it is generated in its dtype."""
+
+
 def mixed(context: Callable[[], Any]) -> Callable[[Case], None]:
     """One tensor is narrower than the others: the result is that of the widest dtype.
 
@@ -311,22 +322,52 @@ def mixed(context: Callable[[], Any]) -> Callable[[Case], None]:
     """
 
     def check(case: Case) -> None:
-        call = case.make((3, 37), torch.float32)
+        call = case.make(WIDE, torch.float32)
+        measure = gradients if case.differentiable else values
         f = call.of_tensors(case.subject())
         for name in call.tensors:
             narrow = {n: x.bfloat16() if n == name else x for n, x in call.tensors.items()}
-            wide = {n: x.float() for n, x in narrow.items()}
-            given, same = (Call(case, t, call.others) for t in (narrow, wide))
-            measure = gradients if case.differentiable else values
+            if all(x.dtype == torch.bfloat16 for x in narrow.values()):
+                continue
+            wide, same = {n: x.float() for n, x in narrow.items()}, case
+            if case.reading is not None:
+                same = case.reading
+                x = next(narrow[n] for n in STORED if n in narrow)
+                wide["noise"] = case.subject().tensor(x.shape, dtype=x.dtype).float()
             with context():
-                found = measure(f, given)
-            wanted = list(measure(f, same))
+                found = measure(f, Call(case, narrow, call.others))
+            wanted = list(_in_full(same, wide, case, call))
             if name in case.differentiable:
                 place = len(wanted) - sum(call.needs) + _place(call, name)
                 wanted[place] = wanted[place].bfloat16()
             same_bits(found, tuple(wanted), f"{case.name}, {name} in bfloat16")
 
     return check
+
+
+def _in_full(reading: Case, tensors: dict[str, Tensor], case: Case, call: Call) -> Tensors:
+    """Outputs and gradients of the call that reads its noise, of one dtype."""
+    ordered = {n: tensors[n] for n in reading.tensors}
+    only = replace(reading, differentiable=case.differentiable)
+    same = Call(only, ordered, call.others)
+    return (gradients if case.differentiable else values)(same.of_tensors(None), same)
+
+
+def _several(case: Case) -> bool:
+    """Whether an op takes several tensors, or one and a noise key."""
+    several = len(case.tensors) > 1
+    return several and case.public.startswith(("ops.", "vae.")) and "Diagonal" not in case.public
+
+
+def check_rounding_model(case: Case) -> None:
+    """A model whose outputs are bfloat16, as under autocast: as if float32 of the same values."""
+    call = case.make(WIDE, torch.float32)
+    measure = gradients if case.differentiable else values
+    with method_cases.model_rounds(lambda y: y.bfloat16().to(y.dtype)):
+        wanted = measure(call.of_tensors(case.subject()), call)
+    with torch.autocast("cpu", torch.bfloat16), method_cases.model_rounds(Tensor.bfloat16):
+        found = measure(call.of_tensors(case.subject()), call)
+    same_bits(found, wanted, case.name)
 
 
 def _place(call: Call, name: str) -> int:
@@ -338,8 +379,8 @@ def _place(call: Call, name: str) -> int:
 
 def check_threads(case: Case) -> None:
     """One cold object, four threads: the bits of one thread."""
-    call = case.make((3, 37), torch.float32)
-    wanted = values(call.of_tensors(case.subject()), call)
+    call = case.make(WIDE, torch.float32)
+    wanted = truth_of(case, values, WIDE, torch.float32)
     f = call.of_tensors(case.subject())
     with ThreadPoolExecutor(4) as pool:
         for found in pool.map(lambda _: f(*call.values), range(8)):
@@ -357,7 +398,7 @@ def copied(by: Callable[[Any], Any]) -> Callable[[Case], None]:
     """The object of a call, copied when it is cold and when it is warm."""
 
     def check(case: Case) -> None:
-        call = case.make((3, 37), torch.float32)
+        call = case.make(WIDE, torch.float32)
         subject = case.subject()
         cold = by(subject)
         wanted = values(call.of_tensors(subject), call)
@@ -417,8 +458,11 @@ def _routes() -> Iterator[Route]:
         yield Route(name, DTYPE, Through(context=SETTINGS[name]))
     for name in ("autocast bfloat16", "autocast float16"):
         yield Route(name, DTYPE, Through(context=SETTINGS[name]))
-    yield Route("mixed dtypes", DTYPE, mixed(contextlib.nullcontext))
-    yield Route("mixed dtypes, autocast", DTYPE, mixed(autocast(torch.bfloat16)))
+    yield Route("mixed dtypes", DTYPE, mixed(contextlib.nullcontext), _several)
+    yield Route("mixed dtypes, autocast", DTYPE, mixed(autocast(torch.bfloat16)), _several)
+    yield Route(
+        "autocast, model", DTYPE, check_rounding_model, lambda case: "weight" in case.tensors
+    )
     yield Route("fake tensors", TRACE, check_fake)
     yield Route("meta tensors", TRACE, check_meta)
     yield Route("make_fx", TRACE, traced("real"))
@@ -429,15 +473,13 @@ def _routes() -> Iterator[Route]:
             COPY,
             Through(
                 ((gradients, gradients),),
-                wrap=lambda f, reentrant=reentrant: lambda *x: checkpoint(
-                    f, *x, use_reentrant=reentrant
+                wrap=lambda f, reentrant=reentrant: (
+                    lambda *x: checkpoint(f, *x, use_reentrant=reentrant)
                 ),
             ),
             _differentiable,
         )
-    yield Route(
-        "threads", COPY, check_threads, lambda case: not _torchs_generator(case)
-    )
+    yield Route("threads", COPY, check_threads, lambda case: not _torchs_generator(case))
     for name, by in {
         "deepcopy": copy.deepcopy,
         "pickle": lambda x: pickle.loads(pickle.dumps(x)),

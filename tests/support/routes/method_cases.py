@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -28,13 +29,26 @@ from diffcore import (
     vae_loss,
 )
 from diffcore.likelihood import vdm_bound
-from support.routes.case import Case
+from support.routes.case import Case, nothing
 from support.routes.op_cases import KEY
 
 STEPS = 25
 SIGMAS = [9.0, 3.0, 1.0, 0.3, 0.0]
 LEVELS = torch.tensor(SIGMAS)
 Given = dict[str, Tensor]
+
+
+ROUND: list[Callable[[Tensor], Tensor]] = []
+"""What happens to the outputs of models, as autocast rounds them; see ``model_rounds``."""
+
+
+@contextlib.contextmanager
+def model_rounds(by: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    ROUND.append(by)
+    try:
+        yield
+    finally:
+        ROUND.pop()
 
 
 def model(given: Given, *, learned: bool = False) -> Callable[[Tensor, Tensor], Tensor]:
@@ -44,7 +58,9 @@ def model(given: Given, *, learned: bool = False) -> Callable[[Tensor, Tensor], 
     def predict(x: Tensor, t: Tensor) -> Tensor:
         time = (t.to(x) / STEPS).reshape(-1, *[1] * (x.ndim - 1))
         output = weight * x + 0.3 * torch.sin(3 * x + time)
-        return torch.cat([output, torch.tanh(weight * x)], 1) if learned else output
+        if learned:
+            output = torch.cat([output, torch.tanh(weight * x)], 1)
+        return ROUND[-1](output) if ROUND else output
 
     return predict
 
@@ -237,7 +253,7 @@ def _table(
     call: Callable[[Any, Given], Any],
     tensors: str,
     differentiable: str,
-    table: Callable[[], Any],
+    table: Callable[[], Any] = nothing,
     *,
     others: Callable[[int], Given] = lambda batch: {},
     suffix: str = "",
@@ -311,7 +327,6 @@ SOLVER_CASES: list[Case] = [
         lambda _, g: sampling.sample_dpmpp_2m(model(g), g["x"], LEVELS, disable=True),
         "x weight",
         "",
-        lambda: None,
     ),
     _table(
         "sampling.sample_euler_ancestral",
@@ -321,7 +336,6 @@ SOLVER_CASES: list[Case] = [
         ),
         "x weight",
         "",
-        lambda: None,
     ),
 ]  # fmt: skip
 
@@ -375,7 +389,11 @@ TABLE_OF_SNR: Callable[[int], Given] = lambda batch: {"snr": diffusion().schedul
 
 
 def _vae(
-    name: str, call: Callable[[Given], Any], tensors: str, differentiable: str = "", suffix: str = ""
+    name: str,
+    call: Callable[[Given], Any],
+    tensors: str,
+    differentiable: str = "",
+    suffix: str = "",
 ) -> Case:
     return Case(
         f"{name}{suffix}",

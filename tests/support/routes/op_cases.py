@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -39,7 +40,7 @@ def _of(case: OpCase, noise: str) -> Case:
     public = f"ops.{'reverse_step' if op == '_with_history' else op}"
     name = case.name if noise == "tensor" else f"{case.name}, {noise}"
     left = () if noise == "tensor" else ("noise",)
-    return Case(
+    found = Case(
         name,
         public,
         KIND_OF[op],
@@ -47,8 +48,10 @@ def _of(case: OpCase, noise: str) -> Case:
         tuple(n for n in case.tensors if n not in left),
         tuple(n for n in case.differentiable if n not in left),
         others,
-        (lambda: KEY) if noise == "key" else (lambda: None),
     )
+    if noise == "key":
+        return replace(found, subject=lambda: KEY, reading=_of(case, "tensor"))
+    return found
 
 
 def _takes_none(case: OpCase) -> bool:
@@ -63,7 +66,9 @@ OP_CASES: list[Case] = [
         "randn, key",
         "ops.randn",
         "noise",
-        lambda key, given: ops.randn(given["like"].shape, key, dtype=given["like"].dtype),
+        lambda key, given: ops.randn(
+            given["like"].shape, key, dtype=given["like"].dtype, device=given["like"].device
+        ),
         ("like",),
         subject=lambda: KEY,
     ),
@@ -72,7 +77,7 @@ OP_CASES: list[Case] = [
         "PhiloxNoise.tensor",
         "noise",
         lambda key, given: key.for_samples(given["ids"]).tensor(
-            given["like"].shape, dtype=given["like"].dtype
+            given["like"].shape, dtype=given["like"].dtype, device=given["like"].device
         ),
         ("like",),
         others=lambda batch: {"ids": torch.arange(batch) * 3 + 5},
