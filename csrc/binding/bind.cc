@@ -32,7 +32,8 @@ enum Found : int {
   kCoefNeedsGrad = 8,
   kCoefNegated = 16,
   kMode = 32,
-  kTransform = 64
+  kTransform = 64,
+  kDefaultDevice = 128
 };
 struct FoundName {
   const char* name;
@@ -42,7 +43,7 @@ constexpr FoundName kFoundNames[] = {
     {"not_plain", kNotPlain},       {"needs_grad", kNeedsGrad},
     {"negated", kNegated},          {"coef_needs_grad", kCoefNeedsGrad},
     {"coef_negated", kCoefNegated}, {"mode", kMode},
-    {"transform", kTransform}};
+    {"transform", kTransform},      {"default_device", kDefaultDevice}};
 
 bool is(PyObject* expected, PyObject* value) {
   if (!value) throw py::error_already_set();
@@ -56,13 +57,51 @@ bool requires_grad(PyObject* x) {
 bool is_negated(PyObject* x) { return is(Py_True, PyObject_CallOneArg(g_torch.is_neg, x)); }
 bool plain(PyObject* x) { return Py_TYPE(x) == g_torch.tensor || Py_TYPE(x) == g_torch.parameter; }
 
-int inspect(const py::tuple& tensors, const py::tuple& coefs) {
-  int found = 0;
-  for (PyObject* mode : g_torch.modes) {
-    py::object active = py::reinterpret_steal<py::object>(PyObject_CallNoArgs(mode));
-    if (!active) throw py::error_already_set();
-    if (PyObject_IsTrue(active.ptr())) found |= kMode;
+py::object checked(PyObject* made) {
+  if (!made) throw py::error_already_set();
+  return py::reinterpret_steal<py::object>(made);
+}
+Py_ssize_t number(PyObject* function) {
+  const py::object result = checked(PyObject_CallNoArgs(function));
+  const Py_ssize_t value = PyNumber_AsSsize_t(result.ptr(), nullptr);
+  if (value == -1 && PyErr_Occurred()) throw py::error_already_set();
+  return value;
+}
+
+// kMode; or kDefaultDevice where the one mode is that of torch.set_default_device or of a
+// `with torch.device(...)`, which changes only the constructors of tensors; or 0 without modes.
+int find_modes() {
+  if (number(g_torch.dispatch_modes)) return kMode;
+  const Py_ssize_t modes = number(g_torch.function_modes);
+  if (!modes) return 0;
+  // torch keeps one mode for the default device at most, and this variable in step with it.
+  PyObject* device = PyDict_GetItemString(g_torch.device_module, "CURRENT_DEVICE");
+  return modes == 1 && device && device != Py_None ? kDefaultDevice : kMode;
+}
+
+// While this exists function modes get no calls of torch, each of which would cost microseconds.
+class WithoutFunctionModes {
+ public:
+  explicit WithoutFunctionModes(bool needed) {
+    if (!needed) return;
+    context_ = checked(PyObject_CallNoArgs(g_torch.without_functions));
+    checked(PyObject_CallOneArg(g_torch.enter, context_.ptr()));
   }
+  ~WithoutFunctionModes() {
+    if (!context_) return;
+    PyObject* args[] = {context_.ptr(), Py_None, Py_None, Py_None};
+    PyObject* done = PyObject_Vectorcall(g_torch.exit, args, 4, nullptr);
+    if (!done) PyErr_WriteUnraisable(context_.ptr());
+    Py_XDECREF(done);
+  }
+  WithoutFunctionModes(const WithoutFunctionModes&) = delete;
+  WithoutFunctionModes& operator=(const WithoutFunctionModes&) = delete;
+
+ private:
+  py::object context_;
+};
+
+int inspect(const py::tuple& tensors, const py::tuple& coefs, int found) {
   if (!is(Py_None, PyObject_CallNoArgs(g_torch.transforms))) found |= kTransform;
   const bool grad = is(Py_True, PyObject_CallNoArgs(g_torch.grad_enabled));
   for (py::handle x : tensors) {
@@ -73,6 +112,7 @@ int inspect(const py::tuple& tensors, const py::tuple& coefs) {
   for (py::handle c : coefs) {
     if (PyFloat_CheckExact(c.ptr())) continue;
     if (!PyObject_TypeCheck(c.ptr(), g_torch.tensor)) continue;
+    if (!plain(c.ptr())) return found | kNotPlain;
     if (grad && requires_grad(c.ptr())) found |= kCoefNeedsGrad;
     if (is_negated(c.ptr())) found |= kCoefNegated;
   }
@@ -94,9 +134,12 @@ Reason try_call(int op, const OpInfo& info, const py::tuple& outs, const py::tup
 // the call cannot run. With `inspect_only` nothing is run.
 py::object launch(int op, const py::tuple& ins, const py::tuple& coefs, py::handle step,
                   py::handle noise, bool inspect_only) {
-  const int found = inspect(ins, coefs);
+  const int modes = find_modes();
+  const WithoutFunctionModes guard(modes & kDefaultDevice);
+  const int found = inspect(ins, coefs, modes);
   const OpInfo* info = op_table().find(op);
-  if (found || inspect_only || !info || info->n_sum || info->n_in == 0 || ins.empty())
+  if ((found & ~kDefaultDevice) || inspect_only || !info || info->n_sum || info->n_in == 0 ||
+      ins.empty())
     return py::int_(found);
   py::tuple outs(info->n_out);
   for (int k = 0; k < info->n_out; ++k) {
@@ -104,7 +147,7 @@ py::object launch(int op, const py::tuple& ins, const py::tuple& coefs, py::hand
     if (!made) throw py::error_already_set();
     PyTuple_SET_ITEM(outs.ptr(), k, made);
   }
-  if (try_call(op, *info, outs, ins, coefs, step, false, noise)) return py::int_(0);
+  if (try_call(op, *info, outs, ins, coefs, step, false, noise)) return py::int_(found);
   if (info->n_out == 1) return outs[0];
   return std::move(outs);
 }
@@ -123,7 +166,8 @@ py::object call(int op, const py::tuple& outs, const py::tuple& ins, const py::t
 }
 
 void connect(py::capsule exchange_api, py::type tensor, py::type parameter, py::function empty_like,
-             py::tuple modes, py::function transforms, py::function grad_enabled) {
+             py::function dispatch_modes, py::function function_modes, py::dict device_module,
+             py::type without_functions, py::function transforms, py::function grad_enabled) {
   auto* api = static_cast<const dlpack::ExchangeApiHeader*>(exchange_api.get_pointer());
   while (api && api->version.major != 1) api = api->prev_api;
   if (!api)
@@ -137,7 +181,12 @@ void connect(py::capsule exchange_api, py::type tensor, py::type parameter, py::
   g_torch.empty_like = empty_like.inc_ref().ptr();
   g_torch.requires_grad = py::object(tensor.attr("requires_grad")).inc_ref().ptr();
   g_torch.is_neg = py::object(tensor.attr("is_neg")).inc_ref().ptr();
-  for (int k = 0; k < 2; ++k) g_torch.modes[k] = py::object(modes[k]).inc_ref().ptr();
+  g_torch.dispatch_modes = dispatch_modes.inc_ref().ptr();
+  g_torch.function_modes = function_modes.inc_ref().ptr();
+  g_torch.device_module = device_module.inc_ref().ptr();
+  g_torch.without_functions = without_functions.inc_ref().ptr();
+  g_torch.enter = py::object(without_functions.attr("__enter__")).inc_ref().ptr();
+  g_torch.exit = py::object(without_functions.attr("__exit__")).inc_ref().ptr();
   g_torch.transforms = transforms.inc_ref().ptr();
   g_torch.grad_enabled = grad_enabled.inc_ref().ptr();
   if (!Py_TYPE(g_torch.requires_grad)->tp_descr_get)
@@ -198,7 +247,9 @@ void export_names(py::module_& m) {
 PYBIND11_MODULE(_C, m, pybind11::mod_gil_not_used()) {
   using namespace diffcore;
   m.def("connect", &connect, py::arg("exchange_api"), py::arg("tensor"), py::arg("parameter"),
-        py::arg("empty_like"), py::arg("modes"), py::arg("transforms"), py::arg("grad_enabled"));
+        py::arg("empty_like"), py::arg("dispatch_modes"), py::arg("function_modes"),
+        py::arg("device_module"), py::arg("without_functions"), py::arg("transforms"),
+        py::arg("grad_enabled"));
   m.def("launch", &launch, py::arg("op"), py::arg("ins"), py::arg("coefs"), py::arg("step"),
         py::arg("noise"), py::arg("inspect_only"));
   m.def("call", &diffcore::call, py::arg("op"), py::arg("outs"), py::arg("ins"), py::arg("coefs"),

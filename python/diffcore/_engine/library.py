@@ -21,6 +21,7 @@ from diffcore._engine.execute import (
     allocate,
     coefs_need_grad,
     direct,
+    promoted,
     resolved,
     run_reference,
 )
@@ -78,6 +79,7 @@ def run_registered(
     out: Tensor | None,
     noise: Noise = None,
 ) -> Any:
+    kernel, inputs, noise = promoted(kernel, inputs, noise)
     if not isinstance(step, Tensor) and step is not None and step < 0:
         raise ValueError(f"t must be at least 0, got {step}")  # -1 is "no step" in the schema
     if not native.has_kernels(inputs[0].device) or (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -39,6 +40,23 @@ def run_noisy(
             f"{kernel.reading.inputs[-1]} must be a torch.Tensor or a PhiloxNoise, got {kind}"
         )
     return run(kernel.reading, (*inputs, noise), coefs, step, False, out)
+
+
+def promoted(model_output: Tensor, x0: Any, noise: Any) -> tuple[Tensor, Any, Any]:
+    """A prediction, x_0 and noise in the widest of their dtypes, by torch's promotion.
+
+    The noise of a key is rounded to the dtype of ``x0`` first, as where it is added to ``x0``.
+    """
+    floats = [x.dtype for x in (model_output, x0, noise) if _is_float(x)]
+    widest = functools.reduce(torch.promote_types, floats)
+    if isinstance(noise, PhiloxNoise) and _is_float(x0) and x0.dtype != widest:
+        noise = noise.tensor(x0.shape, dtype=x0.dtype, device=x0.device)
+    found = [x.to(widest) if _is_float(x) else x for x in (model_output, x0, noise)]
+    return found[0], found[1], found[2]
+
+
+def _is_float(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.is_floating_point()
 
 
 def noise_or_default(

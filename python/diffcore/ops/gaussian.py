@@ -107,10 +107,6 @@ def _broadcast(names: tuple[str, ...], inputs: tuple[Tensor | float, ...]) -> Te
     first_name, first = next(iter(tensors.items()))
     shape = first.shape
     for name, x in tensors.items():
-        if x.dtype != first.dtype:
-            raise TypeError(
-                f"{name} must have the dtype of {first_name}, {first.dtype}, got {x.dtype}"
-            )
         if x.device != first.device:
             raise ValueError(
                 f"{name} must be on the device of {first_name}, {first.device}, got {x.device}"

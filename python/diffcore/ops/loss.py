@@ -12,7 +12,7 @@ from diffcore._types import Coef, Step
 from diffcore.coefficients.step import PREDICTION_TYPES
 from diffcore.noise import Noise, PhiloxNoise
 from diffcore.ops._arguments import as_coef, as_number
-from diffcore.ops._noise import run_noisy
+from diffcore.ops._noise import promoted, run_noisy
 
 __all__ = [
     "denoising_loss",
@@ -66,6 +66,8 @@ def denoising_loss(
     check_choice("prediction_type", prediction_type, PREDICTION_TYPES)
     if not isinstance(model_output, Tensor):
         raise TypeError(f"model_output must be a torch.Tensor, got {type(model_output).__name__}")
+    if any(isinstance(x, Tensor) and x.dtype is not model_output.dtype for x in (x0, noise)):
+        model_output, x0, noise = promoted(model_output, x0, noise)
     w = 1.0 if weight is None else as_coef("weight", weight, t)
     step = t if isinstance(w, Tensor) and w.ndim == 2 else None
     if prediction_type == "epsilon":
