@@ -413,6 +413,11 @@ def prior(given: Given) -> DiagonalGaussianDistribution:
     return DiagonalGaussianDistribution(torch.cat([given["z"], given["logvar"] + 0.3], 1))
 
 
+def _positive(x: Tensor) -> Tensor:
+    """A number for each sample, in float32 at least."""
+    return x.to(torch.promote_types(x.dtype, torch.float32)).square().flatten(1).sum(1)
+
+
 DISTRIBUTION = "vae.DiagonalGaussianDistribution"
 VAE_CASES: list[Case] = [
     _vae(
@@ -445,7 +450,7 @@ VAE_CASES: list[Case] = [
     ),
     _vae(
         "vae.vae_loss",
-        lambda g: vae_loss(g["x"], g["x_recon"], g["kl"].square().flatten(1).sum(1)),
+        lambda g: vae_loss(g["x"], g["x_recon"], _positive(g["kl"])),
         "x x_recon kl",
     ),
     _vae(
@@ -455,7 +460,7 @@ VAE_CASES: list[Case] = [
     ),
     _vae(
         "vae.elbo_terms",
-        lambda g: elbo_terms(g["x"], g["x_recon"], g["kl"].square().flatten(1).sum(1)),
+        lambda g: elbo_terms(g["x"], g["x_recon"], _positive(g["kl"])),
         "x x_recon kl",
     ),
     _vae(
