@@ -13,7 +13,6 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from support.routes.case import Call, Case, Function
 from support.routes.route import (
-    SEED,
     SMALL,
     WIDE,
     Compare,
@@ -26,6 +25,7 @@ from support.routes.route import (
     close,
     gradients,
     same_bits,
+    seed,
     slope,
     slope_by_duals,
     slope_by_jvp,
@@ -95,15 +95,14 @@ def compiled_transform(measure: Measure, truth: Measure) -> Callable[[Case], Non
     def check(case: Case) -> None:
         torch._dynamo.reset()
         call = case.make(SMALL, torch.float64)
-        names, others = tuple(call.tensors), tuple(call.others.values())
-        f = call.of_tensors(case.subject())
+        names, f = tuple(call.tensors), call.of_tensors(case.subject())
 
         def transformed(*tensors: Tensor) -> Tensors:
             given = Call(case, dict(zip(names, tensors, strict=True)), call.others)
             return measure(f, given)
 
-        del others
         run = torch.compile(transformed, fullgraph=True, backend="aot_eager")
+        seed()
         found = run(*call.values)
         close(found, truth_of(case, truth, SMALL, torch.float64), f"{case.name}, compiled")
 
@@ -130,7 +129,7 @@ def exported(*, strict: bool, dynamic: bool) -> Callable[[Case], None]:
         for batch in BATCHES[: 1 + dynamic]:
             again = case.make((batch, *WIDE[1:]), torch.float32)
             wanted = truth_of(case, values, (batch, *WIDE[1:]), torch.float32)
-            torch.manual_seed(SEED)
+            seed()
             same_bits(program.module()(*_all(again)), wanted, f"{case.name}, batch {batch}")
         if case.stateful:
             after_route(case, call, subject)

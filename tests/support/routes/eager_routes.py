@@ -23,7 +23,6 @@ from support.op_case import without_kernels
 from support.routes import method_cases
 from support.routes.case import Call, Case, Function
 from support.routes.route import (
-    SEED,
     SMALL,
     TRANSFORMS,
     WIDE,
@@ -38,6 +37,7 @@ from support.routes.route import (
     leaves,
     same_bits,
     scalar,
+    seed,
     slope,
     slope_by_duals,
     slope_by_jvp,
@@ -121,7 +121,7 @@ SETTINGS: dict[str, Callable[[], Any]] = {
 def backward_twice(f: Function, call: Call) -> Tensors:
     """Gradients of the second of two passes through one graph."""
     given = leaves(call)
-    torch.manual_seed(SEED)
+    seed()
     outputs = f(*given)
     wanted = [y for y in outputs if y.requires_grad]
     torch.autograd.backward(wanted, upstream(wanted), retain_graph=True)
@@ -182,7 +182,7 @@ def _of_first(f: Function, call: Call) -> Function:
     given = call.values
 
     def g(x: Tensor) -> Tensors:
-        torch.manual_seed(SEED)
+        seed()
         return f(*given[:place], x, *given[place + 1 :])
 
     return g
@@ -204,7 +204,7 @@ def check_vmap(case: Case) -> None:
     stacked = tuple(map(torch.stack, zip(*(c.values for c in calls), strict=True)))
     if not stacked:
         return
-    torch.manual_seed(SEED)
+    seed()
     found = torch.vmap(f, randomness="same")(*stacked)
     for i, call in enumerate(calls):
         wanted = values(f, call)
@@ -235,7 +235,7 @@ def without_gradient(context: Callable[[], Any]) -> Callable[[Case], None]:
         f = call.of_tensors(subject)
         given = leaves(call)
         for when in ("cold", "warm"):
-            torch.manual_seed(SEED)
+            seed()
             with context():
                 found = f(*given)
             assert not any(y.requires_grad for y in found)
@@ -298,7 +298,7 @@ def traced(mode: str) -> Callable[[Case], None]:
         call = case.make(WIDE, torch.float32)
         subject = case.subject()
         wanted = truth_of(case, values, WIDE, torch.float32)
-        torch.manual_seed(SEED)
+        seed()
         graph = make_fx(call.of_tensors(subject), tracing_mode=mode, _allow_non_fake_inputs=True)(
             *call.values
         )

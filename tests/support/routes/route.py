@@ -37,8 +37,14 @@ class Route:
 # ---- what is measured -----------------------------------------------------------------------
 
 
+def seed() -> None:
+    """Seeds torch's generator, from which the default noise takes its key."""
+    if not torch.compiler.is_dynamo_compiling():  # which cannot: its caller does
+        torch.manual_seed(SEED)
+
+
 def values(f: Function, call: Call) -> Tensors:
-    torch.manual_seed(SEED)
+    seed()
     return f(*call.values)
 
 
@@ -58,7 +64,7 @@ def leaves(call: Call) -> Tensors:
 def gradients(f: Function, call: Call) -> Tensors:
     """The outputs and the gradients of what is differentiable."""
     given = leaves(call)
-    torch.manual_seed(SEED)
+    seed()
     outputs = f(*given)
     wanted = [y for y in outputs if y.requires_grad]
     torch.autograd.backward(wanted, upstream(wanted))
@@ -77,7 +83,7 @@ def scalar(f: Function, call: Call) -> Callable[..., Tensor]:
         given = [
             next(rest) if n else x.detach() for x, n in zip(call.values, call.needs, strict=True)
         ]
-        torch.manual_seed(SEED)
+        seed()
         outputs = f(*given)
         return sum(
             (y.double() * _weights(y.numel()).reshape(y.shape)).sum()
