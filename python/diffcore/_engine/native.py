@@ -46,6 +46,11 @@ transforms: Callable[[], Any] = getattr(
     getattr(torch._C, "_functorch", None), "peek_interpreter_stack", _unknown
 )
 
+# The same question in the form that torch.compile answers while it traces.
+transform_depth: Callable[[], int] = getattr(
+    getattr(torch._C, "_functorch", None), "get_dynamic_layer_stack_depth", lambda: 0
+)
+
 
 def function_modes() -> int:
     """How many function modes are active, without that of a default device."""
