@@ -4,6 +4,7 @@
 // the error message.
 #include <pybind11/pybind11.h>
 
+#include <cstring>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -129,11 +130,16 @@ Reason try_call(int op, const OpInfo& info, const py::tuple& outs, const py::tup
   return run_plan(op, &plan);
 }
 
+void require_connection() {
+  if (!g_torch.exchange) throw std::runtime_error("diffcore._C.connect() must be called first");
+}
+
 // Runs an elementwise kernel on plain tensors and returns its output, or a tuple of outputs.
 // Otherwise returns the bits of `inspect`; 0 if there are none, but the op is not elementwise or
 // the call cannot run. With `inspect_only` nothing is run.
 py::object launch(int op, const py::tuple& ins, const py::tuple& coefs, py::handle step,
                   py::handle noise, bool inspect_only) {
+  require_connection();
   const int modes = find_modes();
   const WithoutFunctionModes guard(modes & kDefaultDevice);
   const int found = inspect(ins, coefs, modes);
@@ -156,7 +162,7 @@ py::object launch(int op, const py::tuple& ins, const py::tuple& coefs, py::hand
 // index, detail) of binding/reason.h.
 py::object call(int op, const py::tuple& outs, const py::tuple& ins, const py::tuple& coefs,
                 py::handle step, bool reduce_all, py::handle noise) {
-  if (!g_torch.exchange) throw std::runtime_error("diffcore._C.connect() must be called first");
+  require_connection();
   const OpInfo* info = op_table().find(op);
   if (!info)
     throw py::index_error("op must be in the range of op_table(), got " + std::to_string(op));
@@ -165,10 +171,15 @@ py::object call(int op, const py::tuple& outs, const py::tuple& ins, const py::t
   return py::make_tuple(int(reason.code), int(reason.argument), reason.index, reason.detail);
 }
 
-void connect(py::capsule exchange_api, py::type tensor, py::type parameter, py::function empty_like,
-             py::function dispatch_modes, py::function function_modes, py::dict device_module,
-             py::type without_functions, py::function transforms, py::function grad_enabled) {
-  auto* api = static_cast<const dlpack::ExchangeApiHeader*>(exchange_api.get_pointer());
+// The exchange API of a tensor type, in a version with the functions that are used.
+const dlpack::ExchangeApi* exchange_api_of(const py::capsule& capsule, const py::type& tensor) {
+  const char* name = capsule.name();
+  if (!name || std::strcmp(name, "dlpack_exchange_api"))
+    throw py::type_error("exchange_api must be a capsule named dlpack_exchange_api, got " +
+                         std::string(name ? name : "one without a name"));
+  if (!py::getattr(tensor, "__dlpack_c_exchange_api__", py::none()).is(capsule))
+    throw py::value_error("exchange_api must be tensor.__dlpack_c_exchange_api__");
+  auto* api = static_cast<const dlpack::ExchangeApiHeader*>(capsule.get_pointer());
   while (api && api->version.major != 1) api = api->prev_api;
   if (!api)
     throw std::runtime_error("torch must have a DLPack exchange API of major version 1, got none");
@@ -176,21 +187,36 @@ void connect(py::capsule exchange_api, py::type tensor, py::type parameter, py::
   if (!exchange->borrow || !exchange->current_stream || !exchange->allocate)
     throw std::runtime_error(
         "torch's DLPack exchange API must have borrow, current_stream and allocate");
+  return exchange;
+}
+
+// Sets nothing unless all arguments are right.
+void connect(const py::capsule& exchange_api, const py::type& tensor, const py::type& parameter,
+             const py::function& empty_like, const py::function& dispatch_modes,
+             const py::function& function_modes, const py::dict& device_module,
+             const py::type& without_functions, const py::function& transforms,
+             const py::function& grad_enabled) {
+  const dlpack::ExchangeApi* exchange = exchange_api_of(exchange_api, tensor);
+  const py::object requires_grad = tensor.attr("requires_grad"), is_neg = tensor.attr("is_neg");
+  if (!Py_TYPE(requires_grad.ptr())->tp_descr_get)
+    throw py::type_error("tensor.requires_grad must be a property");
+  if (PyObject_IsSubclass(parameter.ptr(), tensor.ptr()) != 1)
+    throw py::type_error("parameter must be a subclass of tensor");
+  const py::object enter = without_functions.attr("__enter__");
+  const py::object exit = without_functions.attr("__exit__");
   g_torch.tensor = reinterpret_cast<PyTypeObject*>(tensor.inc_ref().ptr());
   g_torch.parameter = reinterpret_cast<PyTypeObject*>(parameter.inc_ref().ptr());
   g_torch.empty_like = empty_like.inc_ref().ptr();
-  g_torch.requires_grad = py::object(tensor.attr("requires_grad")).inc_ref().ptr();
-  g_torch.is_neg = py::object(tensor.attr("is_neg")).inc_ref().ptr();
+  g_torch.requires_grad = requires_grad.inc_ref().ptr();
+  g_torch.is_neg = is_neg.inc_ref().ptr();
   g_torch.dispatch_modes = dispatch_modes.inc_ref().ptr();
   g_torch.function_modes = function_modes.inc_ref().ptr();
   g_torch.device_module = device_module.inc_ref().ptr();
   g_torch.without_functions = without_functions.inc_ref().ptr();
-  g_torch.enter = py::object(without_functions.attr("__enter__")).inc_ref().ptr();
-  g_torch.exit = py::object(without_functions.attr("__exit__")).inc_ref().ptr();
+  g_torch.enter = enter.inc_ref().ptr();
+  g_torch.exit = exit.inc_ref().ptr();
   g_torch.transforms = transforms.inc_ref().ptr();
   g_torch.grad_enabled = grad_enabled.inc_ref().ptr();
-  if (!Py_TYPE(g_torch.requires_grad)->tp_descr_get)
-    throw std::runtime_error("torch.Tensor.requires_grad must be a property");
   g_torch.exchange = exchange;
 }
 

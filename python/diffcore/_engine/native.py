@@ -91,7 +91,7 @@ if BACKEND == "native":
             transforms,
             torch.is_grad_enabled,
         )
-    except (ImportError, AttributeError, RuntimeError) as error:
+    except (ImportError, AttributeError, RuntimeError, TypeError, ValueError) as error:
         _C = None
         _load_error = f"{type(error).__name__}: {error}"
         warnings.warn(
