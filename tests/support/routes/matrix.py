@@ -18,6 +18,18 @@ from support.routes.route import Route
 CASES: list[Case] = [*OP_CASES, *METHOD_CASES]
 ROUTES: list[Route] = [*EAGER_ROUTES, *COMPILED_ROUTES]
 KINDS = tuple(dict.fromkeys(case.kind for case in CASES))
+_BITS, _ROUNDING = "the same bits", "equal up to rounding, in float64"
+COLUMNS = {
+    "plain": f"{_BITS}; second derivatives {_ROUNDING}",
+    "transforms": _ROUNDING,
+    "modes": f"{_BITS}; transforms under a mode {_ROUNDING}",
+    "dtypes": f"{_BITS}; of mixed dtypes, those of the widest dtype",
+    "tracing": f"{_BITS}; of fake and meta tensors shape, dtype and (fake) strides",
+    "copies, threads": _BITS,
+    "compile": f"{_BITS}, in one graph; Inductor and transforms {_ROUNDING}",
+    "export": _BITS,
+}
+"""The columns of docs/routes.md, and how their results are compared with those of plain eager."""
 REPRESENTATIVES = (
     "q_sample, key",
     "reverse_step_threshold",
