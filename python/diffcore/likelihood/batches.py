@@ -83,6 +83,7 @@ def skip_counted(source: Iterator[tuple[Any, Tensor]], tally: Tally) -> None:
     """
     samples, chain = 0, ""
     for _, (_, x) in zip(range(tally.batches), source, strict=False):
+        tally.check_kind([list(x.shape[1:]), str(x.dtype)])
         samples += len(x)
         chain = digest(x, chain)
     if (samples, chain) == (tally.samples, tally.digest):

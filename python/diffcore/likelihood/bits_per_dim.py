@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -135,7 +136,8 @@ def bits_per_dim(
         progress: Show a progress bar (tqdm) of model calls; ``None`` for terminals only.
         checkpoint: A file, written after every batch. If it exists, the run resumes from it and
             ends with the same bits. It identifies the data counted so far, ``noise``,
-            ``model_kwargs`` and the parameters of a module; functions cannot be compared.
+            ``model_kwargs`` and the parameters of a module; functions cannot be compared. Several
+            processes may write one file, which is complete at any time; the last one wins.
         device: ``None`` for that of the model's parameters, else that of the data.
 
     Returns:
@@ -144,7 +146,9 @@ def bits_per_dim(
     Raises:
         TypeError: An argument of the wrong type.
         ValueError: Counts out of range, no data, data that are not 8-bit pixels with "discretized",
-            or a checkpoint of other settings, parameters or data.
+            or a checkpoint that is damaged, another file, or of other settings, parameters or data.
+        OSError: The checkpoint cannot be written; the old one is kept.
+        KeyboardInterrupt: After Ctrl-C; with a checkpoint the message says where the sums are.
 
     Source:
         Ho et al. 2020 (arXiv 2006.11239) eq. 5; Kingma et al. 2021 (arXiv 2107.00630) section 5.
@@ -163,20 +167,21 @@ def bits_per_dim(
             **batches.description,
             **describe_model(model, model_kwargs),
         }
-        file = Checkpoint(Path(checkpoint), settings)
+        file = Checkpoint.at(checkpoint, settings)
         seed = file.restore(tally)
     else:
         describe_noise(noise)  # raises for what is not noise
     if noise is None:
         if seed is None:  # from the CPU's generator: a number, which a checkpoint can hold
-            seed = PhiloxNoise.from_generator(device="cpu").seed
+            seed = int(PhiloxNoise.from_generator(device="cpu").seed)
         noise = PhiloxNoise(seed)
     at = model_device(model) if device is None else torch.device(device)
 
     source = iter(batches)
     skip_counted(source, tally)
     total = None if batches.number is None else batches.number * estimator.calls
-    with progress_counter(total, "bits_per_dim", progress, done=tally.calls, unit="call") as bar:
+    bar = progress_counter(total, "bits_per_dim", progress, done=tally.calls, unit="call")
+    with bar, nullcontext() if file is None else file.named_by_interrupt():
         for batch, x in source:
             check_batch("data", x)
             tally.check_kind([list(x.shape[1:]), str(x.dtype)])
