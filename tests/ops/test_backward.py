@@ -81,24 +81,6 @@ def test_gradgradcheck(case: OpCase, device: str) -> None:
 
 
 @each_case
-def test_arguments_made_of_each_other_count_once(case: OpCase, device: str) -> None:
-    """x_t and the model's output at x_t, say: first and second derivatives with create_graph."""
-    args = case.make((2, 3), torch.float64, device)
-    found = []
-    for run in (case.native, case.eager):
-        x = args.tensors[case.tensors[0]].clone().requires_grad_()
-        same = x.clone()  # one tensor in every place but the last
-        *first, last = case.tensors
-        tensors = {n: same for n in first} | {last: torch.sin(same)}
-        outputs = as_tuple(run(Arguments(tensors, args.options)))
-        total = sum((y * y.cos()).sum() for y in outputs)
-        (g,) = torch.autograd.grad(total, x, create_graph=True)
-        found.append((g.detach(), torch.autograd.grad(g.square().sum(), x)[0]))
-    for ours, eager in zip(*found, strict=True):
-        torch.testing.assert_close(ours, eager)
-
-
-@each_case
 @each_low_dtype
 def test_gradients_are_within_the_bound(case: OpCase, dtype: torch.dtype, device: str) -> None:
     args = case.make((41, 131), dtype, device)

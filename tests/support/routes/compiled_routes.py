@@ -13,6 +13,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from support.routes.case import Call, Case, Function
 from support.routes.route import (
+    FEW,
+    KERNELS,
     SMALL,
     WIDE,
     Compare,
@@ -35,7 +37,7 @@ from support.routes.route import (
 
 COMPILE = "compile"
 EXPORT = "export"
-BATCHES = (3, 5, 7, 4)
+BATCHES = (3, 5, 7)
 
 
 def _measures(case: Case) -> Measure:
@@ -172,21 +174,23 @@ def _seeded(case: Case) -> bool:
 
 
 def _routes() -> Iterator[Route]:
-    yield Route("compile", COMPILE, compiled("aot_eager"))
-    yield Route("compile, dynamic", COMPILE, check_dynamic)
-    yield Route("compile, automatic dynamic", COMPILE, check_automatic)
-    yield Route("compile, inductor", COMPILE, compiled("inductor", close), _seeded)
+    yield Route("compile", COMPILE, compiled("aot_eager"), usual=KERNELS)
+    yield Route("compile, dynamic", COMPILE, check_dynamic, usual=KERNELS)
+    yield Route("compile, automatic dynamic", COMPILE, check_automatic, usual=FEW)
+    yield Route("compile, inductor", COMPILE, compiled("inductor", close), _seeded, FEW)
     for name, pair in {
         "func.grad": (by_func_grad, by_backward),
         "func.jvp": (slope_by_jvp, slope),
         "forward-mode AD": (slope_by_duals, slope),
     }.items():
-        yield Route(f"compile of {name}", COMPILE, compiled_transform(*pair), _differentiable)
+        check = compiled_transform(*pair)
+        yield Route(f"compile of {name}", COMPILE, check, _differentiable, FEW)
     for strict in (True, False):
         for dynamic in (False, True):
             name = "export" + ", strict" * strict + ", dynamic" * dynamic
-            yield Route(name, EXPORT, exported(strict=strict, dynamic=dynamic))
-    yield Route("AOTInductor", EXPORT, check_package, _seeded)
+            check, usual = exported(strict=strict, dynamic=dynamic), FEW if strict else KERNELS
+            yield Route(name, EXPORT, check, usual=usual)
+    yield Route("AOTInductor", EXPORT, check_package, _seeded, FEW)
 
 
 COMPILED_ROUTES: list[Route] = list(_routes())

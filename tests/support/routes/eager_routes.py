@@ -23,6 +23,7 @@ from support.op_case import without_kernels
 from support.routes import method_cases
 from support.routes.case import Call, Case, Function
 from support.routes.route import (
+    MANY,
     SMALL,
     TRANSFORMS,
     WIDE,
@@ -453,12 +454,18 @@ def _routes() -> Iterator[Route]:
             f"{name}, ended", MODE, Through(wrap=ended_before_backward(context)), _differentiable
         )
         yield Route(
-            f"{name}, transforms", MODE, _small(*TRANSFORMS, context=context), _differentiable
+            f"{name}, transforms",
+            MODE,
+            _small(*TRANSFORMS, context=context),
+            _differentiable,
+            MANY,
         )
     yield Route("deterministic", MODE, Through(context=deterministic))
     subclass = {"before": lambda x: x.as_subclass(Tagged), "after": lambda y: y.as_subclass(Tensor)}
     yield Route("subclass", MODE, Through(**subclass))
-    yield Route("subclass, transforms", MODE, _small(*TRANSFORMS, **subclass), _differentiable)
+    yield Route(
+        "subclass, transforms", MODE, _small(*TRANSFORMS, **subclass), _differentiable, MANY
+    )
     for name in ("default dtype float64", "default dtype bfloat16"):
         yield Route(name, DTYPE, Through(context=SETTINGS[name]))
     for name in ("autocast bfloat16", "autocast float16"):
@@ -469,9 +476,9 @@ def _routes() -> Iterator[Route]:
         "autocast, model", DTYPE, check_rounding_model, lambda case: "weight" in case.tensors
     )
     yield Route("fake tensors", TRACE, check_fake)
-    yield Route("meta tensors", TRACE, check_meta)
+    yield Route("meta tensors", TRACE, check_meta, usual=MANY)
     yield Route("make_fx", TRACE, traced("real"))
-    yield Route("make_fx, symbolic", TRACE, traced("symbolic"))
+    yield Route("make_fx, symbolic", TRACE, traced("symbolic"), usual=MANY)
     for reentrant in (False, True):
         yield Route(
             "checkpoint" + ", reentrant" * reentrant,

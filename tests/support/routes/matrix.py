@@ -30,20 +30,6 @@ COLUMNS = {
     "export": _BITS,
 }
 """The columns of docs/routes.md, and how their results are compared with those of plain eager."""
-REPRESENTATIVES = (
-    "q_sample, key",
-    "reverse_step_threshold",
-    "normal_kl_sample",
-    "reparameterize_kl, key",
-    "denoising_loss_v_prediction",
-    "vlb_term_learned_range, key",
-    "dynamic_threshold",
-    "tensor, key",
-    "GaussianDiffusion.training_losses, learned_range",
-    "SolverTable.step, rows, key",
-    "vae.DiagonalGaussianDistribution.kl, of two",
-)
-"""One case of each kind of kernel, for the routes that take seconds a case."""
 
 
 def problem(case: Case, route: Route) -> str | None:

@@ -26,12 +26,61 @@ WIDE: Shape = (3, 37)
 
 @dataclass(frozen=True)
 class Route:
-    """One way through torch: a name, its column in docs/routes.md, and the check of a case."""
+    """One way through torch: a name, its column in docs/routes.md, and the check of a case.
+
+    A route that takes long is checked on some cases in every run of the tests, on all with
+    ``--all-routes``.
+    """
 
     name: str
     column: str
     check: Callable[[Case], None]
     applies: Callable[[Case], bool] = lambda case: True
+    usual: tuple[str, ...] | None = None  # names of those cases; None for all
+
+    def in_usual_runs(self, case: Case) -> bool:
+        return self.usual is None or case.name in self.usual
+
+
+FEW = (
+    "q_sample, key",
+    "denoising_loss_v_prediction",
+    "GaussianDiffusion.training_losses, learned_range",
+)
+KERNELS = (
+    *FEW,
+    "reverse_step_threshold",
+    "normal_kl_sample",
+    "reparameterize_kl, key",
+    "vlb_term_learned_range, key",
+    "dynamic_threshold",
+    "tensor, key",
+    "SolverTable.step, rows, key",
+    "vae.DiagonalGaussianDistribution.kl, of two",
+)
+"""One case of each kind of kernel."""
+MANY = (
+    *KERNELS,
+    "velocity_table",
+    "linear_combination",
+    "reverse_step_h2_guided",
+    "step_log_prob",
+    "gaussian_nll",
+    "prior_kl",
+    "ddim_step_noisy, key",
+    "reparameterize, default noise",
+    "denoising_loss_sample",
+    "GaussianDiffusion.q_sample",
+    "GaussianDiffusion.p_sample, key",
+    "GaussianDiffusion.prior_bpd",
+    "GaussianDiffusion.vb_terms_bpd",
+    "GaussianDiffusion.p_sample_loop, key",
+    "GaussianDiffusion.calc_bpd_loop, key",
+    "sample, ddpm, key",
+    "vdm_bound, key",
+    "vae.elbo",
+)
+"""More of what Python does before and after the kernels."""
 
 
 # ---- what is measured -----------------------------------------------------------------------
