@@ -260,6 +260,24 @@ def ended_before_backward(context: Callable[[], Any]) -> Callable[[Function], Fu
     return wrap
 
 
+SUBCLASS: dict[str, Callable[[Tensor], Tensor]] = {
+    "before": lambda x: x.as_subclass(Tagged),
+    "after": lambda y: y.as_subclass(Tensor),
+}
+
+
+def check_subclass(case: Case) -> None:
+    """The same bits; and what the ops return is of the subclass."""
+    Through(**SUBCLASS)(case)
+    if case.public.startswith("ops.") and case.public != "ops.randn":
+        call = case.make(SMALL, torch.float32)
+        tagged = Call(
+            case, {n: x.as_subclass(Tagged) for n, x in call.tensors.items()}, call.others
+        )
+        for y in values(tagged.of_tensors(case.subject()), tagged):
+            assert type(y) is Tagged, case.name
+
+
 # ---- tracing ----------------------------------------------------------------------------------
 
 
@@ -303,6 +321,8 @@ def traced(mode: str) -> Callable[[Case], None]:
         graph = make_fx(call.of_tensors(subject), tracing_mode=mode, _allow_non_fake_inputs=True)(
             *call.values
         )
+        if case.public.startswith("ops."):
+            assert any("diffcore" in str(node.target) for node in graph.graph.nodes), case.name
         same_bits(tuple(values(graph, call)), wanted, f"{case.name}, make_fx")
         same_bits(values(call.of_tensors(subject), call), wanted, f"{case.name}, after make_fx")
 
@@ -461,10 +481,9 @@ def _routes() -> Iterator[Route]:
             MANY,
         )
     yield Route("deterministic", MODE, Through(context=deterministic))
-    subclass = {"before": lambda x: x.as_subclass(Tagged), "after": lambda y: y.as_subclass(Tensor)}
-    yield Route("subclass", MODE, Through(**subclass))
+    yield Route("subclass", MODE, check_subclass)
     yield Route(
-        "subclass, transforms", MODE, _small(*TRANSFORMS, **subclass), _differentiable, MANY
+        "subclass, transforms", MODE, _small(*TRANSFORMS, **SUBCLASS), _differentiable, MANY
     )
     for name in ("default dtype float64", "default dtype bfloat16"):
         yield Route(name, DTYPE, Through(context=SETTINGS[name]))
