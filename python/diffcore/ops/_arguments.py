@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import numbers
+
 import torch
 from torch import Tensor
 
+from diffcore._engine import messages
 from diffcore._engine.dispatch import plain_eager
 from diffcore._types import Coef, Step
 
@@ -16,12 +19,13 @@ def as_coef(name: str, value: Coef, step: Step) -> Coef:
     if not isinstance(value, Tensor):
         return as_number(name, value)
     if value.dtype not in (torch.float32, torch.float64):
-        as_number(name, value)
-        value = value.float()
+        value = _readable(name, as_number(name, value)).float()
     dims = value.ndim
     if dims == 0:
         # A 0-dim CPU tensor goes with any device, as everywhere in torch, if it is only a number.
         number = value.device.type == "cpu" and not value.requires_grad and plain_eager()
+        if number and not value.untyped_storage().nbytes():
+            messages.check_memory(name, value)
         return float(value) if number else value
     if dims > 1:
         value = _flat(name, value)
@@ -32,6 +36,7 @@ def _flat(name: str, value: Tensor) -> Tensor:
     """``[B, 1, ...]`` as ``[B]``."""
     if value.ndim < 2:
         return value
+    messages.check_dense(name, value)
     if value.numel() != len(value):
         raise ValueError(f"{name} must have one number per sample, got shape {tuple(value.shape)}")
     return value.reshape(-1)
@@ -57,20 +62,52 @@ def as_number(name: str, value: Coef) -> Coef:
         return value
     if type(value) is float:
         return value
-    if not hasattr(value, "__float__"):  # a string would do for float() itself
-        kind = type(value).__name__
-        raise TypeError(f"{name} must be a number or a torch.Tensor, got {kind}")
-    return float(value)
+    return to_float(name, value, "a number or a torch.Tensor")
 
 
 def in_float64(name: str, value: Coef) -> Coef:
     """A coefficient in float64, so that what is derived from it is rounded once only."""
     value = as_number(name, value)
-    return _flat(name, value).double() if isinstance(value, Tensor) else value
+    if not isinstance(value, Tensor):
+        return value
+    return _flat(name, _readable(name, value)).double()
+
+
+def negated(name: str, value: Coef) -> Coef:
+    """``-value``, of a dtype in which it is exact."""
+    value = as_number(name, value)
+    if not isinstance(value, Tensor):
+        return -value
+    value = _readable(name, value)
+    return -(value if value.dtype in (torch.float32, torch.float64) else value.float())
 
 
 def float_of(name: str, value: float) -> float:
     """A number; a tensor is refused."""
-    if isinstance(value, Tensor) or not hasattr(value, "__float__"):
+    if isinstance(value, Tensor):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    return float(value)
+    return to_float(name, value, "a number")
+
+
+def to_float(name: str, value: object, allowed: str) -> float:
+    """What is no tensor as a float: Python's own numbers, NumPy's, arrays of no dimension."""
+    real = isinstance(value, numbers.Real) or not isinstance(value, numbers.Complex)
+    if real and hasattr(value, "__float__"):  # a string would do for float() itself
+        try:
+            return float(value)
+        except TypeError:  # an array
+            pass
+        except OverflowError:
+            raise ValueError(
+                f"{name} must be in the range of float64, got an int of {value.bit_length()} bits"
+                if isinstance(value, int)
+                else f"{name} must be in the range of float64, got {value!r}"
+            ) from None
+    raise TypeError(f"{name} must be {allowed}, got {type(value).__name__}")
+
+
+def _readable(name: str, value: Tensor) -> Tensor:
+    """The same tensor, which torch is about to compute with: dense, and not freed."""
+    messages.check_dense(name, value)
+    messages.check_memory(name, value)
+    return value

@@ -14,6 +14,7 @@ from diffcore._kernels import gaussian as k
 from diffcore._kernels.term import Term
 from diffcore._types import Tensors
 from diffcore.noise import Noise
+from diffcore.ops._arguments import to_float
 from diffcore.ops._noise import noise_or_default, run_noisy
 
 __all__ = [
@@ -97,11 +98,14 @@ def normal_kl(
 
 def _broadcast(names: tuple[str, ...], inputs: tuple[Tensor | float, ...]) -> Tensors:
     """The inputs as tensors of one shape; numbers in the dtype of the tensors."""
-    tensors = {n: x for n, x in zip(names, inputs, strict=True) if isinstance(x, Tensor)}
+    tensors, numbers = {}, {}
     for name, x in zip(names, inputs, strict=True):
-        if name not in tensors and (isinstance(x, (str, bool)) or not hasattr(x, "__float__")):
-            kind = type(x).__name__
-            raise TypeError(f"{name} must be a torch.Tensor or a number, got {kind}")
+        if isinstance(x, Tensor):
+            tensors[name] = x
+        elif isinstance(x, bool):
+            raise TypeError(f"{name} must be a torch.Tensor or a number, got bool")
+        else:
+            numbers[name] = to_float(name, x, "a torch.Tensor or a number")
     if not tensors:
         raise TypeError(f"one of {', '.join(names)} must be a torch.Tensor, got only numbers")
     first_name, first = next(iter(tensors.items()))
@@ -122,7 +126,7 @@ def _broadcast(names: tuple[str, ...], inputs: tuple[Tensor | float, ...]) -> Te
                 f"{name} must have a shape that broadcasts with {tuple(shape)}, got "
                 f"{tuple(x.shape)}"
             ) from None
-    each = [x if isinstance(x, Tensor) else first.new_full((), float(x)) for x in inputs]
+    each = [tensors[n] if n in tensors else first.new_full((), numbers[n]) for n in names]
     return tuple(x.expand(shape) for x in each)
 
 
