@@ -117,6 +117,29 @@ def as_positive(name: str, value: Any) -> float:
     return number
 
 
+def as_sizes(shape: Any) -> tuple[int, ...]:
+    """A shape as a tuple of ints.
+
+    Args:
+        shape: A sequence of sizes: a tuple, a list, a ``torch.Size``, a NumPy array.
+
+    Returns:
+        The sizes.
+
+    Raises:
+        TypeError: Not a sequence of ints.
+        ValueError: A size below 0.
+    """
+    what = "shape must be a sequence of sizes, such as (64, 3, 32, 32), got"
+    try:
+        sizes = tuple(as_int("shape", size) for size in shape)
+    except TypeError:
+        raise TypeError(f"{what} {shape!r}") from None
+    if any(size < 0 for size in sizes):
+        raise ValueError(f"{what} {shape!r}")
+    return sizes
+
+
 def as_tensor(
     name: str, value: Any, what: str = "a tensor of real numbers", fix: str = ""
 ) -> Tensor:

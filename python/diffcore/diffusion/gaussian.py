@@ -59,7 +59,7 @@ class GaussianDiffusion:
     ``sqrt_one_minus_alphas_cumprod``, ``log_one_minus_alphas_cumprod``, ``posterior_variance``,
     ``posterior_log_variance_clipped``, ``posterior_mean_coef1``, ``posterior_mean_coef2``) are
     float64 ``[T]`` on the CPU, whatever torch's default device is. Kernels read copies, moved to
-    each device once, and round once.
+    each device once, and round once: there are no parameters, and nothing to move by ``.to()``.
 
     Args:
         betas: Variances of the Markov steps, ``[T]`` in (0, 1]. The last may be 1 (zero terminal
@@ -432,7 +432,9 @@ class GaussianDiffusion:
     ) -> Tensor:
         """Ancestral sampling (Algorithm 2), from x_T down to x_0, without waiting for the device.
 
-        Runs without gradients.
+        Runs under ``torch.no_grad()``. For gradients write a loop on ``p_sample``, or on
+        ``SolverTable.step``, both of which are differentiable; for guidance, thresholds or a
+        callback use ``diffcore.sample`` with a table of ``diffcore.solvers``.
 
         Args:
             model: ``model(x, t, **model_kwargs)``.
@@ -479,7 +481,10 @@ class GaussianDiffusion:
     ) -> Tensor:
         """DDIM sampling. The last step goes to x_0 itself: alpha_prev = 1, and no noise.
 
-        Runs without gradients. A predicted variance is not read.
+        Runs under ``torch.no_grad()``. For gradients write a loop on ``ddim_sample``, or on
+        ``SolverTable.step``, both of which are differentiable; for guidance, thresholds or a
+        callback use ``diffcore.sample`` with a table of ``diffcore.solvers``. A predicted variance
+        is not read.
 
         Args:
             model: ``model(x, t, **model_kwargs)``.
@@ -586,6 +591,8 @@ class GaussianDiffusion:
         progress: bool | None = False,
     ) -> dict[str, Tensor]:
         """The complete bound: one call of the model at every timestep, without gradients.
+
+        Runs under ``torch.no_grad()``; ``vb_terms_bpd`` and ``training_losses`` are differentiable.
 
         Column t of the results ``[B, T]`` is timestep t, so L_0 comes first. The columns of
         guided-diffusion run in the opposite direction, from T-1 to 0.

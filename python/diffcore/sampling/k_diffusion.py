@@ -1,6 +1,7 @@
 """k-diffusion's samplers, with its signatures, on top of the one sampling loop.
 
-All of them start from ``x = noise * sigmas[0]``, run under ``torch.no_grad()``, and take
+All of them start from ``x = noise * sigmas[0]`` and run under ``torch.no_grad()``; for gradients
+write a loop on ``SolverTable.step``. They take
 
 - model: ``model(x, sigma, **extra_args)`` with sigma ``[B]``; it returns the denoised sample.
 - x: Samples ``[B, ...]``.
@@ -8,8 +9,9 @@ All of them start from ``x = noise * sigmas[0]``, run under ``torch.no_grad()``,
   They are read on the host: where they are on a GPU, the call waits for it once. The solver table
   is made when the sigmas or the options are new, and cached.
 - extra_args: More arguments for the model.
-- callback: Called once a step, before it, with a dict of ``x``, ``i``, ``sigma`` (``sigmas[i]``),
-  ``sigma_hat`` (where the model is called; above ``sigma`` under churn) and ``denoised``.
+- callback: Called once a step, after its model call, with a read-only dict of ``x``, ``i``,
+  ``sigma`` (``sigmas[i]``), ``sigma_hat`` (where the model is called; above ``sigma`` under churn)
+  and ``denoised``. Its tensors are not to be changed in place either.
 - disable: ``None`` for a bar on terminals only, ``True`` for none.
 - eta, s_noise: Strength of the noise, and a factor of it.
 - noise_sampler: ``(sigma, sigma_next) -> noise``, called whenever noise is added, with the ends of
@@ -37,6 +39,7 @@ from diffcore.noise import PhiloxNoise
 from diffcore.sampling.loop import run_table
 from diffcore.sampling.model import check_samples
 from diffcore.sampling.noise import noise_or_default
+from diffcore.sampling.step import CallbackState
 from diffcore.solvers import SolverTable
 from diffcore.solvers.paths import level_vector
 
@@ -279,7 +282,8 @@ def _run(
         assert callback is not None
         hat = levels.new_full((), state["sigma"], device=x.device)  # a fill: nothing waits
         given = {"sigma": sigmas[state["i"]], "sigma_hat": hat}
-        callback({name: state[name] for name in ("x", "i", "denoised")} | given)
+        named = {name: state[name] for name in ("x", "i", "denoised")}
+        callback(CallbackState(named, **given))
 
     return run_table(
         model,

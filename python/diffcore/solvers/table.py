@@ -149,8 +149,8 @@ class SolverTable:
                 raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
             rows = value.shape[0] if name == "coefficients" and value.ndim else len(self)
             if rows == 0 or value.shape != (rows, *wanted):
-                shape = ", ".join(map(str, ("S" if name == "coefficients" else rows, *wanted)))
-                raise ValueError(f"{name} must have shape [{shape}], got {tuple(value.shape)}")
+                shape = f"[S, {len(COLUMNS)}]" if name == "coefficients" else (rows, *wanted)
+                raise ValueError(f"{name} must have shape {shape}, got {tuple(value.shape)}")
         as_int("order", self.order, 1)
         for name in ("init_noise_sigma", "start_scale", "start_noise"):
             as_real(name, getattr(self, name))
