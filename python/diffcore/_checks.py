@@ -184,10 +184,18 @@ def check_float_tensor(name: str, value: object) -> None:
     Raises:
         TypeError: Another type, or a tensor of another dtype.
     """
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a floating-point tensor, got {type(value).__name__}")
-    if not value.is_floating_point():
-        raise TypeError(f"{name} must be a floating-point tensor, got {value.dtype}")
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        came = value.dtype if isinstance(value, Tensor) else type(value).__name__
+        raise TypeError(
+            f"{name} must be a floating-point tensor, got {came}{to_floats(name, value)}"
+        )
+
+
+def to_floats(name: str, value: object) -> str:
+    """How to make samples of an 8-bit image or a NumPy array, for the end of a message."""
+    if isinstance(value, Tensor):
+        return f"; for 8-bit images pass {name} / 127.5 - 1" if value.dtype == torch.uint8 else ""
+    return f"; pass torch.from_numpy({name})" if hasattr(value, "__array_interface__") else ""
 
 
 def hint(fix: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any, NoReturn
 
 import torch
@@ -105,6 +106,27 @@ def check_pixels(name: str, x: Tensor) -> None:
         f"{name} must be pixels k/127.5 - 1, k = 0 .. 255, with decoder='discretized', "
         f"got {bad.numel()} of {x.numel()} values off this grid, such as {bad[0].item():.6g}; use "
         "decoder='gaussian' for latents and other data that are not 8-bit pixels"
+    )
+
+
+def warn_of_images(name: str, x: Tensor) -> None:
+    """Warn of images or videos that have no negative value, on the CPU.
+
+    Args:
+        name: Name of the data in the caller.
+        x: The data. Their values are read.
+    """
+    if x.ndim < 4 or x.numel() == 0 or not (x.device.type == "cpu" and plain_eager()):
+        return
+    low, high = (float(end) for end in torch.aminmax(x.detach()))
+    if not (low >= 0 and high > low):
+        return
+    fix = f"{name} / 127.5 - 1" if high > 2 else f"{name} * 2 - 1"
+    warnings.warn(
+        f"{name} has values from {low:.4g} to {high:.4g} and none below 0: the noise has mean 0, "
+        f"and so should the data; for images pass {fix}",
+        UserWarning,
+        stacklevel=3,
     )
 
 
