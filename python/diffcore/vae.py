@@ -174,7 +174,8 @@ def reconstruction_loss(x: Tensor, x_recon: Tensor, *, decoder_std: float | Tens
     """
     if not isinstance(x, Tensor):
         raise TypeError(f"x must be a torch.Tensor, got {type(x).__name__}")
-    std = _std(decoder_std, x)
+    plain = type(decoder_std) is float and decoder_std > 0
+    std = decoder_std if plain else _std(decoder_std, x)
     if isinstance(std, Tensor) and std.ndim:
         return _loss_by_position(x, x_recon, std)
     weight = x.shape[1:].numel() / (2 * std**2)

@@ -177,3 +177,9 @@ def test_a_table_beside_samples_says_how_to_read_it() -> None:
         ops.add_noise(FLOATS, FLOATS, schedule.alpha, schedule.sigma)
     with pytest.raises(ValueError, match=r"one number per sample.*fold the frames into the batch"):
         ops.add_noise(FLOATS, FLOATS, torch.rand(2, 1, 4, 1, 1), 0.5)
+
+
+def test_a_traced_call_leaves_the_warning_to_the_first_plain_one() -> None:
+    d, x = GaussianDiffusion(BETAS), BYTES / 255
+    torch.func.vmap(lambda x: d.training_losses(half, x, 3)["loss"], randomness="same")(x[None])
+    assert warned(d, x) != []

@@ -15,6 +15,9 @@ from diffcore.coefficients.bound import DECODERS
 from diffcore.noise import Noise, PhiloxNoise
 from diffcore.ops._arguments import as_step
 
+# Without a search for other tracers, because every training step asks.
+compiling = torch.compiler.is_dynamo_compiling
+
 
 def can_read_values(x: Tensor) -> bool:
     """Whether values can be read on the host without a graph break or a wait for the device."""
@@ -109,18 +112,23 @@ def check_pixels(name: str, x: Tensor) -> None:
     )
 
 
-def warn_of_images(name: str, x: Tensor) -> None:
+def warn_of_images(name: str, x: Tensor) -> bool:
     """Warn of images or videos that have no negative value, on the CPU.
 
     Args:
         name: Name of the data in the caller.
         x: The data. Their values are read.
+
+    Returns:
+        Whether this is settled: not while something traces the call.
     """
-    if x.ndim < 4 or x.numel() == 0 or not (x.device.type == "cpu" and plain_eager()):
-        return
+    if not plain_eager():
+        return False
+    if x.ndim < 4 or x.numel() == 0 or x.device.type != "cpu":
+        return True
     low, high = (float(end) for end in torch.aminmax(x.detach()))
     if not (low >= 0 and high > low):
-        return
+        return True
     fix = f"{name} / 127.5 - 1" if high > 2 else f"{name} * 2 - 1"
     warnings.warn(
         f"{name} has values from {low:.4g} to {high:.4g} and none below 0: the noise has mean 0, "
@@ -128,6 +136,7 @@ def warn_of_images(name: str, x: Tensor) -> None:
         UserWarning,
         stacklevel=3,
     )
+    return True
 
 
 def check_timestep_values(t: Tensor, num_timesteps: int) -> None:

@@ -32,6 +32,7 @@ from diffcore.diffusion.checks import (
     check_timestep_values,
     check_timesteps,
     check_weights,
+    compiling,
     warn_of_images,
 )
 from diffcore.diffusion.tables import DiffusionTables, on_cpu
@@ -308,9 +309,8 @@ class GaussianDiffusion:
                     f"weights must be None with loss_type={self.loss_type!r}, got a tensor"
                 )
             check_weights(weights, self.num_timesteps)
-        if not torch.compiler.is_compiling() and not self._images_checked:
-            self._images_checked = True
-            warn_of_images("x_start", x_start)
+        if not compiling() and not self._images_checked:
+            self._images_checked = warn_of_images("x_start", x_start)
         if noise is None:
             noise = PhiloxNoise.from_generator(device=x_start.device)
         x_t = ops.q_sample(x_start, t, noise, self.tables.noise[x_start.device])
