@@ -73,6 +73,9 @@ def as_real(name: str, value: Any) -> float:
     """
     if type(value) is float:
         return value
+    if isinstance(value, (torch.SymFloat, torch.SymInt)):  # derived from a size by a tracer
+        symbol: float = torch.sym_float(value)
+        return symbol
     number = value
     if isinstance(value, Tensor):
         if value.requires_grad:
@@ -83,10 +86,9 @@ def as_real(name: str, value: Any) -> float:
         if value.numel() != 1:
             raise TypeError(f"{name} must be a number, got a tensor of shape {tuple(value.shape)}")
         number = value.item()
-    elif getattr(value, "ndim", None) == 0 and hasattr(value, "item"):  # a 0-dim NumPy array
-        number = value.item()
-    if isinstance(number, (torch.SymFloat, torch.SymInt)):
-        return number  # type: ignore[return-value]
+    # The types first: Dynamo has no getattr for a symbolic number.
+    elif not isinstance(value, (int, float)) and getattr(value, "ndim", None) == 0:
+        number = value.item()  # of a 0-dim NumPy array
     if isinstance(number, bool) or not isinstance(number, (int, float, numbers.Real)):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
     try:
@@ -115,29 +117,6 @@ def as_positive(name: str, value: Any) -> float:
     if not number > 0:
         raise ValueError(f"{name} must be above 0, got {number}")
     return number
-
-
-def as_sizes(shape: Any) -> tuple[int, ...]:
-    """A shape as a tuple of ints.
-
-    Args:
-        shape: A sequence of sizes: a tuple, a list, a ``torch.Size``, a NumPy array.
-
-    Returns:
-        The sizes.
-
-    Raises:
-        TypeError: Not a sequence of ints.
-        ValueError: A size below 0.
-    """
-    what = "shape must be a sequence of sizes, such as (64, 3, 32, 32), got"
-    try:
-        sizes = tuple(as_int("shape", size) for size in shape)
-    except TypeError:
-        raise TypeError(f"{what} {shape!r}") from None
-    if any(size < 0 for size in sizes):
-        raise ValueError(f"{what} {shape!r}")
-    return sizes
 
 
 def as_tensor(
@@ -172,6 +151,23 @@ def as_tensor(
     except (TypeError, ValueError, RuntimeError):
         pass
     raise TypeError(f"{name} must be {what}, got {type(value).__name__}{hint(fix)}")
+
+
+def check_not_compiling(name: str, instead: str) -> None:
+    """Refuse to be traced by torch.compile or torch.export.
+
+    Args:
+        name: The public function.
+        instead: What to do.
+
+    Raises:
+        RuntimeError: Compiling or exporting.
+    """
+    if torch.compiler.is_compiling():
+        raise RuntimeError(
+            f"{name} must be called outside of torch.compile and torch.export, got a call inside; "
+            f"{instead}"
+        )
 
 
 def check_float_tensor(name: str, value: object) -> None:

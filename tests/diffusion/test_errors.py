@@ -87,7 +87,7 @@ def test_bad_timesteps(method, t, error):
         (lambda: D.q_sample(torch.zeros(2, 3, dtype=torch.int64), 0), TypeError, "x_start"),
         (lambda: D.q_sample(torch.tensor(1.0), 0), TypeError, "x_start"),
         (lambda: D.q_sample(X, 0, noise=torch.zeros(3, 3)), ValueError, "shape"),
-        (lambda: D.q_sample(X, 0, noise=X.double()), TypeError, "dtype"),
+        (lambda: D.q_sample(X, 0, noise=X.int()), TypeError, "dtype"),
         (lambda: D.q_posterior_mean_variance(X, X[:1], 0), ValueError, "shape"),
         (lambda: D.p_mean_variance(half, "x", 0), TypeError, "x must"),
         (lambda: D.p_mean_variance(lambda x, t: x[:1], X, 0), ValueError, "model must return"),

@@ -35,6 +35,7 @@ class Kernel:
         makes_gradient: Whether the first output is a gradient that is kept for the backward pass.
         reads_inputs: ``False`` where the only input states shape, dtype and device of the output.
         table: What error messages call a table of several coefficients.
+        samples: Which input is the samples: the noise of a key is rounded to its dtype.
         generates_noise: Whether the functor's last input is noise that the kernel generates; it is
             not among ``inputs`` then.
         index: The position in the table of the compiled module; -1 without the module.
@@ -51,6 +52,7 @@ class Kernel:
     makes_gradient: bool = False
     reads_inputs: bool = True
     table: str = "coefficients"
+    samples: int = 0
     generates_noise: bool = False
     index: int = field(init=False, repr=False)
 

@@ -45,13 +45,13 @@ def check_decoder(decoder: str, name: str, x: Tensor) -> None:
     Args:
         decoder: One of ``DECODERS``.
         name: Name of the data in the caller.
-        x: The data. Their values are read, which waits for their device.
+        x: The data. Their values are read in a plain eager call, which waits for their device.
 
     Raises:
         ValueError: ``decoder`` is unknown, or ``x`` does not fit it.
     """
     check_choice("decoder", decoder, DECODERS)
-    if decoder == "discretized":
+    if decoder == "discretized" and plain_eager():
         check_pixels(name, x)
 
 
@@ -142,8 +142,8 @@ def warn_of_images(name: str, x: Tensor) -> bool:
 def check_timestep_values(t: Tensor, num_timesteps: int) -> None:
     """Refuse timesteps outside 0 .. T-1, for callers that use them before a kernel checks them.
 
-    Reads the values of a CPU tensor. Values on another device are not read, because that would
-    wait for the device.
+    Reads the values of a CPU tensor in a plain eager call. Values on another device are not read,
+    because that would wait for the device; traced and batched timesteps have none to read.
 
     Args:
         t: Timesteps, integer ``[B]``.
@@ -152,7 +152,7 @@ def check_timestep_values(t: Tensor, num_timesteps: int) -> None:
     Raises:
         ValueError: A timestep is out of range.
     """
-    if t.device.type != "cpu" or not t.numel() or torch.compiler.is_compiling():
+    if t.device.type != "cpu" or not t.numel() or not plain_eager():
         return
     low, high = int(t.min()), int(t.max())
     if low < 0 or high >= num_timesteps:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from diffcore import ops
 from diffcore._checks import as_positive, as_real, check_choice
+from diffcore._engine.kept import made_plainly
 from diffcore._types import Model
 from diffcore.coefficients.bound import DECODERS, LEARNED, VARIANCE_TYPES
 from diffcore.coefficients.step import PREDICTION_TYPES
@@ -35,7 +36,7 @@ from diffcore.diffusion.checks import (
     compiling,
     warn_of_images,
 )
-from diffcore.diffusion.tables import DiffusionTables, on_cpu
+from diffcore.diffusion.tables import DiffusionTables
 from diffcore.noise import Noise, PhiloxNoise, StepNoise
 from diffcore.sampling.loop import run_table
 from diffcore.sampling.model import call_model
@@ -111,7 +112,7 @@ class GaussianDiffusion:
         check_choice("variance_type", variance_type, VARIANCE_TYPES)
         check_choice("loss_type", loss_type, training.LOSS_TYPES)
         clip_sample_range = as_positive("clip_sample_range", clip_sample_range)
-        betas = on_cpu(lambda: check_betas(betas))
+        betas = made_plainly(lambda: check_betas(betas))
         check_direction(betas)
         if prediction_type == "epsilon" and betas[-1] == 1:
             raise ValueError(

@@ -12,6 +12,8 @@ from diffcore._checks import as_int, as_real, as_tensor
 from diffcore._engine.dispatch import plain_eager
 from diffcore._types import Coef, Coefs, Step
 
+_SYMBOLS = (torch.SymInt, torch.SymFloat)
+
 
 def as_coef(name: str, value: Coef, step: Step) -> Coef:
     """A float, a 0-dim or ``[B]`` tensor, or, with a step, a table ``[T, 1]``."""
@@ -66,11 +68,15 @@ def as_number(name: str, value: Coef) -> Coef:
         return value
     if type(value) is float:
         return value
-    if getattr(value, "ndim", 0):
-        return as_number(name, as_tensor(name, value, "a number or a torch.Tensor"))
-    if isinstance(value, (str, bool)) or not hasattr(value, "__float__"):
-        kind = type(value).__name__
-        raise TypeError(f"{name} must be a number or a torch.Tensor, got {kind}")
+    if not isinstance(value, (int, float, *_SYMBOLS)):
+        # Dynamo has no getattr for a symbolic number.
+        if getattr(value, "ndim", 0):
+            return as_number(name, as_tensor(name, value, "a number or a torch.Tensor"))
+        if isinstance(value, str) or not hasattr(value, "__float__"):
+            kind = type(value).__name__
+            raise TypeError(f"{name} must be a number or a torch.Tensor, got {kind}")
+    elif isinstance(value, bool):
+        raise TypeError(f"{name} must be a number or a torch.Tensor, got bool")
     return as_real(name, value)
 
 

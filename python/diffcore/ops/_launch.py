@@ -15,6 +15,7 @@ from torch import Tensor
 
 from diffcore._checks import as_int
 from diffcore._engine.dispatch import run
+from diffcore._engine.kept import Traced, made_plainly
 from diffcore._kernels.step import PLAIN, Plan, columns_read, learned_plan, plan
 from diffcore._types import Coef, Coefs, Row, Step, Tensors
 from diffcore.coefficients.step import HISTORY_READ, HISTORY_WRITTEN, STEP_COLUMNS
@@ -165,7 +166,16 @@ class RowLauncher:
         variance: s_0 and s_v as a tensor ``[S, 2]``, or ``None``.
     """
 
-    __slots__ = ("_coefficients", "_copies", "_history", "_learned", "_name", "_plans", "_variance")
+    __slots__ = (
+        "_coefficients",
+        "_copies",
+        "_history",
+        "_learned",
+        "_name",
+        "_plans",
+        "_traced",
+        "_variance",
+    )
 
     def __init__(
         self,
@@ -184,6 +194,7 @@ class RowLauncher:
         self._variance = variance
         # Per device: the tensors above, for rows that a tensor selects there.
         self._copies = {coefficients.device: (coefficients, variance)}
+        self._traced = Traced()
 
     def step(
         self,
@@ -247,13 +258,21 @@ class RowLauncher:
 
     def _on(self, device: torch.device) -> tuple[Tensor, Tensor | None]:
         """Coefficients and variance on a device: copied once, then found again."""
+        if torch.compiler.is_dynamo_compiling():
+            traced: tuple[Tensor, Tensor | None] = getattr(self._traced, self._traced_on(device))
+            return traced
         found = self._copies.get(device)
         if found is None:
-            with torch.inference_mode(False):
-                variance = None if self._variance is None else self._variance.to(device)
-                copy = self._coefficients.to(device), variance
-            found = self._copies.setdefault(device, copy)
+            found = self._copies.setdefault(device, made_plainly(lambda: self._copy(device)))
         return found
+
+    def _copy(self, device: torch.device) -> tuple[Tensor, Tensor | None]:
+        variance = None if self._variance is None else self._variance.to(device)
+        return self._coefficients.to(device), variance
+
+    @torch.compiler.assume_constant_result
+    def _traced_on(self, device: torch.device) -> str:
+        return self._traced.name(device, lambda: self._on(device))
 
     def _variance_inputs(self, how: Plan, variance_output: Tensor | None) -> Tensors:
         """What the kernel reads of a predicted variance."""

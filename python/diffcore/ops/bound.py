@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from diffcore._engine.dispatch import run
+from diffcore._engine.dispatch import plain_eager, run
+from diffcore._engine.kept import made_plainly
 from diffcore._kernels import bound as k
 from diffcore._types import Coef, Step
 from diffcore.coefficients.bound import FIXED, VLB_COLUMNS, prior_coefficients
@@ -116,4 +117,8 @@ def prior_kl(x0: Tensor, alpha: float, sigma: float) -> Tensor:
     a, s = float_of("alpha", alpha), float_of("sigma", sigma)
     if not s > 0:
         raise ValueError(f"sigma must be positive, got {s}")
-    return run(k.PRIOR_KL, (x0,), prior_coefficients(a, s))
+    if plain_eager():
+        coefs = prior_coefficients(a, s)
+    else:
+        coefs = made_plainly(lambda: prior_coefficients(a, s))  # it reads a tensor
+    return run(k.PRIOR_KL, (x0,), coefs)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from diffcore._checks import as_int, as_real, check_choice
+from diffcore._engine.kept import Traced, made_plainly
 from diffcore._kernels.step import MOST_HISTORY
 from diffcore._types import Coef
 from diffcore.coefficients.step import STEP_COLUMNS
@@ -31,6 +32,7 @@ _TENSORS: dict[str, tuple[int, ...]] = {
     "noise_levels": (2,),
     "variance": (2,),
 }
+_DERIVED = ("rows", "_launcher", "_copies", "_traced")
 
 
 class Row(NamedTuple):
@@ -124,6 +126,7 @@ class SolverTable:
     # Plans, and copies on other devices: not part of the data, and never pickled.
     _launcher: RowLauncher = field(init=False, repr=False)
     _copies: dict[torch.device, SolverTable] = field(init=False, repr=False)
+    _traced: Traced = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         self._check()
@@ -136,7 +139,8 @@ class SolverTable:
             self.coefficients,
             self.variance,
         )
-        for name, value in (("rows", rows), ("_launcher", launcher), ("_copies", {})):
+        derived = (rows, launcher, {}, Traced())
+        for name, value in zip(_DERIVED, derived, strict=True):
             object.__setattr__(self, name, value)
 
     def _check(self) -> None:
@@ -182,8 +186,7 @@ class SolverTable:
 
     def __getstate__(self) -> dict[str, Any]:
         """The data alone: the rest is built again."""
-        derived = ("rows", "_launcher", "_copies")
-        return {name: value for name, value in self.__dict__.items() if name not in derived}
+        return {name: value for name, value in self.__dict__.items() if name not in _DERIVED}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take the data, check it, and build the rest."""
@@ -339,13 +342,19 @@ class SolverTable:
             device = torch.empty(0, device=device).device  # "cuda" is the current CUDA device
         if self.coefficients.device == device:
             return self
+        if torch.compiler.is_dynamo_compiling():
+            traced: SolverTable = getattr(self._traced, self._traced_on(device))
+            return traced
         copy = self._copies.get(device)
         if copy is None:
-            moved: dict[str, Any] = {}
-            with torch.inference_mode(False):
-                for name in _TENSORS:
-                    tensor = getattr(self, name)
-                    moved[name] = None if tensor is None else tensor.to(device)
-                copy = replace(self, **moved)
-            copy = self._copies.setdefault(device, copy)
+            copy = self._copies.setdefault(device, made_plainly(lambda: self._copy(device)))
         return copy
+
+    def _copy(self, device: torch.device) -> SolverTable:
+        tensors = {name: getattr(self, name) for name in _TENSORS}
+        moved: dict[str, Any] = {n: None if x is None else x.to(device) for n, x in tensors.items()}
+        return replace(self, **moved)
+
+    @torch.compiler.assume_constant_result
+    def _traced_on(self, device: torch.device) -> str:
+        return self._traced.name(device, lambda: self.to(device))
