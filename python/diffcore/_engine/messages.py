@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
+from diffcore._checks import to_floats
 from diffcore._engine import native
 from diffcore._engine.kernel import Kernel
 from diffcore._types import Coef, Coefs, NoiseParts, Step, Tensors
@@ -55,7 +56,7 @@ def _not_tensor(name: str, x: Any, wanted: str = "a torch.Tensor") -> Exception:
 
 
 def _bad_dtype(name: str, x: Tensor, wanted: str) -> Exception:
-    return TypeError(f"{name} must have dtype {wanted}, got {x.dtype}")
+    return TypeError(f"{name} must have dtype {wanted}, got {x.dtype}{to_floats(name, x)}")
 
 
 def _elsewhere(name: str, x: Tensor, first: Tensor) -> Exception:
@@ -84,8 +85,8 @@ def _table_length(name: str, c: Tensor, steps: int) -> Exception:
     return ValueError(f"{name} must have {steps or 'at least 1'} rows, got {len(c)}")
 
 
-def _length(name: str, x: Tensor, wanted: str) -> Exception:
-    return ValueError(f"{name} must have {wanted} entries, one per sample, got {len(x)}")
+def _length(name: str, x: Tensor, wanted: str, fix: str = "") -> Exception:
+    return ValueError(f"{name} must have {wanted} entries, one per sample, got {len(x)}{fix}")
 
 
 def _coef_count(count: int, kernel: Kernel) -> Exception:
@@ -189,7 +190,7 @@ def _of_coef(args: Arguments, why: _Named) -> Exception | None:
         "memory": lambda: _no_memory(name),
         "dimensions": lambda: _coef_dimensions(name, c),
         "table_length": lambda: _table_length(name, c, why.detail),
-        "length": lambda: _length(name, c, f"1 or {_rows(args.inputs[0])}"),
+        "length": lambda: _length(name, c, *_coef_length(name, args.inputs[0])),
     }.get(why.code, _nothing)()
 
 
@@ -240,6 +241,11 @@ _BY_ARGUMENT: dict[str, Callable[[Arguments, _Named], Exception | None]] = {
 
 def _rows(first: Tensor) -> int:
     return first.shape[0] if first.ndim else 1
+
+
+def _coef_length(name: str, first: Tensor) -> tuple[str, str]:
+    """How many entries a coefficient may have, and what to pass of a table."""
+    return f"1 or {_rows(first)}", f"; of a table pass the entries of the samples, {name}[t]"
 
 
 def _columns(c: Coef) -> int:
@@ -373,7 +379,7 @@ def _check_coefs(args: Arguments) -> int:
                 raise _table_length(name, c, steps)
             steps = len(c)
         elif c.ndim and len(c) not in (1, rows):
-            raise _length(name, c, f"1 or {rows}")
+            raise _length(name, c, *_coef_length(name, first))
     if k != len(args.kernel.coefs):
         raise _coef_count(k, args.kernel)
     if args.step is not None and not steps:

@@ -56,7 +56,9 @@ def parse_clip_range(clip_range: float | tuple[float, float] | None) -> tuple[fl
     if clip_range is None:
         return -math.inf, math.inf
     try:
-        if isinstance(clip_range, (tuple, list)):
+        if type(clip_range) is float:
+            low, high = -clip_range, clip_range
+        elif isinstance(clip_range, (tuple, list)):
             low, high = (as_real("clip_range", bound) for bound in clip_range)
         else:
             high = as_real("clip_range", clip_range)

@@ -9,7 +9,7 @@ from torch import Tensor
 from diffcore._engine.dispatch import plain_eager, run
 from diffcore._engine.kept import made_plainly
 from diffcore._kernels import bound as k
-from diffcore._types import Coef, Step
+from diffcore._types import Coef, Coefs, Step
 from diffcore.coefficients.bound import FIXED, VLB_COLUMNS, prior_coefficients
 from diffcore.noise import Noise
 from diffcore.ops._arguments import as_coef, as_table, converted, float_of
@@ -82,7 +82,7 @@ def vlb_term(
         raise ValueError("x_t must be None where noise is given, got both")
     learned = variance_output is not None
     width = len(VLB_COLUMNS) if learned else FIXED
-    coefs = (as_coef("scale", scale, None), as_table("coefficients", coefficients, width))
+    coefs: Coefs = (as_coef("scale", scale, None), as_table("coefficients", coefficients, width))
     inputs: tuple[Tensor, ...] = (x0, model_output)
     if variance_output is not None:
         inputs = (*inputs, variance_output)
