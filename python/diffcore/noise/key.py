@@ -63,6 +63,7 @@ class PhiloxNoise:
         Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"; Box and Muller 1958.
     """
 
+    __module__ = "diffcore.noise"  # what files of pickles name
     __slots__ = ("_parts",)
     _parts: NoiseParts
 
@@ -354,6 +355,7 @@ class ShardNoise(PhiloxNoise):
         sizes: The shape of the shard of one sample.
     """
 
+    __module__ = "diffcore.noise"
     __slots__ = ("_box",)
     _box: Window
 
