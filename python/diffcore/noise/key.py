@@ -297,7 +297,9 @@ class PhiloxNoise:
 
     def _with(self, parts: NoiseParts) -> PhiloxNoise:
         """A key of the same kind, of parts that are known to be right."""
-        return PhiloxNoise(*parts)
+        key = object.__new__(PhiloxNoise)
+        object.__setattr__(key, "_parts", parts)
+        return key
 
     def _check_batch(self, batch: int) -> None:
         ids = self._parts[1]

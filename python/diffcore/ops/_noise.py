@@ -13,7 +13,7 @@ from diffcore._engine.dispatch import run
 from diffcore._engine.kernel import NoisyKernel
 from diffcore._kernels import noise as k
 from diffcore._types import Coef, Step
-from diffcore.noise import Noise, PhiloxNoise, draw
+from diffcore.noise import Noise, PhiloxNoise, ShardNoise, draw
 
 __all__ = [
     "randn",
@@ -30,12 +30,11 @@ def run_noisy(
 ) -> Any:
     """Runs a kernel whose last input is ``noise``, or the one that generates it."""
     if isinstance(noise, PhiloxNoise):
-        x = inputs[0]
-        if not isinstance(x, Tensor):
+        if not isinstance(inputs[0], Tensor):
             messages.refuse_non_tensor(kernel.generating.inputs, inputs)
-        if type(noise) is PhiloxNoise or x.dtype not in messages.DTYPES:
+        if type(noise) is not ShardNoise or inputs[0].dtype not in messages.DTYPES:
             return k.run_noisy(kernel, inputs, noise._parts, coefs, step, out)
-        noise = noise.tensor(x.shape, dtype=x.dtype, device=x.device)  # of a shard
+        noise = noise.tensor(inputs[0].shape, dtype=inputs[0].dtype, device=inputs[0].device)
     if not isinstance(noise, Tensor):
         kind = type(noise).__name__
         raise TypeError(
