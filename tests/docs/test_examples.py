@@ -129,7 +129,7 @@ def test_many_gpus_is_one_gpu() -> None:
 
 
 def test_sample_demo_checkpoint_draws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for package in ("matplotlib", "PIL", "safetensors", "tqdm", "sklearn", "mlxtend"):
+    for package in ("matplotlib", "PIL", "safetensors", "tqdm", "sklearn"):
         pytest.importorskip(package)
     from diffcore.demo.run import run_demo
 

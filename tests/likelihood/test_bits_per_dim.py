@@ -265,10 +265,10 @@ def test_bad_arguments_are_named():
         ("noise must have the shape of the data", {"noise": x[:5]}),
         ("noise must have the shape of the data", {"noise": data(N + 1)}),
         (
-            "checkpoint must be a file in an existing folder",
+            "checkpoint must be a file in a folder that can be written",
             {"checkpoint": "nowhere/bits.json"},
         ),
-        ("checkpoint must be a file in an existing folder", {"checkpoint": "."}),
+        ("checkpoint must be a file in a folder that can be written", {"checkpoint": "."}),
         ("sample_ids must have one id for each", {"noise": PhiloxNoise(1, torch.arange(N - 1))}),
         ("sample_ids must have one id for each", {"noise": PhiloxNoise(1, torch.arange(N + 1))}),
         ("sample_ids must have one id for each", {"sample_ids": range(N - 1)}),

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from diffcore._checks import check_count
+from diffcore._checks import as_int
 from diffcore.likelihood.checkpoint import digest
 from diffcore.likelihood.identity import Part
 from diffcore.likelihood.tally import Tally
@@ -45,7 +45,7 @@ class Batches:
             if data.ndim == 0:
                 raise ValueError("data must have shape [N, ...], got []")
             size = DEFAULT_BATCH_SIZE if batch_size is None else batch_size
-            check_count(size, "batch_size")
+            size = as_int("batch_size", size, 1)
             return cls(data.split(size), {"data": list(data.shape), "batch_size": size})
         if batch_size is not None:
             raise ValueError(
@@ -84,6 +84,7 @@ def skip_counted(source: Iterator[Part], tally: Tally) -> None:
     """
     samples, chain = 0, ""
     for _, part in zip(range(tally.batches), source, strict=False):
+        tally.check_kind([list(part.x.shape[1:]), str(part.x.dtype)])
         samples += len(part.counted_ids)
         tally.ids.append(part.counted_ids)
         chain = digest(part.x, chain)

@@ -8,6 +8,7 @@ so lower is better.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffcore._checks import check_choice, check_count
+from diffcore._checks import as_int, check_choice, check_not_compiling
 from diffcore._types import Model
 from diffcore.coefficients.bound import DECODERS
 from diffcore.diffusion import GaussianDiffusion
@@ -105,8 +106,8 @@ def bits_per_dim(
             the first process of a group.
         checkpoint: A file, written after every batch. If it exists, the run resumes from it and
             ends with the same bits. It identifies the data counted so far, ``noise``,
-            ``model_kwargs`` and the parameters of a module; functions cannot be compared. Each
-            process of a group needs its own file.
+            ``model_kwargs`` and the parameters of a module; functions cannot be compared. The file
+            is complete at any time. Each process of a group needs its own.
         device: ``None`` for that of the model's parameters, else that of the data.
 
     Returns:
@@ -115,11 +116,15 @@ def bits_per_dim(
     Raises:
         TypeError: An argument of the wrong type.
         ValueError: Counts out of range, no data, data that are not 8-bit pixels with "discretized",
-            a checkpoint of other settings, parameters or data, or one id for samples that differ.
+            a checkpoint that is damaged, another file, or of other settings, parameters or data, or
+            one id for samples that differ.
+        OSError: The checkpoint cannot be written; the old one is kept.
+        KeyboardInterrupt: After Ctrl-C; with a checkpoint the message says where the sums are.
 
     Source:
         Ho et al. 2020 (arXiv 2006.11239) eq. 5; Kingma et al. 2021 (arXiv 2107.00630) section 5.
     """
+    check_not_compiling("bits_per_dim", "compile the model that it gets")
     estimator = _Estimator.of(
         diffusion, model, model_kwargs, timesteps, draws, decoder, clip_denoised
     )
@@ -141,13 +146,13 @@ def bits_per_dim(
             **batches.description,
             **describe_model(model, model_kwargs),
         }
-        file = Checkpoint(Path(checkpoint), settings)
+        file = Checkpoint.at(checkpoint, settings)
         seed = file.restore(tally)
     else:
         describe_noise(noise)  # raises for what is not noise
     if noise is None:
         if seed is None:  # from the CPU's generator: a number, which a checkpoint can hold
-            seed = PhiloxNoise.from_generator(device="cpu").seed
+            seed = int(PhiloxNoise.from_generator(device="cpu").seed)
         seed = gather(seed, process_group)[0]
         noise = PhiloxNoise(seed)
     at = model_device(model) if device is None else torch.device(device)
@@ -157,7 +162,8 @@ def bits_per_dim(
     total = None if batches.number is None else batches.number * estimator.calls
     if not is_first(process_group):
         progress = progress or False
-    with progress_counter(total, "bits_per_dim", progress, done=tally.calls, unit="call") as bar:
+    bar = progress_counter(total, "bits_per_dim", progress, done=tally.calls, unit="call")
+    with bar, nullcontext() if file is None else file.named_by_interrupt():
         for part in parts:
             check_batch("data", part.x)
             tally.check_kind([list(part.x.shape[1:]), str(part.x.dtype)])
@@ -207,11 +213,11 @@ class _Estimator:
         clip_denoised: bool | None,
     ) -> _Estimator:
         last = diffusion.num_timesteps - 1
-        check_count(draws, "draws")
+        draws = as_int("draws", draws, 1)
         if timesteps is not None:
-            if isinstance(timesteps, int) and not 1 <= timesteps <= last:
+            timesteps = as_int("timesteps", timesteps)
+            if not 1 <= timesteps <= last:
                 raise ValueError(f"timesteps must be in 1 .. T - 1 = {last}, got {timesteps}")
-            check_count(timesteps, "timesteps")
         check_choice("decoder", decoder, DECODERS)
         strata = Strata.of(diffusion.schedule.log_snr, last if timesteps is None else timesteps)
         clip = diffusion._clip_range(clip_denoised)

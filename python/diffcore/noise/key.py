@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from diffcore._checks import check_count
+from diffcore._checks import as_int
 from diffcore._engine import messages
 from diffcore._engine.dispatch import plain_eager, run
 from diffcore._engine.window import Window
@@ -269,7 +269,7 @@ class PhiloxNoise:
             int64 ``[B]``.
         """
         if not isinstance(num_timesteps, torch.SymInt):
-            check_count(num_timesteps, "num_timesteps")
+            num_timesteps = as_int("num_timesteps", num_timesteps, 1)
         if num_timesteps > _MAX_TIMESTEPS:
             raise ValueError(f"num_timesteps must be at most 2^31, got {num_timesteps}")
         (batch,) = p.sizes("batch", (batch,))

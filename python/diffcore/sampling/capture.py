@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from diffcore import ops
+from diffcore._checks import as_sizes, check_not_compiling
 from diffcore._engine import native
 from diffcore._types import Model
 from diffcore.noise import PhiloxNoise
@@ -60,11 +61,12 @@ def capture(
         TypeError: ``table`` is not a SolverTable.
         ValueError: ``shape`` is empty, or as ``sample``.
     """
+    check_not_compiling("capture", "compile the model that it gets")
     if not isinstance(table, SolverTable):
         raise TypeError(f"table must be a SolverTable, got {type(table).__name__}")
     check_guidance(guidance_scale, uncond_kwargs)
     device = model_device(model) if device is None else device
-    x = torch.empty(tuple(shape), dtype=dtype, device=device)
+    x = torch.empty(as_sizes(shape), dtype=dtype, device=device)
     if x.ndim == 0:
         raise ValueError("shape must be [B, ...], got ()")
     if guidance_scale is not None:
