@@ -299,11 +299,16 @@ def _check_like(name: str, x: Tensor, args: Arguments) -> None:
 
 
 def _check_tensor(name: str, x: Tensor) -> None:
-    if x.layout != torch.strided or x.is_quantized:
-        raise TypeError(f"{name} must be a dense, strided tensor, got layout {x.layout}")
+    _check_dense(name, x)
     if x.dtype not in DTYPES:
         raise _bad_dtype(name, x, _FLOATS)
     _check_memory(name, x)
+
+
+def _check_dense(name: str, x: Tensor) -> None:
+    if x.layout != torch.strided or x.is_quantized:
+        came = x.dtype if x.is_quantized else x.layout
+        raise TypeError(f"{name} must be a dense, strided tensor, got {came}")
 
 
 def _check_memory(name: str, x: Tensor) -> None:
@@ -326,6 +331,7 @@ def _check_coefs(args: Arguments) -> int:
             if type(c) is not float and not isinstance(c, (torch.SymFloat, torch.SymInt)):
                 raise _not_tensor(name, c, "a number or a torch.Tensor")
             continue
+        _check_dense(name, c)
         if c.dtype not in (torch.float32, torch.float64):
             raise _bad_dtype(name, c, _COEF_FLOATS)
         if c.device != first.device:
@@ -353,6 +359,7 @@ def _check_step(step: Step, steps: int, first: Tensor) -> None:
         if not isinstance(step, torch.SymInt) and not 0 <= step < steps:
             raise _step_range(step, step, steps)
         return
+    _check_dense("t", step)
     if step.dtype not in (torch.int64, torch.int32):
         raise _bad_dtype("t", step, _STEP_INTS)
     if step.device != first.device:

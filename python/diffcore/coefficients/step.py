@@ -316,7 +316,7 @@ def ddim_coefficients(
         if _any(sigma == 0):
             raise ValueError(
                 "sigma must not be 0 with rederive_epsilon=True, because x0 does not determine "
-                "epsilon there, got 0"
+                "epsilon there, got 0; pass rederive_epsilon=False"
             )
         c_x = direction / sigma
         return _row(c_x, 0.0, alpha_prev - c_x * alpha, c_z, a_x, a_m, low, high)

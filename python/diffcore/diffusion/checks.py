@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from diffcore._checks import check_choice, check_float_tensor
+from diffcore._checks import as_tensor, check_choice, check_float_tensor
 from diffcore._engine import native
 from diffcore._engine.dispatch import plain_eager
 from diffcore.coefficients.bound import DECODERS
@@ -201,21 +201,24 @@ def check_timesteps(
     return t
 
 
-def check_weights(weights: Tensor, num_timesteps: int) -> None:
-    """Refuse loss weights that are not a tensor ``[T]``.
+def check_weights(weights: Any, num_timesteps: int) -> Tensor:
+    """Loss weights as a tensor ``[T]``.
 
     Args:
-        weights: The argument.
+        weights: The argument: a tensor, a NumPy array or a list.
         num_timesteps: T.
 
+    Returns:
+        The tensor, or float64 on the CPU.
+
     Raises:
-        TypeError: Not a tensor.
+        TypeError: Not numbers.
         ValueError: Another shape.
     """
-    if not isinstance(weights, Tensor):
-        raise TypeError(f"weights must be a torch.Tensor, got {type(weights).__name__}")
-    if weights.shape != (num_timesteps,):
-        raise ValueError(f"weights must have shape ({num_timesteps},), got {tuple(weights.shape)}")
+    found = as_tensor("weights", weights, "a tensor of [T] numbers")
+    if found.shape != (num_timesteps,):
+        raise ValueError(f"weights must have shape ({num_timesteps},), got {tuple(found.shape)}")
+    return found
 
 
 def _given_timesteps(t: Any, num_timesteps: int, device: torch.device) -> int | Tensor:

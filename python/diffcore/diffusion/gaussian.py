@@ -283,9 +283,10 @@ class GaussianDiffusion:
             model_kwargs: More arguments for the model.
             noise: Standard normal, like ``x_start``, or a noise key; ``None`` for a key seeded by
                 torch's generator. The noise of a key is generated twice and never stored.
-            weights: ``[T]``, a weight for each timestep (``losses.min_snr_weights``); 1 if
-                ``None``. Keep it on the device of ``x_start``: moving it there waits. Weights apply
-                to the mse only and are refused with "kl" and "rescaled_kl".
+            weights: ``[T]``, a weight for each timestep (``losses.min_snr_weights``), as a tensor,
+                an array or a list; 1 if ``None``. Keep it on the device of ``x_start``: moving it
+                there waits. Weights apply to the mse only and are refused with "kl" and
+                "rescaled_kl".
             decoder: L_0 for pixels k/127.5 - 1 ("discretized": the mass of their bin) or for other
                 data such as latents ("gaussian": the density). Pixel values are not validated while
                 training: the bin of another x_0 is x_0 ± 1/255.
@@ -309,7 +310,7 @@ class GaussianDiffusion:
                 raise ValueError(
                     f"weights must be None with loss_type={self.loss_type!r}, got a tensor"
                 )
-            check_weights(weights, self.num_timesteps)
+            weights = check_weights(weights, self.num_timesteps)
         if not compiling() and not self._images_checked:
             self._images_checked = warn_of_images("x_start", x_start)
         if noise is None:

@@ -65,7 +65,8 @@ def as_number(name: str, value: Coef) -> Coef:
     if isinstance(value, Tensor):
         if not value.is_floating_point():
             raise TypeError(f"{name} must have a floating-point dtype, got {value.dtype}")
-        return value
+        # What formulas do with a coefficient, torch does not do in float8.
+        return value.float() if value.dtype.itemsize < 2 else value
     if type(value) is float:
         return value
     if not isinstance(value, (int, float, *_SYMBOLS)):
