@@ -9,6 +9,7 @@ from torch import Tensor
 
 from diffcore import ops
 from diffcore._checks import as_positive, as_tensor, check_float_tensor
+from diffcore._engine.dtensor import is_dtensor
 from diffcore.noise import PhiloxNoise
 from diffcore.reference import compute_dtype
 
@@ -365,17 +366,37 @@ def importance_weighted_bound(
     if x.shape[:1] != mean.shape[:1]:
         raise ValueError(f"x must have the batch of mean, {len(mean)}, got shape {tuple(x.shape)}")
     n, k = x.shape[1:].numel(), len(z)
-    # The ops do not broadcast: K samples of each x are passed as K B samples.
-    each = [v.expand(k, *v.shape).flatten(0, 1) for v in (x, mean, logvar)]
-    flat_z = z.flatten(0, 1)
-    zero = torch.zeros_like(flat_z)
-    log_weights = (
-        -reconstruction_loss(each[0], x_recon.flatten(0, 1), decoder_std=decoder_std)
-        - ops.gaussian_nll(flat_z, zero, zero, reduction="sample")
-        + ops.gaussian_nll(flat_z, each[1], each[2], reduction="sample")
-    )
-    bound = log_weights.reshape(k, -1).logsumexp(dim=0) - math.log(k)
+    if any(map(is_dtensor, (x, x_recon, z, mean, logvar))):
+        # A DTensor that is sharded unevenly along the batch cannot be flattened.
+        each = zip(x_recon, z, strict=True)
+        log_weights = torch.stack(
+            [_log_weights(x, r, v, mean, logvar, decoder_std) for r, v in each]
+        )
+    else:
+        # The ops do not broadcast: K samples of each x are passed as K B samples.
+        flat = [v.expand(k, *v.shape).flatten(0, 1) for v in (x, mean, logvar)]
+        log_weights = _log_weights(
+            flat[0], x_recon.flatten(0, 1), z.flatten(0, 1), flat[1], flat[2], decoder_std
+        ).reshape(k, -1)
+    bound = log_weights.logsumexp(dim=0) - math.log(k)
     return bound - n * _log_normalizer(_std(decoder_std, x))
+
+
+def _log_weights(
+    x: Tensor,
+    x_recon: Tensor,
+    z: Tensor,
+    mean: Tensor,
+    logvar: Tensor,
+    decoder_std: float | Tensor,
+) -> Tensor:
+    """The log of p(x, z) / q(z | x) of each sample, less the constant of the decoder."""
+    zero = torch.zeros_like(z)
+    return (
+        -reconstruction_loss(x, x_recon, decoder_std=decoder_std)
+        - ops.gaussian_nll(z, zero, zero, reduction="sample")
+        + ops.gaussian_nll(z, mean, logvar, reduction="sample")
+    )
 
 
 def _log_normalizer(std: float | Tensor) -> float | Tensor:

@@ -66,12 +66,12 @@ CASES: dict[str, Case] = {
     "sparse": (
         lambda: ops.add_noise(X, X, torch.rand(2).to_sparse(), 0.5),
         TypeError,
-        r"alpha must be a dense, strided tensor, got torch.sparse_coo",
+        r"alpha must be a dense, strided tensor, got .*sparse",
     ),
     "sparse-samples": (
         lambda: ops.add_noise(X.to_sparse(), X, 0.5, 0.5),
         TypeError,
-        r"x0 must be a dense, strided tensor, got torch.sparse_coo",
+        r"x0 must be a dense, strided tensor, got .*sparse",
     ),
     "weights": (
         lambda: D.training_losses(half, X, 3, weights="min_snr"),
@@ -122,11 +122,6 @@ def test_coefficients_in_float8() -> None:
         lambda s: ops.predict_x0(X, X, 0.5, s),
     ):  # fmt: skip
         assert torch.equal(f(eighth), f(eighth.float()))
-
-
-def test_the_prior_of_an_enormous_alpha_is_infinite() -> None:
-    assert ops.prior_kl(torch.ones(2, 3), 1e200, 0.5).isinf().all()
-    assert ops.prior_kl(torch.zeros(0, 3), 1e200, 0.5).shape == (0,)
 
 
 def test_weights_as_a_list_or_an_array() -> None:

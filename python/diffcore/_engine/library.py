@@ -8,13 +8,13 @@ tensor, or None and a number, and the first element.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from diffcore._engine import messages, native
+from diffcore._engine import compiled_ops, execute, messages, native
 from diffcore._engine.autograd import read_again, run_backward, to_save
 from diffcore._engine.execute import (
     Noise,
@@ -72,7 +72,11 @@ def unpack(kernel: Kernel, packed: Sequence[Any]) -> tuple[Coefs, Step, bool, No
         reduce_all, *noise = packed
         return (), None, reduce_all, unpack_noise(noise)
     tensors, numbers, at, step, reduce_all, *noise = packed
-    coefs = tuple([n if x is None else x for x, n in zip(tensors, numbers, strict=True)])
+    coefs = tuple(numbers)
+    for x in tensors:
+        if x is not None:
+            coefs = tuple([n if x is None else x for x, n in zip(tensors, numbers, strict=True)])
+            break
     where = at if at is not None else (None if step < 0 else step)
     return coefs, where, reduce_all, unpack_noise(noise)
 
@@ -118,6 +122,8 @@ def run_registered(
     ):
         return run_reference(kernel, inputs, coefs, step, reduce_all, out, noise)
     compiling = torch.compiler.is_compiling()
+    if compiling and compiled_ops.kind == "formula" and noise is None:
+        return run_reference(kernel, inputs, coefs, step, reduce_all, out)
     if not compiling and native.dispatch_modes():  # fake tensors: no kernel will check anything
         messages.explain(Arguments(kernel, inputs, coefs, step, None, noise))
     op = getattr(torch.ops.diffcore, kernel.operator).default
@@ -183,7 +189,7 @@ def define(kernel: Kernel) -> Kernel:
         tags=(torch.Tag.pt2_compliant_tag,),
     )
 
-    def native(*args: Any) -> Any:
+    def on_device(*args: Any) -> Any:
         coefs, step, reduce_all, noise = unpack(kernel, args[arity:])
         return direct(kernel, args[:arity], resolved(coefs), step, reduce_all, None, noise)
 
@@ -220,9 +226,40 @@ def define(kernel: Kernel) -> Kernel:
         return (*found, *map(_no_gradient, ctx.call))
 
     qualified = f"diffcore::{name}"
-    LIBRARY.impl(name, native, "CPU")
-    LIBRARY.impl(name, native, "CUDA")
+
+    def launched(*args: Any) -> Any:
+        """The outputs, or an int where anything is not plain, as ``_C.launch`` finds."""
+        module = execute._C
+        if module is None:
+            return 0
+        coefs, step, _, noise = unpack(kernel, args[arity:])
+        return module.launch(kernel.index, args[:arity], coefs, step, noise, native.DEBUG)
+
+    LIBRARY.impl(name, on_device, "CPU")
+    LIBRARY.impl(name, on_device, "CUDA")
     torch.library.register_fake(qualified, fake, lib=LIBRARY)
     torch.library.register_vmap(qualified, vmap, lib=LIBRARY)
-    torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=LIBRARY)
+    lib: Any = _Launches(launched)
+    torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=lib)
     return kernel
+
+
+class _Launches:
+    """Registers what torch makes of a backward pass, behind a launch of the kernel.
+
+    Torch's way from an operator to its kernel takes several times as long as the call of a small
+    tensor. Where nothing on the way has anything to do, the kernel is launched at once.
+    """
+
+    def __init__(self, launched: Callable[..., Any]) -> None:
+        self._launched = launched
+
+    def impl(self, name: str, differentiable: Callable[..., Any], *key: Any, **how: Any) -> None:
+        """Registers the implementation, as ``torch.library.Library.impl`` does."""
+        launched = self._launched
+
+        def call(keyset: Any, *args: Any) -> Any:
+            found = launched(*args)
+            return differentiable(keyset, *args) if type(found) is int else found
+
+        LIBRARY.impl(name, call, *key, **how)

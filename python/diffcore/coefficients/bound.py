@@ -152,7 +152,7 @@ def prior_coefficients(alpha: Coef, sigma: Coef) -> tuple[Coef, Coef]:
     Returns:
         1/2 alpha², and 1/2 [sigma² - 1 - log sigma²], like alpha.
     """
-    factor = 0.5 * (alpha * alpha)  # infinite for a large float, where ** raises
+    factor = 0.5 * alpha**2
     if isinstance(sigma, Tensor):
         return factor, _half_expm1_minus(2 * sigma.log())
     d = 2 * math.log(sigma)

@@ -11,9 +11,11 @@ from torch import Tensor
 from diffcore._checks import as_tensor, check_choice, check_float_tensor
 from diffcore._engine import native
 from diffcore._engine.dispatch import plain_eager
+from diffcore._engine.dtensor import per_sample, shard_of
 from diffcore.coefficients.bound import DECODERS
 from diffcore.noise import Noise, PhiloxNoise
 from diffcore.ops._arguments import as_step
+from diffcore.ops._noise import default_key
 
 # Without a search for other tracers, because every training step asks.
 compiling = torch.compiler.is_dynamo_compiling
@@ -71,7 +73,7 @@ def check_noise(noise: Noise | None, like: Tensor, name: str = "noise") -> Noise
         ValueError: A tensor of another shape.
     """
     if noise is None:
-        return PhiloxNoise.from_generator(device=like.device)
+        return default_key(like)
     if isinstance(noise, Tensor):
         if noise.shape != like.shape:
             raise ValueError(
@@ -96,6 +98,7 @@ def check_pixels(name: str, x: Tensor) -> None:
     Raises:
         ValueError: Some values are not pixels.
     """
+    x = shard_of(x)
     exact = x.detach().double()
     grid = (exact * 127.5 + 127.5).round().clamp(0, 255) / 127.5 - 1
     if x.dtype.itemsize < 4:
@@ -152,6 +155,7 @@ def check_timestep_values(t: Tensor, num_timesteps: int) -> None:
     Raises:
         ValueError: A timestep is out of range.
     """
+    t = shard_of(t)
     if t.device.type != "cpu" or not t.numel() or not plain_eager():
         return
     low, high = int(t.min()), int(t.max())
@@ -175,7 +179,7 @@ def check_timesteps(
         name: Name of ``x`` in the caller.
 
     Returns:
-        ``t``, or a tensor filled with it.
+        ``t``, or a tensor filled with it; beside a DTensor, a DTensor sharded like its samples.
 
     Raises:
         TypeError: ``t`` or ``x`` of another type or dtype.
@@ -187,7 +191,8 @@ def check_timesteps(
     if not isinstance(t, Tensor):
         t = _given_timesteps(t, num_timesteps, x.device)
         if not isinstance(t, Tensor):
-            return torch.full((x.shape[0],), t, dtype=torch.int64, device=x.device)
+            t = torch.full((x.shape[0],), t, dtype=torch.int64, device=x.device)
+            return per_sample(t, x)
     if t.dtype not in (torch.int64, torch.int32):
         _refuse_dtype(t, num_timesteps)
     if t.device != x.device:
@@ -198,7 +203,7 @@ def check_timesteps(
         if t.numel() != 1:
             _refuse_shape(t, x)
         t = t.reshape(1).repeat(x.shape[0])
-    return t
+    return per_sample(t, x)
 
 
 def check_weights(weights: Any, num_timesteps: int) -> Tensor:

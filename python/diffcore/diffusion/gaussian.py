@@ -11,6 +11,7 @@ keyword-only. The constructor differs: it takes strings for the model's output a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from diffcore import ops
 from diffcore._checks import as_positive, as_real, check_choice
+from diffcore._engine.dtensor import replicated
 from diffcore._engine.kept import made_plainly
 from diffcore._types import Model
 from diffcore.coefficients.bound import DECODERS, LEARNED, VARIANCE_TYPES
@@ -38,6 +40,7 @@ from diffcore.diffusion.checks import (
 )
 from diffcore.diffusion.tables import DiffusionTables
 from diffcore.noise import Noise, PhiloxNoise, StepNoise
+from diffcore.ops._noise import default_key
 from diffcore.sampling.loop import run_table
 from diffcore.sampling.model import call_model
 from diffcore.sampling.noise import initial_sample
@@ -114,11 +117,13 @@ class GaussianDiffusion:
         clip_sample_range = as_positive("clip_sample_range", clip_sample_range)
         betas = made_plainly(lambda: check_betas(betas))
         check_direction(betas)
-        if prediction_type == "epsilon" and betas[-1] == 1:
+        last = math.exp(0.5 * float(torch.log1p(-betas).sum()))
+        if prediction_type == "epsilon" and last < _SMALLEST:
             raise ValueError(
-                "betas must end below 1 with prediction_type='epsilon', got a last beta of 1 (zero "
-                "terminal SNR): its x_t holds no signal, so a prediction of epsilon does not "
-                "determine x_0; use prediction_type='v_prediction' or 'sample'"
+                "betas must leave some signal with prediction_type='epsilon', got alpha = "
+                f"{last:.3g} at the last timestep (zero terminal SNR in float32): a prediction of "
+                "epsilon does not determine x_0 there; use prediction_type='v_prediction' or "
+                "'sample'"
             )
         self._set_up(
             DiffusionTables(betas, prediction_type, variance_type),
@@ -131,13 +136,6 @@ class GaussianDiffusion:
         self, tables: DiffusionTables, clip_sample: bool, clip_sample_range: float, loss_type: str
     ) -> None:
         """Takes checked settings."""
-        last = tables.schedule.alpha[-1]
-        if tables.prediction_type == "epsilon" and not last >= _SMALLEST:
-            raise ValueError(
-                "betas must leave alpha above 1.2e-38, the range of float32, with prediction_type="
-                f"'epsilon', got alpha = {last:.3g} at the last timestep, where x_0 is divided by "
-                "it; use prediction_type='v_prediction' or 'sample'"
-            )
         self.prediction_type = tables.prediction_type
         self.variance_type = tables.variance_type
         self.clip_sample = clip_sample
@@ -224,7 +222,7 @@ class GaussianDiffusion:
         """
         t = check_timesteps(t, x_start, self.num_timesteps)
         if noise is None:
-            noise = PhiloxNoise.from_generator(device=x_start.device)
+            noise = default_key(x_start)
         return ops.q_sample(x_start, t, noise, self.tables.noise[x_start.device])
 
     def q_posterior_mean_variance(
@@ -314,7 +312,7 @@ class GaussianDiffusion:
         if not compiling() and not self._images_checked:
             self._images_checked = warn_of_images("x_start", x_start)
         if noise is None:
-            noise = PhiloxNoise.from_generator(device=x_start.device)
+            noise = default_key(x_start)
         x_t = ops.q_sample(x_start, t, noise, self.tables.noise[x_start.device])
         output, variance_output = self._predict(model, x_t, t, model_kwargs)
         return training.losses(
@@ -389,7 +387,7 @@ class GaussianDiffusion:
         table, variance_table = self.tables.ddpm(clip), self.tables.learned_variance(clip)
         output, variance_output = self._predict(model, x, t, model_kwargs)
         if noise is None:
-            noise = PhiloxNoise.from_generator(device=x.device)
+            noise = default_key(x)
         return {
             "sample": reverse.step(x, output, t, table, noise, variance_output, variance_table),
             "pred_xstart": reverse.predicted_x0(self.tables, x, output, t, clip),
@@ -434,7 +432,7 @@ class GaussianDiffusion:
         if eta == 0:
             noise = None
         elif noise is None:
-            noise = PhiloxNoise.from_generator(device=x.device)
+            noise = default_key(x)
         return {
             "sample": reverse.step(x, output, t, table, noise),
             "pred_xstart": reverse.predicted_x0(self.tables, x, output, t, clip),
@@ -655,7 +653,7 @@ class GaussianDiffusion:
         prior = self.prior_bpd(x_start)
         terms, errors = [], []
         for t in progress_bar(range(self.num_timesteps), "calc_bpd_loop", progress):
-            steps = torch.full((len(x_start),), t, dtype=torch.int64, device=x_start.device)
+            steps = check_timesteps(t, x_start, self.num_timesteps)
             now = noise.at(noise.stream + t) if isinstance(noise, PhiloxNoise) else noise
             term, error = self._noised_term(model, x_start, steps, now, clip, decoder, model_kwargs)
             terms.append(term)
@@ -666,7 +664,9 @@ class GaussianDiffusion:
             "prior_bpd": prior,
             "vb": vb,
             "xstart_mse": xstart_mse,
-            "mse": (xstart_mse * self.tables.snr[x_start.device]).to(xstart_mse.dtype),
+            "mse": (xstart_mse * replicated(self.tables.snr[x_start.device], xstart_mse)).to(
+                vb.dtype
+            ),
         }
 
     # ---- private -------------------------------------------------------------------------------

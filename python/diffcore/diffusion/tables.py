@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from diffcore._checks import as_int, check_choice, hint
+from diffcore._engine.dtensor import replicated
 from diffcore._engine.kept import Traced, made_plainly
 from diffcore.coefficients.bound import FIXED, LEARNED, VLB_COLUMNS, vlb_coefficients
 from diffcore.coefficients.step import posterior_coefficients, tensors, x0_coefficients
@@ -159,14 +160,14 @@ class DiffusionTables:
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         # Out of range on a device that cannot report it must not read out of bounds either.
         index = t.clamp(0, len(self) - 1)
-        values = self.column(name)[x.device][index].to(dtype)
+        values = replicated(self.column(name)[x.device], index)[index].to(dtype)
         return values.reshape(-1, *[1] * (x.dim() - 1)).expand(x.shape)
 
     def model_timesteps(self, t: Tensor) -> Tensor:
         """The timestep input of the model: int64, timesteps of the training schedule."""
         if self.timestep_map is None:
             return t.long()
-        steps: Tensor = self._kept("_timesteps")[t.device][t.clamp(0, len(self) - 1)]
+        steps: Tensor = replicated(self._kept("_timesteps")[t.device], t)[t.clamp(0, len(self) - 1)]
         return steps
 
     def _timesteps(self) -> DeviceCopies:

@@ -13,12 +13,14 @@ from torch import Tensor
 from diffcore import ops
 from diffcore._checks import as_int, check_choice
 from diffcore._engine.dispatch import plain_eager, run
+from diffcore._engine.dtensor import all_of, of_first_rank, per_sample
 from diffcore._kernels.bound import PRIOR_KL
 from diffcore._types import Model
 from diffcore.coefficients.bound import DECODERS, FIXED, VLB_COLUMNS, prior_coefficients
 from diffcore.coefficients.step import PREDICTION_TYPES, target_coefficients, x0_coefficients
 from diffcore.diffusion.checks import can_read_values, check_noise, check_pixels
 from diffcore.noise import Noise, PhiloxNoise
+from diffcore.ops._noise import default_key
 from diffcore.sampling.model import call_model, check_samples
 
 Gamma = Callable[[Tensor], Tensor]
@@ -171,7 +173,7 @@ def vdm_bound(
             "nothing is left to seed"
         )
     if noise is None:
-        noise = PhiloxNoise.from_generator(generator, device=x.device)
+        noise = default_key(x, generator)
     noise = check_noise(noise, x)
     t = _times(t, x, generator)
     if num_timesteps is not None:
@@ -253,7 +255,7 @@ def _diffusion(
     alpha, sigma = _coefficients(gamma_t)
     z_t = ops.add_noise(x, noise, alpha, sigma)
     model_input = gamma_t if x.dtype == torch.float64 else gamma_t.float()
-    output = call_model(model, z_t, model_input, model_kwargs)
+    output = call_model(model, z_t, per_sample(model_input, x), model_kwargs)
     # The error of x times alpha / sigma is the error of the noise.
     table = _errors(alpha, sigma, prediction_type)
     table[:, _FACTOR] = 0.5 * weight * torch.exp(-gamma_t)
@@ -316,11 +318,13 @@ def _times(t: Tensor | None, x: Tensor, generator: torch.Generator | None) -> Te
     if t is None:
         at = x.device if generator is None else generator.device
         u = torch.rand(1, dtype=torch.float64, generator=generator, device=at).to(x.device)
+        u = of_first_rank(u, x)
         i = torch.arange(len(x), dtype=torch.float64, device=x.device)
         return torch.remainder(u + i / len(x), 1.0)
     if not isinstance(t, Tensor) or not t.is_floating_point():
         what = t.dtype if isinstance(t, Tensor) else type(t).__name__
         raise TypeError(f"t must be a tensor of floating point numbers, got {what}")
+    t = all_of(t)
     if t.shape != x.shape[:1]:
         raise ValueError(f"t must have shape {list(x.shape[:1])}, got {list(t.shape)}")
     if can_read_values(t) and not bool(((t >= 0) & (t <= 1)).all()):

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from diffcore._engine import messages
-from diffcore._engine.dispatch import run
+from diffcore._engine.dispatch import plain_eager, run
+from diffcore._engine.dtensor import is_dtensor, of_first_rank
 from diffcore._engine.kernel import NoisyKernel
 from diffcore._kernels import noise as k
 from diffcore._types import Coef, Step
@@ -81,7 +82,27 @@ def noise_or_default(
         return noise
     if not isinstance(like, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(like).__name__}")
-    return PhiloxNoise.from_generator(generator, device=like.device)
+    return default_key(like, generator)
+
+
+def default_key(like: Tensor, generator: torch.Generator | None = None) -> PhiloxNoise:
+    """A noise key for these samples seeded by torch's generator; for DTensors the same everywhere.
+
+    Args:
+        like: The samples that the noise is for.
+        generator: ``None`` for the default one of their device.
+
+    Returns:
+        Stream 0 of samples 0 .. B-1; the seed of the first rank, if the samples are a DTensor.
+    """
+    key = PhiloxNoise.from_generator(generator, device=like.device)
+    if not is_dtensor(like):
+        return key
+    seed = key.seed
+    if not isinstance(seed, Tensor):
+        seed = torch.tensor([seed], device=like.device)
+    seed = of_first_rank(seed, like)
+    return PhiloxNoise(int(seed) if seed.device.type == "cpu" and plain_eager() else seed)
 
 
 def randn(

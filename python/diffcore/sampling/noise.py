@@ -11,6 +11,7 @@ from torch import Tensor
 from diffcore._types import Model
 from diffcore.noise import Noise, PhiloxNoise, StepNoise
 from diffcore.noise.parts import sizes
+from diffcore.ops._noise import default_key
 from diffcore.sampling.model import model_device
 from diffcore.solvers import SolverTable
 
@@ -25,7 +26,7 @@ def noise_or_default(noise: Noise | None, like: Tensor) -> Noise:
     Returns:
         A tensor or a noise key.
     """
-    return PhiloxNoise.from_generator(device=like.device) if noise is None else noise
+    return default_key(like) if noise is None else noise
 
 
 def check_step_noise(name: str, step_noise: Any) -> None:
@@ -110,7 +111,7 @@ def initial_sample(
             key = PhiloxNoise.from_generator(generator, device=at)
         x = key.tensor(shape, dtype=dtype, device=device)
     if step_noise is None:
-        step_noise = key or PhiloxNoise.from_generator(generator, device=x.device)
+        step_noise = key or default_key(x, generator)
     check_step_noise("step_noise", step_noise)
     return x, step_noise
 

@@ -7,6 +7,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from diffcore._engine.dtensor import is_dtensor, per_sample
 from diffcore.sampling.model import Prediction
 from diffcore.solvers import SolverTable
 
@@ -25,7 +26,8 @@ def timestep_inputs(table: SolverTable, x: Tensor) -> Tensor:
     timesteps = table.to(x.device).timesteps
     if timesteps.is_floating_point() and x.dtype != torch.float64:
         timesteps = timesteps.float()
-    return timesteps.unsqueeze(1).repeat(1, x.shape[0])
+    timesteps = timesteps.unsqueeze(1).repeat(1, x.shape[0])
+    return per_sample(timesteps.T, x).T if is_dtensor(x) else timesteps
 
 
 def callback_state(
