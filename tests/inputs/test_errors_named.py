@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import diffcore
-from diffcore import ops, sampling, solvers
+from diffcore import ops, sampling, schedules, solvers
 from diffcore.solvers import NoiseLevels
 from support.toys import BETAS, half
 
@@ -139,3 +139,46 @@ def test_the_samplers_of_k_diffusion_name_their_arguments_too() -> None:
         sampling.sample_euler(half, X, 10)
     with pytest.raises(TypeError, match="eta must be a number, got str"):
         sampling.sample_euler_ancestral(half, X, SIGMAS, eta="1")
+
+
+def test_snr_as_a_list_or_an_array() -> None:
+    snr = D.schedule.snr
+    for f in (diffcore.losses.min_snr_weights, diffcore.losses.edm_weights):
+        for given in (snr.tolist(), snr.numpy()):
+            assert torch.equal(f(given), f(snr))
+        for wrong in ("a", 3.0, [1, 2], snr.long()):
+            with pytest.raises(TypeError, match=r"^snr must be a "):
+                f(wrong)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: schedules.shift_sigmas("a", 3.0), "sigmas must be real numbers, got str"),
+        (lambda: schedules.time_shift([[1.0], 2.0], 0.5), "sigmas must be real numbers, got list"),
+        (lambda: schedules.stretch_to_terminal(None, 0.1), "sigmas must be real numbers, got None"),
+        (
+            lambda: schedules.timesteps_to_sigmas(D.schedule, X * 1j),
+            "timesteps must be real numbers, got torch.complex64",
+        ),
+        (
+            lambda: schedules.sigmas_to_timesteps(D.schedule, {}),
+            "sigmas must be real numbers, got dict",
+        ),
+        (
+            lambda: solvers.unipc_table(SIGMAS, disable_corrector=1),
+            "disable_corrector must be a sequence of ints, got int",
+        ),
+        (
+            lambda: solvers.unipc_table(SIGMAS, disable_corrector=[1.5]),
+            "disable_corrector must be an int, got float",
+        ),
+        (
+            lambda: diffcore.sample(half, X, solvers.euler_table(SIGMAS), callback="print"),
+            "callback must be a function, got str",
+        ),
+    ],
+)
+def test_what_is_no_number_or_function(call: Callable[[], Any], message: str) -> None:
+    with pytest.raises(TypeError, match=f"^{message}"):
+        call()

@@ -107,12 +107,19 @@ def check_pixels(name: str, x: Tensor) -> None:
         good = (exact - grid).abs() <= 4 * torch.finfo(torch.float32).eps
     if bool(good.all()):
         return
-    bad = exact[~good]
+    bad, (low, high) = exact[~good], (end.item() for end in exact.aminmax())
+    fix = "use decoder='gaussian' for latents and other data that are not 8-bit pixels"
+    if low >= 0 and high > low:  # as ToTensor makes them, or in their 8 bits
+        fix = f"pass {_from_images(name, high)} for images in [0, {255 if high > 2 else 1}]; {fix}"
     raise ValueError(
         f"{name} must be pixels k/127.5 - 1, k = 0 .. 255, with decoder='discretized', "
-        f"got {bad.numel()} of {x.numel()} values off this grid, such as {bad[0].item():.6g}; use "
-        "decoder='gaussian' for latents and other data that are not 8-bit pixels"
+        f"got {bad.numel()} of {x.numel()} values off this grid, such as {bad[0].item():.6g}; {fix}"
     )
+
+
+def _from_images(name: str, high: float) -> str:
+    """How to scale images whose largest value is ``high`` to [-1, 1]."""
+    return f"{name} / 127.5 - 1" if high > 2 else f"{name} * 2 - 1"
 
 
 def warn_of_images(name: str, x: Tensor) -> bool:
@@ -132,10 +139,9 @@ def warn_of_images(name: str, x: Tensor) -> bool:
     low, high = (float(end) for end in torch.aminmax(x.detach()))
     if not (low >= 0 and high > low):
         return True
-    fix = f"{name} / 127.5 - 1" if high > 2 else f"{name} * 2 - 1"
     warnings.warn(
         f"{name} has values from {low:.4g} to {high:.4g} and none below 0: the noise has mean 0, "
-        f"and so should the data; for images pass {fix}",
+        f"and so should the data; for images pass {_from_images(name, high)}",
         UserWarning,
         stacklevel=3,
     )
