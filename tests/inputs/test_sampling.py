@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections import OrderedDict, namedtuple
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -157,9 +159,13 @@ def test_a_callback_can_read_and_copy_its_state(sampler: str) -> None:
     seen: list[dict[str, Any]] = []
 
     def callback(state: dict[str, Any]) -> None:
-        copy = {**state, "more": 1}
-        copy["x"] = None
+        changed = {**state, "more": 1}
+        changed["x"] = None
         assert isinstance(state, dict)
+        for again in (copy.copy(state), copy.deepcopy(state), state.copy()):
+            assert again.keys() == state.keys()
+            again["x"] = None
+        assert pickle.loads(pickle.dumps(state)).keys() == state.keys()
         assert state["x"] is not None
         seen.append(state | {"mine": 2})
 

@@ -134,6 +134,7 @@ def warn_of_images(name: str, x: Tensor) -> bool:
     """
     if not plain_eager():
         return False
+    x = shard_of(x)
     if x.ndim < 4 or x.numel() == 0 or x.device.type != "cpu":
         return True
     low, high = (float(end) for end in torch.aminmax(x.detach()))

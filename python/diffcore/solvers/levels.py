@@ -110,7 +110,7 @@ class NoiseLevels:
             first, last = self.sigma[0] / self.alpha[0], self.sigma[-1] / self.alpha[-1]
             raise ValueError(
                 "sigmas must fall, from noise to the clean sample, got levels that rise from "
-                f"sigma / alpha = {first:.6g} to {last:.6g}; reverse them, or for inversion take "
+                f"sigma / alpha = {first:.6g} to {last:.6g}; reverse them, or for inversion use "
                 "ddim_step in a loop of your own"
             )
         _refuse_first(
