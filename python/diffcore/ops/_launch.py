@@ -15,7 +15,7 @@ from torch import Tensor
 
 from diffcore._checks import as_int
 from diffcore._engine.dispatch import run
-from diffcore._engine.kept import Traced, made_plainly
+from diffcore._engine.kept import Traced, constant_in_traces, made_plainly
 from diffcore._kernels.step import PLAIN, Plan, columns_read, learned_plan, plan
 from diffcore._types import Coef, Coefs, Row, Step, Tensors
 from diffcore.coefficients.step import HISTORY_READ, HISTORY_WRITTEN, STEP_COLUMNS
@@ -270,7 +270,7 @@ class RowLauncher:
         variance = None if self._variance is None else self._variance.to(device)
         return self._coefficients.to(device), variance
 
-    @torch.compiler.assume_constant_result
+    @constant_in_traces
     def _traced_on(self, device: torch.device) -> str:
         return self._traced.name(device, lambda: self._on(device))
 
