@@ -37,6 +37,8 @@ def elementwise(
 
 def row_sum(terms: Tensor, scale: Coef, reduce_all: bool) -> Tensor:
     """``scale`` times the sum over one sample (``[B]``), or over everything when ``reduce_all``."""
+    if isinstance(scale, Tensor):  # beside a 0-dim sum its dtype would count
+        scale = scale.to(terms.dtype)
     if reduce_all or terms.ndim == 0:
         return terms.sum() * scale
     return terms.flatten(1).sum(1) * scale if terms.ndim > 1 else terms * scale
