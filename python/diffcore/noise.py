@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from diffcore._checks import as_sizes
 from diffcore._engine import messages
 from diffcore._engine.dispatch import plain_eager, run
 from diffcore._kernels.noise import RANDN
@@ -153,7 +154,7 @@ class PhiloxNoise:
         if dtype is not None and dtype not in messages.DTYPES:
             allowed = "float32, float64, bfloat16 or float16"
             raise TypeError(f"dtype must be {allowed}, got {dtype}")
-        return draw(self, torch.empty(_sizes(shape), dtype=dtype, device=device))
+        return draw(self, torch.empty(as_sizes(shape), dtype=dtype, device=device))
 
     def __setattr__(self, name: str, value: Any) -> None:
         raise AttributeError(f"a PhiloxNoise is immutable; cannot set {name}: see at, for_samples")
@@ -189,21 +190,6 @@ def draw(noise: PhiloxNoise, out: Tensor) -> Tensor:
     """The noise in shape, dtype and layout of ``out``; in ``out`` itself unless compiled."""
     into = out if plain_eager() else None
     return run(RANDN, (out,), (), None, False, into, noise._parts)
-
-
-def _sizes(shape: Any) -> tuple[int, ...]:
-    allowed = "a sequence of sizes, such as (64, 3, 32, 32)"
-    if not hasattr(shape, "__iter__"):
-        raise TypeError(f"shape must be {allowed}, got {shape!r}")
-    sizes = tuple(shape)
-    ints = (int, torch.SymInt)
-    if any(
-        isinstance(n, bool) or not (isinstance(n, ints) or hasattr(n, "__index__")) for n in sizes
-    ):
-        raise TypeError(f"shape must be {allowed}, got {shape!r}")
-    if any(n < 0 for n in sizes):
-        raise ValueError(f"shape must be {allowed}, got {shape!r}")
-    return sizes
 
 
 def _rebuilt(*parts: Any) -> PhiloxNoise:

@@ -29,7 +29,7 @@ from diffcore._engine.kernel import Kernel, NoisyKernel
 from diffcore._engine.messages import Arguments
 from diffcore._types import Coefs, Step, Tensors
 
-_LIBRARY = torch.library.Library("diffcore", "DEF")
+LIBRARY = torch.library.Library("diffcore", "DEF")
 
 
 def pack(kernel: Kernel, first: Tensor, coefs: Coefs, step: Step) -> tuple[Any, ...]:
@@ -183,7 +183,7 @@ def define(kernel: Kernel) -> Kernel:
     arity, name = len(kernel.inputs), kernel.operator
     tensors = ", ".join(f"Tensor {i}" for i in kernel.inputs)
     returns = ", ".join(["Tensor"] * (kernel.outputs + kernel.sums))
-    _LIBRARY.define(
+    LIBRARY.define(
         f"{name}({tensors}{_COEF_SCHEMA * bool(kernel.coefs)}, bool reduce_all"
         f"{_NOISE_SCHEMA * kernel.generates_noise})"
         f" -> {returns if kernel.outputs + kernel.sums == 1 else f'({returns})'}",
@@ -236,10 +236,10 @@ def define(kernel: Kernel) -> Kernel:
         coefs, step, _, noise = unpack(kernel, args[arity:])
         return module.launch(kernel.index, args[:arity], coefs, step, noise, native.DEBUG)
 
-    _LIBRARY.impl(name, on_device, "CPU")
-    _LIBRARY.impl(name, on_device, "CUDA")
-    torch.library.register_fake(qualified, fake, lib=_LIBRARY)
-    torch.library.register_vmap(qualified, vmap, lib=_LIBRARY)
+    LIBRARY.impl(name, on_device, "CPU")
+    LIBRARY.impl(name, on_device, "CUDA")
+    torch.library.register_fake(qualified, fake, lib=LIBRARY)
+    torch.library.register_vmap(qualified, vmap, lib=LIBRARY)
     lib: Any = _Launches(launched)
     torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=lib)
     return kernel
@@ -263,4 +263,4 @@ class _Launches:
             found = launched(*args)
             return differentiable(keyset, *args) if type(found) is int else found
 
-        _LIBRARY.impl(name, call, *key, **how)
+        LIBRARY.impl(name, call, *key, **how)

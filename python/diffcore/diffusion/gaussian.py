@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from diffcore import ops
-from diffcore._checks import check_choice
+from diffcore._checks import as_positive, as_real, check_choice
+from diffcore._engine.dtensor import replicated
 from diffcore._engine.kept import made_plainly
 from diffcore._types import Model
 from diffcore.coefficients.bound import DECODERS, LEARNED, VARIANCE_TYPES
@@ -33,14 +34,20 @@ from diffcore.diffusion.checks import (
     check_timestep_values,
     check_timesteps,
     check_weights,
+    compiling,
+    warn_of_images,
 )
 from diffcore.diffusion.tables import DiffusionTables
 from diffcore.noise import Noise, PhiloxNoise, StepNoise
+from diffcore.ops._noise import default_key
 from diffcore.sampling.loop import run_table
 from diffcore.sampling.model import call_model
 from diffcore.sampling.noise import initial_sample
 from diffcore.sampling.progress import progress_bar
-from diffcore.schedules.betas import check_betas
+from diffcore.schedules.betas import check_betas, check_direction
+
+# The least normal float32: 1 / alpha is finite from there on.
+_SMALLEST = torch.finfo(torch.float32).tiny
 
 
 class GaussianDiffusion:
@@ -60,11 +67,12 @@ class GaussianDiffusion:
     ``sqrt_one_minus_alphas_cumprod``, ``log_one_minus_alphas_cumprod``, ``posterior_variance``,
     ``posterior_log_variance_clipped``, ``posterior_mean_coef1``, ``posterior_mean_coef2``) are
     float64 ``[T]`` on the CPU, whatever torch's default device is. Kernels read copies, moved to
-    each device once, and round once.
+    each device once, and round once: there are no parameters, and nothing to move by ``.to()``.
 
     Args:
-        betas: Variances of the Markov steps, ``[T]`` in (0, 1]. The last may be 1 (zero terminal
-            SNR), except with prediction_type "epsilon".
+        betas: Variances of the Markov steps, ``[T]`` in (0, 1]: a tensor, an array or a list. The
+            last may be 1 (zero terminal SNR), except with prediction_type "epsilon". Betas that
+            fall at every step are refused, as alphas_cumprod or a reversed schedule.
         prediction_type: What the model predicts: "epsilon", "sample" (x_0), "v_prediction" or
             "flow_prediction".
         variance_type: Variance of the reverse step: "fixed_small" (beta_tilde), "fixed_large"
@@ -83,13 +91,15 @@ class GaussianDiffusion:
 
     Raises:
         TypeError: An argument of the wrong type.
-        ValueError: Betas outside (0, 1], unknown strings, an empty clip range, or epsilon
-            prediction with zero terminal SNR.
+        ValueError: Betas outside (0, 1], that fall at every step or that require grad, unknown
+            strings, an empty clip range, or epsilon prediction with (almost) zero terminal SNR.
 
     Source:
         Ho, Jain and Abbeel 2020 (arXiv 2006.11239); Song, Meng and Ermon 2021 (arXiv 2010.02502);
         Nichol and Dhariwal 2021 (arXiv 2102.09672) for the learned variance.
     """
+
+    _images_checked = False  # whether a call of training_losses has read the range of its data
 
     def __init__(
         self,
@@ -103,25 +113,40 @@ class GaussianDiffusion:
         check_choice("prediction_type", prediction_type, PREDICTION_TYPES)
         check_choice("variance_type", variance_type, VARIANCE_TYPES)
         check_choice("loss_type", loss_type, training.LOSS_TYPES)
-        if isinstance(clip_sample_range, bool) or not hasattr(clip_sample_range, "__float__"):
-            kind = type(clip_sample_range).__name__
-            raise TypeError(f"clip_sample_range must be a number, got {kind}")
-        if not clip_sample_range > 0:
-            raise ValueError(f"clip_sample_range must be positive, got {clip_sample_range}")
+        clip_sample_range = as_positive("clip_sample_range", clip_sample_range)
         betas = made_plainly(lambda: check_betas(betas))
+        check_direction(betas)
         if prediction_type == "epsilon" and betas[-1] == 1:
             raise ValueError(
                 "betas must end below 1 with prediction_type='epsilon', got a last beta of 1 (zero "
                 "terminal SNR): its x_t holds no signal, so a prediction of epsilon does not "
                 "determine x_0; use prediction_type='v_prediction' or 'sample'"
             )
-        self.prediction_type = prediction_type
-        self.variance_type = variance_type
-        self.clip_sample = bool(clip_sample)
-        self.clip_sample_range = float(clip_sample_range)
+        self._set_up(
+            DiffusionTables(betas, prediction_type, variance_type),
+            bool(clip_sample),
+            clip_sample_range,
+            loss_type,
+        )
+
+    def _set_up(
+        self, tables: DiffusionTables, clip_sample: bool, clip_sample_range: float, loss_type: str
+    ) -> None:
+        """Takes checked settings."""
+        last = tables.schedule.alpha[-1]
+        if tables.prediction_type == "epsilon" and not last >= _SMALLEST:
+            raise ValueError(
+                "betas must leave alpha above 1.2e-38, the range of float32, with prediction_type="
+                f"'epsilon', got alpha = {last:.3g} at the last timestep, where x_0 is divided by "
+                "it; use prediction_type='v_prediction' or 'sample'"
+            )
+        self.prediction_type = tables.prediction_type
+        self.variance_type = tables.variance_type
+        self.clip_sample = clip_sample
+        self.clip_sample_range = clip_sample_range
         self.loss_type = loss_type
 
-        self.tables = tables = DiffusionTables(betas, prediction_type, variance_type)
+        self.tables = tables
         self.num_timesteps = len(tables)
         self.schedule = tables.schedule
         self.betas = tables.betas
@@ -159,15 +184,11 @@ class GaussianDiffusion:
             Nichol and Dhariwal 2021 (arXiv 2102.09672) section 4 (SpacedDiffusion).
         """
         timestep_map, betas = self.tables.respaced(timesteps, timestep_spacing)
-        spaced = GaussianDiffusion(
-            betas,
-            self.prediction_type,
-            self.variance_type,
-            self.clip_sample,
-            self.clip_sample_range,
-            self.loss_type,
-        )
-        spaced.tables.timestep_map = timestep_map
+        tables = DiffusionTables(betas, self.prediction_type, self.variance_type)
+        tables.timestep_map = timestep_map
+        # Not the constructor: betas over gaps of different lengths may fall.
+        spaced = GaussianDiffusion.__new__(GaussianDiffusion)
+        spaced._set_up(tables, self.clip_sample, self.clip_sample_range, self.loss_type)
         return spaced
 
     # ---- forward process -----------------------------------------------------------------------
@@ -205,7 +226,7 @@ class GaussianDiffusion:
         """
         t = check_timesteps(t, x_start, self.num_timesteps)
         if noise is None:
-            noise = PhiloxNoise.from_generator(device=x_start.device)
+            noise = default_key(x_start)
         return ops.q_sample(x_start, t, noise, self.tables.noise[x_start.device])
 
     def q_posterior_mean_variance(
@@ -258,7 +279,8 @@ class GaussianDiffusion:
 
         Args:
             model: ``model(x_t, t, **model_kwargs)``.
-            x_start: x_0, ``[B, ...]``.
+            x_start: x_0, ``[B, ...]``; images in [-1, 1]. The first call warns of CPU images in
+                [0, 1] or [0, 255].
             t: Timesteps, integers ``[B]``, usually uniform in 0 .. T-1.
             model_kwargs: More arguments for the model.
             noise: Standard normal, like ``x_start``, or a noise key; ``None`` for a key seeded by
@@ -290,8 +312,10 @@ class GaussianDiffusion:
                     f"weights must be None with loss_type={self.loss_type!r}, got a tensor"
                 )
             check_weights(weights, self.num_timesteps)
+        if not compiling() and not self._images_checked:
+            self._images_checked = warn_of_images("x_start", x_start)
         if noise is None:
-            noise = PhiloxNoise.from_generator(device=x_start.device)
+            noise = default_key(x_start)
         x_t = ops.q_sample(x_start, t, noise, self.tables.noise[x_start.device])
         output, variance_output = self._predict(model, x_t, t, model_kwargs)
         return training.losses(
@@ -366,7 +390,7 @@ class GaussianDiffusion:
         table, variance_table = self.tables.ddpm(clip), self.tables.learned_variance(clip)
         output, variance_output = self._predict(model, x, t, model_kwargs)
         if noise is None:
-            noise = PhiloxNoise.from_generator(device=x.device)
+            noise = default_key(x)
         return {
             "sample": reverse.step(x, output, t, table, noise, variance_output, variance_table),
             "pred_xstart": reverse.predicted_x0(self.tables, x, output, t, clip),
@@ -405,12 +429,13 @@ class GaussianDiffusion:
         """
         t = self._timesteps_of(x, t)
         clip = self._clip_range(clip_denoised)
+        eta = as_real("eta", eta)
         table = self.tables.ddim(clip, eta, rederive_epsilon)
         output, _ = self._predict(model, x, t, model_kwargs)
         if eta == 0:
             noise = None
         elif noise is None:
-            noise = PhiloxNoise.from_generator(device=x.device)
+            noise = default_key(x)
         return {
             "sample": reverse.step(x, output, t, table, noise),
             "pred_xstart": reverse.predicted_x0(self.tables, x, output, t, clip),
@@ -436,7 +461,9 @@ class GaussianDiffusion:
     ) -> Tensor:
         """Ancestral sampling (Algorithm 2), from x_T down to x_0, without waiting for the device.
 
-        Runs without gradients.
+        Runs under ``torch.no_grad()``. For gradients write a loop on ``p_sample``, or on
+        ``SolverTable.step``, both of which are differentiable; for guidance, thresholds or a
+        callback use ``diffcore.sample`` with a table of ``diffcore.solvers``.
 
         Args:
             model: ``model(x, t, **model_kwargs)``.
@@ -483,7 +510,10 @@ class GaussianDiffusion:
     ) -> Tensor:
         """DDIM sampling. The last step goes to x_0 itself: alpha_prev = 1, and no noise.
 
-        Runs without gradients. A predicted variance is not read.
+        Runs under ``torch.no_grad()``. For gradients write a loop on ``ddim_sample``, or on
+        ``SolverTable.step``, both of which are differentiable; for guidance, thresholds or a
+        callback use ``diffcore.sample`` with a table of ``diffcore.solvers``. A predicted variance
+        is not read.
 
         Args:
             model: ``model(x, t, **model_kwargs)``.
@@ -509,7 +539,7 @@ class GaussianDiffusion:
         rows = self.tables.rows(num_steps, timestep_spacing)
         x, step_noise = initial_sample(model, shape, noise, step_noise, device, dtype, generator)
         clip = self._clip_range(clip_denoised)
-        solver = self.tables.ddim_solver(rows, clip, eta, rederive_epsilon)
+        solver = self.tables.ddim_solver(rows, clip, as_real("eta", eta), rederive_epsilon)
         return run_table(
             model,
             x,
@@ -591,6 +621,8 @@ class GaussianDiffusion:
     ) -> dict[str, Tensor]:
         """The complete bound: one call of the model at every timestep, without gradients.
 
+        Runs under ``torch.no_grad()``; ``vb_terms_bpd`` and ``training_losses`` are differentiable.
+
         Column t of the results ``[B, T]`` is timestep t, so L_0 comes first. The columns of
         guided-diffusion run in the opposite direction, from T-1 to 0.
 
@@ -624,7 +656,7 @@ class GaussianDiffusion:
         prior = self.prior_bpd(x_start)
         terms, errors = [], []
         for t in progress_bar(range(self.num_timesteps), "calc_bpd_loop", progress):
-            steps = torch.full((len(x_start),), t, dtype=torch.int64, device=x_start.device)
+            steps = check_timesteps(t, x_start, self.num_timesteps)
             now = noise.at(noise.stream + t) if isinstance(noise, PhiloxNoise) else noise
             term, error = self._noised_term(model, x_start, steps, now, clip, decoder, model_kwargs)
             terms.append(term)
@@ -635,7 +667,9 @@ class GaussianDiffusion:
             "prior_bpd": prior,
             "vb": vb,
             "xstart_mse": xstart_mse,
-            "mse": (xstart_mse * self.tables.snr[x_start.device]).to(xstart_mse.dtype),
+            "mse": (xstart_mse * replicated(self.tables.snr[x_start.device], xstart_mse)).to(
+                vb.dtype
+            ),
         }
 
     # ---- private -------------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Hashable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -10,13 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffcore._checks import check_choice
+from diffcore._checks import as_int, check_choice, hint
+from diffcore._engine.dtensor import replicated
 from diffcore._engine.kept import Traced, made_plainly
 from diffcore.coefficients.bound import FIXED, LEARNED, VLB_COLUMNS, vlb_coefficients
 from diffcore.coefficients.step import posterior_coefficients, tensors, x0_coefficients
 from diffcore.schedules.schedule import NoiseSchedule
 from diffcore.schedules.timesteps import TIMESTEP_SPACINGS, respaced_timesteps
 from diffcore.solvers import NoiseLevels, SolverTable, ddim_table, ddpm_table
+from diffcore.solvers.ancestral import ddim_coefficients, ddpm_coefficients
 from diffcore.solvers.table import TO_X0
 
 # A few samplers in use at once, not every combination of arguments ever used.
@@ -159,14 +160,14 @@ class DiffusionTables:
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         # Out of range on a device that cannot report it must not read out of bounds either.
         index = t.clamp(0, len(self) - 1)
-        values = self.column(name)[x.device][index].to(dtype)
+        values = replicated(self.column(name)[x.device], index)[index].to(dtype)
         return values.reshape(-1, *[1] * (x.dim() - 1)).expand(x.shape)
 
     def model_timesteps(self, t: Tensor) -> Tensor:
         """The timestep input of the model: int64, timesteps of the training schedule."""
         if self.timestep_map is None:
             return t.long()
-        steps: Tensor = self._kept("_timesteps")[t.device][t.clamp(0, len(self) - 1)]
+        steps: Tensor = replicated(self._kept("_timesteps")[t.device], t)[t.clamp(0, len(self) - 1)]
         return steps
 
     def _timesteps(self) -> DeviceCopies:
@@ -179,30 +180,32 @@ class DiffusionTables:
         return self._kept("_ddpm", clip)
 
     def _ddpm(self, clip: float | None) -> DeviceCopies:
-        return DeviceCopies(self.ddpm_solver(None, clip).coefficients.flip(0))
+        return DeviceCopies(self._ddpm_coefficients(clip)[0].flip(0))
 
     def learned_variance(self, clip: float | None) -> DeviceCopies | None:
         """Coefficients of the variance output in these steps; ``None`` for a fixed variance."""
         return self._kept("_learned_variance", clip) if self.variance_type in LEARNED else None
 
     def _learned_variance(self, clip: float | None) -> DeviceCopies:
-        learned = self.ddpm_solver(None, clip).variance
-        assert learned is not None
-        return DeviceCopies(learned.flip(0))
+        _, variance = self._ddpm_coefficients(clip)
+        assert variance is not None
+        return DeviceCopies(variance.flip(0))
 
     def ddim(self, clip: float | None, eta: float, rederive_epsilon: bool) -> DeviceCopies:
         """``reverse_step`` coefficients of the DDIM step from each timestep."""
         return self._kept("_ddim", clip, eta, rederive_epsilon)
 
-    def _ddim(self, *options: Any) -> DeviceCopies:
-        return DeviceCopies(self.ddim_solver(None, *options).coefficients.flip(0))
+    def _ddim(self, clip: float | None, eta: float, rederive_epsilon: bool) -> DeviceCopies:
+        levels, prediction_type = self._levels(None), self.prediction_type
+        table = ddim_coefficients(levels, eta, rederive_epsilon, prediction_type, clip)
+        return DeviceCopies(table.flip(0))
 
     def clipped_x0(self, clip: float | None) -> DeviceCopies:
         """``reverse_step`` coefficients whose result is the clipped x_0."""
         return self._kept("_clipped_x0", clip)
 
     def _clipped_x0(self, clip: float | None) -> DeviceCopies:
-        table = self.ddpm_solver(None, clip).coefficients.flip(0)
+        table = self._ddpm_coefficients(clip)[0].flip(0)
         for column, value in enumerate(TO_X0):
             table[:, column] = value
         return DeviceCopies(table)
@@ -288,13 +291,16 @@ class DiffusionTables:
             TypeError: Timesteps that are not integers.
             ValueError: None, or one out of range.
         """
-        if isinstance(timesteps, int):
-            rows = self.rows(timesteps, timestep_spacing)
+        given: Any = timesteps
+        if hasattr(given, "__index__") and not getattr(given, "ndim", False):
+            rows = self.rows(as_int("timesteps", given), timestep_spacing)
         else:
             try:
-                rows = tuple(sorted({operator.index(t) for t in timesteps}))
-            except TypeError as error:
-                raise TypeError(f"timesteps must be integers, got {timesteps!r}") from error
+                rows = tuple(sorted({as_int("timesteps", t) for t in given}))
+            except TypeError:
+                fix = "p_sample_loop(num_steps=...) and ddim_sample_loop(num_steps=...) respace too"
+                openai = hint(fix if isinstance(timesteps, str) else "")
+                raise TypeError(f"timesteps must be integers, got {timesteps!r}{openai}") from None
         if not rows or not 0 <= rows[0] <= rows[-1] < len(self):
             raise ValueError(f"timesteps must be in 0 .. {len(self) - 1}, got {timesteps}")
         log_bar = torch.log1p(-self.betas).cumsum(0)[list(rows)]
@@ -320,6 +326,10 @@ class DiffusionTables:
     @torch.compiler.assume_constant_result
     def _name(self, make: str, *args: Any) -> str:
         return self._traced.name((make, args), lambda: self._kept(make, *args))
+
+    def _ddpm_coefficients(self, clip: float | None) -> tuple[Tensor, Tensor | None]:
+        levels = self._levels(None)
+        return ddpm_coefficients(levels, self.variance_type, self.prediction_type, clip)
 
     def _levels(self, rows: tuple[int, ...] | None) -> NoiseLevels:
         """Noise levels from the last of these timesteps down; the model gets training timesteps."""

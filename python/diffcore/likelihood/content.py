@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from diffcore.likelihood.tally import Tally
 
-FORMAT = 1
+FORMAT = 2
 _ENTRIES = (
     *("format", "settings", "seed", "kind", "batches"),
     *("calls", "seen", "samples", "sums"),
@@ -103,8 +104,8 @@ def _problems(state: Mapping[str, Any], tally: Tally, seeded: bool) -> Iterator[
     for name in ("batches", "calls"):
         if not _is_count(state[name], 1):
             yield f"{name} must be an int of at least 1, got {shown(state[name])}"
-    if not _is_count(state["samples"], state["batches"]):
-        yield f"samples must be an int of at least batches, got {shown(state['samples'])}"
+    if not _is_count(state["samples"], 0):  # of a batch of repeated samples none counts
+        yield f"samples must be an int of at least 0, got {shown(state['samples'])}"
     per_batch = state["batches"] * len(tally.strata.starts)
     if state["calls"] % per_batch:
         yield f"calls must be a multiple of {per_batch}, got {state['calls']}"
@@ -132,13 +133,10 @@ def _sum_problems(sums: object, tally: Tally) -> Iterator[str]:
         for value in values:
             if not isinstance(value, float):
                 yield f"sums.{name} must be a list of floats, got {shown(value)} in it"
-            if value < 0 and name not in _SIGNED:
-                yield f"sums.{name} must not be negative, got {value}"
-            if name == "visits" and not value.is_integer():
+            if name == "visits" and not (value.is_integer() and value >= 0):
                 yield f"sums.visits must be counts, got {value}"
-
-
-_SIGNED = ("totals.mean", "parts.mean", "terms")  # log-densities may have any sign
+            if math.isfinite(value) and not value.is_integer():
+                yield f"sums.{name} must be the digits of exact sums, got {value}"
 
 
 def _difference(got: set[str], expected: set[str]) -> str:

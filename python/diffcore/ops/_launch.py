@@ -8,20 +8,20 @@ no solver.
 from __future__ import annotations
 
 import hashlib
-import operator
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from diffcore._checks import as_int
 from diffcore._engine.dispatch import run
 from diffcore._engine.kept import Traced, made_plainly
 from diffcore._kernels.step import PLAIN, Plan, columns_read, learned_plan, plan
 from diffcore._types import Coef, Coefs, Row, Step, Tensors
 from diffcore.coefficients.step import HISTORY_READ, HISTORY_WRITTEN, STEP_COLUMNS
 from diffcore.noise import Noise
-from diffcore.ops._arguments import as_coef, as_table
+from diffcore.ops._arguments import as_coef, as_table, converted
 from diffcore.ops._noise import run_noisy
 
 _compiling = torch.compiler.is_dynamo_compiling
@@ -81,6 +81,10 @@ def launch(
         kernel = plan.kernel if len(tensors) == 2 else plan.guided
         inputs, coefs = (*tensors, *others), leading + plan.coefs[2:]
     if noise is None:
+        try:
+            return run(kernel, inputs, coefs, t, False, out)
+        except TypeError as error:
+            coefs, t = converted(error, coefs, t, x)
         return run(kernel, inputs, coefs, t, False, out)
     return run_noisy(kernel, inputs, noise, coefs, t, out)
 
@@ -138,6 +142,11 @@ def variance_columns(row: Row) -> Coefs:
 def _columns(name: str, row: Row, columns: int, widths: tuple[int, ...]) -> Coefs:
     if isinstance(row, tuple):
         if len(row) not in widths:
+            if hasattr(row, "coefficients"):  # a Row of a solver's table, which is a tuple too
+                raise TypeError(
+                    f"{name} must be a tuple of numbers or a tensor, got {type(row).__name__}; "
+                    "pass table.rows[i].coefficients, or table.coefficients with t=i"
+                )
             counts = " or ".join(map(str, widths))
             raise ValueError(f"{name} must hold {counts} numbers, got {len(row)}")
         return row[:columns]
@@ -242,12 +251,7 @@ class RowLauncher:
     def _plan(self, i: int | Tensor) -> tuple[Plan, Tensor | None]:
         """The plan of row i; for a tensor of rows, one that covers the needs of every row."""
         if not isinstance(i, Tensor):
-            index = operator.index(i)
-            if not 0 <= index < len(self._plans):
-                raise ValueError(
-                    f"i must be a row of {self._name}, 0 .. {len(self._plans) - 1}, got {i}"
-                )
-            return self._plans[index], None
+            return self._plans[self.index(i)], None
         reads, keeps = self._history, self._history > 0
         coefficients, variance = self._on(i.device)
         columns = coefficients[:, : columns_read(reads, keeps)]
@@ -263,7 +267,7 @@ class RowLauncher:
         """
         if isinstance(i, Tensor):
             return self._plan(i)
-        coefficients, _, variance = self._row_text(self._digest, operator.index(i)).partition(";")
+        coefficients, _, variance = self._row_text(self._digest, i).partition(";")
         numbers = tuple([float(c) for c in coefficients.split()])
         variances = tuple([float(c) for c in variance.split()])
         return row_plan(numbers, variances or None), None
@@ -274,6 +278,15 @@ class RowLauncher:
         self._plan(i)  # refuses a wrong row
         coefficients, variance = self._rows[i]
         return f"{' '.join(map(repr, coefficients))};{' '.join(map(repr, variance or ()))}"
+
+    def index(self, i: int) -> int:
+        """The number of a row, checked."""
+        index = as_int("i", i)
+        if not 0 <= index < len(self._plans):
+            raise ValueError(
+                f"i must be a row of {self._name}, 0 .. {len(self._plans) - 1}, got {i}"
+            )
+        return index
 
     def _on(self, device: torch.device) -> tuple[Tensor, Tensor | None]:
         """Coefficients and variance on a device: copied once, then found again."""

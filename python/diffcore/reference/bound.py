@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from diffcore._types import Coef, VlbColumns
-from diffcore.reference.common import compute_dtype, per_sample, row_sum
-from diffcore.reference.gaussian import expm1_minus
+from diffcore.reference.common import compute_dtype, per_sample, row_sum, sample_size
+from diffcore.reference.gaussian import expm1_minus, square_times_exp
 from diffcore.reference.likelihood import discretized_term
 
 __all__ = ["prior_kl", "vlb_term"]
@@ -46,16 +46,18 @@ def vlb_term(
     # As in the steps: where, not clamp.
     error = torch.where(error > most, torch.zeros_like(error) + most, error)
     error = torch.where(error < least, torch.zeros_like(error) + least, error)
-    has_density = torch.as_tensor(k.decoder == 0)
+    # On the device of the samples, whatever torch's default device is.
+    has_density = torch.as_tensor(k.decoder == 0, device=x.device)
     if variance_output is None:
         terms = k.factor * error**2 + k.offset
         d = k.d_0 + torch.zeros_like(error)
     else:
         d = k.d_0 - k.d_v * variance_output.double() + k.d_low
-        ratio = torch.where(torch.as_tensor(k.kl != 0), expm1_minus(d), -d)
+        is_kl = torch.as_tensor(k.kl != 0, device=x.device)
+        ratio = torch.where(is_kl, expm1_minus(d), -d)
         # Where the decoder is discretized this is not read, and must not overflow.
         safe = torch.where(has_density, d, torch.zeros_like(d))
-        terms = 0.5 * ratio + k.factor * error**2 * torch.exp(safe) + k.offset
+        terms = 0.5 * ratio + square_times_exp(k.factor * error**2, safe) + k.offset
     discretized = -discretized_term(x, x - error, -0.5 * d)
     terms = torch.where(has_density, terms, discretized)
     if isinstance(scale, Tensor):
@@ -66,5 +68,5 @@ def vlb_term(
 def prior_kl(x0: Tensor, factor: Coef, offset: Coef) -> Tensor:
     """``factor Σ x_0² + n offset`` of each sample."""
     x = x0.to(compute_dtype(x0.dtype))
-    n = x[0].numel() if x.ndim else 1
+    n = sample_size(x)
     return row_sum(x * x, factor, reduce_all=False) + n * offset

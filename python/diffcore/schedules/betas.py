@@ -9,7 +9,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from diffcore._checks import check_choice, check_count
+from diffcore._checks import as_int, as_real, check_choice
 from diffcore.schedules.tensors import float64_vector
 
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid")
@@ -18,6 +18,7 @@ BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid")
 _REFERENCE_STEPS = 1000
 _COSINE_OFFSET = 0.008
 _MAX_BETA = 0.999
+_COSINE_FIX = "OpenAI's 'cosine' is 'squaredcos_cap_v2'"
 
 
 def make_betas(
@@ -55,8 +56,9 @@ def make_betas(
         and scaling; Rombach et al. 2022 (arXiv 2112.10752) scaled_linear; GeoDiff (arXiv
         2203.02923) sigmoid.
     """
-    check_choice("name", name, BETA_SCHEDULES)
-    check_count(num_timesteps, "num_timesteps")
+    check_choice("name", name, BETA_SCHEDULES, _COSINE_FIX if name == "cosine" else "")
+    num_timesteps = as_int("num_timesteps", num_timesteps, 1)
+    beta_start, beta_end = as_real("beta_start", beta_start), as_real("beta_end", beta_end)
     if name == "squaredcos_cap_v2":
         if scale_to_1000:
             raise ValueError(
@@ -102,7 +104,8 @@ def betas_for_alpha_bar(
     Source:
         Nichol and Dhariwal 2021 (arXiv 2102.09672) section 3.2.
     """
-    check_count(num_timesteps, "num_timesteps")
+    num_timesteps = as_int("num_timesteps", num_timesteps, 1)
+    max_beta = as_real("max_beta", max_beta)
     values = [float(alpha_bar(i / num_timesteps)) for i in range(num_timesteps + 1)]
     betas = [min(1 - b / a, max_beta) for a, b in pairwise(values)]
     return torch.tensor(betas, dtype=torch.float64, device="cpu")
@@ -168,7 +171,7 @@ def check_betas(betas: Tensor) -> Tensor:
         TypeError: Not a tensor, list, tuple or array of real numbers.
         ValueError: Not one-dimensional, empty, outside (0, 1], or 1 before the last step.
     """
-    betas = float64_vector("betas", betas)
+    betas = float64_vector("betas", betas, fix=_made_of(betas))
     if not bool(((betas > 0) & (betas <= 1)).all()):
         raise ValueError(
             f"betas must lie in (0, 1], got values from {betas.min():.4g} to {betas.max():.4g}"
@@ -179,6 +182,40 @@ def check_betas(betas: Tensor) -> Tensor:
             f"index {int((betas == 1).long().argmax())} of {len(betas)}"
         )
     return betas
+
+
+def _made_of(betas: object) -> str:
+    """How to make betas of what somebody passed instead."""
+    if isinstance(betas, str):
+        return f"make_betas({betas!r}, 1000)"
+    if isinstance(getattr(betas, "alpha", None), Tensor):  # a NoiseSchedule
+        return (
+            "of a variance preserving schedule pass betas_from_alphas_cumprod(schedule.alpha**2); "
+            "for others use ops.q_sample(x0, t, noise, schedule.table) and ops.denoising_loss"
+        )
+    return ""
+
+
+def check_direction(betas: Tensor) -> None:
+    """Refuse betas that fall at every step: alphas_cumprod, or a schedule in reverse.
+
+    Args:
+        betas: Checked betas ``[T]``.
+
+    Raises:
+        ValueError: They fall at every one of two steps or more.
+    """
+    if len(betas) < 3 or not bool((betas[1:] < betas[:-1]).all()):
+        return
+    fix = (
+        "these look like alphas_cumprod: pass betas_from_alphas_cumprod(alphas_cumprod)"
+        if betas[0] > 0.5
+        else "index 0 is the first step away from the data: pass betas.flip(0)"
+    )
+    raise ValueError(
+        f"betas must not fall at every step, got values from {betas[0]:.4g} down to "
+        f"{betas[-1]:.4g}; {fix}"
+    )
 
 
 def _linspace(start: float, end: float, count: int) -> Tensor:
