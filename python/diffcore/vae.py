@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from diffcore import ops
 from diffcore._checks import check_float_tensor
+from diffcore._engine.dtensor import is_dtensor
 from diffcore.noise import PhiloxNoise
 from diffcore.reference import compute_dtype
 
@@ -62,12 +62,12 @@ class DiagonalGaussianDistribution:
         self.mean, logvar = parameters.chunk(2, dim=1)
         self.logvar = logvar.clamp(_LOGVAR_MIN, _LOGVAR_MAX)
 
-    @cached_property
+    @property
     def std(self) -> Tensor:
         """Standard deviation, ``[B, C, ...]``."""
         return torch.zeros_like(self.mean) if self.deterministic else torch.exp(0.5 * self.logvar)
 
-    @cached_property
+    @property
     def var(self) -> Tensor:
         """Variance, ``[B, C, ...]``."""
         return torch.zeros_like(self.mean) if self.deterministic else torch.exp(self.logvar)
@@ -311,17 +311,36 @@ def importance_weighted_bound(
     if x.shape[:1] != mean.shape[:1]:
         raise ValueError(f"x must have the batch of mean, {len(mean)}, got shape {tuple(x.shape)}")
     n, k = x.shape[1:].numel(), len(z)
-    # The ops do not broadcast: K samples of each x are passed as K B samples.
-    each = [v.expand(k, *v.shape).flatten(0, 1) for v in (x, mean, logvar)]
-    flat_z = z.flatten(0, 1)
-    zero = torch.zeros_like(flat_z)
-    log_weights = (
-        -reconstruction_loss(each[0], x_recon.flatten(0, 1), decoder_std=decoder_std)
-        - ops.gaussian_nll(flat_z, zero, zero, reduction="sample")
-        + ops.gaussian_nll(flat_z, each[1], each[2], reduction="sample")
-    )
-    bound = log_weights.reshape(k, -1).logsumexp(dim=0) - math.log(k)
+    if any(map(is_dtensor, (x, x_recon, z, mean, logvar))):
+        # A DTensor that is sharded unevenly along the batch cannot be flattened.
+        each = zip(x_recon, z, strict=True)
+        log_weights = torch.stack(
+            [_log_weights(x, r, v, mean, logvar, decoder_std) for r, v in each]
+        )
+    else:
+        # The ops do not broadcast: K samples of each x are passed as K B samples.
+        x, mean, logvar = (v.expand(k, *v.shape).flatten(0, 1) for v in (x, mean, logvar))
+        flat = _log_weights(x, x_recon.flatten(0, 1), z.flatten(0, 1), mean, logvar, decoder_std)
+        log_weights = flat.reshape(k, -1)
+    bound = log_weights.logsumexp(dim=0) - math.log(k)
     return bound - n * _log_normalizer(decoder_std)
+
+
+def _log_weights(
+    x: Tensor,
+    x_recon: Tensor,
+    z: Tensor,
+    mean: Tensor,
+    logvar: Tensor,
+    decoder_std: float | Tensor,
+) -> Tensor:
+    """The log of p(x, z) / q(z | x) of each sample, less the constant of the decoder."""
+    zero = torch.zeros_like(z)
+    return (
+        -reconstruction_loss(x, x_recon, decoder_std=decoder_std)
+        - ops.gaussian_nll(z, zero, zero, reduction="sample")
+        + ops.gaussian_nll(z, mean, logvar, reduction="sample")
+    )
 
 
 def _log_normalizer(decoder_std: float | Tensor) -> float | Tensor:

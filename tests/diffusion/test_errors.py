@@ -52,11 +52,14 @@ TIMES = {
     "bools": (torch.tensor([True, False]), TypeError),
     "bool": (True, TypeError),
     "float": (1.0, TypeError),
-    "list": ([1, 2], TypeError),
     "none": (None, TypeError),
+    "floats in a list": ([1.0, 2.0], TypeError),
+    "bools in a list": ([True, False], TypeError),
+    "too many in a list": ([1, 2, 3], ValueError),
+    "beyond in a list": ([1, 20], ValueError),
+    "one beyond": (torch.tensor(20), ValueError),
     "too many": (torch.tensor([1, 2, 3]), ValueError),
     "matrix": (torch.tensor([[1], [2]]), ValueError),
-    "scalar": (torch.tensor(1), ValueError),
     "elsewhere": (torch.zeros(2, dtype=torch.int64, device="meta"), ValueError),
 }
 METHODS = {

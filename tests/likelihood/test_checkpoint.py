@@ -20,6 +20,7 @@ from support.bits import DIFFUSION, KEY, T, data, model, same_bits
 from support.subprocess import run_python
 
 STRATA = 5  # t = 0 and 4 more
+D = 71  # digits of an exact sum
 BATCHES = 2
 
 
@@ -83,12 +84,12 @@ FILES = {
     "text": "content must be JSON",
     "list": "content must be JSON",
     "null": "content must be JSON",
-    "object": "format must be 1, got None",
+    "object": "format must be 2, got None",
     "not UTF-8": "content must be JSON",
     "pickle": "content must be JSON",
     "torch": "content must be JSON",
     "safetensors": "content must be JSON",
-    "JSON of another program": "format must be 1, got None",
+    "JSON of another program": "format must be 2, got None",
     "deep nesting": "content must be JSON",
     "deep nesting of settings": "content must be JSON",
     "an int with 5000 digits": "content must be JSON",
@@ -113,10 +114,10 @@ def test_another_file_is_refused(tmp_path, states, kind):
 
 LACKING = object()
 ENTRIES = [
-    ("format", "1", "format must be 1, got '1'"),
-    ("format", 2, "format must be 1, got 2"),
-    ("format", True, "format must be 1, got True"),
-    ("format", LACKING, "format must be 1, got None"),
+    ("format", "2", "format must be 2, got '2'"),
+    ("format", 1, "format must be 2, got 1"),
+    ("format", True, "format must be 2, got True"),
+    ("format", LACKING, "format must be 2, got None"),
     ("settings", None, "settings must be an object, got NoneType"),
     ("settings", [1], "settings must be an object, got list"),
     ("settings", "x", "settings must be an object, got str"),
@@ -147,15 +148,16 @@ ENTRIES = [
     ("sums", [], "sums must be an object, got list"),
     ("sums.terms", LACKING, "sums must be .*, got no terms"),
     ("sums.more", [1.0], "sums must be .*, got 'more'"),
-    ("sums.terms", [1.0], f"sums.terms must have {T} numbers, got 1"),
-    ("sums.terms", [1.0] * (T + 1), f"sums.terms must have {T} numbers, got {T + 1}"),
-    ("sums.parts.mean", [0.5] * (STRATA - 1), f"sums.parts.mean must have {STRATA} numbers, got 4"),
+    ("sums.terms", [1.0], f"sums.terms must have {D * T} numbers, got 1"),
+    ("sums.terms", [1.0] * T, f"sums.terms must have {D * T} numbers, got {T}"),
+    ("sums.parts.sums", [0.5] * STRATA, f"sums.parts.sums must have {D * STRATA} numbers, got 5"),
     ("sums.within", 0.0, "sums.within must be a list, got float"),
-    ("sums.mse", ["0.5"] * T, "sums.mse must be a list of floats, got '0.5' in it"),
-    ("sums.mse", [[0.5]] * T, "sums.mse must be a list of floats, got list in it"),
-    ("sums.mse", [None] * T, "sums.mse must be a list of floats, got None in it"),
-    ("sums.mse", [True] * T, "sums.mse must be a list of floats, got True in it"),
-    ("sums.totals.squares", [-1.0, 0.0], r"sums.totals.squares must not be negative, got -1\.0"),
+    ("sums.mse", ["0.5"] * (D * T), "sums.mse must be a list of floats, got '0.5' in it"),
+    ("sums.mse", [[0.5]] * (D * T), "sums.mse must be a list of floats, got list in it"),
+    ("sums.mse", [None] * (D * T), "sums.mse must be a list of floats, got None in it"),
+    ("sums.mse", [True] * (D * T), "sums.mse must be a list of floats, got True in it"),
+    ("sums.mse", [0.5] * (D * T), r"sums.mse must be the digits of exact sums, got 0\.5"),
+    ("sums.visits", [-1.0] * T, r"sums.visits must be counts, got -1\.0"),
     ("sums.visits", [2.4] * T, r"sums.visits must be counts, got 2\.4"),
     ("sums.visits", [float("nan")] * T, "sums.visits must be counts, got nan"),
     ("sums.visits", [2.0] * T, "sums.visits must sum to 60, got 50"),
@@ -288,7 +290,7 @@ def child():
     os.read(read, 1)  # until all have started
     assert run(path) == expected
     for _ in range(20):
-        assert json.loads(path.read_text())["format"] == 1
+        assert json.loads(path.read_text())["format"] == 2
 
 expected = run(None)
 children = []

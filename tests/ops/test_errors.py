@@ -248,7 +248,7 @@ def test_a_step_of_one_sample_out_of_range(t: int, place: int) -> None:
     refused(ValueError, f"^t must hold .* got {t}$", ops.q_sample, x, counter, y, NOISE_TABLE)
 
 
-@pytest.mark.parametrize("bad", [1.0, "3", True, [0, 1, 2, 3], math.nan], ids=repr)
+@pytest.mark.parametrize("bad", [1.0, "3", True, [0.5, 1.5], math.nan], ids=repr)
 def test_steps_of_the_wrong_type(bad: Any, device: str) -> None:
     x, y = pair(device)
     refused(TypeError, "^t must be an int or", ops.q_sample, x, bad, y, NOISE_TABLE.to(device))

@@ -21,6 +21,7 @@ from torch.autograd import forward_ad
 
 from diffcore._engine import messages, native
 from diffcore._engine.autograd import Function
+from diffcore._engine.dtensor import is_dtensor
 from diffcore._engine.execute import Noise, direct, promoted, resolved, run_reference
 from diffcore._engine.kernel import Kernel
 from diffcore._engine.library import run_registered
@@ -56,7 +57,7 @@ def _run(  # noqa: C901 - the call path: one more function is time
     """The outputs of a kernel, one tensor or a tuple: elementwise first, then sums."""
     if _compiling():
         transformed = forward_ad._current_level >= 0 or native.transform_depth() > 0
-        route = run_reference if transformed else run_registered
+        route = run_reference if transformed else _run_registered
         return route(kernel, inputs, coefs, step, reduce_all, out, noise)
     found = _NOT_PLAIN
     if _launch is not None:
@@ -72,7 +73,7 @@ def _run(  # noqa: C901 - the call path: one more function is time
     if found & _TRANSFORM or forward_ad._current_level >= 0:
         return run_reference(kernel, inputs, coefs, step, reduce_all, out, noise)
     if found & (_NOT_PLAIN | _MODE):
-        return run_registered(kernel, inputs, coefs, step, reduce_all, out, noise)
+        return _run_registered(kernel, inputs, coefs, step, reduce_all, out, noise)
     if found:
         if found & _NEGATED:  # the exchange API does not carry it
             inputs = tuple([x.resolve_neg() for x in inputs])
@@ -89,6 +90,23 @@ def _run(  # noqa: C901 - the call path: one more function is time
             kernel, inputs, noise = promoted(kernel, inputs, noise)
             return _apply((kernel, coefs, step, reduce_all, noise), *inputs)
     return direct(kernel, inputs, coefs, step, reduce_all, out, noise)
+
+
+def _run_registered(
+    kernel: Kernel,
+    inputs: Tensors,
+    coefs: Coefs,
+    step: Step,
+    reduce_all: bool,
+    out: Tensor | None,
+    noise: Noise,
+) -> Any:
+    if not any(map(is_dtensor, (*inputs, *coefs, step, *(noise or ())))):
+        return run_registered(kernel, inputs, coefs, step, reduce_all, out, noise)
+    from diffcore._engine.sharding import run_sharded
+
+    kernel, inputs, noise = promoted(kernel, inputs, noise)
+    return run_sharded(_run, kernel, inputs, coefs, step, reduce_all, out, noise)
 
 
 def plain_eager() -> bool:

@@ -34,6 +34,8 @@ class Kernel:
         saves_inputs: Whether the backward pass needs the inputs.
         makes_gradient: Whether the first output is a gradient that is kept for the backward pass.
         reads_inputs: ``False`` where the only input states shape, dtype and device of the output.
+        reads_samples: Whether it is neither elementwise nor a sum: it needs all elements of a
+            sample at once.
         table: What error messages call a table of several coefficients.
         samples: Which input is the samples: the noise of a key is rounded to its dtype.
         generates_noise: Whether the functor's last input is noise that the kernel generates; it is
@@ -51,6 +53,7 @@ class Kernel:
     saves_inputs: bool = True
     makes_gradient: bool = False
     reads_inputs: bool = True
+    reads_samples: bool = False
     table: str = "coefficients"
     samples: int = 0
     generates_noise: bool = False

@@ -354,9 +354,10 @@ def _check_step(step: Step, steps: int, first: Tensor) -> None:
     if step.ndim > 1 or (step.ndim == 1 and len(step) not in (1, _rows(first))):
         raise _step_shape(step, _rows(first))
     _check_memory("t", step)
-    if _is_traced(step) or type(step) is not Tensor or native.dispatch_modes():
-        return  # a dispatch mode may have no values, or may record that they are read
-    if (step.device.type == "cpu" or native.DEBUG) and step.numel():
+    if type(step) is not Tensor or _is_traced(step) or not step.numel():
+        return
+    # A dispatch mode may have no values, or may record that they are read.
+    if (step.device.type == "cpu" or native.DEBUG) and not native.dispatch_modes():
         low, high = int(step.min()), int(step.max())
         if low < 0 or high >= steps:
             raise _step_range(step, low if low < 0 else high, steps)

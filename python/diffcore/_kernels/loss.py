@@ -13,7 +13,7 @@ from diffcore._engine.dispatch import plain_eager, run
 from diffcore._engine.kernel import Call, Grads, Kernel, NoisyKernel
 from diffcore._engine.library import define, define_noisy
 from diffcore._kernels.noise import Needs
-from diffcore._types import Tensors
+from diffcore._types import Coef, Tensors
 from diffcore.reference import loss as formulas
 
 
@@ -27,16 +27,26 @@ def expected_gradient(model_output: Tensor) -> float:
     return 0.0 if model_output.dtype == torch.float16 else 1.0 / max(batch, 1)
 
 
+def _assumed_gradient(inverse_n: Coef, slope: Coef) -> Coef:
+    """The upstream gradient that a gradient was made for, exactly as ``expected_gradient`` gave it.
+
+    The batch of the tensors at hand does not tell: they may be a shard of it.
+    """
+    if isinstance(inverse_n, float) and isinstance(slope, float):
+        return 1.0 / round(inverse_n / slope) if slope else 0.0
+    return slope / inverse_n
+
+
 def _loss_backward(inputs: Tensors, call: Call, grads: Grads, needs: Needs) -> Grads | None:
     if any(needs[1:]):
         return None  # a target that is trained too: through the reference
-    _, (weight, inverse_n, *_), step, _, _ = call
+    _, (weight, inverse_n, *_, slope), step, _, _ = call
     g, made = grads[1], inputs[-1]
     assert g is not None
     # In the last backward pass the gradient made is rescaled in place; most often the ratio is 1.
     # (One that requires grad is the visible output of a registered operator, not ours to change.)
     out = made if plain_eager() and last_use() and not made.requires_grad else None
-    coefs = (weight, inverse_n, g, expected_gradient(inputs[0]))
+    coefs = (weight, inverse_n, g, _assumed_gradient(inverse_n, slope))
     at = step if isinstance(weight, Tensor) and weight.ndim == 2 else None
     return [run(RESCALE, (made,), coefs, at, False, out)] + [None] * (len(needs) - 1)
 

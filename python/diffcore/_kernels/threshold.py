@@ -37,6 +37,7 @@ def _quantile_kernel(guided: bool) -> Kernel:
             outputs=0,
             sums=1,
             reference=plain,
+            reads_samples=True,
         )
     )
 

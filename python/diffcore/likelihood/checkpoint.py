@@ -161,7 +161,6 @@ def describe_noise(noise: Noise | None) -> Any:
 
     Raises:
         TypeError: The noise has another type.
-        ValueError: The noise key has one sample id per sample.
     """
     if noise is None:
         return None
@@ -169,12 +168,7 @@ def describe_noise(noise: Noise | None) -> Any:
         return digest(noise)
     if not isinstance(noise, PhiloxNoise):
         raise TypeError(f"noise must be a tensor or a PhiloxNoise, got {type(noise).__name__}")
-    if isinstance(noise.sample_ids, Tensor) and noise.sample_ids.ndim:
-        raise ValueError(
-            "noise must have a single sample id, that of the first sample, got "
-            f"{len(noise.sample_ids)}; the ids of the other samples follow from their position"
-        )
-    parts = (noise.seed, noise.sample_ids, noise.stream, noise.first_element)
+    parts = noise.__reduce__()[1]  # of the key of a shard, also the shard
     return [p.tolist() if isinstance(p, Tensor) else p for p in parts]
 
 

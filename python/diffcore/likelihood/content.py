@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from diffcore.likelihood.tally import Tally
 
-FORMAT = 1
+FORMAT = 2
 _ENTRIES = (
     *("format", "settings", "seed", "kind", "batches"),
     *("calls", "seen", "samples", "sums"),
@@ -132,13 +133,10 @@ def _sum_problems(sums: object, tally: Tally) -> Iterator[str]:
         for value in values:
             if not isinstance(value, float):
                 yield f"sums.{name} must be a list of floats, got {shown(value)} in it"
-            if value < 0 and name not in _SIGNED:
-                yield f"sums.{name} must not be negative, got {value}"
-            if name == "visits" and not value.is_integer():
+            if name == "visits" and not (value.is_integer() and value >= 0):
                 yield f"sums.visits must be counts, got {value}"
-
-
-_SIGNED = ("totals.mean", "parts.mean", "terms")  # log-densities may have any sign
+            if math.isfinite(value) and not value.is_integer():
+                yield f"sums.{name} must be the digits of exact sums, got {value}"
 
 
 def _difference(got: set[str], expected: set[str]) -> str:

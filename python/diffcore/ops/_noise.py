@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 
 from diffcore._engine import messages
-from diffcore._engine.dispatch import run
+from diffcore._engine.dispatch import plain_eager, run
+from diffcore._engine.dtensor import is_dtensor, of_first_rank
 from diffcore._engine.kernel import NoisyKernel
 from diffcore._kernels import noise as k
 from diffcore._types import Coef, Step
 from diffcore.noise import Noise, PhiloxNoise, draw
+from diffcore.ops._arguments import converted
 
 __all__ = [
     "randn",
@@ -31,14 +33,25 @@ def run_noisy(
 ) -> Any:
     """Runs a kernel whose last input is ``noise``, or the one that generates it."""
     if isinstance(noise, PhiloxNoise):
-        if not isinstance(inputs[0], Tensor):
+        if not all(isinstance(x, Tensor) for x in inputs):
             messages.refuse_non_tensor(kernel.generating.inputs, inputs)
-        return k.run_noisy(kernel, inputs, noise._parts, coefs, step, out)
+        like = inputs[kernel.generating.samples]
+        if type(noise) is PhiloxNoise or like.dtype not in messages.DTYPES:
+            try:
+                return k.run_noisy(kernel, inputs, noise._parts, coefs, step, out)
+            except TypeError as error:
+                coefs, step = converted(error, coefs, step, inputs[0])
+            return k.run_noisy(kernel, inputs, noise._parts, coefs, step, out)
+        noise = noise.tensor(like.shape, dtype=like.dtype, device=like.device)  # of a shard
     if not isinstance(noise, Tensor):
         kind = type(noise).__name__
         raise TypeError(
             f"{kernel.reading.inputs[-1]} must be a torch.Tensor or a PhiloxNoise, got {kind}"
         )
+    try:
+        return run(kernel.reading, (*inputs, noise), coefs, step, False, out)
+    except TypeError as error:
+        coefs, step = converted(error, coefs, step, inputs[0])
     return run(kernel.reading, (*inputs, noise), coefs, step, False, out)
 
 
@@ -69,7 +82,27 @@ def noise_or_default(
         return noise
     if not isinstance(like, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(like).__name__}")
-    return PhiloxNoise.from_generator(generator, device=like.device)
+    return default_key(like, generator)
+
+
+def default_key(like: Tensor, generator: torch.Generator | None = None) -> PhiloxNoise:
+    """A noise key for these samples seeded by torch's generator; for DTensors the same everywhere.
+
+    Args:
+        like: The samples that the noise is for.
+        generator: ``None`` for the default one of their device.
+
+    Returns:
+        Stream 0 of samples 0 .. B-1; the seed of the first rank, if the samples are a DTensor.
+    """
+    key = PhiloxNoise.from_generator(generator, device=like.device)
+    if not is_dtensor(like):
+        return key
+    seed = key.seed
+    if not isinstance(seed, Tensor):
+        seed = torch.tensor([seed], device=like.device)
+    seed = of_first_rank(seed, like)
+    return PhiloxNoise(int(seed) if seed.device.type == "cpu" and plain_eager() else seed)
 
 
 def randn(

@@ -105,9 +105,9 @@ def _loss(
     step: Step,
 ) -> Tensor:
     """``last``: the last input of the functor, noise or x_0; ``target``: its coefficients a, b."""
-    model_output, *others = inputs
+    model_output, others = inputs[0], inputs[1:]
     if isinstance(last, Tensor):
-        others.append(last)
+        others = (*others, last)
     inverse_n = 1.0 / max(model_output.shape[1:].numel() if model_output.ndim else 1, 1)
     coefs = (weight, inverse_n, *target)
     found: Tensor

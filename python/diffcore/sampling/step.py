@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
+from diffcore._engine.dtensor import is_dtensor, per_sample
 from diffcore.sampling.model import Prediction
 from diffcore.solvers import SolverTable
 
@@ -25,7 +26,8 @@ def timestep_inputs(table: SolverTable, x: Tensor) -> Tensor:
     timesteps = table.to(x.device).timesteps
     if timesteps.is_floating_point() and x.dtype != torch.float64:
         timesteps = timesteps.float()
-    return timesteps.unsqueeze(1).repeat(1, x.shape[0])
+    timesteps = timesteps.unsqueeze(1).repeat(1, x.shape[0])
+    return per_sample(timesteps.T, x).T if is_dtensor(x) else timesteps
 
 
 def callback_state(
@@ -49,7 +51,7 @@ def callback_state(
         threshold: Bound of x_0 ``[B]``, or ``None``.
 
     Returns:
-        ``x``, ``i`` (the step), ``t``, ``sigma`` and ``denoised``.
+        ``x``, ``i`` (the step), ``t``, ``sigma`` and ``denoised``; not to be written.
     """
     output, uncond, _ = prediction
     denoised = table.denoised(
@@ -61,4 +63,20 @@ def callback_state(
         threshold=threshold,
     )
     row = table.rows[i]
-    return {"x": x, "i": row.step, "t": t, "sigma": row.sigma, "denoised": denoised}
+    return CallbackState(x=x, i=row.step, t=t, sigma=row.sigma, denoised=denoised)
+
+
+class CallbackState(dict[str, Any]):
+    """The state that a callback gets: a dict that refuses to be written.
+
+    The model has been called already, so another x would be combined with the output for this one.
+    """
+
+    def _refuse(self, *_: object, **__: object) -> NoReturn:
+        raise TypeError(
+            "state must not be changed, because the model has been called already; to change x "
+            "before the model call, for example to inpaint, write a loop on table.step"
+        )
+
+    __setitem__ = __delitem__ = __ior__ = _refuse  # type: ignore[assignment]
+    update = setdefault = pop = popitem = clear = _refuse  # type: ignore[assignment]
