@@ -107,7 +107,7 @@ class GaussianDiffusion:
         check_choice("loss_type", loss_type, training.LOSS_TYPES)
         clip_sample_range = as_positive("clip_sample_range", clip_sample_range)
         betas = made_plainly(lambda: check_betas(betas))
-        if prediction_type == "epsilon" and betas[-1] == 1:
+        if prediction_type == "epsilon" and made_plainly(lambda: bool(betas[-1] == 1)):
             raise ValueError(
                 "betas must end below 1 with prediction_type='epsilon', got a last beta of 1 (zero "
                 "terminal SNR): its x_t holds no signal, so a prediction of epsilon does not "
@@ -156,7 +156,9 @@ class GaussianDiffusion:
         Source:
             Nichol and Dhariwal 2021 (arXiv 2102.09672) section 4 (SpacedDiffusion).
         """
-        timestep_map, betas = self.tables.respaced(timesteps, timestep_spacing)
+        timestep_map, betas = made_plainly(
+            lambda: self.tables.respaced(timesteps, timestep_spacing)
+        )
         spaced = GaussianDiffusion(
             betas,
             self.prediction_type,

@@ -6,6 +6,9 @@ import pickle
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
+from torch._subclasses.fake_tensor import DynamicOutputShapeException
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+
 from support.routes.case import Case
 from support.routes.route import Route
 
@@ -16,7 +19,7 @@ class Refusal:
 
     routes: tuple[str, ...]  # patterns of names of routes
     cases: tuple[str, ...]  # patterns of names of cases
-    kind: type[BaseException]
+    kind: type[BaseException] | tuple[type[BaseException], ...]
     match: str
     reason: str
 
@@ -35,6 +38,13 @@ REFUSALS: tuple[Refusal, ...] = (
         "Save the betas, or the arguments of the table, and make the object again; or load with "
         "`weights_only=False` what you trust",
     ),
+    Refusal(
+        ("vmap", "fake tensors", "meta tensors", "make_fx*"),
+        ("bits_per_dim, key",),
+        (RuntimeError, DynamicOutputShapeException, GuardOnDataDependentSymNode),
+        "vmap|aten.nonzero|meta tensor|tracing tensor|data-dependent",
+        "`bits_per_dim` returns numbers, which batched and traced tensors do not have",
+    ),
 )
 
 
@@ -42,25 +52,7 @@ def refused(case: Case, route: Route) -> Refusal | None:
     return next((r for r in REFUSALS if r.covers(case, route)), None)
 
 
-_COLD = ("GaussianDiffusion.q_sample*", "GaussianDiffusion.q_posterior*",
-         "GaussianDiffusion.training_losses*", "GaussianDiffusion.vb_terms_bpd")  # fmt: skip
-_CHECKS = ("GaussianDiffusion.[!qt]*", "GaussianDiffusion.q_mean*", "sampling.*", "vdm_bound*",
-           "bits_per_dim*")  # fmt: skip
-_TRAINING = ("GaussianDiffusion.training_losses, learned_range",)
-_COMPILED = ("compile", "compile, *", "compile of func.*", "export", "export, dynamic",
-             "AOTInductor")  # fmt: skip
-OPEN: tuple[Refusal, ...] = (
-    Refusal(("func.*", "*, transforms"), _COLD, Exception, "", "a cold table keeps a wrapper"),
-    Refusal(("fake tensors", "make_fx, symbolic"), ("GaussianDiffusion.*", *_CHECKS), Exception,
-            "", "checks read values; a cold table keeps a fake tensor"),
-    Refusal(("make_fx",), _CHECKS, Exception, "", "checks read values"),
-    Refusal(("vmap", "meta tensors"), ("GaussianDiffusion.calc*", "bits*"), Exception, "",
-            "checks read values"),
-    Refusal(("meta tensors",), ("vdm_bound, steps, gamma",), Exception, "", "checks read values"),
-    Refusal(("torch.save, weights_only",), ("*, key",), Exception, "", "not allow-listed"),
-    Refusal(_COMPILED, _TRAINING, Exception, "", "a cold table is kept by the first trace"),
-    Refusal(("compile, *dynamic",), ("denoising_loss_v*",), Exception, "", "sizes are constants"),
-)  # fmt: skip
+OPEN: tuple[Refusal, ...] = ()
 """Cells that are not right yet. A test fails when one becomes right, to be taken from here."""
 
 
