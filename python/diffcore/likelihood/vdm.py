@@ -211,7 +211,7 @@ class _Schedule:
         at = torch.device("cpu") if gamma is None else device
         gamma, gamma_prime = _functions(gamma_min, gamma_max, gamma, gamma_prime)
         ends = gamma(torch.tensor([0.0, 1.0], dtype=torch.float64, device=at)).detach()
-        if plain_eager():
+        if has_values(ends):
             first, last = ends.tolist()
             if not first < last:
                 raise ValueError(f"gamma must rise from t = 0 to t = 1, got {first} and {last}")
