@@ -132,8 +132,8 @@ def _layout(kernel: Kernel, inputs: Tensors, coefs: Coefs, step: Step, noise: No
     starts, sizes = [0] * len(shape), list(shape)
     placements: list[Placement] = []
     for i in range(mesh.ndim):
-        dims = [_sharded_dim(x.placements[i], len(shape)) for x in deciding]
-        dims = [d for d in dims if d is not None and not (d and kernel.reads_samples)]
+        found = [_sharded_dim(x.placements[i], len(shape)) for x in deciding]
+        dims = [d for d in found if d is not None and not (d and kernel.reads_samples)]
         placements.append(Shard(dims[0]) if dims else Replicate())
         if dims:
             chunk = -(-sizes[dims[0]] // mesh.size(i))  # as torch.chunk cuts
@@ -162,27 +162,29 @@ def _is_per_sample(x: Tensor, shape: tuple[int, ...], step: Step = None) -> bool
 # ---- to this rank --------------------------------------------------------------------------------
 
 
-def _shard(x: Tensor, layout: Layout, placements: tuple[Placement, ...]) -> Tensor:
+def _shard(x: Any, layout: Layout, placements: tuple[Placement, ...]) -> Tensor:
     """This rank's shard of an input."""
     if not isinstance(x, DTensor):
         x = replicated_on(x, layout.mesh)
     if x.placements != placements:
         x = x.redistribute(placements=placements)
-    return x.to_local(grad_placements=placements)
+    shard: Tensor = x.to_local(grad_placements=placements)
+    return shard
 
 
 def _coef(c: Coef, layout: Layout, step: Step) -> Coef:
     return _of_samples(c, layout, step) if isinstance(c, Tensor) else c
 
 
-def _of_samples(x: Tensor, layout: Layout, step: Step = None) -> Tensor:
+def _of_samples(x: Any, layout: Layout, step: Step = None) -> Tensor:
     """This rank's part of what is no input: a coefficient, the step, a part of a noise key.
 
     Its gradient is ``Partial`` where the input is sharded: a rank computes what its shard adds.
     """
     per_sample = _is_per_sample(x, layout.shape, step)
+    part: Tensor = x
     if not isinstance(x, DTensor) and not x.requires_grad:
-        return x.narrow(0, layout.starts[0], layout.sizes[0]) if per_sample else x
+        return part.narrow(0, layout.starts[0], layout.sizes[0]) if per_sample else part
     if not isinstance(x, DTensor):
         x = replicated_on(x, layout.mesh)
     placements = layout.of_samples(per_sample)
@@ -192,7 +194,8 @@ def _of_samples(x: Tensor, layout: Layout, step: Step = None) -> Tensor:
         Partial() if there.is_shard() and here.is_replicate() else here
         for here, there in zip(placements, layout.placements, strict=True)
     )
-    return x.to_local(grad_placements=grads)
+    part = x.to_local(grad_placements=grads)
+    return part
 
 
 def _noise(noise: NoiseParts, layout: Layout) -> NoiseParts:
@@ -216,7 +219,8 @@ def _generated(run: Run, parts: NoiseParts, window: Window, like: Tensor) -> Ten
 
     def piece(first: int, count: int) -> Tensor:
         out = like.new_empty((like.shape[0], count))
-        return run(_RANDN, (out,), (), None, False, None, (*parts[:3], first))
+        z: Tensor = run(_RANDN, (out,), (), None, False, None, (*parts[:3], first))
+        return z
 
     return window.generate(parts[3], piece)
 
