@@ -99,6 +99,11 @@ demo: $(VENV)/.installed  ## train the VAE and the diffusion model on real digit
 test: $(VENV)/.installed  ## build and run every test that this machine can run
 	$(PY) -m pytest -n $(JOBS) --dist worksteal $(PYTEST_ARGS)
 
+.PHONY: routes
+routes: $(VENV)/.installed  ## the whole matrix of routes: every case compiled and exported too (an hour)
+	$(PY) -m pytest -n $(JOBS) --dist worksteal --all-routes tests/routes $(PYTEST_ARGS)
+	$(PY) tools/routes_table.py --check
+
 # ---- checks --------------------------------------------------------------------------------------------------------
 
 .PHONY: lint format

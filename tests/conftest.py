@@ -29,6 +29,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="fail without the packages that tests compare with; the default where CI=true",
     )
 
+    parser.addoption(
+        "--all-routes",
+        action="store_true",
+        help="compile and export every case of the matrix of routes, not only the representatives",
+    )
+
 
 def pytest_configure(config: pytest.Config) -> None:
     required = config.getoption("--require-peers")

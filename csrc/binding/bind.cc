@@ -4,6 +4,7 @@
 // the error message.
 #include <pybind11/pybind11.h>
 
+#include <cstring>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -32,7 +33,8 @@ enum Found : int {
   kCoefNeedsGrad = 8,
   kCoefNegated = 16,
   kMode = 32,
-  kTransform = 64
+  kTransform = 64,
+  kDefaultDevice = 128
 };
 struct FoundName {
   const char* name;
@@ -42,7 +44,7 @@ constexpr FoundName kFoundNames[] = {
     {"not_plain", kNotPlain},       {"needs_grad", kNeedsGrad},
     {"negated", kNegated},          {"coef_needs_grad", kCoefNeedsGrad},
     {"coef_negated", kCoefNegated}, {"mode", kMode},
-    {"transform", kTransform}};
+    {"transform", kTransform},      {"default_device", kDefaultDevice}};
 
 bool is(PyObject* expected, PyObject* value) {
   if (!value) throw py::error_already_set();
@@ -56,13 +58,51 @@ bool requires_grad(PyObject* x) {
 bool is_negated(PyObject* x) { return is(Py_True, PyObject_CallOneArg(g_torch.is_neg, x)); }
 bool plain(PyObject* x) { return Py_TYPE(x) == g_torch.tensor || Py_TYPE(x) == g_torch.parameter; }
 
-int inspect(const py::tuple& tensors, const py::tuple& coefs) {
-  int found = 0;
-  for (PyObject* mode : g_torch.modes) {
-    py::object active = py::reinterpret_steal<py::object>(PyObject_CallNoArgs(mode));
-    if (!active) throw py::error_already_set();
-    if (PyObject_IsTrue(active.ptr())) found |= kMode;
+py::object checked(PyObject* made) {
+  if (!made) throw py::error_already_set();
+  return py::reinterpret_steal<py::object>(made);
+}
+Py_ssize_t number(PyObject* function) {
+  const py::object result = checked(PyObject_CallNoArgs(function));
+  const Py_ssize_t value = PyNumber_AsSsize_t(result.ptr(), nullptr);
+  if (value == -1 && PyErr_Occurred()) throw py::error_already_set();
+  return value;
+}
+
+// kMode; or kDefaultDevice where the one mode is that of torch.set_default_device or of a
+// `with torch.device(...)`, which changes only the constructors of tensors; or 0 without modes.
+int find_modes() {
+  if (number(g_torch.dispatch_modes)) return kMode;
+  const Py_ssize_t modes = number(g_torch.function_modes);
+  if (!modes) return 0;
+  // torch keeps one mode for the default device at most, and this variable in step with it.
+  PyObject* device = PyDict_GetItemString(g_torch.device_module, "CURRENT_DEVICE");
+  return modes == 1 && device && device != Py_None ? kDefaultDevice : kMode;
+}
+
+// While this exists function modes get no calls of torch, each of which would cost microseconds.
+class WithoutFunctionModes {
+ public:
+  explicit WithoutFunctionModes(bool needed) {
+    if (!needed) return;
+    context_ = checked(PyObject_CallNoArgs(g_torch.without_functions));
+    checked(PyObject_CallOneArg(g_torch.enter, context_.ptr()));
   }
+  ~WithoutFunctionModes() {
+    if (!context_) return;
+    PyObject* args[] = {context_.ptr(), Py_None, Py_None, Py_None};
+    PyObject* done = PyObject_Vectorcall(g_torch.exit, args, 4, nullptr);
+    if (!done) PyErr_WriteUnraisable(context_.ptr());
+    Py_XDECREF(done);
+  }
+  WithoutFunctionModes(const WithoutFunctionModes&) = delete;
+  WithoutFunctionModes& operator=(const WithoutFunctionModes&) = delete;
+
+ private:
+  py::object context_;
+};
+
+int inspect(const py::tuple& tensors, const py::tuple& coefs, int found) {
   if (!is(Py_None, PyObject_CallNoArgs(g_torch.transforms))) found |= kTransform;
   const bool grad = is(Py_True, PyObject_CallNoArgs(g_torch.grad_enabled));
   for (py::handle x : tensors) {
@@ -73,6 +113,7 @@ int inspect(const py::tuple& tensors, const py::tuple& coefs) {
   for (py::handle c : coefs) {
     if (PyFloat_CheckExact(c.ptr())) continue;
     if (!PyObject_TypeCheck(c.ptr(), g_torch.tensor)) continue;
+    if (!plain(c.ptr())) return found | kNotPlain;
     if (grad && requires_grad(c.ptr())) found |= kCoefNeedsGrad;
     if (is_negated(c.ptr())) found |= kCoefNegated;
   }
@@ -89,14 +130,22 @@ Reason try_call(int op, const OpInfo& info, const py::tuple& outs, const py::tup
   return run_plan(op, &plan);
 }
 
+void require_connection() {
+  if (!g_torch.exchange) throw std::runtime_error("diffcore._C.connect() must be called first");
+}
+
 // Runs an elementwise kernel on plain tensors and returns its output, or a tuple of outputs.
 // Otherwise returns the bits of `inspect`; 0 if there are none, but the op is not elementwise or
 // the call cannot run. With `inspect_only` nothing is run.
 py::object launch(int op, const py::tuple& ins, const py::tuple& coefs, py::handle step,
                   py::handle noise, bool inspect_only) {
-  const int found = inspect(ins, coefs);
+  require_connection();
+  const int modes = find_modes();
+  const WithoutFunctionModes guard(modes & kDefaultDevice);
+  const int found = inspect(ins, coefs, modes);
   const OpInfo* info = op_table().find(op);
-  if (found || inspect_only || !info || info->n_sum || info->n_in == 0 || ins.empty())
+  if ((found & ~kDefaultDevice) || inspect_only || !info || info->n_sum || info->n_in == 0 ||
+      ins.empty())
     return py::int_(found);
   py::tuple outs(info->n_out);
   for (int k = 0; k < info->n_out; ++k) {
@@ -104,7 +153,7 @@ py::object launch(int op, const py::tuple& ins, const py::tuple& coefs, py::hand
     if (!made) throw py::error_already_set();
     PyTuple_SET_ITEM(outs.ptr(), k, made);
   }
-  if (try_call(op, *info, outs, ins, coefs, step, false, noise)) return py::int_(0);
+  if (try_call(op, *info, outs, ins, coefs, step, false, noise)) return py::int_(found);
   if (info->n_out == 1) return outs[0];
   return std::move(outs);
 }
@@ -113,7 +162,7 @@ py::object launch(int op, const py::tuple& ins, const py::tuple& coefs, py::hand
 // index, detail) of binding/reason.h.
 py::object call(int op, const py::tuple& outs, const py::tuple& ins, const py::tuple& coefs,
                 py::handle step, bool reduce_all, py::handle noise) {
-  if (!g_torch.exchange) throw std::runtime_error("diffcore._C.connect() must be called first");
+  require_connection();
   const OpInfo* info = op_table().find(op);
   if (!info)
     throw py::index_error("op must be in the range of op_table(), got " + std::to_string(op));
@@ -122,9 +171,15 @@ py::object call(int op, const py::tuple& outs, const py::tuple& ins, const py::t
   return py::make_tuple(int(reason.code), int(reason.argument), reason.index, reason.detail);
 }
 
-void connect(py::capsule exchange_api, py::type tensor, py::type parameter, py::function empty_like,
-             py::tuple modes, py::function transforms, py::function grad_enabled) {
-  auto* api = static_cast<const dlpack::ExchangeApiHeader*>(exchange_api.get_pointer());
+// The exchange API of a tensor type, in a version with the functions that are used.
+const dlpack::ExchangeApi* exchange_api_of(const py::capsule& capsule, const py::type& tensor) {
+  const char* name = capsule.name();
+  if (!name || std::strcmp(name, "dlpack_exchange_api"))
+    throw py::type_error("exchange_api must be a capsule named dlpack_exchange_api, got " +
+                         std::string(name ? name : "one without a name"));
+  if (!py::getattr(tensor, "__dlpack_c_exchange_api__", py::none()).is(capsule))
+    throw py::value_error("exchange_api must be tensor.__dlpack_c_exchange_api__");
+  auto* api = static_cast<const dlpack::ExchangeApiHeader*>(capsule.get_pointer());
   while (api && api->version.major != 1) api = api->prev_api;
   if (!api)
     throw std::runtime_error("torch must have a DLPack exchange API of major version 1, got none");
@@ -132,16 +187,36 @@ void connect(py::capsule exchange_api, py::type tensor, py::type parameter, py::
   if (!exchange->borrow || !exchange->current_stream || !exchange->allocate)
     throw std::runtime_error(
         "torch's DLPack exchange API must have borrow, current_stream and allocate");
+  return exchange;
+}
+
+// Sets nothing unless all arguments are right.
+void connect(const py::capsule& exchange_api, const py::type& tensor, const py::type& parameter,
+             const py::function& empty_like, const py::function& dispatch_modes,
+             const py::function& function_modes, const py::dict& device_module,
+             const py::type& without_functions, const py::function& transforms,
+             const py::function& grad_enabled) {
+  const dlpack::ExchangeApi* exchange = exchange_api_of(exchange_api, tensor);
+  const py::object requires_grad = tensor.attr("requires_grad"), is_neg = tensor.attr("is_neg");
+  if (!Py_TYPE(requires_grad.ptr())->tp_descr_get)
+    throw py::type_error("tensor.requires_grad must be a property");
+  if (PyObject_IsSubclass(parameter.ptr(), tensor.ptr()) != 1)
+    throw py::type_error("parameter must be a subclass of tensor");
+  const py::object enter = without_functions.attr("__enter__");
+  const py::object exit = without_functions.attr("__exit__");
   g_torch.tensor = reinterpret_cast<PyTypeObject*>(tensor.inc_ref().ptr());
   g_torch.parameter = reinterpret_cast<PyTypeObject*>(parameter.inc_ref().ptr());
   g_torch.empty_like = empty_like.inc_ref().ptr();
-  g_torch.requires_grad = py::object(tensor.attr("requires_grad")).inc_ref().ptr();
-  g_torch.is_neg = py::object(tensor.attr("is_neg")).inc_ref().ptr();
-  for (int k = 0; k < 2; ++k) g_torch.modes[k] = py::object(modes[k]).inc_ref().ptr();
+  g_torch.requires_grad = requires_grad.inc_ref().ptr();
+  g_torch.is_neg = is_neg.inc_ref().ptr();
+  g_torch.dispatch_modes = dispatch_modes.inc_ref().ptr();
+  g_torch.function_modes = function_modes.inc_ref().ptr();
+  g_torch.device_module = device_module.inc_ref().ptr();
+  g_torch.without_functions = without_functions.inc_ref().ptr();
+  g_torch.enter = enter.inc_ref().ptr();
+  g_torch.exit = exit.inc_ref().ptr();
   g_torch.transforms = transforms.inc_ref().ptr();
   g_torch.grad_enabled = grad_enabled.inc_ref().ptr();
-  if (!Py_TYPE(g_torch.requires_grad)->tp_descr_get)
-    throw std::runtime_error("torch.Tensor.requires_grad must be a property");
   g_torch.exchange = exchange;
 }
 
@@ -198,7 +273,9 @@ void export_names(py::module_& m) {
 PYBIND11_MODULE(_C, m, pybind11::mod_gil_not_used()) {
   using namespace diffcore;
   m.def("connect", &connect, py::arg("exchange_api"), py::arg("tensor"), py::arg("parameter"),
-        py::arg("empty_like"), py::arg("modes"), py::arg("transforms"), py::arg("grad_enabled"));
+        py::arg("empty_like"), py::arg("dispatch_modes"), py::arg("function_modes"),
+        py::arg("device_module"), py::arg("without_functions"), py::arg("transforms"),
+        py::arg("grad_enabled"));
   m.def("launch", &launch, py::arg("op"), py::arg("ins"), py::arg("coefs"), py::arg("step"),
         py::arg("noise"), py::arg("inspect_only"));
   m.def("call", &diffcore::call, py::arg("op"), py::arg("outs"), py::arg("ins"), py::arg("coefs"),

@@ -22,8 +22,9 @@ Reason run_cpu(int op, Plan* plan) {
   std::optional<py::gil_scoped_release> release;
   if (plan->elements >= kReleaseGilFrom) release.emplace();
   int64_t wrong;
-  if (run_on_cpu(op, plan->dtype, plan->args, &wrong)) return {};
-  return {Code::kStepRange, Argument::kStep, 0, wrong};
+  if (!cpu_steps_in_range(plan->args, &wrong)) return {Code::kStepRange, Argument::kStep, 0, wrong};
+  if (!plan->empty) run_on_cpu(op, plan->dtype, plan->args);
+  return {};
 }
 
 // Memory of torch's allocator on a CUDA device, freed in stream order: only work that is enqueued
@@ -72,8 +73,8 @@ Reason run_cuda(int op, Plan* plan) {
 }  // namespace
 
 Reason run_plan(int op, Plan* plan) {
-  if (plan->empty) return {};
-  return plan->device.type == dlpack::kCpu ? run_cpu(op, plan) : run_cuda(op, plan);
+  if (plan->device.type == dlpack::kCpu) return run_cpu(op, plan);
+  return plan->empty ? Reason{} : run_cuda(op, plan);
 }
 
 }  // namespace diffcore

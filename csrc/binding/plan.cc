@@ -33,12 +33,12 @@ class Planner {
     if (op_.n_sum && !views_.reduce_all) by_row_ = true;
     if (op_.n_sum && views_.reduce_all && by_row_) return {Code::kReduceAll};
     if (Reason reason = read_layouts()) return reason;
-    if (Reason reason = check_overlap()) return reason;
     args_.rows = by_row_ ? rows_ : 1;
     args_.cols = by_row_ ? row_ : elements_;
     plan_.empty = args_.rows == 0 || (args_.cols == 0 && !op_.n_sum);
     if (Reason reason = read_sums()) return reason;
-    return check_fixed_step();
+    if (Reason reason = check_fixed_step()) return reason;
+    return check_overlap();
   }
 
  private:
@@ -57,7 +57,7 @@ class Planner {
     if (!same_shape(x, *first_)) return {Code::kShape, argument, k};
     if (dtype != plan_.dtype) return {Code::kOtherDtype, argument, k};
     if (!same_device(x, *first_)) return {Code::kOtherDevice, argument, k};
-    if (!x.data && elements_) return {Code::kMemory, argument, k};
+    if (hollow(x)) return {Code::kMemory, argument, k};
     return {};
   }
 
@@ -82,7 +82,8 @@ class Planner {
     if (dtype != kF32 && dtype != kF64) return {Code::kDtype, Argument::kCoef, i};
     if (!same_device(x, *first_)) return {Code::kOtherDevice, Argument::kCoef, i};
     if (x.ndim > 2) return {Code::kDimensions, Argument::kCoef, i};
-    if (!x.data && count(x)) return {Code::kMemory, Argument::kCoef, i};
+    if (hollow(x)) return {Code::kMemory, Argument::kCoef, i};
+    small_tensors_ = true;
     const bool by_step = x.ndim == 2 && views_.has_step;
     const int64_t length = x.ndim ? x.shape[0] : 1, columns = x.ndim == 2 ? x.shape[1] : 1;
     if (by_step) {
@@ -118,10 +119,11 @@ class Planner {
     if (x.ndim > 1) return {Code::kDimensions, Argument::kStep};
     const int64_t length = x.ndim ? x.shape[0] : 1;
     if (length != 1 && length != rows_) return {Code::kLength, Argument::kStep};
-    if (!x.data && length) return {Code::kMemory, Argument::kStep};
+    if (hollow(x)) return {Code::kMemory, Argument::kStep};
+    small_tensors_ = true;
     args_.step = x.data;
     args_.step_is_64 = x.dtype.bits == 64;
-    args_.step_stride = length > 1 ? x.strides[0] : 0;
+    args_.step_stride = length > 1 ? x.strides[0] : length == 0;  // no step to read: not a counter
     if (length != 1) by_row_ = true;
     return {};
   }
@@ -148,7 +150,8 @@ class Planner {
     if (!is_int(x.dtype, 64)) return {Code::kDtype, argument};
     if (!same_device(x, *first_)) return {Code::kOtherDevice, argument};
     if (x.ndim > 1) return {Code::kDimensions, argument};
-    if (!x.data) return {Code::kMemory, argument};
+    if (!x.data || hollow(x)) return {Code::kMemory, argument};
+    small_tensors_ = true;
     return {};
   }
 
@@ -233,8 +236,38 @@ class Planner {
     return {};
   }
 
-  // An output may be the same memory as an input, or disjoint from it. Outputs are disjoint.
   Reason check_overlap() {
+    if (Reason reason = check_elementwise_overlap()) return reason;
+    if (!small_tensors_ && !op_.n_sum) return {};
+    for (int o = 0; o < op_.n_out + op_.n_sum; ++o)
+      if (Reason reason = check_output_overlap(o)) return reason;
+    return {};
+  }
+
+  // Coefficients, steps and noise keys are read row by row while outputs are written, inputs and
+  // outputs while sums are.
+  Reason check_output_overlap(int o) {
+    const Span out(views_.out[o]);
+    const auto read = [&](const TensorView& x) { return Span(x).overlaps(out); };
+    for (int i = 0; i < views_.n_coef; ++i)
+      if (views_.coef[i].is_tensor && read(views_.coef[i].tensor))
+        return {Code::kOverlap, Argument::kCoef, i, o};
+    if (views_.has_step && views_.step.is_tensor && read(views_.step.tensor))
+      return {Code::kOverlap, Argument::kStep, 0, o};
+    constexpr Argument kParts[] = {Argument::kSeed, Argument::kSampleIds, Argument::kStream};
+    for (int k = 0; views_.has_noise && k < kNoiseParts; ++k)
+      if (views_.noise[k].is_tensor && read(views_.noise[k].tensor))
+        return {Code::kOverlap, kParts[k], 0, o};
+    if (o < op_.n_out) return {};
+    for (int k = 0; k < op_.n_in; ++k)
+      if (read(views_.in[k])) return {Code::kOverlap, Argument::kInput, k, o};
+    for (int other = 0; other < o; ++other)
+      if (read(views_.out[other])) return {Code::kOutputsOverlap, Argument::kOutput, o, other};
+    return {};
+  }
+
+  // An output may be the same memory as an input, or disjoint from it. Outputs are disjoint.
+  Reason check_elementwise_overlap() {
     const int64_t item = item_size(plan_.dtype), bytes = elements_ * item;
     const auto overlap = [&](const void* a, const void* b, int64_t bytes_of_b) {
       const auto at_a = reinterpret_cast<uintptr_t>(a), at_b = reinterpret_cast<uintptr_t>(b);
@@ -261,14 +294,14 @@ class Planner {
       if (dtype_of(x.dtype) != compute) return {Code::kDtype, Argument::kSum, k};
       if (!same_device(x, *first_)) return {Code::kOtherDevice, Argument::kSum, k};
       if (count(x) != args_.rows || !contiguous(x)) return {Code::kShape, Argument::kSum, k};
-      if (!x.data && args_.rows) return {Code::kMemory, Argument::kSum, k};
+      if (hollow(x)) return {Code::kMemory, Argument::kSum, k};
       args_.sum[k] = x.data;
     }
     return {};
   }
 
   Reason check_fixed_step() {
-    if (plan_.empty || args_.step || !args_.steps) return {};
+    if (args_.step || !args_.steps) return {};
     if (args_.fixed_step >= 0 && args_.fixed_step < args_.steps) return {};
     return {Code::kStepRange, Argument::kStep, 0, args_.fixed_step};
   }
@@ -280,6 +313,7 @@ class Planner {
   const TensorView* first_ = nullptr;
   int64_t elements_ = 0, rows_ = 0, row_ = 0;  // row_: elements per sample
   bool by_row_ = false;                        // samples are separate rows of the kernel
+  bool small_tensors_ = false;                 // a coefficient, step or part of a key is a tensor
 };
 
 }  // namespace

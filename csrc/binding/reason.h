@@ -13,7 +13,7 @@ enum class Code : int {
   kUnreadable,      // a tensor that cannot be borrowed: sparse, quantized, without storage
   kDeviceKind,      // a device without kernels
   kDtype,           // an unsupported dtype for this argument
-  kMemory,          // a tensor without data
+  kMemory,          // a tensor without memory
   kShape,           // shape differs from the first tensor
   kOtherDtype,      // dtype differs from the first tensor
   kOtherDevice,     // device differs from the first tensor
@@ -29,7 +29,7 @@ enum class Code : int {
   kReduceAll,       // coefficients per sample in a sum over all elements
   kNoiseLayout,     // a memory layout in which kernels do not generate noise
   kLayout,          // a memory layout that kernels do not read or write
-  kOverlap,         // an output overlaps an input partly
+  kOverlap,         // an output overlaps an input partly, or another argument
   kOutputsOverlap,  // two outputs overlap
 };
 constexpr const char* kCodeNames[] = {

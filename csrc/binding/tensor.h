@@ -1,6 +1,10 @@
 // Metadata of a tensor with any number of dimensions: dtype and memory layout.
 #pragma once
 
+#ifdef __linux__
+#include <sys/auxv.h>
+#endif
+
 #include <algorithm>
 
 #include "binding/views.h"
@@ -28,12 +32,49 @@ inline int64_t count(const TensorView& x) {
 
 inline bool contiguous(const TensorView& x) {
   int64_t expected = 1;
+  bool in_order = true;
   for (int d = x.ndim - 1; d >= 0; --d) {
-    if (x.shape[d] != 1 && x.strides[d] != expected) return false;
+    if (x.shape[d] == 0) return true;
+    in_order &= x.shape[d] == 1 || x.strides[d] == expected;
     expected *= x.shape[d];
   }
-  return true;
+  return in_order;
 }
+
+// No tensor begins below this address: the program lies above it, and so do heap and mappings. The
+// data of a freed tensor is the null pointer plus the tensor's offset in its storage.
+inline uintptr_t lowest_address() {
+  constexpr uintptr_t kMost = uintptr_t(1) << 30, kPage = 4096;
+#ifdef __linux__
+  const uintptr_t program = getauxval(AT_PHDR);  // the program's headers, at its beginning
+  if (program) return std::max(kPage, std::min(kMost, program / kPage * kPage));
+#endif
+  return kPage;
+}
+inline const uintptr_t kLowestAddress = lowest_address();
+
+// Whether a tensor has elements but no memory. Does not notice a freed tensor that began farther
+// than `kLowestAddress` into its storage: the exchange API does not tell where a storage begins.
+inline bool hollow(const TensorView& x) {
+  return reinterpret_cast<uintptr_t>(x.data) < kLowestAddress && count(x) != 0;
+}
+
+// The addresses from the first to the last element; none without elements.
+struct Span {
+  uintptr_t begin = 0, end = 0;
+
+  explicit Span(const TensorView& x) {
+    const uintptr_t item = x.dtype.bits / 8;
+    uintptr_t last = 0;
+    for (int d = 0; d < x.ndim; ++d) {
+      if (x.shape[d] == 0) return;
+      last += uintptr_t(x.shape[d] - 1) * uintptr_t(x.strides[d]) * item;
+    }
+    begin = reinterpret_cast<uintptr_t>(x.data);
+    end = begin + last + item;
+  }
+  bool overlaps(const Span& other) const { return begin < other.end && other.begin < end; }
+};
 
 // The dimensions with more than one element, from the last to the first. With more of them than
 // `kMaxDims` the memory order counts as unknown, and the tensor is copied.

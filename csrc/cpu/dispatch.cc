@@ -61,7 +61,13 @@ constexpr int64_t kChunk = 8192;  // columns per unit of work
 // Elements. Below this, starting threads costs more than it saves.
 constexpr int64_t kParallelFrom = 32 * 1024;
 
-bool steps_in_range(const LaunchArgs& args, int64_t* wrong) {
+}  // namespace
+
+const char* cpu_isa() { return isa().name; }
+const char* best_cpu_isa() { return has_v4() ? "v4" : has_v3() ? "v3" : "v2"; }
+int cpu_threads() { return omp_get_max_threads(); }
+
+bool cpu_steps_in_range(const LaunchArgs& args, int64_t* wrong) {
   const int64_t rows = args.steps ? (args.step_stride ? args.rows : 1) : 0;
   for (int64_t row = 0; row < rows; ++row) {
     const int64_t step = given_step(args, row);
@@ -72,14 +78,7 @@ bool steps_in_range(const LaunchArgs& args, int64_t* wrong) {
   return true;
 }
 
-}  // namespace
-
-const char* cpu_isa() { return isa().name; }
-const char* best_cpu_isa() { return has_v4() ? "v4" : has_v3() ? "v3" : "v2"; }
-int cpu_threads() { return omp_get_max_threads(); }
-
-bool run_on_cpu(int op, Dtype dtype, LaunchArgs& args, int64_t* wrong_step) {
-  if (!steps_in_range(args, wrong_step)) return false;
+void run_on_cpu(int op, Dtype dtype, LaunchArgs& args) {
   const CpuKernel& kernel = isa().kernels[op * kDtypes + dtype];
   args.chunk = kChunk;
   args.chunks = kernel.scratch || args.cols <= kChunk ? 1 : (args.cols + kChunk - 1) / kChunk;
@@ -106,7 +105,6 @@ bool run_on_cpu(int op, Dtype dtype, LaunchArgs& args, int64_t* wrong_step) {
     }
   }
   if (args.partials) kernel.combine(args);
-  return true;
 }
 
 }  // namespace diffcore

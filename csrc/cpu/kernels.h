@@ -27,7 +27,9 @@ const CpuKernel* cpu_kernels();
 const char* cpu_isa();       // the instruction set in use
 const char* best_cpu_isa();  // the best one that the processor supports
 int cpu_threads();
-// Returns false, without running anything, if a step is out of range, and sets `wrong_step` to it.
-bool run_on_cpu(int op, Dtype dtype, LaunchArgs& args, int64_t* wrong_step);
+// Whether all steps are in range of the table; if not, `wrong` is one that is not.
+bool cpu_steps_in_range(const LaunchArgs& args, int64_t* wrong);
+// The steps must be in range.
+void run_on_cpu(int op, Dtype dtype, LaunchArgs& args);
 
 }  // namespace diffcore

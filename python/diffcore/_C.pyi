@@ -15,7 +15,10 @@ def connect(
     tensor: type,
     parameter: type,
     empty_like: Callable[[Tensor], Tensor],
-    modes: tuple[Callable[[], object], Callable[[], object]],
+    dispatch_modes: Callable[[], object],
+    function_modes: Callable[[], object],
+    device_module: dict[str, object],
+    without_functions: type,
     transforms: Callable[[], object],
     grad_enabled: Callable[[], bool],
 ) -> None: ...

@@ -14,6 +14,7 @@ from diffcore import ops as ops
 from diffcore import sampling as sampling
 from diffcore import sigmas as sigmas
 from diffcore import solvers as solvers
+from diffcore._engine.compiled_ops import set_compiled_ops as set_compiled_ops
 from diffcore._engine.native import info as info
 from diffcore._engine.native import warm_up as warm_up
 from diffcore.coefficients.bound import VARIANCE_TYPES as VARIANCE_TYPES
@@ -70,6 +71,7 @@ __all__ = [
     "respaced_timesteps",
     "sample",
     "sampling",
+    "set_compiled_ops",
     "sigmas",
     "solvers",
     "vae_loss",

@@ -7,19 +7,28 @@ import sys
 
 
 def main() -> None:
-    """Run the command line. Without typer and rich, only ``info`` works."""
+    """Run the command line. Without typer and rich, only ``info`` and help work."""
     missing = [name for name in ("typer", "rich") if importlib.util.find_spec(name) is None]
     if not missing:
         from diffcore.cli import app
 
         app()
         return
-    if sys.argv[1:] == ["info"]:
-        from diffcore._engine.info import collect_info, one_line
+    from diffcore._engine.info import as_text, collect_info, one_line, version
+    from diffcore._usage import COMMANDS, help_text
 
+    arguments = sys.argv[1:]
+    command = next((name for name in arguments[:1] if name in COMMANDS), "")
+    if not arguments or "--help" in arguments:
+        print(help_text(command))
+        sys.exit(0 if arguments else 2)
+    if arguments == ["--version"]:
+        print(f"diffcore {version()}")
+        return
+    if arguments == ["info"]:
         facts = collect_info()
-        for name, value in facts.items():
-            print(f"{name}: {value}")
+        for name, text in as_text(facts).items():
+            print(f"{name}: {text}")
         print(f"For a bug report: {one_line(facts)}")
         return
     sys.exit(

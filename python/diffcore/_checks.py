@@ -2,42 +2,195 @@
 
 from __future__ import annotations
 
+import numbers
+import operator
+from typing import Any
+
+import torch
 from torch import Tensor
 
 
-def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+def check_choice(name: str, value: object, choices: tuple[str, ...], fix: str = "") -> None:
     """Refuse a string that is not one of ``choices``.
 
     Args:
         name: What to call the argument in the message.
         value: What came.
         choices: The strings that are allowed.
+        fix: What to write instead, for the end of the message.
 
     Raises:
         TypeError: ``value`` is not a string.
         ValueError: ``value`` is a string, but not one of ``choices``.
     """
     if not isinstance(value, str):
-        raise TypeError(f"{name} must be a string, got {type(value).__name__}")
+        raise TypeError(f"{name} must be a string, got {type(value).__name__}{hint(fix)}")
     if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+        allowed = ", ".join(map(repr, choices))
+        raise ValueError(f"{name} must be one of {allowed}, got {value!r}{hint(fix)}")
 
 
-def check_count(value: int, name: str = "n") -> None:
-    """Refuse what is no int of at least 1.
+def as_int(name: str, value: Any, least: int | None = None) -> int:
+    """An integer as a Python int: an int, a NumPy integer, anything with ``__index__``.
 
     Args:
+        name: What to call the argument in the message.
         value: What came.
-        name: What to call it.
+        least: The smallest value that is allowed; ``None`` for no limit.
+
+    Returns:
+        The int.
 
     Raises:
-        TypeError: No int.
-        ValueError: Below 1.
+        TypeError: Not an integer (a bool is not one either).
+        ValueError: Below ``least``.
     """
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}")
+    number = value
+    # A compiler's symbolic int is an int to isinstance, but has no __index__.
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        try:
+            number = operator.index(_no_bool(value))
+        except TypeError:
+            raise TypeError(f"{name} must be an int, got {type(value).__name__}") from None
+    if least is not None and number < least:
+        raise ValueError(f"{name} must be at least {least}, got {number}")
+    return number  # type: ignore[no-any-return]
+
+
+def as_real(name: str, value: Any) -> float:
+    """A real number as a Python float: also an int, a NumPy scalar, a tensor of one element.
+
+    Args:
+        name: What to call the argument in the message.
+        value: What came. The value of a tensor is read, which waits for its device.
+
+    Returns:
+        The float; it may be infinite or nan.
+
+    Raises:
+        TypeError: Not a real number (a bool is not one either), or a tensor that requires grad.
+        ValueError: An int that is too large for a float.
+    """
+    if type(value) is float:
+        return value
+    if isinstance(value, (torch.SymFloat, torch.SymInt)):  # derived from a size by a tracer
+        symbol: float = torch.sym_float(value)
+        return symbol
+    number = value
+    if isinstance(value, Tensor):
+        if value.requires_grad:
+            raise TypeError(
+                f"{name} must be a number, got a tensor that requires grad, which would be lost; "
+                "pass its .detach()"
+            )
+        if value.numel() != 1:
+            raise TypeError(f"{name} must be a number, got a tensor of shape {tuple(value.shape)}")
+        number = value.item()
+    # The types first: Dynamo has no getattr for a symbolic number.
+    elif not isinstance(value, (int, float)) and getattr(value, "ndim", None) == 0:
+        number = value.item()  # of a 0-dim NumPy array
+    if isinstance(number, bool) or not isinstance(number, (int, float, numbers.Real)):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    try:
+        return float(number)
+    except OverflowError:
+        raise ValueError(
+            f"{name} must be below 2^1024, the range of a float, got an int beyond it"
+        ) from None
+
+
+def as_positive(name: str, value: Any) -> float:
+    """A number above 0, as a Python float.
+
+    Args:
+        name: What to call the argument in the message.
+        value: What came, see ``as_real``.
+
+    Returns:
+        The float; it may be infinite.
+
+    Raises:
+        TypeError: Not a real number.
+        ValueError: Not above 0.
+    """
+    number = as_real(name, value)
+    if not number > 0:
+        raise ValueError(f"{name} must be above 0, got {number}")
+    return number
+
+
+def as_sizes(shape: Any) -> tuple[int, ...]:
+    """A shape as a tuple of ints.
+
+    Args:
+        shape: A sequence of sizes: a tuple, a list, a ``torch.Size``, a NumPy array.
+
+    Returns:
+        The sizes.
+
+    Raises:
+        TypeError: Not a sequence of ints.
+        ValueError: A size below 0.
+    """
+    what = "shape must be a sequence of sizes, such as (64, 3, 32, 32), got"
+    try:
+        sizes = tuple(as_int("shape", size) for size in shape)
+    except TypeError:
+        raise TypeError(f"{what} {shape!r}") from None
+    if any(size < 0 for size in sizes):
+        raise ValueError(f"{what} {shape!r}")
+    return sizes
+
+
+def as_tensor(
+    name: str, value: Any, what: str = "a tensor of real numbers", fix: str = ""
+) -> Tensor:
+    """Values as a tensor: a NumPy array keeps its dtype, Python floats become float64.
+
+    Nothing here follows torch's default device or dtype.
+
+    Args:
+        name: What to call the argument in the message.
+        value: A tensor, which is returned as it is, a NumPy array, or a sequence of numbers.
+        what: What it must be, in the message.
+        fix: What to write instead, for the end of the message.
+
+    Returns:
+        A tensor; on the CPU unless ``value`` is a tensor elsewhere.
+
+    Raises:
+        TypeError: Something else.
+    """
+    if isinstance(value, Tensor):
+        return value
+    try:
+        if hasattr(value, "__array__"):  # a copy, because torch takes no negative strides
+            return torch.as_tensor(value.__array__().copy(), device="cpu")
+        entries = [v.item() if hasattr(v, "item") else v for v in value]
+        if not any(isinstance(v, bool) for v in entries):
+            integers = all(isinstance(v, int) for v in entries)
+            dtype = torch.int64 if integers else torch.float64
+            return torch.tensor(entries, dtype=dtype, device="cpu")
+    except (TypeError, ValueError, RuntimeError):
+        pass
+    raise TypeError(f"{name} must be {what}, got {type(value).__name__}{hint(fix)}")
+
+
+def check_not_compiling(name: str, instead: str) -> None:
+    """Refuse to be traced by torch.compile or torch.export.
+
+    Args:
+        name: The public function.
+        instead: What to do.
+
+    Raises:
+        RuntimeError: Compiling or exporting.
+    """
+    if torch.compiler.is_compiling():
+        raise RuntimeError(
+            f"{name} must be called outside of torch.compile and torch.export, got a call inside; "
+            f"{instead}"
+        )
 
 
 def check_float_tensor(name: str, value: object) -> None:
@@ -54,3 +207,14 @@ def check_float_tensor(name: str, value: object) -> None:
         raise TypeError(f"{name} must be a floating-point tensor, got {type(value).__name__}")
     if not value.is_floating_point():
         raise TypeError(f"{name} must be a floating-point tensor, got {value.dtype}")
+
+
+def hint(fix: str) -> str:
+    """The end of a message: what to write instead, if there is something to say."""
+    return f"; {fix}" if fix else ""
+
+
+def _no_bool(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise TypeError
+    return value

@@ -76,4 +76,4 @@ Model: TypeAlias = Callable[..., Tensor]
 """``model(x, t, **model_kwargs)``."""
 
 Callback: TypeAlias = Callable[[dict[str, Any]], object]
-"""Called once a step, before it, with a dict of its state."""
+"""Called once a step, after its model call, with a read-only dict of its state."""

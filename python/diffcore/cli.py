@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -12,9 +14,21 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from diffcore._usage import (
+    ABOUT,
+    COMMANDS,
+    OPTIONS,
+    REPOSITORY,
+    bench_names_text,
+    benchmarks,
+    clone_of,
+)
+
+_DEMO = OPTIONS["demo"]
+
 app = typer.Typer(
     name="diffcore",
-    help="Fused diffusion and VAE mathematics for PyTorch.",
+    help=ABOUT,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
@@ -27,12 +41,38 @@ def _fail(message: str, code: int = 1) -> typer.Exit:
     return typer.Exit(code)
 
 
-@app.command()
-def info(
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from diffcore._engine.info import version
+
+        print(f"diffcore {version()}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_show_version, is_eager=True, help=OPTIONS[""]["--version"]
+        ),
+    ] = False,
 ) -> None:
-    """Show versions, build, instruction set, threads and devices, for bug reports."""
-    from diffcore._engine.info import collect_info, one_line
+    """Hold the options of the command itself."""
+
+
+@app.command(help=COMMANDS["info"])
+def info(
+    as_json: Annotated[bool, typer.Option("--json", help=OPTIONS["info"]["--json"])] = False,
+) -> None:
+    """Print ``collect_info``.
+
+    Args:
+        as_json: Print JSON instead of a table.
+    """
+    from rich.markup import escape
+
+    from diffcore._engine.info import as_text, collect_info, one_line
 
     facts = collect_info()
     if as_json:
@@ -41,58 +81,37 @@ def info(
     table = Table(title="diffcore", show_header=False, title_justify="left")
     table.add_column(style="bold")
     table.add_column(overflow="fold")
-    for name, value in facts.items():
-        table.add_row(name.replace("_", " "), _cell(value))
+    for name, text in as_text(facts).items():
+        table.add_row(name, escape(text))
     Console().print(table, markup=False)
     print(f"For a bug report: {one_line(facts)}")
 
 
-def _cell(value: object) -> str:
-    from rich.markup import escape
-
-    if isinstance(value, list):
-        return escape("\n".join(str(item) for item in value)) if value else "none"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    return "none" if value is None else escape(str(value))
-
-
-@app.command()
+@app.command(help=COMMANDS["demo"])
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder for pictures, checkpoints, report.")] = Path(
+    out: Annotated[Path, typer.Option(help=_DEMO["--out"], show_default=False)] = Path(
         "demo-output"
     ),
-    steps: Annotated[
-        int | None, typer.Option(min=1, help="Optimizer steps of the DDPM. [default: 2500]")
-    ] = None,
-    vae_steps: Annotated[
-        int | None, typer.Option(min=1, help="Optimizer steps of the VAE. [default: 3000]")
-    ] = None,
-    data: Annotated[
-        str | None,
-        typer.Option(
-            help="auto, mnist, fashion or digits. auto is Fashion-MNIST if Debian's "
-            "dataset-fashion-mnist is installed, else MNIST. [default: auto]"
-        ),
-    ] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of all randomness. [default: 0]")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")] = False,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
-    quick: Annotated[
-        bool, typer.Option("--quick", help="A smoke run of a few seconds on 8x8 digits.")
-    ] = False,
+    steps: Annotated[int | None, typer.Option(min=1, help=_DEMO["--steps"])] = None,
+    vae_steps: Annotated[int | None, typer.Option(min=1, help=_DEMO["--vae-steps"])] = None,
+    data: Annotated[str | None, typer.Option(help=_DEMO["--data"])] = None,
+    seed: Annotated[int | None, typer.Option(help=_DEMO["--seed"])] = None,
+    resume: Annotated[bool, typer.Option("--resume", help=_DEMO["--resume"])] = False,
+    device: Annotated[str, typer.Option(help=_DEMO["--device"], show_default=False)] = "auto",
+    quick: Annotated[bool, typer.Option("--quick", help=_DEMO["--quick"])] = False,
 ) -> None:
-    """Train a small VAE and a small DDPM on real images, and save their samples."""
+    """Run the demo. ``OPTIONS`` in ``diffcore._usage`` explains the arguments."""
     from diffcore.demo import MissingExtraError, check_extra
 
     try:
         check_extra()
     except MissingExtraError as error:
         raise _fail(str(error)) from None
+    from diffcore.demo.checkpoint import DamagedFileError
     from diffcore.demo.run import run_demo
     from diffcore.demo.training import Interrupted
 
-    command = f"diffcore demo --resume --out {out}"
+    command = f"diffcore demo --resume --out {shlex.quote(str(out))}"
     if device != "auto":
         command += f" --device {device}"
     try:
@@ -107,51 +126,47 @@ def demo(
             device=device,
             log=print,
         )
+    except (MissingExtraError, DamagedFileError) as error:
+        raise _fail(f"diffcore demo: {error}") from None
     except (ValueError, FileNotFoundError) as error:
         raise _fail(f"diffcore demo: {error}", 2) from None
+    except OSError as error:
+        raise _fail(f"diffcore demo: {error}; what was saved before is kept") from None
     except Interrupted as stop:
         raise _fail(f"\n{stop}. Continue with:\n  {command}", 130) from None
     except KeyboardInterrupt:
+        if not os.path.isfile(out / "config.json"):
+            raise _fail("\nStopped before anything was saved.", 130) from None
         raise _fail(
-            f"\nStopped. Continue from the last checkpoint with:\n  {command}", 130
+            f"\nStopped. Continue from the last checkpoint in {out} with:\n  {command}", 130
         ) from None
 
 
-def benchmarks_folder(start: Path, package: Path = Path(__file__)) -> Path | None:
-    """Find the benchmarks of a repository clone.
-
-    Args:
-        start: First folder to search, with its parents.
-        package: A file of the package, whose parents are searched next: an editable install is
-            inside the clone.
-
-    Returns:
-        The folder with ``bench_ops.py``, or None.
-    """
-    for folder in (start, *start.parents, *package.resolve().parents):
-        if (folder / "benchmarks" / "bench_ops.py").exists():
-            return folder / "benchmarks"
-    return None
-
-
-@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+@app.command(
+    help=COMMANDS["bench"],
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+)
 def bench(
     context: typer.Context,
-    name: Annotated[
-        str, typer.Argument(help="Which benchmark: ops, training, sampling, ...")
-    ] = "ops",
+    name: Annotated[str, typer.Argument(help=bench_names_text(), show_default=False)] = "ops",
+    path: Annotated[Path | None, typer.Option(help=OPTIONS["bench"]["--path"])] = None,
 ) -> None:
-    """Run a benchmark of a repository clone; more arguments are passed on to it."""
-    folder = benchmarks_folder(Path.cwd())
-    if folder is None:
+    """Run a script of the clone that diffcore is installed from, or of ``path``, and no other.
+
+    Args:
+        context: Holds the other arguments.
+        name: The benchmark.
+        path: The folder of a clone.
+    """
+    known = benchmarks(clone_of(Path(__file__)) if path is None else path)
+    if not known and path is not None:
+        raise _fail(f"diffcore bench: path must be a clone of {REPOSITORY}, got {path}", 2)
+    if not known:
         raise _fail(
-            "The benchmarks are in the repository, not in the wheel. Clone it and run there:\n"
-            "  make bench\n"
-            "or\n"
-            "  diffcore bench ops"
+            "The benchmarks are in the repository, not in the wheel. Clone it and name it:\n"
+            f"  git clone {REPOSITORY}\n"
+            f"  diffcore bench {name} --path diffcore"
         )
-    script = folder / f"bench_{name}.py"
-    if not script.exists():
-        known = sorted(path.stem.removeprefix("bench_") for path in folder.glob("bench_*.py"))
+    if name not in known:
         raise _fail(f"diffcore bench: name must be one of {', '.join(known)}, got {name!r}", 2)
-    raise typer.Exit(subprocess.call([sys.executable, str(script), *context.args]))
+    raise typer.Exit(subprocess.call([sys.executable, str(known[name]), *context.args]))

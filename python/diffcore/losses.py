@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from diffcore._checks import check_choice, check_float_tensor
+from diffcore._checks import as_positive, check_choice, check_float_tensor
 from diffcore.coefficients.step import PREDICTION_TYPES
 
 __all__ = ["edm_weights", "min_snr_weights"]
@@ -34,8 +34,7 @@ def min_snr_weights(snr: Tensor, *, gamma: float = 5.0, prediction_type: str = "
         Hang et al. 2023 (arXiv 2303.09556) section 3.4.
     """
     _check(snr, prediction_type)
-    if not gamma > 0:
-        raise ValueError(f"gamma must be positive, got {gamma}")
+    gamma = as_positive("gamma", gamma)
     snr = snr.to(torch.float64)
     if prediction_type == "epsilon":
         return torch.where(snr > gamma, gamma / snr, 1.0)
@@ -73,8 +72,7 @@ def edm_weights(
         Karras et al. 2022 (arXiv 2206.00364) table 1 (loss weighting).
     """
     _check(snr, prediction_type)
-    if not sigma_data > 0:
-        raise ValueError(f"sigma_data must be positive, got {sigma_data}")
+    sigma_data = as_positive("sigma_data", sigma_data)
     snr = snr.to(torch.float64)
     if prediction_type == "epsilon":
         return 1 + 1 / (snr * sigma_data**2)

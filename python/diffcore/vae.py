@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -63,12 +62,12 @@ class DiagonalGaussianDistribution:
         self.mean, logvar = parameters.chunk(2, dim=1)
         self.logvar = logvar.clamp(_LOGVAR_MIN, _LOGVAR_MAX)
 
-    @cached_property
+    @property
     def std(self) -> Tensor:
         """Standard deviation, ``[B, C, ...]``."""
         return torch.zeros_like(self.mean) if self.deterministic else torch.exp(0.5 * self.logvar)
 
-    @cached_property
+    @property
     def var(self) -> Tensor:
         """Variance, ``[B, C, ...]``."""
         return torch.zeros_like(self.mean) if self.deterministic else torch.exp(self.logvar)

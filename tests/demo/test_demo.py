@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-for _package in ("matplotlib", "PIL", "safetensors", "tqdm", "sklearn", "mlxtend"):
+for _package in ("matplotlib", "PIL", "safetensors", "tqdm", "sklearn"):
     pytest.importorskip(_package)
 
 from diffcore.demo import checkpoint, data, ddpm, likelihood, vae  # noqa: E402
@@ -148,33 +148,13 @@ def test_checkpoint_of_another_length_is_refused(tmp_path: Path) -> None:
     trainer, _, _ = _trainers(tmp_path, 8)
     trainer.save()
     longer, _, _ = _trainers(tmp_path, 9)
-    with pytest.raises(ValueError, match="a run of 9 steps, got one of 8"):
+    with pytest.raises(ValueError, match=r"steps must be 9, as in config.json, .* got 8"):
         longer.load()
 
 
-def test_a_failed_save_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "x.safetensors"
-    checkpoint.save_checkpoint(path, {"a": torch.ones(2)}, {"step": 1})
-
-    def fail(*args: object, **kwargs: object) -> None:
-        raise OSError("disk full")
-
-    monkeypatch.setattr(checkpoint, "save_file", fail)
-    with pytest.raises(OSError, match="disk full"):
-        checkpoint.save_checkpoint(path, {"a": torch.zeros(2)}, {"step": 2})
-    tensors, scalars = checkpoint.load_checkpoint(path)
-    assert scalars == {"step": 1}
-    assert torch.equal(tensors["a"], torch.ones(2))
-
-
-def test_foreign_and_missing_checkpoints_are_refused(tmp_path: Path) -> None:
-    from safetensors.torch import save_file
-
+def test_a_missing_checkpoint_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="no checkpoint at"):
         checkpoint.load_checkpoint(tmp_path / "none.safetensors")
-    save_file({"a": torch.ones(2)}, tmp_path / "foreign.safetensors")
-    with pytest.raises(ValueError, match="must be a checkpoint of the demo, got"):
-        checkpoint.load_checkpoint(tmp_path / "foreign.safetensors")
 
 
 # ---- settings -----------------------------------------------------------------------------------
@@ -197,12 +177,12 @@ def test_resume_takes_the_settings_of_the_run(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="out must hold a run to resume"):
         _choose(tmp_path / "empty", resume=True)
     (tmp_path / "config.json").write_text('{"data": "digits", "color": 3}')
-    with pytest.raises(ValueError, match="must hold the settings of a demo run"):
+    with pytest.raises(ValueError, match="must be the settings of a demo run"):
         _choose(tmp_path, resume=True)
 
 
 def test_bad_settings_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="steps must be positive, got 0"):
+    with pytest.raises(ValueError, match=r"steps must be in 1 \.\. 10000000, got 0"):
         _choose(tmp_path, steps=0)
     with pytest.raises(ValueError, match="data must be digits with --quick, got mnist"):
         _choose(tmp_path, quick=True, data="mnist")

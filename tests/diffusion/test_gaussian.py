@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 
-from diffcore.diffusion import GaussianDiffusion
+from diffcore.diffusion import GaussianDiffusion, checks
 from diffcore.noise import PhiloxNoise
 from diffcore.schedules import make_betas
 from support.toys import BETAS, EPS, Recorder, half
@@ -136,7 +136,7 @@ def test_unchecked_timesteps_are_clamped_before_the_model_gets_them(monkeypatch)
         raise GotThemError(t.tolist())
 
     # In a compiled graph and on CUDA the values of t are not read.
-    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    monkeypatch.setattr(checks, "plain_eager", lambda: False)
     spaced = GaussianDiffusion(BETAS).respace([3, 19, 7])
     with pytest.raises(GotThemError) as got:
         spaced.p_mean_variance(model, torch.randn(4, 2), torch.tensor([-5, 0, 2, 3]))
@@ -362,7 +362,7 @@ def test_a_used_diffusion_can_be_pickled():
     wanted = d.p_sample_loop(half, (2, 3), num_steps=5, noise=noise)
     d.p_sample(half, torch.zeros(2, 3), 4)
     again = pickle.loads(pickle.dumps(d))
-    assert not again.tables.ddpm(1.0)  # the copies on devices stay behind
+    assert list(again.tables.ddpm(1.0)) == [torch.device("cpu")]  # other copies stay behind
     assert torch.equal(again.p_sample_loop(half, (2, 3), num_steps=5, noise=noise), wanted)
 
 

@@ -93,14 +93,21 @@ def test_loops_take_step_i_from_the_next_stream_but_i(dtype):
     streams = [KEY.at(3 + i).tensor(SHAPE, dtype=dtype) for i in range(len(BETAS) + 1)]
     x_T, steps = streams[0], torch.stack(streams[1:])
     for loop in loops(d):
-        expected = loop(fading, SHAPE, noise=x_T, step_noise=lambda i, x: steps[i])
+        calls = []
+        expected = loop(
+            lambda x, t, calls=calls: calls.append(t) or fading(x, t),
+            SHAPE,
+            noise=x_T,
+            step_noise=lambda i, x: steps[i],
+        )
+        each = steps[: len(calls)]
         for noise in (
             {"noise": KEY, "dtype": dtype},
             {"noise": KEY, "step_noise": KEY, "dtype": dtype},
-            {"noise": KEY, "step_noise": steps, "dtype": dtype},
+            {"noise": KEY, "step_noise": each, "dtype": dtype},
             {"noise": KEY, "step_noise": lambda i, x: steps[i], "dtype": dtype},
             {"noise": x_T, "step_noise": KEY},
-            {"noise": x_T, "step_noise": steps},
+            {"noise": x_T, "step_noise": each},
             {"noise": x_T, "step_noise": lambda i, x: KEY.at(4 + i)},
         ):
             assert_same_bits(loop(fading, SHAPE, **noise), expected, str(noise))

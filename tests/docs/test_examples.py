@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import math
+import os
+import re
 import runpy
 import subprocess
 import sys
@@ -23,7 +25,7 @@ def test_every_example_is_tested() -> None:
     tested = {
         *("train_and_sample", "vae_loss", "ops_directly"),
         *("same_images_everywhere", "sample_demo_checkpoint", "compare_solvers"),
-        "bits_per_dim",
+        *("bits_per_dim", "many_gpus"),
     }
     assert {path.stem for path in EXAMPLES.glob("*.py")} == tested
 
@@ -110,8 +112,24 @@ def test_bits_per_dim_are_the_entropy() -> None:
     assert every.prior < 1e-4
 
 
+def test_many_gpus_is_one_gpu() -> None:
+    script = str(EXAMPLES / "many_gpus.py")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", script]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    printed = subprocess.run(torchrun, capture_output=True, text=True, env=env, check=True).stdout
+    assert "processes: 2" in printed
+    images, bits = _main("many_gpus")()
+    assert images.shape == (10, 1, 8)
+    assert bits.total < 8  # which a model that predicts nothing would need
+    assert bits.samples == 256
+    # Equal but for the rounding of the gradients' sums, and that of the printed digits.
+    found = [float(v) for v in re.findall(r"-?\d+\.\d+", printed)]
+    wanted = [bits.total, bits.standard_error, *images[0].flatten().tolist()]
+    assert found == pytest.approx(wanted, abs=2e-3)
+
+
 def test_sample_demo_checkpoint_draws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for package in ("matplotlib", "PIL", "safetensors", "tqdm", "sklearn", "mlxtend"):
+    for package in ("matplotlib", "PIL", "safetensors", "tqdm", "sklearn"):
         pytest.importorskip(package)
     from diffcore.demo.run import run_demo
 

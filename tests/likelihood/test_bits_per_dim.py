@@ -12,7 +12,6 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from diffcore import GaussianDiffusion, PhiloxNoise, bits_per_dim, make_betas
 from diffcore.likelihood.strata import Strata
-from diffcore.likelihood.tally import Moments
 from support.bits import DIFFUSION, KEY, N, T, data, model, same_bits
 
 # ---- every timestep -----------------------------------------------------------------------------
@@ -43,10 +42,7 @@ def test_batches_and_their_size_do_not_matter():
         loaded = bits_per_dim(DIFFUSION, model, loader, noise=KEY, **options)
         streamed = bits_per_dim(DIFFUSION, model, iter(data().split(5)), noise=KEY, **options)
         for other in (ones, loaded, streamed):
-            assert other.total == pytest.approx(whole.total, rel=1e-13)
-            assert other.standard_error == pytest.approx(whole.standard_error, rel=1e-9)
-            assert other.estimator_variance == pytest.approx(whole.estimator_variance, rel=1e-9)
-            assert torch.equal(other.visits, whole.visits)
+            same_bits(other, whole, but=["model_calls"])
 
 
 def test_it_clips_where_the_diffusion_does():
@@ -171,7 +167,7 @@ def test_strata_cover_all_timesteps_in_even_shares():
 
 def test_timesteps_are_uniform_in_their_strata():
     strata = Strata(torch.tensor([0, 1, 4]), torch.tensor([1, 3, 46]))
-    t = strata.timesteps(PhiloxNoise(3), (20_000, 2), torch.device("cpu"))
+    t = strata.timesteps(PhiloxNoise(3), (20_000, 2))
     assert (t[:, 0] == 0).all()
     for k, draw in ((1, 0), (1, 1), (2, 0), (2, 1)):
         start, size = strata.starts[k].item(), strata.sizes[k].item()
@@ -240,15 +236,6 @@ def test_more_strata_vary_less():
     assert measure(8).standard_error < 0.7 * measure(1).standard_error
 
 
-def test_moments_merge():
-    rows = torch.randn(23, 2, dtype=torch.float64) + 5
-    moments = Moments.zero(2)
-    for part in rows.split(5):
-        moments.add(part)
-    torch.testing.assert_close(moments.mean, rows.mean(0), rtol=1e-14, atol=0)
-    torch.testing.assert_close(moments.variance_of_mean(), rows.var(0) / 23, rtol=1e-12, atol=0)
-
-
 def test_the_default_device_does_not_matter():
     """Sums and tables stay on the CPU, data on theirs, whatever ``with torch.device`` says."""
     key = PhiloxNoise(3)
@@ -278,20 +265,25 @@ def test_bad_arguments_are_named():
         ("noise must have the shape of the data", {"noise": x[:5]}),
         ("noise must have the shape of the data", {"noise": data(N + 1)}),
         (
-            "checkpoint must be a file in an existing folder",
+            "checkpoint must be a file in a folder that can be written",
             {"checkpoint": "nowhere/bits.json"},
         ),
-        ("checkpoint must be a file in an existing folder", {"checkpoint": "."}),
-        (
-            "noise must have a single sample id",
-            {"noise": PhiloxNoise(1, sample_ids=torch.arange(N))},
-        ),
+        ("checkpoint must be a file in a folder that can be written", {"checkpoint": "."}),
+        ("sample_ids must have one id for each", {"noise": PhiloxNoise(1, torch.arange(N - 1))}),
+        ("sample_ids must have one id for each", {"noise": PhiloxNoise(1, torch.arange(N + 1))}),
+        ("sample_ids must have one id for each", {"sample_ids": range(N - 1)}),
+        ("sample_ids must have one id for each", {"sample_ids": lambda _: [0]}),
+        ("sample_ids must be None", {"sample_ids": [0], "noise": PhiloxNoise(1, torch.arange(N))}),
+        ("noise must be a PhiloxNoise where sample_ids", {"sample_ids": [0], "noise": x}),
+        ("got id 0 for two samples that differ", {"sample_ids": [0] * N}),
     ):
         with pytest.raises(ValueError, match=name):
             bits_per_dim(DIFFUSION, model, x, **options)
     for name, options in (
         ("timesteps must be an int, got float", {"timesteps": 3.0}),
         ("draws must be an int, got bool", {"draws": True}),
+        ("sample_ids must be ids .N., or a function, got int", {"sample_ids": 3}),
+        ("sample_ids must be .*, got float", {"sample_ids": [0.5]}),
         ("noise must be a tensor or a PhiloxNoise, got int", {"noise": 3}),
     ):
         with pytest.raises(TypeError, match=name):

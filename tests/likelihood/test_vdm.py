@@ -9,7 +9,7 @@ import torch
 
 from diffcore import PhiloxNoise
 from diffcore.coefficients.step import PREDICTION_TYPES
-from diffcore.likelihood import vdm_bound
+from diffcore.likelihood import VDMBound, vdm_bound
 
 LOW, HIGH = -8.0, 5.0
 RANGE = {"gamma_min": LOW, "gamma_max": HIGH}
@@ -152,6 +152,23 @@ def test_inference_mode():
         drawn = vdm_bound(model, x, gamma=bent)
     assert torch.equal(found.total_nats, wanted.total_nats)
     assert drawn.total_nats.isfinite().all()
+
+
+def test_bounds_of_parts_combine():
+    x, key = pixels(), PhiloxNoise(3)
+    t = key.at(9).uniform((6,), dtype=torch.float64)
+    bounds = [
+        vdm_bound(model, part, **RANGE, t=t[first : first + 2], noise=key.for_samples(first))
+        for first, part in zip((0, 2, 4), x.split(2), strict=True)
+    ]
+    whole, combined = vdm_bound(model, x, **RANGE, t=t, noise=key), VDMBound.combine(bounds)
+    for name in ("prior_nats", "diffusion_nats", "reconstruction_nats", "t", "total_bpd"):
+        assert torch.equal(getattr(combined, name), getattr(whole, name)), name
+    with pytest.raises(ValueError, match="bounds must have at least one entry"):
+        VDMBound.combine([])
+    small = vdm_bound(model, x[..., :2], **RANGE, noise=key)
+    with pytest.raises(ValueError, match=r"bounds must have one number of dimensions, got .12, 18"):
+        VDMBound.combine([whole, small])
 
 
 def test_bad_arguments_are_named():

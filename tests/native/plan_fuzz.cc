@@ -197,7 +197,25 @@ class Fuzzer {
       }
       for (int other = 0; other < o; ++other)
         CHECK(!written.count(static_cast<char*>(plan.args.out[other])));
+      check_not_written(written, call, plan);
     }
+  }
+
+  // Nothing that is read while a row is written.
+  static void check_not_written(const std::set<char*>& written, TestCall& call, const Plan& plan) {
+    const auto apart = [&](const Tensor& tensor) {
+      Tensor x = tensor;
+      const TensorView view = x.view();
+      for (int64_t i = 0; i < count(view); ++i)
+        CHECK(
+            !written.count(static_cast<char*>(view.data) + offset(view, i) * view.dtype.bits / 8));
+    };
+    for (size_t k = 0; k < call.coef_tensors.size(); ++k)
+      if (call.coef_is_tensor[k]) apart(call.coef_tensors[k]);
+    if (plan.args.step) apart(call.step);
+    for (int k = 0; call.has_noise && k < kNoiseParts; ++k)
+      if (call.noise_is_tensor[k]) apart(call.noise[k]);
+    for (int k = 0; k < call.op->n_sum; ++k) apart(call.out[call.op->n_out + k]);
   }
 
   // Each coefficient of each row is an element of the tensor that was passed for it.

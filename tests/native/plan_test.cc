@@ -197,6 +197,59 @@ void test_reasons() {
            Code::kOverlap, A::kInput, 1));
   CHECK(is(changed("linear_pair", false, [](TestCall& c) { c.out[1].data = c.out[0].data; }),
            Code::kOutputsOverlap, A::kOutput, 1));
+
+  // A freed tensor that began inside its storage.
+  CHECK(is(add([](TestCall& c) { c.in[1].data = reinterpret_cast<void*>(40); }), Code::kMemory,
+           A::kInput, 1));
+  CHECK(is(add([](TestCall& c) { c.in[1].data = reinterpret_cast<void*>(kLowestAddress - 1); }),
+           Code::kMemory, A::kInput, 1));
+
+  // An output over whatever else is read or written.
+  const auto out_at = [](TestCall& c, int o) { return static_cast<char*>(c.out[o].data); };
+  const auto over = [&](TestCall& c, Tensor x) {
+    x.data = out_at(c, 0) + 4;
+    return x;
+  };
+  CHECK(is(coefs(Tensor({4}, 0), [&](TestCall& c) { c.coef_tensors[1] = over(c, Tensor({4}, 0)); }),
+           Code::kOverlap, A::kCoef, 1));
+  CHECK(is(coefs(Tensor({4}, 0, kFloat64),
+                 [&](TestCall& c) {  // ends where the output begins
+                   c.coef_tensors[1].data = out_at(c, 0) - 32;
+                 }),
+           Code::kDone));
+  CHECK(is(coefs(Tensor({10, 1}, 0),
+                 [&](TestCall& c) {
+                   c.has_step = c.step_is_tensor = true;
+                   c.step = over(c, Tensor({4}, 0, kInt64));
+                 }),
+           Code::kOverlap, A::kStep));
+  for (int k = 0; k < kNoiseParts; ++k)
+    CHECK(is(generated([&](TestCall& c) {
+               c.noise_is_tensor[k] = true;
+               c.noise[k] = over(c, Tensor({k == kIdsPart ? 4 : 1}, 0, kInt64));
+             }),
+             Code::kOverlap, Argument(int(A::kSeed) + k)));
+  CHECK(
+      is(sum([&](TestCall& c) { c.in[1].data = out_at(c, 0) - 4; }), Code::kOverlap, A::kInput, 1));
+  CHECK(is(changed("reparameterize_kl", false, [&](TestCall& c) { c.out[1].data = c.out[0].data; }),
+           Code::kOutputsOverlap, A::kOutput, 1));
+
+  // Without elements: the step is checked all the same, and no order of memory is impossible.
+  const auto no_samples = [&](const char* name, auto change) {
+    TestCall call = plain_call(op_named(name), {0, 3});
+    change(call);
+    return call.plan();
+  };
+  CHECK(is(no_samples("linear_combination",
+                      [](TestCall& c) {
+                        c.coef_is_tensor[0] = true;
+                        c.coef_tensors[0] = Tensor({10, 1}, 0);
+                        c.has_step = true;
+                        c.step_number = 10;
+                      }),
+           Code::kStepRange, A::kStep));
+  for (const Dims& shape : {Dims{2, 3, 0}, Dims{2, 3, 0, 5}, Dims{0, 3}, Dims{0}})
+    CHECK(is(plain_call(op_named("randn", true), shape).plan(), Code::kDone));
 }
 
 // ---- columns by name -----------------------------------------------------------------------------

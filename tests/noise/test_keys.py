@@ -88,6 +88,27 @@ def test_one_key_by_several_names() -> None:
     assert PhiloxNoise(np.int64(3)).seed.__class__ is int
 
 
+def test_ids_of_every_kind() -> None:
+    wanted = PhiloxNoise(3, sample_ids=torch.tensor([7, 0, 5]))
+    for ids in (
+        [7, 0, 5],
+        (7, np.int64(0), np.uint8(5)),
+        np.array([7, 0, 5]),
+        np.array([7, 0, 5], np.uint8)[::1],
+        np.array([5, 0, 7], np.int32)[::-1],
+        *(torch.tensor([7, 0, 5], dtype=d) for d in (torch.int32, torch.int16, torch.uint8)),
+    ):
+        key = PhiloxNoise(3, sample_ids=ids)
+        assert key == PhiloxNoise(3).for_samples(ids) == wanted
+        assert key.sample_ids.dtype == torch.int64
+    assert PhiloxNoise(3, sample_ids=np.array(7)) == PhiloxNoise(3, sample_ids=7)
+    assert PhiloxNoise(3, sample_ids=[]).sample_ids.shape == (0,)
+    array = np.array([1, 2])
+    key = PhiloxNoise(3, sample_ids=array)
+    array[0] = 9
+    assert key == PhiloxNoise(3, sample_ids=[1, 2])
+
+
 @each_key
 @pytest.mark.parametrize("protocol", range(2, pickle.HIGHEST_PROTOCOL + 1))
 def test_pickles(make: Callable[[], PhiloxNoise], protocol: int, drawing: None) -> None:
@@ -200,7 +221,7 @@ def test_from_a_generator_where_it_is_wanted() -> None:
 INT64 = torch.int64
 WRONG: dict[str, list[Any]] = {
     "seed": [None, "3", 1.5, True, [1], 1j, 2**64, -(2**63) - 1, np.float32(1), np.bool_(True)],
-    "sample_ids": ["3", 1.5, True, [0, 1], 2**63, -(2**63) - 1],
+    "sample_ids": ["3", 1.5, True, 2**63, -(2**63) - 1, [0.5], ["3"], [True], [[0], [1]], {0: 1}],
     "stream": [None, "3", 1.5, True, -1, 2**32],
     "first_element": [None, "4", 4.0, True, -4, 2, 2**34, torch.tensor(4)],
 }
@@ -208,9 +229,12 @@ WRONG["seed"] += [torch.zeros(3, dtype=INT64), torch.zeros(0, dtype=INT64)]
 WRONG["seed"] += [torch.zeros(1, 1, dtype=INT64)]
 WRONG["sample_ids"] += [torch.zeros(2, 3, dtype=INT64), torch.zeros(3, dtype=torch.uint64)]
 WRONG["stream"] += [torch.zeros(n, dtype=INT64) for n in (0, 2, (1, 1))]
+WRONG["sample_ids"] += [np.zeros(2), np.zeros(2, bool), np.zeros(2, np.uint64)]
+WRONG["sample_ids"] += [np.zeros((2, 2), int)]
 for bad_dtype in (torch.float32, torch.int32, torch.bool):
-    for wrong_values in (WRONG["seed"], WRONG["sample_ids"], WRONG["stream"]):
-        wrong_values.append(torch.zeros((), dtype=bad_dtype))
+    for name in ("seed", "sample_ids", "stream"):
+        if (name, bad_dtype) != ("sample_ids", torch.int32):
+            WRONG[name].append(torch.zeros((), dtype=bad_dtype))
 
 
 @pytest.mark.parametrize(
@@ -220,9 +244,9 @@ for bad_dtype in (torch.float32, torch.int32, torch.bool):
 )
 def test_wrong_parts(name: str, value: Any) -> None:
     number = isinstance(value, int) and not isinstance(value, bool)
-    shape = isinstance(value, Tensor) and value.dtype == INT64 and name != "first_element"
+    shape = getattr(value, "dtype", None) in (INT64, np.int64) and name != "first_element"
     kind = ValueError if number or shape else TypeError
-    came = f"({re.escape(str(value))}|(a tensor of )?\\S+|shape .*)$"
+    came = f"({re.escape(str(value))}|(a tensor of |an array of )?\\S+|shape .*)$"
     make: Any = {
         "seed": lambda: PhiloxNoise(value),
         "stream": lambda: PhiloxNoise(0).at(value),

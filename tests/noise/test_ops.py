@@ -17,7 +17,14 @@ from torch.utils.checkpoint import checkpoint
 
 from diffcore import PhiloxNoise, ops
 from diffcore._engine import dispatch, execute, kernel, native
-from support.bounds import assert_law, assert_same_bits, check, each_dtype, with_noise
+from support.bounds import (
+    assert_law,
+    assert_same_bits,
+    check,
+    each_dtype,
+    outputs_and_gradients,
+    with_noise,
+)
 from support.cases import BY_NAME, NOISED, Arguments, OpCase, as_tuple, without_kernels
 from support.layouts import DENSE, LAYOUTS, OTHER, Layout, inside
 
@@ -31,27 +38,6 @@ SHAPES = (
     *((), (5,), (0, 5), (5, 0), (4, 1), (37, 3), (40, 9), (3, 63), (3, 64), (3, 65)),
     *((2, 2047), (2, 2049), (2, 8193), (2, 3, 4, 5)),
 )
-
-
-def outputs_and_gradients(
-    case: OpCase,
-    run: Callable[..., Any],
-    args: Arguments,
-    noise: Tensor | PhiloxNoise,
-    sums: bool = True,
-) -> tuple[Tensor, ...]:
-    """What a case gives, and its gradient in every tensor but the noise, for a random upstream."""
-    leaves = {
-        n: x.detach().requires_grad_(n in case.differentiable) for n, x in args.tensors.items()
-    }
-    outputs = as_tuple(run(with_noise(Arguments(leaves, args.options), noise)))
-    generator = torch.Generator().manual_seed(5)
-    pairs = [(y, torch.randn(y.shape, generator=generator).to(y)) for y in outputs]
-    pairs = [(y, g) for y, g in pairs if y.requires_grad]
-    torch.autograd.backward(*zip(*pairs, strict=True))
-    found = [x.grad for n, x in leaves.items() if n != "noise" and x.grad is not None]
-    assert found
-    return (*(y.detach() for y in outputs if sums or y.ndim == args.tensors["noise"].ndim), *found)
 
 
 def assert_law_with_gradients(

@@ -362,3 +362,25 @@ def test_parameters_are_tensors_too() -> None:
     z = ops.reparameterize(mean, torch.zeros(3, 5), torch.randn(3, 5))
     z.sum().backward()
     assert_same_bits(mean.grad, torch.ones(3, 5))
+
+
+@each_case
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_arguments_that_depend_on_each_other(case: OpCase, create_graph: bool) -> None:
+    # x_t and the model's prediction of it, say: what reaches one argument must not count for both.
+    if not case.differentiable:
+        return
+    args = case.make((3, 4), torch.float64)
+    truth: list[Tensor] = []
+    for run in (case.native, case.eager):
+        x = args.tensors[case.differentiable[0]].clone().requires_grad_()
+        made = {n: 0.9 * x if k % 2 else x for k, n in enumerate(case.differentiable)}
+        outputs = as_tuple(run(Arguments({**args.tensors, **made}, args.options)))
+        total = sum(y.sum() for y in outputs if y.requires_grad)
+        (g,) = torch.autograd.grad(total, x, create_graph=create_graph)
+        again = torch.zeros_like(x)
+        if create_graph and g.requires_grad:
+            (again,) = torch.autograd.grad(g.square().sum(), x)
+        truth += [g.detach(), again]
+    torch.testing.assert_close(truth[0], truth[2], rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(truth[1], truth[3], rtol=1e-8, atol=1e-8)

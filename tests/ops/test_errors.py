@@ -47,11 +47,11 @@ def test_wrong_shapes(case: OpCase, device: str) -> None:
 
 
 @each_case
-def test_mixed_dtypes(case: OpCase, device: str) -> None:
+def test_an_integer_among_floats(case: OpCase, device: str) -> None:
     for name in read_by(case)[1:]:
         args = case.make((4, 3), torch.float32, device)
-        args.tensors[name] = args.tensors[name].bfloat16()
-        refused(TypeError, f"^{any_of(case)} must have the dtype of", case.native, args)
+        args.tensors[name] = args.tensors[name].int()
+        refused(TypeError, f"^{name} must have dtype .*, got torch.int32", case.native, args)
 
 
 @each_case
@@ -248,7 +248,7 @@ def test_a_step_of_one_sample_out_of_range(t: int, place: int) -> None:
     refused(ValueError, f"^t must hold .* got {t}$", ops.q_sample, x, counter, y, NOISE_TABLE)
 
 
-@pytest.mark.parametrize("bad", [1.0, "3", True, [0, 1, 2, 3], math.nan], ids=repr)
+@pytest.mark.parametrize("bad", [1.0, "3", True, [0.5, 1.5], math.nan], ids=repr)
 def test_steps_of_the_wrong_type(bad: Any, device: str) -> None:
     x, y = pair(device)
     refused(TypeError, "^t must be an int or", ops.q_sample, x, bad, y, NOISE_TABLE.to(device))

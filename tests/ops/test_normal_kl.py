@@ -118,7 +118,7 @@ def test_the_wrong_argument_is_named(place: int) -> None:
     if place:
         for kind, bad in (
             (ValueError, torch.randn(4, 2)),
-            (TypeError, torch.randn(4, 1).double()),
+            (TypeError, torch.ones(4, 1, dtype=torch.int64)),
             (ValueError, torch.randn(4, 1, device="meta")),
         ):
             args = [x] * 4

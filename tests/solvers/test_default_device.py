@@ -9,12 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from diffcore import PhiloxNoise, coefficients, schedules, solvers
-from diffcore.sampling import sample
+from diffcore import coefficients, schedules, solvers
 from diffcore.schedules import NoiseSchedule
 from diffcore.solvers import NoiseLevels, SolverTable
 from support.solver_list import ALL, CHURNED
-from support.toys import half
 
 SIGMAS = [10.0, 4.0, 1.0, 0.3, 0.0]
 BETAS = torch.linspace(1e-3, 0.3, 20, dtype=torch.float64)
@@ -87,10 +85,3 @@ def test_levels(name: str) -> None:
             assert_same_on_the_cpu(
                 lambda kind=kind: solvers.ddpm_table(LEVELS[name](), variance_type=kind)
             )
-
-
-def test_a_sampling_loop() -> None:
-    x, table = torch.ones(2, 3), solvers.ddpm_table(SIGMAS)
-    expected = sample(half, x, table, noise=PhiloxNoise(3))
-    with torch.device("meta"):
-        assert torch.equal(sample(half, x, table, noise=PhiloxNoise(3)), expected)

@@ -242,12 +242,12 @@ REFUSED = {
     "negative": (
         lambda: solvers.euler_table([2.0, -1.0]),
         ValueError,
-        "sigma must be above 0 before",
+        "sigma must be at least 0, got -1 at index 1",
     ),
     "zero-inside": (
         lambda: solvers.euler_table([2.0, 0.0, 0.0]),
         ValueError,
-        "sigma must be above 0 before",
+        "sigma must be above 0 before the last level, got 0 at index 1",
     ),
     "single": (lambda: solvers.euler_table([2.0]), ValueError, r"shape \[N \+ 1\]"),
     "matrix": (lambda: solvers.euler_table(torch.ones(2, 2)), ValueError, r"shape \[N \+ 1\]"),

@@ -65,6 +65,27 @@ def check_stacked(trials: Sequence[tuple[Tensor, Tensor, Any]], name: str) -> No
     )
 
 
+def outputs_and_gradients(
+    case: OpCase,
+    run: Callable[..., Any],
+    args: Arguments,
+    noise: Tensor | PhiloxNoise,
+    sums: bool = True,
+) -> tuple[Tensor, ...]:
+    """What a case gives, and its gradient in every tensor but the noise, for a random upstream."""
+    leaves = {
+        n: x.detach().requires_grad_(n in case.differentiable) for n, x in args.tensors.items()
+    }
+    outputs = as_tuple(run(with_noise(Arguments(leaves, args.options), noise)))
+    generator = torch.Generator().manual_seed(5)
+    pairs = [(y, torch.randn(y.shape, generator=generator).to(y)) for y in outputs]
+    pairs = [(y, g) for y, g in pairs if y.requires_grad]
+    torch.autograd.backward(*zip(*pairs, strict=True))
+    found = [x.grad for n, x in leaves.items() if n != "noise" and x.grad is not None]
+    assert found
+    return (*(y.detach() for y in outputs if sums or y.ndim == args.tensors["noise"].ndim), *found)
+
+
 def assert_same_bits(a: Any, b: Any, what: str = "") -> None:
     """Equal values, nan where nan, and zeros of the same sign."""
     for x, y in zip(as_tuple(a), as_tuple(b), strict=True):

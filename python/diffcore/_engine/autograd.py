@@ -101,10 +101,11 @@ def _reference_backward(
     kernel, coefs, step, reduce_all, noise = call
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
-        leaves = (
-            inputs
-            if create_graph
-            else tuple(x.detach().requires_grad_(n) for x, n in zip(inputs, needs, strict=True))
+        # One view an argument: a tensor given twice, or made of another argument, must not count
+        # for both.
+        leaves = tuple(
+            x.view_as(x) if create_graph else x.detach().requires_grad_(n)
+            for x, n in zip(inputs, needs, strict=True)
         )
         outs = run_reference(kernel, leaves, coefs, step, reduce_all, None, noise)
     outs = outs if isinstance(outs, tuple) else (outs,)

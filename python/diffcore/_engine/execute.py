@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -66,6 +67,10 @@ def _careful(reason: native.Reason, outs: Tensors, args: Arguments, reduce_all: 
     """What ``direct`` does where the kernel did not run: falls back, copies, or raises."""
     kernel, inputs, coefs, step, out, noise = args
     code = messages.code_of(reason)
+    if code == "other_dtype":
+        kernel, wide, noise = promoted(kernel, inputs, noise)
+        if wide is not inputs:
+            return direct(kernel, wide, coefs, step, reduce_all, out, noise)
     if code in ("unreadable", "device_kind"):  # sparse, quantized, meta, or of another device
         messages.explain(args)
         if not native.has_kernels(inputs[0].device):
@@ -103,6 +108,29 @@ def _generated(noise: Noise, like: Tensor) -> Tensor:
     return z
 
 
+def promoted(kernel: Kernel, inputs: Tensors, noise: Noise) -> tuple[Kernel, Tensors, Noise]:
+    """The call in the widest dtype of its inputs, by torch's promotion.
+
+    The noise of a key is rounded to the dtype of the samples first, as in every other call with
+    these samples.
+    """
+    first = inputs[0].dtype
+    for x in inputs:
+        if x.dtype is not first:
+            break
+    else:
+        return kernel, inputs, noise
+    dtypes = [x.dtype for x in inputs]
+    if not all(d in messages.DTYPES for d in dtypes):
+        return kernel, inputs, noise  # refused by name later
+    widest = functools.reduce(torch.promote_types, dtypes)
+    like = inputs[kernel.samples]
+    if noise is not None and like.dtype != widest:
+        inputs = (*inputs, philox.normals(noise, like.shape, like.dtype, like.device))
+        kernel, noise = kernel.reading(), None
+    return kernel, tuple([x.to(widest) for x in inputs]), noise
+
+
 def _as(like: Tensor, x: Tensor) -> Tensor:
     """``x`` in the memory layout of ``like``."""
     return x if x.stride() == like.stride() else _new_like(like).copy_(x)
@@ -128,6 +156,7 @@ def run_reference(
     out: Tensor | None = None,
     noise: Noise = None,
 ) -> Any:
+    kernel, inputs, noise = promoted(kernel, inputs, noise)
     messages.explain(Arguments(kernel, inputs, coefs, step, out, noise))
     assert kernel.reference is not None, kernel.name
     if noise is not None:

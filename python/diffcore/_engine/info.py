@@ -51,6 +51,14 @@ def collect_info() -> dict[str, object]:
     return info
 
 
+def as_text(info: dict[str, object]) -> dict[str, str]:
+    """``collect_info`` for people: names with spaces, values in words."""
+    return {
+        name.replace("_", " "): _cuda(info) if name == "cuda" else _text(value)
+        for name, value in info.items()
+    }
+
+
 def one_line(info: dict[str, object]) -> str:
     """What a bug report must have of ``collect_info``, in one line to paste."""
     build = f"{info['backend']} {info.get('instruction_set', '')}".strip()
@@ -64,6 +72,32 @@ def one_line(info: dict[str, object]) -> str:
         "devices": " + ".join(devices) if isinstance(devices, list) else devices,
     }
     return ", ".join(f"{name} {value}" for name, value in parts.items()) + f", {info['platform']}"
+
+
+def _cuda(info: dict[str, object]) -> str:
+    """Whether the CUDA kernels are built, and whether they can run here."""
+    if not info["cuda"]:
+        return "not built"
+    driver, devices = info["cuda_driver"], info["cuda_devices"]
+    assert isinstance(driver, int)
+    if not devices:
+        problem = "no device"
+    elif driver < native.MIN_CUDA_DRIVER:
+        found, needed = (f"{v // 1000}.{v % 1000 // 10}" for v in (driver, native.MIN_CUDA_DRIVER))
+        problem = f"driver for CUDA {found}, needs {needed}"
+    elif info["torch_cuda"] == "none":
+        problem = "this torch has no CUDA"
+    else:
+        return "built and usable"
+    return f"built, not usable here ({problem})"
+
+
+def _text(value: object) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if value is None:
+        return "none"
+    return ("\n".join(map(str, value)) if isinstance(value, list) else str(value)) or "none"
 
 
 def _plain(value: object) -> object:

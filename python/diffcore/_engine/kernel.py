@@ -37,6 +37,7 @@ class Kernel:
         reads_samples: Whether it is neither elementwise nor a sum: it needs all elements of a
             sample at once.
         table: What error messages call a table of several coefficients.
+        samples: Which input is the samples: the noise of a key is rounded to its dtype.
         generates_noise: Whether the functor's last input is noise that the kernel generates; it is
             not among ``inputs`` then.
         index: The position in the table of the compiled module; -1 without the module.
@@ -54,6 +55,7 @@ class Kernel:
     reads_inputs: bool = True
     reads_samples: bool = False
     table: str = "coefficients"
+    samples: int = 0
     generates_noise: bool = False
     index: int = field(init=False, repr=False)
 

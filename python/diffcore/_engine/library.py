@@ -1,26 +1,27 @@
 """Registers every kernel with torch.library, for compilers, tracers, subclasses and modes.
 
-Schema: the inputs by name, then the coefficients as two lists of the same length (a tensor, or None
-and a number), the step as a tensor or as an int (-1: none), and whether a sum is over everything. A
-kernel that generates noise also takes seed, sample ids and stream, each a tensor, or None and a
-number, and the first element.
+Schema: the inputs by name; for a kernel with coefficients these as two lists of the same length (a
+tensor, or None and a number) and the step as a tensor or as an int (-1: none); and whether a sum is
+over everything. A kernel that generates noise also takes seed, sample ids and stream, each a
+tensor, or None and a number, and the first element.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from diffcore._engine import messages, native
+from diffcore._engine import compiled_ops, execute, messages, native
 from diffcore._engine.autograd import read_again, run_backward, to_save
 from diffcore._engine.execute import (
     Noise,
     allocate,
     coefs_need_grad,
     direct,
+    promoted,
     resolved,
     run_reference,
 )
@@ -28,10 +29,19 @@ from diffcore._engine.kernel import Kernel, NoisyKernel
 from diffcore._engine.messages import Arguments
 from diffcore._types import Coefs, Step, Tensors
 
-_LIBRARY = torch.library.Library("diffcore", "DEF")
+LIBRARY = torch.library.Library("diffcore", "DEF")
 
 
-def pack(coefs: Coefs, step: Step) -> tuple[list[Tensor | None], list[float], Tensor | None, int]:
+def pack(kernel: Kernel, first: Tensor, coefs: Coefs, step: Step) -> tuple[Any, ...]:
+    """Coefficients and step as the operator takes them: nothing if the kernel has none.
+
+    ``first`` is an input, on the device of the call.
+    """
+    if not kernel.coefs:
+        return ()  # ahead-of-time inductor hands an empty list of optional tensors over as None
+    # Dynamo shows a symbolic number as a float.
+    if torch.compiler.is_compiling() or any(isinstance(c, torch.SymFloat) for c in coefs):
+        coefs = _without_symbols(coefs, first)
     tensors = [c if isinstance(c, Tensor) else None for c in coefs]
     numbers = [0.0 if isinstance(c, Tensor) else c for c in coefs]
     if isinstance(step, Tensor):
@@ -39,11 +49,36 @@ def pack(coefs: Coefs, step: Step) -> tuple[list[Tensor | None], list[float], Te
     return tensors, numbers, None, -1 if step is None else step
 
 
-def unpack(
-    tensors: Sequence[Tensor | None], numbers: Sequence[float], at: Tensor | None, step: int
-) -> tuple[Coefs, Step]:
-    coefs = tuple(n if x is None else x for x, n in zip(tensors, numbers, strict=True))
-    return coefs, at if at is not None else (None if step < 0 else step)
+def _without_symbols(coefs: Coefs, like: Tensor) -> Coefs:
+    """The coefficients with each number that a tracer derives from a size as a tensor.
+
+    As a number it would be a constant of the graph, and each size another compilation.
+    """
+    from torch.fx.experimental.symbolic_shapes import has_static_value  # slow to import
+
+    return tuple(
+        [
+            c
+            if isinstance(c, Tensor) or has_static_value(c)
+            else torch.full((), c, dtype=torch.float64, device=like.device)
+            for c in coefs
+        ]
+    )
+
+
+def unpack(kernel: Kernel, packed: Sequence[Any]) -> tuple[Coefs, Step, bool, Noise]:
+    """Coefficients, step, ``reduce_all`` and noise, from what follows the inputs."""
+    if not kernel.coefs:
+        reduce_all, *noise = packed
+        return (), None, reduce_all, unpack_noise(noise)
+    tensors, numbers, at, step, reduce_all, *noise = packed
+    coefs = tuple(numbers)
+    for x in tensors:
+        if x is not None:
+            coefs = tuple([n if x is None else x for x, n in zip(tensors, numbers, strict=True)])
+            break
+    where = at if at is not None else (None if step < 0 else step)
+    return coefs, where, reduce_all, unpack_noise(noise)
 
 
 def pack_noise(noise: Noise) -> list[Tensor | int | None]:
@@ -63,6 +98,7 @@ def unpack_noise(packed: Sequence[Any]) -> Noise:
     return seed, ids, stream, packed[6]
 
 
+_COEF_SCHEMA = ", Tensor?[] coef_tensors, float[] coef_numbers, Tensor? step_tensor, SymInt step"
 _NOISE_SCHEMA = (
     ", Tensor? seed, SymInt seed_number, Tensor? sample_ids, SymInt first_id, "
     "Tensor? stream, SymInt stream_number, int first_element"
@@ -78,6 +114,7 @@ def run_registered(
     out: Tensor | None,
     noise: Noise = None,
 ) -> Any:
+    kernel, inputs, noise = promoted(kernel, inputs, noise)
     if not isinstance(step, Tensor) and step is not None and step < 0:
         raise ValueError(f"t must be at least 0, got {step}")  # -1 is "no step" in the schema
     if not native.has_kernels(inputs[0].device) or (
@@ -85,10 +122,13 @@ def run_registered(
     ):
         return run_reference(kernel, inputs, coefs, step, reduce_all, out, noise)
     compiling = torch.compiler.is_compiling()
+    if compiling and compiled_ops.kind == "formula" and noise is None:
+        return run_reference(kernel, inputs, coefs, step, reduce_all, out)
     if not compiling and native.dispatch_modes():  # fake tensors: no kernel will check anything
         messages.explain(Arguments(kernel, inputs, coefs, step, None, noise))
     op = getattr(torch.ops.diffcore, kernel.operator).default
-    arguments = (*inputs, *pack(coefs, step), reduce_all, *pack_noise(noise))
+    packed = pack(kernel, inputs[0], coefs, step)
+    arguments = (*inputs, *packed, reduce_all, *pack_noise(noise))
     if compiling:
         result = op(*arguments)
     else:
@@ -118,6 +158,20 @@ def _slice(argument: Any, dim: Any, i: int) -> Any:
     return argument if dim is None else argument.select(dim, i)
 
 
+def _check_devices(kernel: Kernel, args: Sequence[Any]) -> None:
+    """Raises where an argument is on another device than the first input.
+
+    A tensor on "meta" makes torch take any call for one without data, and return garbage.
+    """
+    at = args[0].device
+    tensors = [x for a in args for x in (a if isinstance(a, (list, tuple)) else (a,))]
+    for x in tensors:
+        if isinstance(x, Tensor) and x.device != at:
+            raise ValueError(
+                f"{kernel.operator}: the arguments must be on one device, got {at} and {x.device}"
+            )
+
+
 def define_noisy(kernel: Kernel) -> NoisyKernel:
     """Registers a kernel whose last input is noise, and the one that generates this noise."""
     return NoisyKernel(define(kernel), define(kernel.generating()))
@@ -128,20 +182,20 @@ def define(kernel: Kernel) -> Kernel:
     arity, name = len(kernel.inputs), kernel.operator
     tensors = ", ".join(f"Tensor {i}" for i in kernel.inputs)
     returns = ", ".join(["Tensor"] * (kernel.outputs + kernel.sums))
-    _LIBRARY.define(
-        f"{name}({tensors}, Tensor?[] coef_tensors, float[] coef_numbers, Tensor? step_tensor, "
-        f"int step, bool reduce_all{_NOISE_SCHEMA * kernel.generates_noise})"
+    LIBRARY.define(
+        f"{name}({tensors}{_COEF_SCHEMA * bool(kernel.coefs)}, bool reduce_all"
+        f"{_NOISE_SCHEMA * kernel.generates_noise})"
         f" -> {returns if kernel.outputs + kernel.sums == 1 else f'({returns})'}",
         tags=(torch.Tag.pt2_compliant_tag,),
     )
 
-    def native(*args: Any) -> Any:
-        coefs, step = unpack(*args[arity : arity + 4])
-        reduce_all, noise = args[arity + 4], unpack_noise(args[arity + 5 :])
+    def on_device(*args: Any) -> Any:
+        coefs, step, reduce_all, noise = unpack(kernel, args[arity:])
         return direct(kernel, args[:arity], resolved(coefs), step, reduce_all, None, noise)
 
     def fake(*args: Any) -> Any:
-        outs = allocate(kernel, args[0], args[arity + 4])
+        _check_devices(kernel, args)
+        outs = allocate(kernel, args[0], args[arity + 4 * bool(kernel.coefs)])
         return outs[0] if len(outs) == 1 else outs
 
     def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
@@ -154,8 +208,7 @@ def define(kernel: Kernel) -> Kernel:
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.call = inputs[arity:]
-        coefs, step = unpack(*inputs[arity : arity + 4])
-        noise = unpack_noise(inputs[arity + 5 :])
+        coefs, step, _, noise = unpack(kernel, ctx.call)
         made = (output[0],) if kernel.makes_gradient else ()
         kept = to_save(inputs[:arity], made, noise) if kernel.saves_inputs else ()
         ctx.save_for_backward(*kept, *read_again((kernel, coefs, step, False, noise)))
@@ -166,17 +219,47 @@ def define(kernel: Kernel) -> Kernel:
                 f"diffcore::{name} is the first derivative of another op and is not "
                 "differentiable itself; differentiate twice through diffcore.ops"
             )
-        coefs, step = unpack(*ctx.call[:4])
         needs = ctx.needs_input_grad[:arity]
-        call = (kernel, coefs, step, ctx.call[4], unpack_noise(ctx.call[5:]))
+        call = (kernel, *unpack(kernel, ctx.call))
         saved = ctx.saved_tensors
         found = run_backward(saved if kernel.saves_inputs else (), call, grads, needs)
         return (*found, *map(_no_gradient, ctx.call))
 
     qualified = f"diffcore::{name}"
-    _LIBRARY.impl(name, native, "CPU")
-    _LIBRARY.impl(name, native, "CUDA")
-    torch.library.register_fake(qualified, fake, lib=_LIBRARY)
-    torch.library.register_vmap(qualified, vmap, lib=_LIBRARY)
-    torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=_LIBRARY)
+
+    def launched(*args: Any) -> Any:
+        """The outputs, or an int where anything is not plain, as ``_C.launch`` finds."""
+        module = execute._C
+        if module is None:
+            return 0
+        coefs, step, _, noise = unpack(kernel, args[arity:])
+        return module.launch(kernel.index, args[:arity], coefs, step, noise, native.DEBUG)
+
+    LIBRARY.impl(name, on_device, "CPU")
+    LIBRARY.impl(name, on_device, "CUDA")
+    torch.library.register_fake(qualified, fake, lib=LIBRARY)
+    torch.library.register_vmap(qualified, vmap, lib=LIBRARY)
+    lib: Any = _Launches(launched)
+    torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=lib)
     return kernel
+
+
+class _Launches:
+    """Registers what torch makes of a backward pass, behind a launch of the kernel.
+
+    Torch's way from an operator to its kernel takes several times as long as the call of a small
+    tensor. Where nothing on the way has anything to do, the kernel is launched at once.
+    """
+
+    def __init__(self, launched: Callable[..., Any]) -> None:
+        self._launched = launched
+
+    def impl(self, name: str, differentiable: Callable[..., Any], *key: Any, **how: Any) -> None:
+        """Registers the implementation, as ``torch.library.Library.impl`` does."""
+        launched = self._launched
+
+        def call(keyset: Any, *args: Any) -> Any:
+            found = launched(*args)
+            return differentiable(keyset, *args) if type(found) is int else found
+
+        LIBRARY.impl(name, call, *key, **how)

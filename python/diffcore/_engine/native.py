@@ -5,6 +5,7 @@ Everything works without it, on :mod:`diffcore.reference`.
 
 from __future__ import annotations
 
+import importlib
 import os
 import warnings
 from collections.abc import Callable
@@ -35,12 +36,26 @@ def _unknown() -> bool:
 
 
 # Private queries of torch: how many modes are active; None where no functorch transform is. Should
-# a torch lack one, the answer is "active": the slow, right route.
+# a torch lack one, the answer is "active": the slow, right route. One function mode does not count:
+# that of a default device, which changes only the constructors of tensors. torch keeps one of these
+# at most, and CURRENT_DEVICE in step with it.
 dispatch_modes: Callable[[], Any] = getattr(torch._C, "_len_torch_dispatch_stack", _unknown)
-function_modes: Callable[[], Any] = getattr(torch._C, "_len_torch_function_stack", _unknown)
+_DEVICE: dict[str, Any] = vars(importlib.import_module("torch.utils._device"))
+_function_modes: Callable[[], Any] = getattr(torch._C, "_len_torch_function_stack", _unknown)
 transforms: Callable[[], Any] = getattr(
     getattr(torch._C, "_functorch", None), "peek_interpreter_stack", _unknown
 )
+
+# The same question in the form that torch.compile answers while it traces.
+transform_depth: Callable[[], int] = getattr(
+    getattr(torch._C, "_functorch", None), "get_dynamic_layer_stack_depth", lambda: 0
+)
+
+
+def function_modes() -> int:
+    """How many function modes are active, without that of a default device."""
+    count: int = _function_modes()
+    return count - 1 if count and _DEVICE.get("CURRENT_DEVICE") is not None else count
 
 
 def check_columns(module: Any) -> None:
@@ -69,11 +84,14 @@ if BACKEND == "native":
             torch.Tensor,
             torch.nn.Parameter,
             torch.empty_like,
-            (dispatch_modes, function_modes),
+            dispatch_modes,
+            _function_modes,
+            _DEVICE,
+            torch._C.DisableTorchFunction,
             transforms,
             torch.is_grad_enabled,
         )
-    except (ImportError, AttributeError, RuntimeError) as error:
+    except (ImportError, AttributeError, RuntimeError, TypeError, ValueError) as error:
         _C = None
         _load_error = f"{type(error).__name__}: {error}"
         warnings.warn(

@@ -12,7 +12,7 @@ from torch import Tensor
 
 # What a launch costs, in elements of noise that are generated in the same time.
 _LAUNCH = 4096
-# Noise next to the box that may be generated and dropped, in elements of a sample, to save launches.
+# Elements of a sample next to the box that may be generated and dropped, to save launches.
 _SPARE = 2**14
 
 
@@ -36,6 +36,20 @@ class Window(NamedTuple):
         for size, offset in zip(self.sample, self.offset, strict=True):
             start = start * size + offset
         return start
+
+    @property
+    def end(self) -> int:
+        """The element after the last one of the box."""
+        last = tuple(o + n - 1 for o, n in zip(self.offset, self.sizes, strict=True))
+        return self._replace(offset=last).start + 1
+
+    def elements(self, device: torch.device | str | None) -> Tensor:
+        """The elements of the box in row-major order, int64 ``[n]``."""
+        found = torch.zeros(1, dtype=torch.int64, device=device)
+        for size, offset, count in zip(self.sample, self.offset, self.sizes, strict=True):
+            index = torch.arange(count, device=found.device) + offset
+            found = (found.unsqueeze(-1) * size + index).flatten()
+        return found
 
     @property
     def is_run(self) -> bool:

@@ -83,6 +83,7 @@ def _loss(
         sums=1,
         reference=lambda *args, reduce_all: formula(*args)[1],
         backward=_without_backward,
+        samples=len(inputs) - 2,
     )
     with_gradient = Kernel(
         f"{name}_gradient",
@@ -92,6 +93,7 @@ def _loss(
         reference=formula,
         backward=_loss_backward,
         makes_gradient=True,
+        samples=len(inputs) - 2,
     )
     return Loss(define_noisy(plain), define_noisy(with_gradient))
 

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch._functorch import config as partitioner
+from torch.fx import traceback
+from torch.utils.checkpoint import CheckpointPolicy
 
 from diffcore._engine.dispatch import run
 from diffcore._engine.kernel import Call, Kernel, NoisyKernel
-from diffcore._engine.library import define
+from diffcore._engine.library import LIBRARY, define
 from diffcore._types import Coefs, NoiseParts, Step, Tensors
 
 Needs = Any
@@ -43,3 +47,28 @@ RANDN = define(
         generates_noise=True,
     )
 )
+
+
+def _draw_seed(device: torch.device) -> Tensor:
+    """64 bits from torch's generator, int64 ``[1]``; a compiler keeps them for the backward pass.
+
+    A partitioner that saves memory would draw again there, and the noise of the gradient would be
+    another than that of the result. The mark reaches the traced node through the metadata that
+    tracers copy; outside of them it changes nothing.
+    """
+    if partitioner.activation_memory_budget == 0 and torch.is_grad_enabled():
+        raise RuntimeError(
+            "noise must be given where activation_memory_budget is 0, which keeps no value of the "
+            "forward pass, so the backward pass would draw other noise; pass a PhiloxNoise, or set "
+            "a small budget above 0"
+        )
+    before = traceback.current_meta
+    traceback.current_meta = {**before, "recompute": CheckpointPolicy.MUST_SAVE}
+    try:
+        return torch.randint(-(2**63), 2**63 - 1, (1,), device=device)
+    finally:
+        traceback.current_meta = before
+
+
+LIBRARY.define("draw_seed(*, Device device) -> Tensor", tags=(torch.Tag.nondeterministic_seeded,))
+LIBRARY.impl("draw_seed", _draw_seed, "CompositeImplicitAutograd")

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from diffcore._checks import check_choice
-from diffcore._types import VlbColumns
+from diffcore._types import Coef, VlbColumns
 from diffcore.coefficients.step import LEARNED as LEARNED
 from diffcore.coefficients.step import VARIANCE_TYPES as VARIANCE_TYPES
 from diffcore.coefficients.step import (
@@ -25,6 +26,10 @@ GIVEN = ("x_t", "noise")
 VLB_COLUMNS = VlbColumns._fields
 """The columns of a table of ``ops.vlb_term``; the last three where the variance is learned."""
 FIXED = 12
+
+_NEAR = 0.1  # below it expm1(d) - d cancels
+
+Number = TypeVar("Number", float, Tensor)
 
 
 def log_variances(alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
@@ -137,18 +142,23 @@ def vlb_coefficients(
     return table
 
 
-def prior_coefficients(alpha: float, sigma: float) -> tuple[float, float]:
+def prior_coefficients(alpha: Coef, sigma: Coef) -> tuple[Coef, Coef]:
     """(factor, offset) of L_T = factor sum x_0² + n offset, the KL of q(x_T | x_0) to N(0, I).
 
     Args:
-        alpha: Signal coefficient at the last time.
-        sigma: Noise coefficient there.
+        alpha: Signal coefficient at the last time, a number or a float64 tensor.
+        sigma: Noise coefficient there, like alpha.
 
     Returns:
-        1/2 alpha², and 1/2 [sigma² - 1 - log sigma²].
+        1/2 alpha², and 1/2 [sigma² - 1 - log sigma²], like alpha.
     """
-    d = torch.tensor(2 * math.log(sigma), dtype=torch.float64, device="cpu")
-    return 0.5 * alpha**2, float(_half_expm1_minus(d))
+    factor = 0.5 * alpha**2
+    if isinstance(sigma, Tensor):
+        return factor, _half_expm1_minus(2 * sigma.log())
+    d = 2 * math.log(sigma)
+    if torch.compiler.is_compiling():  # no tensor can be read
+        return factor, 0.5 * (d * d * _series(d) if abs(d) < _NEAR else math.expm1(d) - d)
+    return factor, float(_half_expm1_minus(torch.tensor(d, dtype=torch.float64, device="cpu")))
 
 
 def _posterior(alpha: Tensor, sigma: Tensor) -> tuple[Tensor, ...]:
@@ -173,8 +183,13 @@ def _errors(
 
 def _half_expm1_minus(d: Tensor) -> Tensor:
     """1/2 (expm1(d) - d), by its series where d is small."""
-    near = torch.where(d.abs() < 0.1, d, torch.zeros_like(d))
-    series = torch.zeros_like(d)
+    near = torch.where(d.abs() < _NEAR, d, torch.zeros_like(d))
+    return 0.5 * torch.where(d.abs() < _NEAR, near * near * _series(near), torch.expm1(d) - d)
+
+
+def _series(d: Number) -> Number:
+    """(expm1(d) - d) / d² where d is small."""
+    series = 0.0 * d
     for k in range(14, 1, -1):
-        series = series * near + 1 / math.factorial(k)
-    return 0.5 * torch.where(d.abs() < 0.1, near * near * series, torch.expm1(d) - d)
+        series = series * d + 1 / math.factorial(k)
+    return series

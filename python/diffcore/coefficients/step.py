@@ -19,7 +19,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from diffcore._checks import check_choice
+from diffcore._checks import as_real, as_tensor, check_choice
 from diffcore._types import Coef
 
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction", "flow_prediction")
@@ -53,14 +53,16 @@ def parse_clip_range(clip_range: float | tuple[float, float] | None) -> tuple[fl
     """
     if clip_range is None:
         return -math.inf, math.inf
-    if isinstance(clip_range, (int, float)) and not isinstance(clip_range, bool):
-        low, high = -float(clip_range), float(clip_range)
-    elif isinstance(clip_range, (tuple, list)) and len(clip_range) == 2:
-        low, high = float(clip_range[0]), float(clip_range[1])
-    else:
+    try:
+        if isinstance(clip_range, (tuple, list)):
+            low, high = (as_real("clip_range", bound) for bound in clip_range)
+        else:
+            high = as_real("clip_range", clip_range)
+            low = -high
+    except (TypeError, ValueError):
         raise TypeError(
             f"clip_range must be None, a number or a pair of numbers, got {clip_range!r}"
-        )
+        ) from None
     if not low < high:
         raise ValueError(f"clip_range must have lowest < highest, got ({low}, {high})")
     return low, high
@@ -293,8 +295,7 @@ def ddim_coefficients(
     Source:
         Song, Meng and Ermon 2021 (arXiv 2010.02502) eq. 12 and 16.
     """
-    if isinstance(eta, bool) or not isinstance(eta, (int, float)):
-        raise TypeError(f"eta must be a number, got {type(eta).__name__}")
+    eta = as_real("eta", eta)
     if not 0 <= eta <= 1:
         raise ValueError(f"eta must be in [0, 1], got {eta}")
     low, high = parse_clip_range(clip_range)
@@ -347,18 +348,24 @@ def _float64(names: tuple[str, ...], *values: Coef) -> Sequence[Coef]:
             break
     else:
         return values
-    for name, value in zip(names, values, strict=True):
-        if isinstance(value, Tensor):
-            if value.is_complex() or value.dtype == torch.bool:
-                raise TypeError(f"{name} must be real, got a tensor of {value.dtype}")
-        elif isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise TypeError(f"{name} must be a number or a tensor, got {type(value).__name__}")
-    if any(isinstance(value, Tensor) for value in values):
-        return _broadcast(values)
-    return [float(value) for value in values]
+    numbers = [_number(name, value) for name, value in zip(names, values, strict=True)]
+    if any(isinstance(value, Tensor) for value in numbers):
+        return _broadcast(numbers, names)
+    return numbers
 
 
-def _broadcast(values: Sequence[Coef]) -> Sequence[Tensor]:
+def _number(name: str, value: Coef) -> Coef:
+    """A float or a tensor of real numbers; a NumPy array is a tensor on the CPU."""
+    if not isinstance(value, Tensor):
+        if not getattr(value, "ndim", 0):
+            return as_real(name, value)
+        value = as_tensor(name, value)
+    if value.is_complex() or value.dtype == torch.bool:
+        raise TypeError(f"{name} must be real, got a tensor of {value.dtype}")
+    return value
+
+
+def _broadcast(values: Sequence[Coef], names: tuple[str, ...] = ()) -> Sequence[Tensor]:
     """Float64 tensors of one shape, of the device and the type of the first tensor."""
     first = next(value for value in values if isinstance(value, Tensor))
     tensors = [
@@ -367,8 +374,26 @@ def _broadcast(values: Sequence[Coef]) -> Sequence[Tensor]:
         else first.new_full((), value, dtype=torch.float64)
         for value in values
     ]
-    broadcast: Sequence[Tensor] = torch.broadcast_tensors(*tensors)
+    try:
+        broadcast: Sequence[Tensor] = torch.broadcast_tensors(*tensors)
+    except RuntimeError:
+        _refuse_shapes(tensors, names)
+        raise
     return broadcast
+
+
+def _refuse_shapes(tensors: Sequence[Tensor], names: tuple[str, ...]) -> None:
+    """Raises for the first tensor that does not broadcast with those before it."""
+    shape, first = torch.Size(()), ""
+    for name, tensor in zip(names, tensors, strict=False):
+        try:
+            shape = torch.broadcast_shapes(shape, tensor.shape)
+        except RuntimeError:
+            raise ValueError(
+                f"{name} must have the shape of {first}, {tuple(shape)}, or be one number, got "
+                f"{tuple(tensor.shape)}"
+            ) from None
+        first = name if tensor.ndim and not first else first
 
 
 def _row(*columns: Coef) -> Tensor:

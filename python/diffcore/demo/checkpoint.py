@@ -1,29 +1,54 @@
-"""Checkpoints without pickle: tensors and JSON in one safetensors file, replaced atomically."""
+"""Checkpoints without pickle: tensors and JSON in one safetensors file, replaced in one move."""
 
 from __future__ import annotations
 
 import json
-import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from torch import Tensor, nn
 
+from diffcore._files import replace_file
+
+Spec = tuple[tuple[int, ...], torch.dtype]
+Value = TypeVar("Value")
+
 _KEY = "diffcore"
+_FIX = "delete it, or start a new run without --resume"
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class DamagedFileError(ValueError):
+    """A file of a demo run is damaged, or another program wrote it."""
+
+    @classmethod
+    def of(cls, path: Path, kind: str, problem: object) -> DamagedFileError:
+        """The error for a file.
+
+        Args:
+            path: The file.
+            kind: What it should be.
+            problem: What is wrong with it.
+        """
+        return cls(f"{path} must be {kind}, got a damaged or other file: {problem}; {_FIX}")
 
 
 def save_checkpoint(path: Path, tensors: dict[str, Tensor], scalars: dict[str, Any]) -> None:
     """Write tensors, and scalars as JSON in the file's header.
 
-    The file is replaced atomically: a crash leaves the old file or the new one, never a part.
+    The file is replaced in one move: a crash leaves the old file or the new one, never a part.
 
     Args:
         path: File to write; its folder is created if missing.
         tensors: Tensors to save, on any device.
         scalars: JSON-serializable values.
+
+    Raises:
+        OSError: The file could not be written, for example because the disk is full.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     # safetensors refuses shared storage and non-contiguous strides, so every tensor is copied.
@@ -31,53 +56,105 @@ def save_checkpoint(path: Path, tensors: dict[str, Tensor], scalars: dict[str, A
         name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
         for name, tensor in tensors.items()
     }
-    partial = path.with_name(path.name + ".partial")
-    save_file(plain, partial, metadata={_KEY: json.dumps(scalars)})
-    os.replace(partial, path)
+    replace_file(path, save(plain, metadata={_KEY: json.dumps(scalars)}))
 
 
-def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def load_checkpoint(
+    path: Path,
+    check: Callable[[dict[str, Tensor], dict[str, Any]], None] | None = None,
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read a file written by ``save_checkpoint``.
 
     Args:
         path: File to read.
+        check: Called with tensors and scalars, to raise a ValueError for what is wrong with them.
 
     Returns:
         Tensors on the CPU, and scalars.
 
     Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If the file was not written by ``save_checkpoint``.
+        FileNotFoundError: There is no such file.
+        DamagedFileError: The file was not written by ``save_checkpoint``, is damaged, or ``check``
+            refused it.
     """
     if not path.exists():
         raise FileNotFoundError(f"no checkpoint at {path}")
-    with safe_open(path, framework="pt") as file:
-        metadata = file.metadata() or {}
-        if _KEY not in metadata:
-            raise ValueError(
-                f"{path} must be a checkpoint of the demo, got another safetensors file"
-            )
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no dict
-    return tensors, json.loads(metadata[_KEY])
+    try:
+        if not path.is_file():
+            raise ValueError("it is no file")
+        tensors, scalars = _read(path)
+        if check is not None:
+            check(tensors, scalars)
+    except (SafetensorError, ValueError, RecursionError) as error:
+        raise DamagedFileError.of(path, "a checkpoint of the demo", error) from error
+    return tensors, scalars
 
 
-def read_scalars(path: Path) -> dict[str, Any]:
-    """Read the scalars of a checkpoint without its tensors.
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    # Read once: safe_open opens the path a second time for the data, and another process may have
+    # replaced the file in between.
+    content = path.read_bytes()
+    try:
+        tensors = load(content)
+    except KeyError as error:
+        raise ValueError(f"dtypes must be those of torch, got {error}") from error
+    end = 8 + int.from_bytes(content[:8], "little")
+    metadata = json.loads(content[8:end]).get("__metadata__", {})
+    if _KEY not in metadata:
+        raise ValueError(f"metadata must have the entry {_KEY!r}, got {sorted(metadata)[:3]}")
+    scalars = json.loads(metadata[_KEY])
+    if not isinstance(scalars, dict):
+        raise ValueError(f"metadata must be a JSON object, got {type(scalars).__name__}")
+    return tensors, scalars
+
+
+def check_tensors(tensors: Mapping[str, Tensor], expected: Mapping[str, Spec]) -> None:
+    """Check names, shapes and dtypes.
 
     Args:
-        path: File to read.
+        tensors: What came.
+        expected: Shape and dtype by name.
+
+    Raises:
+        ValueError: They differ.
+    """
+    missing, other = sorted(expected.keys() - tensors), sorted(tensors.keys() - expected)
+    if missing or other:
+        got = f"no {missing[0]}" if missing else f"also {other[0]}"
+        raise ValueError(f"tensors must be the {len(expected)} of the run's settings, got {got}")
+    for name, (shape, dtype) in expected.items():
+        tensor = tensors[name]
+        if (tuple(tensor.shape), tensor.dtype) != (shape, dtype):
+            raise ValueError(
+                f"{name} must have shape {list(shape)} and dtype {dtype}, got "
+                f"{list(tensor.shape)} and {tensor.dtype}"
+            )
+
+
+def specs(tensors: Mapping[str, Tensor]) -> dict[str, Spec]:
+    """Shape and dtype of tensors, by name."""
+    return {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
+
+
+def optimizer_specs(model: nn.Module) -> dict[str, Spec]:
+    """What ``optimizer_tensors`` returns for AdamW after a step.
+
+    Args:
+        model: The model whose parameters the optimizer updates.
 
     Returns:
-        The scalars.
+        Shape and dtype by name.
     """
-    with safe_open(path, framework="pt") as file:
-        scalars: dict[str, Any] = json.loads((file.metadata() or {})[_KEY])
-    return scalars
+    found: dict[str, Spec] = {}
+    for name, parameter in model.named_parameters():
+        found[f"{name}/step"] = ((), torch.float32)
+        found |= {f"{name}/{key}": (tuple(parameter.shape), parameter.dtype) for key in _MOMENTS}
+    return found
 
 
-def prefixed(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def prefixed(prefix: str, values: Mapping[str, Value]) -> dict[str, Value]:
     """Put a prefix and a dot before each name."""
-    return {f"{prefix}.{name}": tensor for name, tensor in tensors.items()}
+    return {f"{prefix}.{name}": value for name, value in values.items()}
 
 
 def stripped(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

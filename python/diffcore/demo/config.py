@@ -4,9 +4,27 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+
+from diffcore._checks import check_choice
+from diffcore._files import replace_file
+from diffcore.demo.checkpoint import DamagedFileError
+from diffcore.demo.data import DATASETS
+
+# What a run has memory, time and a formula for.
+_STEPS, _OTHER = (1, 10**7), (1, 4096)
+_RANGES = {
+    "seed": (-(2**63), 2**63 - 1),
+    "steps": _STEPS,
+    "vae_steps": _STEPS,
+    "checkpoint_every": _STEPS,
+    "warmup_steps": _STEPS,
+    "num_timesteps": (21, 10**5),  # with fewer, the last of the scaled betas is not below 1
+}
+_NAMES = tuple(name for name in DATASETS if name != "auto")
 
 
 @dataclass(frozen=True)
@@ -61,11 +79,31 @@ class DemoConfig:
     checkpoint_every: int = 250
 
     def __post_init__(self) -> None:
-        """Refuse counts and rates that are not positive."""
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.name not in ("data", "seed") and value <= 0:
-                raise ValueError(f"{field.name} must be positive, got {value}")
+        """Refuse other types, and numbers out of range."""
+        check_choice("data", self.data, _NAMES)
+        for field in dataclasses.fields(self)[1:]:
+            name, value = field.name, getattr(self, field.name)
+            if field.type == "float":
+                if type(value) not in (int, float):
+                    raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+                if not 0 < value < math.inf:
+                    raise ValueError(f"{name} must be positive and finite, got {value}")
+                continue
+            if type(value) is not int:
+                raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+            least, most = _RANGES.get(name, _OTHER)
+            if not least <= value <= most:
+                raise ValueError(f"{name} must be in {least} .. {most}, got {value}")
+        if self.ema_decay >= 1:
+            raise ValueError(f"ema_decay must be less than 1, got {self.ema_decay}")
+        if self.ddim_steps > self.num_timesteps:
+            raise ValueError(f"ddim_steps must be at most num_timesteps, got {self.ddim_steps}")
+        for name in ("width", "vae_width"):  # group norms of 8 groups
+            if getattr(self, name) % 8:
+                raise ValueError(f"{name} must be a multiple of 8, got {getattr(self, name)}")
+        half = 4 if self.data == "digits" else 14  # the U-Net has two levels
+        if half % self.patch:
+            raise ValueError(f"patch must be a divisor of {half}, got {self.patch}")
 
     def replace(self, changes: Mapping[str, object]) -> DemoConfig:
         """Return a copy with some settings changed.
@@ -84,7 +122,7 @@ class DemoConfig:
         Args:
             path: File to write.
         """
-        path.write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n")
+        replace_file(path, (json.dumps(dataclasses.asdict(self), indent=2) + "\n").encode())
 
     @classmethod
     def load(cls, path: Path) -> DemoConfig:
@@ -97,14 +135,13 @@ class DemoConfig:
             The settings.
 
         Raises:
-            ValueError: If the file does not hold the settings of a demo run.
+            DamagedFileError: If the file does not hold the settings of a demo run.
         """
         try:
-            return cls(**json.loads(path.read_text()))
-        except (TypeError, json.JSONDecodeError) as error:
-            raise ValueError(
-                f"{path} must hold the settings of a demo run, got other content: {error}"
-            ) from error
+            return cls(**json.loads(path.read_bytes()))
+        except (TypeError, ValueError, RecursionError) as error:
+            kind = "the settings of a demo run"
+            raise DamagedFileError.of(path, kind, error) from error
 
 
 def full_config(data: str) -> DemoConfig:

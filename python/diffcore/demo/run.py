@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -12,10 +13,11 @@ from pathlib import Path
 import torch
 
 from diffcore._engine.info import collect_info, installed_version
+from diffcore._files import replace_file
 from diffcore.demo import ddpm, likelihood, vae
-from diffcore.demo.checkpoint import read_scalars, save_checkpoint
+from diffcore.demo.checkpoint import save_checkpoint
 from diffcore.demo.config import DemoConfig, full_config, quick_config
-from diffcore.demo.data import ImageData, load_images, resolve
+from diffcore.demo.data import ImageData, check_installed, load_images, resolve
 from diffcore.demo.draw import draw_ddpm, draw_vae
 from diffcore.demo.training import Trainer, TrainingConfig
 
@@ -43,6 +45,13 @@ def choose_device(name: str) -> torch.device:
         raise ValueError(f"device must be auto or a torch device, got {name!r}") from error
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device must be available, got {name!r}, but torch sees no CUDA device")
+    try:
+        torch.ones(1, device=device).item()
+    except Exception as error:  # each backend has its own kinds
+        reason = str(error).partition("\n")[0]
+        raise ValueError(
+            f"device must be one that can hold values here, got {name!r}: {reason}"
+        ) from error
     return device
 
 
@@ -88,7 +97,7 @@ def choose_config(
         warmup = max(1, min(config.warmup_steps, config.steps // 4, config.vae_steps // 4))
         return config.replace({"warmup_steps": warmup})
     path = out / "config.json"
-    if not path.exists():
+    if not os.path.isfile(path):  # unlike Path.is_file, also False for a name that is too long
         raise FileNotFoundError(f"out must hold a run to resume, got {out} without config.json")
     config = DemoConfig.load(path)
     for name, value in changes.items():
@@ -132,8 +141,11 @@ def run_demo(
 
     Raises:
         Interrupted: After Ctrl-C during training, with the state saved.
-        ValueError: If a setting is invalid.
+        ValueError: If a setting is invalid, or ``out`` cannot be a folder.
+        DamagedFileError: If the run to resume has a damaged file, or one of another program.
+        MissingExtraError: If the package that has the data is not installed.
         FileNotFoundError: If there is no run to resume, or the data are not installed.
+        OSError: If a result cannot be written, for example because the disk is full.
     """
     place = choose_device(device)
     config = choose_config(
@@ -145,14 +157,14 @@ def run_demo(
         quick=quick,
         resume=resume,
     )
+    check_installed(config.data)
+    checkpoints = _make_folder(out)
     started = time.perf_counter()
     images = load_images(config.data)
     log(
         f"{images.title}: {len(images.train)} training images, {len(images.test)} held out, "
         f"device {place}"
     )
-    checkpoints = out / "checkpoints"
-    checkpoints.mkdir(parents=True, exist_ok=True)
     if not resume:
         _discard_old(checkpoints, log)
     config.save(out / "config.json")
@@ -194,7 +206,7 @@ def run_demo(
         log(line)
     report["vae"], report["ddpm"] = of_vae, of_ddpm
     report["total_seconds"] = round(time.perf_counter() - started, 2)
-    (out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+    replace_file(out / "report.json", (json.dumps(report, indent=2) + "\n").encode())
     log(f"Pictures, checkpoints and report.json are in {out}")
     return report
 
@@ -247,9 +259,21 @@ def build_trainers(
     )
 
 
+def _make_folder(out: Path) -> Path:
+    """The folder for checkpoints in ``out``, created with its parents if missing."""
+    checkpoints = out / "checkpoints"
+    try:
+        checkpoints.mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError) as error:  # a file, too long, a null character
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(
+            f"out must be a folder that can be written, got {str(out)!r}: {reason}"
+        ) from error
+    return checkpoints
+
+
 def _discard_old(checkpoints: Path, log: Callable[[str], object]) -> None:
+    # They are not read: a damaged file must not keep a new run from starting.
     for path in sorted(checkpoints.glob("*.training.safetensors")):
-        scalars = read_scalars(path)
-        if scalars["step"] < scalars["steps"]:
-            log(f"New run: discarding {path.name}, which stopped at step {scalars['step']}")
-        path.unlink()
+        log(f"New run: discarding {path.name} of the run before")
+        path.unlink(missing_ok=True)  # another process may have done it

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -145,7 +146,8 @@ class Trainer:
                     self.save()
                     started = time.perf_counter()
                 if stopped:
-                    raise Interrupted(f"{name}: saved at step {self.step} of {self.config.steps}")
+                    done = f"step {self.step} of {self.config.steps}"
+                    raise Interrupted(f"{name}: saved at {done} in {self.path}")
 
     def _train_step(self, images: Tensor) -> None:
         index = torch.randint(len(images), (self.config.batch_size,), generator=self.generator)
@@ -161,31 +163,17 @@ class Trainer:
 
     def save(self) -> None:
         """Save the complete training state, from which ``load`` continues with the same bits."""
-        tensors = {
-            **checkpoint.prefixed("model", self.model.state_dict()),
-            **checkpoint.prefixed("ema", self.ema.state_dict()),
-            **checkpoint.prefixed(
-                "optimizer", checkpoint.optimizer_tensors(self.model, self.optimizer)
-            ),
-            "generator": self.generator.get_state(),
-            "history": self.history,
-        }
         scalars = {"step": self.step, "steps": self.config.steps, "seconds": self.seconds}
-        checkpoint.save_checkpoint(self.path, tensors, scalars)
+        checkpoint.save_checkpoint(self.path, self._tensors(), scalars)
 
     def load(self) -> None:
         """Restore the state that ``save`` wrote to ``path``.
 
         Raises:
             FileNotFoundError: If there is no saved state.
-            ValueError: If a run of another length saved it.
+            DamagedFileError: If the file is damaged, another file, or of a run of other settings.
         """
-        tensors, scalars = checkpoint.load_checkpoint(self.path)
-        if scalars["steps"] != self.config.steps:
-            raise ValueError(
-                f"{self.path} must come from a run of {self.config.steps} steps, got one of "
-                f"{scalars['steps']}; the learning rate depends on the number of steps"
-            )
+        tensors, scalars = checkpoint.load_checkpoint(self.path, self._check)
         self.model.load_state_dict(checkpoint.stripped("model", tensors))
         self.ema.load_state_dict(checkpoint.stripped("ema", tensors))
         checkpoint.restore_optimizer(
@@ -194,6 +182,40 @@ class Trainer:
         self.generator.set_state(tensors["generator"])
         self.history.copy_(tensors["history"])
         self.step, self.seconds = scalars["step"], scalars["seconds"]
+
+    def _check(self, tensors: dict[str, Tensor], scalars: dict[str, Any]) -> None:
+        """Check all of a saved state, so that a refused one changes nothing."""
+        step, steps, seconds = (scalars.get(name) for name in ("step", "steps", "seconds"))
+        if type(steps) is not int or steps != self.config.steps:
+            raise ValueError(
+                f"steps must be {self.config.steps}, as in config.json, for the learning rate "
+                f"depends on it, got {steps!r}"
+            )
+        if type(step) is not int or not 0 <= step <= steps:
+            raise ValueError(f"step must be in 0 .. {steps}, got {step!r}")
+        if not isinstance(seconds, float) or not 0 <= seconds < math.inf:
+            raise ValueError(f"seconds must be a float of at least 0, got {seconds!r}")
+        expected = checkpoint.specs(self._tensors())
+        if step > 0:
+            moments = checkpoint.optimizer_specs(self.model)
+            expected |= checkpoint.prefixed("optimizer", moments)
+        checkpoint.check_tensors(tensors, expected)
+        try:
+            torch.Generator().set_state(tensors["generator"])
+        except RuntimeError as error:
+            raise ValueError(f"generator must be the state of a CPU generator: {error}") from error
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """The complete state. A new optimizer has none before its first step."""
+        return {
+            **checkpoint.prefixed("model", self.model.state_dict()),
+            **checkpoint.prefixed("ema", self.ema.state_dict()),
+            **checkpoint.prefixed(
+                "optimizer", checkpoint.optimizer_tensors(self.model, self.optimizer)
+            ),
+            "generator": self.generator.get_state(),
+            "history": self.history,
+        }
 
 
 @contextmanager

@@ -13,8 +13,7 @@ from diffcore.noise import Noise
 
 def prior(tables: DiffusionTables, x_start: Tensor) -> Tensor:
     """L_T of each sample, ``[B]``: ``GaussianDiffusion.prior_bpd``."""
-    alpha, sigma = tables.schedule.alpha[-1].item(), tables.schedule.sigma[-1].item()
-    return ops.prior_kl(x_start, alpha, sigma) * bits_per_nat(x_start)
+    return ops.prior_kl(x_start, *tables.last_level) * bits_per_nat(x_start)
 
 
 def term_of_x_t(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import operator
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from diffcore._engine.dispatch import plain_eager
 from diffcore._engine.dtensor import per_sample, shard_of
 from diffcore.coefficients.bound import DECODERS
 from diffcore.noise import Noise, PhiloxNoise
+from diffcore.ops._arguments import as_step
 from diffcore.ops._noise import default_key
 
 
@@ -42,13 +43,13 @@ def check_decoder(decoder: str, name: str, x: Tensor) -> None:
     Args:
         decoder: One of ``DECODERS``.
         name: Name of the data in the caller.
-        x: The data. Their values are read, which waits for their device.
+        x: The data. Their values are read in a plain eager call, which waits for their device.
 
     Raises:
         ValueError: ``decoder`` is unknown, or ``x`` does not fit it.
     """
     check_choice("decoder", decoder, DECODERS)
-    if decoder == "discretized":
+    if decoder == "discretized" and plain_eager():
         check_pixels(name, x)
 
 
@@ -113,8 +114,8 @@ def check_pixels(name: str, x: Tensor) -> None:
 def check_timestep_values(t: Tensor, num_timesteps: int) -> None:
     """Refuse timesteps outside 0 .. T-1, for callers that use them before a kernel checks them.
 
-    Reads the values of a CPU tensor. Values on another device are not read, because that would
-    wait for the device.
+    Reads the values of a CPU tensor in a plain eager call. Values on another device are not read,
+    because that would wait for the device; traced and batched timesteps have none to read.
 
     Args:
         t: Timesteps, integer ``[B]``.
@@ -124,7 +125,7 @@ def check_timestep_values(t: Tensor, num_timesteps: int) -> None:
         ValueError: A timestep is out of range.
     """
     t = shard_of(t)
-    if t.device.type != "cpu" or not t.numel() or torch.compiler.is_compiling():
+    if t.device.type != "cpu" or not t.numel() or not plain_eager():
         return
     low, high = int(t.min()), int(t.max())
     if low < 0 or high >= num_timesteps:
@@ -140,7 +141,8 @@ def check_timesteps(
     CPU, and ``check_timestep_values`` where no kernel comes first.
 
     Args:
-        t: Timesteps: one int, or an int64 or int32 tensor ``[B]``.
+        t: Timesteps: one int, or ``[B]`` ints (an int64 or int32 tensor, a NumPy array, a list);
+            one entry counts for all samples.
         x: Samples ``[B, ...]``.
         num_timesteps: T.
         name: Name of ``x`` in the caller.
@@ -156,16 +158,20 @@ def check_timesteps(
     if not isinstance(x, Tensor) or not x.is_floating_point() or x.dim() == 0:
         check_batch(name, x)
     if not isinstance(t, Tensor):
-        t = torch.full(
-            (x.shape[0],), _one_timestep(t, num_timesteps), dtype=torch.int64, device=x.device
-        )
-        return per_sample(t, x)
+        t = _given_timesteps(t, num_timesteps, x.device)
+        if not isinstance(t, Tensor):
+            t = torch.full((x.shape[0],), t, dtype=torch.int64, device=x.device)
+            return per_sample(t, x)
     if t.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"t must be an int or an int64 or int32 tensor, got {t.dtype}")
-    if t.shape != x.shape[:1]:
-        raise ValueError(f"t must have shape {tuple(x.shape[:1])}, got {tuple(t.shape)}")
+        _refuse_dtype(t, num_timesteps)
     if t.device != x.device:
-        raise ValueError(f"t must be on {x.device}, the device of {name}, got {t.device}")
+        raise ValueError(
+            f"t must be on {x.device}, the device of {name}, got {t.device}; t.to({name}.device)"
+        )
+    if t.shape != x.shape[:1]:
+        if t.numel() != 1:
+            _refuse_shape(t, x)
+        t = t.reshape(1).repeat(x.shape[0])
     return per_sample(t, x)
 
 
@@ -186,15 +192,33 @@ def check_weights(weights: Tensor, num_timesteps: int) -> None:
         raise ValueError(f"weights must have shape ({num_timesteps},), got {tuple(weights.shape)}")
 
 
-def _one_timestep(t: int, num_timesteps: int) -> int:
+def _given_timesteps(t: Any, num_timesteps: int, device: torch.device) -> int | Tensor:
+    """A checked int; or a tensor, from a list or an array of ints."""
     try:
-        if isinstance(t, bool):
-            raise TypeError
-        t = operator.index(t)
+        step = as_step(t, device)
     except TypeError:
         raise TypeError(
-            f"t must be an int or an int64 or int32 tensor, got {type(t).__name__}"
+            f"t must be an int, an int64 or int32 tensor, or a list of ints, got {type(t).__name__}"
         ) from None
-    if not 0 <= t < num_timesteps:
-        raise ValueError(f"t must be in 0 .. {num_timesteps - 1}, got {t}")
-    return t
+    if isinstance(step, Tensor):
+        check_timestep_values(step, num_timesteps)
+    elif not 0 <= step < num_timesteps:
+        raise ValueError(f"t must be in 0 .. {num_timesteps - 1}, got {step}")
+    return step
+
+
+def _refuse_dtype(t: Tensor, num_timesteps: int) -> NoReturn:
+    fix = (
+        f"; timesteps are the integers 0 .. {num_timesteps - 1}: for a continuous time take "
+        "ops.add_noise and ops.denoising_loss, which take alpha and sigma"
+    )
+    raise TypeError(
+        f"t must be an int or an int64 or int32 tensor, got {t.dtype}"
+        f"{fix if t.is_floating_point() else ''}"
+    )
+
+
+def _refuse_shape(t: Tensor, x: Tensor) -> NoReturn:
+    frames = t.ndim > 1 and t.numel() != len(x)
+    fix = "; for a timestep of each frame fold the frames into the batch" if frames else ""
+    raise ValueError(f"t must have shape {tuple(x.shape[:1])}, got {tuple(t.shape)}{fix}")

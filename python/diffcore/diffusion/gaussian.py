@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from diffcore import ops
-from diffcore._checks import check_choice
+from diffcore._checks import as_positive, as_real, check_choice
 from diffcore._engine.dtensor import replicated
+from diffcore._engine.kept import made_plainly
 from diffcore._types import Model
 from diffcore.coefficients.bound import DECODERS, LEARNED, VARIANCE_TYPES
 from diffcore.coefficients.step import PREDICTION_TYPES
@@ -34,7 +35,7 @@ from diffcore.diffusion.checks import (
     check_timesteps,
     check_weights,
 )
-from diffcore.diffusion.tables import DiffusionTables, on_cpu
+from diffcore.diffusion.tables import DiffusionTables
 from diffcore.noise import Noise, PhiloxNoise, StepNoise
 from diffcore.ops._noise import default_key
 from diffcore.sampling.loop import run_table
@@ -61,7 +62,7 @@ class GaussianDiffusion:
     ``sqrt_one_minus_alphas_cumprod``, ``log_one_minus_alphas_cumprod``, ``posterior_variance``,
     ``posterior_log_variance_clipped``, ``posterior_mean_coef1``, ``posterior_mean_coef2``) are
     float64 ``[T]`` on the CPU, whatever torch's default device is. Kernels read copies, moved to
-    each device once, and round once.
+    each device once, and round once: there are no parameters, and nothing to move by ``.to()``.
 
     Args:
         betas: Variances of the Markov steps, ``[T]`` in (0, 1]. The last may be 1 (zero terminal
@@ -104,12 +105,8 @@ class GaussianDiffusion:
         check_choice("prediction_type", prediction_type, PREDICTION_TYPES)
         check_choice("variance_type", variance_type, VARIANCE_TYPES)
         check_choice("loss_type", loss_type, training.LOSS_TYPES)
-        if isinstance(clip_sample_range, bool) or not hasattr(clip_sample_range, "__float__"):
-            kind = type(clip_sample_range).__name__
-            raise TypeError(f"clip_sample_range must be a number, got {kind}")
-        if not clip_sample_range > 0:
-            raise ValueError(f"clip_sample_range must be positive, got {clip_sample_range}")
-        betas = on_cpu(lambda: check_betas(betas))
+        clip_sample_range = as_positive("clip_sample_range", clip_sample_range)
+        betas = made_plainly(lambda: check_betas(betas))
         if prediction_type == "epsilon" and betas[-1] == 1:
             raise ValueError(
                 "betas must end below 1 with prediction_type='epsilon', got a last beta of 1 (zero "
@@ -119,7 +116,7 @@ class GaussianDiffusion:
         self.prediction_type = prediction_type
         self.variance_type = variance_type
         self.clip_sample = bool(clip_sample)
-        self.clip_sample_range = float(clip_sample_range)
+        self.clip_sample_range = clip_sample_range
         self.loss_type = loss_type
 
         self.tables = tables = DiffusionTables(betas, prediction_type, variance_type)
@@ -406,6 +403,7 @@ class GaussianDiffusion:
         """
         t = self._timesteps_of(x, t)
         clip = self._clip_range(clip_denoised)
+        eta = as_real("eta", eta)
         table = self.tables.ddim(clip, eta, rederive_epsilon)
         output, _ = self._predict(model, x, t, model_kwargs)
         if eta == 0:
@@ -437,7 +435,9 @@ class GaussianDiffusion:
     ) -> Tensor:
         """Ancestral sampling (Algorithm 2), from x_T down to x_0, without waiting for the device.
 
-        Runs without gradients.
+        Runs under ``torch.no_grad()``. For gradients write a loop on ``p_sample``, or on
+        ``SolverTable.step``, both of which are differentiable; for guidance, thresholds or a
+        callback use ``diffcore.sample`` with a table of ``diffcore.solvers``.
 
         Args:
             model: ``model(x, t, **model_kwargs)``.
@@ -484,7 +484,10 @@ class GaussianDiffusion:
     ) -> Tensor:
         """DDIM sampling. The last step goes to x_0 itself: alpha_prev = 1, and no noise.
 
-        Runs without gradients. A predicted variance is not read.
+        Runs under ``torch.no_grad()``. For gradients write a loop on ``ddim_sample``, or on
+        ``SolverTable.step``, both of which are differentiable; for guidance, thresholds or a
+        callback use ``diffcore.sample`` with a table of ``diffcore.solvers``. A predicted variance
+        is not read.
 
         Args:
             model: ``model(x, t, **model_kwargs)``.
@@ -510,7 +513,7 @@ class GaussianDiffusion:
         rows = self.tables.rows(num_steps, timestep_spacing)
         x, step_noise = initial_sample(model, shape, noise, step_noise, device, dtype, generator)
         clip = self._clip_range(clip_denoised)
-        solver = self.tables.ddim_solver(rows, clip, eta, rederive_epsilon)
+        solver = self.tables.ddim_solver(rows, clip, as_real("eta", eta), rederive_epsilon)
         return run_table(
             model,
             x,
@@ -591,6 +594,8 @@ class GaussianDiffusion:
         progress: bool | None = False,
     ) -> dict[str, Tensor]:
         """The complete bound: one call of the model at every timestep, without gradients.
+
+        Runs under ``torch.no_grad()``; ``vb_terms_bpd`` and ``training_losses`` are differentiable.
 
         Column t of the results ``[B, T]`` is timestep t, so L_0 comes first. The columns of
         guided-diffusion run in the opposite direction, from T-1 to 0.

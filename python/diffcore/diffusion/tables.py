@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from diffcore._checks import check_choice
+from diffcore._checks import as_int, check_choice, hint
 from diffcore._engine.dtensor import replicated
-from diffcore.coefficients.bound import FIXED, VLB_COLUMNS, vlb_coefficients
+from diffcore._engine.kept import Traced, made_plainly
+from diffcore.coefficients.bound import FIXED, LEARNED, VLB_COLUMNS, vlb_coefficients
 from diffcore.coefficients.step import posterior_coefficients, tensors, x0_coefficients
 from diffcore.schedules.schedule import NoiseSchedule
 from diffcore.schedules.timesteps import TIMESTEP_SPACINGS, respaced_timesteps
 from diffcore.solvers import NoiseLevels, SolverTable, ddim_table, ddpm_table
+from diffcore.solvers.ancestral import ddim_coefficients, ddpm_coefficients
 from diffcore.solvers.table import TO_X0
 
 # A few samplers in use at once, not every combination of arguments ever used.
 _MAX_CACHED = 64
 
-Built = TypeVar("Built")
+_CPU = torch.device("cpu")
 
 
 class DeviceCopies(dict[torch.device, Tensor]):
@@ -37,13 +38,21 @@ class DeviceCopies(dict[torch.device, Tensor]):
     def __init__(self, table: Tensor) -> None:
         super().__init__()
         self.table = table
+        self._traced = Traced()
+        # Not at its first use: compiled code would be guarded by its absence.
+        self[_CPU] = table.clone()
 
     def __missing__(self, device: torch.device) -> Tensor:
         """Copies the table to a device."""
-        # A copy made under inference_mode could not be used by a training step later.
-        with torch.inference_mode(False):
-            copy = self[device] = self.table.to(device, copy=True)
-        return copy
+        if torch.compiler.is_dynamo_compiling():
+            copy: Tensor = getattr(self._traced, self._name(device))
+            return copy
+        copy = made_plainly(lambda: self.table.to(device, copy=True))
+        return self.setdefault(device, copy)
+
+    @torch.compiler.assume_constant_result
+    def _name(self, device: torch.device) -> str:
+        return self._traced.name(device, lambda: self[device])
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickles the table without its copies, whose devices the reader may not have."""
@@ -63,6 +72,7 @@ class DiffusionTables:
 
     Attributes:
         schedule: alpha and sigma at each timestep.
+        last_level: alpha and sigma at the last timestep, as numbers.
         timestep_map: Training timestep of each index of a respaced diffusion, else ``None``.
         alphas_cumprod: ``[T]``, as the tables below: see ``GaussianDiffusion``.
         fixed_variance: Variance of the reverse step, ``None`` where it is learned.
@@ -80,13 +90,15 @@ class DiffusionTables:
         self.variance_type = variance_type
         self.timestep_map: tuple[int, ...] | None = None
         self._built: dict[Hashable, Any] = {}
-        on_cpu(self._fill)
+        self._traced = Traced()
+        made_plainly(self._fill)
 
     def _fill(self) -> None:
         """Computes the tables that need no argument."""
         betas = self.betas
         self.schedule = NoiseSchedule.from_betas(betas)
         alpha, sigma = self.schedule.alpha, self.schedule.sigma
+        self.last_level = (alpha[-1].item(), sigma[-1].item())
         log_bar = torch.log1p(-betas).cumsum(0)
         self.alphas_cumprod = torch.exp(log_bar)
         self.alphas_cumprod_prev = torch.cat([torch.ones_like(log_bar[:1]), log_bar[:-1].exp()])
@@ -129,7 +141,10 @@ class DiffusionTables:
 
     def column(self, name: str) -> DeviceCopies:
         """The table ``[T]`` of this name, for reading on a device."""
-        return self._cached(("column", name), lambda: DeviceCopies(getattr(self, name)))
+        return self._kept("_column", name)
+
+    def _column(self, name: str) -> DeviceCopies:
+        return DeviceCopies(getattr(self, name))
 
     def extract(self, name: str, t: Tensor, x: Tensor) -> Tensor:
         """Entries ``t`` of a table ``[T]``, in the shape of ``x``.
@@ -152,72 +167,75 @@ class DiffusionTables:
         """The timestep input of the model: int64, timesteps of the training schedule."""
         if self.timestep_map is None:
             return t.long()
-        copies = self._cached(("timesteps",), lambda: DeviceCopies(self._training_timesteps(None)))
-        return replicated(copies[t.device], t)[t.clamp(0, len(self) - 1)]
+        steps: Tensor = replicated(self._kept("_timesteps")[t.device], t)[t.clamp(0, len(self) - 1)]
+        return steps
+
+    def _timesteps(self) -> DeviceCopies:
+        return DeviceCopies(self._training_timesteps(None))
 
     # ---- tables of kernels -------------------------------------------------------------------
 
     def ddpm(self, clip: float | None) -> DeviceCopies:
         """``reverse_step`` coefficients of the ancestral step from each timestep."""
-        return self._cached(
-            ("ddpm steps", clip),
-            lambda: DeviceCopies(self.ddpm_solver(None, clip).coefficients.flip(0)),
-        )
+        return self._kept("_ddpm", clip)
+
+    def _ddpm(self, clip: float | None) -> DeviceCopies:
+        return DeviceCopies(self._ddpm_coefficients(clip)[0].flip(0))
 
     def learned_variance(self, clip: float | None) -> DeviceCopies | None:
         """Coefficients of the variance output in these steps; ``None`` for a fixed variance."""
-        learned = self.ddpm_solver(None, clip).variance
-        if learned is None:
-            return None
-        return self._cached(("ddpm variance",), lambda: DeviceCopies(learned.flip(0)))
+        return self._kept("_learned_variance", clip) if self.variance_type in LEARNED else None
+
+    def _learned_variance(self, clip: float | None) -> DeviceCopies:
+        _, variance = self._ddpm_coefficients(clip)
+        assert variance is not None
+        return DeviceCopies(variance.flip(0))
 
     def ddim(self, clip: float | None, eta: float, rederive_epsilon: bool) -> DeviceCopies:
         """``reverse_step`` coefficients of the DDIM step from each timestep."""
-        return self._cached(
-            ("ddim steps", clip, eta, rederive_epsilon),
-            lambda: DeviceCopies(
-                self.ddim_solver(None, clip, eta, rederive_epsilon).coefficients.flip(0)
-            ),
-        )
+        return self._kept("_ddim", clip, eta, rederive_epsilon)
+
+    def _ddim(self, clip: float | None, eta: float, rederive_epsilon: bool) -> DeviceCopies:
+        levels, prediction_type = self._levels(None), self.prediction_type
+        table = ddim_coefficients(levels, eta, rederive_epsilon, prediction_type, clip)
+        return DeviceCopies(table.flip(0))
 
     def clipped_x0(self, clip: float | None) -> DeviceCopies:
         """``reverse_step`` coefficients whose result is the clipped x_0."""
+        return self._kept("_clipped_x0", clip)
 
-        def build() -> DeviceCopies:
-            table = self.ddpm_solver(None, clip).coefficients.flip(0)
-            for column, value in enumerate(TO_X0):
-                table[:, column] = value
-            return DeviceCopies(table)
-
-        return self._cached(("clipped x0", clip), build)
+    def _clipped_x0(self, clip: float | None) -> DeviceCopies:
+        table = self._ddpm_coefficients(clip)[0].flip(0)
+        for column, value in enumerate(TO_X0):
+            table[:, column] = value
+        return DeviceCopies(table)
 
     def vlb(self, clip: float | None, decoder: str, given: str) -> DeviceCopies:
         """Coefficients of ``ops.vlb_term``, which reads ``given``: "x_t" or "noise"."""
-        return self._cached(
-            ("vlb", clip, decoder, given),
-            lambda: DeviceCopies(
-                vlb_coefficients(
-                    self.schedule.alpha,
-                    self.schedule.sigma,
-                    prediction_type=self.prediction_type,
-                    variance_type=self.variance_type,
-                    clip_range=clip,
-                    decoder=decoder,
-                    given=given,
-                )
-            ),
+        return self._kept("_vlb", clip, decoder, given)
+
+    def _vlb(self, clip: float | None, decoder: str, given: str) -> DeviceCopies:
+        return DeviceCopies(
+            vlb_coefficients(
+                self.schedule.alpha,
+                self.schedule.sigma,
+                prediction_type=self.prediction_type,
+                variance_type=self.variance_type,
+                clip_range=clip,
+                decoder=decoder,
+                given=given,
+            )
         )
 
     def x0_error(self, clip: float | None) -> DeviceCopies:
         """``ops.vlb_term`` coefficients whose result is the squared error of the predicted x_0."""
+        return self._kept("_x0_error", clip)
 
-        def build() -> DeviceCopies:
-            table = self.vlb(clip, "gaussian", "noise").table[:, :FIXED].clone()
-            for name, value in (("decoder", 0), ("factor", 1), ("offset", 0), ("d_0", 0)):
-                table[:, VLB_COLUMNS.index(name)] = value
-            return DeviceCopies(table)
-
-        return self._cached(("x0 error", clip), build)
+    def _x0_error(self, clip: float | None) -> DeviceCopies:
+        table = self.vlb(clip, "gaussian", "noise").table[:, :FIXED].clone()
+        for name, value in (("decoder", 0), ("factor", 1), ("offset", 0), ("d_0", 0)):
+            table[:, VLB_COLUMNS.index(name)] = value
+        return DeviceCopies(table)
 
     # ---- solvers -----------------------------------------------------------------------------
 
@@ -230,29 +248,31 @@ class DiffusionTables:
 
     def ddpm_solver(self, rows: tuple[int, ...] | None, clip: float | None) -> SolverTable:
         """The solver of ancestral sampling over these timesteps."""
-        return self._cached(
-            ("ddpm", rows, clip),
-            lambda: ddpm_table(
-                self._levels(rows),
-                variance_type=self.variance_type,
-                prediction_type=self.prediction_type,
-                clip_range=clip,
-            ),
+        return self._kept("_ddpm_solver", rows, clip)
+
+    def _ddpm_solver(self, rows: tuple[int, ...] | None, clip: float | None) -> SolverTable:
+        return ddpm_table(
+            self._levels(rows),
+            variance_type=self.variance_type,
+            prediction_type=self.prediction_type,
+            clip_range=clip,
         )
 
     def ddim_solver(
         self, rows: tuple[int, ...] | None, clip: float | None, eta: float, rederive_epsilon: bool
     ) -> SolverTable:
         """The solver of DDIM sampling over these timesteps."""
-        return self._cached(
-            ("ddim", rows, clip, eta, rederive_epsilon),
-            lambda: ddim_table(
-                self._levels(rows),
-                eta=eta,
-                rederive_epsilon=rederive_epsilon,
-                prediction_type=self.prediction_type,
-                clip_range=clip,
-            ),
+        return self._kept("_ddim_solver", rows, clip, eta, rederive_epsilon)
+
+    def _ddim_solver(
+        self, rows: tuple[int, ...] | None, clip: float | None, eta: float, rederive_epsilon: bool
+    ) -> SolverTable:
+        return ddim_table(
+            self._levels(rows),
+            eta=eta,
+            rederive_epsilon=rederive_epsilon,
+            prediction_type=self.prediction_type,
+            clip_range=clip,
         )
 
     def respaced(
@@ -271,13 +291,15 @@ class DiffusionTables:
             TypeError: Timesteps that are not integers.
             ValueError: None, or one out of range.
         """
-        if isinstance(timesteps, int):
-            rows = self.rows(timesteps, timestep_spacing)
+        if hasattr(timesteps, "__index__") and not getattr(timesteps, "ndim", 0):
+            rows = self.rows(as_int("timesteps", timesteps), timestep_spacing)
         else:
             try:
-                rows = tuple(sorted({operator.index(t) for t in timesteps}))
-            except TypeError as error:
-                raise TypeError(f"timesteps must be integers, got {timesteps!r}") from error
+                rows = tuple(sorted({as_int("timesteps", t) for t in timesteps}))
+            except TypeError:
+                fix = "p_sample_loop(num_steps=...) and ddim_sample_loop(num_steps=...) respace too"
+                openai = hint(fix if isinstance(timesteps, str) else "")
+                raise TypeError(f"timesteps must be integers, got {timesteps!r}{openai}") from None
         if not rows or not 0 <= rows[0] <= rows[-1] < len(self):
             raise ValueError(f"timesteps must be in 0 .. {len(self) - 1}, got {timesteps}")
         log_bar = torch.log1p(-self.betas).cumsum(0)[list(rows)]
@@ -288,13 +310,25 @@ class DiffusionTables:
 
     # ---- private -----------------------------------------------------------------------------
 
-    def _cached(self, key: Hashable, build: Callable[[], Built]) -> Built:
-        found: Built | None = self._built.get(key)
+    def _kept(self, make: str, *args: Any) -> Any:
+        """What the method ``make`` returns for these arguments, made once."""
+        if torch.compiler.is_dynamo_compiling():
+            return getattr(self._traced, self._name(make, *args))
+        key = (make, args)
+        found = self._built.get(key)
         if found is None:
             if len(self._built) >= _MAX_CACHED:
                 self._built.clear()
-            found = self._built[key] = on_cpu(build)
+            found = self._built[key] = made_plainly(lambda: getattr(self, make)(*args))
         return found
+
+    @torch.compiler.assume_constant_result
+    def _name(self, make: str, *args: Any) -> str:
+        return self._traced.name((make, args), lambda: self._kept(make, *args))
+
+    def _ddpm_coefficients(self, clip: float | None) -> tuple[Tensor, Tensor | None]:
+        levels = self._levels(None)
+        return ddpm_coefficients(levels, self.variance_type, self.prediction_type, clip)
 
     def _levels(self, rows: tuple[int, ...] | None) -> NoiseLevels:
         """Noise levels from the last of these timesteps down; the model gets training timesteps."""
@@ -307,12 +341,3 @@ class DiffusionTables:
         known = self.timestep_map
         steps = [known[t] if known else t for t in chosen]
         return torch.tensor(steps, dtype=torch.int64, device="cpu")
-
-
-def on_cpu(build: Callable[[], Built]) -> Built:
-    """Builds tables on the CPU, whatever the default device is, and such that autograd may use."""
-    with torch.inference_mode(False):
-        if torch.compiler.is_compiling():  # Dynamo cannot trace a change of the default device
-            return build()
-        with torch.device("cpu"):
-            return build()

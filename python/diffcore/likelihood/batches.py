@@ -8,8 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
-from diffcore._checks import check_count
+from diffcore._checks import as_int
 from diffcore.likelihood.checkpoint import digest
+from diffcore.likelihood.identity import Part
 from diffcore.likelihood.tally import Tally
 from diffcore.noise import Noise, PhiloxNoise
 
@@ -44,7 +45,7 @@ class Batches:
             if data.ndim == 0:
                 raise ValueError("data must have shape [N, ...], got []")
             size = DEFAULT_BATCH_SIZE if batch_size is None else batch_size
-            check_count(size, "batch_size")
+            size = as_int("batch_size", size, 1)
             return cls(data.split(size), {"data": list(data.shape), "batch_size": size})
         if batch_size is not None:
             raise ValueError(
@@ -71,7 +72,7 @@ class Batches:
                 yield batch, x
 
 
-def skip_counted(source: Iterator[tuple[Any, Tensor]], tally: Tally) -> None:
+def skip_counted(source: Iterator[Part], tally: Tally) -> None:
     """Skip the batches that a resumed run has counted already.
 
     Args:
@@ -82,9 +83,11 @@ def skip_counted(source: Iterator[tuple[Any, Tensor]], tally: Tally) -> None:
         ValueError: The batches are not those of the interrupted run.
     """
     samples, chain = 0, ""
-    for _, (_, x) in zip(range(tally.batches), source, strict=False):
-        samples += len(x)
-        chain = digest(x, chain)
+    for _, part in zip(range(tally.batches), source, strict=False):
+        tally.check_kind([list(part.x.shape[1:]), str(part.x.dtype)])
+        samples += len(part.counted_ids)
+        tally.ids.append(part.counted_ids)
+        chain = digest(part.x, chain)
     if (samples, chain) == (tally.samples, tally.digest):
         return
     got = "other values" if samples == tally.samples else f"{samples} samples"
@@ -94,23 +97,24 @@ def skip_counted(source: Iterator[tuple[Any, Tensor]], tally: Tally) -> None:
     )
 
 
-def noise_of_batch(noise: Noise, first: int, x: Tensor) -> Noise:
+def noise_of_batch(noise: Noise, part: Part) -> Noise:
     """The noise of a batch.
 
     Args:
         noise: The noise of all samples.
-        first: The position of the batch's first sample in the data.
-        x: The batch.
+        part: The batch.
 
     Raises:
         ValueError: A noise tensor has another shape than the data.
     """
+    x, first = part.x, part.position
     if isinstance(noise, PhiloxNoise):
-        return noise.for_samples(noise.sample_ids + first)
-    part = noise[first : first + len(x)]
-    if part.shape != x.shape:
+        ids = part.ids
+        return noise.for_samples(ids.to(x.device) if isinstance(ids, Tensor) else ids)
+    rows = noise[first : first + len(x)]
+    if rows.shape != x.shape:
         raise ValueError(
             f"noise must have the shape of the data, {list(x.shape)} for samples {first} to "
-            f"{first + len(x) - 1}, got {list(part.shape)}"
+            f"{first + len(x) - 1}, got {list(rows.shape)}"
         )
-    return part.to(x)
+    return rows.to(x)

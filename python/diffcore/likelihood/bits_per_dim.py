@@ -7,8 +7,8 @@ so lower is better.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,73 +16,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffcore._checks import check_choice, check_count
+from diffcore._checks import as_int, check_choice, check_not_compiling
 from diffcore._types import Model
 from diffcore.coefficients.bound import DECODERS
 from diffcore.diffusion import GaussianDiffusion
 from diffcore.diffusion.checks import check_batch, check_decoder
 from diffcore.likelihood.batches import Batches, noise_of_batch, skip_counted
 from diffcore.likelihood.checkpoint import Checkpoint, describe_model, describe_noise, digest
+from diffcore.likelihood.identity import (
+    Group,
+    Ids,
+    Part,
+    SampleIds,
+    gather,
+    identified,
+    is_first,
+)
+from diffcore.likelihood.results import BitsPerDim
 from diffcore.likelihood.strata import Strata
-from diffcore.likelihood.tally import Tally
+from diffcore.likelihood.tally import Tally, merged
 from diffcore.noise import Noise, PhiloxNoise
 from diffcore.sampling.model import model_device
 from diffcore.sampling.progress import progress_counter
 
 Kwargs = Mapping[str, Any] | Callable[[Any], Mapping[str, Any]]
-
-
-@dataclass(frozen=True, eq=False)
-class BitsPerDim:
-    """The variational bound of a data set, in bits per dimension. ``str`` gives one line.
-
-    Attributes:
-        total: Mean over the samples of ``prior`` plus all T terms.
-        standard_error: Standard error of ``total``, from the variance between samples, which
-            includes that of their noise and timesteps; nan for one sample.
-        prior: Mean of L_T, which does not depend on the model.
-        terms: ``[T]``, mean of L_t at the timesteps visited, L_0 first; nan elsewhere.
-        visits: ``[T]``, number of visits of each timestep, over all samples.
-        xstart_mse: ``[T]``, mean squared error of the predicted x_0; nan where not visited.
-        mse: ``[T]``, mean squared error of the implied noise; nan where not visited.
-        estimator_variance: The part of ``standard_error``² that is due to sampling noise and
-            timesteps, for these data: from the variance between the draws of a sample. With
-            ``draws=1`` it is an upper bound, which includes the variance between samples (nan for
-            one sample; ``standard_error``² if the noise was a tensor, shared by all timesteps).
-        samples: Number of samples.
-        dimensions: Number of dimensions of a sample.
-        timesteps: ``None`` if every timestep was visited, else the number of strata.
-        draws: Draws of each stratum, per sample.
-        model_calls: Total number of model calls: ``draws`` (1 + strata) per batch.
-        decoder: "discretized" or "gaussian". The second gives a density: compare it only with
-            other densities.
-    """
-
-    total: float
-    standard_error: float
-    prior: float
-    terms: Tensor
-    visits: Tensor
-    xstart_mse: Tensor
-    mse: Tensor
-    estimator_variance: float
-    samples: int
-    dimensions: int
-    timesteps: int | None
-    draws: int
-    model_calls: int
-    decoder: str
-
-    @property
-    def nats_per_sample(self) -> float:
-        """``total`` in nats, summed over a sample."""
-        return self.total * self.dimensions * math.log(2)
-
-    def __str__(self) -> str:
-        return (
-            f"{self.total:.4f} ± {self.standard_error:.4f} bits/dim "
-            f"({self.samples} samples, {self.model_calls} model calls)"
-        )
 
 
 @torch.no_grad()
@@ -97,7 +54,9 @@ def bits_per_dim(
     clip_denoised: bool | None = None,
     model_kwargs: Kwargs | None = None,
     noise: Noise | None = None,
+    sample_ids: Ids | None = None,
     batch_size: int | None = None,
+    process_group: Group | None = None,
     progress: bool | None = None,
     checkpoint: str | Path | None = None,
     device: torch.device | str | None = None,
@@ -112,8 +71,9 @@ def bits_per_dim(
 
     which is unbiased and takes ``draws (1 + K)`` model calls instead of T. K = T - 1 is exact.
 
-    The noise of a sample depends only on its position in the data, not on the batches. Runs under
-    ``torch.no_grad()``.
+    The noise of a sample depends only on its id, by default its position in the data, not on the
+    batches. The sums are exact: if the model gives a sample the same bits in every batch, batches
+    and processes do not change a bit of the result. Runs under ``torch.no_grad()``.
 
     Args:
         diffusion: The diffusion process.
@@ -126,16 +86,28 @@ def bits_per_dim(
         decoder: "discretized" for 8-bit pixels scaled to k/127.5 - 1, "gaussian" for other data.
         clip_denoised: Clip the predicted x_0; ``None`` for the ``clip_sample`` of ``diffusion``.
         model_kwargs: Keyword arguments of the model, or a function that returns them for a batch.
-        noise: A noise key; its sample id is that of the first sample. Draw j of stratum k (which is
+        noise: A noise key; its sample id is that of the first sample, or its ``[N]`` ids are those
+            of all samples in the order of the data. Draw j of stratum k (which is
             timestep k if every t is visited) uses the stream ``noise.stream + k + j (1 + K)``, and
             the timesteps come from the stream after the last of these. A tensor ``[N, ...]`` is the
             noise of every t (not with ``timesteps=`` or ``draws=``). ``None`` for a key seeded by
             torch's generator.
+        sample_ids: What identifies the samples, for example their indices in the data set: ``[N]``
+            in the order of ``data``, or a function that returns the ids of a batch. They are added
+            to the key's sample id; ``None`` for 0 .. N-1. A sample whose id was counted before does
+            not count again.
         batch_size: Batch size if ``data`` is a tensor; ``None`` for 64.
-        progress: Show a progress bar (tqdm) of model calls; ``None`` for terminals only.
+        process_group: A group of ``torch.distributed`` (``torch.distributed.group.WORLD`` for all
+            processes) whose processes call this with their parts of the data, of any size. All get
+            the result of all data. Samples that a ``DistributedSampler`` repeats to fill the last
+            batches count once, for which ``sample_ids`` or the noise key must have the ids of the
+            process's samples. With ``noise=None`` all use the seed of the first process.
+        progress: Show a progress bar (tqdm) of model calls; ``None`` for terminals only, and for
+            the first process of a group.
         checkpoint: A file, written after every batch. If it exists, the run resumes from it and
             ends with the same bits. It identifies the data counted so far, ``noise``,
-            ``model_kwargs`` and the parameters of a module; functions cannot be compared.
+            ``model_kwargs`` and the parameters of a module; functions cannot be compared. The file
+            is complete at any time. Each process of a group needs its own.
         device: ``None`` for that of the model's parameters, else that of the data.
 
     Returns:
@@ -144,15 +116,25 @@ def bits_per_dim(
     Raises:
         TypeError: An argument of the wrong type.
         ValueError: Counts out of range, no data, data that are not 8-bit pixels with "discretized",
-            or a checkpoint of other settings, parameters or data.
+            a checkpoint that is damaged, another file, or of other settings, parameters or data, or
+            one id for samples that differ.
+        OSError: The checkpoint cannot be written; the old one is kept.
+        KeyboardInterrupt: After Ctrl-C; with a checkpoint the message says where the sums are.
 
     Source:
         Ho et al. 2020 (arXiv 2006.11239) eq. 5; Kingma et al. 2021 (arXiv 2107.00630) section 5.
     """
+    check_not_compiling("bits_per_dim", "compile the model that it gets")
     estimator = _Estimator.of(
         diffusion, model, model_kwargs, timesteps, draws, decoder, clip_denoised
     )
     _check_noise(noise, data, timesteps, draws)
+    ids = SampleIds.of(sample_ids, noise)
+    if process_group is not None and ids.given is None and noise is None:
+        raise ValueError(
+            "sample_ids must be given with process_group, got None; or pass a noise key of the "
+            "first sample of each process"
+        )
     batches = Batches.of(data, batch_size)
     tally = Tally(estimator.strata, diffusion.num_timesteps)
     file, seed = None, None
@@ -160,36 +142,43 @@ def bits_per_dim(
         settings = {
             **estimator.settings(timesteps),
             "noise": describe_noise(noise),
+            "sample_ids": ids.describe(),
             **batches.description,
             **describe_model(model, model_kwargs),
         }
-        file = Checkpoint(Path(checkpoint), settings)
+        file = Checkpoint.at(checkpoint, settings)
         seed = file.restore(tally)
     else:
         describe_noise(noise)  # raises for what is not noise
     if noise is None:
         if seed is None:  # from the CPU's generator: a number, which a checkpoint can hold
-            seed = PhiloxNoise.from_generator(device="cpu").seed
+            seed = int(PhiloxNoise.from_generator(device="cpu").seed)
+        seed = gather(seed, process_group)[0]
         noise = PhiloxNoise(seed)
     at = model_device(model) if device is None else torch.device(device)
 
-    source = iter(batches)
-    skip_counted(source, tally)
+    parts = identified(batches, ids, process_group)
+    skip_counted(parts, tally)
     total = None if batches.number is None else batches.number * estimator.calls
-    with progress_counter(total, "bits_per_dim", progress, done=tally.calls, unit="call") as bar:
-        for batch, x in source:
-            check_batch("data", x)
-            tally.check_kind([list(x.shape[1:]), str(x.dtype)])
+    if not is_first(process_group):
+        progress = progress or False
+    bar = progress_counter(total, "bits_per_dim", progress, done=tally.calls, unit="call")
+    with bar, nullcontext() if file is None else file.named_by_interrupt():
+        for part in parts:
+            check_batch("data", part.x)
+            tally.check_kind([list(part.x.shape[1:]), str(part.x.dtype)])
             if file is not None:
-                tally.digest = digest(x, tally.digest)
-            x = x if at is None else x.to(at)
-            estimator.add_batch(tally, batch, x, noise_of_batch(noise, tally.samples, x), bar)
+                tally.digest = digest(part.x, tally.digest)
+            part = part if at is None else part._replace(x=part.x.to(at))
+            estimator.add_batch(tally, part, noise_of_batch(noise, part), bar)
             if file is not None:
                 file.save(tally, seed)
             bar.set_postfix_str(f"{tally.totals.mean[0].item():.4f} bits/dim")
+    if process_group is not None:
+        tally = merged(gather(tally, process_group))
     if tally.samples == 0:
         raise ValueError("data must have at least one sample, got none")
-    return _result(tally, timesteps, draws, decoder, shared=isinstance(noise, Tensor))
+    return BitsPerDim.of(tally, timesteps, draws, decoder, shared=isinstance(noise, Tensor))
 
 
 @dataclass(frozen=True, eq=False)
@@ -224,11 +213,11 @@ class _Estimator:
         clip_denoised: bool | None,
     ) -> _Estimator:
         last = diffusion.num_timesteps - 1
-        check_count(draws, "draws")
+        draws = as_int("draws", draws, 1)
         if timesteps is not None:
-            if isinstance(timesteps, int) and not 1 <= timesteps <= last:
+            timesteps = as_int("timesteps", timesteps)
+            if not 1 <= timesteps <= last:
                 raise ValueError(f"timesteps must be in 1 .. T - 1 = {last}, got {timesteps}")
-            check_count(timesteps, "timesteps")
         check_choice("decoder", decoder, DECODERS)
         strata = Strata.of(diffusion.schedule.log_snr, last if timesteps is None else timesteps)
         clip = diffusion._clip_range(clip_denoised)
@@ -251,10 +240,11 @@ class _Estimator:
             "clip": self.clip,
         }
 
-    def add_batch(self, tally: Tally, batch: Any, x: Tensor, noise: Noise, bar: Any) -> None:
-        """Estimate the terms of a batch and add them to the tally."""
+    def add_batch(self, tally: Tally, part: Part, noise: Noise, bar: Any) -> None:
+        """Estimate the terms of a batch and add those of its new samples to the tally."""
+        x = part.x
         check_decoder(self.decoder, "data", x)
-        kwargs = self.model_kwargs(batch) if callable(self.model_kwargs) else self.model_kwargs
+        kwargs = self.model_kwargs(part.batch) if callable(self.model_kwargs) else self.model_kwargs
         t = self._timesteps(x, noise)
         t_on_device = t.permute(1, 2, 0).contiguous().to(x.device)  # one copy for all calls
         count = len(self.strata.starts)
@@ -273,14 +263,17 @@ class _Estimator:
         values = torch.stack(found, dim=-1).double().cpu().reshape(2, len(x), count, self.draws)
         terms, errors = values[0], values[1]
         prior = self.diffusion.prior_bpd(x).double().cpu()
-        tally.add(prior, t, terms, errors, errors * self.diffusion.schedule.snr[t])
+        found = (prior, t, terms, errors, errors * self.diffusion.schedule.snr[t])
+        tally.add(*found if part.new is None else (values[part.new] for values in found))
+        tally.ids.append(part.counted_ids)
+        tally.batches += 1
         tally.calls += self.calls
 
     def _timesteps(self, x: Tensor, noise: Noise) -> Tensor:
         """The timesteps to visit, int64 ``[B, S, draws]`` on the CPU."""
         if isinstance(noise, PhiloxNoise):
             key = noise.at(noise.stream + self.calls)
-            return self.strata.timesteps(key, (len(x), self.draws), x.device)
+            return self.strata.timesteps(key, (len(x), self.draws))
         return self.strata.starts.reshape(1, -1, 1).repeat(len(x), 1, 1)
 
 
@@ -293,33 +286,3 @@ def _check_noise(noise: Noise | None, data: Any, timesteps: int | None, draws: i
         raise ValueError(
             f"noise must have the shape of the data, {list(data.shape)}, got {list(noise.shape)}"
         )
-
-
-def _result(
-    tally: Tally, timesteps: int | None, draws: int, decoder: str, shared: bool
-) -> BitsPerDim:
-    """``shared``: all timesteps used one noise, so the terms of a sample are correlated."""
-    total, prior = tally.totals.mean.tolist()
-    square = tally.totals.variance_of_mean()[0].item()
-    if shared:
-        variance = square
-    elif draws > 1:
-        variance = tally.within.item() / tally.samples**2
-    else:
-        variance = tally.parts.variance_of_mean().sum().item()
-    return BitsPerDim(
-        total=total,
-        standard_error=math.sqrt(square),
-        prior=prior,
-        terms=tally.terms / tally.visits,
-        visits=tally.visits.long(),
-        xstart_mse=tally.xstart_mse / tally.visits,
-        mse=tally.mse / tally.visits,
-        estimator_variance=variance,
-        samples=tally.samples,
-        dimensions=math.prod(tally.kind[0]),
-        timesteps=timesteps,
-        draws=draws,
-        model_calls=tally.calls,
-        decoder=decoder,
-    )

@@ -1,4 +1,4 @@
-"""The checkpoint file of ``bits_per_dim``: what it holds, and how it recognizes its run."""
+"""The checkpoint file of ``bits_per_dim``, and how it recognizes its run."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import functools
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+import textwrap
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,11 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffcore._files import replace_file
 from diffcore._types import Model
+from diffcore.likelihood import content
 from diffcore.likelihood.tally import Tally
 from diffcore.noise import Noise, PhiloxNoise
 
-_FORMAT = 1
+_FIX = "delete it, or pass another path"
 
 
 @dataclass(frozen=True)
@@ -33,33 +37,38 @@ class Checkpoint:
     path: Path
     settings: dict[str, Any]
 
-    def __post_init__(self) -> None:
-        if self.path.is_dir() or not self.path.parent.is_dir():
-            raise ValueError(f"checkpoint must be a file in an existing folder, got {self.path}")
+    @classmethod
+    def at(cls, path: str | Path, settings: dict[str, Any]) -> Checkpoint:
+        """The checkpoint of a run.
 
-    def save(self, tally: Tally, seed: Any) -> None:
-        """Write the tally as JSON, which keeps float64 to the bit, in one atomic move.
+        Args:
+            path: A file that exists, or that can be created.
+            settings: What a run must share with the run that wrote the file.
+
+        Raises:
+            TypeError: ``path`` has another type.
+            ValueError: ``path`` is no file, or no file can be created there.
+        """
+        if not isinstance(path, (str, os.PathLike)):
+            raise TypeError(f"checkpoint must be a path, got {type(path).__name__}")
+        file = Path(path)
+        if not _can_be_written(file):
+            raise ValueError(
+                f"checkpoint must be a file in a folder that can be written, got {file}"
+            )
+        return cls(file, settings)
+
+    def save(self, tally: Tally, seed: int | None) -> None:
+        """Write the tally in one move.
 
         Args:
             tally: The sums so far.
             seed: The seed of the noise if the caller gave no noise.
         """
-        state = {
-            "format": _FORMAT,
-            "settings": self.settings,
-            "seed": seed,
-            "kind": tally.kind,
-            "batches": tally.batches,
-            "calls": tally.calls,
-            "seen": tally.digest,
-            "samples": tally.samples,
-            "sums": {name: tensor.tolist() for name, tensor in tally.tensors().items()},
-        }
-        partial = self.path.with_name(self.path.name + ".partial")
-        partial.write_text(json.dumps(state))
-        os.replace(partial, self.path)
+        state = content.state_of(tally, self.settings, seed)
+        replace_file(self.path, json.dumps(state).encode())
 
-    def restore(self, tally: Tally) -> Any:
+    def restore(self, tally: Tally) -> int | None:
         """Put the sums of the file, if there is one, into a new tally.
 
         Args:
@@ -71,36 +80,74 @@ class Checkpoint:
         Raises:
             ValueError: The file is not a checkpoint, or belongs to a run with other settings.
         """
-        state = self._read()
+        state = self._read(tally)
         if state is None:
             return None
         tally.kind, tally.batches = state["kind"], state["batches"]
         tally.calls, tally.digest = state["calls"], state["seen"]
         tally.totals.count = tally.parts.count = state["samples"]
         for name, tensor in tally.tensors().items():
-            values = torch.tensor(state["sums"][name], dtype=torch.float64, device=tensor.device)
-            tensor.copy_(values)
-        return state["seed"]
+            tensor.copy_(torch.tensor(state["sums"][name], dtype=torch.float64, device="cpu"))
+        seed: int | None = state["seed"]
+        return seed
 
-    def _read(self) -> dict[str, Any] | None:
-        if not self.path.exists():
+    @contextmanager
+    def named_by_interrupt(self) -> Iterator[None]:
+        """Make Ctrl-C say where the sums are."""
+        try:
+            yield
+        except KeyboardInterrupt as stop:
+            if self.path.exists():
+                where = f"the sums of all completed batches are in {self.path}, and the same call "
+                stop.args = (f"bits_per_dim stopped; {where}continues from there",)
+            else:
+                stop.args = (f"bits_per_dim stopped before {self.path} was written",)
+            raise
+
+    def _read(self, tally: Tally) -> dict[str, Any] | None:
+        try:
+            with self.path.open("rb") as file:
+                start = file.read(1)
+                # Another kind of file may have gigabytes.
+                found = start + file.read() if start in (b"{", b"") else start
+        except FileNotFoundError:
             return None
         try:
-            state: dict[str, Any] = json.loads(self.path.read_text())
-            known, version = state["settings"], state["format"]
-        except (ValueError, KeyError, TypeError) as error:
+            state = content.parse(found)
+            self._check_settings(state["settings"])
+            content.check(state, tally, seeded=self.settings["noise"] is None)
+        except _OtherRunError:
+            raise
+        except ValueError as error:
             raise ValueError(
-                f"checkpoint must be a file written by bits_per_dim, got {self.path}"
+                f"checkpoint must be a file written by bits_per_dim, got {self.path}, where "
+                f"{error}; {_FIX}"
             ) from error
-        if version != _FORMAT:
-            raise ValueError(f"checkpoint must have format {_FORMAT}, got {version} in {self.path}")
-        for name in {**self.settings, **known}:
-            if self.settings.get(name) != known.get(name):
-                raise ValueError(
-                    f"checkpoint must belong to a run with {name} = {self.settings.get(name)}, "
-                    f"got {known.get(name)} in {self.path}; remove it, or pass another file"
-                )
         return state
+
+    def _check_settings(self, known: Mapping[str, Any]) -> None:
+        for name in {**self.settings, **known}:
+            mine, other = self.settings.get(name), known.get(name)
+            if json.dumps(mine) != json.dumps(other):
+                raise _OtherRunError(
+                    f"checkpoint must belong to a run with {name} = {mine}, got "
+                    f"{textwrap.shorten(str(other), 200)} in {self.path}; {_FIX}"
+                )
+
+
+class _OtherRunError(ValueError):
+    """The file is a checkpoint, but of a run with other settings."""
+
+
+def _can_be_written(path: Path) -> bool:
+    try:
+        folder = Path(os.path.realpath(path)).parent
+        path.stat()
+    except FileNotFoundError:
+        return folder.is_dir() and os.access(folder, os.W_OK)
+    except (OSError, ValueError):  # too long, below a file, a null character
+        return False
+    return path.is_file() and os.access(folder, os.W_OK)
 
 
 def describe_noise(noise: Noise | None) -> Any:
@@ -114,7 +161,6 @@ def describe_noise(noise: Noise | None) -> Any:
 
     Raises:
         TypeError: The noise has another type.
-        ValueError: The noise key has one sample id per sample.
     """
     if noise is None:
         return None
@@ -122,12 +168,7 @@ def describe_noise(noise: Noise | None) -> Any:
         return digest(noise)
     if not isinstance(noise, PhiloxNoise):
         raise TypeError(f"noise must be a tensor or a PhiloxNoise, got {type(noise).__name__}")
-    if isinstance(noise.sample_ids, Tensor) and noise.sample_ids.ndim:
-        raise ValueError(
-            "noise must have a single sample id, that of the first sample, got "
-            f"{len(noise.sample_ids)}; the ids of the other samples follow from their position"
-        )
-    parts = (noise.seed, noise.sample_ids, noise.stream, noise.first_element)
+    parts = noise.__reduce__()[1]  # of the key of a shard, also the shard
     return [p.tolist() if isinstance(p, Tensor) else p for p in parts]
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from diffcore.noise import PhiloxNoise
+from diffcore.reference import philox
 
 
 @dataclass(frozen=True)
@@ -61,24 +62,19 @@ class Strata:
         edges = torch.tensor([*starts, last], device=log_snr.device)
         return cls(edges[:-1], edges.diff())
 
-    def timesteps(self, noise: PhiloxNoise, shape: tuple[int, int], device: torch.device) -> Tensor:
+    def timesteps(self, noise: PhiloxNoise, shape: tuple[int, int]) -> Tensor:
         """Sample timesteps of each stratum, uniformly and independently.
 
         Args:
-            noise: A noise key, whose normals are converted to uniform numbers.
+            noise: A noise key, which gives them as it gives ``PhiloxNoise.timesteps``.
             shape: (samples, draws).
-            device: A device that can generate the noise.
 
         Returns:
             int64 ``[B, S, draws]``, on the CPU.
         """
         batch, draws = shape
-        count = len(self.starts)
         if bool((self.sizes == 1).all()):
             return self.starts.reshape(1, -1, 1).repeat(batch, 1, draws)
-        z = noise.tensor((batch, count * draws), dtype=torch.float32, device=device).cpu()
-        # On the CPU, in float64: the choice of a timestep must not depend on the device.
-        u = torch.special.ndtr(z.double()).reshape(batch, count, draws)
-        sizes = self.sizes.unsqueeze(1)
-        index = torch.minimum((u * sizes).long(), sizes - 1)
+        bounds = self.sizes.repeat_interleave(draws)
+        index = philox.integers(noise._parts, bounds, batch).reshape(batch, -1, draws)
         return self.starts.unsqueeze(1) + index

@@ -1,49 +1,22 @@
-"""Running moments and sums over the batches of ``bits_per_dim``, float64 on the CPU."""
+"""The sums of ``bits_per_dim``: exact, so that neither batches nor processes change a bit."""
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from diffcore.likelihood.exact import ExactSums, Moments
 from diffcore.likelihood.strata import Strata
 
 
 @dataclass
-class Moments:
-    """Count, mean and sum of squared deviations of rows, merged batch by batch (Chan et al.)."""
-
-    count: int
-    mean: Tensor
-    squares: Tensor
-
-    @classmethod
-    def zero(cls, columns: int) -> Moments:
-        """The moments of no rows."""
-        zeros = torch.zeros(columns, dtype=torch.float64, device="cpu")
-        return cls(0, zeros, zeros.clone())
-
-    def add(self, rows: Tensor) -> None:
-        """Add rows, float64 ``[B, columns]``."""
-        count = self.count + len(rows)
-        mean = rows.mean(dim=0)
-        delta = mean - self.mean
-        self.squares += (rows - mean).square().sum(0) + delta**2 * (self.count * len(rows) / count)
-        self.mean += delta * (len(rows) / count)
-        self.count = count
-
-    def variance_of_mean(self) -> Tensor:
-        """The unbiased variance over the rows, divided by their number; nan for one row."""
-        if self.count < 2:
-            return torch.full_like(self.mean, torch.nan)
-        return self.squares / (self.count - 1) / self.count
-
-
-@dataclass
 class Tally:
-    """Sums over all batches so far, float64.
+    """Sums over all samples so far, on the CPU.
 
     Attributes:
         strata: The strata of the estimator.
@@ -52,10 +25,12 @@ class Tally:
         batches: Number of batches.
         calls: Number of model calls.
         digest: Digest of the batches; computed only if there is a checkpoint.
+        ids: The sample ids that were counted, int64 tensors.
         totals: Moments of (total, prior) of a sample, in bits per dimension.
         parts: Moments of each stratum's share of a sample's total.
         within: Sum over the samples of the variance between the draws.
-        visits, terms, xstart_mse, mse: Sums for each timestep, ``[T]``.
+        visits: Number of visits of each timestep, float64 ``[T]``.
+        terms, xstart_mse, mse: Sums for each timestep.
     """
 
     strata: Strata
@@ -64,14 +39,17 @@ class Tally:
     batches: int = 0
     calls: int = 0
     digest: str = ""
+    ids: list[Tensor] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         """Start with empty sums."""
         self.totals = Moments.zero(2)
         self.parts = Moments.zero(len(self.strata.starts))
-        zero = torch.zeros(self.num_timesteps, dtype=torch.float64, device="cpu")
-        self.within = zero[:1].clone()
-        self.visits, self.terms, self.xstart_mse, self.mse = (zero.clone() for _ in range(4))
+        self.within = ExactSums.zero(1)
+        self.visits = torch.zeros(self.num_timesteps, dtype=torch.float64, device="cpu")
+        self.terms, self.xstart_mse, self.mse = (
+            ExactSums.zero(self.num_timesteps) for _ in range(3)
+        )
 
     @property
     def samples(self) -> int:
@@ -94,7 +72,7 @@ class Tally:
             )
 
     def add(self, prior: Tensor, t: Tensor, terms: Tensor, xstart_mse: Tensor, mse: Tensor) -> None:
-        """Add a batch.
+        """Add samples.
 
         Args:
             prior: L_T in bits per dimension, float64 ``[B]`` on the CPU.
@@ -106,24 +84,60 @@ class Tally:
         """
         draws = t.shape[2]
         sizes = self.strata.sizes.double()
-        parts = sizes * terms.mean(dim=2)
-        self.totals.add(torch.stack([parts.sum(dim=1) + prior, prior], dim=1))
+        mean = _row_sum(terms) / draws
+        parts = sizes * mean
+        self.totals.add(torch.stack([_row_sum(parts) + prior, prior], dim=1))
         self.parts.add(parts)
         if draws > 1:
-            self.within += (sizes**2 * terms.var(dim=2)).sum() / draws
-        at = t.flatten()
+            variance = _row_sum((terms - mean.unsqueeze(2)).square()) / (draws - 1)
+            found = _row_sum(sizes**2 * variance) / draws
+            self.within.add(found, torch.zeros_like(found, dtype=torch.int64))
+        self.visits.index_add_(0, t.flatten(), torch.ones_like(terms).flatten())
         for sums, values in (
-            (self.visits, torch.ones_like(terms)),
             (self.terms, terms),
             (self.xstart_mse, xstart_mse),
             (self.mse, mse),
         ):
-            sums.index_add_(0, at, values.flatten())
-        self.batches += 1
+            sums.add(values, t)
+
+    def merge(self, other: Tally) -> None:
+        """Add the samples of another tally.
+
+        Args:
+            other: A tally of other samples, of the same estimator.
+
+        Raises:
+            ValueError: Its samples have another shape or dtype.
+        """
+        self.check_kind(other.kind or self.kind)
+        self.batches += other.batches
+        self.calls += other.calls
+        self.ids += other.ids
+        self.visits += other.visits
+        for mine, theirs in ((self.totals, other.totals), (self.parts, other.parts)):
+            mine.merge(theirs)
+        for name in ("within", "terms", "xstart_mse", "mse"):
+            getattr(self, name).merge(getattr(other, name))
 
     def tensors(self) -> dict[str, Tensor]:
         """All sums by name, as a checkpoint holds them."""
-        moments = {"totals": self.totals, "parts": self.parts}
-        named = {f"{k}.{n}": getattr(m, n) for k, m in moments.items() for n in ("mean", "squares")}
-        plain = ("within", "visits", "terms", "xstart_mse", "mse")
-        return {**named, **{name: getattr(self, name) for name in plain}}
+        found = {"visits": self.visits}
+        for name, moments in (("totals", self.totals), ("parts", self.parts)):
+            found[f"{name}.sums"] = moments.sums.digits
+            found[f"{name}.squares"] = moments.squares.digits
+        for name in ("within", "terms", "xstart_mse", "mse"):
+            found[name] = getattr(self, name).digits
+        return found
+
+
+def merged(tallies: Sequence[Tally]) -> Tally:
+    """A new tally of the samples of several ones."""
+    found = copy.deepcopy(tallies[0])
+    for tally in tallies[1:]:
+        found.merge(tally)
+    return found
+
+
+def _row_sum(x: Tensor) -> Tensor:
+    """The sum over the last dimension, in one order whatever the other dimensions are."""
+    return x.cumsum(-1)[..., -1]

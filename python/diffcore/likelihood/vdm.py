@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 
 from diffcore import ops
-from diffcore._checks import check_choice, check_count
+from diffcore._checks import as_int, check_choice
+from diffcore._engine.dispatch import plain_eager, run
 from diffcore._engine.dtensor import all_of, of_first_rank, per_sample
+from diffcore._kernels.bound import PRIOR_KL
 from diffcore._types import Model
-from diffcore.coefficients.bound import DECODERS, FIXED, VLB_COLUMNS
+from diffcore.coefficients.bound import DECODERS, FIXED, VLB_COLUMNS, prior_coefficients
 from diffcore.coefficients.step import PREDICTION_TYPES, target_coefficients, x0_coefficients
 from diffcore.diffusion.checks import can_read_values, check_noise, check_pixels
 from diffcore.noise import Noise, PhiloxNoise
@@ -42,6 +44,33 @@ class VDMBound:
     reconstruction_nats: Tensor
     t: Tensor
     dimensions: int
+
+    @classmethod
+    def combine(cls, bounds: Sequence[VDMBound]) -> VDMBound:
+        """The bounds of all samples, from those of several batches or processes, in their order.
+
+        A sample has the same bits in any batch if its noise is from a key, its t is given and the
+        model works on single samples; so then has a mean over all of them.
+
+        Args:
+            bounds: At least one bound, of samples with the same number of dimensions.
+
+        Returns:
+            A ``VDMBound``, on the device of the first.
+
+        Raises:
+            ValueError: No bounds, or samples of different sizes.
+        """
+        if not bounds:
+            raise ValueError("bounds must have at least one entry, got none")
+        sizes = {bound.dimensions for bound in bounds}
+        if len(sizes) > 1:
+            raise ValueError(f"bounds must have one number of dimensions, got {sorted(sizes)}")
+        device = bounds[0].t.device
+        names = ("prior_nats", "diffusion_nats", "reconstruction_nats", "t")
+        columns = ([getattr(bound, name).to(device) for bound in bounds] for name in names)
+        prior, diffusion, reconstruction, t = (torch.cat(column) for column in columns)
+        return cls(prior, diffusion, reconstruction, t, bounds[0].dimensions)
 
     @property
     def total_nats(self) -> Tensor:
@@ -103,7 +132,7 @@ def vdm_bound(
         gamma_min: gamma at t = 0, -13.3 in the paper; gamma(t) is linear.
         gamma_max: gamma at t = 1, 5 in the paper.
         gamma: Instead of these two, an increasing function of float64 times in [0, 1]. Reading its
-            value at 1 synchronizes a CUDA device.
+            value at 1 synchronizes a CUDA device. Traced, it is not checked to increase.
         gamma_prime: Derivative of ``gamma``; ``None`` for autograd.
         num_timesteps: T, or ``None`` for continuous time.
         prediction_type: What the model predicts, one of ``PREDICTION_TYPES``.
@@ -134,7 +163,7 @@ def vdm_bound(
     if len(x) == 0:
         raise ValueError("x must have at least one sample, got an empty batch")
     if num_timesteps is not None:
-        check_count(num_timesteps, "num_timesteps")
+        num_timesteps = as_int("num_timesteps", num_timesteps, 1)
     schedule = _Schedule.of(gamma_min, gamma_max, gamma, gamma_prime, x.device)
     if decoder == "discretized" and can_read_values(x):
         check_pixels("x", x)
@@ -144,9 +173,8 @@ def vdm_bound(
     t = _times(t, x, generator)
     if num_timesteps is not None:
         t = torch.ceil(t * num_timesteps).clamp(1, num_timesteps) / num_timesteps
-    alpha_1, sigma_1 = (c.item() for c in _coefficients(schedule.ends[1].cpu()))
     return VDMBound(
-        prior_nats=ops.prior_kl(x, alpha_1, sigma_1),
+        prior_nats=_prior(x, schedule.ends[1]),
         diffusion_nats=_diffusion(
             model, x, t, noise, schedule, num_timesteps, prediction_type, model_kwargs
         ),
@@ -183,9 +211,10 @@ class _Schedule:
         at = torch.device("cpu") if gamma is None else device
         gamma, gamma_prime = _functions(gamma_min, gamma_max, gamma, gamma_prime)
         ends = gamma(torch.tensor([0.0, 1.0], dtype=torch.float64, device=at)).detach()
-        first, last = ends.tolist()
-        if not first < last:
-            raise ValueError(f"gamma must rise from t = 0 to t = 1, got {first} and {last}")
+        if plain_eager():
+            first, last = ends.tolist()
+            if not first < last:
+                raise ValueError(f"gamma must rise from t = 0 to t = 1, got {first} and {last}")
         return cls(gamma, gamma_prime, ends)
 
     def weight(self, t: Tensor, num_timesteps: int | None) -> Tensor:
@@ -194,6 +223,15 @@ class _Schedule:
             return self.gamma_prime(t)
         i = torch.round(t * num_timesteps)  # t is i / T, rounded
         return num_timesteps * torch.expm1(self.gamma(t) - self.gamma((i - 1) / num_timesteps))
+
+
+def _prior(x: Tensor, gamma_1: Tensor) -> Tensor:
+    """KL(q(z_1 | x) || N(0, I)), ``[B]``, nats."""
+    if not plain_eager():  # no value can be read
+        coefs = prior_coefficients(*_coefficients(gamma_1.to(x.device)))
+        return run(PRIOR_KL, (x,), coefs)
+    alpha, sigma = (c.item() for c in _coefficients(gamma_1.cpu()))
+    return ops.prior_kl(x, alpha, sigma)
 
 
 def _diffusion(
@@ -301,6 +339,9 @@ def _functions(
         function = gamma
 
         def slope(t: Tensor) -> Tensor:
+            if torch.compiler.is_compiling():
+                derivative: Tensor = torch.func.grad(lambda t: function(t).sum())(t.detach())
+                return derivative
             with torch.inference_mode(False), torch.enable_grad():
                 t = t.detach().clone().requires_grad_()
                 return torch.autograd.grad(function(t).sum(), t)[0]

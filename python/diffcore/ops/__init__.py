@@ -1,9 +1,11 @@
 """The public functional ops: a call launches one kernel, forward and backward.
 
-Tensors called elementwise (samples, noise, predictions, means, ...) share one shape ``[B, ...]``,
-one dtype (float32, float64, bfloat16, float16) and one device. Any dense memory layout that they
-share is used without a copy. Values are computed in float32 (float64 for float64) and rounded once,
-when they are stored.
+Tensors called elementwise (samples, noise, predictions, means, ...) share one shape ``[B, ...]``
+and one device. Their dtype is float32, float64, bfloat16 or float16; tensors of several dtypes are
+converted to the widest of them, as torch promotes, which costs a copy: a bfloat16 prediction beside
+float32 samples gives a float32 result, under autocast and outside. The noise of a key is rounded to
+the dtype of the samples. Any dense memory layout that the tensors share is used without a copy.
+Values are computed in float32 (float64 for float64) and rounded once, when they are stored.
 
 A coefficient (``alpha``, ``sigma``, ...) is a number, or a float32 or float64 tensor: 0-dim, or
 ``[B]``, one per sample. With ``t`` it is a table ``[T]``, gathered at ``t`` inside the kernel;

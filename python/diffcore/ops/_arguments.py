@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import operator
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from diffcore._checks import as_int, as_real, as_tensor
 from diffcore._engine.dispatch import plain_eager
-from diffcore._types import Coef, Step
+from diffcore._types import Coef, Coefs, Step
+
+_SYMBOLS = (torch.SymInt, torch.SymFloat)
 
 
 def as_coef(name: str, value: Coef, step: Step) -> Coef:
@@ -14,7 +20,9 @@ def as_coef(name: str, value: Coef, step: Step) -> Coef:
     if type(value) is float:
         return value
     if not isinstance(value, Tensor):
-        return as_number(name, value)
+        value = as_number(name, value)
+        if not isinstance(value, Tensor):
+            return value
     if value.dtype not in (torch.float32, torch.float64):
         as_number(name, value)
         value = value.float()
@@ -33,7 +41,10 @@ def _flat(name: str, value: Tensor) -> Tensor:
     if value.ndim < 2:
         return value
     if value.numel() != len(value):
-        raise ValueError(f"{name} must have one number per sample, got shape {tuple(value.shape)}")
+        raise ValueError(
+            f"{name} must have one number per sample, got shape {tuple(value.shape)}; for a level "
+            "of each frame fold the frames into the batch"
+        )
     return value.reshape(-1)
 
 
@@ -50,17 +61,23 @@ def as_table(name: str, table: Tensor, *columns: int) -> Tensor:
 
 
 def as_number(name: str, value: Coef) -> Coef:
-    """A float or a floating-point tensor."""
+    """A float or a floating-point tensor; a NumPy array is a tensor on the CPU."""
     if isinstance(value, Tensor):
         if not value.is_floating_point():
             raise TypeError(f"{name} must have a floating-point dtype, got {value.dtype}")
         return value
     if type(value) is float:
         return value
-    if not hasattr(value, "__float__"):  # a string would do for float() itself
-        kind = type(value).__name__
-        raise TypeError(f"{name} must be a number or a torch.Tensor, got {kind}")
-    return float(value)
+    if not isinstance(value, (int, float, *_SYMBOLS)):
+        # Dynamo has no getattr for a symbolic number.
+        if getattr(value, "ndim", 0):
+            return as_number(name, as_tensor(name, value, "a number or a torch.Tensor"))
+        if isinstance(value, str) or not hasattr(value, "__float__"):
+            kind = type(value).__name__
+            raise TypeError(f"{name} must be a number or a torch.Tensor, got {kind}")
+    elif isinstance(value, bool):
+        raise TypeError(f"{name} must be a number or a torch.Tensor, got bool")
+    return as_real(name, value)
 
 
 def in_float64(name: str, value: Coef) -> Coef:
@@ -69,8 +86,57 @@ def in_float64(name: str, value: Coef) -> Coef:
     return _flat(name, value).double() if isinstance(value, Tensor) else value
 
 
+def converted(error: TypeError, coefs: Coefs, step: Step, like: Any) -> tuple[Coefs, Step]:
+    """The coefficients and the step of a refused call, as floats and as an int or a tensor.
+
+    Ints for floats, NumPy scalars, and lists or arrays of steps are converted here, after a call
+    was refused, so that a call with floats pays nothing for them.
+
+    Args:
+        error: Why the call was refused: raised again if there is nothing to convert.
+        coefs: The coefficients.
+        step: The step.
+        like: A tensor on the device of the samples.
+    """
+    try:
+        numbers = tuple(map(_as_float, coefs))
+        found = step if step is None or isinstance(step, Tensor) else as_step(step, like.device)
+    except (AttributeError, TypeError, ValueError):  # not these, or like is no tensor
+        raise error from None
+    same_step = found is step or (type(step) is int and found == step)
+    if same_step and all(map(operator.is_, numbers, coefs)):
+        raise error
+    return numbers, found
+
+
+def _as_float(coef: Any) -> Any:
+    """A number as a float; anything else as it is."""
+    try:
+        return coef if isinstance(coef, Tensor) else as_real("coefficient", coef)
+    except (TypeError, ValueError):
+        return coef
+
+
+def as_step(step: Any, device: torch.device) -> int | Tensor:
+    """A step that is no tensor: an int, or int64 ``[B]`` from a list or an array of ints.
+
+    Args:
+        step: The step.
+        device: Where to put the tensor.
+
+    Raises:
+        TypeError: Not integers.
+    """
+    if not hasattr(step, "__len__") or getattr(step, "ndim", 1) == 0:
+        return as_int("t", step)
+    steps = as_tensor("t", step)
+    if steps.is_floating_point() or steps.is_complex() or steps.dtype == torch.bool:
+        raise TypeError(f"t must be integers, got {type(step).__name__} of {steps.dtype}")
+    return steps.to(device=device, dtype=torch.int64)
+
+
 def float_of(name: str, value: float) -> float:
-    """A number; a tensor is refused."""
-    if isinstance(value, Tensor) or not hasattr(value, "__float__"):
+    """A number; a tensor is refused, because its value would be read."""
+    if isinstance(value, Tensor):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    return float(value)
+    return as_real(name, value)

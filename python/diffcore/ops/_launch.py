@@ -7,19 +7,20 @@ no solver.
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from diffcore._checks import as_int
 from diffcore._engine.dispatch import run
+from diffcore._engine.kept import Traced, made_plainly
 from diffcore._kernels.step import PLAIN, Plan, columns_read, learned_plan, plan
 from diffcore._types import Coef, Coefs, Row, Step, Tensors
 from diffcore.coefficients.step import HISTORY_READ, HISTORY_WRITTEN, STEP_COLUMNS
 from diffcore.noise import Noise
-from diffcore.ops._arguments import as_coef, as_table
+from diffcore.ops._arguments import as_coef, as_table, converted
 from diffcore.ops._noise import run_noisy
 
 _ALL = len(STEP_COLUMNS)
@@ -77,6 +78,10 @@ def launch(
         kernel = plan.kernel if len(tensors) == 2 else plan.guided
         inputs, coefs = (*tensors, *others), leading + plan.coefs[2:]
     if noise is None:
+        try:
+            return run(kernel, inputs, coefs, t, False, out)
+        except TypeError as error:
+            coefs, t = converted(error, coefs, t, x)
         return run(kernel, inputs, coefs, t, False, out)
     return run_noisy(kernel, inputs, noise, coefs, t, out)
 
@@ -134,6 +139,11 @@ def variance_columns(row: Row) -> Coefs:
 def _columns(name: str, row: Row, columns: int, widths: tuple[int, ...]) -> Coefs:
     if isinstance(row, tuple):
         if len(row) not in widths:
+            if hasattr(row, "coefficients"):  # a Row of a solver's table, which is a tuple too
+                raise TypeError(
+                    f"{name} must be a tuple of numbers or a tensor, got {type(row).__name__}; "
+                    "pass table.rows[i].coefficients, or table.coefficients with t=i"
+                )
             counts = " or ".join(map(str, widths))
             raise ValueError(f"{name} must hold {counts} numbers, got {len(row)}")
         return row[:columns]
@@ -156,7 +166,16 @@ class RowLauncher:
         variance: s_0 and s_v as a tensor ``[S, 2]``, or ``None``.
     """
 
-    __slots__ = ("_coefficients", "_copies", "_history", "_learned", "_name", "_plans", "_variance")
+    __slots__ = (
+        "_coefficients",
+        "_copies",
+        "_history",
+        "_learned",
+        "_name",
+        "_plans",
+        "_traced",
+        "_variance",
+    )
 
     def __init__(
         self,
@@ -175,6 +194,7 @@ class RowLauncher:
         self._variance = variance
         # Per device: the tensors above, for rows that a tensor selects there.
         self._copies = {coefficients.device: (coefficients, variance)}
+        self._traced = Traced()
 
     def step(
         self,
@@ -218,12 +238,7 @@ class RowLauncher:
     def _plan(self, i: int | Tensor) -> tuple[Plan, Tensor | None]:
         """The plan of row i; for a tensor of rows, one that covers the needs of every row."""
         if not isinstance(i, Tensor):
-            index = operator.index(i)
-            if not 0 <= index < len(self._plans):
-                raise ValueError(
-                    f"i must be a row of {self._name}, 0 .. {len(self._plans) - 1}, got {i}"
-                )
-            return self._plans[index], None
+            return self._plans[self.index(i)], None
         reads, keeps = self._history, self._history > 0
         coefficients, variance = self._on(i.device)
         stochastic = any(how.noisy for how in self._plans)
@@ -232,15 +247,32 @@ class RowLauncher:
             return learned_plan((columns, variance)), i
         return plan((columns,), reads, keeps, stochastic), i
 
+    def index(self, i: int) -> int:
+        """The number of a row, checked."""
+        index = as_int("i", i)
+        if not 0 <= index < len(self._plans):
+            raise ValueError(
+                f"i must be a row of {self._name}, 0 .. {len(self._plans) - 1}, got {i}"
+            )
+        return index
+
     def _on(self, device: torch.device) -> tuple[Tensor, Tensor | None]:
         """Coefficients and variance on a device: copied once, then found again."""
+        if torch.compiler.is_dynamo_compiling():
+            traced: tuple[Tensor, Tensor | None] = getattr(self._traced, self._traced_on(device))
+            return traced
         found = self._copies.get(device)
         if found is None:
-            with torch.inference_mode(False):
-                variance = None if self._variance is None else self._variance.to(device)
-                copy = self._coefficients.to(device), variance
-            found = self._copies.setdefault(device, copy)
+            found = self._copies.setdefault(device, made_plainly(lambda: self._copy(device)))
         return found
+
+    def _copy(self, device: torch.device) -> tuple[Tensor, Tensor | None]:
+        variance = None if self._variance is None else self._variance.to(device)
+        return self._coefficients.to(device), variance
+
+    @torch.compiler.assume_constant_result
+    def _traced_on(self, device: torch.device) -> str:
+        return self._traced.name(device, lambda: self._on(device))
 
     def _variance_inputs(self, how: Plan, variance_output: Tensor | None) -> Tensors:
         """What the kernel reads of a predicted variance."""

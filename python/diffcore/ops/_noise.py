@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from diffcore._engine.kernel import NoisyKernel
 from diffcore._kernels import noise as k
 from diffcore._types import Coef, Step
 from diffcore.noise import Noise, PhiloxNoise, draw
+from diffcore.ops._arguments import converted
 
 __all__ = [
     "randn",
@@ -31,15 +33,43 @@ def run_noisy(
 ) -> Any:
     """Runs a kernel whose last input is ``noise``, or the one that generates it."""
     if isinstance(noise, PhiloxNoise):
-        if not isinstance(inputs[0], Tensor):
+        if not all(isinstance(x, Tensor) for x in inputs):
             messages.refuse_non_tensor(kernel.generating.inputs, inputs)
-        return k.run_noisy(kernel, inputs, noise._parts, coefs, step, out)
+        like = inputs[kernel.generating.samples]
+        if type(noise) is PhiloxNoise or like.dtype not in messages.DTYPES:
+            try:
+                return k.run_noisy(kernel, inputs, noise._parts, coefs, step, out)
+            except TypeError as error:
+                coefs, step = converted(error, coefs, step, inputs[0])
+            return k.run_noisy(kernel, inputs, noise._parts, coefs, step, out)
+        noise = noise.tensor(like.shape, dtype=like.dtype, device=like.device)  # of a shard
     if not isinstance(noise, Tensor):
         kind = type(noise).__name__
         raise TypeError(
             f"{kernel.reading.inputs[-1]} must be a torch.Tensor or a PhiloxNoise, got {kind}"
         )
+    try:
+        return run(kernel.reading, (*inputs, noise), coefs, step, False, out)
+    except TypeError as error:
+        coefs, step = converted(error, coefs, step, inputs[0])
     return run(kernel.reading, (*inputs, noise), coefs, step, False, out)
+
+
+def promoted(model_output: Tensor, x0: Any, noise: Any) -> tuple[Tensor, Any, Any]:
+    """A prediction, x_0 and noise in the widest of their dtypes, by torch's promotion.
+
+    The noise of a key is rounded to the dtype of ``x0`` first, as where it is added to ``x0``.
+    """
+    floats = [x.dtype for x in (model_output, x0, noise) if _is_float(x)]
+    widest = functools.reduce(torch.promote_types, floats)
+    if isinstance(noise, PhiloxNoise) and _is_float(x0) and x0.dtype != widest:
+        noise = noise.tensor(x0.shape, dtype=x0.dtype, device=x0.device)
+    found = [x.to(widest) if _is_float(x) else x for x in (model_output, x0, noise)]
+    return found[0], found[1], found[2]
+
+
+def _is_float(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.is_floating_point()
 
 
 def noise_or_default(

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from diffcore._engine.dispatch import run
+from diffcore._engine.dispatch import plain_eager, run
+from diffcore._engine.kept import made_plainly
 from diffcore._kernels import bound as k
 from diffcore._types import Coef, Step
 from diffcore.coefficients.bound import FIXED, VLB_COLUMNS, prior_coefficients
 from diffcore.noise import Noise
-from diffcore.ops._arguments import as_coef, as_table, float_of
+from diffcore.ops._arguments import as_coef, as_table, converted, float_of
 from diffcore.ops._noise import run_noisy
 
 __all__ = [
@@ -85,7 +86,12 @@ def vlb_term(
         inputs = (*inputs, variance_output)
     found: Tensor
     if x_t is not None:
-        found = run(k.VLB_TERM[learned].reading, (*inputs, x_t), coefs, t)
+        kernel = k.VLB_TERM[learned].reading
+        try:
+            return run(kernel, (*inputs, x_t), coefs, t)
+        except TypeError as error:
+            coefs, t = converted(error, coefs, t, x0)
+        found = run(kernel, (*inputs, x_t), coefs, t)
     else:
         assert noise is not None
         found = run_noisy(_OF_NOISE[learned], inputs, noise, coefs, t)
@@ -111,4 +117,8 @@ def prior_kl(x0: Tensor, alpha: float, sigma: float) -> Tensor:
     a, s = float_of("alpha", alpha), float_of("sigma", sigma)
     if not s > 0:
         raise ValueError(f"sigma must be positive, got {s}")
-    return run(k.PRIOR_KL, (x0,), prior_coefficients(a, s))
+    if plain_eager():
+        coefs = prior_coefficients(a, s)
+    else:
+        coefs = made_plainly(lambda: prior_coefficients(a, s))  # it reads a tensor
+    return run(k.PRIOR_KL, (x0,), coefs)

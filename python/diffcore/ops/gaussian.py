@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffcore._checks import check_choice
+from diffcore._checks import as_real, check_choice
 from diffcore._engine import messages
 from diffcore._engine.dispatch import run
 from diffcore._kernels import gaussian as k
@@ -99,7 +99,11 @@ def _broadcast(names: tuple[str, ...], inputs: tuple[Tensor | float, ...]) -> Te
     """The inputs as tensors of one shape; numbers in the dtype of the tensors."""
     tensors = {n: x for n, x in zip(names, inputs, strict=True) if isinstance(x, Tensor)}
     for name, x in zip(names, inputs, strict=True):
-        if name not in tensors and (isinstance(x, (str, bool)) or not hasattr(x, "__float__")):
+        if name in tensors:
+            continue
+        # The types first: Dynamo has no hasattr for a symbolic number.
+        is_number = isinstance(x, (int, float)) or hasattr(x, "__float__")
+        if isinstance(x, (str, bool)) or not is_number:
             kind = type(x).__name__
             raise TypeError(f"{name} must be a torch.Tensor or a number, got {kind}")
     if not tensors:
@@ -107,10 +111,6 @@ def _broadcast(names: tuple[str, ...], inputs: tuple[Tensor | float, ...]) -> Te
     first_name, first = next(iter(tensors.items()))
     shape = first.shape
     for name, x in tensors.items():
-        if x.dtype != first.dtype:
-            raise TypeError(
-                f"{name} must have the dtype of {first_name}, {first.dtype}, got {x.dtype}"
-            )
         if x.device != first.device:
             raise ValueError(
                 f"{name} must be on the device of {first_name}, {first.device}, got {x.device}"
@@ -122,7 +122,10 @@ def _broadcast(names: tuple[str, ...], inputs: tuple[Tensor | float, ...]) -> Te
                 f"{name} must have a shape that broadcasts with {tuple(shape)}, got "
                 f"{tuple(x.shape)}"
             ) from None
-    each = [x if isinstance(x, Tensor) else first.new_full((), float(x)) for x in inputs]
+    each = [
+        x if isinstance(x, Tensor) else first.new_full((), as_real(n, x))
+        for n, x in zip(names, inputs, strict=True)
+    ]
     return tuple(x.expand(shape) for x in each)
 
 

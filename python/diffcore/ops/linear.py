@@ -12,7 +12,7 @@ from diffcore._kernels import linear as k
 from diffcore._types import Coef, Step
 from diffcore.coefficients import step as formulas
 from diffcore.noise import Noise
-from diffcore.ops._arguments import as_coef, as_number, as_table, in_float64
+from diffcore.ops._arguments import as_coef, as_number, as_table, converted, in_float64
 from diffcore.ops._noise import run_noisy
 
 __all__ = [
@@ -192,7 +192,12 @@ def linear_combination(
     else:
         a, b = coefficients
         coefs = (as_coef("a", a, t), as_coef("b", b, t))
-    return run(k.LINEAR_COMBINATION.reading, (x, y), coefs, t, False, out)
+    kernel = k.LINEAR_COMBINATION.reading
+    try:
+        return run(kernel, (x, y), coefs, t, False, out)
+    except TypeError as error:
+        coefs, t = converted(error, coefs, t, x)
+    return run(kernel, (x, y), coefs, t, False, out)
 
 
 def velocity(

@@ -12,7 +12,7 @@ from diffcore._types import Coef, Step
 from diffcore.coefficients.step import PREDICTION_TYPES
 from diffcore.noise import Noise, PhiloxNoise
 from diffcore.ops._arguments import as_coef, as_number
-from diffcore.ops._noise import run_noisy
+from diffcore.ops._noise import promoted, run_noisy
 
 __all__ = [
     "denoising_loss",
@@ -66,6 +66,8 @@ def denoising_loss(
     check_choice("prediction_type", prediction_type, PREDICTION_TYPES)
     if not isinstance(model_output, Tensor):
         raise TypeError(f"model_output must be a torch.Tensor, got {type(model_output).__name__}")
+    if any(isinstance(x, Tensor) and x.dtype is not model_output.dtype for x in (x0, noise)):
+        model_output, x0, noise = promoted(model_output, x0, noise)
     w = 1.0 if weight is None else as_coef("weight", weight, t)
     step = t if isinstance(w, Tensor) and w.ndim == 2 else None
     if prediction_type == "epsilon":
@@ -103,9 +105,9 @@ def _loss(
     step: Step,
 ) -> Tensor:
     """``last``: the last input of the functor, noise or x_0; ``target``: its coefficients a, b."""
-    model_output, *others = inputs
+    model_output, others = inputs[0], inputs[1:]
     if isinstance(last, Tensor):
-        others.append(last)
+        others = (*others, last)
     inverse_n = 1.0 / max(model_output.shape[1:].numel() if model_output.ndim else 1, 1)
     coefs = (weight, inverse_n, *target)
     found: Tensor

@@ -12,7 +12,7 @@ from diffcore._kernels import step as k
 from diffcore._types import ClipRange, Coef, Coefs, Row, Step
 from diffcore.coefficients import step as formulas
 from diffcore.noise import Noise
-from diffcore.ops._arguments import as_table, in_float64
+from diffcore.ops._arguments import as_table, converted, in_float64
 from diffcore.ops._launch import (
     Guidance,
     guidance_of,
@@ -251,7 +251,12 @@ def _log_prob(
     row = step_columns(coefficients, k.PLAIN)
     tensors, leading = predictions(x, model_output, guidance, threshold)
     kernel = k.STEP_LOG_PROB[len(tensors) == 3]
-    return run(kernel, (*tensors, x_next), (*leading, *row), t)
+    inputs, coefs = (*tensors, x_next), (*leading, *row)
+    try:
+        return run(kernel, inputs, coefs, t)
+    except TypeError as error:
+        coefs, t = converted(error, coefs, t, x)
+    return run(kernel, inputs, coefs, t)
 
 
 # ---- the DDPM and DDIM steps ---------------------------------------------------------------------

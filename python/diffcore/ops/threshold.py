@@ -11,7 +11,7 @@ from diffcore._engine.dispatch import run
 from diffcore._kernels.step import PLAIN
 from diffcore._kernels.threshold import X0_QUANTILE
 from diffcore._types import Coef, Row, Step
-from diffcore.ops._arguments import float_of
+from diffcore.ops._arguments import converted, float_of
 from diffcore.ops._launch import guidance_of, predictions, step_columns
 
 __all__ = [
@@ -66,7 +66,12 @@ def dynamic_threshold(
     tensors, leading = predictions(x, model_output, guidance, None)
     coefs = (*leading, *step_columns(coefficients, PLAIN), p, most)
     kernel = X0_QUANTILE[len(tensors) == 3]
-    return run(kernel, tuple(map(_constant, tensors)), tuple(map(_constant, coefs)), t)
+    inputs, constants = tuple(map(_constant, tensors)), tuple(map(_constant, coefs))
+    try:
+        return run(kernel, inputs, constants, t)
+    except TypeError as error:
+        constants, t = converted(error, constants, t, x)
+    return run(kernel, inputs, constants, t)
 
 
 def _constant(value: Any) -> Any:

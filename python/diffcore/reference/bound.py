@@ -46,13 +46,15 @@ def vlb_term(
     # As in the steps: where, not clamp.
     error = torch.where(error > most, torch.zeros_like(error) + most, error)
     error = torch.where(error < least, torch.zeros_like(error) + least, error)
-    has_density = torch.as_tensor(k.decoder == 0)
+    # On the device of the samples, whatever torch's default device is.
+    has_density = torch.as_tensor(k.decoder == 0, device=x.device)
     if variance_output is None:
         terms = k.factor * error**2 + k.offset
         d = k.d_0 + torch.zeros_like(error)
     else:
         d = k.d_0 - k.d_v * variance_output.double() + k.d_low
-        ratio = torch.where(torch.as_tensor(k.kl != 0), expm1_minus(d), -d)
+        is_kl = torch.as_tensor(k.kl != 0, device=x.device)
+        ratio = torch.where(is_kl, expm1_minus(d), -d)
         # Where the decoder is discretized this is not read, and must not overflow.
         safe = torch.where(has_density, d, torch.zeros_like(d))
         terms = 0.5 * ratio + k.factor * error**2 * torch.exp(safe) + k.offset

@@ -46,11 +46,15 @@ from torch import Tensor
 from diffcore._types import NoiseParts
 
 Words = tuple[Tensor, Tensor, Tensor, Tensor]
+Key = tuple[int | Tensor, int | Tensor]
 
 
 MASK = 0xFFFFFFFF
 MULTIPLIERS = 0xD2511F53, 0xCD9E8D57
 KEY_STEPS = 0x9E3779B9, 0xBB67AE85
+# Fractions of sqrt(2) and sqrt(7): they change the seed for words that are not those of the noise.
+UNIFORM_SALT, INTEGER_SALT = 0x6A09E667F3BCC908, 0xA54FF53A5F1D36F1
+PRECISION = {torch.float64: 53, torch.float32: 24, torch.float16: 11, torch.bfloat16: 8}
 SQRT_HALF_BITS = 0x3F3504F3  # of the smallest float32 above sqrt(1/2)
 
 _hex = float.fromhex
@@ -73,7 +77,7 @@ def _multiply(word: Tensor, constant: int) -> tuple[Tensor, Tensor]:
     return high >> 16, (high & 0xFFFF) << 16 | low & 0xFFFF
 
 
-def philox4x32(counter: Words, key: tuple[int | Tensor, int | Tensor], rounds: int = 10) -> Words:
+def philox4x32(counter: Words, key: Key, rounds: int = 10) -> Words:
     """Four random 32-bit words for a counter and a key, all held in int64, shapes broadcast."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
@@ -134,6 +138,37 @@ def box_muller(w: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     return radius * torch.where(swap, sin, cos), radius * torch.where(swap, cos, sin)
 
 
+def _counters(noise: NoiseParts, blocks: Tensor, batch: int, salt: int = 0) -> tuple[Words, Key]:
+    """The counters ``[B, n]`` of blocks ``[n]`` of each sample, and the key.
+
+    Args:
+        noise: As for ``normals``; its first element does not count.
+        blocks: Block numbers, on the device of the result.
+        batch: B.
+        salt: 64 bits that change those of the seed, for words with another purpose.
+    """
+    seed, sample_ids, stream, _ = noise
+    device = blocks.device
+    offset: int | Tensor = 0
+    if isinstance(seed, Tensor):
+        seed = seed.to(device).reshape(-1)
+        if seed.shape[0] == 2:
+            offset = seed[1]
+        seed = seed[0]
+    if isinstance(stream, Tensor):
+        stream = stream.to(device).reshape(())
+    if isinstance(sample_ids, Tensor):
+        sample_ids = sample_ids.to(device)
+    if not isinstance(sample_ids, Tensor) or sample_ids.ndim == 0:
+        sample_ids = sample_ids + torch.arange(batch, device=device)
+    ids, zero = sample_ids.reshape(batch, 1), torch.zeros_like(blocks)
+    counter = (
+        *(blocks & MASK, zero + (stream & MASK) + (offset & MASK) & MASK),
+        *(ids & MASK, ids >> 32 & MASK),
+    )
+    return counter, (seed & MASK ^ salt & MASK, seed >> 32 & MASK ^ salt >> 32)
+
+
 def normals(
     noise: NoiseParts, shape: Sequence[int], dtype: torch.dtype, device: torch.device | str
 ) -> Tensor:
@@ -150,25 +185,47 @@ def normals(
     """
     if torch.device(device).type == "mps":  # which has no float64 for the root
         return normals(noise, shape, dtype, "cpu").to(device)
-    seed, sample_ids, stream, first_element = noise
     batch, size = (shape[0] if shape else 1), math.prod(shape[1:])
-    offset: int | Tensor = 0
-    if isinstance(seed, Tensor):
-        seed = seed.to(device).reshape(-1)
-        if seed.shape[0] == 2:
-            offset = seed[1]
-        seed = seed[0]
-    if isinstance(stream, Tensor):
-        stream = stream.to(device).reshape(())
-    if isinstance(sample_ids, Tensor):
-        sample_ids = sample_ids.to(device)
-    if not isinstance(sample_ids, Tensor) or sample_ids.ndim == 0:
-        sample_ids = sample_ids + torch.arange(batch, device=device)
-
-    ids = sample_ids.reshape(batch, 1)
-    block = torch.arange((size + 3) // 4, device=device) + first_element // 4
-    zero = torch.zeros_like(block)
-    counter = block & MASK, zero + (stream & MASK) + (offset & MASK) & MASK, ids & MASK, ids >> 32
-    w = philox4x32((*counter[:3], counter[3] & MASK), (seed & MASK, seed >> 32 & MASK))
+    blocks = torch.arange((size + 3) // 4, device=device) + noise[3] // 4
+    w = philox4x32(*_counters(noise, blocks, batch))
     z = torch.stack((*box_muller(w[0], w[1]), *box_muller(w[2], w[3])), -1)
     return z.flatten(1)[:, :size].reshape(tuple(shape)).to(dtype)
+
+
+def _pairs(noise: NoiseParts, elements: Tensor, batch: int, salt: int) -> tuple[Tensor, Tensor]:
+    """Two words for each element of each sample, ``[B, n]``: of a block, two elements."""
+    w = philox4x32(*_counters(noise, elements // 2, batch, salt))
+    second = elements % 2 != 0
+    return torch.where(second, w[2], w[0]), torch.where(second, w[3], w[1])
+
+
+def uniforms(noise: NoiseParts, elements: Tensor, batch: int, dtype: torch.dtype) -> Tensor:
+    """Uniform numbers in [0, 1), ``[B, n]``: the upper p of 64 random bits, as multiples of 2^-p.
+
+    p is the precision of the dtype, so nothing is rounded. The words are those of the seed with
+    other bits, so that they are independent of the noise of the same key.
+
+    Args:
+        noise: As for ``normals``; its first element does not count.
+        elements: Elements below 2^33, int64 ``[n]``, on the device of the result.
+        batch: B.
+        dtype: Of the result.
+    """
+    if elements.device.type == "mps":
+        return uniforms(noise, elements.cpu(), batch, dtype).to(elements.device)
+    high, low = _pairs(noise, elements, batch, UNIFORM_SALT)
+    bits = PRECISION[dtype]
+    return ((high << 21 | low >> 11) >> 53 - bits).double().mul(2.0**-bits).to(dtype)
+
+
+def integers(noise: NoiseParts, bounds: Tensor, batch: int) -> Tensor:
+    """Uniform integers in 0 .. bound - 1, int64 ``[B, n]``: the upper part of 64 bits times bound.
+
+    Args:
+        noise: As for ``normals``; its first element does not count.
+        bounds: A bound in 1 .. 2^31 for each element, int64 ``[n]``, on the device of the result.
+        batch: B.
+    """
+    elements = torch.arange(bounds.shape[0], device=bounds.device)
+    high, low = _pairs(noise, elements, batch, INTEGER_SALT)
+    return high * bounds + (low * bounds >> 32) >> 32

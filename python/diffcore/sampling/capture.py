@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from diffcore import ops
+from diffcore._checks import as_sizes, check_not_compiling
 from diffcore._engine import native
 from diffcore._types import Model
 from diffcore.noise import PhiloxNoise
@@ -60,11 +61,12 @@ def capture(
         TypeError: ``table`` is not a SolverTable.
         ValueError: ``shape`` is empty, or as ``sample``.
     """
+    check_not_compiling("capture", "compile the model that it gets")
     if not isinstance(table, SolverTable):
         raise TypeError(f"table must be a SolverTable, got {type(table).__name__}")
     check_guidance(guidance_scale, uncond_kwargs)
     device = model_device(model) if device is None else device
-    x = torch.empty(tuple(shape), dtype=dtype, device=device)
+    x = torch.empty(as_sizes(shape), dtype=dtype, device=device)
     if x.ndim == 0:
         raise ValueError("shape must be [B, ...], got ()")
     if guidance_scale is not None:
@@ -131,16 +133,14 @@ class CapturedSampler:
         Raises:
             TypeError: ``noise`` is not a noise key.
             ValueError: Shapes differ from the recorded ones, an argument was not recorded as a
-                tensor, or ``noise.first_element`` is not 0.
+                tensor, or ``noise`` is the key of a shard.
         """
         if noise is None:
             noise = PhiloxNoise.from_generator(device=self._x.device)
         if not isinstance(noise, PhiloxNoise):
             raise TypeError(f"noise must be a PhiloxNoise, got {type(noise).__name__}")
-        if noise.first_element:
-            raise ValueError(
-                f"noise must have first_element 0 in a recorded loop, got {noise.first_element}"
-            )
+        if noise.first_element or type(noise) is not PhiloxNoise:
+            raise ValueError(f"noise must be of complete samples in a recorded loop, got {noise}")
         if x is None:
             ops.randn(self._x.shape, noise, dtype=self._x.dtype, device=self._x.device, out=self._x)
             self._x.mul_(self._table.init_noise_sigma)

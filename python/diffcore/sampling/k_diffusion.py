@@ -1,6 +1,7 @@
 """k-diffusion's samplers, with its signatures, on top of the one sampling loop.
 
-All of them start from ``x = noise * sigmas[0]``, run under ``torch.no_grad()``, and take
+All of them start from ``x = noise * sigmas[0]`` and run under ``torch.no_grad()``; for gradients
+write a loop on ``SolverTable.step``. They take
 
 - model: ``model(x, sigma, **extra_args)`` with sigma ``[B]``; it returns the denoised sample.
 - x: Samples ``[B, ...]``.
@@ -8,12 +9,14 @@ All of them start from ``x = noise * sigmas[0]``, run under ``torch.no_grad()``,
   They are read on the host: where they are on a GPU, the call waits for it once. The solver table
   is made when the sigmas or the options are new, and cached.
 - extra_args: More arguments for the model.
-- callback: Called once a step, before it, with a dict of ``x``, ``i``, ``sigma`` (``sigmas[i]``),
-  ``sigma_hat`` (where the model is called; above ``sigma`` under churn) and ``denoised``.
+- callback: Called once a step, after its model call, with a read-only dict of ``x``, ``i``,
+  ``sigma`` (``sigmas[i]``), ``sigma_hat`` (where the model is called; above ``sigma`` under churn)
+  and ``denoised``. Its tensors are not to be changed in place either.
 - disable: ``None`` for a bar on terminals only, ``True`` for none.
 - eta, s_noise: Strength of the noise, and a factor of it.
 - noise_sampler: ``(sigma, sigma_next) -> noise``, called whenever noise is added, with the ends of
-  the interval it is for as 0-dim tensors.
+  the interval it is for as 0-dim tensors. Or a noise key, of which row r of the solver table takes
+  the stream 1 + r after its own, as in ``diffcore.sample``.
 - s_churn, s_tmin, s_tmax: Churn of Karras et al., see ``solvers.euler_table``.
 
 Without a ``noise_sampler``, and always for churn, the kernels generate the noise from a seed that
@@ -32,17 +35,20 @@ from typing import Any
 from torch import Tensor
 
 from diffcore import solvers
+from diffcore._checks import check_not_compiling
+from diffcore._engine.kept import made_plainly
 from diffcore._types import Callback, Model
 from diffcore.noise import PhiloxNoise
 from diffcore.sampling.loop import run_table
 from diffcore.sampling.model import check_samples
 from diffcore.sampling.noise import noise_or_default
+from diffcore.sampling.step import CallbackState
 from diffcore.solvers import SolverTable
 from diffcore.solvers.paths import level_vector
 
 Sigmas = Tensor | Sequence[float]
 ExtraArgs = Mapping[str, Any] | None
-NoiseSampler = Callable[[Tensor, Tensor], Tensor | PhiloxNoise]
+NoiseSampler = Callable[[Tensor, Tensor], Tensor | PhiloxNoise] | PhiloxNoise
 
 _CACHED_TABLES = 32
 
@@ -267,25 +273,35 @@ def _run(
     disable: bool | None,
     noise_sampler: NoiseSampler | None = None,
 ) -> Tensor:
+    check_not_compiling(
+        "a sampler with k-diffusion's signature",
+        f"make the table there, with solvers.{make.__name__}(sigmas, ...), and compile "
+        "diffcore.sample",
+    )
     check_samples(x)
-    levels = level_vector("sigmas", sigmas)
+    levels = made_plainly(lambda: level_vector("sigmas", sigmas))
     table = _table(make, tuple(levels.tolist()), **options)
+    keyed = noise_sampler is None or isinstance(noise_sampler, PhiloxNoise)
+    if not (keyed or callable(noise_sampler)):
+        kind = type(noise_sampler).__name__
+        raise TypeError(f"noise_sampler must be a function or a PhiloxNoise, got {kind}")
 
     def noise_of_interval(row: int, x: Tensor) -> Tensor | PhiloxNoise:
-        assert noise_sampler is not None
+        assert callable(noise_sampler)
         return noise_sampler(*table.to(x.device).noise_levels[row])
 
     def report(state: dict[str, Any]) -> None:
         assert callback is not None
         hat = levels.new_full((), state["sigma"], device=x.device)  # a fill: nothing waits
         given = {"sigma": sigmas[state["i"]], "sigma_hat": hat}
-        callback({name: state[name] for name in ("x", "i", "denoised")} | given)
+        named = {name: state[name] for name in ("x", "i", "denoised")}
+        callback(CallbackState(named, **given))
 
     return run_table(
         model,
         x,
         table,
-        noise_or_default(None, x) if noise_sampler is None else noise_of_interval,
+        noise_of_interval if callable(noise_sampler) else noise_or_default(noise_sampler, x),
         model_kwargs=extra_args,
         callback=None if callback is None else report,
         progress=None if disable is None else not disable,
@@ -296,4 +312,4 @@ def _run(
 def _table(
     make: Callable[..., SolverTable], sigmas: tuple[float, ...], **options: Any
 ) -> SolverTable:
-    return make(sigmas, prediction_type="sample", **options)
+    return made_plainly(lambda: make(sigmas, prediction_type="sample", **options))

@@ -12,7 +12,7 @@ from diffcore import ops
 from diffcore._types import Callback, Model, Tensors
 from diffcore.noise import StepNoise
 from diffcore.sampling.model import predict
-from diffcore.sampling.noise import noise_of_row
+from diffcore.sampling.noise import check_noise_rows, noise_of_row
 from diffcore.sampling.progress import progress_bar
 from diffcore.sampling.step import callback_state, timestep_inputs
 from diffcore.sampling.threshold import Threshold
@@ -50,7 +50,7 @@ def run_table(
         model_kwargs: More arguments for the model.
         uncond_kwargs: The same for its unconditional call.
         threshold: Function that gives the bound of x_0.
-        callback: Called once a step, before it.
+        callback: Called once a step, after its model call and before the step.
         progress: Show a bar; ``None`` for one on terminals only.
         noise_name: What the caller calls ``step_noise``, for errors.
         learned: Whether the model predicts its variance although the table does not read it. A
@@ -59,8 +59,9 @@ def run_table(
     Returns:
         The samples.
     """
+    check_noise_rows(step_noise, x, table, noise_name)
     if table.start_noise:
-        churn = noise_of_row(step_noise, len(table), x, table, noise_name)
+        churn = noise_of_row(step_noise, len(table), x, noise_name)
         x = ops.add_noise(x, churn, table.start_scale, table.start_noise)
     timesteps = timestep_inputs(table, x)
     guided, reads_variance = guidance_scale is not None, table.variance is not None
@@ -86,7 +87,7 @@ def run_table(
             x,
             output,
             history,
-            noise=noise_of_row(step_noise, i, x, table, noise_name) if row.noisy else None,
+            noise=noise_of_row(step_noise, i, x, noise_name) if row.noisy else None,
             model_output_uncond=uncond,
             guidance_scale=guidance_scale,
             threshold=bound,

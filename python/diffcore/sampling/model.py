@@ -90,7 +90,9 @@ def call_model(
         )
     output = model(x, t, **(model_kwargs or {}))
     if not isinstance(output, Tensor):
-        raise TypeError(f"model must return a torch.Tensor, got {type(output).__name__}")
+        raise TypeError(
+            f"model must return a torch.Tensor, got {type(output).__name__}{_way_to(output)}"
+        )
     if not output.is_floating_point():
         raise TypeError(f"model must return a floating-point tensor, got {output.dtype}")
     expected = x.shape if batches == 1 else (batches * x.shape[0], *x.shape[1:])
@@ -98,10 +100,28 @@ def call_model(
         expected = (expected[0], 2 * expected[1], *expected[2:])
     if output.shape != expected:
         halves = " (the prediction, then the predicted variance)" if learned else ""
+        fix = ""
+        if batches == 2 and 2 * output.shape[:1].numel() == expected[0]:
+            fix = "; under guidance_scale pass uncond_kwargs, or return both batches, the "
+            fix += "unconditional one first"
         raise ValueError(
-            f"model must return the shape {tuple(expected)}{halves}, got {tuple(output.shape)}"
+            f"model must return the shape {tuple(expected)}{halves}, got {tuple(output.shape)}{fix}"
         )
     return output.to(x.dtype)
+
+
+def _way_to(output: Any) -> str:
+    """How to get the tensor out of what a model returned, for an error."""
+    if isinstance(getattr(output, "sample", None), Tensor):  # an output class of diffusers
+        return "; pass lambda x, t, **kwargs: model(x, t, **kwargs).sample"
+    if isinstance(output, Mapping):
+        first = next((key for key, value in output.items() if isinstance(value, Tensor)), None)
+        return "" if first is None else f"; pass lambda x, t, **kwargs: model(...)[{first!r}]"
+    if isinstance(output, (tuple, list)) and output and isinstance(output[0], Tensor):
+        return "; pass lambda x, t, **kwargs: model(x, t, **kwargs)[0]"
+    names = getattr(output, "__dataclass_fields__", {})
+    first = next((name for name in names if isinstance(getattr(output, name), Tensor)), None)
+    return "" if first is None else f"; pass lambda x, t, **kwargs: model(x, t, **kwargs).{first}"
 
 
 def check_samples(x: Tensor) -> None:

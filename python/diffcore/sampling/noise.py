@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffcore._checks import as_sizes
 from diffcore._types import Model
 from diffcore.noise import Noise, PhiloxNoise, StepNoise
 from diffcore.ops._noise import default_key
@@ -77,6 +78,7 @@ def initial_sample(
         ValueError: ``shape`` is empty, ``noise`` has another shape, or ``generator`` comes with
             noise that leaves it nothing to seed.
     """
+    shape = as_sizes(shape)
     if len(shape) == 0:
         raise ValueError("shape must be [B, ...], got ()")
     if generator is not None and isinstance(noise, PhiloxNoise):
@@ -114,14 +116,41 @@ def initial_sample(
     return x, step_noise
 
 
-def noise_of_row(step_noise: StepNoise, i: int, x: Tensor, table: SolverTable, name: str) -> Noise:
-    """The noise of one row of a table; row ``len(table)`` is the start, which churn raises.
+def check_noise_rows(step_noise: StepNoise, x: Tensor, table: SolverTable, name: str) -> None:
+    """Refuse a tensor of noise that does not fit the rows of a table, before the first model call.
+
+    Args:
+        step_noise: See ``run_table``. A tensor may end at the last row that adds noise.
+        x: The samples.
+        table: The solver.
+        name: What the caller calls ``step_noise``, for errors.
+
+    Raises:
+        ValueError: A tensor of another shape.
+    """
+    if not isinstance(step_noise, Tensor) or not table.stochastic:
+        return
+    most = len(table) + 1  # one tensor serves a solver with churn and without
+    least = max((i + 1 for i, row in enumerate(table.rows) if row.noisy), default=0)
+    least = most if table.start_noise else least
+    if step_noise.shape[1:] == x.shape and least <= len(step_noise) <= most:
+        return
+    count, entries = "S", f"an entry for each of the S = {len(table)} rows of {table.name}"
+    if table.start_noise:
+        count, entries = "S + 1", f"{entries} and one for the start, which churn raises"
+    raise ValueError(
+        f"{name} must have the shape [{', '.join([count, *map(str, x.shape)])}], {entries}, "
+        f"got {tuple(step_noise.shape)}"
+    )
+
+
+def noise_of_row(step_noise: StepNoise, i: int, x: Tensor, name: str) -> Noise:
+    """The noise of one row of a table; row S is the start, which churn raises.
 
     Args:
         step_noise: See ``run_table``.
         i: The row.
         x: The samples before it.
-        table: The solver.
         name: What the caller calls ``step_noise``, for errors.
 
     Returns:
@@ -129,7 +158,6 @@ def noise_of_row(step_noise: StepNoise, i: int, x: Tensor, table: SolverTable, n
 
     Raises:
         TypeError: A function returned something else.
-        ValueError: A tensor of another shape.
     """
     if isinstance(step_noise, PhiloxNoise):
         return step_noise.at(step_noise.stream + 1 + i)
@@ -139,12 +167,4 @@ def noise_of_row(step_noise: StepNoise, i: int, x: Tensor, table: SolverTable, n
             kind = type(noise).__name__
             raise TypeError(f"{name} must return a torch.Tensor or a PhiloxNoise, got {kind}")
         return noise
-    if step_noise.shape[1:] != x.shape or i >= len(step_noise):
-        count, entries = "S", f"an entry for each of the S = {len(table)} rows of {table.name}"
-        if table.start_noise:
-            count, entries = "S + 1", f"{entries} and one for the start, which churn raises"
-        raise ValueError(
-            f"{name} must have the shape [{', '.join([count, *map(str, x.shape)])}], {entries}, "
-            f"got {tuple(step_noise.shape)}"
-        )
     return step_noise[i]

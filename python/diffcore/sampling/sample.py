@@ -59,8 +59,10 @@ def sample(
         dynamic_thresholding_ratio: Clip the predicted x_0 of each sample to [-s, s] and divide it
             by s, the quantile at this ratio of its absolute values, at least 1 (Imagen).
         sample_max_value: The largest s.
-        callback: Called once a step, before it, with a dict of ``x``, ``i`` (the step), ``t`` (the
-            timestep input), ``sigma`` and ``denoised`` (the predicted x_0; one more launch).
+        callback: Called once a step, after its first model call and before x changes, with a
+            read-only dict of ``x``, ``i`` (the step), ``t`` (the timestep input), ``sigma`` and
+            ``denoised`` (the predicted x_0; one more launch). To change x before the model call,
+            for example to inpaint, write your own loop; the tensors are not to be changed in place.
         progress: Show a bar (tqdm); ``None`` for one on terminals only.
 
     Returns:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -51,7 +51,7 @@ def callback_state(
         threshold: Bound of x_0 ``[B]``, or ``None``.
 
     Returns:
-        ``x``, ``i`` (the step), ``t``, ``sigma`` and ``denoised``.
+        ``x``, ``i`` (the step), ``t``, ``sigma`` and ``denoised``; not to be written.
     """
     output, uncond, _ = prediction
     denoised = table.denoised(
@@ -63,4 +63,20 @@ def callback_state(
         threshold=threshold,
     )
     row = table.rows[i]
-    return {"x": x, "i": row.step, "t": t, "sigma": row.sigma, "denoised": denoised}
+    return CallbackState(x=x, i=row.step, t=t, sigma=row.sigma, denoised=denoised)
+
+
+class CallbackState(dict[str, Any]):
+    """The state that a callback gets: a dict that refuses to be written.
+
+    The model has been called already, so another x would be combined with the output for this one.
+    """
+
+    def _refuse(self, *_: object, **__: object) -> NoReturn:
+        raise TypeError(
+            "state must not be changed, because the model has been called already; to change x "
+            "before the model call, for example to inpaint, write a loop on table.step"
+        )
+
+    __setitem__ = __delitem__ = __ior__ = _refuse  # type: ignore[assignment]
+    update = setdefault = pop = popitem = clear = _refuse  # type: ignore[assignment]

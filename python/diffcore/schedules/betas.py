@@ -9,7 +9,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from diffcore._checks import check_choice, check_count
+from diffcore._checks import as_int, as_real, check_choice
 from diffcore.schedules.tensors import float64_vector
 
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid")
@@ -18,6 +18,7 @@ BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid")
 _REFERENCE_STEPS = 1000
 _COSINE_OFFSET = 0.008
 _MAX_BETA = 0.999
+_COSINE_FIX = "OpenAI's 'cosine' is 'squaredcos_cap_v2'"
 
 
 def make_betas(
@@ -55,8 +56,9 @@ def make_betas(
         and scaling; Rombach et al. 2022 (arXiv 2112.10752) scaled_linear; GeoDiff (arXiv
         2203.02923) sigmoid.
     """
-    check_choice("name", name, BETA_SCHEDULES)
-    check_count(num_timesteps, "num_timesteps")
+    check_choice("name", name, BETA_SCHEDULES, _COSINE_FIX if name == "cosine" else "")
+    num_timesteps = as_int("num_timesteps", num_timesteps, 1)
+    beta_start, beta_end = as_real("beta_start", beta_start), as_real("beta_end", beta_end)
     if name == "squaredcos_cap_v2":
         if scale_to_1000:
             raise ValueError(
@@ -102,7 +104,8 @@ def betas_for_alpha_bar(
     Source:
         Nichol and Dhariwal 2021 (arXiv 2102.09672) section 3.2.
     """
-    check_count(num_timesteps, "num_timesteps")
+    num_timesteps = as_int("num_timesteps", num_timesteps, 1)
+    max_beta = as_real("max_beta", max_beta)
     values = [float(alpha_bar(i / num_timesteps)) for i in range(num_timesteps + 1)]
     betas = [min(1 - b / a, max_beta) for a, b in pairwise(values)]
     return torch.tensor(betas, dtype=torch.float64, device="cpu")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from diffcore._checks import check_count
+from diffcore._checks import as_int
 from diffcore.schedules.betas import check_betas
 from diffcore.schedules.tensors import float64_vector
 
@@ -99,7 +99,7 @@ class NoiseSchedule:
         Returns:
             The schedule; its last entry is pure noise.
         """
-        check_count(num_timesteps, "num_timesteps")
+        num_timesteps = as_int("num_timesteps", num_timesteps, 1)
         count = torch.arange(1, num_timesteps + 1, dtype=torch.float64, device="cpu")
         return cls((num_timesteps - count) / num_timesteps, count / num_timesteps)
 
@@ -121,3 +121,19 @@ class NoiseSchedule:
     def table(self) -> Tensor:
         """float64 ``[T, 2]``, columns (alpha, sigma), for ``ops.q_sample``."""
         return torch.stack([self.alpha, self.sigma], dim=1)
+
+
+def check_schedule(schedule: object) -> None:
+    """Refuse what is not a ``NoiseSchedule``, such as betas.
+
+    Args:
+        schedule: The argument to check.
+
+    Raises:
+        TypeError: Something else.
+    """
+    if not isinstance(schedule, NoiseSchedule):
+        raise TypeError(
+            f"schedule must be a NoiseSchedule, got {type(schedule).__name__}; make one of betas "
+            "by NoiseSchedule.from_betas(betas)"
+        )

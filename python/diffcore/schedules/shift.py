@@ -6,7 +6,7 @@ import math
 
 from torch import Tensor
 
-from diffcore._checks import check_choice
+from diffcore._checks import as_int, as_positive, as_real, check_choice
 from diffcore.schedules.tensors import as_float64
 
 TIME_SHIFT_TYPES = ("exponential", "linear")
@@ -30,8 +30,7 @@ def shift_sigmas(sigmas: Tensor, shift: float) -> Tensor:
     Source:
         Esser et al. 2024 (arXiv 2403.03206) eq. 23.
     """
-    if not shift > 0:
-        raise ValueError(f"shift must be above 0, got {shift}")
+    shift = as_positive("shift", shift)
     s = as_float64(sigmas)
     return shift * s / (1 + (shift - 1) * s)
 
@@ -53,6 +52,7 @@ def time_shift(sigmas: Tensor, mu: float, time_shift_type: str = "exponential") 
         ValueError: Unknown type, or mu not above 0 with "linear".
     """
     check_choice("time_shift_type", time_shift_type, TIME_SHIFT_TYPES)
+    mu = as_real("mu", mu) if time_shift_type == "exponential" else as_positive("mu", mu)
     return shift_sigmas(sigmas, math.exp(mu) if time_shift_type == "exponential" else mu)
 
 
@@ -78,6 +78,10 @@ def dynamic_shift_mu(
     Raises:
         ValueError: ``base_image_seq_len`` is not below ``max_image_seq_len``.
     """
+    image_seq_len = as_int("image_seq_len", image_seq_len, 1)
+    base_image_seq_len = as_int("base_image_seq_len", base_image_seq_len)
+    max_image_seq_len = as_int("max_image_seq_len", max_image_seq_len)
+    base_shift, max_shift = as_real("base_shift", base_shift), as_real("max_shift", max_shift)
     if not base_image_seq_len < max_image_seq_len:
         raise ValueError(
             f"base_image_seq_len must be below max_image_seq_len, {max_image_seq_len}, got "
@@ -100,6 +104,7 @@ def stretch_to_terminal(sigmas: Tensor, shift_terminal: float) -> Tensor:
     Raises:
         ValueError: shift_terminal outside [0, 1), or the last sigma is 1.
     """
+    shift_terminal = as_real("shift_terminal", shift_terminal)
     if not 0 <= shift_terminal < 1:
         raise ValueError(f"shift_terminal must lie in [0, 1), got {shift_terminal}")
     signal = 1 - as_float64(sigmas)

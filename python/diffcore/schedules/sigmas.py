@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from diffcore._checks import check_count
+from diffcore._checks import as_int, as_positive, as_real
 from diffcore.schedules.shift import shift_sigmas
 
 Device = torch.device | str
@@ -34,9 +34,8 @@ def get_sigmas_karras(
     Source:
         Karras et al. 2022 (arXiv 2206.00364) eq. 5.
     """
-    _check_range(n, sigma_min, sigma_max)
-    if not rho > 0:
-        raise ValueError(f"rho must be above 0, got {rho}")
+    n, sigma_min, sigma_max = _range(n, sigma_min, sigma_max)
+    rho = as_positive("rho", rho)
     if math.isinf(rho):
         return get_sigmas_exponential(n, sigma_min, sigma_max, device)
     # Over sigma_max, so that no power leaves the range: 1 + u ((sigma_min / sigma_max)^(1/rho) - 1)
@@ -83,9 +82,8 @@ def get_sigmas_polyexponential(
     Raises:
         ValueError: n < 1, not 0 < sigma_min <= sigma_max, or rho = 0.
     """
-    _check_range(n, sigma_min, sigma_max)
-    if not rho > 0:
-        raise ValueError(f"rho must be above 0, got {rho}")
+    n, sigma_min, sigma_max = _range(n, sigma_min, sigma_max)
+    rho = as_positive("rho", rho)
     height = math.log(sigma_max) - math.log(sigma_min)
     sigmas = torch.exp((1 - _ramp(n)) ** rho * height + math.log(sigma_min))
     return _with_ends(sigmas, sigma_min, sigma_max).to(device)
@@ -142,9 +140,8 @@ def get_sigmas_beta(
     Source:
         Lee et al. 2024 (arXiv 2407.12173).
     """
-    _check_range(n, sigma_min, sigma_max)
-    if not (alpha > 0 and beta > 0):
-        raise ValueError(f"alpha and beta must be above 0, got {alpha} and {beta}")
+    n, sigma_min, sigma_max = _range(n, sigma_min, sigma_max)
+    alpha, beta = as_positive("alpha", alpha), as_positive("beta", beta)
     quantiles = [_beta_quantile(p, alpha, beta) for p in (1 - _ramp(n)).tolist()]
     sigmas = sigma_min + torch.tensor(quantiles, dtype=torch.float64, device="cpu") * (
         sigma_max - sigma_min
@@ -179,7 +176,9 @@ def get_sigmas_vp(
     Source:
         Song et al. 2021 (arXiv 2011.13456) appendix C, in the form of Karras et al. 2022.
     """
-    check_count(n)
+    n = as_int("n", n, 1)
+    beta_d, beta_min = as_real("beta_d", beta_d), as_real("beta_min", beta_min)
+    eps_s = as_real("eps_s", eps_s)
     if not 0 < eps_s <= 1:
         raise ValueError(f"eps_s must lie in (0, 1], got {eps_s}")
     time = 1 + _ramp(n) * (eps_s - 1)
@@ -202,8 +201,8 @@ def get_sigmas_flow(n: int, *, shift: float = 1.0, sigma_min: float | None = Non
     Raises:
         ValueError: n < 1, shift not above 0, or sigma_min outside (0, 1].
     """
-    check_count(n)
-    last = 1 / n if sigma_min is None else sigma_min
+    n = as_int("n", n, 1)
+    last = 1 / n if sigma_min is None else as_real("sigma_min", sigma_min)
     if not 0 < last <= 1:
         raise ValueError(f"sigma_min must lie in (0, 1], got {last}")
     sigmas = shift_sigmas(1 + _ramp(n) * (last - 1), shift)
@@ -222,13 +221,16 @@ def _with_ends(sigmas: Tensor, sigma_min: float, sigma_max: float) -> Tensor:
     return torch.cat([sigmas, sigmas.new_zeros(1)])
 
 
-def _check_range(n: int, sigma_min: float, sigma_max: float) -> None:
-    check_count(n)
+def _range(n: int, sigma_min: float, sigma_max: float) -> tuple[int, float, float]:
+    """The arguments as an int and floats, checked."""
+    n = as_int("n", n, 1)
+    sigma_min, sigma_max = as_real("sigma_min", sigma_min), as_real("sigma_max", sigma_max)
     if not 0 < sigma_min <= sigma_max < math.inf:
         raise ValueError(
             "sigma_min must be above 0 (the 0 at the end is appended) and at most sigma_max, "
             f"finite, got sigma_min={sigma_min}, sigma_max={sigma_max}"
         )
+    return n, sigma_min, sigma_max
 
 
 def _beta_quantile(p: float, a: float, b: float) -> float:

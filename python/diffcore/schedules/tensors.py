@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffcore._checks import as_tensor, hint
+
 
 def as_float64(values: Tensor | Sequence[Any] | float) -> Tensor:
     """The values as float64: a tensor on its own device, anything else on the CPU.
@@ -23,30 +25,35 @@ def as_float64(values: Tensor | Sequence[Any] | float) -> Tensor:
     return torch.as_tensor(values, dtype=torch.float64, device="cpu")
 
 
-def float64_vector(name: str, values: Tensor) -> Tensor:
-    """The values as float64 ``[T]`` on the CPU, a copy.
+def float64_vector(
+    name: str, values: Any, *, least: int = 1, shape: str = "[T] with T >= 1", fix: str = ""
+) -> Tensor:
+    """The values as a float64 vector on the CPU, a copy.
 
     Args:
         name: Name of the argument.
-        values: ``[T]``, T >= 1, finite.
+        values: A tensor, a NumPy array or a sequence of real numbers, finite.
+        least: The least number of entries.
+        shape: The shape in words, for the message.
+        fix: What to write instead of something that is not a vector, for the message.
 
     Returns:
         float64 ``[T]``.
 
     Raises:
         TypeError: Not real numbers.
-        ValueError: Another shape, or not finite.
+        ValueError: Another shape, not finite, or a tensor that requires grad.
     """
-    try:
-        table = values if isinstance(values, Tensor) else torch.as_tensor(values, device="cpu")
-    except (TypeError, ValueError, RuntimeError) as error:
-        kind = type(values).__name__
-        raise TypeError(f"{name} must be a tensor of real numbers, got {kind}: {error}") from None
-    table = table.detach()
+    table = as_tensor(name, values, fix=fix)
     if table.is_complex() or table.dtype == torch.bool:
         raise TypeError(f"{name} must be a tensor of real numbers, got {table.dtype}")
-    if table.dim() != 1 or len(table) == 0:
-        raise ValueError(f"{name} must have the shape [T] with T >= 1, got {tuple(table.shape)}")
+    if table.requires_grad:
+        raise ValueError(
+            f"{name} must not require grad, because tables are constants, got a tensor that does; "
+            f"pass {name}.detach(), or give the ops alpha and sigma as tensors to train them"
+        )
+    if table.dim() != 1 or len(table) < least:
+        raise ValueError(f"{name} must have the shape {shape}, got {tuple(table.shape)}{hint(fix)}")
     table = table.to(device="cpu", dtype=torch.float64, copy=True)
     if not bool(table.isfinite().all()):
         raise ValueError(f"{name} must be finite, got {float(table[~table.isfinite()][0])}")

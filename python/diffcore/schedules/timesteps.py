@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from diffcore._checks import check_choice, check_count
-from diffcore.schedules.schedule import NoiseSchedule
+from diffcore._checks import as_int, as_real, check_choice
+from diffcore.schedules.schedule import NoiseSchedule, check_schedule
 from diffcore.schedules.tensors import as_float64
 
 TIMESTEP_SPACINGS = ("leading", "trailing", "linspace")
@@ -98,9 +98,10 @@ def _spaced(
 ) -> list[float]:
     """``spaced_timesteps`` as floats; ``exact`` for quotients of integers instead of sums."""
     check_choice("spacing", spacing, TIMESTEP_SPACINGS)
-    check_count(num_timesteps, "num_timesteps")
-    check_count(num_steps, "num_steps")
-    end = num_timesteps if last_timestep is None else last_timestep
+    num_timesteps = as_int("num_timesteps", num_timesteps, 1)
+    num_steps = as_int("num_steps", num_steps, 1)
+    steps_offset = as_int("steps_offset", steps_offset)
+    end = num_timesteps if last_timestep is None else as_int("last_timestep", last_timestep, 1)
     if end > num_timesteps:
         raise ValueError(f"last_timestep must be at most {num_timesteps}, got {end}")
     dropped = int(drop_last and spacing != "trailing")
@@ -149,6 +150,8 @@ def clipped_length(schedule: NoiseSchedule, lambda_min_clipped: float) -> int:
     Raises:
         ValueError: None remains.
     """
+    check_schedule(schedule)
+    lambda_min_clipped = as_real("lambda_min_clipped", lambda_min_clipped)
     half_log_snr = schedule.log_snr / 2
     left = int((half_log_snr >= lambda_min_clipped).sum())
     if left < 1:
@@ -172,6 +175,7 @@ def timesteps_to_sigmas(schedule: NoiseSchedule, timesteps: Tensor) -> Tensor:
     Raises:
         ValueError: A timestep is outside the schedule, or lies before a last one with alpha = 0.
     """
+    check_schedule(schedule)
     time = as_float64(timesteps)
     if not bool(((time >= 0) & (time <= len(schedule) - 1)).all()):
         raise ValueError(f"timesteps must lie in 0 .. {len(schedule) - 1}, got {time.tolist()}")
@@ -203,6 +207,7 @@ def sigmas_to_timesteps(schedule: NoiseSchedule, sigmas: Tensor) -> Tensor:
     Raises:
         ValueError: A sigma is not above 0.
     """
+    check_schedule(schedule)
     ratio = as_float64(sigmas)
     if not bool((ratio > 0).all()):
         raise ValueError(f"sigmas must be above 0 to have a timestep, got {ratio.tolist()}")

@@ -9,15 +9,17 @@ from torch import Tensor
 
 from diffcore._checks import check_choice
 from diffcore._types import ClipRange
-from diffcore.coefficients.step import (
-    LEARNED,
-    VARIANCE_TYPES,
-    ddim_coefficients,
-    posterior_coefficients,
-    tensors,
-)
+from diffcore.coefficients import step as formulas
+from diffcore.coefficients.step import LEARNED, VARIANCE_TYPES, posterior_coefficients, tensors
 from diffcore.solvers.levels import Levels, NoiseLevels, as_levels
-from diffcore.solvers.rows import Rows, ancestral, at_least_zero, toward
+from diffcore.solvers.rows import (
+    Rows,
+    ancestral,
+    at_least_zero,
+    one_call_coefficients,
+    one_call_table,
+    toward,
+)
 from diffcore.solvers.table import SolverTable
 
 
@@ -52,9 +54,16 @@ def ddpm_table(
         Ho et al. 2020 (arXiv 2006.11239) algorithm 2; Nichol and Dhariwal 2021 (arXiv 2102.09672)
         eq. 15.
     """
+    levels = as_levels(levels, prediction_type)
+    coefficients, variance = ddpm_coefficients(levels, variance_type, prediction_type, clip_range)
+    return one_call_table("ddpm", levels, coefficients, variance=variance)
+
+
+def ddpm_coefficients(
+    levels: NoiseLevels, variance_type: str, prediction_type: str, clip_range: ClipRange
+) -> tuple[Tensor, Tensor | None]:
+    """The coefficients and the ``variance`` of ``ddpm_table``, which has the same arguments."""
     check_choice("variance_type", variance_type, VARIANCE_TYPES)
-    levels = as_levels(levels)
-    rows = Rows("ddpm", levels, prediction_type, clip_range)
     c_0, c_x, beta_tilde, beta = tensors(posterior_coefficients(*_ends(levels)))
     noisy, learned = levels.sigma[1:] != 0, None
     if variance_type in LEARNED:
@@ -64,10 +73,8 @@ def ddpm_table(
     else:
         variance = beta_tilde if variance_type == "fixed_small" else beta
         c_z = torch.where(noisy, variance, 0.0).sqrt()
-    columns = zip(levels.levels(), c_x.tolist(), c_0.tolist(), c_z.tolist(), strict=False)
-    for i, (here, x, x0, z) in enumerate(columns):
-        rows.add(i, here, c_x=x, c_0=x0, c_z=z)
-    return rows.table(1, variance=learned)
+    columns = {"c_x": c_x, "c_0": c_0, "c_z": c_z}
+    return one_call_coefficients("ddpm", levels, prediction_type, clip_range, **columns), learned
 
 
 def ddim_table(
@@ -100,19 +107,28 @@ def ddim_table(
     Source:
         Song et al. 2021 (arXiv 2010.02502) eq. 12 and 16.
     """
-    levels = as_levels(levels)
-    rows = Rows("ddim", levels, prediction_type, clip_range)
+    levels = as_levels(levels, prediction_type)
+    coefficients = ddim_coefficients(levels, eta, rederive_epsilon, prediction_type, clip_range)
+    return one_call_table("ddim", levels, coefficients)
+
+
+def ddim_coefficients(
+    levels: NoiseLevels,
+    eta: float,
+    rederive_epsilon: bool,
+    prediction_type: str,
+    clip_range: ClipRange,
+) -> Tensor:
+    """The coefficients of ``ddim_table``, which has the same arguments."""
     # With x0 as the prediction, the first four columns are those of the step alone.
-    steps = ddim_coefficients(*_ends(levels), eta=eta, prediction_type="sample")[:, :4].tolist()
-    for i, (here, after) in enumerate(pairwise(levels.levels())):
-        c_x, _, c_0, c_z = steps[i]
-        if rederive_epsilon:
-            rows.add(i, here, c_x=c_x, c_0=c_0, c_z=c_z)
-            continue
-        e_x, e_m = levels.epsilon(here, prediction_type)
-        direction = c_x * here.sigma
-        rows.add(i, here, c_x=direction * e_x, c_m=direction * e_m, c_0=after.alpha, c_z=c_z)
-    return rows.table(1)
+    steps = formulas.ddim_coefficients(*_ends(levels), eta=eta, prediction_type="sample")
+    c_x, _, c_0, c_z = steps[:, :4].unbind(1)
+    columns = {"c_x": c_x, "c_0": c_0, "c_z": c_z}
+    if not rederive_epsilon:
+        e_x, e_m = levels.epsilon_columns(prediction_type)
+        direction = c_x * levels.sigma[:-1]
+        columns |= {"c_x": direction * e_x, "c_m": direction * e_m, "c_0": levels.alpha[1:]}
+    return one_call_coefficients("ddim", levels, prediction_type, clip_range, **columns)
 
 
 def euler_ancestral_table(
@@ -144,9 +160,8 @@ def euler_ancestral_table(
     Source:
         k-diffusion's ``sample_euler_ancestral``.
     """
-    at_least_zero("eta", eta)
-    at_least_zero("s_noise", s_noise)
-    levels = as_levels(levels)
+    eta, s_noise = at_least_zero("eta", eta), at_least_zero("s_noise", s_noise)
+    levels = as_levels(levels, prediction_type)
     rows = Rows("euler_ancestral", levels, prediction_type, clip_range)
     for i, (here, after) in enumerate(pairwise(levels.levels())):
         down, up = ancestral(here, after, eta)

@@ -11,6 +11,7 @@ import itertools
 import math
 from collections.abc import Sequence
 
+from diffcore._checks import as_real
 from diffcore._kernels.step import MOST_HISTORY
 from diffcore._types import ClipRange
 from diffcore.solvers.levels import Level, Levels, NoiseLevels, as_levels
@@ -59,7 +60,7 @@ def euler_table(
         Karras et al. 2022 (arXiv 2206.00364) algorithm 2 without its correction; Song et al. 2021
         (arXiv 2010.02502) eq. 13.
     """
-    levels = as_levels(levels)
+    levels = as_levels(levels, prediction_type)
     churn = _Churn(levels, s_churn, s_tmin, s_tmax, s_noise)
     rows = Rows("euler", levels, prediction_type, clip_range)
     for i, after in enumerate(levels.levels()[1:]):
@@ -103,7 +104,7 @@ def heun_table(
     Source:
         Karras et al. 2022 (arXiv 2206.00364) algorithms 1 and 2.
     """
-    levels = as_levels(levels)
+    levels = as_levels(levels, prediction_type)
     churn = _Churn(levels, s_churn, s_tmin, s_tmax, s_noise)
     rows = Rows("heun", levels, prediction_type, clip_range)
     straight = _straight(levels, "heun_table")
@@ -163,7 +164,7 @@ def dpm2_table(
     Source:
         Lu et al. 2022 (arXiv 2206.00927) algorithm 1, in k-diffusion's form (``sample_dpm_2``).
     """
-    levels = as_levels(levels)
+    levels = as_levels(levels, prediction_type)
     churn = _Churn(levels, s_churn, s_tmin, s_tmax, s_noise)
     rows = Rows("dpm2", levels, prediction_type, clip_range)
     for i, after in enumerate(levels.levels()[1:]):
@@ -207,9 +208,8 @@ def dpm2_ancestral_table(
     Source:
         k-diffusion's ``sample_dpm_2_ancestral``.
     """
-    levels = as_levels(levels)
-    at_least_zero("eta", eta)
-    at_least_zero("s_noise", s_noise)
+    levels = as_levels(levels, prediction_type)
+    eta, s_noise = at_least_zero("eta", eta), at_least_zero("s_noise", s_noise)
     rows = Rows("dpm2_ancestral", levels, prediction_type, clip_range)
     points = levels.levels()
     for i, (here, after) in enumerate(itertools.pairwise(points)):
@@ -246,8 +246,8 @@ def lms_table(
     Source:
         Liu et al. 2022 (arXiv 2202.09778) eq. 12 for equal steps; k-diffusion's ``sample_lms``.
     """
-    check_order(order, MOST_HISTORY + 1)
-    levels = as_levels(levels)
+    order = check_order(order, MOST_HISTORY + 1)
+    levels = as_levels(levels, prediction_type)
     straight = _straight(levels, "lms_table")
     rows = Rows("lms", levels, prediction_type, clip_range)
     points = levels.levels()
@@ -275,8 +275,8 @@ class _Churn:
     def __init__(
         self, levels: NoiseLevels, s_churn: float, s_tmin: float, s_tmax: float, s_noise: float
     ) -> None:
-        for name, value in (("s_churn", s_churn), ("s_tmin", s_tmin), ("s_noise", s_noise)):
-            at_least_zero(name, value)
+        s_churn, s_tmin = at_least_zero("s_churn", s_churn), at_least_zero("s_tmin", s_tmin)
+        s_noise, s_tmax = at_least_zero("s_noise", s_noise), as_real("s_tmax", s_tmax)
         if not s_tmin <= s_tmax:
             raise ValueError(f"s_tmin must be at most s_tmax, {s_tmax}, got {s_tmin}")
         if s_churn > 0 and levels.path != "ve":

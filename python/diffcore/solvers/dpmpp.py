@@ -6,7 +6,7 @@ import itertools
 import math
 from collections.abc import Sequence
 
-from diffcore._checks import check_choice
+from diffcore._checks import as_real, check_choice
 from diffcore._types import ClipRange
 from diffcore.solvers.exponential import first_order_weight, interpolating_weights, last_finite, phi
 from diffcore.solvers.levels import Levels, as_levels
@@ -71,12 +71,11 @@ def dpmpp_table(
     Source:
         Lu et al. 2022 (arXiv 2211.01095) algorithm 2 and appendix; eta as in k-diffusion.
     """
-    check_order(order, 3)
+    order = check_order(order, 3)
     check_choice("algorithm_type", algorithm_type, ALGORITHM_TYPES)
     check_choice("solver_type", solver_type, SOLVER_TYPES)
-    at_least_zero("eta", eta)
-    at_least_zero("s_noise", s_noise)
-    levels = as_levels(levels)
+    eta, s_noise = at_least_zero("eta", eta), at_least_zero("s_noise", s_noise)
+    levels = as_levels(levels, prediction_type)
     eta = eta if algorithm_type == "sde-dpmsolver++" else 0.0
     rows = Rows(f"{algorithm_type}-{order}m", levels, prediction_type, clip_range)
     points, steps = levels.levels(), len(levels)
@@ -140,9 +139,8 @@ def dpmpp_2s_table(
     Source:
         Lu et al. 2022 (arXiv 2211.01095) algorithm 1.
     """
-    at_least_zero("eta", eta)
-    at_least_zero("s_noise", s_noise)
-    levels = as_levels(levels)
+    eta, s_noise = at_least_zero("eta", eta), at_least_zero("s_noise", s_noise)
+    levels = as_levels(levels, prediction_type)
     levels.check_signal("dpmpp_2s_table")
     rows = Rows("dpmpp_2s", levels, prediction_type, clip_range)
     points = levels.levels()
@@ -193,11 +191,11 @@ def dpmpp_sde_table(
     Source:
         k-diffusion's ``sample_dpmpp_sde``.
     """
-    at_least_zero("eta", eta)
-    at_least_zero("s_noise", s_noise)
+    eta, s_noise = at_least_zero("eta", eta), at_least_zero("s_noise", s_noise)
+    r = as_real("r", r)
     if not 0 < r <= 1:
         raise ValueError(f"r must lie in (0, 1], got {r}")
-    levels = as_levels(levels)
+    levels = as_levels(levels, prediction_type)
     levels.check_signal("dpmpp_sde_table")
     rows = Rows("dpmpp_sde", levels, prediction_type, clip_range)
     points = levels.levels()

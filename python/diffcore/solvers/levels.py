@@ -10,9 +10,11 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from diffcore._checks import check_choice
-from diffcore.coefficients.step import epsilon_coefficients, x0_coefficients
+from diffcore._checks import as_int, as_positive, check_choice
+from diffcore.coefficients.step import epsilon_coefficients, tensors, x0_coefficients
 from diffcore.schedules import NoiseSchedule
+from diffcore.schedules.schedule import check_schedule
+from diffcore.schedules.tensors import as_float64
 from diffcore.schedules.timesteps import sigmas_to_timesteps, timesteps_to_sigmas
 from diffcore.solvers.paths import (
     PATHS,
@@ -98,14 +100,20 @@ class NoiseLevels:
                 f"timesteps must hold one for each of the {len(self.alpha) - 1} steps, got "
                 f"{len(self.timesteps)}"
             )
-        if bool((self.sigma[:-1] <= 0).any()) or bool((self.sigma < 0).any()):
+        if self.sigma[0] * self.alpha[-1] < self.sigma[-1] * self.alpha[0]:
+            first, last = self.sigma[0] / self.alpha[0], self.sigma[-1] / self.alpha[-1]
             raise ValueError(
-                f"sigma must be above 0 before the last level, got {self.sigma.tolist()}"
+                "sigmas must fall, from noise to the clean sample, got levels that rise from "
+                f"sigma / alpha = {first:.6g} to {last:.6g}; reverse them, or for inversion take "
+                "ddim_step in a loop of your own"
             )
-        if bool((self.alpha[1:] <= 0).any()) or bool((self.alpha < 0).any()):
-            raise ValueError(
-                f"alpha must be above 0 after the first level, got {self.alpha.tolist()}"
-            )
+        _refuse_first(
+            "sigma must be above 0 before the last level", self.sigma, self.sigma[:-1] <= 0
+        )
+        _refuse_first("sigma must be at least 0", self.sigma, self.sigma < 0)
+        _refuse_first("alpha must be at least 0", self.alpha, self.alpha < 0)
+        later = self.alpha[1:]
+        _refuse_first("alpha must be above 0 after the first level", later, later <= 0, 1)
         # sigma' alpha <= sigma alpha' means that sigma / alpha falls, without a division by 0.
         before, after = self.alpha[:-1] * self.sigma[1:], self.alpha[1:] * self.sigma[:-1]
         wrong = after < before
@@ -160,15 +168,14 @@ class NoiseLevels:
             Karras et al. 2022 (arXiv 2206.00364) table 1 and eq. 7.
         """
         sigma = level_vector("sigmas", sigmas)
-        if not sigma_data > 0:
-            raise ValueError(f"sigma_data must be above 0, got {sigma_data}")
+        sigma_data = as_positive("sigma_data", sigma_data)
         return cls(
             torch.ones_like(sigma),
             sigma,
             _quarter_log_of(sigma[:-1]),
             "ve",
             quarter_log,
-            input_std=float(sigma_data),
+            input_std=sigma_data,
             preconditioned=True,
             init_noise_sigma=math.hypot(float(sigma[0]), 1),
         )
@@ -187,10 +194,8 @@ class NoiseLevels:
             The levels; init_noise_sigma is 1.
         """
         sigma = level_vector("sigmas", sigmas)
-        if bool((sigma > 1).any()):
-            raise ValueError(f"sigmas must lie in [0, 1] for a flow, got {sigma.tolist()}")
-        scale = float(num_train_timesteps)
-
+        _refuse_first("sigmas must lie in [0, 1] for a flow", sigma, sigma > 1)
+        scale = as_positive("num_train_timesteps", num_train_timesteps)
         return cls(1 - sigma, sigma, sigma[:-1] * scale, "flow", FlowTime(scale))
 
     @classmethod
@@ -229,6 +234,7 @@ class NoiseLevels:
             came = "neither" if sigmas is None else "both"
             raise ValueError(f"timesteps or sigmas must be given, and not both, got {came}")
         check_choice("final_sigmas_type", final_sigmas_type, FINAL_SIGMAS_TYPES)
+        check_schedule(schedule)
         path = path_of(schedule)
         time_of = TimeOf(schedule.sigma / schedule.alpha, torch.arange(len(schedule), device="cpu"))
 
@@ -241,10 +247,11 @@ class NoiseLevels:
             assert timesteps is not None
             times = timestep_vector(timesteps)
             if times.dtype == torch.int64:
-                if int(times.min()) < 0 or int(times.max()) >= len(schedule):
-                    raise ValueError(
-                        f"timesteps must lie in 0 .. {len(schedule) - 1}, got {times.tolist()}"
-                    )
+                _refuse_first(
+                    f"timesteps must lie in 0 .. {len(schedule) - 1}",
+                    times,
+                    (times < 0) | (times >= len(schedule)),
+                )
                 alpha, sigma = schedule.alpha[times], schedule.sigma[times]
             else:
                 alpha, sigma = all_on_path(path, timesteps_to_sigmas(schedule, times))
@@ -276,13 +283,14 @@ class NoiseLevels:
             )
         self.check_signal("sigma_space")
         ratio = self.sigma / self.alpha
+        first = float(ratio[0]) if init_noise_sigma is None else init_noise_sigma
         return replace(
             self,
             alpha=torch.ones_like(ratio),
             sigma=ratio,
             path="ve",
             input_std=1.0,
-            init_noise_sigma=float(ratio[0]) if init_noise_sigma is None else init_noise_sigma,
+            init_noise_sigma=as_positive("init_noise_sigma", first),
         )
 
     def skip(self, steps: int) -> NoiseLevels:
@@ -297,6 +305,7 @@ class NoiseLevels:
         Raises:
             ValueError: No step remains.
         """
+        steps = as_int("steps", steps)
         if not 0 <= steps < len(self):
             raise ValueError(f"steps must lie in 0 .. {len(self) - 1}, got {steps}")
         return replace(
@@ -310,6 +319,14 @@ class NoiseLevels:
     def __len__(self) -> int:
         """The number of steps, one less than there are levels."""
         return len(self.timesteps)
+
+    def __repr__(self) -> str:
+        """One line: the path, the number of steps, and sigma / alpha at both ends."""
+        first, last = (Level(float(self.alpha[i]), float(self.sigma[i]), 0, 1) for i in (0, -1))
+        return (
+            f"NoiseLevels(path={self.path!r}, {len(self)} steps, sigma / alpha from "
+            f"{first.ratio:.4g} to {last.ratio:.4g})"
+        )
 
     def levels(self) -> list[Level]:
         """All N + 1 levels; a clean last one has the timestep nan, as no model is called there."""
@@ -344,6 +361,24 @@ class NoiseLevels:
         e_x, e_m = epsilon_coefficients(level.alpha * scale, level.sigma * scale, prediction_type)
         return float(e_x) * scale, float(e_m)
 
+    def x0_columns(self, prediction_type: str) -> tuple[Tensor, Tensor]:
+        """``x0`` at all levels but the last, float64 ``[N]`` each."""
+        if self.input_std is None:
+            alpha, sigma = self.alpha[:-1], self.sigma[:-1]
+            a_x, a_m = tensors(x0_coefficients(alpha, sigma, prediction_type))
+            return a_x, a_m
+        pairs = as_float64([self.x0(level, prediction_type) for level in self.levels()[:-1]])
+        return pairs[:, 0], pairs[:, 1]
+
+    def epsilon_columns(self, prediction_type: str) -> tuple[Tensor, Tensor]:
+        """``epsilon`` at all levels but the last, float64 ``[N]`` each."""
+        if self.input_std is None:
+            alpha, sigma = self.alpha[:-1], self.sigma[:-1]
+            e_x, e_m = tensors(epsilon_coefficients(alpha, sigma, prediction_type))
+            return e_x, e_m
+        pairs = as_float64([self.epsilon(level, prediction_type) for level in self.levels()[:-1]])
+        return pairs[:, 0], pairs[:, 1]
+
     def check_signal(self, name: str) -> None:
         """Refuse levels that start at alpha = 0, for a solver that cannot.
 
@@ -370,19 +405,38 @@ Levels: TypeAlias = NoiseLevels | Tensor | Sequence[float]
 """Where a solver steps: noise levels, or sigmas of a variance exploding process."""
 
 
-def as_levels(levels: Levels) -> NoiseLevels:
+def as_levels(levels: Levels, prediction_type: str) -> NoiseLevels:
     """Noise levels unchanged, and sigmas ``[N + 1]`` as levels with alpha = 1.
 
     Args:
         levels: Noise levels, or sigmas.
+        prediction_type: What the model predicts.
 
     Returns:
         Noise levels.
+
+    Raises:
+        ValueError: Sigmas for a velocity of a flow, whose alpha is not 1.
     """
-    return levels if isinstance(levels, NoiseLevels) else NoiseLevels.from_sigmas(levels)
+    if isinstance(levels, NoiseLevels):
+        return levels
+    if prediction_type == "flow_prediction":
+        raise ValueError(
+            "levels must be NoiseLevels with prediction_type='flow_prediction', got "
+            f"{type(levels).__name__}: sigmas alone mean alpha = 1, and the alpha of a flow is "
+            "1 - sigma; pass NoiseLevels.from_flow(sigmas), or NoiseLevels.from_sigmas(sigmas) if "
+            "alpha = 1 is meant"
+        )
+    return NoiseLevels.from_sigmas(levels)
 
 
 def _quarter_log_of(sigma: Tensor) -> Tensor:
-    if bool((sigma <= 0).any()):
-        raise ValueError(f"sigmas must be above 0 before the last, got {sigma.tolist()}")
+    _refuse_first("sigmas must be above 0 before the last", sigma, sigma <= 0)
     return sigma.log() / 4
+
+
+def _refuse_first(what: str, values: Tensor, wrong: Tensor, offset: int = 0) -> None:
+    """Raises for the first wrong value of a vector, by its index."""
+    if bool(wrong.any()):
+        i = int(wrong.nonzero()[0])
+        raise ValueError(f"{what}, got {values[i].item():.6g} at index {i + offset}")

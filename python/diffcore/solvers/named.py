@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, TypedDict
-
-from torch import Tensor
 
 from diffcore._types import ClipRange
 from diffcore.solvers.derivative import euler_table, heun_table
@@ -113,7 +110,7 @@ def dpmpp_3m_sde_table(
 
 
 def flow_euler_table(
-    sigmas: Tensor | Sequence[float],
+    sigmas: Levels,
     *,
     num_train_timesteps: float = 1000.0,
     prediction_type: str = "flow_prediction",
@@ -122,8 +119,10 @@ def flow_euler_table(
     """Euler's method in a rectified flow: x' = x + (sigma' - sigma) m. Order 1.
 
     Args:
-        sigmas: ``[N + 1]``, falling, in [0, 1], already shifted (``get_sigmas_flow``).
-        num_train_timesteps: The timestep input is sigma times this.
+        sigmas: ``[N + 1]``, falling, in [0, 1], already shifted (``get_sigmas_flow``); or
+            ``NoiseLevels.from_flow``.
+        num_train_timesteps: The timestep input is sigma times this. Not with ``NoiseLevels``, which
+            have their own.
         prediction_type: As for ``euler_table``, but "flow_prediction" by default.
         clip_range: As for ``euler_table``.
 
@@ -133,12 +132,12 @@ def flow_euler_table(
     Source:
         Liu et al. 2022 (arXiv 2209.03003); Esser et al. 2024 (arXiv 2403.03206).
     """
-    levels = NoiseLevels.from_flow(sigmas, num_train_timesteps=num_train_timesteps)
+    levels = _flow_levels(sigmas, num_train_timesteps)
     return euler_table(levels, prediction_type=prediction_type, clip_range=clip_range)
 
 
 def flow_heun_table(
-    sigmas: Tensor | Sequence[float],
+    sigmas: Levels,
     *,
     num_train_timesteps: float = 1000.0,
     prediction_type: str = "flow_prediction",
@@ -155,7 +154,7 @@ def flow_heun_table(
     Returns:
         2N rows, 2N - 1 if the last sigma is 0: ``heun_table`` of ``NoiseLevels.from_flow``.
     """
-    levels = NoiseLevels.from_flow(sigmas, num_train_timesteps=num_train_timesteps)
+    levels = _flow_levels(sigmas, num_train_timesteps)
     return heun_table(levels, prediction_type=prediction_type, clip_range=clip_range)
 
 
@@ -171,13 +170,14 @@ class ChurnOptions(TypedDict, total=False):
 
 
 def edm_euler_table(
-    sigmas: Tensor | Sequence[float], *, sigma_data: float = 0.5, **options: Unpack[ChurnOptions]
+    sigmas: Levels, *, sigma_data: float = 0.5, **options: Unpack[ChurnOptions]
 ) -> SolverTable:
     """Euler's method for a network with EDM's preconditioning. Order 1.
 
     Args:
-        sigmas: ``[N + 1]``, falling, usually from ``get_sigmas_karras``.
-        sigma_data: Standard deviation of the data.
+        sigmas: ``[N + 1]``, falling, usually from ``get_sigmas_karras``; or
+            ``NoiseLevels.from_edm``.
+        sigma_data: Standard deviation of the data. Not with ``NoiseLevels``, which have their own.
         **options: The keyword arguments of ``euler_table``; prediction_type "epsilon" is EDM's F,
             see ``NoiseLevels.from_edm``.
 
@@ -187,17 +187,18 @@ def edm_euler_table(
     Source:
         Karras et al. 2022 (arXiv 2206.00364).
     """
-    return euler_table(NoiseLevels.from_edm(sigmas, sigma_data=sigma_data), **options)
+    return euler_table(_edm_levels(sigmas, sigma_data), **options)
 
 
 def edm_heun_table(
-    sigmas: Tensor | Sequence[float], *, sigma_data: float = 0.5, **options: Unpack[ChurnOptions]
+    sigmas: Levels, *, sigma_data: float = 0.5, **options: Unpack[ChurnOptions]
 ) -> SolverTable:
     """EDM's sampler: Heun's method with churn for a preconditioned network. Order 2.
 
     Args:
-        sigmas: ``[N + 1]``, falling, usually from ``get_sigmas_karras``.
-        sigma_data: Standard deviation of the data.
+        sigmas: ``[N + 1]``, falling, usually from ``get_sigmas_karras``; or
+            ``NoiseLevels.from_edm``.
+        sigma_data: Standard deviation of the data. Not with ``NoiseLevels``, which have their own.
         **options: The keyword arguments of ``heun_table``; prediction_type "epsilon" is EDM's F,
             see ``NoiseLevels.from_edm``.
 
@@ -207,4 +208,38 @@ def edm_heun_table(
     Source:
         Karras et al. 2022 (arXiv 2206.00364) algorithm 2.
     """
-    return heun_table(NoiseLevels.from_edm(sigmas, sigma_data=sigma_data), **options)
+    return heun_table(_edm_levels(sigmas, sigma_data), **options)
+
+
+# The defaults of num_train_timesteps and sigma_data above.
+_TRAIN_TIMESTEPS, _SIGMA_DATA = 1000.0, 0.5
+
+
+def _flow_levels(sigmas: Levels, num_train_timesteps: float) -> NoiseLevels:
+    if not isinstance(sigmas, NoiseLevels):
+        return NoiseLevels.from_flow(sigmas, num_train_timesteps=num_train_timesteps)
+    if sigmas.path != "flow":
+        raise ValueError(
+            f"sigmas must be on the path 'flow', got NoiseLevels on {sigmas.path!r}; pass "
+            "NoiseLevels.from_flow(...), or use euler_table or heun_table"
+        )
+    _refuse_second("num_train_timesteps", num_train_timesteps, _TRAIN_TIMESTEPS)
+    return sigmas
+
+
+def _edm_levels(sigmas: Levels, sigma_data: float) -> NoiseLevels:
+    if not isinstance(sigmas, NoiseLevels):
+        return NoiseLevels.from_edm(sigmas, sigma_data=sigma_data)
+    if not sigmas.preconditioned:
+        raise ValueError(
+            "sigmas must be preconditioned, got NoiseLevels that are not; pass "
+            "NoiseLevels.from_edm(...), or use euler_table or heun_table"
+        )
+    _refuse_second("sigma_data", sigma_data, _SIGMA_DATA)
+    return sigmas
+
+
+def _refuse_second(name: str, value: float, default: float) -> None:
+    """Refuses a setting that noise levels have already."""
+    if value != default:
+        raise ValueError(f"{name} must be left out with NoiseLevels, which have it, got {value}")

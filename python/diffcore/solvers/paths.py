@@ -9,8 +9,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from diffcore._checks import as_tensor
 from diffcore.schedules import NoiseSchedule
-from diffcore.schedules.tensors import as_float64
+from diffcore.schedules.tensors import float64_vector
 
 PATHS = ("vp", "ve", "flow")
 
@@ -123,28 +124,19 @@ def level_vector(name: str, values: Tensor | Sequence[float]) -> Tensor:
         values: ``[N + 1]``, N >= 1, finite.
 
     Returns:
-        float64 ``[N + 1]``.
+        float64 ``[N + 1]``, a copy.
 
     Raises:
         TypeError: Not real numbers.
-        ValueError: Another shape, or not finite.
+        ValueError: Another shape, not finite, or a tensor that requires grad.
     """
-    try:
-        vector = values if isinstance(values, Tensor) else as_float64(values)
-    except (TypeError, ValueError, RuntimeError) as error:
-        kind = type(values).__name__
-        raise TypeError(f"{name} must be a tensor of real numbers, got {kind}: {error}") from None
-    if vector.is_complex() or vector.dtype == torch.bool:
-        raise TypeError(f"{name} must be a tensor of real numbers, got {vector.dtype}")
-    if vector.dim() != 1 or len(vector) < 2:
-        raise ValueError(
-            f"{name} must have the shape [N + 1] with N >= 1, the last level included, got "
-            f"{tuple(vector.shape)}"
-        )
-    vector = vector.detach().to("cpu", torch.float64)
-    if not bool(vector.isfinite().all()):
-        raise ValueError(f"{name} must be finite, got {vector.tolist()}")
-    return vector
+    return float64_vector(
+        name,
+        values,
+        least=2,
+        shape="[N + 1] with N >= 1, the last level included",
+        fix="diffcore.sigmas has get_sigmas_karras(n, ...), get_sigmas_flow(n), ...",
+    )
 
 
 def timestep_vector(values: Tensor | Sequence[float]) -> Tensor:
@@ -154,18 +146,16 @@ def timestep_vector(values: Tensor | Sequence[float]) -> Tensor:
         values: ``[N]``.
 
     Returns:
-        int64 for integers, else float64.
+        int64 for integers, else float64; a copy.
 
     Raises:
+        TypeError: Not numbers.
         ValueError: Not real numbers, or of another shape.
     """
-    if not isinstance(values, Tensor):  # Python floats are float64, whatever torch's default is
-        integers = all(isinstance(value, int) for value in values)
-        dtype = torch.int64 if integers else torch.float64
-        values = torch.tensor(values, dtype=dtype, device="cpu")
-    times = values.detach().cpu()
+    times = as_tensor("timesteps", values).detach()
     if times.dim() != 1 or len(times) == 0 or times.is_complex() or times.dtype == torch.bool:
         raise ValueError(
             f"timesteps must be real numbers of shape [N], got {times.dtype} {tuple(times.shape)}"
         )
-    return times.to(torch.float64 if times.is_floating_point() else torch.int64)
+    dtype = torch.float64 if times.is_floating_point() else torch.int64
+    return times.to(device="cpu", dtype=dtype, copy=True)

@@ -1,4 +1,4 @@
-"""Builds the table of a solver row by row; and the moves that most rows consist of."""
+"""Builds the table of a solver, row by row or all at once; and the moves that rows consist of."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from diffcore._checks import check_choice
+from diffcore._checks import as_int, as_real, check_choice
 from diffcore.coefficients.step import (
     HISTORY_READ,
     HISTORY_WRITTEN,
@@ -69,10 +69,8 @@ class Rows:
         low, high = self._clip
         row = {"a_x": a_x, "a_m": a_m, "clip_min": low, "clip_max": high, **columns}
         for column, value in row.items():
-            if math.isnan(value) or (math.isinf(value) and not column.startswith("clip")):
-                raise ValueError(
-                    f"{column} of step {step} of {self._name} must be finite, got {value}"
-                )
+            if not abs(value) <= _LARGEST and column not in _BOUNDS:
+                raise _not_finite(column, step, self._name, value)
         self._rows.append(row)
         self._called.append(level)
         self._steps.append(step)
@@ -100,10 +98,10 @@ class Rows:
         rows = [[row.get(name, 0.0) for name in STEP_COLUMNS] for row in self._rows]
         coefficients = as_float64(rows)
         read = coefficients[:, HISTORY_READ] != 0
-        for r in range(len(rows)):
-            later = [read[r + k, k - 1] for k in (1, 2, 3) if r + k < len(rows)]
-            if not any(later):
-                coefficients[r, HISTORY_WRITTEN] = 0
+        later = torch.zeros_like(read[:, 0])  # whether a later row reads what the row writes
+        for k in (1, 2, 3):
+            later[:-k] |= read[k:, k - 1]
+        coefficients[~later, HISTORY_WRITTEN] = 0
         history = max((k for k in (1, 2, 3) if bool(read[:, k - 1].any())), default=0)
         times = as_float64([level.timestep for level in self._called])
         if self._levels.timesteps.dtype == torch.int64 and bool((times == times.round()).all()):
@@ -124,6 +122,85 @@ class Rows:
             start_noise=start[1],
             variance=variance,
         )
+
+
+# The largest float32, in which kernels compute for most samples.
+_LARGEST = torch.finfo(torch.float32).max
+_BOUNDS = ("clip_min", "clip_max")
+
+
+def one_call_coefficients(
+    name: str,
+    levels: NoiseLevels,
+    prediction_type: str,
+    clip_range: float | tuple[float, float] | None,
+    **moves: Tensor,
+) -> Tensor:
+    """The coefficients of a solver with one model call a step and no history, as vectors.
+
+    Args:
+        name: Name of the solver.
+        levels: The noise levels it visits.
+        prediction_type: What the model predicts, one of ``PREDICTION_TYPES``.
+        clip_range: Bounds of x_0, see ``parse_clip_range``.
+        **moves: The columns that are not 0, float64 ``[N]``; a_x, a_m and the clip bounds are
+            filled in.
+
+    Returns:
+        float64 ``[N, 14]``.
+
+    Raises:
+        ValueError: A coefficient that is not finite.
+    """
+    check_choice("prediction_type", prediction_type, PREDICTION_TYPES)
+    a_x, a_m = levels.x0_columns(prediction_type)
+    known = {"a_x": a_x, "a_m": a_m, **moves}
+    zero = torch.zeros_like(a_x)
+    wrong = {column: ~(values.abs() <= _LARGEST) for column, values in known.items()}
+    for column, where in wrong.items():
+        if bool(where.any()):
+            step = int(where.nonzero()[0])
+            raise _not_finite(column, step, name, known[column][step].item())
+    for column, bound in zip(_BOUNDS, parse_clip_range(clip_range), strict=True):
+        known[column] = torch.full_like(zero, bound)
+    return torch.stack([known.get(column, zero) for column in STEP_COLUMNS], dim=1)
+
+
+def one_call_table(
+    name: str, levels: NoiseLevels, coefficients: Tensor, *, variance: Tensor | None = None
+) -> SolverTable:
+    """The table of a solver of order 1 that calls the model once at every level but the last.
+
+    Args:
+        name: Name of the solver.
+        levels: The noise levels it visits.
+        coefficients: See ``one_call_coefficients``.
+        variance: s_0 and s_v of each row, where the model predicts its variance.
+
+    Returns:
+        The table.
+    """
+    ratios = levels.sigma / levels.alpha
+    return SolverTable(
+        name=name,
+        coefficients=coefficients,
+        timesteps=levels.timesteps.clone(),
+        alpha=levels.alpha[:-1].clone(),
+        sigma=levels.sigma[:-1].clone(),
+        input_scale=as_float64([level.input_scale for level in levels.levels()[:-1]]),
+        step_index=torch.arange(len(levels), device="cpu"),
+        noise_levels=torch.stack([ratios[:-1], ratios[1:]], dim=1),
+        history=0,
+        order=1,
+        init_noise_sigma=levels.init_noise_sigma,
+        variance=variance,
+    )
+
+
+def _not_finite(column: str, step: int, name: str, value: float) -> ValueError:
+    return ValueError(
+        f"{column} of step {step} of {name} must be finite in float32, got {value:.6g}"
+    )
 
 
 def toward(level: Level, alpha: float, sigma: float) -> tuple[float, float]:
@@ -167,21 +244,24 @@ def ancestral(level: Level, after: Level, eta: float) -> tuple[float, float]:
     return after.sigma * math.sqrt(left), after.sigma * eta * math.sqrt((1 - q) * (1 + q))
 
 
-def at_least_zero(name: str, value: float) -> None:
-    """Refuse anything but a finite number of at least 0.
+def at_least_zero(name: str, value: float) -> float:
+    """A finite number of at least 0, as a Python float.
 
     Args:
         name: Name of the argument.
         value: The argument to check.
 
+    Returns:
+        The float.
+
     Raises:
         TypeError: Not a number.
         ValueError: Below 0, infinite or nan.
     """
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    value = as_real(name, value)
     if not 0 <= value < math.inf:
         raise ValueError(f"{name} must be at least 0 and finite, got {value}")
+    return value
 
 
 def check_order(order: int, highest: int) -> int:
@@ -198,8 +278,7 @@ def check_order(order: int, highest: int) -> int:
         TypeError: Not an int.
         ValueError: Outside 1 .. ``highest``.
     """
-    if isinstance(order, bool) or not isinstance(order, int):
-        raise TypeError(f"order must be an int, got {type(order).__name__}")
+    order = as_int("order", order)
     if not 1 <= order <= highest:
         raise ValueError(f"order must be in 1 .. {highest}, got {order}")
     return order

@@ -54,9 +54,9 @@ def dpmpp_singlestep_table(
         Lu et al. 2022 (arXiv 2211.01095) algorithm 1; Lu et al. 2022 (arXiv 2206.00927) appendix
         D.3 for the division into blocks, as in diffusers.
     """
-    check_order(order, 3)
+    order = check_order(order, 3)
     check_choice("solver_type", solver_type, SOLVER_TYPES)
-    levels = as_levels(levels)
+    levels = as_levels(levels, prediction_type)
     levels.check_signal("dpmpp_singlestep_table")
     rows = Rows(f"dpmpp-{order}s-blocks", levels, prediction_type, clip_range)
     points, steps = levels.levels(), len(levels)

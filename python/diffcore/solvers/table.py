@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from diffcore._checks import check_choice
+from diffcore._checks import as_int, as_real, check_choice
+from diffcore._engine.kept import Traced, made_plainly
+from diffcore._kernels.step import MOST_HISTORY
 from diffcore._types import Coef
 from diffcore.coefficients.step import STEP_COLUMNS
 from diffcore.noise import Noise
@@ -19,16 +21,18 @@ from diffcore.ops._launch import RowLauncher
 COLUMNS = STEP_COLUMNS
 TO_X0 = (0.0, 0.0, 1.0, 0.0)  # c_x, c_m, c_0, c_z of a step that stops at the predicted x_0
 
-_TENSORS = (
-    "coefficients",
-    "timesteps",
-    "alpha",
-    "sigma",
-    "input_scale",
-    "step_index",
-    "noise_levels",
-    "variance",
-)
+# The fields that are tensors, and their sizes after S.
+_TENSORS: dict[str, tuple[int, ...]] = {
+    "coefficients": (len(COLUMNS),),
+    "timesteps": (),
+    "alpha": (),
+    "sigma": (),
+    "input_scale": (),
+    "step_index": (),
+    "noise_levels": (2,),
+    "variance": (2,),
+}
+_DERIVED = ("rows", "_launcher", "_copies", "_traced")
 
 
 class Row(NamedTuple):
@@ -99,7 +103,9 @@ class SolverTable:
         rows: The same rows as numbers; derived from the tensors if not given.
 
     Raises:
-        ValueError: A ``variance`` of another shape, or in a table with history.
+        TypeError: A field of the wrong type.
+        ValueError: A field of the wrong shape, a history outside 0 .. 3, or a ``variance`` in a
+            table with history.
     """
 
     name: str
@@ -120,13 +126,10 @@ class SolverTable:
     # Plans, and copies on other devices: not part of the data, and never pickled.
     _launcher: RowLauncher = field(init=False, repr=False)
     _copies: dict[torch.device, SolverTable] = field(init=False, repr=False)
+    _traced: Traced = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        if self.variance is not None and (self.variance.shape != (len(self), 2) or self.history):
-            raise ValueError(
-                f"variance must have shape {(len(self), 2)} and belong to a table without history, "
-                f"got {tuple(self.variance.shape)} and history={self.history}"
-            )
+        self._check()
         rows = self.rows or self._as_numbers()
         launcher = RowLauncher(
             self.name,
@@ -136,8 +139,33 @@ class SolverTable:
             self.coefficients,
             self.variance,
         )
-        for name, value in (("rows", rows), ("_launcher", launcher), ("_copies", {})):
+        derived = (rows, launcher, {}, Traced())
+        for name, value in zip(_DERIVED, derived, strict=True):
             object.__setattr__(self, name, value)
+
+    def _check(self) -> None:
+        """Refuses fields of the wrong type or shape; reads no value of a tensor."""
+        for name, wanted in _TENSORS.items():
+            value = getattr(self, name)
+            if name == "variance" and value is None:
+                continue
+            if not isinstance(value, Tensor):
+                raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+            rows = value.shape[0] if name == "coefficients" and value.ndim else len(self)
+            if rows == 0 or value.shape != (rows, *wanted):
+                shape = f"[S, {len(COLUMNS)}]" if name == "coefficients" else (rows, *wanted)
+                raise ValueError(f"{name} must have shape {shape}, got {tuple(value.shape)}")
+        as_int("order", self.order, 1)
+        for name in ("init_noise_sigma", "start_scale", "start_noise"):
+            as_real(name, getattr(self, name))
+        if not isinstance(self.name, str):
+            raise TypeError(f"name must be a string, got {type(self.name).__name__}")
+        if not 0 <= as_int("history", self.history) <= MOST_HISTORY:
+            raise ValueError(f"history must be in 0 .. {MOST_HISTORY}, got {self.history}")
+        if self.variance is not None and self.history:
+            raise ValueError(
+                f"variance must be None in a table with history, got a tensor and {self.history}"
+            )
 
     def _as_numbers(self) -> tuple[Row, ...]:
         steps = self.step_index.tolist()
@@ -158,11 +186,17 @@ class SolverTable:
 
     def __getstate__(self) -> dict[str, Any]:
         """The data alone: the rest is built again."""
-        derived = ("rows", "_launcher", "_copies")
-        return {name: value for name, value in self.__dict__.items() if name not in derived}
+        return {name: value for name, value in self.__dict__.items() if name not in _DERIVED}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Take the data, and build the rest."""
+        """Take the data, check it, and build the rest."""
+        known = {f.name for f in fields(self) if f.init and f.name != "rows"}
+        if state.keys() != known:
+            wrong = ", ".join(sorted(known ^ state.keys()))
+            raise ValueError(
+                f"state must have the fields of this version's SolverTable, got {wrong} too many "
+                "or too few; make the table again"
+            )
         self.__dict__.update(state, rows=())
         self.__post_init__()
 
@@ -170,10 +204,22 @@ class SolverTable:
         """S, the number of calls of the model."""
         return len(self.coefficients)
 
+    def __repr__(self) -> str:
+        """One line: the solver, its steps and model calls, and what it needs."""
+        kinds = (
+            (self.stochastic, "stochastic"),
+            (self.variance is not None, "learned variance"),
+            (self.history > 0, f"history={self.history}"),
+        )
+        return (
+            f"SolverTable({self.name!r}, {self.num_steps} steps, {len(self)} model calls, "
+            f"order {self.order}{''.join(f', {what}' for holds, what in kinds if holds)})"
+        )
+
     @property
     def num_steps(self) -> int:
         """The number of steps, of one or two calls each."""
-        return int(self.step_index[-1]) + 1
+        return self.rows[-1].step + 1
 
     @property
     def stochastic(self) -> bool:
@@ -246,7 +292,7 @@ class SolverTable:
         """The clean sample x0 that the model predicts at row i, clipped as the step clips it.
 
         Args:
-            i: The row.
+            i: The row, an int.
             x: Current samples ``[B, ...]``.
             model_output: m, ``[B, ...]``; see ``ops.reverse_step``, which describes these in full.
             model_output_uncond: m_u, for classifier-free guidance.
@@ -256,10 +302,11 @@ class SolverTable:
         Returns:
             x0, ``[B, ...]``.
         """
+        row = self.rows[self._launcher.index(i)]
         x0: Tensor = reverse_step(
             x,
             model_output,
-            (*TO_X0, *self.rows[i].coefficients[4:8]),
+            (*TO_X0, *row.coefficients[4:8]),
             model_output_uncond=model_output_uncond,
             guidance_scale=guidance_scale,
             threshold=threshold,
@@ -295,13 +342,19 @@ class SolverTable:
             device = torch.empty(0, device=device).device  # "cuda" is the current CUDA device
         if self.coefficients.device == device:
             return self
+        if torch.compiler.is_dynamo_compiling():
+            traced: SolverTable = getattr(self._traced, self._traced_on(device))
+            return traced
         copy = self._copies.get(device)
         if copy is None:
-            moved: dict[str, Any] = {}
-            with torch.inference_mode(False):
-                for name in _TENSORS:
-                    tensor = getattr(self, name)
-                    moved[name] = None if tensor is None else tensor.to(device)
-                copy = replace(self, **moved)
-            copy = self._copies.setdefault(device, copy)
+            copy = self._copies.setdefault(device, made_plainly(lambda: self._copy(device)))
         return copy
+
+    def _copy(self, device: torch.device) -> SolverTable:
+        tensors = {name: getattr(self, name) for name in _TENSORS}
+        moved: dict[str, Any] = {n: None if x is None else x.to(device) for n, x in tensors.items()}
+        return replace(self, **moved)
+
+    @torch.compiler.assume_constant_result
+    def _traced_on(self, device: torch.device) -> str:
+        return self._traced.name(device, lambda: self.to(device))

@@ -57,9 +57,9 @@ def unipc_table(
     Source:
         Zhao et al. 2023 (arXiv 2302.04867) algorithms 1 and 2, eq. 5 and 9.
     """
-    check_order(order, 3)
+    order = check_order(order, 3)
     check_choice("solver_type", solver_type, SOLVER_TYPES)
-    levels = as_levels(levels)
+    levels = as_levels(levels, prediction_type)
     rows = Rows(f"unipc-{order}", levels, prediction_type, clip_range)
     points, steps = levels.levels(), len(levels)
     lambdas = [level.lam for level in points]

@@ -1,0 +1,66 @@
+"""Values that are made once and kept, such as tables and their copies on a device.
+
+What is kept must be a plain tensor, whoever asks for it first. So it is made outside of modes and
+transforms: made inside, it would be a fake, batched or inference tensor, useless to later calls.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, TypeVar
+
+import torch
+
+Made = TypeVar("Made")
+
+_names: dict[Hashable, str] = {}
+
+
+@contextmanager
+def plain_eager_mode() -> Iterator[None]:
+    """A region without modes, transforms, inference mode and default device."""
+    from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+    from torch.utils._python_dispatch import _disable_current_modes
+
+    with ExitStack() as stack:
+        stack.enter_context(torch._C.DisableTorchFunction())  # the default device is one
+        stack.enter_context(temporarily_clear_interpreter_stack())
+        stack.enter_context(_disable_current_modes())
+        stack.enter_context(torch.inference_mode(False))
+        yield
+
+
+def made_plainly(make: Callable[[], Made]) -> Made:
+    """What ``make`` returns, made as in a plain eager call.
+
+    Under Dynamo, where a value is traced instead of made, it is what the trace makes of it.
+    """
+    if torch.compiler.is_dynamo_compiling():
+        return make()
+    with plain_eager_mode():
+        return make()
+
+
+class Traced:
+    """Values that a compiled function reads, each an attribute whose name stands for its key.
+
+    Dynamo reads a dict once per trace, and guards on what is not in it: a dict that the trace fills
+    would be compiled for twice. An attribute is read when it is there. So a function that is called
+    while tracing (``torch.compiler.assume_constant_result``) makes the value, keeps it here and
+    returns the name.
+    """
+
+    def name(self, key: Hashable, make: Callable[[], Any]) -> str:
+        """Makes the value of this key, if it is not here yet, and returns its name.
+
+        A name stands for one key in all objects, so that a guard tells their values apart.
+        """
+        name = _names.setdefault(key, f"value_{len(_names)}")
+        if not hasattr(self, name):
+            setattr(self, name, make())
+        return name
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickles and copies nothing: the values are made again."""
+        return Traced, ()

@@ -1,0 +1,136 @@
+"""The parts of a noise key as users pass them, checked and converted to what kernels take."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_WORDS = 2**32
+_MAX_FIRST = 4 * _WORDS
+
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+_ALLOWED = {
+    "seed": "a 64-bit int, or an int64 or uint64 tensor of shape [], [1] or [2]",
+    "sample_ids": "None, a 64-bit int, or [B] ints: a tensor, an array or a list",
+    "stream": "an int in 0 .. 2^32 - 1, or an int64 tensor of one element",
+    "first_element": "a multiple of 4 in 0 .. 2^34 - 4",
+}
+
+
+def seed_part(seed: Any) -> Any:
+    """An int of 64 bits with a sign, or an int64 tensor ``[]``, ``[1]`` or ``[2]``."""
+    if not isinstance(seed, Tensor):
+        number = _integer("seed", seed, -(2**63), 2**64)
+        return number - 2**64 if number >= 2**63 else number
+    words = seed.view(torch.int64) if seed.dtype == torch.uint64 else seed
+    key = _checked("seed", words, 2)
+    return key.contiguous() if key.ndim else key
+
+
+def ids_part(sample_ids: Any) -> Any:
+    """An int, or an int64 tensor ``[]`` or ``[B]``."""
+    if sample_ids is None:
+        return 0
+    if isinstance(sample_ids, (list, tuple, range)):
+        sample_ids = _list_of_ids(sample_ids)
+    elif hasattr(sample_ids, "__array_interface__") and getattr(sample_ids, "ndim", 0):
+        if sample_ids.dtype.kind not in "iu" or sample_ids.dtype.name == "uint64":
+            raise _wrong("sample_ids", f"an array of {sample_ids.dtype}")
+        # A copy: the ids of a key must not change with the array, which may be read-only.
+        sample_ids = torch.tensor(sample_ids.astype("int64"), device="cpu")
+    if not isinstance(sample_ids, Tensor):
+        return _integer("sample_ids", sample_ids, -(2**63), 2**63)
+    if sample_ids.dtype in _INTEGERS:
+        sample_ids = sample_ids.long()
+    return _checked("sample_ids", sample_ids, 0)
+
+
+def stream_part(stream: Any) -> Any:
+    """An int of 32 bits, or an int64 tensor of one element."""
+    if isinstance(stream, Tensor):
+        return _checked("stream", stream, 1)
+    return _integer("stream", stream, 0, _WORDS)
+
+
+def first_part(first_element: Any) -> Any:
+    """A multiple of 4."""
+    if isinstance(first_element, Tensor):
+        raise _wrong("first_element", f"a tensor of {first_element.dtype}")
+    first = _integer("first_element", first_element, 0, _MAX_FIRST)
+    if first % 4:
+        raise ValueError(f"first_element must be {_ALLOWED['first_element']}, got {first}")
+    return first
+
+
+def sizes(name: str, shape: Any) -> tuple[int, ...]:
+    """A shape, or other numbers of 0 or more: one for each dimension.
+
+    Args:
+        name: Name of the argument.
+        shape: The argument.
+
+    Raises:
+        TypeError: It is no sequence of ints.
+        ValueError: One is negative.
+    """
+    allowed = "a sequence of sizes, such as (64, 3, 32, 32)"
+    if not hasattr(shape, "__iter__"):
+        raise TypeError(f"{name} must be {allowed}, got {shape!r}")
+    found = tuple(shape)
+    ints = (int, torch.SymInt)
+    if any(
+        isinstance(n, bool) or not (isinstance(n, ints) or hasattr(n, "__index__")) for n in found
+    ):
+        raise TypeError(f"{name} must be {allowed}, got {shape!r}")
+    if any(n < 0 for n in found):
+        raise ValueError(f"{name} must be {allowed}, got {shape!r}")
+    return found
+
+
+def same_part(a: int | Tensor, b: int | Tensor) -> bool:
+    """Whether two parts are equal numbers, or tensors of equal numbers on one device."""
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a is b or (a.shape == b.shape and a.device == b.device and bool((a == b).all()))
+    return a is b if isinstance(a, Tensor) or isinstance(b, Tensor) else a == b
+
+
+def plus(ids: int | Tensor, offset: int) -> int | Tensor:
+    """Consecutive ids that begin later, modulo 2^64 like those that a kernel counts."""
+    if isinstance(ids, int) and isinstance(offset, int):
+        return (ids + offset + 2**63) % 2**64 - 2**63
+    return ids + offset
+
+
+def _list_of_ids(ids: Sequence[Any]) -> Tensor:
+    numbers = [_integer("sample_ids", i, -(2**63), 2**63) for i in ids]
+    return torch.tensor(numbers, dtype=torch.int64, device="cpu")
+
+
+def _checked(name: str, value: Tensor, most: int) -> Tensor:
+    """An int64 tensor of 1 .. ``most`` elements, or of any number of them where ``most`` is 0."""
+    if value.dtype != torch.int64:
+        raise _wrong(name, f"a tensor of {value.dtype}")
+    if value.ndim > 1 or (most and not 1 <= value.numel() <= most):
+        raise ValueError(f"{name} must be {_ALLOWED[name]}, got shape {tuple(value.shape)}")
+    return value
+
+
+def _integer(name: str, value: Any, low: int, high: int) -> Any:
+    """An int in low .. high - 1."""
+    # A compiler's symbolic int is an int to isinstance, but has no __index__.
+    is_int = isinstance(value, int)
+    if isinstance(value, bool) or not (is_int or hasattr(value, "__index__")):
+        raise _wrong(name, type(value).__name__)
+    if not is_int and not isinstance(value, torch.SymInt):
+        value = value.__index__()
+    if not low <= value < high:
+        raise ValueError(f"{name} must be {_ALLOWED[name]}, got {value}")
+    return value
+
+
+def _wrong(name: str, came: str) -> TypeError:
+    return TypeError(f"{name} must be {_ALLOWED[name]}, got {came}")

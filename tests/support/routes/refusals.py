@@ -1,0 +1,42 @@
+"""The cells of the matrix that are refused, each with the error and the reason."""
+
+from __future__ import annotations
+
+import pickle
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from support.routes.case import Case
+from support.routes.route import Route
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Cells in which a call raises: it says so, and the documentation says why."""
+
+    routes: tuple[str, ...]  # patterns of names of routes
+    cases: tuple[str, ...]  # patterns of names of cases
+    kind: type[BaseException]
+    match: str
+    reason: str
+
+    def covers(self, case: Case, route: Route) -> bool:
+        of_route = any(fnmatchcase(route.name, pattern) for pattern in self.routes)
+        return of_route and any(fnmatchcase(case.name, pattern) for pattern in self.cases)
+
+
+REFUSALS: tuple[Refusal, ...] = (
+    Refusal(
+        ("torch.save, weights_only",),
+        ("GaussianDiffusion.*", "SolverTable.*", "sample, *", "bits_per_dim, *"),
+        pickle.UnpicklingError,
+        "Weights only load failed",
+        "`torch.load` with `weights_only=True` refuses classes that it has not been told of. "
+        "Save the betas, or the arguments of the table, and make the object again; or load with "
+        "`weights_only=False` what you trust",
+    ),
+)
+
+
+def refused(case: Case, route: Route) -> Refusal | None:
+    return next((r for r in REFUSALS if r.covers(case, route)), None)
