@@ -24,15 +24,11 @@ def replicated(x: Tensor, beside: Any) -> Tensor:
     """``x`` for plain torch operations with another tensor: replicated on its mesh."""
     if not is_dtensor(beside) or is_dtensor(x):
         return x
-    found: Tensor = replicated_on(x, beside.device_mesh)
-    return found
-
-
-def replicated_on(x: Tensor, mesh: Any) -> Any:
-    """``x``, which every rank has, as a DTensor."""
     from torch.distributed.tensor import DTensor, Replicate
 
-    return DTensor.from_local(x, mesh, (Replicate(),) * mesh.ndim, run_check=False)
+    mesh = beside.device_mesh
+    found: Tensor = DTensor.from_local(x, mesh, (Replicate(),) * mesh.ndim, run_check=False)
+    return found
 
 
 def per_sample(x: Tensor, samples: Any) -> Tensor:
@@ -42,7 +38,7 @@ def per_sample(x: Tensor, samples: Any) -> Tensor:
     from torch.distributed.tensor import Replicate, Shard
 
     placements = [Shard(0) if p.is_shard(0) else Replicate() for p in samples.placements]
-    everywhere = replicated_on(x, samples.device_mesh)
+    everywhere: Any = replicated(x, samples)
     found: Tensor = everywhere.redistribute(placements=placements)
     return found
 
