@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any, NoReturn
 
 import torch
@@ -15,6 +16,9 @@ from diffcore.coefficients.bound import DECODERS
 from diffcore.noise import Noise, PhiloxNoise
 from diffcore.ops._arguments import as_step
 from diffcore.ops._noise import default_key
+
+# Without a search for other tracers, because every training step asks.
+compiling = torch.compiler.is_dynamo_compiling
 
 
 def can_read_values(x: Tensor) -> bool:
@@ -109,6 +113,33 @@ def check_pixels(name: str, x: Tensor) -> None:
         f"got {bad.numel()} of {x.numel()} values off this grid, such as {bad[0].item():.6g}; use "
         "decoder='gaussian' for latents and other data that are not 8-bit pixels"
     )
+
+
+def warn_of_images(name: str, x: Tensor) -> bool:
+    """Warn of images or videos that have no negative value, on the CPU.
+
+    Args:
+        name: Name of the data in the caller.
+        x: The data. Their values are read.
+
+    Returns:
+        Whether this is settled: not while something traces the call.
+    """
+    if not plain_eager():
+        return False
+    if x.ndim < 4 or x.numel() == 0 or x.device.type != "cpu":
+        return True
+    low, high = (float(end) for end in torch.aminmax(x.detach()))
+    if not (low >= 0 and high > low):
+        return True
+    fix = f"{name} / 127.5 - 1" if high > 2 else f"{name} * 2 - 1"
+    warnings.warn(
+        f"{name} has values from {low:.4g} to {high:.4g} and none below 0: the noise has mean 0, "
+        f"and so should the data; for images pass {fix}",
+        UserWarning,
+        stacklevel=3,
+    )
+    return True
 
 
 def check_timestep_values(t: Tensor, num_timesteps: int) -> None:

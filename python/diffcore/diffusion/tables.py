@@ -291,11 +291,12 @@ class DiffusionTables:
             TypeError: Timesteps that are not integers.
             ValueError: None, or one out of range.
         """
-        if hasattr(timesteps, "__index__") and not getattr(timesteps, "ndim", 0):
-            rows = self.rows(as_int("timesteps", timesteps), timestep_spacing)
+        given: Any = timesteps
+        if hasattr(given, "__index__") and not getattr(given, "ndim", False):
+            rows = self.rows(as_int("timesteps", given), timestep_spacing)
         else:
             try:
-                rows = tuple(sorted({as_int("timesteps", t) for t in timesteps}))
+                rows = tuple(sorted({as_int("timesteps", t) for t in given}))
             except TypeError:
                 fix = "p_sample_loop(num_steps=...) and ddim_sample_loop(num_steps=...) respace too"
                 openai = hint(fix if isinstance(timesteps, str) else "")

@@ -63,6 +63,7 @@ class PhiloxNoise:
         Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"; Box and Muller 1958.
     """
 
+    __module__ = "diffcore.noise"  # what files of pickles name
     __slots__ = ("_parts",)
     _parts: NoiseParts
 
@@ -296,7 +297,9 @@ class PhiloxNoise:
 
     def _with(self, parts: NoiseParts) -> PhiloxNoise:
         """A key of the same kind, of parts that are known to be right."""
-        return PhiloxNoise(*parts)
+        key = object.__new__(PhiloxNoise)
+        object.__setattr__(key, "_parts", parts)
+        return key
 
     def _check_batch(self, batch: int) -> None:
         ids = self._parts[1]
@@ -354,6 +357,7 @@ class ShardNoise(PhiloxNoise):
         sizes: The shape of the shard of one sample.
     """
 
+    __module__ = "diffcore.noise"
     __slots__ = ("_box",)
     _box: Window
 

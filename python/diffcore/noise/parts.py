@@ -37,7 +37,7 @@ def ids_part(sample_ids: Any) -> Any:
         return 0
     if isinstance(sample_ids, (list, tuple, range)):
         sample_ids = _list_of_ids(sample_ids)
-    elif hasattr(sample_ids, "__array_interface__") and getattr(sample_ids, "ndim", 0):
+    elif hasattr(sample_ids, "__array_interface__") and sample_ids.ndim > 0:
         if sample_ids.dtype.kind not in "iu" or sample_ids.dtype.name == "uint64":
             raise _wrong("sample_ids", f"an array of {sample_ids.dtype}")
         # A copy: the ids of a key must not change with the array, which may be read-only.

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from diffcore._checks import as_int, as_real, as_tensor
+from diffcore._engine import messages
 from diffcore._engine.dispatch import plain_eager
 from diffcore._types import Coef, Coefs, Step
 
@@ -24,12 +25,13 @@ def as_coef(name: str, value: Coef, step: Step) -> Coef:
         if not isinstance(value, Tensor):
             return value
     if value.dtype not in (torch.float32, torch.float64):
-        as_number(name, value)
-        value = value.float()
+        value = _readable(name, as_number(name, value)).float()
     dims = value.ndim
     if dims == 0:
         # A 0-dim CPU tensor goes with any device, as everywhere in torch, if it is only a number.
         number = value.device.type == "cpu" and not value.requires_grad and plain_eager()
+        if number and not value.untyped_storage().nbytes():
+            messages.check_memory(name, value)
         return float(value) if number else value
     if dims > 1:
         value = _flat(name, value)
@@ -40,6 +42,7 @@ def _flat(name: str, value: Tensor) -> Tensor:
     """``[B, 1, ...]`` as ``[B]``."""
     if value.ndim < 2:
         return value
+    messages.check_dense(name, value)
     if value.numel() != len(value):
         raise ValueError(
             f"{name} must have one number per sample, got shape {tuple(value.shape)}; for a level "
@@ -83,7 +86,18 @@ def as_number(name: str, value: Coef) -> Coef:
 def in_float64(name: str, value: Coef) -> Coef:
     """A coefficient in float64, so that what is derived from it is rounded once only."""
     value = as_number(name, value)
-    return _flat(name, value).double() if isinstance(value, Tensor) else value
+    if not isinstance(value, Tensor):
+        return value
+    return _flat(name, _readable(name, value)).double()
+
+
+def negated(name: str, value: Coef) -> Coef:
+    """``-value``, of a dtype in which it is exact."""
+    value = as_number(name, value)
+    if not isinstance(value, Tensor):
+        return -value
+    value = _readable(name, value)
+    return -(value if value.dtype in (torch.float32, torch.float64) else value.float())
 
 
 def converted(error: TypeError, coefs: Coefs, step: Step, like: Any) -> tuple[Coefs, Step]:
@@ -140,3 +154,10 @@ def float_of(name: str, value: float) -> float:
     if isinstance(value, Tensor):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
     return as_real(name, value)
+
+
+def _readable(name: str, value: Tensor) -> Tensor:
+    """The same tensor, which torch is about to compute with: dense, and not freed."""
+    messages.check_dense(name, value)
+    messages.check_memory(name, value)
+    return value

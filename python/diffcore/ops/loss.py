@@ -11,7 +11,7 @@ from diffcore._kernels import loss as k
 from diffcore._types import Coef, Step
 from diffcore.coefficients.step import PREDICTION_TYPES
 from diffcore.noise import Noise, PhiloxNoise
-from diffcore.ops._arguments import as_coef, as_number
+from diffcore.ops._arguments import as_coef, negated
 from diffcore.ops._noise import promoted, run_noisy
 
 __all__ = [
@@ -87,7 +87,7 @@ def denoising_loss(
     if alpha is None or sigma is None:
         missing = "alpha" if alpha is None else "sigma"
         raise ValueError(f"{missing} must be given with prediction_type='v_prediction', got None")
-    a = as_coef("sigma", -as_number("sigma", sigma), t)
+    a = as_coef("sigma", negated("sigma", sigma), t)
     return _loss(_V_LOSS, (model_output, x0), noise, w, (a, as_coef("alpha", alpha, t)), t)
 
 

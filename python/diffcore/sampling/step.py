@@ -78,5 +78,5 @@ class CallbackState(dict[str, Any]):
             "before the model call, for example to inpaint, write a loop on table.step"
         )
 
-    __setitem__ = __delitem__ = __ior__ = _refuse  # type: ignore[assignment]
-    update = setdefault = pop = popitem = clear = _refuse  # type: ignore[assignment]
+    __setitem__ = __delitem__ = __ior__ = _refuse
+    update = setdefault = pop = popitem = clear = _refuse
