@@ -406,7 +406,8 @@ def _refuse_shapes(tensors: Sequence[Tensor], names: tuple[str, ...]) -> None:
 def _row(*columns: Coef) -> Tensor:
     """The columns as a float64 tensor ``[..., k]``; the first is a tensor if any is."""
     if isinstance(columns[0], Tensor):
-        return torch.stack(tuple(_broadcast(columns)), dim=-1)
+        tensors = _broadcast(columns)
+        return torch.stack(tuple(tensors), dim=tensors[0].ndim)
     return torch.tensor(columns, dtype=torch.float64, device="cpu")
 
 
