@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
@@ -193,16 +194,16 @@ def draw(noise: PhiloxNoise, out: Tensor) -> Tensor:
 
 def _sizes(shape: Any) -> tuple[int, ...]:
     allowed = "a sequence of sizes, such as (64, 3, 32, 32)"
-    if not hasattr(shape, "__iter__"):
-        raise TypeError(f"shape must be {allowed}, got {shape!r}")
-    sizes = tuple(shape)
+    came = type(shape).__name__ if isinstance(shape, Tensor) else repr(shape)
     ints = (int, torch.SymInt)
-    if any(
-        isinstance(n, bool) or not (isinstance(n, ints) or hasattr(n, "__index__")) for n in sizes
-    ):
-        raise TypeError(f"shape must be {allowed}, got {shape!r}")
+    try:
+        sizes = tuple(n if isinstance(n, ints) else operator.index(n) for n in shape)
+    except (TypeError, RuntimeError):
+        raise TypeError(f"shape must be {allowed}, got {came}") from None
+    if any(isinstance(n, bool) for n in sizes):
+        raise TypeError(f"shape must be {allowed}, got {came}")
     if any(n < 0 for n in sizes):
-        raise ValueError(f"shape must be {allowed}, got {shape!r}")
+        raise ValueError(f"shape must be {allowed}, got {came}")
     return sizes
 
 

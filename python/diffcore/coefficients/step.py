@@ -60,9 +60,9 @@ def parse_clip_range(clip_range: float | tuple[float, float] | None) -> tuple[fl
     elif isinstance(clip_range, (tuple, list)) and len(clip_range) == 2:
         low, high = float(clip_range[0]), float(clip_range[1])
     else:
-        raise TypeError(
-            f"clip_range must be None, a number or a pair of numbers, got {clip_range!r}"
-        )
+        kind = type(clip_range)
+        came = repr(clip_range) if kind in (str, tuple, list) else kind.__name__
+        raise TypeError(f"clip_range must be None, a number or a pair of numbers, got {came}")
     if not low < high:
         raise ValueError(f"clip_range must have lowest < highest, got ({low}, {high})")
     return low, high

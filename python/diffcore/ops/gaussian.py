@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -111,6 +112,8 @@ def _broadcast(names: tuple[str, ...], inputs: tuple[Tensor | float, ...]) -> Te
     first_name, first = next(iter(tensors.items()))
     shape = first.shape
     for name, x in tensors.items():
+        messages.check_dense(name, x)
+        messages.check_memory(name, x)
         if x.dtype != first.dtype:
             raise TypeError(
                 f"{name} must have the dtype of {first_name}, {first.dtype}, got {x.dtype}"
@@ -126,8 +129,16 @@ def _broadcast(names: tuple[str, ...], inputs: tuple[Tensor | float, ...]) -> Te
                 f"{name} must have a shape that broadcasts with {tuple(shape)}, got "
                 f"{tuple(x.shape)}"
             ) from None
-    each = [tensors[n] if n in tensors else first.new_full((), numbers[n]) for n in names]
+    each = [tensors[n] if n in tensors else _filled(first, numbers[n]) for n in names]
     return tuple(x.expand(shape) for x in each)
+
+
+def _filled(like: Tensor, value: float) -> Tensor:
+    """A number as a tensor; infinite where the dtype cannot hold it."""
+    try:
+        return like.new_full((), value)
+    except RuntimeError:
+        return like.new_full((), math.copysign(math.inf, value))
 
 
 def standard_normal_kl(mean: Tensor, logvar: Tensor, *, reduction: str = "none") -> Tensor:

@@ -12,7 +12,7 @@ from diffcore._kernels import linear as k
 from diffcore._types import Coef, Step
 from diffcore.coefficients import step as formulas
 from diffcore.noise import Noise
-from diffcore.ops._arguments import as_coef, as_table, in_float64, negated
+from diffcore.ops._arguments import as_coef, as_table, columns_of, in_float64, negated
 from diffcore.ops._noise import run_noisy
 
 __all__ = [
@@ -162,7 +162,8 @@ def q_sample(
         x_t: Tensor = run_noisy(_Q_SAMPLE, (x0,), noise, (table,), t, out)
         return x_t
     _refuse_out(out)
-    target = _target(return_target, table[:, :1], table[:, 1:])
+    levels = (columns_of("table", table, k, k + 1) for k in (0, 1))
+    target = _target(return_target, *levels)
     both: tuple[Tensor, Tensor] = run_noisy(_Q_SAMPLE_TARGET, (x0,), noise, (table, *target), t)
     return both
 

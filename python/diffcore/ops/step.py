@@ -163,7 +163,11 @@ def reverse_step(
         docs/architecture.md, "A solver is a table"; guidance: Ho & Salimans 2022 (arXiv
         2207.12598); threshold: Saharia et al. 2022 (arXiv 2205.11487).
     """
-    earlier = tuple(history)
+    try:
+        earlier = tuple(history)
+    except TypeError:
+        kind = type(history).__name__
+        raise TypeError(f"history must be a sequence of tensors, got {kind}") from None
     keeps = return_history or len(earlier) > 1
     variance = None
     if variance_output is not None or variance_coefficients is not None:
