@@ -252,6 +252,7 @@ def _check_shapes(seed: Any, sample_ids: Any, stream: Any, first_element: int) -
     ):
         if not isinstance(part, Tensor):
             continue
+        messages.check_dense(name, part)
         if part.ndim > 1 or (most and not 1 <= part.numel() <= most):
             raise ValueError(f"{name} must be {_ALLOWED[name]}, got shape {tuple(part.shape)}")
     if first_element % 4:

@@ -33,8 +33,8 @@ def as_coef(name: str, value: Coef, step: Step) -> Coef:
         return value
     try:
         return value.unsqueeze(1)
-    except RuntimeError:  # torch makes no view of freed memory
-        messages.check_memory(name, value)
+    except RuntimeError:  # torch makes no view of freed memory, nor of a tensor of MKL-DNN
+        _readable(name, value)
         raise
 
 

@@ -27,6 +27,9 @@ __all__ = [
 ]
 
 
+_NORMAL_KL = ("mean1", "logvar1", "mean2", "logvar2")
+
+
 def reduced(term: Term, inputs: tuple[Tensor, ...], reduction: str) -> Tensor:
     """The terms, or the sum that ``reduction`` names."""
     if reduction == "none":
@@ -85,13 +88,19 @@ def normal_kl(
     if not torch.compiler.is_compiling():
         try:
             return reduced(k.NORMAL_KL, inputs, reduction)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, RuntimeError) as error:
             refusal = error
+    if refusal is not None:  # a RuntimeError: a nested tensor has no shape
+        for name, x in zip(_NORMAL_KL, inputs, strict=True):
+            if isinstance(x, Tensor):
+                messages.check_dense(name, x)
+        if isinstance(refusal, RuntimeError):
+            raise refusal
     if all(isinstance(x, Tensor) and x.shape == inputs[0].shape for x in inputs):
         if refusal is not None:
             raise refusal
         return reduced(k.NORMAL_KL, inputs, reduction)
-    full = _broadcast(("mean1", "logvar1", "mean2", "logvar2"), inputs)
+    full = _broadcast(_NORMAL_KL, inputs)
     if all(type(x) in (int, float) and x == 0 for x in (mean2, logvar2)):
         return reduced(k.STANDARD_NORMAL_KL, full[:2], reduction)
     return reduced(k.NORMAL_KL, full, reduction)

@@ -7,6 +7,7 @@ from typing import Literal, overload
 from torch import Tensor
 
 from diffcore._checks import check_choice
+from diffcore._engine import messages
 from diffcore._engine.dispatch import run
 from diffcore._kernels import linear as k
 from diffcore._types import Coef, Step
@@ -162,6 +163,7 @@ def q_sample(
         x_t: Tensor = run_noisy(_Q_SAMPLE, (x0,), noise, (table,), t, out)
         return x_t
     _refuse_out(out)
+    messages.check_dense("table", table)
     levels = (columns_of("table", table, k, k + 1) for k in (0, 1))
     target = _target(return_target, *levels)
     both: tuple[Tensor, Tensor] = run_noisy(_Q_SAMPLE_TARGET, (x0,), noise, (table, *target), t)

@@ -379,7 +379,7 @@ def ddim_step(
     Source:
         Song et al. 2021, eqs. 12 and 16.
     """
-    if noise is None and eta != 0:
+    if noise is None and isinstance(eta, (int, float)) and eta != 0:
         raise ValueError(
             f"noise must be given where eta is not 0, got None with eta={eta}; pass a tensor or a "
             "PhiloxNoise"
