@@ -64,8 +64,10 @@ def parse_clip_range(clip_range: float | tuple[float, float] | None) -> tuple[fl
             high = as_real("clip_range", clip_range)
             low = -high
     except (TypeError, ValueError):
+        kind = type(clip_range)
+        came = repr(clip_range) if kind in (str, tuple, list) else kind.__name__
         raise TypeError(
-            f"clip_range must be None, a number or a pair of numbers, got {clip_range!r}"
+            f"clip_range must be None, a number or a pair of numbers, got {came}"
         ) from None
     if not low < high:
         raise ValueError(f"clip_range must have lowest < highest, got ({low}, {high})")

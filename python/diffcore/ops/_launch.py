@@ -21,7 +21,7 @@ from diffcore._kernels.step import PLAIN, Plan, columns_read, learned_plan, plan
 from diffcore._types import Coef, Coefs, Row, Step, Tensors
 from diffcore.coefficients.step import HISTORY_READ, HISTORY_WRITTEN, STEP_COLUMNS
 from diffcore.noise import Noise
-from diffcore.ops._arguments import as_coef, as_table, converted
+from diffcore.ops._arguments import as_coef, as_table, columns_of, converted
 from diffcore.ops._noise import run_noisy
 
 _compiling = torch.compiler.is_dynamo_compiling
@@ -151,7 +151,7 @@ def _columns(name: str, row: Row, columns: int, widths: tuple[int, ...]) -> Coef
             raise ValueError(f"{name} must hold {counts} numbers, got {len(row)}")
         return row[:columns]
     table = as_table(name, row, *widths)
-    return (table if table.shape[1] == columns else table[:, :columns],)
+    return (table if table.shape[1] == columns else columns_of(name, table, 0, columns),)
 
 
 class RowLauncher:
