@@ -11,6 +11,7 @@ keyword-only. The constructor differs: it takes strings for the model's output a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -115,12 +116,14 @@ class GaussianDiffusion:
         check_choice("loss_type", loss_type, training.LOSS_TYPES)
         clip_sample_range = as_positive("clip_sample_range", clip_sample_range)
         betas = made_plainly(lambda: check_betas(betas))
-        check_direction(betas)
-        if prediction_type == "epsilon" and betas[-1] == 1:
+        made_plainly(lambda: check_direction(betas))
+        last = made_plainly(lambda: math.exp(0.5 * float(torch.log1p(-betas).sum())))
+        if prediction_type == "epsilon" and last < _SMALLEST:
             raise ValueError(
-                "betas must end below 1 with prediction_type='epsilon', got a last beta of 1 (zero "
-                "terminal SNR): its x_t holds no signal, so a prediction of epsilon does not "
-                "determine x_0; use prediction_type='v_prediction' or 'sample'"
+                "betas must leave some signal with prediction_type='epsilon', got alpha = "
+                f"{last:.3g} at the last timestep (zero terminal SNR in float32): a prediction of "
+                "epsilon does not determine x_0 there; use prediction_type='v_prediction' or "
+                "'sample'"
             )
         self._set_up(
             DiffusionTables(betas, prediction_type, variance_type),
@@ -133,13 +136,6 @@ class GaussianDiffusion:
         self, tables: DiffusionTables, clip_sample: bool, clip_sample_range: float, loss_type: str
     ) -> None:
         """Takes checked settings."""
-        last = tables.schedule.alpha[-1]
-        if tables.prediction_type == "epsilon" and not last >= _SMALLEST:
-            raise ValueError(
-                "betas must leave alpha above 1.2e-38, the range of float32, with prediction_type="
-                f"'epsilon', got alpha = {last:.3g} at the last timestep, where x_0 is divided by "
-                "it; use prediction_type='v_prediction' or 'sample'"
-            )
         self.prediction_type = tables.prediction_type
         self.variance_type = tables.variance_type
         self.clip_sample = clip_sample
@@ -183,7 +179,9 @@ class GaussianDiffusion:
         Source:
             Nichol and Dhariwal 2021 (arXiv 2102.09672) section 4 (SpacedDiffusion).
         """
-        timestep_map, betas = self.tables.respaced(timesteps, timestep_spacing)
+        timestep_map, betas = made_plainly(
+            lambda: self.tables.respaced(timesteps, timestep_spacing)
+        )
         tables = DiffusionTables(betas, self.prediction_type, self.variance_type)
         tables.timestep_map = timestep_map
         # Not the constructor: betas over gaps of different lengths may fall.
@@ -285,9 +283,10 @@ class GaussianDiffusion:
             model_kwargs: More arguments for the model.
             noise: Standard normal, like ``x_start``, or a noise key; ``None`` for a key seeded by
                 torch's generator. The noise of a key is generated twice and never stored.
-            weights: ``[T]``, a weight for each timestep (``losses.min_snr_weights``); 1 if
-                ``None``. Keep it on the device of ``x_start``: moving it there waits. Weights apply
-                to the mse only and are refused with "kl" and "rescaled_kl".
+            weights: ``[T]``, a weight for each timestep (``losses.min_snr_weights``), as a tensor,
+                an array or a list; 1 if ``None``. Keep it on the device of ``x_start``: moving it
+                there waits. Weights apply to the mse only and are refused with "kl" and
+                "rescaled_kl".
             decoder: L_0 for pixels k/127.5 - 1 ("discretized": the mass of their bin) or for other
                 data such as latents ("gaussian": the density). Pixel values are not validated while
                 training: the bin of another x_0 is x_0 ± 1/255.
@@ -311,7 +310,7 @@ class GaussianDiffusion:
                 raise ValueError(
                     f"weights must be None with loss_type={self.loss_type!r}, got a tensor"
                 )
-            check_weights(weights, self.num_timesteps)
+            weights = check_weights(weights, self.num_timesteps)
         if not compiling() and not self._images_checked:
             self._images_checked = warn_of_images("x_start", x_start)
         if noise is None:
