@@ -108,6 +108,8 @@ def stretch_to_terminal(sigmas: Tensor, shift_terminal: float) -> Tensor:
     if not 0 <= shift_terminal < 1:
         raise ValueError(f"shift_terminal must lie in [0, 1), got {shift_terminal}")
     signal = 1 - as_float64(sigmas, "sigmas")
+    if signal.ndim != 1 or len(signal) == 0:
+        raise ValueError(f"sigmas must have the shape [N] with N >= 1, got {tuple(signal.shape)}")
     if signal[-1] == 0:
         raise ValueError("sigmas must end below 1 to be stretched, got 1")
     return 1 - signal * ((1 - shift_terminal) / signal[-1])

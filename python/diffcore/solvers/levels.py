@@ -252,6 +252,8 @@ class NoiseLevels:
         else:
             assert timesteps is not None
             times = timestep_vector(timesteps)
+            rising = times[1:] >= times[:-1]
+            _refuse_first("timesteps must fall at every step", times[1:], rising, 1)
             if times.dtype == torch.int64:
                 _refuse_first(
                     f"timesteps must lie in 0 .. {len(schedule) - 1}",
@@ -426,14 +428,14 @@ def as_levels(levels: Levels, prediction_type: str) -> NoiseLevels:
     """
     if isinstance(levels, NoiseLevels):
         return levels
-    if prediction_type == "flow_prediction":
+    if isinstance(prediction_type, str) and prediction_type == "flow_prediction":
         raise ValueError(
             "levels must be NoiseLevels with prediction_type='flow_prediction', got "
             f"{type(levels).__name__}: sigmas alone mean alpha = 1, and the alpha of a flow is "
             "1 - sigma; pass NoiseLevels.from_flow(sigmas), or NoiseLevels.from_sigmas(sigmas) if "
             "alpha = 1 is meant"
         )
-    return NoiseLevels.from_sigmas(levels)
+    return NoiseLevels.from_sigmas(level_vector("levels", levels))
 
 
 def _quarter_log_of(sigma: Tensor) -> Tensor:
