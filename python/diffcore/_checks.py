@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import numbers
 import operator
 from typing import Any
@@ -103,23 +104,26 @@ def as_real(name: str, value: Any) -> float:
         ) from None
 
 
-def as_positive(name: str, value: Any) -> float:
+def as_positive(name: str, value: Any, *, finite: bool = False) -> float:
     """A number above 0, as a Python float.
 
     Args:
         name: What to call the argument in the message.
         value: What came, see ``as_real``.
+        finite: Whether infinity is refused.
 
     Returns:
-        The float; it may be infinite.
+        The float.
 
     Raises:
         TypeError: Not a real number.
-        ValueError: Not above 0.
+        ValueError: Not above 0, or infinite.
     """
     number = as_real(name, value)
     if not number > 0:
         raise ValueError(f"{name} must be above 0, got {number}")
+    if finite and number == math.inf:
+        raise ValueError(f"{name} must be finite, got {number}")
     return number
 
 

@@ -308,7 +308,7 @@ class GaussianDiffusion:
                 raise ValueError(
                     f"weights must be None with loss_type={self.loss_type!r}, got a tensor"
                 )
-            weights = check_weights(weights, self.num_timesteps)
+            weights = check_weights(weights, self.num_timesteps, x_start.device)
         if not compiling() and not self._images_checked:
             self._images_checked = warn_of_images("x_start", x_start)
         if noise is None:

@@ -174,7 +174,7 @@ class NoiseLevels:
             Karras et al. 2022 (arXiv 2206.00364) table 1 and eq. 7.
         """
         sigma = level_vector("sigmas", sigmas)
-        sigma_data = as_positive("sigma_data", sigma_data)
+        sigma_data = as_positive("sigma_data", sigma_data, finite=True)
         return cls(
             torch.ones_like(sigma),
             sigma,
@@ -201,7 +201,7 @@ class NoiseLevels:
         """
         sigma = level_vector("sigmas", sigmas)
         _refuse_first("sigmas must lie in [0, 1] for a flow", sigma, sigma > 1)
-        scale = as_positive("num_train_timesteps", num_train_timesteps)
+        scale = as_positive("num_train_timesteps", num_train_timesteps, finite=True)
         return cls(1 - sigma, sigma, sigma[:-1] * scale, "flow", FlowTime(scale))
 
     @classmethod
@@ -298,7 +298,7 @@ class NoiseLevels:
             sigma=ratio,
             path="ve",
             input_std=1.0,
-            init_noise_sigma=as_positive("init_noise_sigma", first),
+            init_noise_sigma=as_positive("init_noise_sigma", first, finite=True),
         )
 
     def skip(self, steps: int) -> NoiseLevels:
