@@ -178,14 +178,14 @@ def public_call(random: Random, show: Callable[..., None]) -> str | None:
         arguments = arguments_of(name, maker)
     except (TypeError, ValueError):  # a noise key that cannot be
         return None
-    if maker.chance(0.03):
+    if maker.chance(0.005):
         arguments = changed(arguments, lambda x: x.to("meta") if not x.is_quantized else x)
     show(name, arguments)
     op, out = getattr(ops, name), arguments.get("out")
     seed = random.randrange(2**60)
 
     def call(given: dict[str, Any]) -> Any:
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         return op(**given)
 
     # The dtype of randn's result is that of its `out`.
@@ -203,11 +203,14 @@ def public_call(random: Random, show: Callable[..., None]) -> str | None:
     if memory.touched(out if found.error is None else None):
         return f"{name}: wrote outside of out"
     if found.error is not None:
-        refused_alone = out is None and expected.error is None and not_needed(arguments)
+        same = out is None and not_needed(arguments) and "memory" not in str(found.error)
+        refused_alone = same and expected.error is None
         return f"{name}: refused in this layout: {found.error}" if refused_alone else None
     if expected.error is not None or type(reference.error) is not type(expected.error):
         return f"{name}: {expected.error!r} of copies, {reference.error!r} of the reference"
-    return compared(name, found, expected, reference, exact=not summed(found, maker))
+    # A coefficient that requires grad takes the reference, whose last bits may differ.
+    exact = not_needed(arguments) and not summed(found, maker)
+    return compared(name, found, expected, reference, exact)
 
 
 def compared(
@@ -291,7 +294,7 @@ def raw_call(random: Random, show: Callable[..., None]) -> str | None:
 def one(seed: int, index: int, show: Callable[..., None] = lambda *_: None) -> Failure | None:
     """Makes the call of this number."""
     random = Random(f"{seed}/{index}")
-    torch.manual_seed(random.randrange(2**60))
+    torch.default_generator.manual_seed(random.randrange(2**60))
     raw = native._C is not None and random.random() < RAW
     try:
         wrong = (raw_call if raw else public_call)(random, show)

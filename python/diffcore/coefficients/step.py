@@ -64,8 +64,10 @@ def parse_clip_range(clip_range: float | tuple[float, float] | None) -> tuple[fl
             high = as_real("clip_range", clip_range)
             low = -high
     except (TypeError, ValueError):
+        kind = type(clip_range)
+        came = repr(clip_range) if kind in (str, tuple, list) else kind.__name__
         raise TypeError(
-            f"clip_range must be None, a number or a pair of numbers, got {clip_range!r}"
+            f"clip_range must be None, a number or a pair of numbers, got {came}"
         ) from None
     if not low < high:
         raise ValueError(f"clip_range must have lowest < highest, got ({low}, {high})")
@@ -406,7 +408,8 @@ def _refuse_shapes(tensors: Sequence[Tensor], names: tuple[str, ...]) -> None:
 def _row(*columns: Coef) -> Tensor:
     """The columns as a float64 tensor ``[..., k]``; the first is a tensor if any is."""
     if isinstance(columns[0], Tensor):
-        return torch.stack(tuple(_broadcast(columns)), dim=-1)
+        tensors = _broadcast(columns)
+        return torch.stack(tuple(tensors), dim=tensors[0].ndim)
     return torch.tensor(columns, dtype=torch.float64, device="cpu")
 
 

@@ -116,8 +116,8 @@ class GaussianDiffusion:
         check_choice("loss_type", loss_type, training.LOSS_TYPES)
         clip_sample_range = as_positive("clip_sample_range", clip_sample_range)
         betas = made_plainly(lambda: check_betas(betas))
-        check_direction(betas)
-        last = math.exp(0.5 * float(torch.log1p(-betas).sum()))
+        made_plainly(lambda: check_direction(betas))
+        last = made_plainly(lambda: math.exp(0.5 * float(torch.log1p(-betas).sum())))
         if prediction_type == "epsilon" and last < _SMALLEST:
             raise ValueError(
                 "betas must leave some signal with prediction_type='epsilon', got alpha = "
@@ -179,7 +179,9 @@ class GaussianDiffusion:
         Source:
             Nichol and Dhariwal 2021 (arXiv 2102.09672) section 4 (SpacedDiffusion).
         """
-        timestep_map, betas = self.tables.respaced(timesteps, timestep_spacing)
+        timestep_map, betas = made_plainly(
+            lambda: self.tables.respaced(timesteps, timestep_spacing)
+        )
         tables = DiffusionTables(betas, self.prediction_type, self.variance_type)
         tables.timestep_map = timestep_map
         # Not the constructor: betas over gaps of different lengths may fall.

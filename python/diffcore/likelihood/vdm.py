@@ -12,13 +12,13 @@ from torch import Tensor
 
 from diffcore import ops
 from diffcore._checks import as_int, check_choice
-from diffcore._engine.dispatch import plain_eager, run
+from diffcore._engine.dispatch import run
 from diffcore._engine.dtensor import all_of, of_first_rank, per_sample
 from diffcore._kernels.bound import PRIOR_KL
 from diffcore._types import Model
 from diffcore.coefficients.bound import DECODERS, FIXED, VLB_COLUMNS, prior_coefficients
 from diffcore.coefficients.step import PREDICTION_TYPES, target_coefficients, x0_coefficients
-from diffcore.diffusion.checks import can_read_values, check_noise, check_pixels
+from diffcore.diffusion.checks import can_read_values, check_noise, check_pixels, has_values
 from diffcore.noise import Noise, PhiloxNoise
 from diffcore.ops._noise import default_key
 from diffcore.sampling.model import call_model, check_samples
@@ -216,7 +216,7 @@ class _Schedule:
         at = torch.device("cpu") if gamma is None else device
         gamma, gamma_prime = _functions(gamma_min, gamma_max, gamma, gamma_prime)
         ends = gamma(torch.tensor([0.0, 1.0], dtype=torch.float64, device=at)).detach()
-        if plain_eager():
+        if has_values(ends):
             first, last = ends.tolist()
             if not first < last:
                 raise ValueError(f"gamma must rise from t = 0 to t = 1, got {first} and {last}")
@@ -232,7 +232,7 @@ class _Schedule:
 
 def _prior(x: Tensor, gamma_1: Tensor) -> Tensor:
     """KL(q(z_1 | x) || N(0, I)), ``[B]``, nats."""
-    if not plain_eager():  # no value can be read
+    if not has_values(gamma_1):
         coefs = prior_coefficients(*_coefficients(gamma_1.to(x.device)))
         return run(PRIOR_KL, (x,), coefs)
     alpha, sigma = (c.item() for c in _coefficients(gamma_1.cpu()))

@@ -35,7 +35,13 @@ def as_coef(name: str, value: Coef, step: Step) -> Coef:
         return float(value) if number else value
     if dims > 1:
         value = _flat(name, value)
-    return value if step is None else value.unsqueeze(1)
+    if step is None:
+        return value
+    try:
+        return value.unsqueeze(1)
+    except RuntimeError:  # torch makes no view of freed memory, nor of a tensor of MKL-DNN
+        _readable(name, value)
+        raise
 
 
 def _flat(name: str, value: Tensor) -> Tensor:
@@ -55,12 +61,25 @@ def as_table(name: str, table: Tensor, *columns: int) -> Tensor:
     """A table ``[T, n]``, n one of ``columns``; a row becomes a table of one."""
     if not isinstance(table, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(table).__name__}")
-    if table.ndim == 1 and len(table) in columns:
-        return table.unsqueeze(0)
-    if table.ndim != 2 or table.shape[1] not in columns:
-        shapes = " or ".join(f"[T, {n}]" for n in columns)
-        raise ValueError(f"{name} must have shape {shapes}, got {tuple(table.shape)}")
+    try:
+        if table.ndim == 1 and len(table) in columns:
+            return table.unsqueeze(0)
+        if table.ndim != 2 or table.shape[1] not in columns:
+            shapes = " or ".join(f"[T, {n}]" for n in columns)
+            raise ValueError(f"{name} must have shape {shapes}, got {tuple(table.shape)}")
+    except RuntimeError:  # a nested tensor has no shape, a freed one no views
+        _readable(name, table)
+        raise
     return table
+
+
+def columns_of(name: str, table: Tensor, first: int, end: int) -> Tensor:
+    """Some columns of a table."""
+    try:
+        return table[:, first:end]
+    except RuntimeError:
+        _readable(name, table)
+        raise
 
 
 def as_number(name: str, value: Coef) -> Coef:
