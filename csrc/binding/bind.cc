@@ -150,7 +150,11 @@ py::object launch(int op, const py::tuple& ins, const py::tuple& coefs, py::hand
   py::tuple outs(info->n_out);
   for (int k = 0; k < info->n_out; ++k) {
     PyObject* made = PyObject_CallOneArg(g_torch.empty_like, ins[0].ptr());
-    if (!made) throw py::error_already_set();
+    if (!made) {  // a tensor that torch makes nothing like: Python names it
+      if (!PyErr_ExceptionMatches(PyExc_RuntimeError)) throw py::error_already_set();
+      PyErr_Clear();
+      return py::int_(0);
+    }
     PyTuple_SET_ITEM(outs.ptr(), k, made);
   }
   if (try_call(op, *info, outs, ins, coefs, step, false, noise)) return py::int_(found);

@@ -170,6 +170,19 @@ DC_HD R exp(R x) {
 #endif
 }
 
+// e^x as a factor of `square`, so that a square of 0 adds 0 where e^x overflows. NaN in x may be
+// lost.
+template <class R>
+DC_HD R exp_times(R x, R square) {
+  return blend(square != R(0), exp(x), R(0));
+}
+
+// factor e^x; 0 for a factor whose square is 0 where e^x may overflow. NaN for NaN.
+template <class R>
+DC_HD R times_exp(R factor, R x) {
+  return (factor * factor == R(0)) & (x > R(0)) ? R(0) : factor * exp(x);
+}
+
 // ½ (expm1(d) - d) and ½ expm1(d), for the Gaussian KL and its gradient. With s = 2^n / 2,
 // e^d / 2 = s (1 + r + r² q), so
 //   ½ (e^d - 1 - d) = s r² q + [s r + (s - ½) - d / 2],

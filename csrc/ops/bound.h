@@ -119,7 +119,8 @@ struct VlbTerm : BoundError<kLearned> {
       const R d = Base::log_ratio(c, x);
       const HalfExpm1<R> half(d);
       const R kl_part = row.kl() != R(0) ? half.minus_d : R(-0.5) * d;
-      y[0] = mul_add(row.factor() * e * e, exp(d), kl_part);
+      const R square = row.factor() * e * e;
+      y[0] = mul_add(square, exp_times(d, square), kl_part);
     } else {
       y[0] = e * e;
     }
@@ -168,10 +169,11 @@ struct VlbTermBackward : BoundError<kLearned> {
     const R g = c[Base::n_coef] * row.scale();
     R slope = R(2) * row.factor() * e;
     if constexpr (kLearned) {
-      const R d = Base::log_ratio(c, x), ratio = exp(d);
+      const R d = Base::log_ratio(c, x), square = row.factor() * e * e;
+      const R ratio = (square == R(0)) & (d > R(0)) ? R(0) : exp(d);
       const HalfExpm1<R> half(d);
       const R kl_part = row.kl() != R(0) ? half.plain : R(-0.5);
-      y[1] = -g * row.d_v() * mul_add(row.factor() * e * e, ratio, kl_part);
+      y[1] = -g * row.d_v() * mul_add(square, ratio, kl_part);
       slope *= ratio;
     }
     y[0] = inside ? g * slope * Base::slope(c) : R(0);

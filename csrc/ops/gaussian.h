@@ -13,7 +13,8 @@ struct NormalKl : OpBase {
   template <class R>
   DC_HD static void apply(const R*, const R* x, R* y) {
     R delta = x[0] - x[2];
-    y[0] = mul_add(R(0.5) * delta * delta, exp(-x[3]), HalfExpm1<R>(x[1] - x[3]).minus_d);
+    R square = R(0.5) * delta * delta;
+    y[0] = mul_add(square, exp_times(-x[3], square), HalfExpm1<R>(x[1] - x[3]).minus_d);
   }
 };
 
@@ -30,7 +31,7 @@ struct NormalKlGradient {
   template <class R>
   DC_HD static void apply(R g, const R* x, R* y) {
     R delta = x[0] - x[2];
-    R scaled = delta * exp(-x[3]);
+    R scaled = times_exp(delta, -x[3]);
     R excess = HalfExpm1<R>(x[1] - x[3]).plain;
     if constexpr (kSides != Sides::kSecond) {
       y[0] = g * scaled;
@@ -70,7 +71,8 @@ struct GaussianNll : OpBase {
   template <class R>
   DC_HD static void apply(const R*, const R* x, R* y) {
     R delta = x[0] - x[1];
-    y[0] = R(0.5) * mul_add(delta * delta, exp(-x[2]), R(kLogTwoPi) + x[2]);
+    R square = delta * delta;
+    y[0] = R(0.5) * mul_add(square, exp_times(-x[2], square), R(kLogTwoPi) + x[2]);
   }
 };
 template <bool kOfX>
@@ -81,7 +83,7 @@ struct GaussianNllGradient {  // of (mean, logvar), or of (x, mean, logvar)
   template <class R>
   DC_HD static void apply(R g, const R* x, R* y) {
     R delta = x[0] - x[1];
-    R scaled = delta * exp(-x[2]);
+    R scaled = times_exp(delta, -x[2]);
     if (kOfX) y[0] = g * scaled;
     y[n_out - 2] = -g * scaled;
     y[n_out - 1] = R(0.5) * g * mul_add(-delta, scaled, R(1));

@@ -119,29 +119,6 @@ def as_positive(name: str, value: Any) -> float:
     return number
 
 
-def as_sizes(shape: Any) -> tuple[int, ...]:
-    """A shape as a tuple of ints.
-
-    Args:
-        shape: A sequence of sizes: a tuple, a list, a ``torch.Size``, a NumPy array.
-
-    Returns:
-        The sizes.
-
-    Raises:
-        TypeError: Not a sequence of ints.
-        ValueError: A size below 0.
-    """
-    what = "shape must be a sequence of sizes, such as (64, 3, 32, 32), got"
-    try:
-        sizes = tuple(as_int("shape", size) for size in shape)
-    except TypeError:
-        raise TypeError(f"{what} {shape!r}") from None
-    if any(size < 0 for size in sizes):
-        raise ValueError(f"{what} {shape!r}")
-    return sizes
-
-
 def as_tensor(
     name: str, value: Any, what: str = "a tensor of real numbers", fix: str = ""
 ) -> Tensor:
@@ -203,10 +180,18 @@ def check_float_tensor(name: str, value: object) -> None:
     Raises:
         TypeError: Another type, or a tensor of another dtype.
     """
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a floating-point tensor, got {type(value).__name__}")
-    if not value.is_floating_point():
-        raise TypeError(f"{name} must be a floating-point tensor, got {value.dtype}")
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        came = value.dtype if isinstance(value, Tensor) else type(value).__name__
+        raise TypeError(
+            f"{name} must be a floating-point tensor, got {came}{to_floats(name, value)}"
+        )
+
+
+def to_floats(name: str, value: object) -> str:
+    """How to make samples of an 8-bit image or a NumPy array, for the end of a message."""
+    if isinstance(value, Tensor):
+        return f"; for 8-bit images pass {name} / 127.5 - 1" if value.dtype == torch.uint8 else ""
+    return f"; pass torch.from_numpy({name})" if hasattr(value, "__array_interface__") else ""
 
 
 def hint(fix: str) -> str:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from diffcore import ops
-from diffcore._checks import check_float_tensor
+from diffcore._checks import as_positive, as_tensor, check_float_tensor
 from diffcore._engine.dtensor import is_dtensor
 from diffcore.noise import PhiloxNoise
 from diffcore.reference import compute_dtype
@@ -160,25 +160,76 @@ def reconstruction_loss(x: Tensor, x_recon: Tensor, *, decoder_std: float | Tens
     Args:
         x: The data, ``[B, ...]``.
         x_recon: Output of the decoder, like ``x``.
-        decoder_std: s, the standard deviation of the decoder: a number or a tensor of one element,
-            which may be trained; 1 in the lecture.
+        decoder_std: s, the standard deviation of the decoder: a number, a tensor of one element, or
+            one that broadcasts over a sample, such as ``[C, 1, 1]`` by channel. A tensor may be
+            trained. 1 in the lecture.
 
     Returns:
         ``[B]``, in nats, summed over each sample.
+
+    Raises:
+        TypeError: An argument of the wrong type or dtype.
+        ValueError: ``x_recon`` has another shape than ``x``, or ``decoder_std`` is not above 0 or
+            does not broadcast.
     """
     if not isinstance(x, Tensor):
         raise TypeError(f"x must be a torch.Tensor, got {type(x).__name__}")
-    if isinstance(decoder_std, Tensor):
-        if decoder_std.numel() != 1:
-            raise ValueError(
-                "decoder_std must be a number or a tensor of one element, "
-                f"got shape {tuple(decoder_std.shape)}"
-            )
-        decoder_std = decoder_std.reshape(())
-    elif not decoder_std > 0:
-        raise ValueError(f"decoder_std must be positive, got {decoder_std}")
-    weight = x.shape[1:].numel() / (2 * decoder_std**2)
-    return ops.denoising_loss(x_recon, x, x, prediction_type="sample", weight=weight)
+    plain = type(decoder_std) is float and decoder_std > 0
+    std = decoder_std if plain else _std(decoder_std, x)
+    if isinstance(std, Tensor) and std.ndim:
+        return _loss_by_position(x, x_recon, std)
+    weight = x.shape[1:].numel() / (2 * std**2)
+    try:
+        return ops.denoising_loss(x_recon, x, x, prediction_type="sample", weight=weight)
+    except (TypeError, ValueError):
+        _check_pair(x, x_recon)  # names the arguments of this function
+        raise
+
+
+def _loss_by_position(x: Tensor, x_recon: Tensor, std: Tensor) -> Tensor:
+    """L1 with a standard deviation for each channel, or each element, of a sample."""
+    _check_pair(x, x_recon)
+    # log s rounded to 16 bits would be off by several percent.
+    dtype = torch.promote_types(torch.promote_types(x.dtype, x_recon.dtype), torch.float32)
+    logvar = 2 * std.to(dtype).log()
+    # Of equal variances the KL is |x - x_recon|^2 / (2 s^2), in one launch.
+    return ops.normal_kl(x.to(dtype), logvar, x_recon.to(dtype), logvar, reduction="sample")
+
+
+def _std(decoder_std: float | Tensor, x: Tensor) -> float | Tensor:
+    """The standard deviation: a float, 0-dim, or with the dimensions of one sample."""
+    if not isinstance(decoder_std, Tensor) and getattr(decoder_std, "ndim", False):
+        decoder_std = as_tensor("decoder_std", decoder_std).to(x.device)  # a NumPy array
+    if not isinstance(decoder_std, Tensor):
+        return as_positive("decoder_std", decoder_std)
+    std = decoder_std
+    if std.is_floating_point() and std.dtype.itemsize < 4:
+        std = std.float()  # 1 / s^2 and log s need more than 16 bits
+    if std.numel() == 1:
+        return std.reshape(())
+    if std.ndim == x.ndim and len(std) == 1:
+        std = std[0]
+    sample = x.shape[1:]
+    fits = std.ndim == len(sample) and all(
+        n in (1, m) for n, m in zip(std.shape, sample, strict=True)
+    )
+    if not fits or not std.is_floating_point():
+        channels = [sample[0] if sample else 1, *[1] * (len(sample) - 1)]
+        raise ValueError(
+            "decoder_std must be a number, a tensor of one element or one that broadcasts over a "
+            f"sample, such as {channels} by channel, got {std.dtype} {tuple(decoder_std.shape)}"
+        )
+    return std
+
+
+def _check_pair(x: Tensor, x_recon: Tensor) -> None:
+    """Refuse data and a reconstruction that do not belong together."""
+    check_float_tensor("x", x)
+    check_float_tensor("x_recon", x_recon)
+    if x_recon.shape != x.shape:
+        raise ValueError(
+            f"x_recon must have the shape of x, {tuple(x.shape)}, got {tuple(x_recon.shape)}"
+        )
 
 
 def vae_loss(
@@ -190,8 +241,9 @@ def vae_loss(
         x: The data, ``[B, ...]``.
         x_recon: Output of the decoder, like ``x``.
         kl: ``[B]``, from ``DiagonalGaussianDistribution.sample_kl`` or ``ops.reparameterize_kl``.
-        decoder_std: s, the standard deviation of the decoder: a number or a tensor of one element,
-            which may be trained; 1 in the lecture.
+        decoder_std: s, the standard deviation of the decoder: a number, a tensor of one element, or
+            one that broadcasts over a sample, such as ``[C, 1, 1]`` by channel. A tensor may be
+            trained. 1 in the lecture.
 
     Returns:
         ``loss`` = ``reconstruction`` (L1) + ``kl`` (L2), each ``[B]``, in nats.
@@ -220,8 +272,9 @@ def elbo(
         x_recon: Output of the decoder, like ``x``.
         mean: Mean of the posterior of z, ``[B, ...]``.
         logvar: Log-variance of the posterior of z, like ``mean``.
-        decoder_std: s, the standard deviation of the decoder: a number or a tensor of one element,
-            which may be trained; 1 in the lecture.
+        decoder_std: s, the standard deviation of the decoder: a number, a tensor of one element, or
+            one that broadcasts over a sample, such as ``[C, 1, 1]`` by channel. A tensor may be
+            trained. 1 in the lecture.
 
     Returns:
         ``[B]``, in nats.
@@ -241,8 +294,9 @@ def elbo_terms(
         x: The data, ``[B, ...]``.
         x_recon: Output of the decoder, like ``x``.
         kl: ``[B]``, as for ``vae_loss``.
-        decoder_std: s, the standard deviation of the decoder: a number or a tensor of one element,
-            which may be trained; 1 in the lecture.
+        decoder_std: s, the standard deviation of the decoder: a number, a tensor of one element, or
+            one that broadcasts over a sample, such as ``[C, 1, 1]`` by channel. A tensor may be
+            trained. 1 in the lecture.
 
     Returns:
         ``elbo`` = ``log_likelihood`` - ``kl``, each ``[B]``, in nats per sample, and ``bpd``
@@ -254,7 +308,7 @@ def elbo_terms(
     """
     terms = vae_loss(x, x_recon, kl, decoder_std=decoder_std)
     n = x.shape[1:].numel()
-    log_likelihood = -terms["reconstruction"] - n * _log_normalizer(decoder_std)
+    log_likelihood = -terms["reconstruction"] - n * _log_normalizer(_std(decoder_std, x))
     bound = log_likelihood - kl
     bpd = bound / (-n * math.log(2))
     return {"elbo": bound, "log_likelihood": log_likelihood, "kl": kl, "bpd": bpd}
@@ -281,8 +335,9 @@ def importance_weighted_bound(
         z: Samples of N(mean, exp(logvar)), ``[K, B, ...]``.
         mean: Mean of the posterior of z, ``[B, ...]``.
         logvar: Log-variance of the posterior of z, like ``mean``.
-        decoder_std: s, the standard deviation of the decoder: a number or a tensor of one element,
-            which may be trained; 1 in the lecture.
+        decoder_std: s, the standard deviation of the decoder: a number, a tensor of one element, or
+            one that broadcasts over a sample, such as ``[C, 1, 1]`` by channel. A tensor may be
+            trained. 1 in the lecture.
 
     Returns:
         ``[B]``, in nats.
@@ -321,11 +376,12 @@ def importance_weighted_bound(
         )
     else:
         # The ops do not broadcast: K samples of each x are passed as K B samples.
-        x, mean, logvar = (v.expand(k, *v.shape).flatten(0, 1) for v in (x, mean, logvar))
-        flat = _log_weights(x, x_recon.flatten(0, 1), z.flatten(0, 1), mean, logvar, decoder_std)
-        log_weights = flat.reshape(k, -1)
+        flat = [v.expand(k, *v.shape).flatten(0, 1) for v in (x, mean, logvar)]
+        log_weights = _log_weights(
+            flat[0], x_recon.flatten(0, 1), z.flatten(0, 1), flat[1], flat[2], decoder_std
+        ).reshape(k, -1)
     bound = log_weights.logsumexp(dim=0) - math.log(k)
-    return bound - n * _log_normalizer(decoder_std)
+    return bound - n * _log_normalizer(_std(decoder_std, x))
 
 
 def _log_weights(
@@ -345,7 +401,9 @@ def _log_weights(
     )
 
 
-def _log_normalizer(decoder_std: float | Tensor) -> float | Tensor:
-    if isinstance(decoder_std, Tensor):
-        return decoder_std.reshape(()).log() + 0.5 * math.log(2 * math.pi)
-    return math.log(decoder_std) + 0.5 * math.log(2 * math.pi)
+def _log_normalizer(std: float | Tensor) -> float | Tensor:
+    """Log s + 1/2 log 2 pi, the mean over a sample."""
+    if not isinstance(std, Tensor):
+        return math.log(std) + 0.5 * math.log(2 * math.pi)
+    log_std = std.log().mean() if std.ndim else std.log()
+    return log_std + 0.5 * math.log(2 * math.pi)

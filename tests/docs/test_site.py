@@ -76,7 +76,7 @@ def paths_of(module: ModuleType, name: str) -> set[str]:
     found = {f"{module.__name__}.{name}"}
     if inspect.isfunction(value) or inspect.isclass(value):
         found.add(f"{value.__module__}.{value.__qualname__}")
-    else:
+    if not inspect.isfunction(value):
         found |= {
             f"{m}.{name}" for m in MODULES if vars(importlib.import_module(m)).get(name) is value
         }

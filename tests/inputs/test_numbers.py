@@ -122,7 +122,7 @@ REALS = {
 
 def numbers_of(made: Any) -> list[Any]:
     if isinstance(made, SolverTable):
-        return [v for k, v in sorted(vars(made).items()) if k not in ("_launcher", "_copies")]
+        return [*made.__getstate__().values(), made.rows]
     return [made]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from inspect import signature
 from typing import Any
@@ -181,3 +182,20 @@ def test_flow_and_edm_tables_take_levels() -> None:
         with pytest.raises(ValueError, match=r"^sigmas must be "):
             make(wrong)
         assert len(make(levels.skip(1))) == 1
+
+
+def test_levels_of_any_vectors() -> None:
+    levels = NoiseLevels.from_schedule(SCHEDULE, [2, 1])
+    expected = solvers.heun_table(levels.sigma_space())
+    lists = {"alpha": levels.alpha.tolist(), "sigma": levels.sigma.numpy()}
+    for times in ([2, 1], np.array([2, 1]), torch.tensor([2, 1], dtype=torch.int32)):
+        again = dataclasses.replace(levels, timesteps=times, **lists)
+        assert again.alpha.dtype == again.sigma.dtype == torch.float64
+        assert again.timesteps.dtype == torch.int64
+        table = solvers.heun_table(again.sigma_space())
+        assert torch.equal(table.coefficients, expected.coefficients)
+        assert torch.equal(table.timesteps, expected.timesteps)
+    with pytest.raises(ValueError, match="sigma must not require grad"):
+        dataclasses.replace(levels, sigma=levels.sigma.requires_grad_())
+    with pytest.raises(TypeError, match="alpha must be a tensor of real numbers, got str"):
+        dataclasses.replace(levels, alpha="a")

@@ -146,3 +146,12 @@ def test_a_run_with_ids_resumes(tmp_path):
     keyed = {**options, "sample_ids": None, "noise": PhiloxNoise(5, 100 + index, 7)}
     with pytest.raises(ValueError, match="must belong to a run with noise = "):
         evaluate(data()[index], checkpoint=path, **keyed)
+
+
+def test_a_batch_of_repeated_samples_alone_resumes(tmp_path):
+    path, x = tmp_path / "bits.json", data(2)[[0, 0, 0, 1]]
+    options = {"sample_ids": [0, 0, 0, 1], "batch_size": 1, "timesteps": 3}
+    whole = evaluate(x, **options)
+    same_bits(evaluate(x, checkpoint=path, **options), whole)
+    same_bits(evaluate(x, checkpoint=path, **options), whole)
+    assert whole.samples == 2

@@ -294,7 +294,7 @@ def _vdm_own_times(world: int) -> None:
         expect_close("diffusion", found.diffusion_nats.full_tensor(), wanted.diffusion_nats)
 
 
-def _errors(world: int) -> None:
+def _wrong_values(world: int) -> None:
     """Values are checked on the rank that has them."""
     placements = (Shard(0), *(Replicate(),) * (mesh_of(world).ndim - 1))
     x = distribute(PIXELS + 0.001, mesh_of(world), placements)
@@ -308,7 +308,7 @@ def cells(world: int) -> Cells:
     """The checks for this many ranks, by name."""
     checks: tuple[Callable[[int], None], ...] = (
         *(_calc_bpd_loop, _loops, _guided_in_one_call, _sample_loops_of_a_diffusion),
-        *(_rows_of_a_table, _weights, _vdm_own_times, _errors),
+        *(_rows_of_a_table, _weights, _vdm_own_times, _wrong_values),
     )
     return {
         **{name: _cell(call) for name, call in _DIFFUSION.items()},

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+from torch.distributed.tensor.debug import CommDebugMode
 
 from diffcore import PhiloxNoise, ops
 from support.bounds import with_noise
@@ -273,12 +274,28 @@ def _layouts(world: int) -> None:
         assert found.stride() == wanted.stride()
 
 
-def _errors(world: int) -> None:
+def _promotion(world: int) -> None:
+    """Of several dtypes the widest, and nothing is communicated for any of this."""
+    mesh = mesh_of(world)
+    m, x0 = torch.randn(2, *SHAPE)
+    low = m.to(torch.bfloat16).requires_grad_()
+    wanted = ops.denoising_loss(low, x0, PhiloxNoise(3))
+    backward((wanted,))
+    for placements in PLACEMENTS[world]:
+        there, data = distributed(low, mesh, placements), distribute(x0, mesh, placements)
+        with CommDebugMode() as counter:
+            found = ops.denoising_loss(there, data, PhiloxNoise(3), weight=torch.ones(SHAPE[0]))
+            backward((found,))
+        assert counter.get_total_counts() == 0
+        expect_same("loss", found, wanted.detach())
+        expect_same("gradient", there.grad, low.grad)
+
+
+def _wrong_arguments(world: int) -> None:
     """What is wrong is named as for plain tensors, by global shapes."""
     mesh, other = mesh_of(world), init_device_mesh("cpu", (1, world))
     x = distribute(torch.randn(SHAPE), mesh, (Shard(0),) * mesh.ndim)
     for call, message in (
-        (lambda: ops.normal_kl(x, x, x, x.to(torch.float64)), "logvar2 must have the dtype"),
         (lambda: ops.add_noise(x, x[:4], 0.1, 0.2), r"noise must have the shape of x0, \(5, 3, 6"),
         (lambda: ops.add_noise(x, x, 0.1, torch.rand(4)), "sigma must have 1 or 5 entries"),
         (
@@ -295,7 +312,7 @@ def cells(world: int) -> Cells:
     checks: tuple[Callable[[int], None], ...] = (
         *(_noise_parts, _default_noise, _reductions, _mean_of_losses, _number_as_gradient),
         *(_coefficient_gradients, _outputs_given, _partial_inputs, _second_derivatives),
-        *(_layouts, _errors),
+        *(_layouts, _promotion, _wrong_arguments),
     )
     every = 1 if world == 2 else 3  # a second dimension of the mesh is the same for all ops
     return {

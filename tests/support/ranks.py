@@ -18,6 +18,7 @@ from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 
@@ -59,7 +60,7 @@ def _run_rank(rank: int, world: int, cells: Cells, store: str) -> None:
         error = ""
         try:
             cell(world)
-        except Exception:
+        except (Exception, pytest.fail.Exception):
             error = f"rank {rank}: {traceback.format_exc()}"
         errors: list[str] = [""] * world
         dist.all_gather_object(errors, error)

@@ -20,28 +20,27 @@ def is_dtensor(x: Any) -> bool:
     return hasattr(x, "device_mesh")
 
 
-def replicated(x: Tensor, beside: Any) -> Any:
+def replicated(x: Tensor, beside: Any) -> Tensor:
     """``x`` for plain torch operations with another tensor: replicated on its mesh."""
     if not is_dtensor(beside) or is_dtensor(x):
         return x
-    return replicated_on(x, beside.device_mesh)
-
-
-def replicated_on(x: Tensor, mesh: Any) -> Any:
-    """``x``, which every rank has, as a DTensor."""
     from torch.distributed.tensor import DTensor, Replicate
 
-    return DTensor.from_local(x, mesh, (Replicate(),) * mesh.ndim, run_check=False)
+    mesh = beside.device_mesh
+    found: Tensor = DTensor.from_local(x, mesh, (Replicate(),) * mesh.ndim, run_check=False)
+    return found
 
 
-def per_sample(x: Tensor, samples: Any) -> Any:
+def per_sample(x: Tensor, samples: Any) -> Tensor:
     """One value per sample, ``[B]``, for plain torch operations with ``samples``: sharded alike."""
     if not is_dtensor(samples) or is_dtensor(x):
         return x
     from torch.distributed.tensor import Replicate, Shard
 
     placements = [Shard(0) if p.is_shard(0) else Replicate() for p in samples.placements]
-    return replicated(x, samples).redistribute(placements=placements)
+    everywhere: Any = replicated(x, samples)
+    found: Tensor = everywhere.redistribute(placements=placements)
+    return found
 
 
 def shard_of(x: Any) -> Tensor:
@@ -63,4 +62,5 @@ def of_first_rank(x: Tensor, beside: Any) -> Tensor:
 
     mesh = beside.device_mesh
     each = DTensor.from_local(x, mesh, (Shard(0),) * mesh.ndim, run_check=False)
-    return each.full_tensor()[:1]
+    first: Tensor = each.full_tensor()[:1]
+    return first

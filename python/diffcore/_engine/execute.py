@@ -40,12 +40,16 @@ def direct(
     if native.DEBUG:  # a CUDA kernel clamps a step that is out of range instead of refusing it
         messages.explain(Arguments(kernel, inputs, coefs, step, out, noise))
     first = inputs[0]
-    if kernel.sums:
-        outs = allocate(kernel, first, reduce_all)
-    elif kernel.outputs == 1:
-        outs = (_new_like(first) if out is None else out,)
-    else:
-        outs = tuple([_new_like(first) for _ in range(kernel.outputs)])
+    try:
+        if kernel.sums:
+            outs = allocate(kernel, first, reduce_all)
+        elif kernel.outputs == 1:
+            outs = (_new_like(first) if out is None else out,)
+        else:
+            outs = tuple([_new_like(first) for _ in range(kernel.outputs)])
+    except RuntimeError:  # torch makes nothing like a nested tensor, or one of MKL-DNN
+        messages.explain(Arguments(kernel, inputs, coefs, step, out, noise))
+        raise
     if out is not None and (type(out) is not Tensor or out.requires_grad):
         messages.check_out(kernel, inputs, out)
     read = inputs if kernel.reads_inputs else ()
@@ -205,6 +209,6 @@ def resolved(coefs: Coefs) -> Coefs:
 
 def coefs_need_grad(coefs: Coefs) -> bool:
     for c in coefs:  # noqa: SIM110 - in every call, where a generator costs more
-        if type(c) is not float and c.requires_grad:  # type: ignore[union-attr]
+        if isinstance(c, Tensor) and c.requires_grad:
             return True
     return False

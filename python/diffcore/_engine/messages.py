@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
+from diffcore._checks import to_floats
 from diffcore._engine import native
 from diffcore._engine.kernel import Kernel
 from diffcore._types import Coef, Coefs, NoiseParts, Step, Tensors
@@ -55,7 +56,7 @@ def _not_tensor(name: str, x: Any, wanted: str = "a torch.Tensor") -> Exception:
 
 
 def _bad_dtype(name: str, x: Tensor, wanted: str) -> Exception:
-    return TypeError(f"{name} must have dtype {wanted}, got {x.dtype}")
+    return TypeError(f"{name} must have dtype {wanted}, got {x.dtype}{to_floats(name, x)}")
 
 
 def _elsewhere(name: str, x: Tensor, first: Tensor) -> Exception:
@@ -84,8 +85,8 @@ def _table_length(name: str, c: Tensor, steps: int) -> Exception:
     return ValueError(f"{name} must have {steps or 'at least 1'} rows, got {len(c)}")
 
 
-def _length(name: str, x: Tensor, wanted: str) -> Exception:
-    return ValueError(f"{name} must have {wanted} entries, one per sample, got {len(x)}")
+def _length(name: str, x: Tensor, wanted: str, fix: str = "") -> Exception:
+    return ValueError(f"{name} must have {wanted} entries, one per sample, got {len(x)}{fix}")
 
 
 def _coef_count(count: int, kernel: Kernel) -> Exception:
@@ -189,7 +190,7 @@ def _of_coef(args: Arguments, why: _Named) -> Exception | None:
         "memory": lambda: _no_memory(name),
         "dimensions": lambda: _coef_dimensions(name, c),
         "table_length": lambda: _table_length(name, c, why.detail),
-        "length": lambda: _length(name, c, f"1 or {_rows(args.inputs[0])}"),
+        "length": lambda: _length(name, c, *_coef_length(name, args.inputs[0])),
     }.get(why.code, _nothing)()
 
 
@@ -242,6 +243,11 @@ def _rows(first: Tensor) -> int:
     return first.shape[0] if first.ndim else 1
 
 
+def _coef_length(name: str, first: Tensor) -> tuple[str, str]:
+    """How many entries a coefficient may have, and what to pass of a table."""
+    return f"1 or {_rows(first)}", f"; of a table pass the entries of the samples, {name}[t]"
+
+
 def _columns(c: Coef) -> int:
     return c.shape[1] if isinstance(c, Tensor) and c.ndim == 2 else 1
 
@@ -281,8 +287,31 @@ def check_out(kernel: Kernel, inputs: Tensors, out: Tensor) -> None:
         raise ValueError("out must not require grad, got a tensor that does")
     _check_tensor("out", out)
     _check_like("out", out, Arguments(kernel, inputs, (), None))
-    if any(s == 0 and n > 1 for s, n in zip(out.stride(), out.shape, strict=True)):
-        raise ValueError(f"out must have memory for each element, got strides {out.stride()}")
+    if _shares_elements(out):
+        raise ValueError(
+            f"out must have memory for each element, got shape {tuple(out.shape)} with strides "
+            f"{out.stride()}"
+        )
+
+
+def _shares_elements(x: Tensor) -> bool:
+    """Whether two elements of a tensor are the same memory."""
+    order = sorted((s, n) for s, n in zip(x.stride(), x.shape, strict=True) if n != 1)
+    if x.numel() == 0 or type(x) is not Tensor:
+        return False
+    reach = 0  # of the dimensions so far
+    for stride, size in order:
+        if stride <= reach:
+            break
+        reach += stride * (size - 1)
+    else:
+        return False
+    if order[0][0] == 0:
+        return True
+    at = torch.zeros((), dtype=torch.int64)  # interleaved dimensions: rare, so count
+    for stride, size in order:
+        at = at.unsqueeze(-1) + stride * torch.arange(size)
+    return at.unique().numel() < x.numel()
 
 
 def _check_like(name: str, x: Tensor, args: Arguments) -> None:
@@ -293,18 +322,35 @@ def _check_like(name: str, x: Tensor, args: Arguments) -> None:
 
 
 def _check_tensor(name: str, x: Tensor) -> None:
-    if x.layout != torch.strided or x.is_quantized:
-        raise TypeError(f"{name} must be a dense, strided tensor, got layout {x.layout}")
+    check_dense(name, x)
     if x.dtype not in DTYPES:
         raise _bad_dtype(name, x, _FLOATS)
-    _check_memory(name, x)
+    check_memory(name, x)
 
 
-def _check_memory(name: str, x: Tensor) -> None:
+def check_dense(name: str, x: Tensor) -> None:
+    """Raises TypeError for a tensor that is sparse, nested or quantized."""
+    if x.is_nested:
+        kind = "a nested tensor"
+    elif x.is_quantized:
+        kind = "a quantized tensor"
+    elif x.layout != torch.strided:
+        kind = f"layout {x.layout}"
+    else:
+        return
+    raise TypeError(f"{name} must be a dense, strided tensor, got {kind}")
+
+
+def check_memory(name: str, x: Tensor) -> None:
+    """Raises ValueError for a plain tensor whose storage was freed."""
     if torch.compiler.is_compiling() or type(x) not in (Tensor, torch.nn.Parameter):
         return
     try:
-        hollow = native.has_kernels(x.device) and x.numel() > 0 and x.data_ptr() == 0
+        hollow = (
+            native.has_kernels(x.device)
+            and x.numel() > 0
+            and (x.data_ptr() == 0 or x.untyped_storage().data_ptr() == 0)
+        )
     except RuntimeError:  # the tensor of a functorch transform has no pointer, and needs none
         return
     if hollow:
@@ -320,11 +366,12 @@ def _check_coefs(args: Arguments) -> int:
             if type(c) is not float and not isinstance(c, (torch.SymFloat, torch.SymInt)):
                 raise _not_tensor(name, c, "a number or a torch.Tensor")
             continue
+        check_dense(name, c)
         if c.dtype not in (torch.float32, torch.float64):
             raise _bad_dtype(name, c, _COEF_FLOATS)
         if c.device != first.device:
             raise _elsewhere(name, c, first)
-        _check_memory(name, c)
+        check_memory(name, c)
         if c.ndim > 2:
             raise _coef_dimensions(name, c)
         if c.ndim == 2 and args.step is not None:
@@ -332,7 +379,7 @@ def _check_coefs(args: Arguments) -> int:
                 raise _table_length(name, c, steps)
             steps = len(c)
         elif c.ndim and len(c) not in (1, rows):
-            raise _length(name, c, f"1 or {rows}")
+            raise _length(name, c, *_coef_length(name, first))
     if k != len(args.kernel.coefs):
         raise _coef_count(k, args.kernel)
     if args.step is not None and not steps:
@@ -347,13 +394,14 @@ def _check_step(step: Step, steps: int, first: Tensor) -> None:
         if not isinstance(step, torch.SymInt) and not 0 <= step < steps:
             raise _step_range(step, step, steps)
         return
+    check_dense("t", step)
     if step.dtype not in (torch.int64, torch.int32):
         raise _bad_dtype("t", step, _STEP_INTS)
     if step.device != first.device:
         raise _elsewhere("t", step, first)
     if step.ndim > 1 or (step.ndim == 1 and len(step) not in (1, _rows(first))):
         raise _step_shape(step, _rows(first))
-    _check_memory("t", step)
+    check_memory("t", step)
     if type(step) is not Tensor or _is_traced(step) or not step.numel():
         return
     # A dispatch mode may have no values, or may record that they are read.
@@ -368,11 +416,12 @@ def check_noise(noise: tuple[Any, ...], rows: int, first: Tensor) -> None:
     for name, part in zip(("seed", "sample_ids", "stream"), noise, strict=False):
         if not isinstance(part, Tensor):
             continue
+        check_dense(name, part)
         if part.device != first.device:
             raise _elsewhere(name, part, first)
         if name == "sample_ids" and part.ndim and len(part) != rows:
             raise _length(name, part, str(rows))
-        _check_memory(name, part)
+        check_memory(name, part)
     end = noise[3] + first.numel() // max(rows, 1)
     if end > 2**34:
         raise _noise_range(end)

@@ -13,12 +13,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
 from diffcore._engine import messages
-from diffcore._engine.dtensor import all_of, replicated_on
+from diffcore._engine.dtensor import all_of
 from diffcore._engine.execute import Noise
 from diffcore._engine.kernel import Kernel
 from diffcore._engine.messages import Arguments
@@ -26,6 +27,7 @@ from diffcore._engine.window import Window
 from diffcore._types import Coef, Coefs, NoiseParts, Step, Tensors
 
 Run = Callable[..., Any]
+Placements = tuple[Placement, ...]
 
 _RANDN = Kernel(
     "randn",
@@ -40,18 +42,18 @@ class Layout(NamedTuple):
     """Where a call runs: the shard of ``[B, ...]`` that this rank computes."""
 
     mesh: DeviceMesh
-    placements: tuple[Placement, ...]
+    placements: Placements
     shape: tuple[int, ...]
     starts: tuple[int, ...]  # of the shard, in each dimension
     sizes: tuple[int, ...]
 
-    def of_samples(self, per_sample: bool = True) -> tuple[Placement, ...]:
+    def of_samples(self, per_sample: bool = True) -> Placements:
         """The placements of one value per sample, or of a value that all samples share."""
         return tuple(
             Shard(0) if per_sample and p.is_shard(0) else Replicate() for p in self.placements
         )
 
-    def of_sums(self, reduce_all: bool) -> tuple[Placement, ...]:
+    def of_sums(self, reduce_all: bool) -> Placements:
         """The placements of a sum over each sample, or over everything."""
         return tuple(
             Replicate()
@@ -132,8 +134,8 @@ def _layout(kernel: Kernel, inputs: Tensors, coefs: Coefs, step: Step, noise: No
     starts, sizes = [0] * len(shape), list(shape)
     placements: list[Placement] = []
     for i in range(mesh.ndim):
-        dims = [_sharded_dim(x.placements[i], len(shape)) for x in deciding]
-        dims = [d for d in dims if d is not None and not (d and kernel.reads_samples)]
+        found = [_sharded_dim(x.placements[i], len(shape)) for x in deciding]
+        dims = [d for d in found if d is not None and not (d and kernel.reads_samples)]
         placements.append(Shard(dims[0]) if dims else Replicate())
         if dims:
             chunk = -(-sizes[dims[0]] // mesh.size(i))  # as torch.chunk cuts
@@ -162,29 +164,30 @@ def _is_per_sample(x: Tensor, shape: tuple[int, ...], step: Step = None) -> bool
 # ---- to this rank --------------------------------------------------------------------------------
 
 
-def _shard(x: Tensor, layout: Layout, placements: tuple[Placement, ...]) -> Tensor:
+def _shard(x: Any, layout: Layout, placements: Placements) -> Tensor:
     """This rank's shard of an input."""
     if not isinstance(x, DTensor):
-        x = replicated_on(x, layout.mesh)
+        x = _everywhere(x, layout.mesh)
     if x.placements != placements:
         x = x.redistribute(placements=placements)
-    return x.to_local(grad_placements=placements)
+    return _to_local(x, placements)
 
 
 def _coef(c: Coef, layout: Layout, step: Step) -> Coef:
     return _of_samples(c, layout, step) if isinstance(c, Tensor) else c
 
 
-def _of_samples(x: Tensor, layout: Layout, step: Step = None) -> Tensor:
+def _of_samples(x: Any, layout: Layout, step: Step = None) -> Tensor:
     """This rank's part of what is no input: a coefficient, the step, a part of a noise key.
 
     Its gradient is ``Partial`` where the input is sharded: a rank computes what its shard adds.
     """
     per_sample = _is_per_sample(x, layout.shape, step)
+    part: Tensor = x
     if not isinstance(x, DTensor) and not x.requires_grad:
-        return x.narrow(0, layout.starts[0], layout.sizes[0]) if per_sample else x
+        return part.narrow(0, layout.starts[0], layout.sizes[0]) if per_sample else part
     if not isinstance(x, DTensor):
-        x = replicated_on(x, layout.mesh)
+        x = _everywhere(x, layout.mesh)
     placements = layout.of_samples(per_sample)
     if x.placements != placements:
         x = x.redistribute(placements=placements)
@@ -192,7 +195,7 @@ def _of_samples(x: Tensor, layout: Layout, step: Step = None) -> Tensor:
         Partial() if there.is_shard() and here.is_replicate() else here
         for here, there in zip(placements, layout.placements, strict=True)
     )
-    return x.to_local(grad_placements=grads)
+    return _to_local(x, grads)
 
 
 def _noise(noise: NoiseParts, layout: Layout) -> NoiseParts:
@@ -216,7 +219,8 @@ def _generated(run: Run, parts: NoiseParts, window: Window, like: Tensor) -> Ten
 
     def piece(first: int, count: int) -> Tensor:
         out = like.new_empty((like.shape[0], count))
-        return run(_RANDN, (out,), (), None, False, None, (*parts[:3], first))
+        z: Tensor = run(_RANDN, (out,), (), None, False, None, (*parts[:3], first))
+        return z
 
     return window.generate(parts[3], piece)
 
@@ -229,17 +233,13 @@ def _gathered(kernel: Kernel, found: Any, layout: Layout, like: Tensor, reduce_a
     outs = found if isinstance(found, tuple) else (found,)
     stride, placements = _dense_stride(like), layout.placements
     results = [
-        DTensor.from_local(
-            x, layout.mesh, placements, run_check=False, shape=like.shape, stride=stride
-        )
-        for x in outs[: kernel.outputs]
+        _from_local(x, layout.mesh, placements, like.shape, stride) for x in outs[: kernel.outputs]
     ]
     whole = reduce_all or like.ndim == 0
     shape, stride = (like.shape[:0], ()) if whole else (like.shape[:1], (1,))
     placements = layout.of_sums(whole)
     results += [
-        DTensor.from_local(x, layout.mesh, placements, run_check=False, shape=shape, stride=stride)
-        for x in outs[kernel.outputs :]
+        _from_local(x, layout.mesh, placements, shape, stride) for x in outs[kernel.outputs :]
     ]
     return results[0] if len(results) == 1 else tuple(results)
 
@@ -257,3 +257,68 @@ def _dense_stride(x: Tensor) -> tuple[int, ...]:
         strides[d] = size
         size *= max(x.shape[d], 1)
     return tuple(strides)
+
+
+# ---- autograd ------------------------------------------------------------------------------------
+
+
+def _to_local(x: DTensor, grads: Placements) -> Tensor:
+    """This rank's part of a DTensor, whose gradient will be placed so."""
+    compiling = torch.compiler.is_compiling()
+    part: Tensor = x.to_local(grad_placements=grads) if compiling else _ToLocal.apply(x, grads)
+    return part
+
+
+def _from_local(
+    x: Tensor, mesh: DeviceMesh, placements: Placements, shape: torch.Size, stride: tuple[int, ...]
+) -> DTensor:
+    """The DTensor of which this rank has a part."""
+    if torch.compiler.is_compiling():
+        return DTensor.from_local(x, mesh, placements, run_check=False, shape=shape, stride=stride)
+    found: DTensor = _FromLocal.apply(x, mesh, placements, shape, stride)
+    return found
+
+
+def _everywhere(x: Tensor, mesh: DeviceMesh) -> DTensor:
+    """A plain tensor, which every rank has, as a DTensor."""
+    return _from_local(x, mesh, (Replicate(),) * mesh.ndim, x.shape, x.stride())
+
+
+class _ToLocal(torch.autograd.Function):
+    """``DTensor.to_local``, which in torch 2.10 gives wrong second derivatives."""
+
+    @staticmethod
+    def forward(ctx: Any, x: DTensor, grads: Placements) -> Tensor:
+        ctx.set_materialize_grads(False)
+        ctx.gradient = x.device_mesh, grads, x.shape, x.stride()
+        part = x.to_local()
+        return part.view_as(part)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor | None) -> Any:
+        return None if g is None else _FromLocal.apply(g, *ctx.gradient), None
+
+
+class _FromLocal(torch.autograd.Function):
+    """``DTensor.from_local``; each is the backward pass of the other."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        mesh: DeviceMesh,
+        placements: Placements,
+        shape: torch.Size,
+        stride: tuple[int, ...],
+    ) -> DTensor:
+        ctx.set_materialize_grads(False)
+        # Each rank's term of a sum has the gradient of the sum.
+        ctx.grads = tuple([Replicate() if p.is_partial() else p for p in placements])
+        return DTensor.from_local(x, mesh, placements, run_check=False, shape=shape, stride=stride)
+
+    @staticmethod
+    def backward(ctx: Any, g: DTensor | None) -> Any:
+        if g is not None and g.placements != ctx.grads:
+            g = g.redistribute(placements=ctx.grads)
+        part = None if g is None else _ToLocal.apply(g, ctx.grads)
+        return part, None, None, None, None

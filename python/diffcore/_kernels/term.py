@@ -74,7 +74,7 @@ class Term:
         (g,) = grads
         assert g is not None
         suffix = self._smallest(needs)
-        if not torch.compiler.is_compiling() and g.ndim and not any(g.stride()):
+        if not torch.compiler.is_compiling() and g.ndim and g.numel() and not any(g.stride()):
             # The gradient of .sum() or .mean(): one number, expanded. Read it as one number.
             number = g.as_strided((), ()).to(common.compute_dtype(g.dtype))
             found = run_tuple(self.of_sum[suffix], inputs, (number, 1.0), None)

@@ -36,6 +36,8 @@ HISTORY_WRITTEN, HISTORY_READ = slice(8, 11), slice(11, 14)
 
 # Inputs may have been rounded to float32 before; a beta that is negative by more is an error.
 _FLOAT32_ROUNDING = 4 * torch.finfo(torch.float32).eps
+# A divisor below it is as good as 0: the quotient overflows where kernels compute in float32.
+_LEAST = torch.finfo(torch.float32).tiny
 
 
 def parse_clip_range(clip_range: float | tuple[float, float] | None) -> tuple[float, float]:
@@ -54,14 +56,18 @@ def parse_clip_range(clip_range: float | tuple[float, float] | None) -> tuple[fl
     if clip_range is None:
         return -math.inf, math.inf
     try:
-        if isinstance(clip_range, (tuple, list)):
+        if type(clip_range) is float:
+            low, high = -clip_range, clip_range
+        elif isinstance(clip_range, (tuple, list)):
             low, high = (as_real("clip_range", bound) for bound in clip_range)
         else:
             high = as_real("clip_range", clip_range)
             low = -high
     except (TypeError, ValueError):
+        kind = type(clip_range)
+        came = repr(clip_range) if kind in (str, tuple, list) else kind.__name__
         raise TypeError(
-            f"clip_range must be None, a number or a pair of numbers, got {clip_range!r}"
+            f"clip_range must be None, a number or a pair of numbers, got {came}"
         ) from None
     if not low < high:
         raise ValueError(f"clip_range must have lowest < highest, got ({low}, {high})")
@@ -85,7 +91,8 @@ def x0_coefficients(alpha: Coef, sigma: Coef, prediction_type: str) -> tuple[Coe
         (a_x, a_m).
 
     Raises:
-        ValueError: Unknown ``prediction_type``, or alpha = 0 with "epsilon".
+        ValueError: Unknown ``prediction_type``, or alpha = 0 with "epsilon", where what is below
+            float32's smallest normal number counts as 0.
 
     Source:
         Ho et al. 2020 (arXiv 2006.11239) eq. 15; Salimans and Ho 2022 (arXiv 2202.00512) app. D.
@@ -93,10 +100,11 @@ def x0_coefficients(alpha: Coef, sigma: Coef, prediction_type: str) -> tuple[Coe
     check_choice("prediction_type", prediction_type, PREDICTION_TYPES)
     alpha, sigma = _float64(_TWO, alpha, sigma)
     if prediction_type == "epsilon":
-        if _any(alpha == 0):
+        if _any(abs(alpha) < _LEAST):
             raise ValueError(
                 "alpha must not be 0 with prediction_type 'epsilon' (zero terminal SNR: epsilon "
-                "does not determine x0), got 0; use 'v_prediction', 'sample' or 'flow_prediction'"
+                f"does not determine x0), got {_least(alpha)}; use 'v_prediction', 'sample' or "
+                "'flow_prediction'"
             )
         return 1 / alpha, -sigma / alpha
     if prediction_type == "sample":
@@ -122,17 +130,18 @@ def epsilon_coefficients(alpha: Coef, sigma: Coef, prediction_type: str) -> tupl
         (e_x, e_m).
 
     Raises:
-        ValueError: Unknown ``prediction_type``, or sigma = 0 with "sample".
+        ValueError: Unknown ``prediction_type``, or sigma = 0 with "sample", where what is below
+            float32's smallest normal number counts as 0.
     """
     check_choice("prediction_type", prediction_type, PREDICTION_TYPES)
     alpha, sigma = _float64(_TWO, alpha, sigma)
     if prediction_type == "epsilon":
         return _constant(0.0, alpha), _constant(1.0, alpha)
     if prediction_type == "sample":
-        if _any(sigma == 0):
+        if _any(abs(sigma) < _LEAST):
             raise ValueError(
                 "sigma must not be 0 with prediction_type 'sample' (x0 does not determine epsilon "
-                "there), got 0"
+                f"there), got {_least(sigma)}"
             )
         return 1 / sigma, -alpha / sigma
     scale = alpha * alpha + sigma * sigma if prediction_type == "v_prediction" else alpha + sigma
@@ -311,10 +320,10 @@ def ddim_coefficients(
         direction = sigma_prev * _sqrt((1 - eta * eta) + eta * eta * kept)
 
     if rederive_epsilon:
-        if _any(sigma == 0):
+        if _any(abs(sigma) < _LEAST):
             raise ValueError(
                 "sigma must not be 0 with rederive_epsilon=True, because x0 does not determine "
-                "epsilon there, got 0"
+                f"epsilon there, got {_least(sigma)}; pass rederive_epsilon=False"
             )
         c_x = direction / sigma
         return _row(c_x, 0.0, alpha_prev - c_x * alpha, c_z, a_x, a_m, low, high)
@@ -399,7 +408,8 @@ def _refuse_shapes(tensors: Sequence[Tensor], names: tuple[str, ...]) -> None:
 def _row(*columns: Coef) -> Tensor:
     """The columns as a float64 tensor ``[..., k]``; the first is a tensor if any is."""
     if isinstance(columns[0], Tensor):
-        return torch.stack(tuple(_broadcast(columns)), dim=-1)
+        tensors = _broadcast(columns)
+        return torch.stack(tuple(tensors), dim=tensors[0].ndim)
     return torch.tensor(columns, dtype=torch.float64, device="cpu")
 
 
@@ -409,6 +419,12 @@ def _constant(value: float, like: Coef) -> Coef:
 
 def _sqrt(value: Coef) -> Coef:
     return value.sqrt() if isinstance(value, Tensor) else math.sqrt(value)
+
+
+def _least(value: Coef) -> str:
+    """The number of least magnitude, for an error."""
+    found = float(value.abs().min() if isinstance(value, Tensor) else abs(value))
+    return f"{found:g}, which is 0 in float32" if found else "0"
 
 
 def _at_least_zero(value: Coef) -> Coef:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
-from diffcore._checks import check_choice, check_float_tensor
+from diffcore._checks import as_tensor, check_choice, check_float_tensor
 from diffcore._engine import native
 from diffcore._engine.dispatch import plain_eager
 from diffcore._engine.dtensor import per_sample, shard_of
@@ -15,6 +16,9 @@ from diffcore.coefficients.bound import DECODERS
 from diffcore.noise import Noise, PhiloxNoise
 from diffcore.ops._arguments import as_step
 from diffcore.ops._noise import default_key
+
+# Without a search for other tracers, because every training step asks.
+compiling = torch.compiler.is_dynamo_compiling
 
 
 def can_read_values(x: Tensor) -> bool:
@@ -108,12 +112,46 @@ def check_pixels(name: str, x: Tensor) -> None:
         good = (exact - grid).abs() <= 4 * torch.finfo(torch.float32).eps
     if bool(good.all()):
         return
-    bad = exact[~good]
+    bad, (low, high) = exact[~good], (end.item() for end in exact.aminmax())
+    fix = "use decoder='gaussian' for latents and other data that are not 8-bit pixels"
+    if low >= 0 and high > low:  # as ToTensor makes them, or in their 8 bits
+        fix = f"pass {_from_images(name, high)} for images in [0, {255 if high > 2 else 1}]; {fix}"
     raise ValueError(
         f"{name} must be pixels k/127.5 - 1, k = 0 .. 255, with decoder='discretized', "
-        f"got {bad.numel()} of {x.numel()} values off this grid, such as {bad[0].item():.6g}; use "
-        "decoder='gaussian' for latents and other data that are not 8-bit pixels"
+        f"got {bad.numel()} of {x.numel()} values off this grid, such as {bad[0].item():.6g}; {fix}"
     )
+
+
+def _from_images(name: str, high: float) -> str:
+    """How to scale images whose largest value is ``high`` to [-1, 1]."""
+    return f"{name} / 127.5 - 1" if high > 2 else f"{name} * 2 - 1"
+
+
+def warn_of_images(name: str, x: Tensor) -> bool:
+    """Warn of images or videos that have no negative value, on the CPU.
+
+    Args:
+        name: Name of the data in the caller.
+        x: The data. Their values are read.
+
+    Returns:
+        Whether this is settled: not while something traces the call.
+    """
+    if not plain_eager():
+        return False
+    x = shard_of(x)
+    if x.ndim < 4 or x.numel() == 0 or x.device.type != "cpu":
+        return True
+    low, high = (float(end) for end in torch.aminmax(x.detach()))
+    if not (low >= 0 and high > low):
+        return True
+    warnings.warn(
+        f"{name} has values from {low:.4g} to {high:.4g} and none below 0: the noise has mean 0, "
+        f"and so should the data; for images pass {_from_images(name, high)}",
+        UserWarning,
+        stacklevel=3,
+    )
+    return True
 
 
 def check_timestep_values(t: Tensor, num_timesteps: int) -> None:
@@ -180,21 +218,24 @@ def check_timesteps(
     return per_sample(t, x)
 
 
-def check_weights(weights: Tensor, num_timesteps: int) -> None:
-    """Refuse loss weights that are not a tensor ``[T]``.
+def check_weights(weights: Any, num_timesteps: int) -> Tensor:
+    """Loss weights as a tensor ``[T]``.
 
     Args:
-        weights: The argument.
+        weights: The argument: a tensor, a NumPy array or a list.
         num_timesteps: T.
 
+    Returns:
+        The tensor, or float64 on the CPU.
+
     Raises:
-        TypeError: Not a tensor.
+        TypeError: Not numbers.
         ValueError: Another shape.
     """
-    if not isinstance(weights, Tensor):
-        raise TypeError(f"weights must be a torch.Tensor, got {type(weights).__name__}")
-    if weights.shape != (num_timesteps,):
-        raise ValueError(f"weights must have shape ({num_timesteps},), got {tuple(weights.shape)}")
+    found = as_tensor("weights", weights, "a tensor of [T] numbers")
+    if found.shape != (num_timesteps,):
+        raise ValueError(f"weights must have shape ({num_timesteps},), got {tuple(found.shape)}")
+    return found
 
 
 def _given_timesteps(t: Any, num_timesteps: int, device: torch.device) -> int | Tensor:

@@ -11,6 +11,7 @@ keyword-only. The constructor differs: it takes strings for the model's output a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -34,6 +35,8 @@ from diffcore.diffusion.checks import (
     check_timestep_values,
     check_timesteps,
     check_weights,
+    compiling,
+    warn_of_images,
 )
 from diffcore.diffusion.tables import DiffusionTables
 from diffcore.noise import Noise, PhiloxNoise, StepNoise
@@ -42,7 +45,10 @@ from diffcore.sampling.loop import run_table
 from diffcore.sampling.model import call_model
 from diffcore.sampling.noise import initial_sample
 from diffcore.sampling.progress import progress_bar
-from diffcore.schedules.betas import check_betas
+from diffcore.schedules.betas import check_betas, check_direction
+
+# The least normal float32: 1 / alpha is finite from there on.
+_SMALLEST = torch.finfo(torch.float32).tiny
 
 
 class GaussianDiffusion:
@@ -65,8 +71,9 @@ class GaussianDiffusion:
     each device once, and round once: there are no parameters, and nothing to move by ``.to()``.
 
     Args:
-        betas: Variances of the Markov steps, ``[T]`` in (0, 1]. The last may be 1 (zero terminal
-            SNR), except with prediction_type "epsilon".
+        betas: Variances of the Markov steps, ``[T]`` in (0, 1]: a tensor, an array or a list. The
+            last may be 1 (zero terminal SNR), except with prediction_type "epsilon". Betas that
+            fall at every step are refused, as alphas_cumprod or a reversed schedule.
         prediction_type: What the model predicts: "epsilon", "sample" (x_0), "v_prediction" or
             "flow_prediction".
         variance_type: Variance of the reverse step: "fixed_small" (beta_tilde), "fixed_large"
@@ -85,13 +92,15 @@ class GaussianDiffusion:
 
     Raises:
         TypeError: An argument of the wrong type.
-        ValueError: Betas outside (0, 1], unknown strings, an empty clip range, or epsilon
-            prediction with zero terminal SNR.
+        ValueError: Betas outside (0, 1], that fall at every step or that require grad, unknown
+            strings, an empty clip range, or epsilon prediction with (almost) zero terminal SNR.
 
     Source:
         Ho, Jain and Abbeel 2020 (arXiv 2006.11239); Song, Meng and Ermon 2021 (arXiv 2010.02502);
         Nichol and Dhariwal 2021 (arXiv 2102.09672) for the learned variance.
     """
+
+    _images_checked = False  # whether a call of training_losses has read the range of its data
 
     def __init__(
         self,
@@ -107,19 +116,33 @@ class GaussianDiffusion:
         check_choice("loss_type", loss_type, training.LOSS_TYPES)
         clip_sample_range = as_positive("clip_sample_range", clip_sample_range)
         betas = made_plainly(lambda: check_betas(betas))
-        if prediction_type == "epsilon" and made_plainly(lambda: bool(betas[-1] == 1)):
+        made_plainly(lambda: check_direction(betas))
+        last = made_plainly(lambda: math.exp(0.5 * float(torch.log1p(-betas).sum())))
+        if prediction_type == "epsilon" and last < _SMALLEST:
             raise ValueError(
-                "betas must end below 1 with prediction_type='epsilon', got a last beta of 1 (zero "
-                "terminal SNR): its x_t holds no signal, so a prediction of epsilon does not "
-                "determine x_0; use prediction_type='v_prediction' or 'sample'"
+                "betas must leave some signal with prediction_type='epsilon', got alpha = "
+                f"{last:.3g} at the last timestep (zero terminal SNR in float32): a prediction of "
+                "epsilon does not determine x_0 there; use prediction_type='v_prediction' or "
+                "'sample'"
             )
-        self.prediction_type = prediction_type
-        self.variance_type = variance_type
-        self.clip_sample = bool(clip_sample)
+        self._set_up(
+            DiffusionTables(betas, prediction_type, variance_type),
+            bool(clip_sample),
+            clip_sample_range,
+            loss_type,
+        )
+
+    def _set_up(
+        self, tables: DiffusionTables, clip_sample: bool, clip_sample_range: float, loss_type: str
+    ) -> None:
+        """Takes checked settings."""
+        self.prediction_type = tables.prediction_type
+        self.variance_type = tables.variance_type
+        self.clip_sample = clip_sample
         self.clip_sample_range = clip_sample_range
         self.loss_type = loss_type
 
-        self.tables = tables = DiffusionTables(betas, prediction_type, variance_type)
+        self.tables = tables
         self.num_timesteps = len(tables)
         self.schedule = tables.schedule
         self.betas = tables.betas
@@ -159,15 +182,11 @@ class GaussianDiffusion:
         timestep_map, betas = made_plainly(
             lambda: self.tables.respaced(timesteps, timestep_spacing)
         )
-        spaced = GaussianDiffusion(
-            betas,
-            self.prediction_type,
-            self.variance_type,
-            self.clip_sample,
-            self.clip_sample_range,
-            self.loss_type,
-        )
-        spaced.tables.timestep_map = timestep_map
+        tables = DiffusionTables(betas, self.prediction_type, self.variance_type)
+        tables.timestep_map = timestep_map
+        # Not the constructor: betas over gaps of different lengths may fall.
+        spaced = GaussianDiffusion.__new__(GaussianDiffusion)
+        spaced._set_up(tables, self.clip_sample, self.clip_sample_range, self.loss_type)
         return spaced
 
     # ---- forward process -----------------------------------------------------------------------
@@ -258,14 +277,16 @@ class GaussianDiffusion:
 
         Args:
             model: ``model(x_t, t, **model_kwargs)``.
-            x_start: x_0, ``[B, ...]``.
+            x_start: x_0, ``[B, ...]``; images in [-1, 1]. The first call warns of CPU images in
+                [0, 1] or [0, 255].
             t: Timesteps, integers ``[B]``, usually uniform in 0 .. T-1.
             model_kwargs: More arguments for the model.
             noise: Standard normal, like ``x_start``, or a noise key; ``None`` for a key seeded by
                 torch's generator. The noise of a key is generated twice and never stored.
-            weights: ``[T]``, a weight for each timestep (``losses.min_snr_weights``); 1 if
-                ``None``. Keep it on the device of ``x_start``: moving it there waits. Weights apply
-                to the mse only and are refused with "kl" and "rescaled_kl".
+            weights: ``[T]``, a weight for each timestep (``losses.min_snr_weights``), as a tensor,
+                an array or a list; 1 if ``None``. Keep it on the device of ``x_start``: moving it
+                there waits. Weights apply to the mse only and are refused with "kl" and
+                "rescaled_kl".
             decoder: L_0 for pixels k/127.5 - 1 ("discretized": the mass of their bin) or for other
                 data such as latents ("gaussian": the density). Pixel values are not validated while
                 training: the bin of another x_0 is x_0 ± 1/255.
@@ -289,7 +310,9 @@ class GaussianDiffusion:
                 raise ValueError(
                     f"weights must be None with loss_type={self.loss_type!r}, got a tensor"
                 )
-            check_weights(weights, self.num_timesteps)
+            weights = check_weights(weights, self.num_timesteps)
+        if not compiling() and not self._images_checked:
+            self._images_checked = warn_of_images("x_start", x_start)
         if noise is None:
             noise = default_key(x_start)
         x_t = ops.q_sample(x_start, t, noise, self.tables.noise[x_start.device])

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from diffcore._checks import as_int, check_choice, hint
 from diffcore._engine.dtensor import replicated
-from diffcore._engine.kept import Traced, made_plainly
+from diffcore._engine.kept import Traced, constant_in_traces, made_plainly
 from diffcore.coefficients.bound import FIXED, LEARNED, VLB_COLUMNS, vlb_coefficients
 from diffcore.coefficients.step import posterior_coefficients, tensors, x0_coefficients
 from diffcore.schedules.schedule import NoiseSchedule
@@ -50,7 +50,7 @@ class DeviceCopies(dict[torch.device, Tensor]):
         copy = made_plainly(lambda: self.table.to(device, copy=True))
         return self.setdefault(device, copy)
 
-    @torch.compiler.assume_constant_result
+    @constant_in_traces
     def _name(self, device: torch.device) -> str:
         return self._traced.name(device, lambda: self[device])
 
@@ -291,11 +291,12 @@ class DiffusionTables:
             TypeError: Timesteps that are not integers.
             ValueError: None, or one out of range.
         """
-        if hasattr(timesteps, "__index__") and not getattr(timesteps, "ndim", 0):
-            rows = self.rows(as_int("timesteps", timesteps), timestep_spacing)
+        given: Any = timesteps
+        if hasattr(given, "__index__") and not getattr(given, "ndim", False):
+            rows = self.rows(as_int("timesteps", given), timestep_spacing)
         else:
             try:
-                rows = tuple(sorted({as_int("timesteps", t) for t in timesteps}))
+                rows = tuple(sorted({as_int("timesteps", t) for t in given}))
             except TypeError:
                 fix = "p_sample_loop(num_steps=...) and ddim_sample_loop(num_steps=...) respace too"
                 openai = hint(fix if isinstance(timesteps, str) else "")
@@ -322,7 +323,7 @@ class DiffusionTables:
             found = self._built[key] = made_plainly(lambda: getattr(self, make)(*args))
         return found
 
-    @torch.compiler.assume_constant_result
+    @constant_in_traces
     def _name(self, make: str, *args: Any) -> str:
         return self._traced.name((make, args), lambda: self._kept(make, *args))
 

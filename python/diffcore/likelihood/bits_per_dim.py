@@ -32,7 +32,7 @@ from diffcore.likelihood.identity import (
     identified,
     is_first,
 )
-from diffcore.likelihood.results import BitsPerDim
+from diffcore.likelihood.results import BitsPerDim, result_of
 from diffcore.likelihood.strata import Strata
 from diffcore.likelihood.tally import Tally, merged
 from diffcore.noise import Noise, PhiloxNoise
@@ -178,7 +178,7 @@ def bits_per_dim(
         tally = merged(gather(tally, process_group))
     if tally.samples == 0:
         raise ValueError("data must have at least one sample, got none")
-    return BitsPerDim.of(tally, timesteps, draws, decoder, shared=isinstance(noise, Tensor))
+    return result_of(tally, timesteps, draws, decoder, shared=isinstance(noise, Tensor))
 
 
 @dataclass(frozen=True, eq=False)
@@ -263,8 +263,8 @@ class _Estimator:
         values = torch.stack(found, dim=-1).double().cpu().reshape(2, len(x), count, self.draws)
         terms, errors = values[0], values[1]
         prior = self.diffusion.prior_bpd(x).double().cpu()
-        found = (prior, t, terms, errors, errors * self.diffusion.schedule.snr[t])
-        tally.add(*found if part.new is None else (values[part.new] for values in found))
+        rows = (prior, t, terms, errors, errors * self.diffusion.schedule.snr[t])
+        tally.add(*rows if part.new is None else [values[part.new] for values in rows])
         tally.ids.append(part.counted_ids)
         tally.batches += 1
         tally.calls += self.calls

@@ -104,8 +104,8 @@ def _problems(state: Mapping[str, Any], tally: Tally, seeded: bool) -> Iterator[
     for name in ("batches", "calls"):
         if not _is_count(state[name], 1):
             yield f"{name} must be an int of at least 1, got {shown(state[name])}"
-    if not _is_count(state["samples"], state["batches"]):
-        yield f"samples must be an int of at least batches, got {shown(state['samples'])}"
+    if not _is_count(state["samples"], 0):  # of a batch of repeated samples none counts
+        yield f"samples must be an int of at least 0, got {shown(state['samples'])}"
     per_batch = state["batches"] * len(tally.strata.starts)
     if state["calls"] % per_batch:
         yield f"calls must be a multiple of {per_batch}, got {state['calls']}"

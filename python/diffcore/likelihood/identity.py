@@ -48,10 +48,10 @@ class SampleIds:
             ValueError: Both have ids for each sample, or ids come with a noise tensor.
         """
         first: int | Tensor = noise.sample_ids if isinstance(noise, PhiloxNoise) else 0
-        several = isinstance(first, Tensor) and first.ndim > 0
+        several = first if isinstance(first, Tensor) and first.ndim else None
         if sample_ids is None:
-            return cls(first.cpu(), 0, True) if several else cls(None, first, False)
-        if several:
+            return cls(None, first, False) if several is None else cls(several.cpu(), 0, True)
+        if several is not None:
             raise ValueError("sample_ids must be None where noise has one id for each sample")
         if isinstance(noise, Tensor):
             raise ValueError("noise must be a PhiloxNoise where sample_ids are given, got a tensor")
@@ -201,7 +201,9 @@ def is_first(group: Group | None) -> bool:
 
 def _list_samples(ids: int | Tensor, x: Tensor) -> _Listed:
     """The ids of a batch and the digests of its samples."""
-    rows = x.detach().cpu().contiguous().reshape(len(x), -1).view(torch.uint8).numpy()
+    rows = (
+        x.detach().cpu().contiguous().reshape(len(x), x.shape[1:].numel()).view(torch.uint8).numpy()
+    )
     contents = (hashlib.blake2b(row.tobytes(), digest_size=16).digest() for row in rows)
     return list(zip(_listed_ids(ids, len(x)).tolist(), contents, strict=True))
 

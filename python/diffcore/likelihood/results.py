@@ -88,52 +88,7 @@ class BitsPerDim:
             _check_alike(first, result)
         sums = merged([result.sums for result in results])
         _check_ids(sums.ids)
-        return cls.of(sums, first.timesteps, first.draws, first.decoder, first.shared_noise)
-
-    @classmethod
-    def of(
-        cls, tally: Tally, timesteps: int | None, draws: int, decoder: str, shared: bool
-    ) -> BitsPerDim:
-        """The result of sums.
-
-        Args:
-            tally: The sums of at least one sample.
-            timesteps: As for ``bits_per_dim``.
-            draws: As for ``bits_per_dim``.
-            decoder: As for ``bits_per_dim``.
-            shared: All timesteps used one noise, so the terms of a sample are correlated.
-        """
-        total, prior = tally.totals.mean.tolist()
-        square = tally.totals.variance_of_mean()[0].item()
-        if shared:
-            variance = square
-        elif draws > 1:
-            variance = tally.within.means([tally.samples**2]).item()
-        else:
-            # Exact sums of rounded numbers: the last rounding is that of their sum.
-            variance = math.fsum(tally.parts.variance_of_mean().tolist())
-        visits = tally.visits.long()
-        terms, xstart_mse, mse = (
-            sums.means(visits.tolist()) for sums in (tally.terms, tally.xstart_mse, tally.mse)
-        )
-        return cls(
-            total=total,
-            standard_error=math.sqrt(square),
-            prior=prior,
-            terms=terms,
-            visits=visits,
-            xstart_mse=xstart_mse,
-            mse=mse,
-            estimator_variance=variance,
-            samples=tally.samples,
-            dimensions=math.prod(tally.kind[0]),
-            timesteps=timesteps,
-            draws=draws,
-            model_calls=tally.calls,
-            decoder=decoder,
-            sums=tally,
-            shared_noise=shared,
-        )
+        return result_of(sums, first.timesteps, first.draws, first.decoder, first.shared_noise)
 
     @property
     def nats_per_sample(self) -> float:
@@ -145,6 +100,51 @@ class BitsPerDim:
             f"{self.total:.4f} ± {self.standard_error:.4f} bits/dim "
             f"({self.samples} samples, {self.model_calls} model calls)"
         )
+
+
+def result_of(
+    tally: Tally, timesteps: int | None, draws: int, decoder: str, shared: bool
+) -> BitsPerDim:
+    """The result of sums.
+
+    Args:
+        tally: The sums of at least one sample.
+        timesteps: As for ``bits_per_dim``.
+        draws: As for ``bits_per_dim``.
+        decoder: As for ``bits_per_dim``.
+        shared: All timesteps used one noise, so the terms of a sample are correlated.
+    """
+    total, prior = tally.totals.mean.tolist()
+    square = tally.totals.variance_of_mean()[0].item()
+    if shared:
+        variance = square
+    elif draws > 1:
+        variance = tally.within.means([tally.samples**2]).item()
+    else:
+        # Exact sums of rounded numbers: the last rounding is that of their sum.
+        variance = math.fsum(tally.parts.variance_of_mean().tolist())
+    visits = tally.visits.long()
+    terms, xstart_mse, mse = (
+        sums.means(visits.tolist()) for sums in (tally.terms, tally.xstart_mse, tally.mse)
+    )
+    return BitsPerDim(
+        total=total,
+        standard_error=math.sqrt(square),
+        prior=prior,
+        terms=terms,
+        visits=visits,
+        xstart_mse=xstart_mse,
+        mse=mse,
+        estimator_variance=variance,
+        samples=tally.samples,
+        dimensions=math.prod(tally.kind[0]),
+        timesteps=timesteps,
+        draws=draws,
+        model_calls=tally.calls,
+        decoder=decoder,
+        sums=tally,
+        shared_noise=shared,
+    )
 
 
 def _check_alike(first: BitsPerDim, other: BitsPerDim) -> None:

@@ -167,6 +167,11 @@ def vdm_bound(
     schedule = _Schedule.of(gamma_min, gamma_max, gamma, gamma_prime, x.device)
     if decoder == "discretized" and can_read_values(x):
         check_pixels("x", x)
+    if generator is not None and noise is not None and t is not None:
+        raise ValueError(
+            "generator must be None where noise and t are both given, got a torch.Generator; "
+            "nothing is left to seed"
+        )
     if noise is None:
         noise = default_key(x, generator)
     noise = check_noise(noise, x)

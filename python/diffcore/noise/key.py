@@ -63,6 +63,7 @@ class PhiloxNoise:
         Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"; Box and Muller 1958.
     """
 
+    __module__ = "diffcore.noise"  # what files of pickles name
     __slots__ = ("_parts",)
     _parts: NoiseParts
 
@@ -120,7 +121,10 @@ class PhiloxNoise:
             Stream 0 of samples 0 .. B-1.
         """
         if generator is not None and not isinstance(generator, torch.Generator):
-            raise TypeError(f"generator must be a torch.Generator, got {type(generator).__name__}")
+            kind = type(generator).__name__
+            each = isinstance(generator, (list, tuple))
+            fix = "; for a seed of each sample pass a PhiloxNoise with sample_ids" if each else ""
+            raise TypeError(f"generator must be a torch.Generator, got {kind}{fix}")
         source = torch.device("cpu") if generator is None else generator.device
         at = source if device is None else torch.device(device)
         seeded_on = at if generator is None else source
@@ -296,7 +300,9 @@ class PhiloxNoise:
 
     def _with(self, parts: NoiseParts) -> PhiloxNoise:
         """A key of the same kind, of parts that are known to be right."""
-        return PhiloxNoise(*parts)
+        key = object.__new__(PhiloxNoise)
+        object.__setattr__(key, "_parts", parts)
+        return key
 
     def _check_batch(self, batch: int) -> None:
         ids = self._parts[1]
@@ -354,6 +360,7 @@ class ShardNoise(PhiloxNoise):
         sizes: The shape of the shard of one sample.
     """
 
+    __module__ = "diffcore.noise"
     __slots__ = ("_box",)
     _box: Window
 

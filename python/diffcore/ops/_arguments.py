@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from diffcore._checks import as_int, as_real, as_tensor
+from diffcore._engine import messages
 from diffcore._engine.dispatch import plain_eager
 from diffcore._types import Coef, Coefs, Step
 
@@ -24,22 +25,30 @@ def as_coef(name: str, value: Coef, step: Step) -> Coef:
         if not isinstance(value, Tensor):
             return value
     if value.dtype not in (torch.float32, torch.float64):
-        as_number(name, value)
-        value = value.float()
+        value = _readable(name, as_number(name, value)).float()
     dims = value.ndim
     if dims == 0:
         # A 0-dim CPU tensor goes with any device, as everywhere in torch, if it is only a number.
         number = value.device.type == "cpu" and not value.requires_grad and plain_eager()
+        if number and not value.untyped_storage().nbytes():
+            messages.check_memory(name, value)
         return float(value) if number else value
     if dims > 1:
         value = _flat(name, value)
-    return value if step is None else value.unsqueeze(1)
+    if step is None:
+        return value
+    try:
+        return value.unsqueeze(1)
+    except RuntimeError:  # torch makes no view of freed memory, nor of a tensor of MKL-DNN
+        _readable(name, value)
+        raise
 
 
 def _flat(name: str, value: Tensor) -> Tensor:
     """``[B, 1, ...]`` as ``[B]``."""
     if value.ndim < 2:
         return value
+    messages.check_dense(name, value)
     if value.numel() != len(value):
         raise ValueError(
             f"{name} must have one number per sample, got shape {tuple(value.shape)}; for a level "
@@ -52,12 +61,25 @@ def as_table(name: str, table: Tensor, *columns: int) -> Tensor:
     """A table ``[T, n]``, n one of ``columns``; a row becomes a table of one."""
     if not isinstance(table, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(table).__name__}")
-    if table.ndim == 1 and len(table) in columns:
-        return table.unsqueeze(0)
-    if table.ndim != 2 or table.shape[1] not in columns:
-        shapes = " or ".join(f"[T, {n}]" for n in columns)
-        raise ValueError(f"{name} must have shape {shapes}, got {tuple(table.shape)}")
+    try:
+        if table.ndim == 1 and len(table) in columns:
+            return table.unsqueeze(0)
+        if table.ndim != 2 or table.shape[1] not in columns:
+            shapes = " or ".join(f"[T, {n}]" for n in columns)
+            raise ValueError(f"{name} must have shape {shapes}, got {tuple(table.shape)}")
+    except RuntimeError:  # a nested tensor has no shape, a freed one no views
+        _readable(name, table)
+        raise
     return table
+
+
+def columns_of(name: str, table: Tensor, first: int, end: int) -> Tensor:
+    """Some columns of a table."""
+    try:
+        return table[:, first:end]
+    except RuntimeError:
+        _readable(name, table)
+        raise
 
 
 def as_number(name: str, value: Coef) -> Coef:
@@ -83,7 +105,18 @@ def as_number(name: str, value: Coef) -> Coef:
 def in_float64(name: str, value: Coef) -> Coef:
     """A coefficient in float64, so that what is derived from it is rounded once only."""
     value = as_number(name, value)
-    return _flat(name, value).double() if isinstance(value, Tensor) else value
+    if not isinstance(value, Tensor):
+        return value
+    return _flat(name, _readable(name, value)).double()
+
+
+def negated(name: str, value: Coef) -> Coef:
+    """``-value``, of a dtype in which it is exact."""
+    value = as_number(name, value)
+    if not isinstance(value, Tensor):
+        return -value
+    value = _readable(name, value)
+    return -(value if value.dtype in (torch.float32, torch.float64) else value.float())
 
 
 def converted(error: TypeError, coefs: Coefs, step: Step, like: Any) -> tuple[Coefs, Step]:
@@ -140,3 +173,10 @@ def float_of(name: str, value: float) -> float:
     if isinstance(value, Tensor):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
     return as_real(name, value)
+
+
+def _readable(name: str, value: Tensor) -> Tensor:
+    """The same tensor, which torch is about to compute with: dense, and not freed."""
+    messages.check_dense(name, value)
+    messages.check_memory(name, value)
+    return value

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 from torch import Tensor
 
 from diffcore._engine.dispatch import plain_eager, run
 from diffcore._engine.kept import made_plainly
 from diffcore._kernels import bound as k
-from diffcore._types import Coef, Step
+from diffcore._types import Coef, Coefs, Step
 from diffcore.coefficients.bound import FIXED, VLB_COLUMNS, prior_coefficients
 from diffcore.noise import Noise
 from diffcore.ops._arguments import as_coef, as_table, converted, float_of
@@ -80,7 +82,7 @@ def vlb_term(
         raise ValueError("x_t must be None where noise is given, got both")
     learned = variance_output is not None
     width = len(VLB_COLUMNS) if learned else FIXED
-    coefs = (as_coef("scale", scale, None), as_table("coefficients", coefficients, width))
+    coefs: Coefs = (as_coef("scale", scale, None), as_table("coefficients", coefficients, width))
     inputs: tuple[Tensor, ...] = (x0, model_output)
     if variance_output is not None:
         inputs = (*inputs, variance_output)
@@ -117,6 +119,8 @@ def prior_kl(x0: Tensor, alpha: float, sigma: float) -> Tensor:
     a, s = float_of("alpha", alpha), float_of("sigma", sigma)
     if not s > 0:
         raise ValueError(f"sigma must be positive, got {s}")
+    if math.isinf(a * a):
+        raise ValueError(f"alpha must have a square in the range of float64, got {a}")
     if plain_eager():
         coefs = prior_coefficients(a, s)
     else:

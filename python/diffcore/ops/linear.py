@@ -7,12 +7,20 @@ from typing import Literal, overload
 from torch import Tensor
 
 from diffcore._checks import check_choice
+from diffcore._engine import messages
 from diffcore._engine.dispatch import run
 from diffcore._kernels import linear as k
 from diffcore._types import Coef, Step
 from diffcore.coefficients import step as formulas
 from diffcore.noise import Noise
-from diffcore.ops._arguments import as_coef, as_number, as_table, converted, in_float64
+from diffcore.ops._arguments import (
+    as_coef,
+    as_table,
+    columns_of,
+    converted,
+    in_float64,
+    negated,
+)
 from diffcore.ops._noise import run_noisy
 
 __all__ = [
@@ -41,7 +49,7 @@ Target = Literal["epsilon", "v_prediction", "flow_prediction"]
 def _target(name: str, alpha: Coef, sigma: Coef) -> tuple[Coef, Coef]:
     """The target as a combination of x_0 and the noise."""
     if name == "v_prediction":
-        return -as_number("sigma", sigma), alpha
+        return negated("sigma", sigma), alpha
     if name == "sample":
         raise ValueError(
             "return_target must be one of 'epsilon', 'v_prediction', 'flow_prediction', got "
@@ -162,7 +170,9 @@ def q_sample(
         x_t: Tensor = run_noisy(_Q_SAMPLE, (x0,), noise, (table,), t, out)
         return x_t
     _refuse_out(out)
-    target = _target(return_target, table[:, :1], table[:, 1:])
+    messages.check_dense("table", table)
+    levels = (columns_of("table", table, k, k + 1) for k in (0, 1))
+    target = _target(return_target, *levels)
     both: tuple[Tensor, Tensor] = run_noisy(_Q_SAMPLE_TARGET, (x0,), noise, (table, *target), t)
     return both
 
@@ -225,7 +235,7 @@ def velocity(
     Source:
         Salimans & Ho 2022, appendix D.
     """
-    coefs = (as_coef("sigma", -as_number("sigma", sigma), t), as_coef("alpha", alpha, t))
+    coefs = (as_coef("sigma", negated("sigma", sigma), t), as_coef("alpha", alpha, t))
     v: Tensor = run_noisy(_VELOCITY, (x0,), noise, coefs, t, out)
     return v
 

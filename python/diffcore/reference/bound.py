@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from diffcore._types import Coef, VlbColumns
-from diffcore.reference.common import compute_dtype, per_sample, row_sum
-from diffcore.reference.gaussian import expm1_minus
+from diffcore.reference.common import compute_dtype, per_sample, row_sum, sample_size
+from diffcore.reference.gaussian import expm1_minus, square_times_exp
 from diffcore.reference.likelihood import discretized_term
 
 __all__ = ["prior_kl", "vlb_term"]
@@ -57,7 +57,7 @@ def vlb_term(
         ratio = torch.where(is_kl, expm1_minus(d), -d)
         # Where the decoder is discretized this is not read, and must not overflow.
         safe = torch.where(has_density, d, torch.zeros_like(d))
-        terms = 0.5 * ratio + k.factor * error**2 * torch.exp(safe) + k.offset
+        terms = 0.5 * ratio + square_times_exp(k.factor * error**2, safe) + k.offset
     discretized = -discretized_term(x, x - error, -0.5 * d)
     terms = torch.where(has_density, terms, discretized)
     if isinstance(scale, Tensor):
@@ -68,5 +68,5 @@ def vlb_term(
 def prior_kl(x0: Tensor, factor: Coef, offset: Coef) -> Tensor:
     """``factor Σ x_0² + n offset`` of each sample."""
     x = x0.to(compute_dtype(x0.dtype))
-    n = x[0].numel() if x.ndim else 1
+    n = sample_size(x)
     return row_sum(x * x, factor, reduce_all=False) + n * offset

@@ -35,8 +35,16 @@ def elementwise(
     return y.to(like.dtype)
 
 
+def sample_size(x: Tensor) -> int:
+    """The elements of one sample, also of an empty batch."""
+    return x.shape[1:].numel()
+
+
 def row_sum(terms: Tensor, scale: Coef, reduce_all: bool) -> Tensor:
     """``scale`` times the sum over one sample (``[B]``), or over everything when ``reduce_all``."""
+    if isinstance(scale, Tensor):
+        scale = scale.to(terms.dtype)  # beside a 0-dim sum its own dtype would count
+        scale = scale.reshape(()) if terms.ndim == 0 else scale
     if reduce_all or terms.ndim == 0:
         return terms.sum() * scale
     return terms.flatten(1).sum(1) * scale if terms.ndim > 1 else terms * scale

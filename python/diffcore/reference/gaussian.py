@@ -27,13 +27,20 @@ def expm1_minus(d: Tensor) -> Tensor:
     series = torch.full_like(d, 1 / math.factorial(terms + 2))
     for k in range(terms - 1, -1, -1):
         series = series * near + 1 / math.factorial(k + 2)
-    far = torch.where(d == math.inf, d, torch.expm1(d) - d)  # not inf - inf
+    far = torch.expm1(d) - torch.where(d == math.inf, torch.zeros_like(d), d)  # not inf - inf
     return torch.where(d.abs() < 1, near * near * series, far)
+
+
+def square_times_exp(square: Tensor, x: Tensor) -> Tensor:
+    """``square exp(x)``; 0 where ``square`` is 0 and ``exp(x)`` overflows."""
+    nothing = (square == 0) & torch.isinf(torch.exp(x))
+    return square * torch.exp(torch.where(nothing, torch.zeros_like(x), x))
 
 
 def normal_kl_term(mean1: Tensor, logvar1: Tensor, mean2: Tensor, logvar2: Tensor) -> Tensor:
     """KL of two Gaussians, each element's."""
-    return 0.5 * (expm1_minus(logvar1 - logvar2) + (mean1 - mean2) ** 2 * torch.exp(-logvar2))
+    square = (mean1 - mean2) ** 2
+    return 0.5 * (expm1_minus(logvar1 - logvar2) + square_times_exp(square, -logvar2))
 
 
 def standard_normal_kl_term(mean: Tensor, logvar: Tensor) -> Tensor:
@@ -43,7 +50,7 @@ def standard_normal_kl_term(mean: Tensor, logvar: Tensor) -> Tensor:
 
 def gaussian_nll_term(x: Tensor, mean: Tensor, logvar: Tensor) -> Tensor:
     """Negative log-density, each element's."""
-    return 0.5 * (math.log(2 * math.pi) + logvar + (x - mean) ** 2 * torch.exp(-logvar))
+    return 0.5 * (math.log(2 * math.pi) + logvar + square_times_exp((x - mean) ** 2, -logvar))
 
 
 def reduced(formula: Callable[..., Tensor], inputs: Sequence[Tensor], reduction: str) -> Tensor:

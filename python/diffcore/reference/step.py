@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from diffcore._types import Coef, StepColumns
-from diffcore.reference.common import compute_dtype, per_sample, row_sum
+from diffcore.reference.common import compute_dtype, per_sample, row_sum, sample_size
 
 __all__ = ["reverse_step", "step_log_prob"]
 
@@ -72,7 +72,7 @@ def step_log_prob(
     none = c_z == 0
     safe = torch.where(none, torch.ones_like(c_z), c_z)
     z = (x_next.to(s.dtype) - _mix(k.c_x, k.c_m, k.c_0, s, m, x0)) / per_sample(safe, x)
-    n = x[0].numel() if x.ndim else 1
+    n = sample_size(x)
     log_prob = row_sum(z * z, -0.5, reduce_all=False) - n * (
         safe.log() + 0.5 * math.log(2 * math.pi)
     )

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from diffcore import ops
-from diffcore._checks import as_sizes, check_not_compiling
+from diffcore._checks import check_not_compiling
 from diffcore._engine import native
 from diffcore._types import Model
 from diffcore.noise import PhiloxNoise
+from diffcore.noise.parts import sizes
 from diffcore.sampling.loop import run_table
 from diffcore.sampling.model import model_device
 from diffcore.sampling.sample import check_guidance
@@ -66,7 +67,7 @@ def capture(
         raise TypeError(f"table must be a SolverTable, got {type(table).__name__}")
     check_guidance(guidance_scale, uncond_kwargs)
     device = model_device(model) if device is None else device
-    x = torch.empty(as_sizes(shape), dtype=dtype, device=device)
+    x = torch.empty(sizes("shape", shape), dtype=dtype, device=device)
     if x.ndim == 0:
         raise ValueError("shape must be [B, ...], got ()")
     if guidance_scale is not None:

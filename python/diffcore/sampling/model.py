@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from diffcore._checks import to_floats
 from diffcore._types import Model
 
 Prediction: TypeAlias = tuple[Tensor, Tensor | None, Tensor | None]
@@ -135,7 +136,9 @@ def check_samples(x: Tensor) -> None:
     """
     if not isinstance(x, Tensor) or not x.is_floating_point() or x.ndim == 0:
         came = f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
-        raise TypeError(f"x must be a floating-point tensor [B, ...], got {came}")
+        raise TypeError(
+            f"x must be a floating-point tensor [B, ...], got {came}{to_floats('x', x)}"
+        )
 
 
 def model_device(model: Model) -> torch.device | None:

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffcore._checks import as_sizes
 from diffcore._types import Model
 from diffcore.noise import Noise, PhiloxNoise, StepNoise
+from diffcore.noise.parts import sizes
 from diffcore.ops._noise import default_key
 from diffcore.sampling.model import model_device
 from diffcore.solvers import SolverTable
@@ -78,7 +78,7 @@ def initial_sample(
         ValueError: ``shape`` is empty, ``noise`` has another shape, or ``generator`` comes with
             noise that leaves it nothing to seed.
     """
-    shape = as_sizes(shape)
+    shape = sizes("shape", shape)
     if len(shape) == 0:
         raise ValueError("shape must be [B, ...], got ()")
     if generator is not None and isinstance(noise, PhiloxNoise):

@@ -171,7 +171,7 @@ def check_betas(betas: Tensor) -> Tensor:
         TypeError: Not a tensor, list, tuple or array of real numbers.
         ValueError: Not one-dimensional, empty, outside (0, 1], or 1 before the last step.
     """
-    betas = float64_vector("betas", betas)
+    betas = float64_vector("betas", betas, fix=_made_of(betas))
     if not bool(((betas > 0) & (betas <= 1)).all()):
         raise ValueError(
             f"betas must lie in (0, 1], got values from {betas.min():.4g} to {betas.max():.4g}"
@@ -182,6 +182,40 @@ def check_betas(betas: Tensor) -> Tensor:
             f"index {int((betas == 1).long().argmax())} of {len(betas)}"
         )
     return betas
+
+
+def _made_of(betas: object) -> str:
+    """How to make betas of what somebody passed instead."""
+    if isinstance(betas, str):
+        return f"make_betas({betas!r}, 1000)"
+    if isinstance(getattr(betas, "alpha", None), Tensor):  # a NoiseSchedule
+        return (
+            "of a variance preserving schedule pass betas_from_alphas_cumprod(schedule.alpha**2); "
+            "for others use ops.q_sample(x0, t, noise, schedule.table) and ops.denoising_loss"
+        )
+    return ""
+
+
+def check_direction(betas: Tensor) -> None:
+    """Refuse betas that fall at every step: alphas_cumprod, or a schedule in reverse.
+
+    Args:
+        betas: Checked betas ``[T]``.
+
+    Raises:
+        ValueError: They fall at every one of two steps or more.
+    """
+    if len(betas) < 3 or not bool((betas[1:] < betas[:-1]).all()):
+        return
+    fix = (
+        "these look like alphas_cumprod: pass betas_from_alphas_cumprod(alphas_cumprod)"
+        if betas[0] > 0.5
+        else "index 0 is the first step away from the data: pass betas.flip(0)"
+    )
+    raise ValueError(
+        f"betas must not fall at every step, got values from {betas[0]:.4g} down to "
+        f"{betas[-1]:.4g}; {fix}"
+    )
 
 
 def _linspace(start: float, end: float, count: int) -> Tensor:

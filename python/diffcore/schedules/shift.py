@@ -31,7 +31,7 @@ def shift_sigmas(sigmas: Tensor, shift: float) -> Tensor:
         Esser et al. 2024 (arXiv 2403.03206) eq. 23.
     """
     shift = as_positive("shift", shift)
-    s = as_float64(sigmas)
+    s = as_float64(sigmas, "sigmas")
     return shift * s / (1 + (shift - 1) * s)
 
 
@@ -107,7 +107,7 @@ def stretch_to_terminal(sigmas: Tensor, shift_terminal: float) -> Tensor:
     shift_terminal = as_real("shift_terminal", shift_terminal)
     if not 0 <= shift_terminal < 1:
         raise ValueError(f"shift_terminal must lie in [0, 1), got {shift_terminal}")
-    signal = 1 - as_float64(sigmas)
+    signal = 1 - as_float64(sigmas, "sigmas")
     if signal[-1] == 0:
         raise ValueError("sigmas must end below 1 to be stretched, got 1")
     return 1 - signal * ((1 - shift_terminal) / signal[-1])

@@ -11,18 +11,27 @@ from torch import Tensor
 from diffcore._checks import as_tensor, hint
 
 
-def as_float64(values: Tensor | Sequence[Any] | float) -> Tensor:
+def as_float64(values: Tensor | Sequence[Any] | float, name: str = "values") -> Tensor:
     """The values as float64: a tensor on its own device, anything else on the CPU.
 
     Args:
         values: Real numbers, of any shape.
+        name: Name of the argument.
 
     Returns:
         float64, the shape of ``values``.
+
+    Raises:
+        TypeError: Not real numbers.
     """
     if isinstance(values, Tensor):
+        if values.is_complex():
+            raise TypeError(f"{name} must be real numbers, got {values.dtype}")
         return values.to(torch.float64)
-    return torch.as_tensor(values, dtype=torch.float64, device="cpu")
+    try:
+        return torch.as_tensor(values, dtype=torch.float64, device="cpu")
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"{name} must be real numbers, got {type(values).__name__}") from None
 
 
 def float64_vector(

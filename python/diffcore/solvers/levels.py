@@ -14,7 +14,7 @@ from diffcore._checks import as_int, as_positive, check_choice
 from diffcore.coefficients.step import epsilon_coefficients, tensors, x0_coefficients
 from diffcore.schedules import NoiseSchedule
 from diffcore.schedules.schedule import check_schedule
-from diffcore.schedules.tensors import as_float64
+from diffcore.schedules.tensors import as_float64, float64_vector
 from diffcore.schedules.timesteps import sigmas_to_timesteps, timesteps_to_sigmas
 from diffcore.solvers.paths import (
     PATHS,
@@ -61,7 +61,7 @@ class NoiseLevels:
     takes these; N steps have N + 1 levels, the last one included.
 
     Args:
-        alpha: Signal coefficients ``[N + 1]``.
+        alpha: Signal coefficients ``[N + 1]``, a tensor, an array or a list; kept as float64.
         sigma: Noise coefficients ``[N + 1]``; the last is 0 for steps to a clean sample.
         timesteps: Timestep input of the model at all levels but the last, ``[N]``; int64 or
             float64.
@@ -90,6 +90,12 @@ class NoiseLevels:
 
     def __post_init__(self) -> None:
         check_choice("path", self.path, PATHS)
+        for name, vector in (
+            ("alpha", float64_vector("alpha", self.alpha)),
+            ("sigma", float64_vector("sigma", self.sigma)),
+            ("timesteps", timestep_vector(self.timesteps)),
+        ):
+            object.__setattr__(self, name, vector)
         if len(self.alpha) != len(self.sigma) or len(self.alpha) < 2:
             raise ValueError(
                 "alpha and sigma must have the same length, at least 2, got "
@@ -104,7 +110,7 @@ class NoiseLevels:
             first, last = self.sigma[0] / self.alpha[0], self.sigma[-1] / self.alpha[-1]
             raise ValueError(
                 "sigmas must fall, from noise to the clean sample, got levels that rise from "
-                f"sigma / alpha = {first:.6g} to {last:.6g}; reverse them, or for inversion take "
+                f"sigma / alpha = {first:.6g} to {last:.6g}; reverse them, or for inversion use "
                 "ddim_step in a loop of your own"
             )
         _refuse_first(
