@@ -106,7 +106,7 @@ def predictions(
     scale = as_coef("guidance_scale", scale, None)
     if uncond is None:
         pair = isinstance(x, Tensor) and isinstance(model_output, Tensor) and x.ndim > 0
-        if not pair or model_output.ndim == 0 or len(model_output) != 2 * len(x):
+        if not pair or model_output.ndim == 0 or model_output.shape[0] != 2 * x.shape[0]:
             raise ValueError(
                 "model_output_uncond must be given with guidance_scale, got None; or pass a "
                 "model_output [2 B, ...] with the unconditional batch first"
