@@ -359,16 +359,22 @@ def _float64(names: tuple[str, ...], *values: Coef) -> Sequence[Coef]:
         elif isinstance(value, bool) or not isinstance(value, (int, float)):
             raise TypeError(f"{name} must be a number or a tensor, got {type(value).__name__}")
     if any(isinstance(value, Tensor) for value in values):
-        _check_shapes(names, values)
-        return _broadcast(values)
+        try:
+            return _broadcast(values)
+        except RuntimeError:
+            _check_shapes(names, values)
+            raise
     return [float(value) for value in values]
 
 
 def _check_shapes(names: tuple[str, ...], values: Sequence[Coef]) -> None:
     """Refuse tensors that do not broadcast."""
-    first, shape = "", torch.Size()
+    first, shape = "", None
     for name, value in zip(names, values, strict=True):
-        if not isinstance(value, Tensor) or value.shape == shape:
+        if not isinstance(value, Tensor) or value.ndim == 0 or value.shape == shape:
+            continue
+        if shape is None:
+            first, shape = name, value.shape
             continue
         try:
             shape = torch.broadcast_shapes(shape, value.shape)
@@ -377,7 +383,6 @@ def _check_shapes(names: tuple[str, ...], values: Sequence[Coef]) -> None:
                 f"{name} must have a shape that broadcasts with that of {first}, {tuple(shape)}, "
                 f"got {tuple(value.shape)}"
             ) from None
-        first = first or name
 
 
 def _broadcast(values: Sequence[Coef]) -> Sequence[Tensor]:
