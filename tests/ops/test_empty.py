@@ -1,4 +1,4 @@
-"""Batches and samples without elements, and samples of no dimension: the same shape by every route."""
+"""Batches and samples without elements, samples of no dimension: one shape by every route."""
 
 from __future__ import annotations
 
