@@ -42,7 +42,7 @@ def as_coef(name: str, value: Coef, step: Step) -> Coef:
     try:
         return value.unsqueeze(1)
     except RuntimeError:  # torch makes no view of freed memory, nor of a tensor of MKL-DNN
-        _readable(name, value)
+        _check_readable(name, value)
         raise
 
 
@@ -70,7 +70,7 @@ def as_table(name: str, table: Tensor, *columns: int) -> Tensor:
             shapes = " or ".join(f"[T, {n}]" for n in columns)
             raise ValueError(f"{name} must have shape {shapes}, got {tuple(table.shape)}")
     except RuntimeError:  # a nested tensor has no shape, a freed one no views
-        _readable(name, table)
+        _check_readable(name, table)
         raise
     return table
 
@@ -80,7 +80,7 @@ def columns_of(name: str, table: Tensor, first: int, end: int) -> Tensor:
     try:
         return table[:, first:end]
     except RuntimeError:
-        _readable(name, table)
+        _check_readable(name, table)
         raise
 
 
@@ -188,6 +188,10 @@ def _readable(name: str, value: Tensor) -> Tensor:
             return value
     except RuntimeError:
         pass
+    _check_readable(name, value)
+    return value
+
+
+def _check_readable(name: str, value: Tensor) -> None:
     messages.check_dense(name, value)
     messages.check_memory(name, value)
-    return value
