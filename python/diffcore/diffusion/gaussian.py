@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from diffcore import ops
-from diffcore._checks import as_positive, as_real, check_choice
+from diffcore._checks import as_positive, as_real, check_choice, check_not_compiling
 from diffcore._engine.dtensor import replicated
 from diffcore._engine.kept import made_plainly
 from diffcore._types import Model
@@ -175,10 +175,12 @@ class GaussianDiffusion:
         Raises:
             TypeError: Timesteps that are not integers.
             ValueError: No timestep, or one out of range.
+            RuntimeError: Compiling or exporting.
 
         Source:
             Nichol and Dhariwal 2021 (arXiv 2102.09672) section 4 (SpacedDiffusion).
         """
+        check_not_compiling("respace", "call it before, and compile what uses the result")
         timestep_map, betas = made_plainly(
             lambda: self.tables.respaced(timesteps, timestep_spacing)
         )

@@ -54,6 +54,13 @@ REFUSALS: tuple[Refusal, ...] = (
         "sigmas. Compile the model that `bits_per_dim` gets; make the table of a sampler outside, "
         "with `diffcore.solvers`, and compile `diffcore.sample`",
     ),
+    Refusal(
+        ("compile", "compile*", "export*", "AOTInductor"),
+        ("GaussianDiffusion.respace, key",),
+        RuntimeError,
+        "respace must be called outside of torch.compile and torch.export",
+        "`respace` makes tables: call it before, and compile what uses the result",
+    ),
 )
 
 
