@@ -90,7 +90,7 @@ class Maker:
     # ---- memory --------------------------------------------------------------------------------
 
     def memory(self, dtype: torch.dtype, n: int) -> Tensor:
-        """n random elements, maybe in the middle of more."""
+        """N random elements, maybe in the middle of more."""
         before = self.random.choice([0, 0, 1, 3])
         after = math.prod(self.shape) + 8 if self.roomy else 0
         memory = torch.empty(before + n + after, dtype=dtype)
@@ -105,9 +105,7 @@ class Maker:
             memory.zero_()
         return memory[before : before + n]
 
-    def tensor(
-        self, shape: Sequence[int], dtype: torch.dtype, layout: str | None = None
-    ) -> Tensor:
+    def tensor(self, shape: Sequence[int], dtype: torch.dtype, layout: str | None = None) -> Tensor:
         """A random tensor in a layout of some kind."""
         shape = tuple(shape)
         layout = layout or self.random.choice(LAYOUTS)

@@ -197,14 +197,14 @@ def _sizes(shape: Any) -> tuple[int, ...]:
     came = type(shape).__name__ if isinstance(shape, Tensor) else repr(shape)
     ints = (int, torch.SymInt)
     try:
-        sizes = tuple(n if isinstance(n, ints) else operator.index(n) for n in shape)
+        sizes: Any = tuple(n if isinstance(n, ints) else operator.index(n) for n in shape)
     except (TypeError, RuntimeError):
         raise TypeError(f"shape must be {allowed}, got {came}") from None
     if any(isinstance(n, bool) for n in sizes):
         raise TypeError(f"shape must be {allowed}, got {came}")
     if any(n < 0 for n in sizes):
         raise ValueError(f"shape must be {allowed}, got {came}")
-    return sizes
+    return tuple(sizes)
 
 
 def _rebuilt(*parts: Any) -> PhiloxNoise:

@@ -113,7 +113,13 @@ def test_a_learned_variance_of_a_point_and_a_right_prediction() -> None:
     # e = 0 and d = d_0 - v: with v = -100 the ratio of the variances overflows in float32.
     table = torch.zeros(1, 15, dtype=torch.float64)
     columns = dict(b_0=0, clip_min=6, clip_max=7, factor=9, d_v=13, kl=14)  # noqa: C408
-    for name, value in {"clip_min": -INF, "clip_max": INF, "factor": 0.5, "d_v": 1, "kl": 1}.items():
+    for name, value in {
+        "clip_min": -INF,
+        "clip_max": INF,
+        "factor": 0.5,
+        "d_v": 1,
+        "kl": 1,
+    }.items():
         table[0, columns[name]] = value
     x = torch.zeros(2, 3)
     for v, wanted in ((-100.0, INF), (-80.0, 3 * 0.5 * (math.expm1(80) - 80)), (-INF, INF)):

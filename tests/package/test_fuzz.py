@@ -13,8 +13,7 @@ from torch import Tensor
 
 from diffcore import ops
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from tools import fuzz_calls
 from tools.fuzz_arguments import ODD, Maker, arguments_of
@@ -38,11 +37,15 @@ def test_calls_are_the_same_for_a_seed() -> None:
 
     for index in range(40):
         first, second = shown(index), shown(index)
-        assert [s.split(" object at")[0] for s in first] == [s.split(" object at")[0] for s in second]
+        assert [s.split(" object at")[0] for s in first] == [
+            s.split(" object at")[0] for s in second
+        ]
 
 
 def test_every_op_and_every_odd_argument_is_reached() -> None:
-    assert set(fuzz_calls.OPS) == {n for n in ops.__all__ if n not in ("PREDICTION_TYPES", "PhiloxNoise")}
+    assert set(fuzz_calls.OPS) == {
+        n for n in ops.__all__ if n not in ("PREDICTION_TYPES", "PhiloxNoise")
+    }
     for name in fuzz_calls.OPS:
         for index in range(5):
             arguments_of(name, Maker(Random(index)))
@@ -110,5 +113,5 @@ def test_a_crash_is_reported_with_its_number(tmp_path: Path) -> None:
 
     driver = Crashing(seed=1, chunk=50, at=tmp_path / "at")
     assert driver.run(calls=100, until=float("inf")) == 100
-    assert [f.index for f in driver.failures] == [17]
+    assert [f.at for f in driver.failures] == [17]
     assert "process ended" in driver.failures[0].what

@@ -11,7 +11,6 @@ from diffcore._engine import messages
 from diffcore._engine.dispatch import plain_eager
 from diffcore._types import Coef, Step
 
-
 # A data pointer from here on is not the null pointer plus an offset in a storage that was freed.
 _SURE = 2**32
 
@@ -23,7 +22,8 @@ def as_coef(name: str, value: Coef, step: Step) -> Coef:
     if not isinstance(value, Tensor):
         return as_number(name, value)
     if value.dtype not in (torch.float32, torch.float64):
-        value = _readable(name, as_number(name, value)).float()
+        as_number(name, value)
+        value = _readable(name, value).float()
     dims = value.ndim
     if dims == 0:
         # A 0-dim CPU tensor goes with any device, as everywhere in torch, if it is only a number.
@@ -117,7 +117,9 @@ def float_of(name: str, value: float) -> float:
 def to_float(name: str, value: object, allowed: str) -> float:
     """What is no tensor as a float: Python's own numbers, NumPy's, arrays of no dimension."""
     real = type(value) is int or isinstance(value, numbers.Real)
-    if (real or not isinstance(value, numbers.Complex)) and hasattr(value, "__float__"):  # a string would do for float() itself
+    if (real or not isinstance(value, numbers.Complex)) and hasattr(
+        value, "__float__"
+    ):  # a string would do for float() itself
         try:
             return float(value)
         except TypeError:  # an array
@@ -133,7 +135,7 @@ def to_float(name: str, value: object, allowed: str) -> float:
 
 def _readable(name: str, value: Tensor) -> Tensor:
     """The same tensor, which torch is about to compute with: dense, and not freed."""
-    if torch.compiler.is_dynamo_compiling():
+    if torch.compiler.is_dynamo_compiling() or type(value) is not Tensor:
         return value
     try:
         if value.data_ptr() >= _SURE:  # the check of almost every call

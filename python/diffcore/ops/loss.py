@@ -86,12 +86,16 @@ def denoising_loss(
             raise TypeError(f"x0 must be a torch.Tensor, got {type(x0).__name__}")
         return _loss(_X0_LOSS, (model_output,), x0, w, inverse_n, (), step)
     if prediction_type == "flow_prediction":
-        return _loss(k.MIXED_TARGET_LOSS, (model_output, x0), noise, w, inverse_n, (-1.0, 1.0), step)
+        return _loss(
+            k.MIXED_TARGET_LOSS, (model_output, x0), noise, w, inverse_n, (-1.0, 1.0), step
+        )
     if alpha is None or sigma is None:
         missing = "alpha" if alpha is None else "sigma"
         raise ValueError(f"{missing} must be given with prediction_type='v_prediction', got None")
     a = as_coef("sigma", negated("sigma", sigma), t)
-    return _loss(_V_LOSS, (model_output, x0), noise, w, inverse_n, (a, as_coef("alpha", alpha, t)), t)
+    return _loss(
+        _V_LOSS, (model_output, x0), noise, w, inverse_n, (a, as_coef("alpha", alpha, t)), t
+    )
 
 
 def _check_unread(name: str, x: Tensor, model_output: Tensor) -> None:
