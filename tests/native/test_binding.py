@@ -1,4 +1,4 @@
-"""The entries of the compiled module on what must not reach a kernel: wild calls, freed memory."""
+"""What must not reach a kernel of the compiled module: wild calls, freed memory."""
 
 from __future__ import annotations
 
@@ -140,11 +140,11 @@ def test_freed_coefficients_are_refused_before_torch_computes_with_them(
     }.items():
         with pytest.raises(ValueError, match=f"^{name} must have memory"):
             call()
-    with pytest.raises(ValueError, match="^sigma must have memory"):
+    with pytest.raises(ValueError, match=r"^sigma must have memory"):
         ops.add_noise(x, x, 0.7, gone, return_target="v_prediction")
-    with pytest.raises(ValueError, match="^alpha must have memory"):
+    with pytest.raises(ValueError, match=r"^alpha must have memory"):
         ops.add_noise(x, x, freed(torch.empty(()), offset), 0.5)
-    with pytest.raises(ValueError, match="^sigma must have memory"):
+    with pytest.raises(ValueError, match=r"^sigma must have memory"):
         ops.denoising_loss(x, x, x, prediction_type="v_prediction", alpha=0.5, sigma=gone)
 
 

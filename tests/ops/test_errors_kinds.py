@@ -1,4 +1,4 @@
-"""Tensors and numbers of kinds that no op takes: a TypeError or ValueError names the argument."""
+"""Kinds of tensors and numbers that no op takes: an error that names the argument."""
 
 from __future__ import annotations
 

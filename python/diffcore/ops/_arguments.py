@@ -15,7 +15,6 @@ from diffcore._types import Coef, Coefs, Step
 
 _SYMBOLS = (torch.SymInt, torch.SymFloat)
 
-
 # A data pointer from here on is not the null pointer plus an offset in a storage that was freed.
 _SURE = 2**32
 
@@ -29,7 +28,8 @@ def as_coef(name: str, value: Coef, step: Step) -> Coef:
         if not isinstance(value, Tensor):
             return value
     if value.dtype not in (torch.float32, torch.float64):
-        value = _readable(name, as_number(name, value)).float()
+        as_number(name, value)
+        value = _readable(name, value).float()
     dims = value.ndim
     if dims == 0:
         # A 0-dim CPU tensor goes with any device, as everywhere in torch, if it is only a number.
@@ -181,7 +181,7 @@ def float_of(name: str, value: float) -> float:
 
 def _readable(name: str, value: Tensor) -> Tensor:
     """The same tensor, which torch is about to compute with: dense, and not freed."""
-    if torch.compiler.is_dynamo_compiling():
+    if torch.compiler.is_dynamo_compiling() or type(value) is not Tensor:
         return value
     try:
         if value.data_ptr() >= _SURE:  # the check of almost every call
