@@ -16,6 +16,7 @@ from diffcore.coefficients.bound import DECODERS
 from diffcore.noise import Noise, PhiloxNoise
 from diffcore.ops._arguments import as_step
 from diffcore.ops._noise import default_key
+from diffcore.schedules.tensors import check_has_values
 
 # Without a search for other tracers, because every training step asks.
 compiling = torch.compiler.is_dynamo_compiling
@@ -218,12 +219,13 @@ def check_timesteps(
     return per_sample(t, x)
 
 
-def check_weights(weights: Any, num_timesteps: int) -> Tensor:
+def check_weights(weights: Any, num_timesteps: int, device: torch.device) -> Tensor:
     """Loss weights as a tensor ``[T]``.
 
     Args:
         weights: The argument: a tensor, a NumPy array or a list.
         num_timesteps: T.
+        device: Where they will be needed.
 
     Returns:
         The tensor, or float64 on the CPU.
@@ -235,6 +237,8 @@ def check_weights(weights: Any, num_timesteps: int) -> Tensor:
     found = as_tensor("weights", weights, "a tensor of [T] numbers")
     if found.shape != (num_timesteps,):
         raise ValueError(f"weights must have shape ({num_timesteps},), got {tuple(found.shape)}")
+    if device.type != "meta":
+        check_has_values("weights", found)
     return found
 
 
@@ -265,6 +269,6 @@ def _refuse_dtype(t: Tensor, num_timesteps: int) -> NoReturn:
 
 
 def _refuse_shape(t: Tensor, x: Tensor) -> NoReturn:
-    frames = t.ndim > 1 and t.numel() != len(x)
+    frames = t.ndim > 1 and t.numel() != x.shape[0]
     fix = "; for a timestep of each frame fold the frames into the batch" if frames else ""
     raise ValueError(f"t must have shape {tuple(x.shape[:1])}, got {tuple(t.shape)}{fix}")

@@ -293,7 +293,10 @@ class DiffusionTables:
         """
         given: Any = timesteps
         if hasattr(given, "__index__") and not getattr(given, "ndim", False):
-            rows = self.rows(as_int("timesteps", given), timestep_spacing)
+            count = as_int("timesteps", given)
+            if not 1 <= count <= len(self):
+                raise ValueError(f"timesteps must be 1 to {len(self)} of them, got {count}")
+            rows = self.rows(count, timestep_spacing)
         else:
             try:
                 rows = tuple(sorted({as_int("timesteps", t) for t in given}))

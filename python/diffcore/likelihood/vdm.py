@@ -160,7 +160,7 @@ def vdm_bound(
     check_samples(x)
     check_choice("prediction_type", prediction_type, PREDICTION_TYPES)
     check_choice("decoder", decoder, DECODERS)
-    if len(x) == 0:
+    if x.shape[0] == 0:
         raise ValueError("x must have at least one sample, got an empty batch")
     if num_timesteps is not None:
         num_timesteps = as_int("num_timesteps", num_timesteps, 1)
@@ -259,7 +259,7 @@ def _diffusion(
     # The error of x times alpha / sigma is the error of the noise.
     table = _errors(alpha, sigma, prediction_type)
     table[:, _FACTOR] = 0.5 * weight * torch.exp(-gamma_t)
-    rows = torch.arange(len(x), device=x.device)
+    rows = torch.arange(x.shape[0], device=x.device)
     return ops.vlb_term(x, output, table, t=rows, noise=noise)
 
 
@@ -267,7 +267,7 @@ def _reconstruction(x: Tensor, noise: Noise, gamma_0: Tensor, decoder: str) -> T
     """-log p(x | z_0), ``[B]``, nats."""
     table = _decoder(gamma_0.to(x.device), decoder)
     noise_0 = noise.at(noise.stream + 1) if isinstance(noise, PhiloxNoise) else noise
-    rows = torch.zeros(len(x), dtype=torch.int64, device=x.device)
+    rows = torch.zeros(x.shape[0], dtype=torch.int64, device=x.device)
     # The mean of p(x | z_0) is z_0 / alpha_0, with no model: x stands in for the model output.
     return ops.vlb_term(x, x, table, t=rows, noise=noise_0)
 
@@ -305,7 +305,7 @@ def _decoder(gamma: Tensor, decoder: str) -> Tensor:
 
 
 def _table(like: Tensor, *errors: Tensor) -> Tensor:
-    table = torch.zeros(len(like), FIXED, dtype=torch.float64, device=like.device)
+    table = torch.zeros(like.shape[0], FIXED, dtype=torch.float64, device=like.device)
     for k, b in enumerate(errors):
         table[:, k] = b.float()
         table[:, k + 3] = b - b.float().double()
@@ -319,8 +319,8 @@ def _times(t: Tensor | None, x: Tensor, generator: torch.Generator | None) -> Te
         at = x.device if generator is None else generator.device
         u = torch.rand(1, dtype=torch.float64, generator=generator, device=at).to(x.device)
         u = of_first_rank(u, x)
-        i = torch.arange(len(x), dtype=torch.float64, device=x.device)
-        return torch.remainder(u + i / len(x), 1.0)
+        i = torch.arange(x.shape[0], dtype=torch.float64, device=x.device)
+        return torch.remainder(u + i / x.shape[0], 1.0)
     if not isinstance(t, Tensor) or not t.is_floating_point():
         what = t.dtype if isinstance(t, Tensor) else type(t).__name__
         raise TypeError(f"t must be a tensor of floating point numbers, got {what}")

@@ -106,7 +106,7 @@ def predictions(
     scale = as_coef("guidance_scale", scale, None)
     if uncond is None:
         pair = isinstance(x, Tensor) and isinstance(model_output, Tensor) and x.ndim > 0
-        if not pair or model_output.ndim == 0 or len(model_output) != 2 * len(x):
+        if not pair or model_output.ndim == 0 or model_output.shape[0] != 2 * x.shape[0]:
             raise ValueError(
                 "model_output_uncond must be given with guidance_scale, got None; or pass a "
                 "model_output [2 B, ...] with the unconditional batch first"
@@ -252,6 +252,10 @@ class RowLauncher:
         """The plan of row i; for a tensor of rows, one that covers the needs of every row."""
         if not isinstance(i, Tensor):
             return self._plans[self.index(i)], None
+        if i.dtype not in (torch.int64, torch.int32):
+            raise TypeError(f"i must be an int or an int64 or int32 tensor, got {i.dtype}")
+        if i.ndim > 1:
+            raise ValueError(f"i must be one row, or [B], got shape {tuple(i.shape)}")
         reads, keeps = self._history, self._history > 0
         coefficients, variance = self._on(i.device)
         columns = coefficients[:, : columns_read(reads, keeps)]

@@ -45,6 +45,22 @@ REFUSALS: tuple[Refusal, ...] = (
         "vmap|aten.nonzero|meta tensor|tracing tensor|data-dependent",
         "`bits_per_dim` returns numbers, which batched and traced tensors do not have",
     ),
+    Refusal(
+        ("compile", "compile, *", "export*", "AOTInductor"),
+        ("bits_per_dim, key", "sampling.*"),
+        RuntimeError,
+        "must be called outside of torch.compile and torch.export",
+        "`bits_per_dim` returns numbers, and the samplers with k-diffusion's signatures read their "
+        "sigmas. Compile the model that `bits_per_dim` gets; make the table of a sampler outside, "
+        "with `diffcore.solvers`, and compile `diffcore.sample`",
+    ),
+    Refusal(
+        ("compile", "compile*", "export*", "AOTInductor"),
+        ("GaussianDiffusion.respace, key",),
+        RuntimeError,
+        "respace must be called outside of torch.compile and torch.export",
+        "`respace` makes tables: call it before, and compile what uses the result",
+    ),
 )
 
 
