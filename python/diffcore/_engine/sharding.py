@@ -264,8 +264,10 @@ def _dense_stride(x: Tensor) -> tuple[int, ...]:
 
 def _to_local(x: DTensor, grads: Placements) -> Tensor:
     """This rank's part of a DTensor, whose gradient will be placed so."""
-    compiling = torch.compiler.is_compiling()
-    part: Tensor = x.to_local(grad_placements=grads) if compiling else _ToLocal.apply(x, grads)
+    if torch.compiler.is_compiling():
+        part: Tensor = x.to_local(grad_placements=grads)
+    else:
+        part = _ToLocal.apply(x, grads)  # type: ignore[no-untyped-call]
     return part
 
 
@@ -275,7 +277,9 @@ def _from_local(
     """The DTensor of which this rank has a part."""
     if torch.compiler.is_compiling():
         return DTensor.from_local(x, mesh, placements, run_check=False, shape=shape, stride=stride)
-    found: DTensor = _FromLocal.apply(x, mesh, placements, shape, stride)
+    found: DTensor = _FromLocal.apply(  # type: ignore[no-untyped-call]
+        x, mesh, placements, shape, stride
+    )
     return found
 
 
@@ -296,7 +300,7 @@ class _ToLocal(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor | None) -> Any:
-        return None if g is None else _FromLocal.apply(g, *ctx.gradient), None
+        return None if g is None else _from_local(g, *ctx.gradient), None
 
 
 class _FromLocal(torch.autograd.Function):
@@ -320,5 +324,4 @@ class _FromLocal(torch.autograd.Function):
     def backward(ctx: Any, g: DTensor | None) -> Any:
         if g is not None and g.placements != ctx.grads:
             g = g.redistribute(placements=ctx.grads)
-        part = None if g is None else _ToLocal.apply(g, ctx.grads)
-        return part, None, None, None, None
+        return None if g is None else _to_local(g, ctx.grads), None, None, None, None
