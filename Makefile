@@ -7,6 +7,8 @@
 #   DIFFCORE_CUDA_ARCHS architectures of the development build         this machine's GPU, else 80-real
 #   BENCH               which benchmarks: ops, training, ...           all
 #   SANITIZE_TESTS      the test files of `make sanitize`              ops forward, layouts, ...
+#   SANITIZE_CALLS      the random calls of `make sanitize`            100000
+#   FUZZ_ARGS           of `make fuzz`: how long, the seed             --seconds 60
 #   OUT                 where `make gpu-check` leaves its results       gpu-check-out
 #   JOBS                how many processes run the tests             2, 0 for one without a pool
 #   PYTEST_ARGS, DEMO_ARGS, BENCH_ARGS                                 passed on
@@ -104,6 +106,11 @@ routes: $(VENV)/.installed  ## the whole matrix of routes: every case compiled a
 	$(PY) -m pytest -n $(JOBS) --dist worksteal --all-routes tests/routes $(PYTEST_ARGS)
 	$(PY) tools/routes_table.py --check
 
+FUZZ_ARGS ?= --seconds 60
+.PHONY: fuzz
+fuzz: $(VENV)/.installed  ## random calls of every op and of the compiled module, for a minute
+	$(PY) tools/fuzz_calls.py $(FUZZ_ARGS)
+
 # ---- checks --------------------------------------------------------------------------------------------------------
 
 .PHONY: lint format
@@ -124,6 +131,7 @@ format: $(VENV)/.requirements  ## rewrite the files as `make lint` wants them
 # environment out. The allocator of torch is the sanitizer's, so a read past the end of a tensor ends the run.
 SANITIZE_TESTS ?= tests/ops/test_forward.py tests/ops/test_layouts.py tests/ops/test_errors_out.py tests/ops/test_threshold.py \
   tests/noise/test_bits.py
+SANITIZE_CALLS ?= 100000
 SANITIZE_SITE := build/sanitize/site
 SANITIZE_RUNTIMES := asan ubsan stdc++
 define SANITIZED_PYTHON
@@ -133,13 +141,14 @@ LD_PRELOAD="$(foreach lib,$(SANITIZE_RUNTIMES),$$($${CXX:-c++} -print-file-name=
 endef
 
 .PHONY: sanitize
-sanitize: $(VENV)/.installed  ## build with AddressSanitizer and UBSan (GCC); every op and some of the tests on the CPU
+sanitize: $(VENV)/.installed  ## build with AddressSanitizer and UBSan (GCC); every op, random calls, some tests on the CPU
 	@$(CHECK_TOOLCHAIN)
 	PATH="$(abspath $(VENV))/bin:$$PATH" $(PIP_INSTALL) --no-build-isolation --no-deps --upgrade \
 	  --target $(SANITIZE_SITE) --config-settings=build-dir=build/sanitize/cmake \
 	  --config-settings=cmake.build-type=RelWithDebInfo --config-settings=install.strip=false \
 	  --config-settings=cmake.define.DIFFCORE_SANITIZE=ON --config-settings=cmake.define.DIFFCORE_CUDA=OFF .
 	$(SANITIZED_PYTHON) tools/sanitizer_run.py --device cpu
+	$(SANITIZED_PYTHON) tools/fuzz_calls.py --calls $(SANITIZE_CALLS)
 	$(SANITIZED_PYTHON) -m pytest -p no:cacheprovider -m 'not slow' $(SANITIZE_TESTS) $(PYTEST_ARGS)
 
 .PHONY: wheel

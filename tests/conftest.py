@@ -124,12 +124,13 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             count(index)
             return real.call(index, *arguments)
 
-    def launch(index: int, *arguments: Any) -> Any:
-        found = real.launch(index, *arguments)
-        if not isinstance(found, int):
-            count(index)
-        return found
+        def launch(self, index: int, *arguments: Any) -> Any:
+            found = real.launch(index, *arguments)
+            if not isinstance(found, int):
+                count(index)
+            return found
 
-    monkeypatch.setattr(execute, "_C", Counted())
-    monkeypatch.setattr(dispatch, "_launch", launch)
+    counted = Counted()
+    monkeypatch.setattr(execute, "_C", counted)
+    monkeypatch.setattr(dispatch, "_launch", counted.launch)
     return names

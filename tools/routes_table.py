@@ -16,7 +16,7 @@ PAGE = ROOT / "docs" / "routes.md"
 sys.path.insert(0, str(ROOT / "tests"))
 
 from support.routes.matrix import CASES, COLUMNS, ROUTES  # noqa: E402
-from support.routes.refusals import REFUSALS, Refusal, refused  # noqa: E402
+from support.routes.refusals import REFUSALS, Refusal, is_open, refused  # noqa: E402
 
 HEAD = """\
 # Routes
@@ -45,15 +45,18 @@ def columns() -> list[str]:
 
 def cell(public: str, column: str, numbers: dict[Refusal, int]) -> str:
     """Whether the cases of one public name give the same on the routes of one column."""
-    cells = [
-        refused(case, route)
+    pairs = [
+        (case, route)
         for case in CASES
         if case.public == public
         for route in ROUTES
         if route.column == column and route.applies(case)
     ]
-    if not cells:
+    if not pairs:
         return "–"
+    if any(is_open(case, route) for case, route in pairs):
+        return "not yet"
+    cells = [refused(case, route) for case, route in pairs]
     found = {refusal for refusal in cells if refusal is not None}
     marks = " ".join(f"[{n}](#refused-{n})" for n in sorted(numbers[r] for r in found))
     if not marks:

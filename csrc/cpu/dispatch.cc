@@ -57,7 +57,6 @@ const Isa& isa() {
   return chosen;
 }
 
-constexpr int64_t kChunk = 8192;  // columns per unit of work
 // Elements. Below this, starting threads costs more than it saves.
 constexpr int64_t kParallelFrom = 32 * 1024;
 

@@ -6,6 +6,8 @@
 
 namespace diffcore {
 
+constexpr int64_t kChunk = 8192;  // columns per unit of work
+
 struct CpuKernel {
   void (*run)(const LaunchArgs&, int64_t unit_begin, int64_t unit_end, void* scratch);
   void (*combine)(const LaunchArgs&);  // combines the chunks of every row; null for kSelect

@@ -14,12 +14,15 @@
 #include "core/launch_args.h"
 #include "core/number.h"
 #include "core/op.h"
+#include "cpu/kernels.h"
 #include "cpu/noise.h"
 
 DC_KERNEL_NAMESPACE_BEGIN
 
 constexpr int kLanes = 64;
 constexpr int kTile = 512;  // 16-bit elements converted at a time; a multiple of kLanes
+
+static_assert(kTile % kLanes == 0, "a tile starts at lane 0 of the sums");
 
 template <class T, class U>
 constexpr bool same = false;
@@ -112,6 +115,8 @@ struct Noise {
 template <class Op>
 struct Noise<Op, true> : RowNoise {
   using RowNoise::RowNoise;
+  static_assert(kChunk % kAtOnce == 0 && kAtOnce % kTile == 0,
+                "units and tiles must begin where noise does, and end within it");
 
   // The noise of columns [first, first + n), rounded to S as a tensor would store it; n <= kTile.
   // `prefetch`: the other tensors, from column `first` on.

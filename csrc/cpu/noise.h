@@ -158,6 +158,9 @@ class RowNoise {
   BlockGenerator generator_;
   int64_t row_ = INT64_MIN / 2;
   int blocks_;  // per row if rows are short, else 0
+  // A generation may end up to a batch behind the last column.
+  static_assert(kAtOnce % kBatch == 0 && 4 <= kBatch && kBatch / 2 <= kAtOnce,
+                "z_ and `run` must hold full batches");
   alignas(64) float z_[kAtOnce + kBatch];
 };
 

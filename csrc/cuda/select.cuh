@@ -50,6 +50,7 @@ __device__ __forceinline__ void keep_smallest(unsigned long long& above, K mine)
 template <class R, class Count>
 __device__ void narrow(Tally<R, Count>& tally) {
   constexpr int kMine = kBuckets / kThreads;
+  static_assert(kBuckets % kThreads == 0, "every bucket must belong to a thread");
   // Prefix sums: the number of candidates up to the last bucket of each thread.
   __shared__ int64_t up_to[kThreads];
   const int x = int(threadIdx.x);

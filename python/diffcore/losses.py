@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from diffcore._checks import as_positive, check_choice, check_float_tensor
+from diffcore._checks import as_positive, as_tensor, check_choice, check_float_tensor
 from diffcore.coefficients.step import PREDICTION_TYPES
 
 __all__ = ["edm_weights", "min_snr_weights"]
@@ -19,7 +19,8 @@ def min_snr_weights(snr: Tensor, *, gamma: float = 5.0, prediction_type: str = "
     flow_prediction: min(snr, gamma) / (sqrt(snr) + 1)^2.
 
     Args:
-        snr: alpha^2 / sigma^2 at each timestep, ``[T]``, such as ``NoiseSchedule.snr``.
+        snr: alpha^2 / sigma^2 at each timestep, ``[T]``, such as ``NoiseSchedule.snr``: a tensor,
+            an array or a list.
         gamma: Largest weight on the error of x_0; infinity for no limit.
         prediction_type: What the model predicts, one of ``PREDICTION_TYPES``.
 
@@ -27,13 +28,13 @@ def min_snr_weights(snr: Tensor, *, gamma: float = 5.0, prediction_type: str = "
         float64 ``[T]``, for ``GaussianDiffusion.training_losses(..., weights=...)``.
 
     Raises:
-        TypeError: ``snr`` is not a floating-point tensor.
+        TypeError: ``snr`` is not made of floating-point numbers.
         ValueError: Unknown ``prediction_type``, or gamma is not positive.
 
     Source:
         Hang et al. 2023 (arXiv 2303.09556) section 3.4.
     """
-    _check(snr, prediction_type)
+    snr = _checked(snr, prediction_type)
     gamma = as_positive("gamma", gamma)
     snr = snr.to(torch.float64)
     if prediction_type == "epsilon":
@@ -57,7 +58,8 @@ def edm_weights(
     flow_prediction: w / (sqrt(snr) + 1)^2.
 
     Args:
-        snr: alpha^2 / sigma^2 at each timestep, ``[T]``, such as ``NoiseSchedule.snr``.
+        snr: alpha^2 / sigma^2 at each timestep, ``[T]``, such as ``NoiseSchedule.snr``: a tensor,
+            an array or a list.
         sigma_data: Standard deviation of the data.
         prediction_type: What the model predicts, one of ``PREDICTION_TYPES``.
 
@@ -65,13 +67,13 @@ def edm_weights(
         float64 ``[T]``, for ``GaussianDiffusion.training_losses(..., weights=...)``.
 
     Raises:
-        TypeError: ``snr`` is not a floating-point tensor.
+        TypeError: ``snr`` is not made of floating-point numbers.
         ValueError: Unknown ``prediction_type``, or sigma_data is not positive.
 
     Source:
         Karras et al. 2022 (arXiv 2206.00364) table 1 (loss weighting).
     """
-    _check(snr, prediction_type)
+    snr = _checked(snr, prediction_type)
     sigma_data = as_positive("sigma_data", sigma_data)
     snr = snr.to(torch.float64)
     if prediction_type == "epsilon":
@@ -83,6 +85,9 @@ def edm_weights(
     return (1 / (1 + 1 / root)) ** power + 1 / (sigma_data * sigma_data * (root + 1) ** power)
 
 
-def _check(snr: Tensor, prediction_type: str) -> None:
+def _checked(snr: Tensor, prediction_type: str) -> Tensor:
+    """The ratios as a tensor."""
     check_choice("prediction_type", prediction_type, PREDICTION_TYPES)
+    snr = as_tensor("snr", snr, "a floating-point tensor")
     check_float_tensor("snr", snr)
+    return snr

@@ -148,7 +148,7 @@ class DiagonalGaussianDistribution:
 
     def _zeros(self) -> Tensor:
         mean = self.mean
-        return mean.new_zeros(len(mean), dtype=compute_dtype(mean.dtype))
+        return mean.new_zeros(mean.shape[0], dtype=compute_dtype(mean.dtype))
 
 
 def reconstruction_loss(x: Tensor, x_recon: Tensor, *, decoder_std: float | Tensor = 1.0) -> Tensor:
@@ -203,6 +203,10 @@ def _std(decoder_std: float | Tensor, x: Tensor) -> float | Tensor:
     if not isinstance(decoder_std, Tensor):
         return as_positive("decoder_std", decoder_std)
     std = decoder_std
+    if std.is_complex() or std.dtype == torch.bool:
+        raise TypeError(f"decoder_std must be a real number or tensor, got {std.dtype}")
+    if std.ndim and std.device != x.device:
+        raise ValueError(f"decoder_std must be on {x.device}, the device of x, got {std.device}")
     if std.is_floating_point() and std.dtype.itemsize < 4:
         std = std.float()  # 1 / s^2 and log s need more than 16 bits
     if std.numel() == 1:
@@ -352,11 +356,11 @@ def importance_weighted_bound(
     for name, tensor in (("x", x), ("z", z), ("mean", mean)):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
-    if z.ndim == 0 or len(z) == 0:
+    if z.ndim == 0 or z.shape[0] == 0:
         raise ValueError(f"z must have shape [K, B, ...] with K >= 1, got {tuple(z.shape)}")
     for name, tensor, wanted in (
-        ("x_recon", x_recon, (len(z), *x.shape)),
-        ("z", z, (len(z), *mean.shape)),
+        ("x_recon", x_recon, (z.shape[0], *x.shape)),
+        ("z", z, (z.shape[0], *mean.shape)),
         ("logvar", logvar, mean.shape),
     ):
         if not isinstance(tensor, Tensor):
@@ -364,8 +368,10 @@ def importance_weighted_bound(
         if tensor.shape != wanted:
             raise ValueError(f"{name} must have shape {tuple(wanted)}, got {tuple(tensor.shape)}")
     if x.shape[:1] != mean.shape[:1]:
-        raise ValueError(f"x must have the batch of mean, {len(mean)}, got shape {tuple(x.shape)}")
-    n, k = x.shape[1:].numel(), len(z)
+        raise ValueError(
+            f"x must have the batch of mean, {mean.shape[0]}, got shape {tuple(x.shape)}"
+        )
+    n, k = x.shape[1:].numel(), z.shape[0]
     if any(map(is_dtensor, (x, x_recon, z, mean, logvar))):
         # A DTensor that is sharded unevenly along the batch cannot be flattened.
         each = zip(x_recon, z, strict=True)

@@ -68,7 +68,7 @@ def test_no_signal_left_in_float32() -> None:
         d = GaussianDiffusion([0.999] * 26, prediction)
         sample = d.p_sample(lambda x, t: 0.1 * x, torch.ones(1, 2), 25)["sample"]
         assert sample.isfinite().all()
-    with pytest.raises(ValueError, match=r"^betas must leave alpha above 1.2e-38.* got alpha = 1e"):
+    with pytest.raises(ValueError, match=r"^betas must leave some signal .* got alpha = 1e-39 "):
         GaussianDiffusion([0.999] * 26)
     d = GaussianDiffusion([0.999] * 25)  # alpha = 3e-38
     assert d.p_sample(lambda x, t: 0 * x, torch.ones(1, 2), 24)["sample"].isfinite().all()
@@ -183,3 +183,18 @@ def test_a_traced_call_leaves_the_warning_to_the_first_plain_one() -> None:
     d, x = GaussianDiffusion(BETAS), BYTES / 255
     torch.func.vmap(lambda x: d.training_losses(half, x, 3)["loss"], randomness="same")(x[None])
     assert warned(d, x) != []
+
+
+@pytest.mark.parametrize("name", ["x_start", "data"])
+def test_the_bound_says_how_to_scale_images(name: str) -> None:
+    def call(x: Tensor) -> Any:
+        return D.calc_bpd_loop(half, x) if name == "x_start" else diffcore.bits_per_dim(D, half, x)
+
+    call(FLOATS)
+    for x, fix in (
+        (BYTES / 255, rf"; pass {name} \* 2 - 1 for images in \[0, 1\]; use decoder='gaussian'"),
+        (BYTES.float(), rf"; pass {name} / 127.5 - 1 for images in \[0, 255\]; use decoder="),
+        (torch.randn(2, 3, 4, 4), r"such as -?\d\.\d+; use decoder='gaussian' for latents"),
+    ):
+        with pytest.raises(ValueError, match=rf"^{name} must be pixels .*{fix}"):
+            call(x)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections import OrderedDict, namedtuple
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -157,9 +159,13 @@ def test_a_callback_can_read_and_copy_its_state(sampler: str) -> None:
     seen: list[dict[str, Any]] = []
 
     def callback(state: dict[str, Any]) -> None:
-        copy = {**state, "more": 1}
-        copy["x"] = None
+        changed = {**state, "more": 1}
+        changed["x"] = None
         assert isinstance(state, dict)
+        for again in (copy.copy(state), copy.deepcopy(state), state.copy()):
+            assert again.keys() == state.keys()
+            again["x"] = None
+        assert pickle.loads(pickle.dumps(state)).keys() == state.keys()
         assert state["x"] is not None
         seen.append(state | {"mine": 2})
 
@@ -195,3 +201,23 @@ def test_loops_give_no_gradient_and_their_docstrings_name_what_does() -> None:
     for here, after in pairwise(SIGMAS):
         factor *= 1 + (after - here) * 0.5
     torch.testing.assert_close(grad, torch.full_like(x, factor))
+
+
+def test_settings_of_sample_are_named_before_the_first_model_call() -> None:
+    def never(x: Tensor, t: Tensor) -> Tensor:
+        raise AssertionError("the model was called")
+
+    for options, kind, message in (
+        ({"dynamic_thresholding_ratio": 2.0}, ValueError, "dynamic_thresholding_ratio must be in"),
+        ({"dynamic_thresholding_ratio": "a"}, TypeError, "dynamic_thresholding_ratio must be a nu"),
+        (
+            {"dynamic_thresholding_ratio": 0.9, "sample_max_value": 0.5},
+            ValueError,
+            "sample_max_value must be at least 1, got 0.5",
+        ),
+        ({"noise": "randn"}, TypeError, "noise must be "),
+    ):
+        with pytest.raises(kind, match=f"^{message}"):
+            diffcore.sample(never, X, NOISY, **options)
+    with pytest.raises(TypeError, match=r"table must be a SolverTable, got list; .*dpmpp_table"):
+        diffcore.sample(never, X, SIGMAS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from inspect import signature
 from typing import Any
@@ -125,7 +126,8 @@ def test_fractional_timesteps_are_float64(given: Any) -> None:
 def test_what_is_no_vector_is_named(given: Any) -> None:
     for name, call in {
         "betas": diffcore.GaussianDiffusion,
-        "sigmas": solvers.euler_table,
+        "levels": solvers.euler_table,
+        "sigmas": solvers.flow_euler_table,
         "alphas_cumprod": schedules.betas_from_alphas_cumprod,
     }.items():
         with pytest.raises(TypeError, match=f"^{name} must be a tensor of real numbers, got "):
@@ -181,3 +183,29 @@ def test_flow_and_edm_tables_take_levels() -> None:
         with pytest.raises(ValueError, match=r"^sigmas must be "):
             make(wrong)
         assert len(make(levels.skip(1))) == 1
+
+
+def test_levels_of_any_vectors() -> None:
+    levels = NoiseLevels.from_schedule(SCHEDULE, [2, 1])
+    expected = solvers.heun_table(levels.sigma_space())
+    lists = {"alpha": levels.alpha.tolist(), "sigma": levels.sigma.numpy()}
+    for times in ([2, 1], np.array([2, 1]), torch.tensor([2, 1], dtype=torch.int32)):
+        again = dataclasses.replace(levels, timesteps=times, **lists)
+        assert again.alpha.dtype == again.sigma.dtype == torch.float64
+        assert again.timesteps.dtype == torch.int64
+        table = solvers.heun_table(again.sigma_space())
+        assert torch.equal(table.coefficients, expected.coefficients)
+        assert torch.equal(table.timesteps, expected.timesteps)
+    with pytest.raises(ValueError, match="sigma must not require grad"):
+        dataclasses.replace(levels, sigma=levels.sigma.requires_grad_())
+    with pytest.raises(TypeError, match="alpha must be a tensor of real numbers, got str"):
+        dataclasses.replace(levels, alpha="a")
+
+
+@pytest.mark.parametrize("name", VECTORS)
+def test_a_tensor_without_values_is_named(name: str) -> None:
+    values, call = VECTORS[name]
+    with pytest.raises(ValueError, match=r"^\w+ must have values, got a tensor on meta"):
+        call(torch.tensor(values, device="meta"))
+    with pytest.raises(ValueError, match=r"^timesteps must have values, got a tensor on meta"):
+        NoiseLevels.from_schedule(SCHEDULE, torch.ones(2, device="meta"))

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounter
 
-from diffcore import PhiloxNoise
+from diffcore import PhiloxNoise, ops
 from diffcore.reference import philox
 from support.bounds import assert_same_bits
 from support.refusals import refused
@@ -122,18 +123,34 @@ def test_neither_batch_nor_kind_of_key_matters(made: str) -> None:
 
 
 def test_one_compilation_for_every_batch_size_and_stream() -> None:
-    counter = torch._dynamo.testing.CompileCounter()
+    counter = CompileCounter()
 
     @torch.compile(backend=counter, fullgraph=True, dynamic=True)
     def step(x: Tensor, stream: int) -> tuple[Tensor, ...]:
-        key = PhiloxNoise(torch.tensor(9)).at(stream)
+        key = PhiloxNoise(torch.tensor(9)).at(stream).for_samples(x.shape[0])
         return key.timesteps(1000, x.shape[0]), key.uniform((x.shape[0],)), key.tensor(x.shape)
 
     for batch, stream in ((3, 5), (4, 6), (7, 9)):
-        key = PhiloxNoise(9, stream=stream)
+        key = PhiloxNoise(9, sample_ids=batch, stream=stream)
         wanted = key.timesteps(1000, batch), key.uniform((batch,)), key.tensor((batch, 4))
         assert_same_bits(step(torch.zeros(batch, 4), stream), wanted)
     assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_export_with_a_dynamic_batch(strict: bool) -> None:
+    class Draws(torch.nn.Module):
+        def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+            key = PhiloxNoise(9).for_samples(x.shape[0])
+            noised = ops.add_noise(x, key.at(x.shape[0]), 0.8, 0.6)
+            return key.timesteps(1000, x.shape[0]), key.uniform((x.shape[0],)), noised
+
+    batch = torch.export.Dim("batch", min=2, max=64)
+    exported = torch.export.export(
+        Draws(), (torch.zeros(5, 3),), dynamic_shapes=({0: batch},), strict=strict
+    )
+    x = torch.randn(7, 3)
+    assert_same_bits(exported.module()(x), Draws()(x))
 
 
 def test_where_they_are() -> None:

@@ -166,6 +166,17 @@ def test_import_loads_no_optional_dependency() -> None:
     assert out.strip() == "[]"
 
 
+def test_import_loads_no_compiler() -> None:
+    """Dynamo, AOTAutograd and DTensor take several times as long to load as diffcore."""
+    out = run_python(
+        "import sys, torch\nbefore = set(sys.modules)\nimport diffcore\n"
+        "heavy = 'torch._dynamo', 'torch._inductor', 'torch._functorch'\n"
+        "heavy += ('torch.distributed.tensor',)\n"
+        "print([m for m in set(sys.modules) - before if m.startswith(heavy)])"
+    )
+    assert out.strip() == "[]"
+
+
 def test_import_does_not_start_cuda() -> None:
     out = run_python("import diffcore, torch; print(torch.cuda.is_initialized())")
     assert out.strip() == "False"

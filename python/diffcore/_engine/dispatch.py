@@ -56,7 +56,7 @@ def _run(  # noqa: C901 - the call path: one more function is time
 ) -> Any:
     """The outputs of a kernel, one tensor or a tuple: elementwise first, then sums."""
     if _compiling():
-        transformed = forward_ad._current_level >= 0 or native.transform_depth() > 0
+        transformed = forward_ad._current_level >= 0 or native.transform_traced()
         route = run_reference if transformed else _run_registered
         return route(kernel, inputs, coefs, step, reduce_all, out, noise)
     found = _NOT_PLAIN

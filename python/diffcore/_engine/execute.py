@@ -209,6 +209,6 @@ def resolved(coefs: Coefs) -> Coefs:
 
 def coefs_need_grad(coefs: Coefs) -> bool:
     for c in coefs:  # noqa: SIM110 - in every call, where a generator costs more
-        if type(c) is not float and c.requires_grad:  # type: ignore[union-attr]
+        if isinstance(c, Tensor) and c.requires_grad:
             return True
     return False

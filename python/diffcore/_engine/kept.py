@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import torch
 
 Made = TypeVar("Made")
+Call = TypeVar("Call", bound=Callable[..., Any])
 
 _names: dict[Hashable, str] = {}
 
@@ -42,12 +43,22 @@ def made_plainly(make: Callable[[], Made]) -> Made:
         return make()
 
 
+def constant_in_traces(function: Call) -> Call:
+    """Marks a function for Dynamo, which calls it while tracing and takes the result as constant.
+
+    The mark that ``torch.compiler.assume_constant_result`` sets; that loads Dynamo, which takes
+    longer than torch itself.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
 class Traced:
     """Values that a compiled function reads, each an attribute whose name stands for its key.
 
     Dynamo reads a dict once per trace, and guards on what is not in it: a dict that the trace fills
     would be compiled for twice. An attribute is read when it is there. So a function that is called
-    while tracing (``torch.compiler.assume_constant_result``) makes the value, keeps it here and
+    while tracing (``constant_in_traces``) makes the value, keeps it here and
     returns the name.
     """
 

@@ -37,7 +37,7 @@ def pack(kernel: Kernel, first: Tensor, coefs: Coefs, step: Step) -> tuple[Any, 
 
     ``first`` is an input, on the device of the call.
     """
-    if not kernel.coefs:
+    if not coefs and not kernel.coefs:  # a trace guards on each name that it reads
         return ()  # ahead-of-time inductor hands an empty list of optional tensors over as None
     # Dynamo shows a symbolic number as a float.
     if torch.compiler.is_compiling() or any(isinstance(c, torch.SymFloat) for c in coefs):
@@ -123,6 +123,7 @@ def run_registered(
         return run_reference(kernel, inputs, coefs, step, reduce_all, out, noise)
     compiling = torch.compiler.is_compiling()
     if compiling and compiled_ops.kind == "formula" and noise is None:
+        coefs = _without_symbols(coefs, inputs[0])
         return run_reference(kernel, inputs, coefs, step, reduce_all, out)
     if not compiling and native.dispatch_modes():  # fake tensors: no kernel will check anything
         messages.explain(Arguments(kernel, inputs, coefs, step, None, noise))

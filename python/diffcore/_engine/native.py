@@ -46,10 +46,12 @@ transforms: Callable[[], Any] = getattr(
     getattr(torch._C, "_functorch", None), "peek_interpreter_stack", _unknown
 )
 
-# The same question in the form that torch.compile answers while it traces.
-transform_depth: Callable[[], int] = getattr(
-    getattr(torch._C, "_functorch", None), "get_dynamic_layer_stack_depth", lambda: 0
-)
+
+@torch.compiler.assume_constant_result
+def transform_traced() -> bool:
+    """Whether Dynamo traces inside a transform: it calls this while it traces."""
+    depth = getattr(torch._C._functorch, "get_dynamic_layer_stack_depth", lambda: 0)
+    return bool(depth() > 0)
 
 
 def function_modes() -> int:

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._functorch import config as partitioner
 from torch.fx import traceback
 from torch.utils.checkpoint import CheckpointPolicy
 
@@ -56,6 +55,8 @@ def _draw_seed(device: torch.device) -> Tensor:
     another than that of the result. The mark reaches the traced node through the metadata that
     tracers copy; outside of them it changes nothing.
     """
+    from torch._functorch import config as partitioner  # not loaded with torch
+
     if partitioner.activation_memory_budget == 0 and torch.is_grad_enabled():
         raise RuntimeError(
             "noise must be given where activation_memory_budget is 0, which keeps no value of the "

@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from diffcore._checks import check_choice, check_float_tensor
+from diffcore._checks import as_tensor, check_choice, check_float_tensor
 from diffcore._engine import native
 from diffcore._engine.dispatch import plain_eager
 from diffcore._engine.dtensor import per_sample, shard_of
@@ -16,6 +16,7 @@ from diffcore.coefficients.bound import DECODERS
 from diffcore.noise import Noise, PhiloxNoise
 from diffcore.ops._arguments import as_step
 from diffcore.ops._noise import default_key
+from diffcore.schedules.tensors import check_has_values
 
 # Without a search for other tracers, because every training step asks.
 compiling = torch.compiler.is_dynamo_compiling
@@ -24,6 +25,11 @@ compiling = torch.compiler.is_dynamo_compiling
 def can_read_values(x: Tensor) -> bool:
     """Whether values can be read on the host without a graph break or a wait for the device."""
     return plain_eager() and (x.device.type == "cpu" or native.DEBUG)
+
+
+def has_values(x: Tensor) -> bool:
+    """Whether there are values to read, maybe after a wait for the device."""
+    return plain_eager() and x.device.type != "meta"
 
 
 def check_batch(name: str, x: Tensor) -> None:
@@ -53,7 +59,7 @@ def check_decoder(decoder: str, name: str, x: Tensor) -> None:
         ValueError: ``decoder`` is unknown, or ``x`` does not fit it.
     """
     check_choice("decoder", decoder, DECODERS)
-    if decoder == "discretized" and plain_eager():
+    if decoder == "discretized" and has_values(x):
         check_pixels(name, x)
 
 
@@ -107,12 +113,19 @@ def check_pixels(name: str, x: Tensor) -> None:
         good = (exact - grid).abs() <= 4 * torch.finfo(torch.float32).eps
     if bool(good.all()):
         return
-    bad = exact[~good]
+    bad, (low, high) = exact[~good], (end.item() for end in exact.aminmax())
+    fix = "use decoder='gaussian' for latents and other data that are not 8-bit pixels"
+    if low >= 0 and high > low:  # as ToTensor makes them, or in their 8 bits
+        fix = f"pass {_from_images(name, high)} for images in [0, {255 if high > 2 else 1}]; {fix}"
     raise ValueError(
         f"{name} must be pixels k/127.5 - 1, k = 0 .. 255, with decoder='discretized', "
-        f"got {bad.numel()} of {x.numel()} values off this grid, such as {bad[0].item():.6g}; use "
-        "decoder='gaussian' for latents and other data that are not 8-bit pixels"
+        f"got {bad.numel()} of {x.numel()} values off this grid, such as {bad[0].item():.6g}; {fix}"
     )
+
+
+def _from_images(name: str, high: float) -> str:
+    """How to scale images whose largest value is ``high`` to [-1, 1]."""
+    return f"{name} / 127.5 - 1" if high > 2 else f"{name} * 2 - 1"
 
 
 def warn_of_images(name: str, x: Tensor) -> bool:
@@ -127,15 +140,15 @@ def warn_of_images(name: str, x: Tensor) -> bool:
     """
     if not plain_eager():
         return False
+    x = shard_of(x)
     if x.ndim < 4 or x.numel() == 0 or x.device.type != "cpu":
         return True
     low, high = (float(end) for end in torch.aminmax(x.detach()))
     if not (low >= 0 and high > low):
         return True
-    fix = f"{name} / 127.5 - 1" if high > 2 else f"{name} * 2 - 1"
     warnings.warn(
         f"{name} has values from {low:.4g} to {high:.4g} and none below 0: the noise has mean 0, "
-        f"and so should the data; for images pass {fix}",
+        f"and so should the data; for images pass {_from_images(name, high)}",
         UserWarning,
         stacklevel=3,
     )
@@ -206,21 +219,27 @@ def check_timesteps(
     return per_sample(t, x)
 
 
-def check_weights(weights: Tensor, num_timesteps: int) -> None:
-    """Refuse loss weights that are not a tensor ``[T]``.
+def check_weights(weights: Any, num_timesteps: int, device: torch.device) -> Tensor:
+    """Loss weights as a tensor ``[T]``.
 
     Args:
-        weights: The argument.
+        weights: The argument: a tensor, a NumPy array or a list.
         num_timesteps: T.
+        device: Where they will be needed.
+
+    Returns:
+        The tensor, or float64 on the CPU.
 
     Raises:
-        TypeError: Not a tensor.
+        TypeError: Not numbers.
         ValueError: Another shape.
     """
-    if not isinstance(weights, Tensor):
-        raise TypeError(f"weights must be a torch.Tensor, got {type(weights).__name__}")
-    if weights.shape != (num_timesteps,):
-        raise ValueError(f"weights must have shape ({num_timesteps},), got {tuple(weights.shape)}")
+    found = as_tensor("weights", weights, "a tensor of [T] numbers")
+    if found.shape != (num_timesteps,):
+        raise ValueError(f"weights must have shape ({num_timesteps},), got {tuple(found.shape)}")
+    if device.type != "meta":
+        check_has_values("weights", found)
+    return found
 
 
 def _given_timesteps(t: Any, num_timesteps: int, device: torch.device) -> int | Tensor:
@@ -250,6 +269,6 @@ def _refuse_dtype(t: Tensor, num_timesteps: int) -> NoReturn:
 
 
 def _refuse_shape(t: Tensor, x: Tensor) -> NoReturn:
-    frames = t.ndim > 1 and t.numel() != len(x)
+    frames = t.ndim > 1 and t.numel() != x.shape[0]
     fix = "; for a timestep of each frame fold the frames into the batch" if frames else ""
     raise ValueError(f"t must have shape {tuple(x.shape[:1])}, got {tuple(t.shape)}{fix}")

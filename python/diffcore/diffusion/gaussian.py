@@ -11,6 +11,7 @@ keyword-only. The constructor differs: it takes strings for the model's output a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from diffcore import ops
-from diffcore._checks import as_positive, as_real, check_choice
+from diffcore._checks import as_positive, as_real, check_choice, check_not_compiling
 from diffcore._engine.dtensor import replicated
 from diffcore._engine.kept import made_plainly
 from diffcore._types import Model
@@ -115,12 +116,14 @@ class GaussianDiffusion:
         check_choice("loss_type", loss_type, training.LOSS_TYPES)
         clip_sample_range = as_positive("clip_sample_range", clip_sample_range)
         betas = made_plainly(lambda: check_betas(betas))
-        check_direction(betas)
-        if prediction_type == "epsilon" and betas[-1] == 1:
+        made_plainly(lambda: check_direction(betas))
+        last = made_plainly(lambda: math.exp(0.5 * float(torch.log1p(-betas).sum())))
+        if prediction_type == "epsilon" and last < _SMALLEST:
             raise ValueError(
-                "betas must end below 1 with prediction_type='epsilon', got a last beta of 1 (zero "
-                "terminal SNR): its x_t holds no signal, so a prediction of epsilon does not "
-                "determine x_0; use prediction_type='v_prediction' or 'sample'"
+                "betas must leave some signal with prediction_type='epsilon', got alpha = "
+                f"{last:.3g} at the last timestep (zero terminal SNR in float32): a prediction of "
+                "epsilon does not determine x_0 there; use prediction_type='v_prediction' or "
+                "'sample'"
             )
         self._set_up(
             DiffusionTables(betas, prediction_type, variance_type),
@@ -133,13 +136,6 @@ class GaussianDiffusion:
         self, tables: DiffusionTables, clip_sample: bool, clip_sample_range: float, loss_type: str
     ) -> None:
         """Takes checked settings."""
-        last = tables.schedule.alpha[-1]
-        if tables.prediction_type == "epsilon" and not last >= _SMALLEST:
-            raise ValueError(
-                "betas must leave alpha above 1.2e-38, the range of float32, with prediction_type="
-                f"'epsilon', got alpha = {last:.3g} at the last timestep, where x_0 is divided by "
-                "it; use prediction_type='v_prediction' or 'sample'"
-            )
         self.prediction_type = tables.prediction_type
         self.variance_type = tables.variance_type
         self.clip_sample = clip_sample
@@ -179,11 +175,15 @@ class GaussianDiffusion:
         Raises:
             TypeError: Timesteps that are not integers.
             ValueError: No timestep, or one out of range.
+            RuntimeError: Compiling or exporting.
 
         Source:
             Nichol and Dhariwal 2021 (arXiv 2102.09672) section 4 (SpacedDiffusion).
         """
-        timestep_map, betas = self.tables.respaced(timesteps, timestep_spacing)
+        check_not_compiling("respace", "call it before, and compile what uses the result")
+        timestep_map, betas = made_plainly(
+            lambda: self.tables.respaced(timesteps, timestep_spacing)
+        )
         tables = DiffusionTables(betas, self.prediction_type, self.variance_type)
         tables.timestep_map = timestep_map
         # Not the constructor: betas over gaps of different lengths may fall.
@@ -227,7 +227,7 @@ class GaussianDiffusion:
         t = check_timesteps(t, x_start, self.num_timesteps)
         if noise is None:
             noise = default_key(x_start)
-        return ops.q_sample(x_start, t, noise, self.tables.noise[x_start.device])
+        return training.noised(self.tables, x_start, t, noise)
 
     def q_posterior_mean_variance(
         self, x_start: Tensor, x_t: Tensor, t: Tensor | int
@@ -285,9 +285,10 @@ class GaussianDiffusion:
             model_kwargs: More arguments for the model.
             noise: Standard normal, like ``x_start``, or a noise key; ``None`` for a key seeded by
                 torch's generator. The noise of a key is generated twice and never stored.
-            weights: ``[T]``, a weight for each timestep (``losses.min_snr_weights``); 1 if
-                ``None``. Keep it on the device of ``x_start``: moving it there waits. Weights apply
-                to the mse only and are refused with "kl" and "rescaled_kl".
+            weights: ``[T]``, a weight for each timestep (``losses.min_snr_weights``), as a tensor,
+                an array or a list; 1 if ``None``. Keep it on the device of ``x_start``: moving it
+                there waits. Weights apply to the mse only and are refused with "kl" and
+                "rescaled_kl".
             decoder: L_0 for pixels k/127.5 - 1 ("discretized": the mass of their bin) or for other
                 data such as latents ("gaussian": the density). Pixel values are not validated while
                 training: the bin of another x_0 is x_0 ± 1/255.
@@ -311,12 +312,12 @@ class GaussianDiffusion:
                 raise ValueError(
                     f"weights must be None with loss_type={self.loss_type!r}, got a tensor"
                 )
-            check_weights(weights, self.num_timesteps)
+            weights = check_weights(weights, self.num_timesteps, x_start.device)
         if not compiling() and not self._images_checked:
             self._images_checked = warn_of_images("x_start", x_start)
         if noise is None:
             noise = default_key(x_start)
-        x_t = ops.q_sample(x_start, t, noise, self.tables.noise[x_start.device])
+        x_t = training.noised(self.tables, x_start, t, noise)
         output, variance_output = self._predict(model, x_t, t, model_kwargs)
         return training.losses(
             self.tables,
@@ -704,7 +705,7 @@ class GaussianDiffusion:
         model_kwargs: Mapping[str, Any] | None,
     ) -> tuple[Tensor, Tensor]:
         """The term t of the bound and the mean squared error of x_0, each ``[B]``."""
-        x_t = ops.q_sample(x_start, t, noise, self.tables.noise[x_start.device])
+        x_t = training.noised(self.tables, x_start, t, noise)
         output, variance_output = self._predict(model, x_t, t, model_kwargs)
         return bound.term_of_noise(
             self.tables, x_start, noise, output, variance_output, t, clip, decoder

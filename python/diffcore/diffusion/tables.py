@@ -11,7 +11,7 @@ from torch import Tensor
 
 from diffcore._checks import as_int, check_choice, hint
 from diffcore._engine.dtensor import replicated
-from diffcore._engine.kept import Traced, made_plainly
+from diffcore._engine.kept import Traced, constant_in_traces, made_plainly
 from diffcore.coefficients.bound import FIXED, LEARNED, VLB_COLUMNS, vlb_coefficients
 from diffcore.coefficients.step import posterior_coefficients, tensors, x0_coefficients
 from diffcore.schedules.schedule import NoiseSchedule
@@ -50,7 +50,7 @@ class DeviceCopies(dict[torch.device, Tensor]):
         copy = made_plainly(lambda: self.table.to(device, copy=True))
         return self.setdefault(device, copy)
 
-    @torch.compiler.assume_constant_result
+    @constant_in_traces
     def _name(self, device: torch.device) -> str:
         return self._traced.name(device, lambda: self[device])
 
@@ -293,7 +293,10 @@ class DiffusionTables:
         """
         given: Any = timesteps
         if hasattr(given, "__index__") and not getattr(given, "ndim", False):
-            rows = self.rows(as_int("timesteps", given), timestep_spacing)
+            count = as_int("timesteps", given)
+            if not 1 <= count <= len(self):
+                raise ValueError(f"timesteps must be 1 to {len(self)} of them, got {count}")
+            rows = self.rows(count, timestep_spacing)
         else:
             try:
                 rows = tuple(sorted({as_int("timesteps", t) for t in given}))
@@ -323,7 +326,7 @@ class DiffusionTables:
             found = self._built[key] = made_plainly(lambda: getattr(self, make)(*args))
         return found
 
-    @torch.compiler.assume_constant_result
+    @constant_in_traces
     def _name(self, make: str, *args: Any) -> str:
         return self._traced.name((make, args), lambda: self._kept(make, *args))
 

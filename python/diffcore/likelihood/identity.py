@@ -201,7 +201,9 @@ def is_first(group: Group | None) -> bool:
 
 def _list_samples(ids: int | Tensor, x: Tensor) -> _Listed:
     """The ids of a batch and the digests of its samples."""
-    rows = x.detach().cpu().contiguous().reshape(len(x), -1).view(torch.uint8).numpy()
+    rows = (
+        x.detach().cpu().contiguous().reshape(len(x), x.shape[1:].numel()).view(torch.uint8).numpy()
+    )
     contents = (hashlib.blake2b(row.tobytes(), digest_size=16).digest() for row in rows)
     return list(zip(_listed_ids(ids, len(x)).tolist(), contents, strict=True))
 

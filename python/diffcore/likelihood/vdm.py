@@ -12,13 +12,13 @@ from torch import Tensor
 
 from diffcore import ops
 from diffcore._checks import as_int, check_choice
-from diffcore._engine.dispatch import plain_eager, run
+from diffcore._engine.dispatch import run
 from diffcore._engine.dtensor import all_of, of_first_rank, per_sample
 from diffcore._kernels.bound import PRIOR_KL
 from diffcore._types import Model
 from diffcore.coefficients.bound import DECODERS, FIXED, VLB_COLUMNS, prior_coefficients
 from diffcore.coefficients.step import PREDICTION_TYPES, target_coefficients, x0_coefficients
-from diffcore.diffusion.checks import can_read_values, check_noise, check_pixels
+from diffcore.diffusion.checks import can_read_values, check_noise, check_pixels, has_values
 from diffcore.noise import Noise, PhiloxNoise
 from diffcore.ops._noise import default_key
 from diffcore.sampling.model import call_model, check_samples
@@ -160,13 +160,18 @@ def vdm_bound(
     check_samples(x)
     check_choice("prediction_type", prediction_type, PREDICTION_TYPES)
     check_choice("decoder", decoder, DECODERS)
-    if len(x) == 0:
+    if x.shape[0] == 0:
         raise ValueError("x must have at least one sample, got an empty batch")
     if num_timesteps is not None:
         num_timesteps = as_int("num_timesteps", num_timesteps, 1)
     schedule = _Schedule.of(gamma_min, gamma_max, gamma, gamma_prime, x.device)
     if decoder == "discretized" and can_read_values(x):
         check_pixels("x", x)
+    if generator is not None and noise is not None and t is not None:
+        raise ValueError(
+            "generator must be None where noise and t are both given, got a torch.Generator; "
+            "nothing is left to seed"
+        )
     if noise is None:
         noise = default_key(x, generator)
     noise = check_noise(noise, x)
@@ -211,7 +216,7 @@ class _Schedule:
         at = torch.device("cpu") if gamma is None else device
         gamma, gamma_prime = _functions(gamma_min, gamma_max, gamma, gamma_prime)
         ends = gamma(torch.tensor([0.0, 1.0], dtype=torch.float64, device=at)).detach()
-        if plain_eager():
+        if has_values(ends):
             first, last = ends.tolist()
             if not first < last:
                 raise ValueError(f"gamma must rise from t = 0 to t = 1, got {first} and {last}")
@@ -227,7 +232,7 @@ class _Schedule:
 
 def _prior(x: Tensor, gamma_1: Tensor) -> Tensor:
     """KL(q(z_1 | x) || N(0, I)), ``[B]``, nats."""
-    if not plain_eager():  # no value can be read
+    if not has_values(gamma_1):
         coefs = prior_coefficients(*_coefficients(gamma_1.to(x.device)))
         return run(PRIOR_KL, (x,), coefs)
     alpha, sigma = (c.item() for c in _coefficients(gamma_1.cpu()))
@@ -254,7 +259,7 @@ def _diffusion(
     # The error of x times alpha / sigma is the error of the noise.
     table = _errors(alpha, sigma, prediction_type)
     table[:, _FACTOR] = 0.5 * weight * torch.exp(-gamma_t)
-    rows = torch.arange(len(x), device=x.device)
+    rows = torch.arange(x.shape[0], device=x.device)
     return ops.vlb_term(x, output, table, t=rows, noise=noise)
 
 
@@ -262,7 +267,7 @@ def _reconstruction(x: Tensor, noise: Noise, gamma_0: Tensor, decoder: str) -> T
     """-log p(x | z_0), ``[B]``, nats."""
     table = _decoder(gamma_0.to(x.device), decoder)
     noise_0 = noise.at(noise.stream + 1) if isinstance(noise, PhiloxNoise) else noise
-    rows = torch.zeros(len(x), dtype=torch.int64, device=x.device)
+    rows = torch.zeros(x.shape[0], dtype=torch.int64, device=x.device)
     # The mean of p(x | z_0) is z_0 / alpha_0, with no model: x stands in for the model output.
     return ops.vlb_term(x, x, table, t=rows, noise=noise_0)
 
@@ -300,7 +305,7 @@ def _decoder(gamma: Tensor, decoder: str) -> Tensor:
 
 
 def _table(like: Tensor, *errors: Tensor) -> Tensor:
-    table = torch.zeros(len(like), FIXED, dtype=torch.float64, device=like.device)
+    table = torch.zeros(like.shape[0], FIXED, dtype=torch.float64, device=like.device)
     for k, b in enumerate(errors):
         table[:, k] = b.float()
         table[:, k + 3] = b - b.float().double()
@@ -314,8 +319,8 @@ def _times(t: Tensor | None, x: Tensor, generator: torch.Generator | None) -> Te
         at = x.device if generator is None else generator.device
         u = torch.rand(1, dtype=torch.float64, generator=generator, device=at).to(x.device)
         u = of_first_rank(u, x)
-        i = torch.arange(len(x), dtype=torch.float64, device=x.device)
-        return torch.remainder(u + i / len(x), 1.0)
+        i = torch.arange(x.shape[0], dtype=torch.float64, device=x.device)
+        return torch.remainder(u + i / x.shape[0], 1.0)
     if not isinstance(t, Tensor) or not t.is_floating_point():
         what = t.dtype if isinstance(t, Tensor) else type(t).__name__
         raise TypeError(f"t must be a tensor of floating point numbers, got {what}")

@@ -121,7 +121,10 @@ class PhiloxNoise:
             Stream 0 of samples 0 .. B-1.
         """
         if generator is not None and not isinstance(generator, torch.Generator):
-            raise TypeError(f"generator must be a torch.Generator, got {type(generator).__name__}")
+            kind = type(generator).__name__
+            each = isinstance(generator, (list, tuple))
+            fix = "; for a seed of each sample pass a PhiloxNoise with sample_ids" if each else ""
+            raise TypeError(f"generator must be a torch.Generator, got {kind}{fix}")
         source = torch.device("cpu") if generator is None else generator.device
         at = source if device is None else torch.device(device)
         seeded_on = at if generator is None else source

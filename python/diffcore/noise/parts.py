@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffcore._engine import messages
+
 _WORDS = 2**32
 _MAX_FIRST = 4 * _WORDS
 
@@ -37,11 +39,8 @@ def ids_part(sample_ids: Any) -> Any:
         return 0
     if isinstance(sample_ids, (list, tuple, range)):
         sample_ids = _list_of_ids(sample_ids)
-    elif hasattr(sample_ids, "__array_interface__") and sample_ids.ndim > 0:
-        if sample_ids.dtype.kind not in "iu" or sample_ids.dtype.name == "uint64":
-            raise _wrong("sample_ids", f"an array of {sample_ids.dtype}")
-        # A copy: the ids of a key must not change with the array, which may be read-only.
-        sample_ids = torch.tensor(sample_ids.astype("int64"), device="cpu")
+    elif not isinstance(sample_ids, (Tensor, int)) and getattr(sample_ids, "shape", ()):
+        sample_ids = _array_of_ids(sample_ids)
     if not isinstance(sample_ids, Tensor):
         return _integer("sample_ids", sample_ids, -(2**63), 2**63)
     if sample_ids.dtype in _INTEGERS:
@@ -110,10 +109,19 @@ def _list_of_ids(ids: Sequence[Any]) -> Tensor:
     return torch.tensor(numbers, dtype=torch.int64, device="cpu")
 
 
+def _array_of_ids(ids: Any) -> Tensor:
+    """The ids of a NumPy array, copied: a key does not change with the array."""
+    kind = ids.dtype
+    if kind.kind not in "iu" or kind.name == "uint64":
+        raise _wrong("sample_ids", f"an array of {kind}")
+    return torch.tensor(ids.astype("int64"), device="cpu")
+
+
 def _checked(name: str, value: Tensor, most: int) -> Tensor:
     """An int64 tensor of 1 .. ``most`` elements, or of any number of them where ``most`` is 0."""
     if value.dtype != torch.int64:
         raise _wrong(name, f"a tensor of {value.dtype}")
+    messages.check_dense(name, value)
     if value.ndim > 1 or (most and not 1 <= value.numel() <= most):
         raise ValueError(f"{name} must be {_ALLOWED[name]}, got shape {tuple(value.shape)}")
     return value

@@ -7,6 +7,7 @@ no solver.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -15,13 +16,15 @@ from torch import Tensor
 
 from diffcore._checks import as_int
 from diffcore._engine.dispatch import run
-from diffcore._engine.kept import Traced, made_plainly
+from diffcore._engine.kept import Traced, constant_in_traces, made_plainly
 from diffcore._kernels.step import PLAIN, Plan, columns_read, learned_plan, plan
 from diffcore._types import Coef, Coefs, Row, Step, Tensors
 from diffcore.coefficients.step import HISTORY_READ, HISTORY_WRITTEN, STEP_COLUMNS
 from diffcore.noise import Noise
-from diffcore.ops._arguments import as_coef, as_table, converted
+from diffcore.ops._arguments import as_coef, as_table, columns_of, converted
 from diffcore.ops._noise import run_noisy
+
+_compiling = torch.compiler.is_dynamo_compiling
 
 _ALL = len(STEP_COLUMNS)
 _NOISE = STEP_COLUMNS.index("c_z")
@@ -103,7 +106,7 @@ def predictions(
     scale = as_coef("guidance_scale", scale, None)
     if uncond is None:
         pair = isinstance(x, Tensor) and isinstance(model_output, Tensor) and x.ndim > 0
-        if not pair or model_output.ndim == 0 or len(model_output) != 2 * len(x):
+        if not pair or model_output.ndim == 0 or model_output.shape[0] != 2 * x.shape[0]:
             raise ValueError(
                 "model_output_uncond must be given with guidance_scale, got None; or pass a "
                 "model_output [2 B, ...] with the unconditional batch first"
@@ -148,7 +151,7 @@ def _columns(name: str, row: Row, columns: int, widths: tuple[int, ...]) -> Coef
             raise ValueError(f"{name} must hold {counts} numbers, got {len(row)}")
         return row[:columns]
     table = as_table(name, row, *widths)
-    return (table if table.shape[1] == columns else table[:, :columns],)
+    return (table if table.shape[1] == columns else columns_of(name, table, 0, columns),)
 
 
 class RowLauncher:
@@ -169,10 +172,13 @@ class RowLauncher:
     __slots__ = (
         "_coefficients",
         "_copies",
+        "_digest",
         "_history",
         "_learned",
         "_name",
         "_plans",
+        "_rows",
+        "_stochastic",
         "_traced",
         "_variance",
     )
@@ -187,7 +193,10 @@ class RowLauncher:
         variance: Tensor | None,
     ) -> None:
         self._name = name
-        self._plans = tuple(row_plan(c, v) for c, v in zip(rows, variances, strict=True))
+        self._rows = tuple(zip(rows, variances, strict=True))
+        self._plans = tuple([row_plan(c, v) for c, v in self._rows])
+        self._stochastic = any(how.noisy for how in self._plans)
+        self._digest = digest(rows, variances)
         self._history = history
         self._learned = variance is not None
         self._coefficients = coefficients
@@ -209,7 +218,9 @@ class RowLauncher:
         variance_output: Tensor | None,
     ) -> tuple[Tensor, Tensors]:
         """Row i in one launch: see ``SolverTable.step``, which has the same arguments."""
-        if type(i) is int and 0 <= i < len(self._plans):
+        if _compiling():
+            how, t = self._traced_plan(i)
+        elif type(i) is int and 0 <= i < len(self._plans):
             how, t = self._plans[i], None
         else:
             how, t = self._plan(i)
@@ -227,7 +238,9 @@ class RowLauncher:
                 f"noise must be given at row {i} of {self._name}, which adds noise, got None; pass "
                 "a tensor or a PhiloxNoise"
             )
-        guidance = guidance_of(model_output_uncond, guidance_scale)
+        guidance = None
+        if model_output_uncond is not None or guidance_scale is not None:
+            guidance = Guidance(model_output_uncond, guidance_scale)
         found = launch(how, x, model_output, earlier, t, noise, guidance, threshold)
         if not self._history:
             return found, ()
@@ -239,13 +252,36 @@ class RowLauncher:
         """The plan of row i; for a tensor of rows, one that covers the needs of every row."""
         if not isinstance(i, Tensor):
             return self._plans[self.index(i)], None
+        if i.dtype not in (torch.int64, torch.int32):
+            raise TypeError(f"i must be an int or an int64 or int32 tensor, got {i.dtype}")
+        if i.ndim > 1:
+            raise ValueError(f"i must be one row, or [B], got shape {tuple(i.shape)}")
         reads, keeps = self._history, self._history > 0
         coefficients, variance = self._on(i.device)
-        stochastic = any(how.noisy for how in self._plans)
         columns = coefficients[:, : columns_read(reads, keeps)]
-        if variance is not None and stochastic:
+        if variance is not None and self._stochastic:
             return learned_plan((columns, variance)), i
-        return plan((columns,), reads, keeps, stochastic), i
+        return plan((columns,), reads, keeps, self._stochastic), i
+
+    def _traced_plan(self, i: int | Tensor) -> tuple[Plan, Tensor | None]:
+        """The plan of row i, made again by a trace from numbers that are constants to it.
+
+        Compiled code checks what it was compiled for at each call. For the plans themselves these
+        checks took longer than the steps; here they are one comparison of two strings.
+        """
+        if isinstance(i, Tensor):
+            return self._plan(i)
+        coefficients, _, variance = self._row_text(self._digest, i).partition(";")
+        numbers = tuple([float(c) for c in coefficients.split()])
+        variances = tuple([float(c) for c in variance.split()])
+        return row_plan(numbers, variances or None), None
+
+    @torch.compiler.assume_constant_result
+    def _row_text(self, digest: str, i: int) -> str:  # noqa: ARG002
+        """The numbers of a row, as a trace can read them; ``digest`` is for its guard alone."""
+        self._plan(i)  # refuses a wrong row
+        coefficients, variance = self._rows[i]
+        return f"{' '.join(map(repr, coefficients))};{' '.join(map(repr, variance or ()))}"
 
     def index(self, i: int) -> int:
         """The number of a row, checked."""
@@ -270,7 +306,7 @@ class RowLauncher:
         variance = None if self._variance is None else self._variance.to(device)
         return self._coefficients.to(device), variance
 
-    @torch.compiler.assume_constant_result
+    @constant_in_traces
     def _traced_on(self, device: torch.device) -> str:
         return self._traced.name(device, lambda: self._on(device))
 
@@ -298,6 +334,11 @@ class RowLauncher:
             )
         history = history[: how.reads]
         return (*history, *(x,) * (how.reads + how.padding - len(history)))
+
+
+def digest(*numbers: Any) -> str:
+    """A string that differs where the numbers do."""
+    return hashlib.sha256(repr(numbers).encode()).hexdigest()
 
 
 def row_plan(coefficients: tuple[float, ...], variance: tuple[float, ...] | None) -> Plan:

@@ -135,6 +135,7 @@ def randn(
         return noise.tensor(shape, dtype=dtype, device=device)
     if not isinstance(out, Tensor):
         raise TypeError(f"out must be a torch.Tensor, got {type(out).__name__}")
+    messages.check_dense("out", out)
     for what, came, wanted in (
         ("shape", tuple(shape), tuple(out.shape)),
         ("dtype", dtype or out.dtype, out.dtype),

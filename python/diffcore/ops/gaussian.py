@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -23,6 +24,9 @@ __all__ = [
     "reparameterize_kl",
     "standard_normal_kl",
 ]
+
+
+_NORMAL_KL = ("mean1", "logvar1", "mean2", "logvar2")
 
 
 def reduced(term: Term, inputs: tuple[Tensor, ...], reduction: str) -> Tensor:
@@ -83,13 +87,19 @@ def normal_kl(
     if not torch.compiler.is_compiling():
         try:
             return reduced(k.NORMAL_KL, inputs, reduction)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, RuntimeError) as error:
             refusal = error
+    if refusal is not None:  # a RuntimeError: a nested tensor has no shape
+        for name, x in zip(_NORMAL_KL, inputs, strict=True):
+            if isinstance(x, Tensor):
+                messages.check_dense(name, x)
+        if isinstance(refusal, RuntimeError):
+            raise refusal
     if all(isinstance(x, Tensor) and x.shape == inputs[0].shape for x in inputs):
         if refusal is not None:
             raise refusal
         return reduced(k.NORMAL_KL, inputs, reduction)
-    full = _broadcast(("mean1", "logvar1", "mean2", "logvar2"), inputs)
+    full = _broadcast(_NORMAL_KL, inputs)
     if all(type(x) in (int, float) and x == 0 for x in (mean2, logvar2)):
         return reduced(k.STANDARD_NORMAL_KL, full[:2], reduction)
     return reduced(k.NORMAL_KL, full, reduction)
@@ -111,6 +121,8 @@ def _broadcast(names: tuple[str, ...], inputs: tuple[Tensor | float, ...]) -> Te
     first_name, first = next(iter(tensors.items()))
     shape = first.shape
     for name, x in tensors.items():
+        messages.check_dense(name, x)
+        messages.check_memory(name, x)
         if x.device != first.device:
             raise ValueError(
                 f"{name} must be on the device of {first_name}, {first.device}, got {x.device}"
@@ -123,10 +135,18 @@ def _broadcast(names: tuple[str, ...], inputs: tuple[Tensor | float, ...]) -> Te
                 f"{tuple(x.shape)}"
             ) from None
     each = [
-        x if isinstance(x, Tensor) else first.new_full((), as_real(n, x))
+        x if isinstance(x, Tensor) else _filled(first, as_real(n, x))
         for n, x in zip(names, inputs, strict=True)
     ]
     return tuple(x.expand(shape) for x in each)
+
+
+def _filled(like: Tensor, value: float) -> Tensor:
+    """A number as a tensor; infinite where the dtype cannot hold it."""
+    try:
+        return like.new_full((), value)
+    except RuntimeError:
+        return like.new_full((), math.copysign(math.inf, value))
 
 
 def standard_normal_kl(mean: Tensor, logvar: Tensor, *, reduction: str = "none") -> Tensor:

@@ -7,12 +7,20 @@ from typing import Literal, overload
 from torch import Tensor
 
 from diffcore._checks import check_choice
+from diffcore._engine import messages
 from diffcore._engine.dispatch import run
 from diffcore._kernels import linear as k
 from diffcore._types import Coef, Step
 from diffcore.coefficients import step as formulas
 from diffcore.noise import Noise
-from diffcore.ops._arguments import as_coef, as_table, converted, in_float64, negated
+from diffcore.ops._arguments import (
+    as_coef,
+    as_table,
+    columns_of,
+    converted,
+    in_float64,
+    negated,
+)
 from diffcore.ops._noise import run_noisy
 
 __all__ = [
@@ -162,7 +170,10 @@ def q_sample(
         x_t: Tensor = run_noisy(_Q_SAMPLE, (x0,), noise, (table,), t, out)
         return x_t
     _refuse_out(out)
-    target = _target(return_target, table[:, :1], table[:, 1:])
+    if table.is_quantized:
+        messages.check_dense("table", table)
+    alpha, sigma = columns_of("table", table, 0, 1), columns_of("table", table, 1, 2)
+    target = _target(return_target, alpha, sigma)
     both: tuple[Tensor, Tensor] = run_noisy(_Q_SAMPLE_TARGET, (x0,), noise, (table, *target), t)
     return both
 

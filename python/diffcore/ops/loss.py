@@ -68,11 +68,16 @@ def denoising_loss(
         raise TypeError(f"model_output must be a torch.Tensor, got {type(model_output).__name__}")
     if any(isinstance(x, Tensor) and x.dtype is not model_output.dtype for x in (x0, noise)):
         model_output, x0, noise = promoted(model_output, x0, noise)
+    try:
+        inverse_n = 1.0 / max(model_output.shape[1:].numel() if model_output.ndim else 1, 1)
+    except RuntimeError:  # a nested tensor has no shape
+        messages.check_dense("model_output", model_output)
+        raise
     w = 1.0 if weight is None else as_coef("weight", weight, t)
     step = t if isinstance(w, Tensor) and w.ndim == 2 else None
     if prediction_type == "epsilon":
         _check_unread("x0", x0, model_output)
-        return _loss(_NOISE_LOSS, (model_output,), noise, w, (), step)
+        return _loss(_NOISE_LOSS, (model_output,), noise, w, inverse_n, (), step)
     if prediction_type == "sample":
         if isinstance(noise, PhiloxNoise):
             batch = model_output.shape[0] if model_output.ndim else 1
@@ -81,17 +86,23 @@ def denoising_loss(
             _check_unread("noise", noise, model_output)
         if not isinstance(x0, Tensor):
             raise TypeError(f"x0 must be a torch.Tensor, got {type(x0).__name__}")
-        return _loss(_X0_LOSS, (model_output,), x0, w, (), step)
+        return _loss(_X0_LOSS, (model_output,), x0, w, inverse_n, (), step)
     if prediction_type == "flow_prediction":
-        return _loss(k.MIXED_TARGET_LOSS, (model_output, x0), noise, w, (-1.0, 1.0), step)
+        return _loss(
+            k.MIXED_TARGET_LOSS, (model_output, x0), noise, w, inverse_n, (-1.0, 1.0), step
+        )
     if alpha is None or sigma is None:
         missing = "alpha" if alpha is None else "sigma"
         raise ValueError(f"{missing} must be given with prediction_type='v_prediction', got None")
     a = as_coef("sigma", negated("sigma", sigma), t)
-    return _loss(_V_LOSS, (model_output, x0), noise, w, (a, as_coef("alpha", alpha, t)), t)
+    return _loss(
+        _V_LOSS, (model_output, x0), noise, w, inverse_n, (a, as_coef("alpha", alpha, t)), t
+    )
 
 
 def _check_unread(name: str, x: Tensor, model_output: Tensor) -> None:
+    if isinstance(x, Tensor) and x.is_nested:
+        messages.check_dense(name, x)
     if not isinstance(x, Tensor) or x.shape != model_output.shape:
         messages.refuse_other(name, x, model_output)
 
@@ -101,6 +112,7 @@ def _loss(
     inputs: tuple[Tensor, ...],
     last: Noise,
     weight: Coef,
+    inverse_n: float,
     target: tuple[Coef, ...],
     step: Step,
 ) -> Tensor:
@@ -108,7 +120,6 @@ def _loss(
     model_output, others = inputs[0], inputs[1:]
     if isinstance(last, Tensor):
         others = (*others, last)
-    inverse_n = 1.0 / max(model_output.shape[1:].numel() if model_output.ndim else 1, 1)
     coefs = (weight, inverse_n, *target)
     found: Tensor
     needed = torch.is_grad_enabled() and model_output.requires_grad

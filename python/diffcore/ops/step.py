@@ -163,7 +163,11 @@ def reverse_step(
         docs/architecture.md, "A solver is a table"; guidance: Ho & Salimans 2022 (arXiv
         2207.12598); threshold: Saharia et al. 2022 (arXiv 2205.11487).
     """
-    earlier = tuple(history)
+    try:
+        earlier = tuple(history)
+    except TypeError:
+        kind = type(history).__name__
+        raise TypeError(f"history must be a sequence of tensors, got {kind}") from None
     keeps = return_history or len(earlier) > 1
     variance = None
     if variance_output is not None or variance_coefficients is not None:
@@ -380,7 +384,7 @@ def ddim_step(
     Source:
         Song et al. 2021, eqs. 12 and 16.
     """
-    if noise is None and eta != 0:
+    if noise is None and isinstance(eta, (int, float)) and eta != 0:
         raise ValueError(
             f"noise must be given where eta is not 0, got None with eta={eta}; pass a tensor or a "
             "PhiloxNoise"

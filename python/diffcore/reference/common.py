@@ -42,8 +42,9 @@ def sample_size(x: Tensor) -> int:
 
 def row_sum(terms: Tensor, scale: Coef, reduce_all: bool) -> Tensor:
     """``scale`` times the sum over one sample (``[B]``), or over everything when ``reduce_all``."""
-    if terms.ndim == 0 and isinstance(scale, Tensor):
-        scale = scale.reshape(())
+    if isinstance(scale, Tensor):
+        scale = scale.to(terms.dtype)  # beside a 0-dim sum its own dtype would count
+        scale = scale.reshape(()) if terms.ndim == 0 else scale
     if reduce_all or terms.ndim == 0:
         return terms.sum() * scale
     return terms.flatten(1).sum(1) * scale if terms.ndim > 1 else terms * scale

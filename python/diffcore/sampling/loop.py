@@ -59,6 +59,8 @@ def run_table(
     Returns:
         The samples.
     """
+    if callback is not None and not callable(callback):
+        raise TypeError(f"callback must be a function, got {type(callback).__name__}")
     check_noise_rows(step_noise, x, table, noise_name)
     if table.start_noise:
         churn = noise_of_row(step_noise, len(table), x, noise_name)

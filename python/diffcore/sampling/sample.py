@@ -73,7 +73,10 @@ def sample(
         ValueError: Shapes do not match, or guidance_scale or the second prediction is missing.
     """
     if not isinstance(table, SolverTable):
-        raise TypeError(f"table must be a SolverTable, got {type(table).__name__}")
+        raise TypeError(
+            f"table must be a SolverTable, got {type(table).__name__}; diffcore.solvers makes one, "
+            "such as solvers.dpmpp_table(levels)"
+        )
     check_samples(x)
     if noise is None:
         noise = noise_or_default(None, x)

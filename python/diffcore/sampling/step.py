@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NoReturn
+from typing import Any, NoReturn, SupportsIndex
 
 import torch
 from torch import Tensor
@@ -77,6 +77,10 @@ class CallbackState(dict[str, Any]):
             "state must not be changed, because the model has been called already; to change x "
             "before the model call, for example to inpaint, write a loop on table.step"
         )
+
+    def __reduce_ex__(self, _: SupportsIndex) -> tuple[Any, ...]:
+        """Copies and pickles as a plain dict, which may be written."""
+        return dict, (dict(self),)
 
     __setitem__ = __delitem__ = __ior__ = _refuse
     update = setdefault = pop = popitem = clear = _refuse

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from diffcore import ops
+from diffcore._checks import as_real
 from diffcore.sampling.model import Prediction
 from diffcore.solvers.table import Row
 
@@ -26,10 +27,19 @@ def threshold_rule(
 
     Returns:
         The function, ``None`` for no thresholding.
+
+    Raises:
+        TypeError: Not numbers.
+        ValueError: A ratio outside [0, 1], or a largest bound below 1.
     """
     if ratio is None:
         return None
-    quantile = ratio
+    quantile = as_real("dynamic_thresholding_ratio", ratio)
+    if not 0 <= quantile <= 1:
+        raise ValueError(f"dynamic_thresholding_ratio must be in [0, 1], got {quantile}")
+    largest = as_real("sample_max_value", max_value)
+    if not largest >= 1:
+        raise ValueError(f"sample_max_value must be at least 1, got {largest}")
 
     def bound(row: Row, x: Tensor, prediction: Prediction) -> Tensor:
         output, uncond, _ = prediction
@@ -38,7 +48,7 @@ def threshold_rule(
             output,
             row.coefficients,
             ratio=quantile,
-            sample_max_value=max_value,
+            sample_max_value=largest,
             model_output_uncond=uncond,
             guidance_scale=guidance_scale,
         )

@@ -176,7 +176,7 @@ def timesteps_to_sigmas(schedule: NoiseSchedule, timesteps: Tensor) -> Tensor:
         ValueError: A timestep is outside the schedule, or lies before a last one with alpha = 0.
     """
     check_schedule(schedule)
-    time = as_float64(timesteps)
+    time = as_float64(timesteps, "timesteps")
     if not bool(((time >= 0) & (time <= len(schedule) - 1)).all()):
         raise ValueError(f"timesteps must lie in 0 .. {len(schedule) - 1}, got {time.tolist()}")
     table = schedule.sigma / schedule.alpha
@@ -208,7 +208,7 @@ def sigmas_to_timesteps(schedule: NoiseSchedule, sigmas: Tensor) -> Tensor:
         ValueError: A sigma is not above 0.
     """
     check_schedule(schedule)
-    ratio = as_float64(sigmas)
+    ratio = as_float64(sigmas, "sigmas")
     if not bool((ratio > 0).all()):
         raise ValueError(f"sigmas must be above 0 to have a timestep, got {ratio.tolist()}")
     log_table = (schedule.sigma / schedule.alpha).log()

@@ -14,7 +14,7 @@ from diffcore._checks import as_int, as_positive, check_choice
 from diffcore.coefficients.step import epsilon_coefficients, tensors, x0_coefficients
 from diffcore.schedules import NoiseSchedule
 from diffcore.schedules.schedule import check_schedule
-from diffcore.schedules.tensors import as_float64
+from diffcore.schedules.tensors import as_float64, float64_vector
 from diffcore.schedules.timesteps import sigmas_to_timesteps, timesteps_to_sigmas
 from diffcore.solvers.paths import (
     PATHS,
@@ -61,7 +61,7 @@ class NoiseLevels:
     takes these; N steps have N + 1 levels, the last one included.
 
     Args:
-        alpha: Signal coefficients ``[N + 1]``.
+        alpha: Signal coefficients ``[N + 1]``, a tensor, an array or a list; kept as float64.
         sigma: Noise coefficients ``[N + 1]``; the last is 0 for steps to a clean sample.
         timesteps: Timestep input of the model at all levels but the last, ``[N]``; int64 or
             float64.
@@ -90,6 +90,12 @@ class NoiseLevels:
 
     def __post_init__(self) -> None:
         check_choice("path", self.path, PATHS)
+        for name, vector in (
+            ("alpha", float64_vector("alpha", self.alpha)),
+            ("sigma", float64_vector("sigma", self.sigma)),
+            ("timesteps", timestep_vector(self.timesteps)),
+        ):
+            object.__setattr__(self, name, vector)
         if len(self.alpha) != len(self.sigma) or len(self.alpha) < 2:
             raise ValueError(
                 "alpha and sigma must have the same length, at least 2, got "
@@ -104,7 +110,7 @@ class NoiseLevels:
             first, last = self.sigma[0] / self.alpha[0], self.sigma[-1] / self.alpha[-1]
             raise ValueError(
                 "sigmas must fall, from noise to the clean sample, got levels that rise from "
-                f"sigma / alpha = {first:.6g} to {last:.6g}; reverse them, or for inversion take "
+                f"sigma / alpha = {first:.6g} to {last:.6g}; reverse them, or for inversion use "
                 "ddim_step in a loop of your own"
             )
         _refuse_first(
@@ -168,7 +174,7 @@ class NoiseLevels:
             Karras et al. 2022 (arXiv 2206.00364) table 1 and eq. 7.
         """
         sigma = level_vector("sigmas", sigmas)
-        sigma_data = as_positive("sigma_data", sigma_data)
+        sigma_data = as_positive("sigma_data", sigma_data, finite=True)
         return cls(
             torch.ones_like(sigma),
             sigma,
@@ -195,7 +201,7 @@ class NoiseLevels:
         """
         sigma = level_vector("sigmas", sigmas)
         _refuse_first("sigmas must lie in [0, 1] for a flow", sigma, sigma > 1)
-        scale = as_positive("num_train_timesteps", num_train_timesteps)
+        scale = as_positive("num_train_timesteps", num_train_timesteps, finite=True)
         return cls(1 - sigma, sigma, sigma[:-1] * scale, "flow", FlowTime(scale))
 
     @classmethod
@@ -246,6 +252,8 @@ class NoiseLevels:
         else:
             assert timesteps is not None
             times = timestep_vector(timesteps)
+            rising = times[1:] >= times[:-1]
+            _refuse_first("timesteps must fall at every step", times[1:], rising, 1)
             if times.dtype == torch.int64:
                 _refuse_first(
                     f"timesteps must lie in 0 .. {len(schedule) - 1}",
@@ -290,7 +298,7 @@ class NoiseLevels:
             sigma=ratio,
             path="ve",
             input_std=1.0,
-            init_noise_sigma=as_positive("init_noise_sigma", first),
+            init_noise_sigma=as_positive("init_noise_sigma", first, finite=True),
         )
 
     def skip(self, steps: int) -> NoiseLevels:
@@ -420,14 +428,14 @@ def as_levels(levels: Levels, prediction_type: str) -> NoiseLevels:
     """
     if isinstance(levels, NoiseLevels):
         return levels
-    if prediction_type == "flow_prediction":
+    if isinstance(prediction_type, str) and prediction_type == "flow_prediction":
         raise ValueError(
             "levels must be NoiseLevels with prediction_type='flow_prediction', got "
             f"{type(levels).__name__}: sigmas alone mean alpha = 1, and the alpha of a flow is "
             "1 - sigma; pass NoiseLevels.from_flow(sigmas), or NoiseLevels.from_sigmas(sigmas) if "
             "alpha = 1 is meant"
         )
-    return NoiseLevels.from_sigmas(levels)
+    return NoiseLevels.from_sigmas(level_vector("levels", levels))
 
 
 def _quarter_log_of(sigma: Tensor) -> Tensor:

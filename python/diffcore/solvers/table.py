@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from diffcore._checks import as_int, as_real, check_choice
-from diffcore._engine.kept import Traced, made_plainly
+from diffcore._engine.kept import Traced, constant_in_traces, made_plainly
 from diffcore._kernels.step import MOST_HISTORY
 from diffcore._types import Coef
 from diffcore.coefficients.step import STEP_COLUMNS
@@ -355,6 +355,6 @@ class SolverTable:
         moved: dict[str, Any] = {n: None if x is None else x.to(device) for n, x in tensors.items()}
         return replace(self, **moved)
 
-    @torch.compiler.assume_constant_result
+    @constant_in_traces
     def _traced_on(self, device: torch.device) -> str:
         return self._traced.name(device, lambda: self.to(device))

@@ -6,7 +6,7 @@ import itertools
 import math
 from collections.abc import Sequence
 
-from diffcore._checks import check_choice
+from diffcore._checks import as_int, check_choice
 from diffcore._types import ClipRange
 from diffcore.solvers.exponential import first_order_weight, interpolating_weights, last_finite
 from diffcore.solvers.levels import Levels, as_levels
@@ -60,6 +60,10 @@ def unipc_table(
     order = check_order(order, 3)
     check_choice("solver_type", solver_type, SOLVER_TYPES)
     levels = as_levels(levels, prediction_type)
+    if not hasattr(disable_corrector, "__iter__"):
+        kind = type(disable_corrector).__name__
+        raise TypeError(f"disable_corrector must be a sequence of ints, got {kind}")
+    uncorrected = {as_int("disable_corrector", i) for i in disable_corrector}
     rows = Rows(f"unipc-{order}", levels, prediction_type, clip_range)
     points, steps = levels.levels(), len(levels)
     lambdas = [level.lam for level in points]
@@ -74,7 +78,7 @@ def unipc_table(
             weights = [1 - here.alpha * after.sigma / (after.alpha * here.sigma)]
         c_x = after.sigma / here.sigma
         columns = [after.alpha * w for w in weights] + [0.0] * (4 - used)
-        if i > 0 and i - 1 not in disable_corrector and math.isfinite(lambdas[i - 1]):
+        if i > 0 and i - 1 not in uncorrected and math.isfinite(lambdas[i - 1]):
             corrected = _corrector(lambdas, i - 1, len(predicted), solver_type)
             for k, w in enumerate(corrected):
                 before = predicted[k - 1] if k else 0.0

