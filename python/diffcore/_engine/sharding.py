@@ -264,10 +264,8 @@ def _dense_stride(x: Tensor) -> tuple[int, ...]:
 
 def _to_local(x: DTensor, grads: Placements) -> Tensor:
     """This rank's part of a DTensor, whose gradient will be placed so."""
-    if torch.compiler.is_compiling():
-        part: Tensor = x.to_local(grad_placements=grads)
-    else:
-        part = _ToLocal.apply(x, grads)  # type: ignore[no-untyped-call]
+    compiling = torch.compiler.is_compiling()
+    part: Tensor = x.to_local(grad_placements=grads) if compiling else _apply(_ToLocal, x, grads)
     return part
 
 
@@ -277,15 +275,17 @@ def _from_local(
     """The DTensor of which this rank has a part."""
     if torch.compiler.is_compiling():
         return DTensor.from_local(x, mesh, placements, run_check=False, shape=shape, stride=stride)
-    found: DTensor = _FromLocal.apply(  # type: ignore[no-untyped-call]
-        x, mesh, placements, shape, stride
-    )
+    found: DTensor = _apply(_FromLocal, x, mesh, placements, shape, stride)
     return found
 
 
 def _everywhere(x: Tensor, mesh: DeviceMesh) -> DTensor:
     """A plain tensor, which every rank has, as a DTensor."""
     return _from_local(x, mesh, (Replicate(),) * mesh.ndim, x.shape, x.stride())
+
+
+def _apply(function: Any, *args: Any) -> Any:
+    return function.apply(*args)
 
 
 class _ToLocal(torch.autograd.Function):
@@ -300,7 +300,7 @@ class _ToLocal(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor | None) -> Any:
-        return None if g is None else _from_local(g, *ctx.gradient), None
+        return None if g is None else _apply(_FromLocal, g, *ctx.gradient), None
 
 
 class _FromLocal(torch.autograd.Function):
@@ -324,4 +324,5 @@ class _FromLocal(torch.autograd.Function):
     def backward(ctx: Any, g: DTensor | None) -> Any:
         if g is not None and g.placements != ctx.grads:
             g = g.redistribute(placements=ctx.grads)
-        return None if g is None else _to_local(g, ctx.grads), None, None, None, None
+        part = None if g is None else _apply(_ToLocal, g, ctx.grads)
+        return part, None, None, None, None

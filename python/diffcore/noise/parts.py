@@ -39,7 +39,7 @@ def ids_part(sample_ids: Any) -> Any:
         return 0
     if isinstance(sample_ids, (list, tuple, range)):
         sample_ids = _list_of_ids(sample_ids)
-    elif not isinstance(sample_ids, (Tensor, int)) and getattr(sample_ids, "shape", ()):
+    elif not isinstance(sample_ids, (Tensor, int)) and _is_array(sample_ids):
         sample_ids = _array_of_ids(sample_ids)
     if not isinstance(sample_ids, Tensor):
         return _integer("sample_ids", sample_ids, -(2**63), 2**63)
@@ -107,6 +107,10 @@ def plus(ids: int | Tensor, offset: int) -> int | Tensor:
 def _list_of_ids(ids: Sequence[Any]) -> Tensor:
     numbers = [_integer("sample_ids", i, -(2**63), 2**63) for i in ids]
     return torch.tensor(numbers, dtype=torch.int64, device="cpu")
+
+
+def _is_array(ids: Any) -> bool:
+    return len(getattr(ids, "shape", ())) > 0
 
 
 def _array_of_ids(ids: Any) -> Tensor:
