@@ -663,14 +663,13 @@ class GaussianDiffusion:
             terms.append(term)
             errors.append(error)
         vb, xstart_mse = torch.stack(terms, dim=1), torch.stack(errors, dim=1)
+        snr = replicated(self.tables.snr[x_start.device], xstart_mse)
         return {
             "total_bpd": vb.sum(dim=1) + prior,
             "prior_bpd": prior,
             "vb": vb,
             "xstart_mse": xstart_mse,
-            "mse": (xstart_mse * replicated(self.tables.snr[x_start.device], xstart_mse)).to(
-                vb.dtype
-            ),
+            "mse": (xstart_mse * snr).to(vb.dtype),
         }
 
     # ---- private -------------------------------------------------------------------------------
