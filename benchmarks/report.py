@@ -306,6 +306,7 @@ TABLES: dict[str, Callable[[Sequence[Row]], Table]] = {
     "steps": steps_table,
     "training": whole_table,
     "sampling": whole_table,
+    "compile": whole_table,
 }
 
 

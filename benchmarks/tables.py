@@ -66,6 +66,7 @@ HEADINGS = {
     "steps": "One reverse step, with diffusers",
     "training": "One training step",
     "sampling": "Complete sampling loops, time per step",
+    "compile": "An MLP compiled with the operators, and with the formulas",
 }
 
 
@@ -128,6 +129,7 @@ def summary(results: Mapping[str, Any]) -> str:
         "memory": ("Peak memory", lambda r: True),
         "training": ("Training with a U-Net", lambda r: "U-Net" in r["what"]),
         "sampling": ("Sampling with a U-Net, time per step", lambda r: "U-Net" in r["what"]),
+        "compile": ("Under torch.compile", lambda r: True),
     }
     parts = []
     for name, (heading, included) in chosen.items():

@@ -90,7 +90,7 @@ class Maker:
     # ---- memory --------------------------------------------------------------------------------
 
     def memory(self, dtype: torch.dtype, n: int) -> Tensor:
-        """n random elements, maybe in the middle of more."""
+        """N random elements, maybe in the middle of more."""
         before = self.random.choice([0, 0, 1, 3])
         after = math.prod(self.shape) + 8 if self.roomy else 0
         memory = torch.empty(before + n + after, dtype=dtype)

@@ -3,10 +3,10 @@
     python tools/fuzz_calls.py --seconds 60          # or --calls 100000
     python tools/fuzz_calls.py --seed 3 --at 1234    # one call again, with its arguments
 
-Calls are made in child processes, so that a crash costs one of them and is reported with its number.
-A call has to end in a result, a TypeError or a ValueError; leave all memory but ``out`` as it was;
-give the bits of the same call on contiguous copies; and agree with ``diffcore.reference``, coarsely:
-the tests know the right values, this looks for those that are far off.
+Calls are made in child processes, so that a crash costs one of them and is reported with its
+number. A call has to end in a result, a TypeError or a ValueError; leave all memory but ``out`` as
+it was; give the bits of the same call on contiguous copies; and agree with ``diffcore.reference``,
+coarsely: the tests check the right values, this looks for those that are far off.
 """
 
 from __future__ import annotations
@@ -30,13 +30,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+
+from tools.fuzz_arguments import FLOATS, Maker, arguments_of
 
 from diffcore import PhiloxNoise, ops
 from diffcore._engine import native
 from support.op_case import without_kernels
-from tools.fuzz_arguments import COEF_FLOATS, FLOATS, Maker, arguments_of
 
 OPS = [name for name in ops.__all__ if callable(getattr(ops, name)) and name != "PhiloxNoise"]
 RAW = 0.3  # share of the calls that go to the compiled module itself
@@ -55,7 +56,7 @@ UNCLEAR = (
 class Failure(NamedTuple):
     """A call that did not do what it should."""
 
-    index: int
+    at: int
     what: str
 
 
@@ -138,6 +139,7 @@ class Answer(NamedTuple):
 
 
 def answer(call: Callable[[], Any]) -> Answer:
+    """What a call returns or raises."""
     try:
         return Answer(list(tensors_in(call())))
     except Exception as error:
@@ -155,6 +157,7 @@ def unclear(error: Exception | None) -> str | None:
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors hold the same values, NaN where NaN."""
     return a.shape == b.shape and bool(((a == b) | (a.isnan() & b.isnan())).all())
 
 
@@ -235,10 +238,12 @@ def summed(found: Answer, maker: Maker) -> bool:
 
 
 def not_needed(arguments: Any) -> bool:
+    """Whether no argument requires a gradient."""
     return not any(x.requires_grad for x in tensors_in(arguments))
 
 
 def leaf(maker: Maker, x: Tensor) -> Tensor:
+    """The same tensor, which may require a gradient now."""
     trainable = x.is_floating_point() and x.shape == maker.shape and x.element_size() > 1
     return x.detach().requires_grad_() if trainable and maker.chance(0.5) else x
 
@@ -355,6 +360,7 @@ def startup_flags() -> list[str]:
 
 
 def describe(value: Any) -> str:
+    """An argument in a line: of a tensor, everything but its values."""
     if not isinstance(value, Tensor):
         return repr(value)
     try:
@@ -365,6 +371,7 @@ def describe(value: Any) -> str:
 
 
 def show_call(name: str, arguments: dict[str, Any]) -> None:
+    """Prints a call before it is made."""
     print(name, flush=True)
     for key, value in arguments.items():
         items = value if isinstance(value, (tuple, list)) else [value]
@@ -394,8 +401,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         driver = Driver(options.seed, options.chunk, Path(folder) / "at")
         made = driver.run(options.calls, time.monotonic() + options.seconds)
-    for index, what in driver.failures:
-        print(f"--seed {options.seed} --at {index}: {what}")
+    for at, what in driver.failures:
+        print(f"--seed {options.seed} --at {at}: {what}")
     kinds = collections.Counter(what.split("\n")[0] for _, what in driver.failures)
     print(f"{made} calls with seed {options.seed}, {sum(kinds.values())} failures")
     return bool(driver.failures)

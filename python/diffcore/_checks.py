@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import numbers
 import operator
 from typing import Any
@@ -43,7 +44,7 @@ def as_int(name: str, value: Any, least: int | None = None) -> int:
 
     Raises:
         TypeError: Not an integer (a bool is not one either).
-        ValueError: Below ``least``.
+        ValueError: Below ``least``, or beyond 64 bits.
     """
     number = value
     # A compiler's symbolic int is an int to isinstance, but has no __index__.
@@ -54,6 +55,8 @@ def as_int(name: str, value: Any, least: int | None = None) -> int:
             raise TypeError(f"{name} must be an int, got {type(value).__name__}") from None
     if least is not None and number < least:
         raise ValueError(f"{name} must be at least {least}, got {number}")
+    if type(number) is int and not -(2**63) <= number < 2**63:
+        raise ValueError(f"{name} must fit 64 bits, got an int beyond them")
     return number  # type: ignore[no-any-return]
 
 
@@ -85,6 +88,8 @@ def as_real(name: str, value: Any) -> float:
             )
         if value.numel() != 1:
             raise TypeError(f"{name} must be a number, got a tensor of shape {tuple(value.shape)}")
+        if value.device.type == "meta":
+            raise TypeError(f"{name} must be a number, got a tensor on meta, which has no value")
         number = value.item()
     # The types first: Dynamo has no getattr for a symbolic number.
     elif not isinstance(value, (int, float)) and getattr(value, "ndim", None) == 0:
@@ -99,23 +104,26 @@ def as_real(name: str, value: Any) -> float:
         ) from None
 
 
-def as_positive(name: str, value: Any) -> float:
+def as_positive(name: str, value: Any, *, finite: bool = False) -> float:
     """A number above 0, as a Python float.
 
     Args:
         name: What to call the argument in the message.
         value: What came, see ``as_real``.
+        finite: Whether infinity is refused.
 
     Returns:
-        The float; it may be infinite.
+        The float.
 
     Raises:
         TypeError: Not a real number.
-        ValueError: Not above 0.
+        ValueError: Not above 0, or infinite.
     """
     number = as_real(name, value)
     if not number > 0:
         raise ValueError(f"{name} must be above 0, got {number}")
+    if finite and number == math.inf:
+        raise ValueError(f"{name} must be finite, got {number}")
     return number
 
 

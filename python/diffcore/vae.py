@@ -203,6 +203,10 @@ def _std(decoder_std: float | Tensor, x: Tensor) -> float | Tensor:
     if not isinstance(decoder_std, Tensor):
         return as_positive("decoder_std", decoder_std)
     std = decoder_std
+    if std.is_complex() or std.dtype == torch.bool:
+        raise TypeError(f"decoder_std must be a real number or tensor, got {std.dtype}")
+    if std.ndim and std.device != x.device:
+        raise ValueError(f"decoder_std must be on {x.device}, the device of x, got {std.device}")
     if std.is_floating_point() and std.dtype.itemsize < 4:
         std = std.float()  # 1 / s^2 and log s need more than 16 bits
     if std.numel() == 1:

@@ -112,7 +112,7 @@ def test_bad_timesteps(method, t, error):
         (lambda: D.respace([]), ValueError, "timesteps"),
         (lambda: D.respace([1, 20]), ValueError, "timesteps"),
         (lambda: D.respace([-1, 2]), ValueError, "timesteps"),
-        (lambda: D.respace(21), ValueError, "num_steps"),
+        (lambda: D.respace(21), ValueError, "timesteps must be 1 to 20"),
     ],
 )
 def test_bad_arguments_are_named(call, error, message):

@@ -46,7 +46,7 @@ CASES: dict[str, Case] = {
     "timesteps-rise": (
         lambda: NoiseLevels.from_schedule(D.schedule, [0, 5, 9]),
         ValueError,
-        "sigmas must fall",
+        "timesteps must fall at every step, got 5 at index 1",
     ),
     "respace-string": (
         lambda: D.respace("ddim10"),
@@ -72,6 +72,56 @@ CASES: dict[str, Case] = {
         lambda: ops.add_noise(X.to_sparse(), X, 0.5, 0.5),
         TypeError,
         r"x0 must be a dense, strided tensor, got .*sparse",
+    ),
+    "levels-number": (
+        lambda: solvers.dpmpp_table(10),
+        TypeError,
+        r"levels must be a tensor of real numbers, got int; .* get_sigmas_karras\(n",
+    ),
+    "huge-count": (
+        lambda: schedules.get_sigmas_karras(10**400, 0.1, 9.0),
+        ValueError,
+        "n must fit 64 bits, got an int beyond them",
+    ),
+    "respace-count": (
+        lambda: D.respace(0),
+        ValueError,
+        "timesteps must be 1 to 20 of them, got 0",
+    ),
+    "no-levels": (
+        lambda: schedules.stretch_to_terminal([], 0.1),
+        ValueError,
+        r"sigmas must have the shape \[N\] with N >= 1, got \(0,\)",
+    ),
+    "q_sample-noise": (
+        lambda: D.q_sample(X, 3, X[:1]),
+        ValueError,
+        r"noise must have the shape of x_start, \(2, 6\), got \(1, 6\)",
+    ),
+    "training-noise": (
+        lambda: D.training_losses(half, X, 3, noise=X[:, :1]),
+        ValueError,
+        r"noise must have the shape of x_start, \(2, 6\), got \(2, 1\)",
+    ),
+    "complex-std": (
+        lambda: diffcore.vae_loss(X, X, X[:, 0], decoder_std=torch.tensor(1j)),
+        TypeError,
+        "decoder_std must be a real number or tensor, got torch.complex64",
+    ),
+    "meta-std": (
+        lambda: diffcore.vae_loss(X, X, X[:, 0], decoder_std=torch.ones(6, device="meta")),
+        ValueError,
+        "decoder_std must be on cpu, the device of x, got meta",
+    ),
+    "type-of-prediction": (
+        lambda: solvers.euler_table(SIGMAS, prediction_type=np.ones(2)),
+        TypeError,
+        "prediction_type must be a string, got ndarray",
+    ),
+    "name-of-betas": (
+        lambda: schedules.make_betas(np.ones(2), 5),
+        TypeError,
+        "name must be a string, got ndarray",
     ),
     "weights": (
         lambda: D.training_losses(half, X, 3, weights="min_snr"),

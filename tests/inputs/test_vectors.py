@@ -126,7 +126,8 @@ def test_fractional_timesteps_are_float64(given: Any) -> None:
 def test_what_is_no_vector_is_named(given: Any) -> None:
     for name, call in {
         "betas": diffcore.GaussianDiffusion,
-        "sigmas": solvers.euler_table,
+        "levels": solvers.euler_table,
+        "sigmas": solvers.flow_euler_table,
         "alphas_cumprod": schedules.betas_from_alphas_cumprod,
     }.items():
         with pytest.raises(TypeError, match=f"^{name} must be a tensor of real numbers, got "):
@@ -199,3 +200,12 @@ def test_levels_of_any_vectors() -> None:
         dataclasses.replace(levels, sigma=levels.sigma.requires_grad_())
     with pytest.raises(TypeError, match="alpha must be a tensor of real numbers, got str"):
         dataclasses.replace(levels, alpha="a")
+
+
+@pytest.mark.parametrize("name", VECTORS)
+def test_a_tensor_without_values_is_named(name: str) -> None:
+    values, call = VECTORS[name]
+    with pytest.raises(ValueError, match=r"^\w+ must have values, got a tensor on meta"):
+        call(torch.tensor(values, device="meta"))
+    with pytest.raises(ValueError, match=r"^timesteps must have values, got a tensor on meta"):
+        NoiseLevels.from_schedule(SCHEDULE, torch.ones(2, device="meta"))

@@ -161,6 +161,7 @@ def test_every_op_takes_the_key_of_a_shard(case: OpCase) -> None:
         assert_same_bits(found, wanted, case.name)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 def test_transforms_and_compilers() -> None:
     shard = PhiloxNoise(torch.tensor(8)).for_shard(SHAPE, LOCAL, OFFSET)
     z = specified(PhiloxNoise(8), SHAPE)[inside(LOCAL, OFFSET)]

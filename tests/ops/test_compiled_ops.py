@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -138,3 +138,21 @@ def test_an_ahead_of_time_package_runs(tmp_path: Path) -> None:
     loaded = torch._inductor.aoti_load_package(package)
     for y, w in zip(loaded(x, z), Some()(x, z), strict=True):
         assert_same_bits(y, w)
+
+
+def test_the_gradient_passes_at_the_bound_of_a_clip_by_every_route() -> None:
+    # x0 = m, clipped to [-1, 1]; torch's clip has another gradient there in each version
+    row, m = (0.0, 0.0, 1.0, 0.0, 0.0, 1.0, -1.0, 1.0), torch.tensor([[-1.0, 1.0, -1.5, 0.5]])
+
+    def total(m: Tensor) -> Tensor:
+        return ops.reverse_step(torch.zeros_like(m), m, row).sum()
+
+    def gradient(f: Callable[[Tensor], Tensor]) -> Tensor:
+        leaf = m.clone().requires_grad_()
+        return torch.autograd.grad(f(leaf), leaf)[0]
+
+    found = [gradient(total), torch.func.grad(total)(m)]
+    for kind in compiled_ops.KINDS:
+        diffcore.set_compiled_ops(kind)
+        found.append(gradient(torch.compile(total, fullgraph=True, backend="aot_eager")))
+    assert [g.tolist() for g in found] == [[[1.0, 1.0, 0.0, 1.0]]] * 4

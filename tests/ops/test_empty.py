@@ -1,4 +1,4 @@
-"""Batches and samples without elements, and samples of no dimension: the same shape by every route."""
+"""Batches and samples without elements, and samples of no dimension: shapes on every route."""
 
 from __future__ import annotations
 
@@ -14,6 +14,17 @@ from support.bounds import each_case
 from support.cases import CASES, NOISE_TABLE, OpCase, as_tuple, step_table
 
 EMPTY = [(0,), (0, 3), (2, 0), (2, 3, 0), (2, 3, 0, 5), (1, 3, 0, 5), (0, 3, 0)]
+TERMS = (
+    (ops.normal_kl, 4),
+    (ops.standard_normal_kl, 2),
+    (ops.gaussian_nll, 3),
+    (
+        lambda x, means, scales, **options: ops.discretized_gaussian_log_likelihood(
+            x, means=means, log_scales=scales, **options
+        ),
+        3,
+    ),
+)
 REDUCTIONS = ("none", "sample", "batchmean", "mean", "sum")
 
 
@@ -46,15 +57,8 @@ def test_results_and_gradients_of_nothing(case: OpCase) -> None:
 def test_reductions_of_nothing(reduction: str) -> None:
     for shape in EMPTY:
         x = torch.zeros(shape, requires_grad=True)
-        for term in (
-            lambda: ops.normal_kl(x, x, x, x, reduction=reduction),
-            lambda: ops.standard_normal_kl(x, x, reduction=reduction),
-            lambda: ops.gaussian_nll(x, x, x, reduction=reduction),
-            lambda: ops.discretized_gaussian_log_likelihood(
-                x, means=x, log_scales=x, reduction=reduction
-            ),
-        ):
-            y = term()
+        for term, count in TERMS:
+            y = term(*(x,) * count, reduction=reduction)
             if reduction in ("sum", "sample"):
                 assert not y.any()
             y.double().sum().backward()
@@ -80,7 +84,7 @@ def test_a_step_out_of_range_is_refused_for_an_empty_batch_too() -> None:
             lambda t=wrong: ops.q_sample(x, t, x, NOISE_TABLE),
             lambda t=wrong: ops.denoising_loss(x, x, x, weight=rows[:, 0].contiguous(), t=t),
         ):
-            with pytest.raises(ValueError, match="^t must"):
+            with pytest.raises(ValueError, match=r"^t must"):
                 call()
     for right in (0, torch.tensor([2]), torch.zeros(0, dtype=torch.int64)):
         assert ops.reverse_step(x, x, rows, t=right).shape == (0, 3)

@@ -1,4 +1,4 @@
-"""Tensors and numbers of kinds that no op takes: a TypeError or ValueError that names the argument."""
+"""Kinds of tensors and numbers that no op takes: an error that names the argument."""
 
 from __future__ import annotations
 
@@ -85,7 +85,6 @@ def test_out_and_the_parts_of_a_key(kind: str) -> None:
     [
         (10**400, ValueError),
         (-(10**400), ValueError),
-        (np.ones(2), TypeError),
         (np.complex64(1 + 5j), TypeError),
         (np.complex128(1 + 5j), TypeError),
         (1 + 5j, TypeError),
@@ -148,7 +147,7 @@ def test_levels_of_different_lengths() -> None:
         "alpha_prev": lambda: ops.ddpm_step(x, x, two, 0.5, five, 0.5),
         "sigma_prev": lambda: ops.ddim_step(x, x, 0.5, two, 0.5, five),
     }.items():
-        refused(ValueError, f"^{name.strip()} must have a shape that broadcasts", call)
+        refused(ValueError, f"^{name.strip()} must have the shape of", call)
     refused(ValueError, "^alpha must have 1 or 2 entries", ops.predict_x0, x, x, five, five)
     refused(ValueError, "must have 1 or 2 entries", ops.ddpm_step, x, x, five, five, five, five)
 

@@ -13,8 +13,7 @@ from torch import Tensor
 
 from diffcore import ops
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from tools import fuzz_calls
 from tools.fuzz_arguments import ODD, Maker, arguments_of
@@ -114,5 +113,5 @@ def test_a_crash_is_reported_with_its_number(tmp_path: Path) -> None:
 
     driver = Crashing(seed=1, chunk=50, at=tmp_path / "at")
     assert driver.run(calls=100, until=float("inf")) == 100
-    assert [f.index for f in driver.failures] == [17]
+    assert [f.at for f in driver.failures] == [17]
     assert "process ended" in driver.failures[0].what

@@ -251,9 +251,9 @@ REFUSED = {
     ),
     "single": (lambda: solvers.euler_table([2.0]), ValueError, r"shape \[N \+ 1\]"),
     "matrix": (lambda: solvers.euler_table(torch.ones(2, 2)), ValueError, r"shape \[N \+ 1\]"),
-    "nan": (lambda: solvers.euler_table([math.nan, 0.0]), ValueError, "sigmas must be finite"),
-    "inf": (lambda: solvers.euler_table([math.inf, 1.0]), ValueError, "sigmas must be finite"),
-    "strings": (lambda: solvers.euler_table(["a", "b"]), TypeError, "sigmas must be a tensor"),
+    "nan": (lambda: solvers.euler_table([math.nan, 0.0]), ValueError, "levels must be finite"),
+    "inf": (lambda: solvers.euler_table([math.inf, 1.0]), ValueError, "levels must be finite"),
+    "strings": (lambda: solvers.euler_table(["a", "b"]), TypeError, "levels must be a tensor"),
     "bool": (lambda: solvers.euler_table(torch.tensor([True, False])), TypeError, "real numbers"),
     "prediction": (
         lambda: solvers.euler_table(SIGMAS, prediction_type="x0"),
@@ -352,7 +352,7 @@ REFUSED = {
     "timesteps-rise": (
         lambda: NoiseLevels.from_schedule(LINEAR, torch.tensor([0, 10])),
         ValueError,
-        "sigmas must fall",
+        "timesteps must fall",
     ),
     "timesteps-empty": (
         lambda: NoiseLevels.from_schedule(LINEAR, []),

@@ -304,11 +304,25 @@ def _wrong_values(world: int) -> None:
         _PLAIN.p_sample(network, x, torch.full((5,), 20))
 
 
+def _samplers_and_bits(world: int) -> None:
+    """k-diffusion's samplers, whose seed is that of the first rank; `bits_per_dim` refuses."""
+    x, sigmas = torch.randn(SHAPE), get_sigmas_karras(4, 0.1, 9.0)
+    torch.manual_seed(4)
+    wanted = diffcore.sampling.sample_euler_ancestral(network, x, sigmas)
+    for placements in PLACEMENTS[world]:
+        torch.manual_seed(4 + torch.distributed.get_rank())
+        there = distribute(x, mesh_of(world), placements)
+        found = diffcore.sampling.sample_euler_ancestral(network, there, sigmas)
+        compare("euler ancestral", found, wanted)
+    with pytest.raises(TypeError, match="data must be plain tensors, got DTensor"):
+        diffcore.bits_per_dim(_PLAIN, network, distribute(PIXELS, mesh_of(world), placements))
+
+
 def cells(world: int) -> Cells:
     """The checks for this many ranks, by name."""
     checks: tuple[Callable[[int], None], ...] = (
         *(_calc_bpd_loop, _loops, _guided_in_one_call, _sample_loops_of_a_diffusion),
-        *(_rows_of_a_table, _weights, _vdm_own_times, _wrong_values),
+        *(_rows_of_a_table, _weights, _vdm_own_times, _wrong_values, _samplers_and_bits),
     )
     return {
         **{name: _cell(call) for name, call in _DIFFUSION.items()},

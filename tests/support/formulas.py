@@ -122,7 +122,14 @@ def _clipped(x: Any, clip_range: Any) -> Any:
     if clip_range is None:
         return x
     low, high = clip_range if isinstance(clip_range, tuple) else (-clip_range, clip_range)
-    return x.clip(low, high)
+    return _clip(x, low, high)
+
+
+def _clip(x: Any, low: Any, high: Any) -> Any:
+    """As ``x.clip``, whose gradient at a bound depends on the version of torch; here it passes."""
+    where = torch.where if isinstance(x, Tensor) else np.where
+    x = where(x < low, low, x)
+    return where(x > high, high, x)
 
 
 def reverse_step(
@@ -188,7 +195,7 @@ def vlb_term(
     c = [_column(rows[..., k], x0) for k in range(rows.shape[-1])]
     given = noise if x_t is None else x_t
     error = (c[0] + c[3]) * x0 + (c[1] + c[4]) * given + (c[2] + c[5]) * model_output
-    error = x0 - (x0 - error).clip(c[6], c[7])
+    error = x0 - _clip(x0 - error, c[6], c[7])
     if variance_output is None:
         terms = c[9] * error**2 + c[10]
     else:
@@ -218,9 +225,9 @@ def _prediction(
     m = _guided(model_output, model_output_uncond, guidance_scale)
     x0 = c[4] * x + c[5] * m
     if threshold is None:
-        return c, m, x0.clip(c[6], c[7])
+        return c, m, _clip(x0, c[6], c[7])
     s = _column(threshold, x)
-    return c, m, x0.clip(-s, s) / s
+    return c, m, _clip(x0, -s, s) / s
 
 
 def ddpm_step(

@@ -311,7 +311,8 @@ def _shares_elements(x: Tensor) -> bool:
     at = torch.zeros((), dtype=torch.int64)  # interleaved dimensions: rare, so count
     for stride, size in order:
         at = at.unsqueeze(-1) + stride * torch.arange(size)
-    return at.unique().numel() < x.numel()
+    apart: int = at.unique().numel()
+    return apart < x.numel()
 
 
 def _check_like(name: str, x: Tensor, args: Arguments) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch  # before _C: the module shares the OpenMP runtime that torch has loaded
 
+from diffcore._engine.kept import constant_in_traces
 from diffcore._types import StepColumns, VlbColumns
 
 BACKEND = os.environ.get("DIFFCORE_BACKEND", "native")
@@ -47,7 +48,7 @@ transforms: Callable[[], Any] = getattr(
 )
 
 
-@torch.compiler.assume_constant_result
+@constant_in_traces
 def transform_traced() -> bool:
     """Whether Dynamo traces inside a transform: it calls this while it traces."""
     depth = getattr(torch._C._functorch, "get_dynamic_layer_stack_depth", lambda: 0)

@@ -265,7 +265,7 @@ def _dense_stride(x: Tensor) -> tuple[int, ...]:
 def _to_local(x: DTensor, grads: Placements) -> Tensor:
     """This rank's part of a DTensor, whose gradient will be placed so."""
     compiling = torch.compiler.is_compiling()
-    part: Tensor = x.to_local(grad_placements=grads) if compiling else _ToLocal.apply(x, grads)
+    part: Tensor = x.to_local(grad_placements=grads) if compiling else _apply(_ToLocal, x, grads)
     return part
 
 
@@ -275,13 +275,17 @@ def _from_local(
     """The DTensor of which this rank has a part."""
     if torch.compiler.is_compiling():
         return DTensor.from_local(x, mesh, placements, run_check=False, shape=shape, stride=stride)
-    found: DTensor = _FromLocal.apply(x, mesh, placements, shape, stride)
+    found: DTensor = _apply(_FromLocal, x, mesh, placements, shape, stride)
     return found
 
 
 def _everywhere(x: Tensor, mesh: DeviceMesh) -> DTensor:
     """A plain tensor, which every rank has, as a DTensor."""
     return _from_local(x, mesh, (Replicate(),) * mesh.ndim, x.shape, x.stride())
+
+
+def _apply(function: Any, *args: Any) -> Any:
+    return function.apply(*args)
 
 
 class _ToLocal(torch.autograd.Function):
@@ -296,7 +300,7 @@ class _ToLocal(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor | None) -> Any:
-        return None if g is None else _FromLocal.apply(g, *ctx.gradient), None
+        return None if g is None else _apply(_FromLocal, g, *ctx.gradient), None
 
 
 class _FromLocal(torch.autograd.Function):
@@ -320,5 +324,5 @@ class _FromLocal(torch.autograd.Function):
     def backward(ctx: Any, g: DTensor | None) -> Any:
         if g is not None and g.placements != ctx.grads:
             g = g.redistribute(placements=ctx.grads)
-        part = None if g is None else _ToLocal.apply(g, ctx.grads)
+        part = None if g is None else _apply(_ToLocal, g, ctx.grads)
         return part, None, None, None, None

@@ -51,16 +51,16 @@ RANDN = define(
 def _draw_seed(device: torch.device) -> Tensor:
     """64 bits from torch's generator, int64 ``[1]``; a compiler keeps them for the backward pass.
 
-    A partitioner that saves memory would draw again there, and the noise of the gradient would be
-    another than that of the result. The mark reaches the traced node through the metadata that
-    tracers copy; outside of them it changes nothing.
+    A partitioner that saves memory would generate them again there, and the noise of the gradient
+    would be another than that of the result. The mark reaches the traced node through the metadata
+    that tracers copy; outside of them it changes nothing.
     """
     from torch._functorch import config as partitioner  # not loaded with torch
 
     if partitioner.activation_memory_budget == 0 and torch.is_grad_enabled():
         raise RuntimeError(
             "noise must be given where activation_memory_budget is 0, which keeps no value of the "
-            "forward pass, so the backward pass would draw other noise; pass a PhiloxNoise, or set "
+            "forward pass, so the backward pass would use other noise; pass a PhiloxNoise, or set "
             "a small budget above 0"
         )
     before = traceback.current_meta

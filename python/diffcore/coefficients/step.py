@@ -64,8 +64,8 @@ def parse_clip_range(clip_range: float | tuple[float, float] | None) -> tuple[fl
             high = as_real("clip_range", clip_range)
             low = -high
     except (TypeError, ValueError):
-        kind = type(clip_range)
-        came = repr(clip_range) if kind in (str, tuple, list) else kind.__name__
+        plain = isinstance(clip_range, (str, tuple, list))
+        came = repr(clip_range) if plain else type(clip_range).__name__
         raise TypeError(
             f"clip_range must be None, a number or a pair of numbers, got {came}"
         ) from None
@@ -100,7 +100,7 @@ def x0_coefficients(alpha: Coef, sigma: Coef, prediction_type: str) -> tuple[Coe
     check_choice("prediction_type", prediction_type, PREDICTION_TYPES)
     alpha, sigma = _float64(_TWO, alpha, sigma)
     if prediction_type == "epsilon":
-        if _any(abs(alpha) < _LEAST):
+        if _vanishes(alpha):
             raise ValueError(
                 "alpha must not be 0 with prediction_type 'epsilon' (zero terminal SNR: epsilon "
                 f"does not determine x0), got {_least(alpha)}; use 'v_prediction', 'sample' or "
@@ -138,7 +138,7 @@ def epsilon_coefficients(alpha: Coef, sigma: Coef, prediction_type: str) -> tupl
     if prediction_type == "epsilon":
         return _constant(0.0, alpha), _constant(1.0, alpha)
     if prediction_type == "sample":
-        if _any(abs(sigma) < _LEAST):
+        if _vanishes(sigma):
             raise ValueError(
                 "sigma must not be 0 with prediction_type 'sample' (x0 does not determine epsilon "
                 f"there), got {_least(sigma)}"
@@ -320,7 +320,7 @@ def ddim_coefficients(
         direction = sigma_prev * _sqrt((1 - eta * eta) + eta * eta * kept)
 
     if rederive_epsilon:
-        if _any(abs(sigma) < _LEAST):
+        if _vanishes(sigma):
             raise ValueError(
                 "sigma must not be 0 with rederive_epsilon=True, because x0 does not determine "
                 f"epsilon there, got {_least(sigma)}; pass rederive_epsilon=False"
@@ -419,6 +419,11 @@ def _constant(value: float, like: Coef) -> Coef:
 
 def _sqrt(value: Coef) -> Coef:
     return value.sqrt() if isinstance(value, Tensor) else math.sqrt(value)
+
+
+def _vanishes(value: Coef) -> bool:
+    """Whether a divisor is 0, or would be in float32, anywhere."""
+    return _any(value.abs() < _LEAST) if isinstance(value, Tensor) else abs(value) < _LEAST
 
 
 def _least(value: Coef) -> str:

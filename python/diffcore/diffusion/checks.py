@@ -16,6 +16,7 @@ from diffcore.coefficients.bound import DECODERS
 from diffcore.noise import Noise, PhiloxNoise
 from diffcore.ops._arguments import as_step
 from diffcore.ops._noise import default_key
+from diffcore.schedules.tensors import check_has_values
 
 # Without a search for other tracers, because every training step asks.
 compiling = torch.compiler.is_dynamo_compiling
@@ -218,12 +219,13 @@ def check_timesteps(
     return per_sample(t, x)
 
 
-def check_weights(weights: Any, num_timesteps: int) -> Tensor:
+def check_weights(weights: Any, num_timesteps: int, device: torch.device) -> Tensor:
     """Loss weights as a tensor ``[T]``.
 
     Args:
         weights: The argument: a tensor, a NumPy array or a list.
         num_timesteps: T.
+        device: Where they will be needed.
 
     Returns:
         The tensor, or float64 on the CPU.
@@ -235,6 +237,8 @@ def check_weights(weights: Any, num_timesteps: int) -> Tensor:
     found = as_tensor("weights", weights, "a tensor of [T] numbers")
     if found.shape != (num_timesteps,):
         raise ValueError(f"weights must have shape ({num_timesteps},), got {tuple(found.shape)}")
+    if device.type != "meta":
+        check_has_values("weights", found)
     return found
 
 

@@ -227,7 +227,7 @@ class GaussianDiffusion:
         t = check_timesteps(t, x_start, self.num_timesteps)
         if noise is None:
             noise = default_key(x_start)
-        return ops.q_sample(x_start, t, noise, self.tables.noise[x_start.device])
+        return training.noised(self.tables, x_start, t, noise)
 
     def q_posterior_mean_variance(
         self, x_start: Tensor, x_t: Tensor, t: Tensor | int
@@ -312,12 +312,12 @@ class GaussianDiffusion:
                 raise ValueError(
                     f"weights must be None with loss_type={self.loss_type!r}, got a tensor"
                 )
-            weights = check_weights(weights, self.num_timesteps)
+            weights = check_weights(weights, self.num_timesteps, x_start.device)
         if not compiling() and not self._images_checked:
             self._images_checked = warn_of_images("x_start", x_start)
         if noise is None:
             noise = default_key(x_start)
-        x_t = ops.q_sample(x_start, t, noise, self.tables.noise[x_start.device])
+        x_t = training.noised(self.tables, x_start, t, noise)
         output, variance_output = self._predict(model, x_t, t, model_kwargs)
         return training.losses(
             self.tables,
@@ -705,7 +705,7 @@ class GaussianDiffusion:
         model_kwargs: Mapping[str, Any] | None,
     ) -> tuple[Tensor, Tensor]:
         """The term t of the bound and the mean squared error of x_0, each ``[B]``."""
-        x_t = ops.q_sample(x_start, t, noise, self.tables.noise[x_start.device])
+        x_t = training.noised(self.tables, x_start, t, noise)
         output, variance_output = self._predict(model, x_t, t, model_kwargs)
         return bound.term_of_noise(
             self.tables, x_start, noise, output, variance_output, t, clip, decoder

@@ -141,7 +141,7 @@ class DiffusionTables:
 
     def column(self, name: str) -> DeviceCopies:
         """The table ``[T]`` of this name, for reading on a device."""
-        return self._kept("_column", name)
+        return self._copies("_column", name)
 
     def _column(self, name: str) -> DeviceCopies:
         return DeviceCopies(getattr(self, name))
@@ -177,7 +177,7 @@ class DiffusionTables:
 
     def ddpm(self, clip: float | None) -> DeviceCopies:
         """``reverse_step`` coefficients of the ancestral step from each timestep."""
-        return self._kept("_ddpm", clip)
+        return self._copies("_ddpm", clip)
 
     def _ddpm(self, clip: float | None) -> DeviceCopies:
         return DeviceCopies(self._ddpm_coefficients(clip)[0].flip(0))
@@ -193,7 +193,7 @@ class DiffusionTables:
 
     def ddim(self, clip: float | None, eta: float, rederive_epsilon: bool) -> DeviceCopies:
         """``reverse_step`` coefficients of the DDIM step from each timestep."""
-        return self._kept("_ddim", clip, eta, rederive_epsilon)
+        return self._copies("_ddim", clip, eta, rederive_epsilon)
 
     def _ddim(self, clip: float | None, eta: float, rederive_epsilon: bool) -> DeviceCopies:
         levels, prediction_type = self._levels(None), self.prediction_type
@@ -202,7 +202,7 @@ class DiffusionTables:
 
     def clipped_x0(self, clip: float | None) -> DeviceCopies:
         """``reverse_step`` coefficients whose result is the clipped x_0."""
-        return self._kept("_clipped_x0", clip)
+        return self._copies("_clipped_x0", clip)
 
     def _clipped_x0(self, clip: float | None) -> DeviceCopies:
         table = self._ddpm_coefficients(clip)[0].flip(0)
@@ -212,7 +212,7 @@ class DiffusionTables:
 
     def vlb(self, clip: float | None, decoder: str, given: str) -> DeviceCopies:
         """Coefficients of ``ops.vlb_term``, which reads ``given``: "x_t" or "noise"."""
-        return self._kept("_vlb", clip, decoder, given)
+        return self._copies("_vlb", clip, decoder, given)
 
     def _vlb(self, clip: float | None, decoder: str, given: str) -> DeviceCopies:
         return DeviceCopies(
@@ -229,7 +229,7 @@ class DiffusionTables:
 
     def x0_error(self, clip: float | None) -> DeviceCopies:
         """``ops.vlb_term`` coefficients whose result is the squared error of the predicted x_0."""
-        return self._kept("_x0_error", clip)
+        return self._copies("_x0_error", clip)
 
     def _x0_error(self, clip: float | None) -> DeviceCopies:
         table = self.vlb(clip, "gaussian", "noise").table[:, :FIXED].clone()
@@ -248,7 +248,7 @@ class DiffusionTables:
 
     def ddpm_solver(self, rows: tuple[int, ...] | None, clip: float | None) -> SolverTable:
         """The solver of ancestral sampling over these timesteps."""
-        return self._kept("_ddpm_solver", rows, clip)
+        return self._solver("_ddpm_solver", rows, clip)
 
     def _ddpm_solver(self, rows: tuple[int, ...] | None, clip: float | None) -> SolverTable:
         return ddpm_table(
@@ -262,7 +262,7 @@ class DiffusionTables:
         self, rows: tuple[int, ...] | None, clip: float | None, eta: float, rederive_epsilon: bool
     ) -> SolverTable:
         """The solver of DDIM sampling over these timesteps."""
-        return self._kept("_ddim_solver", rows, clip, eta, rederive_epsilon)
+        return self._solver("_ddim_solver", rows, clip, eta, rederive_epsilon)
 
     def _ddim_solver(
         self, rows: tuple[int, ...] | None, clip: float | None, eta: float, rederive_epsilon: bool
@@ -293,7 +293,10 @@ class DiffusionTables:
         """
         given: Any = timesteps
         if hasattr(given, "__index__") and not getattr(given, "ndim", False):
-            rows = self.rows(as_int("timesteps", given), timestep_spacing)
+            count = as_int("timesteps", given)
+            if not 1 <= count <= len(self):
+                raise ValueError(f"timesteps must be 1 to {len(self)} of them, got {count}")
+            rows = self.rows(count, timestep_spacing)
         else:
             try:
                 rows = tuple(sorted({as_int("timesteps", t) for t in given}))
@@ -310,6 +313,14 @@ class DiffusionTables:
         return kept, -torch.expm1(log_bar - previous)
 
     # ---- private -----------------------------------------------------------------------------
+
+    def _copies(self, make: str, *args: Any) -> DeviceCopies:
+        found: DeviceCopies = self._kept(make, *args)
+        return found
+
+    def _solver(self, make: str, *args: Any) -> SolverTable:
+        found: SolverTable = self._kept(make, *args)
+        return found
 
     def _kept(self, make: str, *args: Any) -> Any:
         """What the method ``make`` returns for these arguments, made once."""

@@ -8,10 +8,22 @@ import torch
 from torch import Tensor
 
 from diffcore import ops
+from diffcore._kernels.linear import LINEAR_COMBINATION
 from diffcore.diffusion.tables import DiffusionTables
 from diffcore.noise import Noise
+from diffcore.ops._noise import run_noisy
 
 LOSS_TYPES = ("mse", "rescaled_mse", "kl", "rescaled_kl")
+
+
+# The kernel of ops.q_sample, with the names of GaussianDiffusion.
+_NOISED = LINEAR_COMBINATION.renamed(("x_start", "noise"), ("alpha", "sigma"), table="table")
+
+
+def noised(tables: DiffusionTables, x_start: Tensor, t: Tensor, noise: Noise) -> Tensor:
+    """x_t from x_0, checked timesteps and noise: ``GaussianDiffusion.q_sample``."""
+    x_t: Tensor = run_noisy(_NOISED, (x_start,), noise, (tables.noise[x_start.device],), t)
+    return x_t
 
 
 def losses(

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from diffcore._checks import as_int
+from diffcore._engine.dtensor import is_dtensor
 from diffcore.likelihood.checkpoint import digest
 from diffcore.likelihood.identity import Part
 from diffcore.likelihood.tally import Tally
@@ -68,6 +69,11 @@ class Batches:
             x = batch[0] if isinstance(batch, (tuple, list)) else batch
             if not isinstance(x, Tensor):
                 raise TypeError(f"data must yield tensors, got {type(x).__name__}")
+            if is_dtensor(x):
+                raise TypeError(
+                    "data must be plain tensors, got DTensor; give each process its samples, and "
+                    "pass process_group"
+                )
             if len(x):
                 yield batch, x
 

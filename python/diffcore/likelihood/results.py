@@ -85,7 +85,7 @@ class BitsPerDim:
                 raise TypeError(f"results must be BitsPerDim, got {type(result).__name__}")
         first = results[0]
         for result in results[1:]:
-            _check_alike(first, result)
+            _check_settings(first, result)
         sums = merged([result.sums for result in results])
         _check_ids(sums.ids)
         return result_of(sums, first.timesteps, first.draws, first.decoder, first.shared_noise)
@@ -147,7 +147,7 @@ def result_of(
     )
 
 
-def _check_alike(first: BitsPerDim, other: BitsPerDim) -> None:
+def _check_settings(first: BitsPerDim, other: BitsPerDim) -> None:
     for name in ("timesteps", "draws", "decoder", "shared_noise"):
         mine, theirs = getattr(first, name), getattr(other, name)
         if mine != theirs:

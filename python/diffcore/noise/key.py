@@ -259,9 +259,10 @@ class PhiloxNoise:
         """A timestep of each sample, uniform in 0 .. T-1: a function of (seed, sample id, stream).
 
         So a training run that takes timesteps and noise from one key needs no state of a generator
-        to be resumed, and no rank draws the timesteps of another. They are independent of the key's
-        noise and uniform numbers, do not depend on ``first_element`` or the shard, and have the
-        same bits on every device. The probabilities of two timesteps differ by 2^-64 at most.
+        to be resumed, and every rank gets the timesteps of its own samples. They are independent of
+        the key's noise and uniform numbers, do not depend on ``first_element`` or the shard, and
+        have the same bits on every device. The probabilities of two timesteps differ by at most
+        2^-64.
 
         Args:
             num_timesteps: T, at most 2^31.
@@ -420,9 +421,9 @@ class ShardNoise(PhiloxNoise):
 
     def __repr__(self) -> str:
         sample, offset, sizes = self._box
-        whole = PhiloxNoise.__repr__(self)
+        plain = PhiloxNoise.__repr__(self)
         shapes = ", ".join(str((1, *shape)) for shape in (sample, sizes))
-        return f"{whole}.for_shard({shapes}, {(0, *offset)})"
+        return f"{plain}.for_shard({shapes}, {(0, *offset)})"
 
 
 Noise: TypeAlias = Tensor | PhiloxNoise

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffcore._engine import messages
+
 _WORDS = 2**32
 _MAX_FIRST = 4 * _WORDS
 
@@ -37,7 +39,7 @@ def ids_part(sample_ids: Any) -> Any:
         return 0
     if isinstance(sample_ids, (list, tuple, range)):
         sample_ids = _list_of_ids(sample_ids)
-    elif not isinstance(sample_ids, (Tensor, int)) and getattr(sample_ids, "shape", ()):
+    elif not isinstance(sample_ids, (Tensor, int)) and _is_array(sample_ids):
         sample_ids = _array_of_ids(sample_ids)
     if not isinstance(sample_ids, Tensor):
         return _integer("sample_ids", sample_ids, -(2**63), 2**63)
@@ -107,6 +109,10 @@ def _list_of_ids(ids: Sequence[Any]) -> Tensor:
     return torch.tensor(numbers, dtype=torch.int64, device="cpu")
 
 
+def _is_array(ids: Any) -> bool:
+    return len(getattr(ids, "shape", ())) > 0
+
+
 def _array_of_ids(ids: Any) -> Tensor:
     """The ids of a NumPy array, copied: a key does not change with the array."""
     kind = ids.dtype
@@ -119,6 +125,7 @@ def _checked(name: str, value: Tensor, most: int) -> Tensor:
     """An int64 tensor of 1 .. ``most`` elements, or of any number of them where ``most`` is 0."""
     if value.dtype != torch.int64:
         raise _wrong(name, f"a tensor of {value.dtype}")
+    messages.check_dense(name, value)
     if value.ndim > 1 or (most and not 1 <= value.numel() <= most):
         raise ValueError(f"{name} must be {_ALLOWED[name]}, got shape {tuple(value.shape)}")
     return value

@@ -15,6 +15,9 @@ from diffcore._types import Coef, Coefs, Step
 
 _SYMBOLS = (torch.SymInt, torch.SymFloat)
 
+# A data pointer from here on is not the null pointer plus an offset in a storage that was freed.
+_SURE = 2**32
+
 
 def as_coef(name: str, value: Coef, step: Step) -> Coef:
     """A float, a 0-dim or ``[B]`` tensor, or, with a step, a table ``[T, 1]``."""
@@ -25,14 +28,13 @@ def as_coef(name: str, value: Coef, step: Step) -> Coef:
         if not isinstance(value, Tensor):
             return value
     if value.dtype not in (torch.float32, torch.float64):
-        value = _readable(name, as_number(name, value)).float()
+        as_number(name, value)
+        value = _readable(name, value).float()
     dims = value.ndim
     if dims == 0:
         # A 0-dim CPU tensor goes with any device, as everywhere in torch, if it is only a number.
         number = value.device.type == "cpu" and not value.requires_grad and plain_eager()
-        if number and not value.untyped_storage().nbytes():
-            messages.check_memory(name, value)
-        return float(value) if number else value
+        return float(_readable(name, value)) if number else value
     if dims > 1:
         value = _flat(name, value)
     if step is None:
@@ -40,7 +42,7 @@ def as_coef(name: str, value: Coef, step: Step) -> Coef:
     try:
         return value.unsqueeze(1)
     except RuntimeError:  # torch makes no view of freed memory, nor of a tensor of MKL-DNN
-        _readable(name, value)
+        _check_readable(name, value)
         raise
 
 
@@ -68,7 +70,7 @@ def as_table(name: str, table: Tensor, *columns: int) -> Tensor:
             shapes = " or ".join(f"[T, {n}]" for n in columns)
             raise ValueError(f"{name} must have shape {shapes}, got {tuple(table.shape)}")
     except RuntimeError:  # a nested tensor has no shape, a freed one no views
-        _readable(name, table)
+        _check_readable(name, table)
         raise
     return table
 
@@ -78,7 +80,7 @@ def columns_of(name: str, table: Tensor, first: int, end: int) -> Tensor:
     try:
         return table[:, first:end]
     except RuntimeError:
-        _readable(name, table)
+        _check_readable(name, table)
         raise
 
 
@@ -112,11 +114,13 @@ def in_float64(name: str, value: Coef) -> Coef:
 
 def negated(name: str, value: Coef) -> Coef:
     """``-value``, of a dtype in which it is exact."""
+    if type(value) is float:
+        return -value
     value = as_number(name, value)
     if not isinstance(value, Tensor):
         return -value
     value = _readable(name, value)
-    return -(value if value.dtype in (torch.float32, torch.float64) else value.float())
+    return -(value.float() if value.itemsize < 4 else value)
 
 
 def converted(error: TypeError, coefs: Coefs, step: Step, like: Any) -> tuple[Coefs, Step]:
@@ -177,6 +181,17 @@ def float_of(name: str, value: float) -> float:
 
 def _readable(name: str, value: Tensor) -> Tensor:
     """The same tensor, which torch is about to compute with: dense, and not freed."""
+    if torch.compiler.is_dynamo_compiling() or type(value) is not Tensor:
+        return value
+    try:
+        if value.data_ptr() >= _SURE:  # the check of almost every call
+            return value
+    except RuntimeError:
+        pass
+    _check_readable(name, value)
+    return value
+
+
+def _check_readable(name: str, value: Tensor) -> None:
     messages.check_dense(name, value)
     messages.check_memory(name, value)
-    return value

@@ -252,6 +252,10 @@ class RowLauncher:
         """The plan of row i; for a tensor of rows, one that covers the needs of every row."""
         if not isinstance(i, Tensor):
             return self._plans[self.index(i)], None
+        if i.dtype not in (torch.int64, torch.int32):
+            raise TypeError(f"i must be an int or an int64 or int32 tensor, got {i.dtype}")
+        if i.ndim > 1:
+            raise ValueError(f"i must be one row, or [B], got shape {tuple(i.shape)}")
         reads, keeps = self._history, self._history > 0
         coefficients, variance = self._on(i.device)
         columns = coefficients[:, : columns_read(reads, keeps)]
@@ -272,7 +276,7 @@ class RowLauncher:
         variances = tuple([float(c) for c in variance.split()])
         return row_plan(numbers, variances or None), None
 
-    @torch.compiler.assume_constant_result
+    @constant_in_traces
     def _row_text(self, digest: str, i: int) -> str:  # noqa: ARG002
         """The numbers of a row, as a trace can read them; ``digest`` is for its guard alone."""
         self._plan(i)  # refuses a wrong row

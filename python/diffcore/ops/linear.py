@@ -170,9 +170,10 @@ def q_sample(
         x_t: Tensor = run_noisy(_Q_SAMPLE, (x0,), noise, (table,), t, out)
         return x_t
     _refuse_out(out)
-    messages.check_dense("table", table)
-    levels = (columns_of("table", table, k, k + 1) for k in (0, 1))
-    target = _target(return_target, *levels)
+    if table.is_quantized:
+        messages.check_dense("table", table)
+    alpha, sigma = columns_of("table", table, 0, 1), columns_of("table", table, 1, 2)
+    target = _target(return_target, alpha, sigma)
     both: tuple[Tensor, Tensor] = run_noisy(_Q_SAMPLE_TARGET, (x0,), noise, (table, *target), t)
     return both
 

@@ -61,7 +61,7 @@ def dynamic_threshold(
         raise ValueError(f"ratio must be in [0, 1], got {p}")
     if not most >= 1:
         raise ValueError(f"sample_max_value must be at least 1, got {most}")
-    if isinstance(x, Tensor):
+    if isinstance(x, Tensor) and x.is_nested:
         messages.check_dense("x", x)
     if isinstance(x, Tensor) and x.ndim and not x.shape[1:].numel():
         raise ValueError(f"x must have at least one element per sample, got shape {tuple(x.shape)}")

@@ -56,7 +56,12 @@ def make_betas(
         and scaling; Rombach et al. 2022 (arXiv 2112.10752) scaled_linear; GeoDiff (arXiv
         2203.02923) sigmoid.
     """
-    check_choice("name", name, BETA_SCHEDULES, _COSINE_FIX if name == "cosine" else "")
+    check_choice(
+        "name",
+        name,
+        BETA_SCHEDULES,
+        _COSINE_FIX if isinstance(name, str) and name == "cosine" else "",
+    )
     num_timesteps = as_int("num_timesteps", num_timesteps, 1)
     beta_start, beta_end = as_real("beta_start", beta_start), as_real("beta_end", beta_end)
     if name == "squaredcos_cap_v2":

@@ -11,6 +11,8 @@ from diffcore.schedules.tensors import as_float64
 
 TIME_SHIFT_TYPES = ("exponential", "linear")
 
+_LARGEST_EXPONENT = 700.0  # exp of it is a float64, as is exp of minus it
+
 
 def shift_sigmas(sigmas: Tensor, shift: float) -> Tensor:
     """Shift the noise levels of a flow, for larger images: shift s / (1 + (shift - 1) s).
@@ -30,7 +32,7 @@ def shift_sigmas(sigmas: Tensor, shift: float) -> Tensor:
     Source:
         Esser et al. 2024 (arXiv 2403.03206) eq. 23.
     """
-    shift = as_positive("shift", shift)
+    shift = as_positive("shift", shift, finite=True)
     s = as_float64(sigmas, "sigmas")
     return shift * s / (1 + (shift - 1) * s)
 
@@ -52,8 +54,12 @@ def time_shift(sigmas: Tensor, mu: float, time_shift_type: str = "exponential") 
         ValueError: Unknown type, or mu not above 0 with "linear".
     """
     check_choice("time_shift_type", time_shift_type, TIME_SHIFT_TYPES)
-    mu = as_real("mu", mu) if time_shift_type == "exponential" else as_positive("mu", mu)
-    return shift_sigmas(sigmas, math.exp(mu) if time_shift_type == "exponential" else mu)
+    mu = as_real("mu", mu)
+    if time_shift_type == "exponential":
+        if not abs(mu) < _LARGEST_EXPONENT:
+            raise ValueError(f"mu must lie in -700 .. 700, where exp(mu) is a number, got {mu}")
+        return shift_sigmas(sigmas, math.exp(mu))
+    return shift_sigmas(sigmas, as_positive("mu", mu, finite=True))
 
 
 def dynamic_shift_mu(
@@ -108,6 +114,8 @@ def stretch_to_terminal(sigmas: Tensor, shift_terminal: float) -> Tensor:
     if not 0 <= shift_terminal < 1:
         raise ValueError(f"shift_terminal must lie in [0, 1), got {shift_terminal}")
     signal = 1 - as_float64(sigmas, "sigmas")
+    if signal.ndim != 1 or len(signal) == 0:
+        raise ValueError(f"sigmas must have the shape [N] with N >= 1, got {tuple(signal.shape)}")
     if signal[-1] == 0:
         raise ValueError("sigmas must end below 1 to be stretched, got 1")
     return 1 - signal * ((1 - shift_terminal) / signal[-1])

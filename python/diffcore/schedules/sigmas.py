@@ -141,7 +141,7 @@ def get_sigmas_beta(
         Lee et al. 2024 (arXiv 2407.12173).
     """
     n, sigma_min, sigma_max = _range(n, sigma_min, sigma_max)
-    alpha, beta = as_positive("alpha", alpha), as_positive("beta", beta)
+    alpha, beta = as_positive("alpha", alpha, finite=True), as_positive("beta", beta, finite=True)
     quantiles = [_beta_quantile(p, alpha, beta) for p in (1 - _ramp(n)).tolist()]
     sigmas = sigma_min + torch.tensor(quantiles, dtype=torch.float64, device="cpu") * (
         sigma_max - sigma_min

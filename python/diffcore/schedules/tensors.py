@@ -25,13 +25,28 @@ def as_float64(values: Tensor | Sequence[Any] | float, name: str = "values") -> 
         TypeError: Not real numbers.
     """
     if isinstance(values, Tensor):
+        check_has_values(name, values)
         if values.is_complex():
             raise TypeError(f"{name} must be real numbers, got {values.dtype}")
         return values.to(torch.float64)
     try:
         return torch.as_tensor(values, dtype=torch.float64, device="cpu")
-    except (TypeError, ValueError, RuntimeError):
+    except (TypeError, ValueError, RuntimeError, OverflowError):
         raise TypeError(f"{name} must be real numbers, got {type(values).__name__}") from None
+
+
+def check_has_values(name: str, values: Tensor) -> None:
+    """Refuse a meta tensor, whose values cannot be read.
+
+    Args:
+        name: Name of the argument.
+        values: The argument.
+
+    Raises:
+        ValueError: A tensor on "meta".
+    """
+    if values.device.type == "meta":
+        raise ValueError(f"{name} must have values, got a tensor on meta; make it on the CPU")
 
 
 def float64_vector(
@@ -61,6 +76,7 @@ def float64_vector(
             f"{name} must not require grad, because tables are constants, got a tensor that does; "
             f"pass {name}.detach(), or give the ops alpha and sigma as tensors to train them"
         )
+    check_has_values(name, table)
     if table.dim() != 1 or len(table) < least:
         raise ValueError(f"{name} must have the shape {shape}, got {tuple(table.shape)}{hint(fix)}")
     table = table.to(device="cpu", dtype=torch.float64, copy=True)

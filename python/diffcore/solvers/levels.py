@@ -174,7 +174,7 @@ class NoiseLevels:
             Karras et al. 2022 (arXiv 2206.00364) table 1 and eq. 7.
         """
         sigma = level_vector("sigmas", sigmas)
-        sigma_data = as_positive("sigma_data", sigma_data)
+        sigma_data = as_positive("sigma_data", sigma_data, finite=True)
         return cls(
             torch.ones_like(sigma),
             sigma,
@@ -201,7 +201,7 @@ class NoiseLevels:
         """
         sigma = level_vector("sigmas", sigmas)
         _refuse_first("sigmas must lie in [0, 1] for a flow", sigma, sigma > 1)
-        scale = as_positive("num_train_timesteps", num_train_timesteps)
+        scale = as_positive("num_train_timesteps", num_train_timesteps, finite=True)
         return cls(1 - sigma, sigma, sigma[:-1] * scale, "flow", FlowTime(scale))
 
     @classmethod
@@ -252,6 +252,8 @@ class NoiseLevels:
         else:
             assert timesteps is not None
             times = timestep_vector(timesteps)
+            rising = times[1:] >= times[:-1]
+            _refuse_first("timesteps must fall at every step", times[1:], rising, 1)
             if times.dtype == torch.int64:
                 _refuse_first(
                     f"timesteps must lie in 0 .. {len(schedule) - 1}",
@@ -296,7 +298,7 @@ class NoiseLevels:
             sigma=ratio,
             path="ve",
             input_std=1.0,
-            init_noise_sigma=as_positive("init_noise_sigma", first),
+            init_noise_sigma=as_positive("init_noise_sigma", first, finite=True),
         )
 
     def skip(self, steps: int) -> NoiseLevels:
@@ -426,14 +428,14 @@ def as_levels(levels: Levels, prediction_type: str) -> NoiseLevels:
     """
     if isinstance(levels, NoiseLevels):
         return levels
-    if prediction_type == "flow_prediction":
+    if isinstance(prediction_type, str) and prediction_type == "flow_prediction":
         raise ValueError(
             "levels must be NoiseLevels with prediction_type='flow_prediction', got "
             f"{type(levels).__name__}: sigmas alone mean alpha = 1, and the alpha of a flow is "
             "1 - sigma; pass NoiseLevels.from_flow(sigmas), or NoiseLevels.from_sigmas(sigmas) if "
             "alpha = 1 is meant"
         )
-    return NoiseLevels.from_sigmas(levels)
+    return NoiseLevels.from_sigmas(level_vector("levels", levels))
 
 
 def _quarter_log_of(sigma: Tensor) -> Tensor:

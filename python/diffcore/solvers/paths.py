@@ -11,7 +11,7 @@ from torch import Tensor
 
 from diffcore._checks import as_tensor
 from diffcore.schedules import NoiseSchedule
-from diffcore.schedules.tensors import float64_vector
+from diffcore.schedules.tensors import check_has_values, float64_vector
 
 PATHS = ("vp", "ve", "flow")
 
@@ -157,5 +157,6 @@ def timestep_vector(values: Tensor | Sequence[float]) -> Tensor:
         raise ValueError(
             f"timesteps must be real numbers of shape [N], got {times.dtype} {tuple(times.shape)}"
         )
+    check_has_values("timesteps", times)
     dtype = torch.float64 if times.is_floating_point() else torch.int64
     return times.to(device="cpu", dtype=dtype, copy=True)

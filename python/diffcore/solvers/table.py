@@ -139,7 +139,7 @@ class SolverTable:
             self.coefficients,
             self.variance,
         )
-        derived = (rows, launcher, {}, Traced())
+        derived: tuple[object, ...] = (rows, launcher, {}, Traced())
         for name, value in zip(_DERIVED, derived, strict=True):
             object.__setattr__(self, name, value)
 
