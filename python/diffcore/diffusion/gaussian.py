@@ -21,7 +21,7 @@ from torch import Tensor
 from diffcore import ops
 from diffcore._checks import as_positive, as_real, check_choice, check_not_compiling
 from diffcore._engine.dtensor import replicated
-from diffcore._engine.kept import made_plainly
+from diffcore._engine.kept import constant_in_traces, made_plainly
 from diffcore._types import Model
 from diffcore.coefficients.bound import DECODERS, LEARNED, VARIANCE_TYPES
 from diffcore.coefficients.step import PREDICTION_TYPES
@@ -676,8 +676,18 @@ class GaussianDiffusion:
 
     def _clip_range(self, clip_denoised: bool | None) -> float | None:
         """Largest magnitude of the predicted x_0; ``None`` for no clip."""
-        clip = self.clip_sample if clip_denoised is None else clip_denoised
-        return self.clip_sample_range if clip else None
+        if not (self.clip_sample if clip_denoised is None else clip_denoised):
+            return None
+        if torch.compiler.is_dynamo_compiling():
+            # With dynamic=True a float is no constant, but tables are made for one.
+            known = self._constant_clip_range()
+            if known == self.clip_sample_range:  # a guard
+                return known
+        return self.clip_sample_range
+
+    @constant_in_traces
+    def _constant_clip_range(self) -> float:
+        return self.clip_sample_range
 
     def _predict(
         self, model: Model, x: Tensor, t: Tensor, model_kwargs: Mapping[str, Any] | None

@@ -119,7 +119,7 @@ def prior_kl(x0: Tensor, alpha: float, sigma: float) -> Tensor:
     a, s = float_of("alpha", alpha), float_of("sigma", sigma)
     if not s > 0:
         raise ValueError(f"sigma must be positive, got {s}")
-    if math.isinf(a * a):
+    if a * a == math.inf:
         raise ValueError(f"alpha must have a square in the range of float64, got {a}")
     if plain_eager():
         coefs = prior_coefficients(a, s)
