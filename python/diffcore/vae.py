@@ -198,7 +198,9 @@ def _loss_by_position(x: Tensor, x_recon: Tensor, std: Tensor) -> Tensor:
 
 def _std(decoder_std: float | Tensor, x: Tensor) -> float | Tensor:
     """The standard deviation: a float, 0-dim, or with the dimensions of one sample."""
-    if not isinstance(decoder_std, Tensor) and getattr(decoder_std, "ndim", False):
+    # The types first: Dynamo has no getattr for a symbolic number.
+    is_known = isinstance(decoder_std, (int, float, Tensor))
+    if not is_known and getattr(decoder_std, "ndim", False):
         decoder_std = as_tensor("decoder_std", decoder_std).to(x.device)  # a NumPy array
     if not isinstance(decoder_std, Tensor):
         return as_positive("decoder_std", decoder_std)

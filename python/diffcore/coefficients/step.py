@@ -366,7 +366,8 @@ def _float64(names: tuple[str, ...], *values: Coef) -> Sequence[Coef]:
 def _number(name: str, value: Coef) -> Coef:
     """A float or a tensor of real numbers; a NumPy array is a tensor on the CPU."""
     if not isinstance(value, Tensor):
-        if not getattr(value, "ndim", 0):
+        # The types first: Dynamo has no getattr for a symbolic number.
+        if isinstance(value, (int, float)) or not getattr(value, "ndim", 0):
             return as_real(name, value)
         value = as_tensor(name, value)
     if value.is_complex() or value.dtype == torch.bool:

@@ -430,7 +430,7 @@ class GaussianDiffusion:
         """
         t = self._timesteps_of(x, t)
         clip = self._clip_range(clip_denoised)
-        eta = as_real("eta", eta)
+        eta = _constant_eta(eta)
         table = self.tables.ddim(clip, eta, rederive_epsilon)
         output, _ = self._predict(model, x, t, model_kwargs)
         if eta == 0:
@@ -540,7 +540,7 @@ class GaussianDiffusion:
         rows = self.tables.rows(num_steps, timestep_spacing)
         x, step_noise = initial_sample(model, shape, noise, step_noise, device, dtype, generator)
         clip = self._clip_range(clip_denoised)
-        solver = self.tables.ddim_solver(rows, clip, as_real("eta", eta), rederive_epsilon)
+        solver = self.tables.ddim_solver(rows, clip, _constant_eta(eta), rederive_epsilon)
         return run_table(
             model,
             x,
@@ -725,3 +725,9 @@ class GaussianDiffusion:
         t = check_timesteps(t, x, self.num_timesteps, name="x")
         check_timestep_values(t, self.num_timesteps)
         return t
+
+
+def _constant_eta(eta: float) -> float:
+    """The number, and the default as a constant: with dynamic=True Dynamo takes it for dynamic."""
+    eta = as_real("eta", eta)
+    return 0.0 if eta == 0 else eta

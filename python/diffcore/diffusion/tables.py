@@ -239,6 +239,7 @@ class DiffusionTables:
 
     # ---- solvers -----------------------------------------------------------------------------
 
+    @constant_in_traces
     def rows(self, num_steps: int | None, timestep_spacing: str) -> tuple[int, ...] | None:
         """The timesteps of a respaced loop, increasing; ``None`` for all T."""
         check_choice("timestep_spacing", timestep_spacing, TIMESTEP_SPACINGS)
