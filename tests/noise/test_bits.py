@@ -321,3 +321,11 @@ PINNED = """
     0x1.294a780000000p-4 0x1.a8859c0000000p+0 -0x1.b137900000000p-2 0x1.b721900000000p-1
     -0x1.1a5a000000000p-1 -0x1.3fbe3a0000000p-2 0x1.2e40a00000000p+0 -0x1.ee51b80000000p-1
 """
+
+
+def test_the_two_ways_to_the_exponent_are_one() -> None:
+    s = torch.cat([torch.linspace(0.5, 8, 65537), 2.0 ** torch.linspace(-1, 31, 65537)])
+    bits, parts = philox.split_by_bits(s), philox.split_by_frexp(s)
+    assert all(map(torch.equal, bits, parts))
+    k, f = (x.double() for x in bits)
+    torch.testing.assert_close(2 ** (31 + k) * (1 + f), s.double(), rtol=0, atol=0)

@@ -38,6 +38,7 @@ the next ones are fitted.
 from __future__ import annotations
 
 import math
+import struct
 from collections.abc import Sequence
 
 import torch
@@ -68,6 +69,10 @@ LOG = (  # -2 log1p(f) / f on [sqrt(1/2) - 1, sqrt(2) - 1], lowest order first
 # (sin x - x) / x^3 and (cos x - 1) / x^2 as polynomials in x^2, |x| <= pi / 4.
 SIN = _hex("-0x1.555546p-3"), _hex("0x1.110778p-7"), _hex("-0x1.995408p-13")
 COS = _hex("-0x1.ffffbap-2"), _hex("0x1.553faap-5"), _hex("-0x1.647822p-10")
+
+
+_SQRT_HALF = struct.unpack("<f", struct.pack("<i", SQRT_HALF_BITS))[0]
+_BITS_UNDER_VMAP = tuple(int(n) for n in torch.__version__.split(".")[:2]) >= (2, 13)
 
 
 def _multiply(word: Tensor, constant: int) -> tuple[Tensor, Tensor]:
@@ -103,9 +108,23 @@ def _uniform(w: Tensor) -> Tensor:
 
 def _minus_two_log(s: Tensor) -> Tensor:
     """-2 ln(s / 2^31) >= 0 for float32 s in [1/2, 2^31]: s / 2^31 = 2^k (1 + f), 1 + f near 1."""
+    k, f = (split_by_bits if _BITS_UNDER_VMAP else split_by_frexp)(s)
+    return k * MINUS_TWO_LN2 + f * _horner(LOG, f)
+
+
+def split_by_bits(s: Tensor) -> tuple[Tensor, Tensor]:
+    """The k and f of s = 2^(31+k) (1 + f), sqrt(1/2) <= 1 + f < sqrt(2), from the bits of s."""
     t = s.view(torch.int32) - (SQRT_HALF_BITS + (31 << 23))
     f = ((t & 0x7FFFFF) + SQRT_HALF_BITS).view(torch.float32) - 1
-    return (t >> 23).to(torch.float32) * MINUS_TWO_LN2 + f * _horner(LOG, f)
+    return (t >> 23).to(torch.float32), f
+
+
+def split_by_frexp(s: Tensor) -> tuple[Tensor, Tensor]:
+    """The same numbers without a view, for which ``vmap`` of torch 2.12 and before has no rule."""
+    mantissa, exponent = torch.frexp(s)
+    low = mantissa < _SQRT_HALF
+    one_plus_f = torch.where(low, 2 * mantissa, mantissa)
+    return (exponent - 31 - low.to(exponent.dtype)).to(torch.float32), one_plus_f - 1
 
 
 def _root(x: Tensor) -> Tensor:
