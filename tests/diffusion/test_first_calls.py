@@ -210,7 +210,7 @@ def test_tables_of_another_diffusion_are_compiled_for_again() -> None:
         return diffusion.ddim_sample(model, x, T, eta=0.5, noise=KEY)["sample"]
 
     compiled = torch.compile(step, fullgraph=True, backend=counter)
-    one, other = (GaussianDiffusion(betas[10:]) for betas in (BETAS, BETAS.flip(0)))
+    one, other = (GaussianDiffusion(betas) for betas in (BETAS[10:], BETAS[:-10]))
     for d in (one, other, one, other):
         assert_same_bits(compiled(d, X), step(d, X))
     assert counter.frame_count == 2

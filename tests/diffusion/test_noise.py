@@ -351,7 +351,7 @@ THREE = PhiloxNoise(0, sample_ids=torch.tensor([1, 2, 3]))
             r"step_noise must have the shape \[S, 2, 3\]",
         ),
         (
-            lambda: D.p_sample_loop(half, (2, 3), step_noise=torch.zeros(20, 2, 3).double()),
+            lambda: D.p_sample_loop(half, (2, 3), step_noise=torch.zeros(20, 2, 3).int()),
             TypeError,
             "noise.*dtype",
         ),

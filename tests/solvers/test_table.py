@@ -148,5 +148,5 @@ def test_vectors_have_the_coefficients_of_single_steps(make: str, prediction: st
 def test_coefficients_beyond_float32_are_refused() -> None:
     tiny = NoiseLevels.from_schedule(NoiseSchedule.from_betas([0.999] * 26), [25, 24])
     for make in ALL.values():
-        with pytest.raises(ValueError, match="must be finite in float32, got"):
+        with pytest.raises(ValueError, match=r"must (be finite|not be 0).* in float32"):
             make(tiny)

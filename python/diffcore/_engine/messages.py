@@ -82,7 +82,7 @@ def _coef_dimensions(name: str, c: Tensor) -> Exception:
 
 
 def _table_length(name: str, c: Tensor, steps: int) -> Exception:
-    return ValueError(f"{name} must have {steps or 'at least 1'} rows, got {len(c)}")
+    return ValueError(f"{name} must have {steps or 'at least 1'} rows, got {c.shape[0]}")
 
 
 def _length(name: str, x: Tensor, wanted: str, fix: str = "") -> Exception:
@@ -258,7 +258,7 @@ def _coef_name(kernel: Kernel, c: Coef, k: int) -> str:
 
 
 def _table_rows(coefs: Coefs) -> int:
-    return next((len(c) for c in coefs if isinstance(c, Tensor) and c.ndim == 2), 0)
+    return next((c.shape[0] for c in coefs if isinstance(c, Tensor) and c.ndim == 2), 0)
 
 
 # ---- without the compiled module ----------------------------------------------------------------
@@ -376,10 +376,10 @@ def _check_coefs(args: Arguments) -> int:
         if c.ndim > 2:
             raise _coef_dimensions(name, c)
         if c.ndim == 2 and args.step is not None:
-            if not len(c) or (steps and len(c) != steps):
+            if not c.shape[0] or (steps and c.shape[0] != steps):
                 raise _table_length(name, c, steps)
-            steps = len(c)
-        elif c.ndim and len(c) not in (1, rows):
+            steps = c.shape[0]
+        elif c.ndim and c.shape[0] not in (1, rows):
             raise _length(name, c, *_coef_length(name, first))
     if k != len(args.kernel.coefs):
         raise _coef_count(k, args.kernel)
@@ -400,7 +400,7 @@ def _check_step(step: Step, steps: int, first: Tensor) -> None:
         raise _bad_dtype("t", step, _STEP_INTS)
     if step.device != first.device:
         raise _elsewhere("t", step, first)
-    if step.ndim > 1 or (step.ndim == 1 and len(step) not in (1, _rows(first))):
+    if step.ndim > 1 or (step.ndim == 1 and step.shape[0] not in (1, _rows(first))):
         raise _step_shape(step, _rows(first))
     check_memory("t", step)
     if type(step) is not Tensor or _is_traced(step) or not step.numel():
@@ -420,7 +420,7 @@ def check_noise(noise: tuple[Any, ...], rows: int, first: Tensor) -> None:
         check_dense(name, part)
         if part.device != first.device:
             raise _elsewhere(name, part, first)
-        if name == "sample_ids" and part.ndim and len(part) != rows:
+        if name == "sample_ids" and part.ndim and part.shape[0] != rows:
             raise _length(name, part, str(rows))
         check_memory(name, part)
     end = noise[3] + first.numel() // max(rows, 1)

@@ -72,8 +72,8 @@ class GaussianDiffusion:
 
     Args:
         betas: Variances of the Markov steps, ``[T]`` in (0, 1]: a tensor, an array or a list. The
-            last may be 1 (zero terminal SNR), except with prediction_type "epsilon". Betas that
-            fall at every step are refused, as alphas_cumprod or a reversed schedule.
+            last may be 1 (zero terminal SNR), except with prediction_type "epsilon". 10 and more
+            betas that fall at every step are refused, as alphas_cumprod or a reversed schedule.
         prediction_type: What the model predicts: "epsilon", "sample" (x_0), "v_prediction" or
             "flow_prediction".
         variance_type: Variance of the reverse step: "fixed_small" (beta_tilde), "fixed_large"
@@ -92,7 +92,7 @@ class GaussianDiffusion:
 
     Raises:
         TypeError: An argument of the wrong type.
-        ValueError: Betas outside (0, 1], that fall at every step or that require grad, unknown
+        ValueError: Betas outside (0, 1], that fall throughout or that require grad, unknown
             strings, an empty clip range, or epsilon prediction with (almost) zero terminal SNR.
 
     Source:
@@ -663,14 +663,13 @@ class GaussianDiffusion:
             terms.append(term)
             errors.append(error)
         vb, xstart_mse = torch.stack(terms, dim=1), torch.stack(errors, dim=1)
+        snr = replicated(self.tables.snr[x_start.device], xstart_mse)
         return {
             "total_bpd": vb.sum(dim=1) + prior,
             "prior_bpd": prior,
             "vb": vb,
             "xstart_mse": xstart_mse,
-            "mse": (xstart_mse * replicated(self.tables.snr[x_start.device], xstart_mse)).to(
-                vb.dtype
-            ),
+            "mse": (xstart_mse * snr).to(vb.dtype),
         }
 
     # ---- private -------------------------------------------------------------------------------

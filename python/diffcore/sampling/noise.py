@@ -126,6 +126,7 @@ def check_noise_rows(step_noise: StepNoise, x: Tensor, table: SolverTable, name:
         name: What the caller calls ``step_noise``, for errors.
 
     Raises:
+        TypeError: A tensor of another floating-point dtype.
         ValueError: A tensor of another shape.
     """
     if not isinstance(step_noise, Tensor) or not table.stochastic:
@@ -133,6 +134,10 @@ def check_noise_rows(step_noise: StepNoise, x: Tensor, table: SolverTable, name:
     most = len(table) + 1  # one tensor serves a solver with churn and without
     least = max((i + 1 for i, row in enumerate(table.rows) if row.noisy), default=0)
     least = most if table.start_noise else least
+    if step_noise.is_floating_point() and step_noise.dtype != x.dtype:
+        raise TypeError(  # an op would promote x, in the middle of the loop
+            f"{name} must have the dtype of the samples, {x.dtype}, got {step_noise.dtype}"
+        )
     if step_noise.shape[1:] == x.shape and least <= len(step_noise) <= most:
         return
     count, entries = "S", f"an entry for each of the S = {len(table)} rows of {table.name}"

@@ -18,6 +18,7 @@ BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid")
 _REFERENCE_STEPS = 1000
 _COSINE_OFFSET = 0.008
 _MAX_BETA = 0.999
+_SHORT = 10
 _COSINE_FIX = "OpenAI's 'cosine' is 'squaredcos_cap_v2'"
 
 
@@ -208,9 +209,9 @@ def check_direction(betas: Tensor) -> None:
         betas: Checked betas ``[T]``.
 
     Raises:
-        ValueError: They fall at every one of two steps or more.
+        ValueError: They do, and are too many to be a short schedule of the user's own.
     """
-    if len(betas) < 3 or not bool((betas[1:] < betas[:-1]).all()):
+    if len(betas) < _SHORT or not bool((betas[1:] < betas[:-1]).all()):
         return
     fix = (
         "these look like alphas_cumprod: pass betas_from_alphas_cumprod(alphas_cumprod)"
