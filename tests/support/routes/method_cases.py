@@ -209,7 +209,7 @@ DIFFUSION_CASES: list[Case] = [
     _method(
         "p_sample_loop",
         lambda d, g: d.p_sample_loop(
-            model(g), g["x"].shape, noise=g["x"], step_noise=KEY, num_steps=3
+            model(g), g["x"].shape, noise=g["x"], step_noise=KEY, num_steps=4
         ),
         "x weight",
         "",
@@ -218,7 +218,7 @@ DIFFUSION_CASES: list[Case] = [
     ),
     _method(
         "ddim_sample_loop",
-        lambda d, g: d.ddim_sample_loop(model(g), g["x"].shape, noise=g["x"], num_steps=3),
+        lambda d, g: d.ddim_sample_loop(model(g), g["x"].shape, noise=g["x"], num_steps=4),
         "x weight",
         "",
         timesteps=False,
