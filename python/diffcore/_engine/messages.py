@@ -16,6 +16,7 @@ from torch import Tensor
 from diffcore._checks import to_floats
 from diffcore._engine import native
 from diffcore._engine.kernel import Kernel
+from diffcore._engine.strides import shares_elements
 from diffcore._types import Coef, Coefs, NoiseParts, Step, Tensors
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -287,32 +288,11 @@ def check_out(kernel: Kernel, inputs: Tensors, out: Tensor) -> None:
         raise ValueError("out must not require grad, got a tensor that does")
     _check_tensor("out", out)
     _check_like("out", out, Arguments(kernel, inputs, (), None))
-    if _shares_elements(out):
+    if shares_elements(out):
         raise ValueError(
             f"out must have memory for each element, got shape {tuple(out.shape)} with strides "
             f"{out.stride()}"
         )
-
-
-def _shares_elements(x: Tensor) -> bool:
-    """Whether two elements of a tensor are the same memory."""
-    order = sorted((s, n) for s, n in zip(x.stride(), x.shape, strict=True) if n != 1)
-    if x.numel() == 0 or type(x) is not Tensor:
-        return False
-    reach = 0  # of the dimensions so far
-    for stride, size in order:
-        if stride <= reach:
-            break
-        reach += stride * (size - 1)
-    else:
-        return False
-    if order[0][0] == 0:
-        return True
-    at = torch.zeros((), dtype=torch.int64)  # interleaved dimensions: rare, so count
-    for stride, size in order:
-        at = at.unsqueeze(-1) + stride * torch.arange(size)
-    apart: int = at.unique().numel()
-    return apart < x.numel()
 
 
 def _check_like(name: str, x: Tensor, args: Arguments) -> None:

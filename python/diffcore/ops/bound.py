@@ -49,9 +49,9 @@ def vlb_term(
     ``variance_output`` by kernels (values that the clip stops get no gradient), in ``x0``, ``x_t``
     and ``noise`` through plain torch. The term that a sample does not take is not computed. A
     log-variance of inf gives inf (log 2 for a pixel in an open bin); of -inf, which is a point:
-    inf, 0 for a pixel in whose bin it lies, and nan for a KL whose error is 0 or where the decoder
-    is a density. Where a range of variances is one point, as for T = 1, a v of ±inf is nan. Pixel
-    values are not validated: the bin is x_0 ± 1/255 for any x_0.
+    inf, 0 for a pixel in whose bin it lies, and, where the decoder is a density, -inf if the error
+    is 0 and nan otherwise. Where a range of variances is one point, as for T = 1, a v of ±inf is
+    nan. Pixel values are not validated: the bin is x_0 ± 1/255 for any x_0.
 
     Args:
         x0: Clean samples ``[B, ...]``.

@@ -62,6 +62,9 @@ def normal_kl(
     one launch and no copy. An argument that broadcasts is first written out in the common shape,
     except that ``mean2=0, logvar2=0`` as numbers take the kernel of :func:`standard_normal_kl`.
 
+    Equal means add 0 for any log-variance. The KL to or from a point (log-variance -inf) is inf; of
+    two log-variances that are the same infinity it is nan.
+
     Args:
         mean1: ``[B, ...]``, a tensor that broadcasts to it, or a number.
         logvar1: Log-variance. ``[B, ...]``, a tensor that broadcasts to it, or a number.
@@ -168,6 +171,8 @@ def standard_normal_kl(mean: Tensor, logvar: Tensor, *, reduction: str = "none")
 
 def gaussian_nll(x: Tensor, mean: Tensor, logvar: Tensor, *, reduction: str = "none") -> Tensor:
     """``-log N(x; mean, e^logvar) = ½ [ log 2π + logvar + (x - mean)² exp(-logvar) ]``, in nats.
+
+    At its mean, a point (log-variance -inf) gives -inf; away from it the formula is inf - inf, nan.
 
     Args:
         x: The points at which to evaluate the density, ``[B, ...]``.
