@@ -203,7 +203,9 @@ def test_every_option_of_the_command_is_on_its_page() -> None:
     commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
     assert set(commands) == set(re.findall(r"^## `diffcore (\w+)`", page, re.MULTILINE))
     options = {o for c in commands.values() for p in c.params for o in p.opts if o.startswith("--")}
-    assert options - {"--help"} == set(re.findall(r"^\| `(--[\w-]+)", page, re.MULTILINE))
+    assert options | {"--help", "--version"} == set(
+        re.findall(r"^\| `(--[\w-]+)", page, re.MULTILINE)
+    )
 
 
 def test_every_environment_variable_is_on_its_page() -> None:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from diffcore import ops
+from diffcore._engine.dtensor import replicated
 from diffcore.diffusion.tables import DiffusionTables
 from diffcore.noise import Noise
 
@@ -14,6 +17,21 @@ from diffcore.noise import Noise
 def prior(tables: DiffusionTables, x_start: Tensor) -> Tensor:
     """L_T of each sample, ``[B]``: ``GaussianDiffusion.prior_bpd``."""
     return ops.prior_kl(x_start, *tables.last_level) * bits_per_nat(x_start)
+
+
+def of_terms(
+    tables: DiffusionTables, prior: Tensor, terms: Sequence[Tensor], errors: Sequence[Tensor]
+) -> dict[str, Tensor]:
+    """The bound of all terms and the errors at all timesteps: ``calc_bpd_loop``."""
+    vb, xstart_mse = torch.stack(list(terms), dim=1), torch.stack(list(errors), dim=1)
+    snr = replicated(tables.snr[prior.device], xstart_mse)
+    return {
+        "total_bpd": vb.sum(dim=1) + prior,
+        "prior_bpd": prior,
+        "vb": vb,
+        "xstart_mse": xstart_mse,
+        "mse": (xstart_mse * snr).to(vb.dtype),
+    }
 
 
 def term_of_x_t(

@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from diffcore._checks import as_tensor, check_choice, check_float_tensor
+from diffcore._checks import as_real, as_tensor, check_choice, check_float_tensor
 from diffcore._engine import native
 from diffcore._engine.dispatch import plain_eager
 from diffcore._engine.dtensor import per_sample, shard_of
@@ -272,3 +272,9 @@ def _refuse_shape(t: Tensor, x: Tensor) -> NoReturn:
     frames = t.ndim > 1 and t.numel() != x.shape[0]
     fix = "; for a timestep of each frame fold the frames into the batch" if frames else ""
     raise ValueError(f"t must have shape {tuple(x.shape[:1])}, got {tuple(t.shape)}{fix}")
+
+
+def constant_eta(eta: float) -> float:
+    """The number, and the default as a constant: with dynamic=True Dynamo takes it for dynamic."""
+    eta = as_real("eta", eta)
+    return 0.0 if eta == 0 else eta

@@ -19,8 +19,7 @@ import torch
 from torch import Tensor
 
 from diffcore import ops
-from diffcore._checks import as_positive, as_real, check_choice, check_not_compiling
-from diffcore._engine.dtensor import replicated
+from diffcore._checks import as_positive, check_choice, check_not_compiling
 from diffcore._engine.kept import constant_in_traces, made_plainly
 from diffcore._types import Model
 from diffcore.coefficients.bound import DECODERS, LEARNED, VARIANCE_TYPES
@@ -36,6 +35,7 @@ from diffcore.diffusion.checks import (
     check_timesteps,
     check_weights,
     compiling,
+    constant_eta,
     warn_of_images,
 )
 from diffcore.diffusion.tables import DiffusionTables
@@ -430,7 +430,7 @@ class GaussianDiffusion:
         """
         t = self._timesteps_of(x, t)
         clip = self._clip_range(clip_denoised)
-        eta = _constant_eta(eta)
+        eta = constant_eta(eta)
         table = self.tables.ddim(clip, eta, rederive_epsilon)
         output, _ = self._predict(model, x, t, model_kwargs)
         if eta == 0:
@@ -540,7 +540,7 @@ class GaussianDiffusion:
         rows = self.tables.rows(num_steps, timestep_spacing)
         x, step_noise = initial_sample(model, shape, noise, step_noise, device, dtype, generator)
         clip = self._clip_range(clip_denoised)
-        solver = self.tables.ddim_solver(rows, clip, _constant_eta(eta), rederive_epsilon)
+        solver = self.tables.ddim_solver(rows, clip, constant_eta(eta), rederive_epsilon)
         return run_table(
             model,
             x,
@@ -662,15 +662,7 @@ class GaussianDiffusion:
             term, error = self._noised_term(model, x_start, steps, now, clip, decoder, model_kwargs)
             terms.append(term)
             errors.append(error)
-        vb, xstart_mse = torch.stack(terms, dim=1), torch.stack(errors, dim=1)
-        snr = replicated(self.tables.snr[x_start.device], xstart_mse)
-        return {
-            "total_bpd": vb.sum(dim=1) + prior,
-            "prior_bpd": prior,
-            "vb": vb,
-            "xstart_mse": xstart_mse,
-            "mse": (xstart_mse * snr).to(vb.dtype),
-        }
+        return bound.of_terms(self.tables, prior, terms, errors)
 
     # ---- private -------------------------------------------------------------------------------
 
@@ -725,9 +717,3 @@ class GaussianDiffusion:
         t = check_timesteps(t, x, self.num_timesteps, name="x")
         check_timestep_values(t, self.num_timesteps)
         return t
-
-
-def _constant_eta(eta: float) -> float:
-    """The number, and the default as a constant: with dynamic=True Dynamo takes it for dynamic."""
-    eta = as_real("eta", eta)
-    return 0.0 if eta == 0 else eta
