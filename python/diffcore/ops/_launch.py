@@ -276,7 +276,7 @@ class RowLauncher:
         variances = tuple([float(c) for c in variance.split()])
         return row_plan(numbers, variances or None), None
 
-    @torch.compiler.assume_constant_result
+    @constant_in_traces
     def _row_text(self, digest: str, i: int) -> str:  # noqa: ARG002
         """The numbers of a row, as a trace can read them; ``digest`` is for its guard alone."""
         self._plan(i)  # refuses a wrong row
