@@ -26,8 +26,8 @@ COLUMNS = {
     "dtypes": f"{_BITS}; of mixed dtypes, those of the widest dtype",
     "tracing": f"{_BITS}; of fake and meta tensors shape, dtype and (fake) strides",
     "copies, threads": _BITS,
-    "compile": f"{_BITS}, in one graph; Inductor and transforms {_ROUNDING}",
-    "export": _BITS,
+    "compile": f"{_BITS}, in one graph; Inductor and transforms equal up to rounding",
+    "export": f"{_BITS}; AOTInductor equal up to rounding",
 }
 """The columns of docs/routes.md, and how their results are compared with those of plain eager."""
 

@@ -191,10 +191,10 @@ def same_bits(found: Tensors, wanted: Tensors, what: str) -> None:
 
 
 def close(found: Tensors, wanted: Tensors, what: str) -> None:
-    """Equal up to rounding in float64: torch's own tolerance, 1e-7 of the value."""
+    """Equal up to rounding: torch's own tolerance, 1e-7 of the value in float64."""
     assert len(found) == len(wanted), what
     for x, y in zip(found, wanted, strict=True):
-        torch.testing.assert_close(x.double(), y.double(), msg=lambda m: f"{what}: {m}")
+        torch.testing.assert_close(x.to(y.dtype), y, msg=lambda m: f"{what}: {m}")
 
 
 # ---- how a cell is checked ----------------------------------------------------------------------
