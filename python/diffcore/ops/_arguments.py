@@ -6,6 +6,7 @@ import numbers
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from diffcore._engine import messages
 from diffcore._engine.dispatch import plain_eager
@@ -135,7 +136,7 @@ def to_float(name: str, value: object, allowed: str) -> float:
 
 def _readable(name: str, value: Tensor) -> Tensor:
     """The same tensor, which torch is about to compute with: dense, and not freed."""
-    if torch.compiler.is_dynamo_compiling() or type(value) is not Tensor:
+    if torch.compiler.is_dynamo_compiling() or type(value) not in (Tensor, Parameter):
         return value
     try:
         if value.data_ptr() >= _SURE:  # the check of almost every call
