@@ -328,7 +328,7 @@ def check_memory(name: str, x: Tensor) -> None:
         return
     try:
         hollow = (
-            native.has_kernels(x.device)
+            x.device.type in ("cpu", "cuda")
             and x.numel() > 0
             and (x.data_ptr() == 0 or x.untyped_storage().data_ptr() == 0)
         )

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from diffcore._checks import as_int, as_real, as_tensor
 from diffcore._engine import messages
@@ -181,7 +182,7 @@ def float_of(name: str, value: float) -> float:
 
 def _readable(name: str, value: Tensor) -> Tensor:
     """The same tensor, which torch is about to compute with: dense, and not freed."""
-    if torch.compiler.is_dynamo_compiling() or type(value) is not Tensor:
+    if torch.compiler.is_dynamo_compiling() or type(value) not in (Tensor, Parameter):
         return value
     try:
         if value.data_ptr() >= _SURE:  # the check of almost every call
