@@ -20,10 +20,10 @@ def prior(tables: DiffusionTables, x_start: Tensor) -> Tensor:
 
 
 def of_terms(
-    tables: DiffusionTables, prior: Tensor, terms: Sequence[Tensor], errors: Sequence[Tensor]
+    tables: DiffusionTables, prior: Tensor, found: Sequence[tuple[Tensor, Tensor]]
 ) -> dict[str, Tensor]:
-    """The bound of all terms and the errors at all timesteps: ``calc_bpd_loop``."""
-    vb, xstart_mse = torch.stack(list(terms), dim=1), torch.stack(list(errors), dim=1)
+    """The bound, from the term and the error of x_0 at every timestep: ``calc_bpd_loop``."""
+    vb, xstart_mse = (torch.stack(values, dim=1) for values in zip(*found, strict=True))
     snr = replicated(tables.snr[prior.device], xstart_mse)
     return {
         "total_bpd": vb.sum(dim=1) + prior,

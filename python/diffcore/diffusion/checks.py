@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from typing import Any, NoReturn
 
 import torch
@@ -272,6 +273,20 @@ def _refuse_shape(t: Tensor, x: Tensor) -> NoReturn:
     frames = t.ndim > 1 and t.numel() != x.shape[0]
     fix = "; for a timestep of each frame fold the frames into the batch" if frames else ""
     raise ValueError(f"t must have shape {tuple(x.shape[:1])}, got {tuple(t.shape)}{fix}")
+
+
+def check_model_kwargs(model_kwargs: Any) -> None:
+    """Refuse arguments for a model that are neither a mapping nor ``None``.
+
+    Args:
+        model_kwargs: The argument.
+
+    Raises:
+        TypeError: Something else.
+    """
+    if model_kwargs is not None and not isinstance(model_kwargs, Mapping):
+        kind = type(model_kwargs).__name__
+        raise TypeError(f"model_kwargs must be a mapping or None, got {kind}")
 
 
 def constant_eta(eta: float) -> float:

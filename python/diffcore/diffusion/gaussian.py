@@ -29,6 +29,7 @@ from diffcore.diffusion.checks import (
     can_read_values,
     check_batch,
     check_decoder,
+    check_model_kwargs,
     check_noise,
     check_pixels,
     check_timestep_values,
@@ -655,14 +656,13 @@ class GaussianDiffusion:
         noise = check_noise(noise, x_start)
         clip = self._clip_range(clip_denoised)
         prior = self.prior_bpd(x_start)
-        terms, errors = [], []
+        found = []
         for t in progress_bar(range(self.num_timesteps), "calc_bpd_loop", progress):
             steps = check_timesteps(t, x_start, self.num_timesteps)
             now = noise.at(noise.stream + t) if isinstance(noise, PhiloxNoise) else noise
-            term, error = self._noised_term(model, x_start, steps, now, clip, decoder, model_kwargs)
-            terms.append(term)
-            errors.append(error)
-        return bound.of_terms(self.tables, prior, terms, errors)
+            options = (now, clip, decoder, model_kwargs)
+            found.append(self._noised_term(model, x_start, steps, *options))
+        return bound.of_terms(self.tables, prior, found)
 
     # ---- private -------------------------------------------------------------------------------
 
@@ -685,9 +685,7 @@ class GaussianDiffusion:
         self, model: Model, x: Tensor, t: Tensor, model_kwargs: Mapping[str, Any] | None
     ) -> tuple[Tensor, Tensor | None]:
         """The model's prediction at t and, where the variance is learned, its variance output."""
-        if model_kwargs is not None and not isinstance(model_kwargs, Mapping):
-            kind = type(model_kwargs).__name__
-            raise TypeError(f"model_kwargs must be a mapping or None, got {kind}")
+        check_model_kwargs(model_kwargs)
         learned = self.variance_type in LEARNED
         output = call_model(model, x, self.tables.model_timesteps(t), model_kwargs, learned=learned)
         if not learned:

@@ -8,7 +8,6 @@ import io
 import pickle
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,9 +18,22 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from support.op_case import without_kernels
-from support.routes import method_cases
 from support.routes.case import Call, Case, Function
+from support.routes.derivatives import (
+    backward_twice,
+    jacobian,
+    jacobian_by_fwd,
+    jacobian_by_rev,
+    second_by_func,
+    second_derivative,
+    second_of_reference,
+)
+from support.routes.mixed_dtypes import (
+    check_rounding_model,
+    mixed,
+    several_tensors,
+    torchs_generator,
+)
 from support.routes.route import (
     MANY,
     SMALL,
@@ -43,7 +55,6 @@ from support.routes.route import (
     slope_by_duals,
     slope_by_jvp,
     truth_of,
-    upstream,
     values,
 )
 
@@ -117,84 +128,6 @@ SETTINGS: dict[str, Callable[[], Any]] = {
 
 
 # ---- plain ------------------------------------------------------------------------------------
-
-
-def backward_twice(f: Function, call: Call) -> Tensors:
-    """Gradients of the second of two passes through one graph."""
-    given = leaves(call)
-    seed()
-    outputs = f(*given)
-    wanted = [y for y in outputs if y.requires_grad]
-    torch.autograd.backward(wanted, upstream(wanted), retain_graph=True)
-    for x in given:
-        x.grad = None
-    torch.autograd.backward(wanted, upstream(wanted))
-    found = (torch.zeros_like(x) if x.grad is None else x.grad for x in given if x.requires_grad)
-    return (*(y.detach() for y in outputs), *found)
-
-
-def second_derivative(f: Function, call: Call) -> Tensors:
-    """The gradient of the squared norm of the gradient."""
-    given = tuple(x.clone().requires_grad_() for x in differentiable(call))
-    first = torch.autograd.grad(
-        scalar(f, call)(*given), given, create_graph=True, materialize_grads=True
-    )
-    norm = sum(g.square().sum() for g in first)
-    if not norm.requires_grad:  # linear in every argument
-        return (*first, *map(torch.zeros_like, given))
-    second = torch.autograd.grad(norm, given, materialize_grads=True)
-    return (*(g.detach() for g in first), *second)
-
-
-def second_of_reference(f: Function, call: Call) -> Tensors:
-    with without_kernels():
-        return second_derivative(f, call)
-
-
-def second_by_func(f: Function, call: Call) -> Tensors:
-    """The same by ``torch.func``: the Hessian times twice the gradient."""
-    given = differentiable(call)
-    argnums = tuple(range(len(given)))
-    grad = torch.func.grad(scalar(f, call), argnums)
-    first = grad(*given)
-    _, second = torch.func.jvp(grad, given, tuple(2 * g for g in first))
-    return (*first, *second)
-
-
-def jacobian(f: Function, call: Call) -> Tensors:
-    """d output / d first differentiable tensor, row by row in plain reverse mode."""
-    x = differentiable(call)[0].clone().requires_grad_()
-    outputs = _of_first(f, call)(x)
-    return tuple(_rows(y, x) for y in outputs)
-
-
-def _rows(y: Tensor, x: Tensor) -> Tensor:
-    if not y.requires_grad:
-        return torch.zeros(*y.shape, *x.shape, dtype=x.dtype)
-    rows = [
-        torch.autograd.grad(one, x, retain_graph=True, materialize_grads=True)[0]
-        for one in y.reshape(-1)
-    ]
-    return torch.stack(rows).reshape(*y.shape, *x.shape)
-
-
-def _of_first(f: Function, call: Call) -> Function:
-    place = call.needs.index(True)
-    given = call.values
-
-    def g(x: Tensor) -> Tensors:
-        seed()
-        return f(*given[:place], x, *given[place + 1 :])
-
-    return g
-
-
-def jacobian_by_rev(f: Function, call: Call) -> Tensors:
-    return torch.func.jacrev(_of_first(f, call))(differentiable(call)[0])
-
-
-def jacobian_by_fwd(f: Function, call: Call) -> Tensors:
-    return torch.func.jacfwd(_of_first(f, call), randomness="same")(differentiable(call)[0])
 
 
 def check_vmap(case: Case) -> None:
@@ -332,74 +265,6 @@ def traced(mode: str) -> Callable[[Case], None]:
 # ---- dtypes -----------------------------------------------------------------------------------
 
 
-STORED = ("x0", "x", "x_t", "mean")
-"""The first of these is what the noise of a key is added to: it is generated in its dtype."""
-
-
-def mixed(context: Callable[[], Any]) -> Callable[[Case], None]:
-    """One tensor is narrower than the others: the result is that of the widest dtype.
-
-    Its own gradient has its dtype.
-    """
-
-    def check(case: Case) -> None:
-        call = case.make(WIDE, torch.float32)
-        measure = gradients if case.differentiable else values
-        f = call.of_tensors(case.subject())
-        for name in call.tensors:
-            narrow = {n: x.bfloat16() if n == name else x for n, x in call.tensors.items()}
-            if all(x.dtype == torch.bfloat16 for x in narrow.values()):
-                continue
-            wide, same = {n: x.float() for n, x in narrow.items()}, case
-            if case.reading is not None:
-                same = case.reading
-                x = next(narrow[n] for n in STORED if n in narrow)
-                wide["noise"] = case.subject().tensor(x.shape, dtype=x.dtype).float()
-            with context():
-                found = measure(f, Call(case, narrow, call.others))
-            wanted = list(_in_full(same, wide, case, call))
-            if name in case.differentiable:
-                place = len(wanted) - sum(call.needs) + _place(call, name)
-                wanted[place] = wanted[place].bfloat16()
-            same_bits(found, tuple(wanted), f"{case.name}, {name} in bfloat16")
-
-    return check
-
-
-def _in_full(reading: Case, tensors: dict[str, Tensor], case: Case, call: Call) -> Tensors:
-    """Outputs and gradients of the call that reads its noise, of one dtype."""
-    ordered = {n: tensors[n] for n in reading.tensors}
-    only = replace(reading, differentiable=case.differentiable)
-    same = Call(only, ordered, call.others)
-    return (gradients if case.differentiable else values)(same.of_tensors(None), same)
-
-
-def _several(case: Case) -> bool:
-    """Whether an op takes several tensors, or a tensor and a noise key.
-
-    Left out: the distribution, which takes one, and a sum over K samples of a gradient, which torch
-    itself rounds to bfloat16 before it adds.
-    """
-    several = len(case.tensors) > 1 and case.public.startswith(("ops.", "vae."))
-    left = ("Diagonal", "importance_weighted")
-    return several and not any(x in case.public for x in left) and not _torchs_generator(case)
-
-
-def check_rounding_model(case: Case) -> None:
-    """A model whose outputs are bfloat16, as under autocast: as if float32 of the same values."""
-    call = case.make(WIDE, torch.float32)
-    measure = gradients if case.differentiable else values
-    with method_cases.model_rounds(lambda y: y.bfloat16().to(y.dtype)):
-        wanted = measure(call.of_tensors(case.subject()), call)
-    with torch.autocast("cpu", torch.bfloat16), method_cases.model_rounds(Tensor.bfloat16):
-        found = measure(call.of_tensors(case.subject()), call)
-    same_bits(found, wanted, case.name)
-
-
-def _place(call: Call, name: str) -> int:
-    return [n for n, needed in zip(call.tensors, call.needs, strict=True) if needed].index(name)
-
-
 # ---- copies, threads ----------------------------------------------------------------------------
 
 
@@ -440,10 +305,6 @@ def _has_object(case: Case) -> bool:
 
 def _differentiable(case: Case) -> bool:
     return bool(case.differentiable)
-
-
-def _torchs_generator(case: Case) -> bool:
-    return "default noise" in case.name
 
 
 def _small(*measures: Any, **options: Any) -> Through:
@@ -489,8 +350,8 @@ def _routes() -> Iterator[Route]:
         yield Route(name, DTYPE, Through(context=SETTINGS[name]))
     for name in ("autocast bfloat16", "autocast float16"):
         yield Route(name, DTYPE, Through(context=SETTINGS[name]))
-    yield Route("mixed dtypes", DTYPE, mixed(contextlib.nullcontext), _several)
-    yield Route("mixed dtypes, autocast", DTYPE, mixed(autocast(torch.bfloat16)), _several)
+    yield Route("mixed dtypes", DTYPE, mixed(contextlib.nullcontext), several_tensors)
+    yield Route("mixed dtypes, autocast", DTYPE, mixed(autocast(torch.bfloat16)), several_tensors)
     yield Route(
         "autocast, model", DTYPE, check_rounding_model, lambda case: "weight" in case.tensors
     )
@@ -510,7 +371,7 @@ def _routes() -> Iterator[Route]:
             ),
             _differentiable,
         )
-    yield Route("threads", COPY, check_threads, lambda case: not _torchs_generator(case))
+    yield Route("threads", COPY, check_threads, lambda case: not torchs_generator(case))
     for name, by in {
         "deepcopy": copy.deepcopy,
         "pickle": lambda x: pickle.loads(pickle.dumps(x)),
