@@ -101,6 +101,10 @@ demo: $(VENV)/.installed  ## train the VAE and the diffusion model on real digit
 test: $(VENV)/.installed  ## build and run every test that this machine can run
 	$(PY) -m pytest -n $(JOBS) --dist worksteal $(PYTEST_ARGS)
 
+.PHONY: ranks
+ranks: $(VENV)/.installed  ## the distributed tests on 2, 3 and 4 processes
+	$(PY) -m pytest -q --all-ranks tests/distributed $(PYTEST_ARGS)
+
 .PHONY: routes
 routes: $(VENV)/.installed  ## the whole matrix of routes: every case compiled and exported too (an hour)
 	$(PY) -m pytest -n $(JOBS) --dist worksteal --all-routes tests/routes $(PYTEST_ARGS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import signal
 from collections.abc import Generator
 from typing import Any
 
@@ -30,10 +31,28 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
     parser.addoption(
+        "--all-ranks",
+        action="store_true",
+        help="run the distributed tests on 3 and 4 processes too, not only on 2",
+    )
+
+    parser.addoption(
         "--all-routes",
         action="store_true",
         help="compile and export every case of the matrix of routes, not only the representatives",
     )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leaves out what runs on many processes, unless it is asked for."""
+    if config.getoption("--all-ranks"):
+        return
+    many = [
+        i for i in items if getattr(i, "callspec", None) and i.callspec.params.get("world", 2) > 2
+    ]
+    if many:
+        config.hook.pytest_deselected(items=many)
+        items[:] = [i for i in items if i not in set(many)]
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -44,6 +63,8 @@ def pytest_configure(config: pytest.Config) -> None:
             f"--require-peers: {', '.join(missing)} is not installed; "
             "run pip install -r requirements-dev.txt -c constraints-dev.txt"
         )
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in the background of a script
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # tests raise it
     # Parallel test processes share the cores; with more threads than cores they get slower.
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
     if workers > 1:

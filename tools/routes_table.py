@@ -24,7 +24,8 @@ HEAD = """\
 A call may run in plain eager, under a mode, inside a transform, or in a compiled graph. It gives
 the same answer on each of these routes, or it is refused with an error that says so. Each run of
 the tests covers all cells of the table below without a compiler, and in the columns compile and
-export one case of each kind of kernel; `make routes` runs every case of these columns too.
+export one case of each kind of kernel; `make routes` runs every case of these columns, and
+AOTInductor, too.
 `tools/routes_table.py` writes this page from the tests.
 
 "Same" means the same as plain eager, whose results the other tests compare with the truth: values,

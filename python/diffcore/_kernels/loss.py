@@ -33,7 +33,10 @@ def _assumed_gradient(inverse_n: Coef, slope: Coef) -> Coef:
     The batch of the tensors at hand does not tell: they may be a shard of it.
     """
     if isinstance(inverse_n, float) and isinstance(slope, float):
-        return 1.0 / round(inverse_n / slope) if slope else 0.0
+        batch = round(inverse_n / slope) if slope else 0
+        if batch and slope == inverse_n * (1.0 / batch):
+            return 1.0 / batch
+        return slope / inverse_n if inverse_n else 0.0
     return slope / inverse_n
 
 
