@@ -43,16 +43,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leaves out what runs on many processes, unless it is asked for."""
+def _leave_out_many_processes(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Deselects what runs on more than two processes, unless it is asked for."""
     if config.getoption("--all-ranks"):
         return
-    many = [
+    many = {
         i for i in items if getattr(i, "callspec", None) and i.callspec.params.get("world", 2) > 2
-    ]
+    }
     if many:
-        config.hook.pytest_deselected(items=many)
-        items[:] = [i for i in items if i not in set(many)]
+        config.hook.pytest_deselected(items=list(many))
+        items[:] = [i for i in items if i not in many]
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -92,6 +92,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    _leave_out_many_processes(config, items)
     reason = why_no_cuda()
     if reason is None or config.getoption("--require-cuda"):
         return
