@@ -5,8 +5,8 @@
 
 The environment is kept in the folder for temporary files: a second run starts at once. It has the
 Python that runs this script, and diffcore from the checkout with the module compiled for it: one
-build serves every torch. pip follows its configuration, so a version that a constraint excludes
-needs another one, such as ``PIP_CONFIG_FILE=/dev/null``.
+build serves every torch. pip follows its configuration: a version that a constraint there excludes
+is not installed.
 """
 
 from __future__ import annotations
