@@ -98,8 +98,12 @@ build: $(VENV)/.installed  ## the development environment, with the compiled pac
 demo: $(VENV)/.installed  ## train the VAE and the diffusion model on real digits, and draw
 	$(PY) -m diffcore demo --out $(DEMO_OUT) $(DEMO_ARGS)
 
-test: $(VENV)/.installed  ## build and run every test that this machine can run
+test: $(VENV)/.installed  ## build, and run the tests that this machine can run
 	$(PY) -m pytest -n $(JOBS) --dist worksteal $(PYTEST_ARGS)
+
+.PHONY: slow
+slow: $(VENV)/.installed  ## the slow tests, which make test leaves out
+	$(PY) -m pytest -n $(JOBS) --dist worksteal --slow -m slow $(PYTEST_ARGS)
 
 .PHONY: ranks
 ranks: $(VENV)/.installed  ## the distributed tests on 2, 3 and 4 processes

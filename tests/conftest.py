@@ -30,6 +30,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="fail without the packages that tests compare with; the default where CI=true",
     )
 
+    parser.addoption("--slow", action="store_true", help="run slow tests too (-m slow: only these)")
+
     parser.addoption(
         "--all-ranks",
         action="store_true",
@@ -43,16 +45,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
-def _leave_out_many_processes(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Deselects what runs on more than two processes, unless it is asked for."""
-    if config.getoption("--all-ranks"):
-        return
-    many = {
-        i for i in items if getattr(i, "callspec", None) and i.callspec.params.get("world", 2) > 2
-    }
-    if many:
-        config.hook.pytest_deselected(items=list(many))
-        items[:] = [i for i in items if i not in many]
+def _leave_out(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Deselects slow tests, and what runs on more than two processes, unless asked for."""
+    left = set()
+    if not (config.getoption("--slow") or config.getoption("--require-cuda")):
+        left |= {i for i in items if i.get_closest_marker("slow")}
+    if not config.getoption("--all-ranks"):
+        calls = [(i, getattr(i, "callspec", None)) for i in items]
+        left |= {i for i, call in calls if call and call.params.get("world", 2) > 2}
+    if left:
+        config.hook.pytest_deselected(items=list(left))
+        items[:] = [i for i in items if i not in left]
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -92,7 +95,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    _leave_out_many_processes(config, items)
+    _leave_out(config, items)
     reason = why_no_cuda()
     if reason is None or config.getoption("--require-cuda"):
         return

@@ -216,6 +216,7 @@ def test_tables_of_another_diffusion_are_compiled_for_again() -> None:
     assert counter.frame_count == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strict", [True, False])
 def test_the_first_call_is_exported(strict: bool) -> None:
     calls = Calls()

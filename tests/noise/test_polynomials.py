@@ -100,6 +100,7 @@ def quick_or_all(stride: int) -> pytest.MarkDecorator:
 # ---- the functions ---------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @quick_or_all(997)
 def test_log_and_radius(every: int) -> None:
     log_error, radius_error = [], []
@@ -120,6 +121,7 @@ def test_log_and_radius(every: int) -> None:
         assert max(radius_error) > LARGEST_ERROR["radius"] - 0.01
 
 
+@pytest.mark.slow
 @quick_or_all(37)
 @pytest.mark.parametrize("name", ["sin", "cos"])
 def test_sine_and_cosine_of_a_float(name: str, every: int) -> None:
@@ -130,6 +132,7 @@ def test_sine_and_cosine_of_a_float(name: str, every: int) -> None:
     assert every > 1 or found > LARGEST_ERROR[name] - 0.01
 
 
+@pytest.mark.slow
 @quick_or_all(499)
 def test_sine_and_cosine_of_thirty_bits(every: int) -> None:
     sin_error, cos_error = [], []

@@ -49,6 +49,7 @@ def operators(program: torch.export.ExportedProgram) -> set[str]:
     return {str(n.target) for n in program.graph.nodes if "diffcore" in str(n.target)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", compiled_ops.KINDS)
 def test_every_op_is_exported(kind: str) -> None:
     diffcore.set_compiled_ops(kind)
