@@ -66,7 +66,10 @@ def denoising_loss(
     check_choice("prediction_type", prediction_type, PREDICTION_TYPES)
     if not isinstance(model_output, Tensor):
         raise TypeError(f"model_output must be a torch.Tensor, got {type(model_output).__name__}")
-    if any(isinstance(x, Tensor) and x.dtype is not model_output.dtype for x in (x0, noise)):
+    dtype = model_output.dtype
+    if (isinstance(x0, Tensor) and x0.dtype is not dtype) or (
+        isinstance(noise, Tensor) and noise.dtype is not dtype
+    ):
         model_output, x0, noise = promoted(model_output, x0, noise)
     try:
         inverse_n = 1.0 / max(model_output.shape[1:].numel() if model_output.ndim else 1, 1)
