@@ -116,3 +116,15 @@ def test_the_vae_step_under_autocast() -> None:
     assert loss.dtype == nll.dtype == torch.float32
     loss.mean().backward()
     assert encoder.weight.grad.abs().sum() > 0
+
+
+def test_freed_memory_is_named_before_it_is_converted() -> None:
+    x = torch.zeros(4, 3, dtype=torch.bfloat16)
+    for offset in (0, 4):
+        freed = torch.zeros(20)[offset : offset + 12].view(4, 3)
+        freed.untyped_storage().resize_(0)
+        for route in (contextlib.nullcontext, lambda: torch.device("cpu")):
+            with route(), pytest.raises(ValueError, match="^noise must have memory"):
+                ops.add_noise(x, freed, 0.8, 0.6)
+        with pytest.raises(ValueError, match="^x0 must have memory"):
+            ops.denoising_loss(x, freed, KEY)

@@ -127,6 +127,8 @@ def promoted(kernel: Kernel, inputs: Tensors, noise: Noise) -> tuple[Kernel, Ten
     dtypes = [x.dtype for x in inputs]
     if not all(d in messages.DTYPES for d in dtypes):
         return kernel, inputs, noise  # refused by name later
+    for name, x in zip(kernel.inputs, inputs, strict=True):
+        messages.check_memory(name, x)  # which torch reads below
     widest = functools.reduce(torch.promote_types, dtypes)
     like = inputs[kernel.samples]
     if noise is not None and like.dtype != widest:

@@ -60,6 +60,10 @@ def promoted(model_output: Tensor, x0: Any, noise: Any) -> tuple[Tensor, Any, An
 
     The noise of a key is rounded to the dtype of ``x0`` first, as where it is added to ``x0``.
     """
+    for name, x in (("model_output", model_output), ("x0", x0), ("noise", noise)):
+        if isinstance(x, Tensor):
+            messages.check_dense(name, x)
+            messages.check_memory(name, x)
     floats = [x.dtype for x in (model_output, x0, noise) if _is_float(x)]
     widest = functools.reduce(torch.promote_types, floats)
     if isinstance(noise, PhiloxNoise) and _is_float(x0) and x0.dtype != widest:
