@@ -124,7 +124,7 @@ def test_freed_memory_is_named_before_it_is_converted() -> None:
         freed = torch.zeros(20)[offset : offset + 12].view(4, 3)
         freed.untyped_storage().resize_(0)
         for route in (contextlib.nullcontext, lambda: torch.device("cpu")):
-            with route(), pytest.raises(ValueError, match="^noise must have memory"):
+            with route(), pytest.raises(ValueError, match=r"^noise must have memory"):
                 ops.add_noise(x, freed, 0.8, 0.6)
-        with pytest.raises(ValueError, match="^x0 must have memory"):
+        with pytest.raises(ValueError, match=r"^x0 must have memory"):
             ops.denoising_loss(x, freed, KEY)
