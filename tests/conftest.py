@@ -11,7 +11,11 @@ from typing import Any
 import pytest
 import torch
 
-from diffcore._engine import dispatch, execute, native
+from support import emulated
+
+EMULATED = emulated.install()  # before the first import of diffcore
+
+from diffcore._engine import dispatch, execute, native  # noqa: E402
 
 PEERS = ("diffusers",)
 
@@ -86,9 +90,12 @@ def why_no_cuda() -> str | None:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """A test that takes `device` runs on the CPU, and on CUDA where there is one (or must be)."""
+    """A test that takes `device` runs on the CPU, and on CUDA where there is one (or must be).
+
+    With DIFFCORE_EMULATED all tests run on the CUDA kernels compiled for the CPU.
+    """
     if "device" in metafunc.fixturenames:
-        devices: list[Any] = ["cpu"]
+        devices: list[Any] = [pytest.param("cpu", id="emulated") if EMULATED else "cpu"]
         if why_no_cuda() is None or metafunc.config.getoption("--require-cuda"):
             devices.append(pytest.param("cuda", marks=pytest.mark.cuda))
         metafunc.parametrize("device", devices)

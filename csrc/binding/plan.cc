@@ -1,6 +1,7 @@
 #include "binding/plan.h"
 
 #include "binding/tensor.h"
+#include "cuda/kernels.h"
 
 namespace diffcore {
 namespace {
@@ -196,12 +197,15 @@ class Planner {
   // of an input may be farther apart than their size; outputs are dense.
   Reason read_layouts() {
     if (op_.generates_noise) {
-      // float64 on CUDA is not a hot path: generating noise into a tensor first saves these kernels
-      // and their share of the binary.
-      if (plan_.device.type == dlpack::kCuda && plan_.dtype == kF64 && op_.n_in)
-        return {Code::kNoiseLayout};
-      args_.noise.inner = runs_of_row(*first_);
-      if (!args_.noise.inner || args_.noise.inner > kMaxRuns) return {Code::kNoiseLayout};
+      const int64_t runs = args_.noise.inner = runs_of_row(*first_);
+      if (!runs || runs > kMaxRuns) return {Code::kNoiseLayout};
+      if (plan_.device.type == dlpack::kCuda || kCudaEmulated) {
+        // float64 is not a hot path: generating noise into a tensor first saves these kernels and
+        // their share of the binary. A CUDA thread generates four elements of one run at a time,
+        // which would change the order of a sum.
+        if (plan_.dtype == kF64 && (op_.n_in || runs > 1)) return {Code::kNoiseLayout};
+        if (runs > 1 && (op_.n_sum || row_ % (4 * runs))) return {Code::kNoiseLayout};
+      }
     }
     const Layout layout = layout_of(*first_);
     const bool spaced = layout == Layout::kSpacedRows && !views_.reduce_all;

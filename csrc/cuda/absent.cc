@@ -1,4 +1,4 @@
-// Replaces cuda/kernels.cu in a build without CUDA.
+// Replaces cuda/device.cu in a build without CUDA.
 #include "cuda/kernels.h"
 
 namespace diffcore {

@@ -1,95 +1,35 @@
-// The CUDA kernels of every op and storage type, and queries of the CUDA runtime. cudart is linked
-// statically, so the module can be imported on a machine without a GPU or driver.
-#include <type_traits>
-
-#include "cuda/kernels.h"
+// The CUDA kernels of every op for one storage type, DIFFCORE_STORAGE. Compiled once per type, so a build uses four cores.
 #include "cuda/map.cuh"
 #include "cuda/select.cuh"
-#include "ops/kernel_matrix.h"
+#include "cuda/table.cuh"
+#include "ops/all.h"
 
 namespace diffcore {
 namespace {
 
-struct Workspace {
-  Allocate allocate;
-  void* context;
-  void* operator()(int64_t bytes) const { return allocate(context, bytes); }
-};
-
-struct CudaKernel {
-  const char* (*run)(LaunchArgs&, cudaStream_t, Workspace);
-  const char* (*load)();
-};
-
-struct CudaEntry {
-  template <class Op, class S>
-  static constexpr CudaKernel make() {
-    if constexpr (std::is_same_v<S, double> && kGeneratesNoise<Op> && kReads<Op> > 0) return {};
-    using Launch = std::conditional_t<kSelects<Op>, CudaSelect<Op, S>, CudaLaunch<Op, S>>;
-    return {&Launch::template run<Workspace>, &Launch::load};
+template <class Op, class S>
+constexpr CudaKernel kernel() {
+  // plan.cc has the noise generated into a tensor first for these.
+  if constexpr (sizeof(S) == 8 && kGeneratesNoise<Op> && kReads<Op> > 0) {
+    return {};
+  } else if constexpr (kSelects<Op>) {
+    return {&CudaSelect<Op, S>::run, &CudaSelect<Op, S>::load};
+  } else {
+    return {&CudaMap<Op, S>::run, &CudaMap<Op, S>::load};
   }
-};
+}
 
-using Kernels = KernelMatrix<CudaKernel, CudaEntry, AllOps>;
-
-// This module has a separate copy of cudart, so torch's current device does not apply here.
-class DeviceGuard {
- public:
-  explicit DeviceGuard(int device) {
-    error_ = cudaGetDevice(&previous_);
-    if (error_ == cudaSuccess && previous_ != device) {
-      error_ = cudaSetDevice(device);
-      changed_ = error_ == cudaSuccess;
-    }
-  }
-  ~DeviceGuard() {
-    if (changed_) cudaSetDevice(previous_);
-  }
-  DeviceGuard(const DeviceGuard&) = delete;
-  DeviceGuard& operator=(const DeviceGuard&) = delete;
-  const char* error() const { return error_ == cudaSuccess ? nullptr : cudaGetErrorString(error_); }
-
- private:
-  int previous_ = 0;
-  bool changed_ = false;
-  cudaError_t error_;
-};
+template <class S, class... Op>
+const CudaKernel* table_of(OpList<Op...>) {
+  static constexpr CudaKernel kKernels[] = {kernel<Op, S>()...};
+  return kKernels;
+}
 
 }  // namespace
 
-bool cuda_built() { return true; }
-
-const char* cuda_architectures() { return DIFFCORE_CUDA_ARCHITECTURES; }
-
-int cuda_device_count() {
-  int count = 0;
-  if (cudaGetDeviceCount(&count) != cudaSuccess) {
-    cudaGetLastError();  // no driver or no device: clear the error
-    return 0;
-  }
-  return count;
-}
-
-int cuda_driver_version() {
-  int version = 0;
-  return cudaDriverGetVersion(&version) == cudaSuccess ? version : 0;
-}
-
-const char* run_on_cuda(int op, Dtype dtype, LaunchArgs& args, Device device, Allocate allocate,
-                        void* context) {
-  DeviceGuard guard(device.id);
-  if (guard.error()) return guard.error();
-  const CudaKernel& kernel = Kernels::rows[op].by_dtype[dtype];
-  return kernel.run(args, static_cast<cudaStream_t>(device.stream), Workspace{allocate, context});
-}
-
-const char* load_cuda_kernels(int device) {
-  DeviceGuard guard(device);
-  if (guard.error()) return guard.error();
-  for (const auto& row : Kernels::rows)
-    for (const CudaKernel& kernel : row.by_dtype)
-      if (const char* error = kernel.load ? kernel.load() : nullptr) return error;
-  return nullptr;
+template <>
+const CudaKernel* cuda_kernels<DIFFCORE_STORAGE>() {
+  return table_of<DIFFCORE_STORAGE>(AllOps{});
 }
 
 }  // namespace diffcore

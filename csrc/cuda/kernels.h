@@ -1,4 +1,4 @@
-// The interface of the CUDA kernels: kernels.cu, or absent.cc in a build without CUDA.
+// The interface of the CUDA kernels: device.cu, or absent.cc in a build without CUDA.
 #pragma once
 
 #include "core/launch_args.h"
@@ -10,6 +10,14 @@ struct Device {
   void* stream;
 };
 using Allocate = void* (*)(void* context, int64_t bytes);
+
+// With DIFFCORE_EMULATED the CUDA kernels are compiled for the CPU (tests/emulation), and run in place
+// of the CPU's kernels.
+#ifdef DIFFCORE_EMULATED
+constexpr bool kCudaEmulated = true;
+#else
+constexpr bool kCudaEmulated = false;
+#endif
 
 bool cuda_built();
 const char* cuda_architectures();

@@ -1,20 +1,20 @@
 // The CUDA loop, for every functor and storage type. A block covers kThreads / threads_x rows; a
-// thread loads kUnroll packs of 16 bytes of each input before it computes. A block folds its sums
-// by a fixed tree, and a second kernel combines the blocks of one row in double: without atomics,
-// every run gives the same bits.
+// thread loads kUnroll groups of elements, 16 bytes each, of every input before it computes. Which
+// elements a thread adds depends on the length of a row only, not on alignment. A block folds its
+// sums by a fixed tree, and a second kernel combines the blocks of one row in double, without
+// atomics: a sample's sum has the same bits in every run and in any batch.
 #pragma once
-
-#include <cuda_runtime.h>
 
 #include "core/coefficients.h"
 #include "core/launch_args.h"
 #include "core/number.h"
 #include "core/op.h"
+#include "cuda/launch.cuh"
+#include "cuda/sum.cuh"
+#include "cuda/table.cuh"
 #include "noise/normal.h"
 
 namespace diffcore {
-
-constexpr int kThreads = 256;
 
 // Packs of each input that a thread loads before it computes. With many inputs one pack of each
 // keeps enough loads in flight, and fewer registers allow more threads to hide latency. Counts the
@@ -24,22 +24,25 @@ template <class Op>
 constexpr int kUnroll = Op::n_in <= 2 ? 2 : 1;
 // Minimum resident blocks per multiprocessor, which limits the registers of a thread: 64; 80 with
 // many tensors, with many coefficients and packs of eight (64 would spill), or if a thread
-// generates eight normals; 128 if the storage or the formula is double, or with eight normals and
+// generates eight normals or sums over eight elements of several tensors; 128 if the storage or the formula is double, or with eight normals and
 // many tensors.
 template <class Op, class S>
 constexpr int kBlocksPerSm = [] {
   const int tensors = Op::n_in + Op::n_out;
   const bool eight_normals = kGeneratesNoise<Op> && sizeof(S) == 2;
   if (sizeof(S) == 8 || Op::in_double || (eight_normals && tensors >= 5)) return 2;
+  const bool eight_summands = Op::n_sum && sizeof(S) == 2 && Op::n_in > 1;
   const int held = tensors + (sizeof(S) == 2 ? Op::n_coef / 4 : 0);
-  return held >= 9 || eight_normals ? 3 : 4;
+  return held >= 9 || eight_normals || eight_summands ? 3 : 4;
 }();
 
 // The mapping of blocks to [rows, cols].
 struct BlockLayout {
-  int threads_x;  // a power of two
-  int rounds;     // groups of kUnroll packs per thread
-  bool packed;    // 16-byte accesses instead of single elements
+  int log_threads_x;  // of the threads in a row, a power of two
+  int rounds;         // kUnroll groups each, per thread
+  bool packed;        // 16-byte accesses instead of single elements
+
+  DC_HD int threads_x() const { return 1 << log_threads_x; }
 };
 
 struct Launch {
@@ -70,6 +73,51 @@ __device__ __forceinline__ void share_coefs(const LaunchArgs& args, int64_t row,
   }
 }
 
+// The places in a row of the N elements of a group that are accessed singly.
+template <class Op, int N>
+struct Places {
+  static constexpr int kFours = (N + 3) / 4;
+  int64_t begin[kFours];  // of every four elements
+  int64_t stride;         // between the four
+  int64_t block[kFours];  // of Philox, which generates four elements
+
+  __device__ __forceinline__ Places(const LaunchArgs& args, const BlockLayout& layout,
+                                    int64_t group, int x) {
+    const int threads_x = layout.threads_x();
+    if (kGeneratesNoise<Op> && !Op::n_sum && args.noise.inner > 1) {
+      // Four neighbors in the order of the noise are `inner` apart in memory; the threads of a warp
+      // access neighbors in memory.
+      const int64_t inner = args.noise.inner, run = args.cols / inner;
+      stride = inner;
+      DC_UNROLL
+      for (int j = 0; j < kFours; ++j) {
+        const int64_t four = (group - x) * kFours + j * threads_x + x;
+        const int64_t along = four / inner, which = four % inner;
+        begin[j] = along * 4 * inner + which;
+        block[j] = which * (run / 4) + along;
+      }
+      return;
+    }
+    // As in packs where sums or noise depend on it; else the threads of a warp access neighbors.
+    const bool neighbors = Op::n_sum || kGeneratesNoise<Op> || layout.packed;
+    stride = neighbors ? 1 : threads_x;
+    const int64_t first = neighbors ? group * N : (group - x) * N + x;
+    DC_UNROLL
+    for (int j = 0; j < kFours; ++j) {
+      begin[j] = first + 4 * j * stride;
+      block[j] = group * N / 4 + j;
+    }
+  }
+  __device__ __forceinline__ int64_t at(int i) const { return begin[i / 4] + i % 4 * stride; }
+  // An incomplete group has no part here if there are sums: `map` adds it last.
+  __device__ __forceinline__ bool any(int64_t cols) const {
+    return Op::n_sum ? begin[0] + N <= cols : begin[0] < cols;
+  }
+  __device__ __forceinline__ bool has(int i, int64_t cols) const {
+    return Op::n_sum ? true : at(i) < cols;
+  }
+};
+
 // The work of one thread on its elements of a row. Adds to `sums`.
 template <class Op, class S, class Formula = Op>
 struct RowWorker {
@@ -77,8 +125,9 @@ struct RowWorker {
   static constexpr int kIn = kReads<Op>, kOut = Op::n_out, kSum = Op::n_sum, kU = kUnroll<Op>;
 
   const LaunchArgs& args;
+  const BlockLayout& layout;
   R* c;
-  R* sums;
+  Total<R>* sums;
   const NoiseKey& key;
 
   __device__ __forceinline__ void apply(const S* x, float z, S* stored) const {
@@ -91,42 +140,56 @@ struct RowWorker {
     DC_UNROLL
     for (int k = 0; k < kOut; ++k) stored[k] = Store<S>::from(y[k]);
     DC_UNROLL
-    for (int k = 0; k < kSum; ++k) sums[k] += y[kOut + k];
+    for (int k = 0; k < kSum; ++k) sums[k].add(y[kOut + k]);
   }
 
-  // kU packs of N elements, threads_x packs apart. `meanwhile` runs while the loads are in flight.
+  // kU groups of N elements, threads_x apart. `meanwhile` runs while the loads are in flight.
   template <int N, class Meanwhile>
-  __device__ __forceinline__ void packs(int64_t row, int64_t first, int64_t count, int threads_x,
-                                        Meanwhile meanwhile) const {
+  __device__ __forceinline__ void groups(int64_t row, int64_t first, int x,
+                                         Meanwhile meanwhile) const {
+    const int threads_x = layout.threads_x();
+    const int64_t packs = layout.packed ? args.cols / N : 0;
     Pack<S, N> in[kU][kIn + 1];
-    DC_UNROLL
-    for (int u = 0; u < kU; ++u) {
-      const int64_t p = first + u * threads_x;
-      if (p < count) {
-        DC_UNROLL
-        for (int k = 0; k < kIn; ++k)
-          in[u][k] = reinterpret_cast<const Pack<S, N>*>(from(k, row))[p];
+    bool active[kU];
+    if (first + (kU - 1) * threads_x < packs) {  // no branch between the loads: all in flight
+      DC_UNROLL
+      for (int u = 0; u < kU; ++u) {
+        load_pack(row, first + u * threads_x, in[u]);
+        active[u] = true;
+      }
+    } else {
+      DC_UNROLL
+      for (int u = 0; u < kU; ++u) {
+        const int64_t group = first + u * threads_x;
+        active[u] = group < packs;
+        if (active[u])
+          load_pack(row, group, in[u]);
+        else
+          active[u] = load_singly(row, Places<Op, N>(args, layout, group, x), in[u]);
       }
     }
     meanwhile();
     DC_UNROLL
     for (int u = 0; u < kU; ++u) {
-      const int64_t p = first + u * threads_x;
-      if (p < count) {
-        Pack<S, N> out[kOut + 1];
-        float z[N] = {};
-        if constexpr (kGeneratesNoise<Op>) generate(p * N, z);
+      if (!active[u]) continue;
+      const int64_t group = first + u * threads_x;
+      Pack<S, N> out[kOut + 1];
+      float z[N] = {};
+      if constexpr (kGeneratesNoise<Op>) generate(group, x, z);
+      DC_UNROLL
+      for (int i = 0; i < N; ++i) {
+        S values[kIn + 1], stored[kOut + 1];
         DC_UNROLL
-        for (int i = 0; i < N; ++i) {
-          S x[kIn + 1], stored[kOut + 1];
-          DC_UNROLL
-          for (int k = 0; k < kIn; ++k) x[k] = in[u][k].value[i];
-          apply(x, z[i], stored);
-          DC_UNROLL
-          for (int k = 0; k < kOut; ++k) out[k].value[i] = stored[k];
-        }
+        for (int k = 0; k < kIn; ++k) values[k] = in[u][k].value[i];
+        apply(values, z[i], stored);
         DC_UNROLL
-        for (int k = 0; k < kOut; ++k) reinterpret_cast<Pack<S, N>*>(to(k, row))[p] = out[k];
+        for (int k = 0; k < kOut; ++k) out[k].value[i] = stored[k];
+      }
+      if constexpr (kOut > 0) {
+        if (group < packs)
+          store_pack(row, group, out);
+        else
+          store_singly(row, Places<Op, N>(args, layout, group, x), out);
       }
     }
   }
@@ -155,33 +218,50 @@ struct RowWorker {
   }
 
   template <int N>
-  __device__ __forceinline__ void generate(int64_t element, float (&z)[N]) const {
-    if constexpr (N == 2) {
-      normal_pair(key, uint64_t(element) / 2, z[0], z[1]);
-    } else {
+  __device__ __forceinline__ void load_pack(int64_t row, int64_t at, Pack<S, N>* in) const {
+    DC_UNROLL
+    for (int k = 0; k < kIn; ++k) in[k] = reinterpret_cast<const Pack<S, N>*>(from(k, row))[at];
+  }
+  template <int N>
+  __device__ __forceinline__ void store_pack(int64_t row, int64_t at, const Pack<S, N>* out) const {
+    DC_UNROLL
+    for (int k = 0; k < kOut; ++k) reinterpret_cast<Pack<S, N>*>(to(k, row))[at] = out[k];
+  }
+  // Returns whether there was anything to load.
+  template <int N>
+  __device__ __forceinline__ bool load_singly(int64_t row, const Places<Op, N>& places,
+                                              Pack<S, N>* in) const {
+    if (!places.any(args.cols)) return false;
+    DC_UNROLL
+    for (int i = 0; i < N; ++i) {
+      if (!places.has(i, args.cols)) continue;
       DC_UNROLL
-      for (int i = 0; i < N; i += 4) normals(key, uint32_t((element + i) / 4), z + i);
+      for (int k = 0; k < kIn; ++k) in[k].value[i] = from(k, row)[places.at(i)];
+    }
+    return true;
+  }
+  template <int N>
+  __device__ __forceinline__ void store_singly(int64_t row, const Places<Op, N>& places,
+                                               const Pack<S, N>* out) const {
+    DC_UNROLL
+    for (int i = 0; i < N; ++i) {
+      if (!places.has(i, args.cols)) continue;
+      DC_UNROLL
+      for (int k = 0; k < kOut; ++k) to(k, row)[places.at(i)] = out[k].value[i];
+    }
+  }
+
+  template <int N>
+  __device__ __forceinline__ void generate(int64_t group, int x, float (&z)[N]) const {
+    if constexpr (N == 2) {
+      normal_pair(key, uint64_t(group), z[0], z[1]);
+    } else {
+      const Places<Op, N> places(args, layout, group, x);
+      DC_UNROLL
+      for (int j = 0; j < N / 4; ++j) normals(key, uint32_t(places.block[j]), z + 4 * j);
     }
   }
 };
-
-// The sum of `value` over the threads_x threads of a row, in its thread 0.
-template <class T>
-__device__ __forceinline__ T row_sum(T value, int threads_x, int x) {
-  __shared__ T by_warp[kThreads / 32];
-  const int width = threads_x < 32 ? threads_x : 32;
-  for (int offset = width / 2; offset > 0; offset /= 2)
-    value += __shfl_down_sync(~0u, value, offset, width);
-  if (threads_x > 32) {
-    const int warp = threadIdx.x / 32;
-    __syncthreads();  // an earlier use of by_warp has been read
-    if (threadIdx.x % 32 == 0) by_warp[warp] = value;
-    __syncthreads();
-    if (x == 0)
-      for (int w = 1; w < threads_x / 32; ++w) value += by_warp[warp + w];
-  }
-  return value;
-}
 
 // One parameter and a short name: the binary contains a host function and several copies of the
 // mangled name for each of about 400 kernels.
@@ -192,17 +272,16 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm<Op, S>)
   const BlockLayout& layout = launch.layout;
   using R = Compute<S>;
   constexpr int kPack = 16 / sizeof(S);
-  const int x = threadIdx.x % layout.threads_x, y = threadIdx.x / layout.threads_x;
+  const int threads_x = layout.threads_x();
+  const int x = threadIdx.x & (threads_x - 1), y = threadIdx.x >> layout.log_threads_x;
   const int64_t row_block = int64_t(blockIdx.z) * gridDim.y + blockIdx.y;
-  const int64_t row = row_block * (kThreads / layout.threads_x) + y;
+  const int64_t row = row_block * (kThreads >> layout.log_threads_x) + y;
   R c[Op::n_coef + 1];
-  R sums[Op::n_sum + 1] = {};
+  Total<R> sums[Op::n_sum + 1] = {};
   if (row < args.rows) {
     NoiseKey key{};
     if constexpr (kGeneratesNoise<Op>) key = noise_key(args.noise, row);
-    const RowWorker<Op, S> worker{args, c, sums, key};
-    const int64_t packs = layout.packed ? args.cols / kPack : 0;
-    const auto load_c = [&] { share_coefs<Op>(args, row, layout.threads_x, c); };
+    const auto load_c = [&] { share_coefs<Op>(args, row, threads_x, c); };
     if constexpr (kMayIdle<Op>) {
       load_c();
       if (Op::idle(c) && args.in[0] == args.out[0]) return;
@@ -211,41 +290,37 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm<Op, S>)
     if constexpr (kSwitches<Op>) {
       load_c();
       other = Op::other(c);
-    }
-    if (other) {  // rows with Other are rare: single elements are fast enough
-      if constexpr (kSwitches<Op>) {
-        const RowWorker<Op, S, typename Op::Other> other_worker{args, c, sums, key};
+      if (other) {  // rows with Other are rare: single elements are fast enough
+        const RowWorker<Op, S, typename Op::Other> worker{args, layout, c, sums, key};
         const int64_t begin = int64_t(blockIdx.x) * args.chunk;
         const int64_t end = begin + args.chunk < args.cols ? begin + args.chunk : args.cols;
 #pragma unroll 1
-        for (int64_t i = begin + x; i < end; i += layout.threads_x) other_worker.one(row, i);
+        for (int64_t i = begin + x; i < end; i += threads_x) worker.one(row, i);
       }
-    } else if (layout.packed) {
-      const int64_t step = int64_t(kUnroll<Op>) * layout.threads_x;
+    }
+    if (!other) {
+      const RowWorker<Op, S> worker{args, layout, c, sums, key};
       const int rounds = Op::n_sum ? layout.rounds : 1;
 #pragma unroll 1
       for (int round = 0; round < rounds; ++round) {
-        const int64_t first = (int64_t(blockIdx.x) * rounds + round) * step + x;
-        worker.template packs<kPack>(row, first, packs, layout.threads_x, [&] {
+        const int64_t first =
+            ((int64_t(blockIdx.x) * rounds + round) * kUnroll<Op> << layout.log_threads_x) + x;
+        worker.template groups<kPack>(row, first, x, [&] {
           if (round == 0 && !kSwitches<Op>) load_c();
         });
       }
-    } else if (!kSwitches<Op>) {
-      load_c();
-    }
-    // Single elements: all of them if unaligned, else those after the last full pack, in the last
-    // block.
-    if (!other && (!layout.packed || blockIdx.x == gridDim.x - 1)) {
-      const int64_t begin = layout.packed ? packs * kPack : int64_t(blockIdx.x) * args.chunk;
-      const int64_t end = begin + args.chunk < args.cols ? begin + args.chunk : args.cols;
+      // The incomplete group at the end of a row, by the thread whose turn it is.
+      const int64_t last = args.cols / kPack;
+      if (Op::n_sum && blockIdx.x == gridDim.x - 1 && x == (last & (threads_x - 1))) {
 #pragma unroll 1
-      for (int64_t i = begin + x; i < end; i += layout.threads_x) worker.one(row, i);
+        for (int64_t i = last * kPack; i < args.cols; ++i) worker.one(row, i);
+      }
     }
   }
   if constexpr (Op::n_sum > 0) {
     DC_UNROLL
     for (int k = 0; k < Op::n_sum; ++k) {
-      const R total = row_sum(sums[k], layout.threads_x, x);
+      const R total = row_sum(sums[k], threads_x, x);
       if (x == 0 && row < args.rows) {
         if (args.chunks > 1)
           args.partials[(k * args.rows + row) * args.chunks + blockIdx.x] = double(total);
@@ -264,9 +339,9 @@ __global__ void __launch_bounds__(kThreads) fold(const __grid_constant__ LaunchA
   for (int64_t row = blockIdx.x; row < args.rows; row += gridDim.x) {
     for (int k = 0; k < Op::n_sum; ++k) {
       const double* chunk = args.partials + (k * args.rows + row) * args.chunks;
-      double total = 0;
-      for (int64_t j = threadIdx.x; j < args.chunks; j += kThreads) total += chunk[j];
-      total = row_sum(total, kThreads, int(threadIdx.x));
+      Total<double> mine = {};
+      for (int64_t j = threadIdx.x; j < args.chunks; j += kThreads) mine.add(chunk[j]);
+      const double total = row_sum(mine, kThreads, int(threadIdx.x));
       if (threadIdx.x == 0) {
         R c[Op::n_coef + 1];
         load_coefs<Op>(args, row, c);
@@ -277,12 +352,12 @@ __global__ void __launch_bounds__(kThreads) fold(const __grid_constant__ LaunchA
 }
 
 template <class Op, class S>
-struct CudaLaunch {
+struct CudaMap {
   static constexpr int kPack = 16 / sizeof(S);
 
   static bool aligned(const LaunchArgs& args) {
     if (args.rows > 1 && args.cols % kPack != 0) return false;
-    if (kGeneratesNoise<Op> && args.noise.inner != 1) return false;
+    if (kGeneratesNoise<Op> && args.noise.inner > 1) return false;
     uintptr_t low = 0;
     for (int k = 0; k < kReads<Op>; ++k) {
       low |= reinterpret_cast<uintptr_t>(args.in[k]);
@@ -292,14 +367,12 @@ struct CudaLaunch {
     return low % 16 == 0;
   }
 
-  // Enqueues the work on the stream. `workspace(bytes)` allocates memory in stream order, and
-  // returns null if it cannot.
-  template <class Workspace>
+  // Enqueues the work on the stream.
   static const char* run(LaunchArgs& args, cudaStream_t stream, Workspace workspace) {
-    BlockLayout layout{1, 1, aligned(args)};
+    BlockLayout layout{0, 1, aligned(args)};
     const int64_t threads = (args.cols + kPack - 1) / kPack;
-    while (layout.threads_x < kThreads && layout.threads_x < threads) layout.threads_x *= 2;
-    const int64_t per_round = int64_t(kUnroll<Op>) * kPack * layout.threads_x;
+    while (layout.threads_x() < kThreads && layout.threads_x() < threads) ++layout.log_threads_x;
+    const int64_t per_round = int64_t(kUnroll<Op>) * kPack * layout.threads_x();
     // Sums: one block per row if eight rounds suffice, else enough blocks to fill the device with
     // few partial sums. The choice depends only on the length of a row, so the result does not
     // depend on the device.
@@ -309,7 +382,7 @@ struct CudaLaunch {
                       : rounds <= 8                    ? int(rounds)
                       : args.cols < (int64_t(1) << 20) ? 2
                                                        : 8;
-    const int64_t rows_per_block = kThreads / layout.threads_x;
+    const int64_t rows_per_block = kThreads / layout.threads_x();
     const int64_t blocks_y = (args.rows + rows_per_block - 1) / rows_per_block;
     args.chunk = per_round * layout.rounds;
     args.chunks = args.cols ? (args.cols + args.chunk - 1) / args.chunk : 1;
@@ -323,21 +396,19 @@ struct CudaLaunch {
     const int64_t grid_y = blocks_y < kMaxGridY ? blocks_y : kMaxGridY;
     const dim3 grid(unsigned(args.chunks), unsigned(grid_y),
                     unsigned((blocks_y + grid_y - 1) / grid_y));
-    map<Op, S><<<grid, kThreads, 0, stream>>>(Launch{args, layout});
+    const char* error = launch(map<Op, S>, grid, stream, Launch{args, layout});
     if constexpr (Op::n_sum > 0) {
-      if (args.chunks > 1)
-        fold<Op, S><<<unsigned(args.rows < 65535 ? args.rows : 65535), kThreads, 0, stream>>>(args);
+      if (!error && args.chunks > 1)
+        error = launch(fold<Op, S>, unsigned(args.rows < 65535 ? args.rows : 65535), stream, args);
     }
-    const cudaError_t error = cudaGetLastError();
-    return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+    return error;
   }
 
-  static const char* load() {  // loads the kernels' code onto the current device
-    cudaFuncAttributes attributes;
-    cudaError_t error = cudaFuncGetAttributes(&attributes, map<Op, S>);
+  static const char* load() {
+    const char* error = load_code(map<Op, S>);
     if constexpr (Op::n_sum > 0)
-      if (error == cudaSuccess) error = cudaFuncGetAttributes(&attributes, fold<Op, S>);
-    return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+      if (!error) error = load_code(fold<Op, S>);
+    return error;
   }
 };
 

@@ -10,11 +10,12 @@
 namespace diffcore {
 
 // A search and the counts of one pass. `above` is the smallest key above the candidates of the last
-// pass: the successor of the result if it is the largest candidate.
+// pass: the successor of the result if it is the largest candidate. `nans` are those of the first.
 template <class R, class Count>
 struct Tally {
   Search<R> search;
   unsigned long long above;
+  Count nans;
   Count counts[kBuckets];
 };
 
@@ -27,6 +28,7 @@ __device__ __forceinline__ void start(Tally<R, Count>& tally, const LaunchArgs& 
     load_coefs<Op>(args, row, c);
     tally.search = Search<R>::of(position_of(c[Op::ratio], args.cols).rank, args.cols);
     tally.above = kNoKey<R>;
+    tally.nans = 0;
   }
 }
 
@@ -67,7 +69,7 @@ __device__ void narrow(Tally<R, Count>& tally) {
   }
   Search<R> search = tally.search;
   // NaN has the largest key. If a row contains one, select the last rank, so the result is NaN.
-  if (search.open == kKeyBits<R> && tally.counts[kBuckets - 1] > 0) search.rank = search.count - 1;
+  if (search.open == kKeyBits<R> && tally.nans > 0) search.rank = search.count - 1;
   const int rest = search.rest();
   __syncthreads();  // all threads have read the search
   const int64_t before = up_to[x] - own;
@@ -100,8 +102,10 @@ __device__ __forceinline__ void store(const Tally<R, Count>& tally, const Launch
     load_coefs<Op>(args, row, c);
     const Search<R>& search = tally.search;
     const bool again = search.rank + 1 < search.count;
-    const double found = between<R>(search.low, again ? search.low : Key<R>(tally.above),
-                                    position_of(c[Op::ratio], args.cols).weight);
+    const double found =
+        args.cols ? between<R>(search.low, again ? search.low : Key<R>(tally.above),
+                               position_of(c[Op::ratio], args.cols).weight)
+                  : double(bit_cast<R>(kNanKey<R>));
     static_cast<R*>(args.sum[0])[row] = R(Op::selected(c, found));
   }
 }
@@ -117,6 +121,7 @@ struct Counting {
   unsigned* counts;
   R c[Op::n_coef];
   Key<R> above = kNoKey<R>;
+  unsigned nans = 0;
 
   __device__ __forceinline__ Counting(const LaunchArgs& args, int64_t row, const Search<R>& search,
                                       unsigned* counts)
@@ -130,6 +135,7 @@ struct Counting {
     for (int k = 0; k < kIn; ++k) values[k] = load_value(x[k]);
     Op::template apply<R>(c, values, y);
     const Key<R> key = key_of(y[0]);
+    nans += key == kNanKey<R>;
     if (search.holds(key))
       atomicAdd(&counts[search.bucket(key)], 1u);
     else if (key > search.low && key < above)
@@ -181,12 +187,12 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm<Op, S>)
       __syncthreads();
       Counting<Op, S> counting(args, row, tally.search, tally.counts);
       counting.columns(row, 0, args.cols, packed);
+      if (digit == 0 && counting.nans) atomicAdd(&tally.nans, counting.nans);
       if (digit == kDigits<R> - 1) keep_smallest(tally.above, counting.above);
       __syncthreads();
       narrow(tally);
     }
     store<Op>(tally, args, row);
-    __syncthreads();
   }
 }
 
@@ -207,7 +213,7 @@ __global__ void __launch_bounds__(kThreads)
 template <class Op, class S>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSm<Op, S>)
     select_count_kernel(const __grid_constant__ LaunchArgs args, RowTally<Compute<S>>* tallies,
-                        bool packed, bool last) {
+                        bool packed, int digit) {
   using R = Compute<S>;
   __shared__ unsigned counts[kBuckets];
   const int64_t row = blockIdx.x / args.chunks, begin = blockIdx.x % args.chunks * args.chunk;
@@ -217,7 +223,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm<Op, S>)
   __syncthreads();
   Counting<Op, S> counting(args, row, tally.search, counts);
   counting.columns(row, begin, end, packed);
-  if (last) keep_smallest(tally.above, counting.above);
+  if (digit == 0 && counting.nans) atomicAdd(&tally.nans, counting.nans);
+  if (digit == kDigits<R> - 1) keep_smallest(tally.above, counting.above);
   __syncthreads();
   for (int i = threadIdx.x; i < kBuckets; i += kThreads)
     if (counts[i]) atomicAdd(&tally.counts[i], counts[i]);
@@ -238,42 +245,33 @@ template <class Op, class S>
 struct CudaSelect {
   using R = Compute<S>;
 
-  // As CudaLaunch::run.
-  template <class Workspace>
+  // As CudaMap::run.
   static const char* run(LaunchArgs& args, cudaStream_t stream, Workspace workspace) {
-    const bool packed = CudaLaunch<Op, S>::aligned(args);
+    const bool packed = CudaMap<Op, S>::aligned(args);
     const unsigned blocks = unsigned(args.rows < 65535 ? args.rows : 65535);
     args.chunk = 16384;
     args.chunks = (args.cols + args.chunk - 1) / args.chunk;
-    if (args.chunks <= 1) {
-      select_kernel<Op, S><<<blocks, kThreads, 0, stream>>>(args, packed);
-    } else {
-      if (args.rows > INT32_MAX / args.chunks) return "too many elements for one launch";
-      auto* tallies =
-          static_cast<RowTally<R>*>(workspace(int64_t(sizeof(RowTally<R>)) * args.rows));
-      if (!tallies) return "out of memory for the counts";
-      const unsigned all = unsigned(args.rows * args.chunks);
-      select_begin_kernel<Op, R><<<blocks, kThreads, 0, stream>>>(args, tallies);
-      for (int digit = 0; digit < kDigits<R>; ++digit) {
-        const bool last = digit == kDigits<R> - 1;
-        select_count_kernel<Op, S><<<all, kThreads, 0, stream>>>(args, tallies, packed, last);
-        select_narrow_kernel<Op, R><<<blocks, kThreads, 0, stream>>>(args, tallies, last);
-      }
+    if (args.chunks <= 1) return launch(select_kernel<Op, S>, blocks, stream, args, packed);
+    if (args.rows > INT32_MAX / args.chunks) return "too many elements for one launch";
+    auto* tallies = static_cast<RowTally<R>*>(workspace(int64_t(sizeof(RowTally<R>)) * args.rows));
+    if (!tallies) return "out of memory for the counts";
+    const unsigned all = unsigned(args.rows * args.chunks);
+    const char* error = launch(select_begin_kernel<Op, R>, blocks, stream, args, tallies);
+    for (int digit = 0; digit < kDigits<R> && !error; ++digit) {
+      error = launch(select_count_kernel<Op, S>, all, stream, args, tallies, packed, digit);
+      const bool last = digit == kDigits<R> - 1;
+      if (!error)
+        error = launch(select_narrow_kernel<Op, R>, blocks, stream, args, tallies, last);
     }
-    const cudaError_t error = cudaGetLastError();
-    return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+    return error;
   }
 
   static const char* load() {
-    cudaFuncAttributes attributes;
-    cudaError_t error = cudaFuncGetAttributes(&attributes, select_kernel<Op, S>);
-    if (error == cudaSuccess)
-      error = cudaFuncGetAttributes(&attributes, select_begin_kernel<Op, R>);
-    if (error == cudaSuccess)
-      error = cudaFuncGetAttributes(&attributes, select_count_kernel<Op, S>);
-    if (error == cudaSuccess)
-      error = cudaFuncGetAttributes(&attributes, select_narrow_kernel<Op, R>);
-    return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+    const char* error = load_code(select_kernel<Op, S>);
+    if (!error) error = load_code(select_begin_kernel<Op, R>);
+    if (!error) error = load_code(select_count_kernel<Op, S>);
+    if (!error) error = load_code(select_narrow_kernel<Op, R>);
+    return error;
   }
 };
 

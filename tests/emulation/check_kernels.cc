@@ -1,0 +1,228 @@
+// Runs every kernel of csrc/cuda, emulated, on the same arguments as the CPU's kernel, and compares:
+// outputs and quantiles bit by bit, sums to rounding. A sum must also keep its bits where the same
+// row is alone, or begins one element later in memory.
+//
+//   check_kernels [part of an op's name]
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include <memory>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "cpu/kernels.h"
+#include "cuda/kernels.h"
+#include "ops/all.h"
+
+namespace diffcore {
+namespace {
+
+struct OpTraits {
+  const char* name;
+  int n_in, n_out, n_sum, n_coef;
+  bool generates, selects, in_double;
+};
+template <class... Op>
+std::vector<OpTraits> traits_of(OpList<Op...>) {
+  return {{Op::name, kReads<Op>, Op::n_out, Op::n_sum, Op::n_coef, kGeneratesNoise<Op>,
+           kSelects<Op>, Op::in_double}...};
+}
+
+constexpr const char* kDtypeNames[kDtypes] = {"f32", "f64", "bf16", "f16"};
+size_t item_size(Dtype dtype) { return dtype == kF64 ? 8 : dtype == kF32 ? 4 : 2; }
+size_t sum_size(Dtype dtype) { return dtype == kF64 ? 8 : 4; }
+
+// As long as it has to be, so a sanitizer sees accesses beyond it, and filled with NaN.
+class Buffer {
+ public:
+  explicit Buffer(size_t bytes) : memory_(new char[bytes]), bytes_(bytes) {
+    memset(memory_.get(), 0xff, bytes);
+  }
+  char* data() const { return memory_.get(); }
+  bool operator==(const Buffer& other) const {
+    return bytes_ == other.bytes_ && !memcmp(data(), other.data(), bytes_);
+  }
+
+ private:
+  std::unique_ptr<char[]> memory_;
+  size_t bytes_;
+};
+
+void write(char* at, Dtype dtype, float value) {
+  const double wide = value;
+  const Bf16 bf16 = Store<Bf16>::from(value);
+  const F16 f16 = Store<F16>::from(value);
+  const void* const as[kDtypes] = {&value, &wide, &bf16, &f16};
+  memcpy(at, as[dtype], item_size(dtype));
+}
+
+double read_sum(const Buffer& sums, Dtype dtype, int64_t row) {
+  if (dtype == kF64) return reinterpret_cast<const double*>(sums.data())[row];
+  return reinterpret_cast<const float*>(sums.data())[row];
+}
+
+struct Case {
+  int op;
+  OpTraits traits;
+  Dtype dtype;
+  int64_t rows, cols, offset;  // offset: elements before the first one in memory
+  int64_t inner = 1;           // runs of the noise, as in channels_last
+};
+
+struct Results {
+  std::vector<Buffer> outs, sums;
+};
+
+// Rows `first` ... of the arguments that the seed determines.
+struct Arguments {
+  std::vector<std::vector<float>> values;  // of each input
+  std::vector<std::vector<double>> coefs;  // a number per row
+
+  Arguments(const OpTraits& op, int64_t rows, int64_t cols) {
+    std::mt19937 random(7);
+    std::normal_distribution<float> normal(0, 0.5f);
+    std::uniform_real_distribution<double> uniform(0.2, 1.2);
+    for (int k = 0; k < op.n_in; ++k) {
+      values.emplace_back(size_t(rows * cols));
+      for (float& v : values.back()) v = normal(random);
+    }
+    for (int k = 0; k < op.n_coef; ++k) {
+      coefs.emplace_back(size_t(rows));
+      for (double& c : coefs.back()) c = uniform(random);
+    }
+    // Every other row uses the formula of a decoder row: column 9 of kVlbColumns.
+    if (!strncmp(op.name, "vlb_term", 8))
+      for (size_t row = 0; row < size_t(rows); ++row) coefs[9][row] = double(row % 2);
+  }
+};
+
+Results run(const Case& c, const Arguments& given, bool cuda, int64_t first, int64_t rows,
+            int64_t offset) {
+  const size_t size = item_size(c.dtype);
+  const int64_t elements = rows * c.cols + offset;
+  std::vector<Buffer> ins;
+  Results results;
+  LaunchArgs args;
+  args.rows = rows;
+  args.cols = c.cols;
+  for (int k = 0; k < c.traits.n_in; ++k) {
+    ins.emplace_back(size_t(elements) * size);
+    for (int64_t i = 0; i < rows * c.cols; ++i)
+      write(ins.back().data() + size_t(i + offset) * size, c.dtype,
+            given.values[size_t(k)][size_t(first * c.cols + i)]);
+    args.in[k] = ins.back().data() + size_t(offset) * size;
+    args.row_stride[k] = c.cols;
+  }
+  for (int k = 0; k < c.traits.n_out; ++k) {
+    results.outs.emplace_back(size_t(elements) * size);
+    args.out[k] = results.outs.back().data() + size_t(offset) * size;
+  }
+  for (int k = 0; k < c.traits.n_sum; ++k) {
+    results.sums.emplace_back(size_t(rows) * sum_size(c.dtype));
+    args.sum[k] = results.sums.back().data();
+  }
+  for (int k = 0; k < c.traits.n_coef; ++k) {
+    args.coef[k].data = given.coefs[size_t(k)].data() + first;
+    args.coef[k].stride = 1;
+    args.coef[k].is_double = true;
+  }
+  args.noise.seed_value = 12345;
+  args.noise.stream_value = 9;
+  args.noise.first_id = first;
+  args.noise.inner = c.inner;
+  if (!cuda) {
+    run_on_cpu(c.op, c.dtype, args);
+    return results;
+  }
+  std::vector<Buffer> workspace;
+  const auto allocate = [](void* context, int64_t bytes) -> void* {
+    auto& workspace = *static_cast<std::vector<Buffer>*>(context);
+    workspace.emplace_back(size_t(bytes));
+    return workspace.back().data();
+  };
+  const Device device{0, nullptr};
+  if (const char* error = run_on_cuda(c.op, c.dtype, args, device, allocate, &workspace)) {
+    fprintf(stderr, "%s: %s\n", c.traits.name, error);
+    exit(2);
+  }
+  return results;
+}
+
+int comparisons = 0, failures = 0;
+
+void expect(bool right, const Case& c, const char* what) {
+  ++comparisons;
+  if (right) return;
+  ++failures;
+  printf("FAILED: %s%s %s, %lld x %lld, offset %lld, %lld runs: %s\n", c.traits.name,
+         c.traits.generates ? " (generated noise)" : "", kDtypeNames[c.dtype],
+         static_cast<long long>(c.rows), static_cast<long long>(c.cols),
+         static_cast<long long>(c.offset), static_cast<long long>(c.inner), what);
+}
+
+// Within the error of adding `cols` numbers in any order, of a sum without cancellation.
+bool close(double a, double b, const Case& c) {
+  if (a == b || (a != a && b != b)) return true;
+  const double ulp = c.dtype == kF64 ? 0x1p-53 : 0x1p-24;
+  return fabs(a - b) <= 8 * sqrt(double(c.cols)) * ulp * fmax(fmax(fabs(a), fabs(b)), 1);
+}
+
+void check(const Case& c) {
+  const Arguments arguments(c.traits, c.rows, c.cols);
+  const Results cpu = run(c, arguments, false, 0, c.rows, c.offset);
+  const Results cuda = run(c, arguments, true, 0, c.rows, c.offset);
+  expect(cpu.outs == cuda.outs, c, "outputs differ from the CPU's");
+  if (!c.traits.n_sum) return;
+  bool near = true;
+  for (int64_t row = 0; row < c.rows; ++row) {
+    const double a = read_sum(cpu.sums[0], c.dtype, row), b = read_sum(cuda.sums[0], c.dtype, row);
+    near &= c.traits.selects ? a == b || (a != a && b != b) : close(a, b, c);
+  }
+  expect(near, c, "sums differ from the CPU's");
+  const int64_t last = c.rows - 1;
+  const Results moved = run(c, arguments, true, 0, c.rows, c.offset ? 0 : 1);
+  expect(moved.sums == cuda.sums, c, "sums depend on the address");
+  const Results alone = run(c, arguments, true, last, 1, 0);
+  const auto at = size_t(last) * sum_size(c.dtype);
+  expect(!memcmp(alone.sums[0].data(), cuda.sums[0].data() + at, sum_size(c.dtype)), c,
+         "the sum of a row depends on the batch");
+}
+
+struct Shape {
+  int64_t rows, cols, inner;
+};
+// Fewer columns than a pack; whole packs; more rows than a block has; an incomplete last pack; one
+// row, so packs with a tail; several rounds; several blocks to a row; channels_last.
+constexpr Shape kShapes[] = {{5, 3, 1},    {3, 1024, 1},  {37, 20, 1},   {2, 4099, 1}, {1, 9001, 1},
+                             {3, 16384, 1}, {2, 40004, 1}, {300, 1, 1}, {3, 48, 3},   {2, 3072, 3},
+                             {1, 5 * 4 * 33, 5}};
+
+void check_op(int op, const OpTraits& traits) {
+  for (int dtype = 0; dtype < kDtypes; ++dtype) {
+    if (traits.generates && dtype == kF64 && traits.n_in) continue;  // plan.cc generates first
+    for (const Shape& shape : kShapes) {
+      const bool runs = traits.generates && !traits.n_sum && dtype != kF64;  // as in plan.cc
+      if (shape.inner > 1 && !runs) continue;
+      for (int64_t offset : {0, 1}) {
+        if (offset && shape.cols > 5000) continue;
+        check({op, traits, Dtype(dtype), shape.rows, shape.cols, offset, shape.inner});
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace diffcore
+
+int main(int argc, char** argv) {
+  using namespace diffcore;
+  const std::vector<OpTraits> ops = traits_of(AllOps{});
+  const char* part = argc > 1 ? argv[1] : "";
+  for (size_t op = 0; op < ops.size(); ++op)
+    if (strstr(ops[op].name, part)) check_op(int(op), ops[op]);
+  printf("%d comparisons, %d failures\n", comparisons, failures);
+  return failures != 0;
+}

@@ -1,0 +1,138 @@
+// Replaces CUDA's header where the kernels of csrc/cuda are compiled by a host compiler, to run on a
+// CPU. The threads of a block are fibers of one OS thread: a fiber runs until it reaches a barrier or
+// a shuffle, then another one runs. What CUDA leaves undefined ends the program with a message: a
+// barrier or a shuffle that not all threads reach that have to, or a lane read outside of the mask.
+//
+// With -fsanitize=thread each CUDA thread is a thread of ThreadSanitizer, and only barriers, shuffles
+// and the ends of launches order them, so a race in shared or global memory is found in any order of
+// execution. With -fsanitize=address accesses out of bounds are found.
+#pragma once
+
+#include <math.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+
+#include <functional>
+#include <type_traits>
+
+#define __host__
+#define __device__
+#define __global__
+#define __grid_constant__
+#define __forceinline__ inline __attribute__((always_inline))
+#define __launch_bounds__(...)
+#ifdef __CUDACC__
+#define __noinline__ __attribute__((noinline))
+#endif
+// Blocks run one after another, so one copy is enough. shared.ld collects these variables in one
+// section, which is filled with a pattern before each block.
+#define __shared__ static
+
+struct dim3 {
+  unsigned x, y, z;
+  constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+struct uint3 {
+  unsigned x, y, z;
+};
+
+using cudaStream_t = struct CUstream_st*;
+enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidConfiguration = 9 };
+struct cudaFuncAttributes {};
+struct cudaLaunchConfig_t {
+  dim3 gridDim, blockDim;
+  size_t dynamicSmemBytes = 0;
+  cudaStream_t stream = nullptr;
+};
+
+// Of the running fiber.
+extern uint3 threadIdx, blockIdx;
+extern dim3 blockDim, gridDim;
+
+namespace emulation {
+
+struct Place {  // in the source, of a barrier or a shuffle
+  const char* file;
+  int line;
+};
+
+void barrier(Place at);
+// Stores eight bytes for the other lanes of the warp and waits for all lanes in `mask`. Returns the
+// values of the 32 lanes.
+const uint64_t* exchange(unsigned mask, uint64_t mine, Place at);
+cudaError_t run(dim3 grid, dim3 block, const std::function<void()>& thread);
+cudaError_t take_last_error();
+[[noreturn]] void fail(const char* what, Place at);
+
+template <class T>
+uint64_t to_bits(T value) {
+  static_assert(sizeof(T) <= 8 && std::is_trivially_copyable_v<T>);
+  uint64_t bits = 0;
+  memcpy(&bits, &value, sizeof(T));
+  return bits;
+}
+template <class T>
+T from_bits(uint64_t bits) {
+  T value;
+  memcpy(&value, &bits, sizeof(T));
+  return value;
+}
+
+inline int lane() { return int(threadIdx.x % 32); }
+
+template <class T>
+T shuffled(unsigned mask, T mine, int from, Place at) {
+  const uint64_t* values = exchange(mask, to_bits(mine), at);
+  if (!(mask >> from & 1)) fail("a shuffle reads a lane that is not in its mask", at);
+  return from_bits<T>(values[from]);
+}
+
+}  // namespace emulation
+
+#define EMULATION_AT const char *file = __builtin_FILE(), int line = __builtin_LINE()
+
+inline void __syncthreads(EMULATION_AT) { emulation::barrier({file, line}); }
+
+template <class T>
+T __shfl_sync(unsigned mask, T mine, int from, int width = 32, EMULATION_AT) {
+  const int first = emulation::lane() & ~(width - 1);
+  return emulation::shuffled(mask, mine, first + (from & (width - 1)), {file, line});
+}
+template <class T>
+T __shfl_down_sync(unsigned mask, T mine, unsigned by, int width = 32, EMULATION_AT) {
+  const int lane = emulation::lane(), last = lane | (width - 1), from = lane + int(by);
+  return emulation::shuffled(mask, mine, from > last ? lane : from, {file, line});
+}
+
+template <class T, class V>
+T atomicAdd(T* at, V more) {
+  return __atomic_fetch_add(at, T(more), __ATOMIC_RELAXED);
+}
+template <class T, class V>
+T atomicMin(T* at, V other) {
+  T now = __atomic_load_n(at, __ATOMIC_RELAXED);
+  while (T(other) < now && !__atomic_compare_exchange_n(at, &now, T(other), true, __ATOMIC_RELAXED,
+                                                        __ATOMIC_RELAXED)) {
+  }
+  return now;
+}
+
+template <class... Parameter, class... Argument>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameter...),
+                               const Argument&... argument) {
+  return emulation::run(config->gridDim, config->blockDim, [&] { kernel(argument...); });
+}
+
+inline cudaError_t cudaGetLastError() { return emulation::take_last_error(); }
+inline const char* cudaGetErrorString(cudaError_t error) {
+  return error == cudaSuccess ? "no error" : "invalid configuration argument";
+}
+inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
+inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
+inline cudaError_t cudaGetDeviceCount(int* count) { return *count = 0, cudaSuccess; }
+inline cudaError_t cudaDriverGetVersion(int* version) { return *version = 0, cudaSuccess; }
+template <class Kernel>
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, Kernel) {
+  return cudaSuccess;
+}

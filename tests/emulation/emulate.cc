@@ -1,0 +1,316 @@
+// Runs the threads of a block as fibers: the functions that cuda_runtime.h declares.
+//
+// EMULATION_ORDER: the order of threads between two barriers, and of blocks: `forward` (default),
+// `backward`, or a number, the seed of a random order.
+// EMULATION_BLOCKS=ends: only the first two and the last two blocks of each dimension of a grid.
+#include "cuda_runtime.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <numeric>
+#include <vector>
+
+#ifdef __SANITIZE_THREAD__
+extern "C" {
+void* __tsan_get_current_fiber(void);
+void* __tsan_create_fiber(unsigned flags);
+void __tsan_switch_to_fiber(void* fiber, unsigned flags);
+void __tsan_acquire(void* address);
+void __tsan_release(void* address);
+}
+#define TSAN(...) __VA_ARGS__
+#else
+#define TSAN(...)
+#endif
+// What runs on behalf of no CUDA thread, or switches between two, is no access of a CUDA thread.
+#define UNCHECKED __attribute__((no_sanitize("thread", "address")))
+
+// Saves the registers that a function must preserve, and continues another fiber.
+extern "C" void emulation_switch(void** leave, void* enter);
+#ifndef __x86_64__
+#error "the emulation switches between fibers in x86-64 assembler"
+#endif
+asm(R"(
+.text
+.globl emulation_switch
+.hidden emulation_switch
+.type emulation_switch, @function
+emulation_switch:
+  pushq %rbp
+  pushq %rbx
+  pushq %r12
+  pushq %r13
+  pushq %r14
+  pushq %r15
+  movq %rsp, (%rdi)
+  movq %rsi, %rsp
+  popq %r15
+  popq %r14
+  popq %r13
+  popq %r12
+  popq %rbx
+  popq %rbp
+  ret
+.size emulation_switch, .-emulation_switch
+)");
+
+// shared.ld: the variables declared __shared__.
+extern "C" __attribute__((visibility("hidden"))) char emulated_shared_begin[];
+extern "C" __attribute__((visibility("hidden"))) char emulated_shared_end[];
+
+uint3 threadIdx, blockIdx;
+dim3 blockDim, gridDim;
+
+namespace emulation {
+namespace {
+
+constexpr int kMaxThreads = 1024, kWarp = 32;
+constexpr size_t kStack = 128 * 1024;
+
+enum State { kReady, kAtBarrier, kAtShuffle, kDone };
+constexpr const char* kStateNames[] = {"ready", "at a barrier", "at a shuffle", "done"};
+
+struct Fiber {
+  char* stack = nullptr;
+  void* sp = nullptr;
+  State state = kDone;
+  Place at{};
+  unsigned mask = 0;
+  unsigned barriers = 0, shuffles = 0;  // reached so far
+  TSAN(void* tsan = nullptr;)
+};
+
+Fiber fibers[kMaxThreads];
+uint64_t exchanged[2][kMaxThreads];
+int current, threads;
+void* scheduler_sp;
+TSAN(void* scheduler; char barrier_clock[2], begin_clock, end_clock;
+     char warp_clock[2][kMaxThreads / kWarp];)
+const std::function<void()>* body;
+cudaError_t last_error = cudaSuccess;
+
+class Order {
+ public:
+  Order() {
+    const char* given = getenv("EMULATION_ORDER");
+    if (!given || !*given || !strcmp(given, "forward")) return;
+    kind_ = strcmp(given, "backward") ? kRandom : kBackward;
+    state_ = strtoull(given, nullptr, 0) * 2 + 1;
+  }
+  bool forward() const { return kind_ == kForward; }
+  template <class T>
+  void arrange(std::vector<T>& items) {
+    if (kind_ == kBackward) std::reverse(items.begin(), items.end());
+    if (kind_ == kRandom)
+      for (size_t n = items.size(); n > 1; --n) std::swap(items[n - 1], items[below(n)]);
+  }
+
+ private:
+  size_t below(size_t n) {
+    state_ = state_ * 6364136223846793005ull + 1442695040888963407ull;
+    return size_t(state_ >> 33) % n;
+  }
+  enum { kForward, kBackward, kRandom } kind_ = kForward;
+  uint64_t state_ = 0;
+} order;
+
+void enter();
+
+void prepare(Fiber& fiber) {
+  if (!fiber.stack) {
+    void* memory = mmap(nullptr, kStack, PROT_READ | PROT_WRITE,
+                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (memory == MAP_FAILED || mprotect(memory, 4096, PROT_NONE)) {
+      perror("emulation: no memory for a stack");
+      abort();
+    }
+    fiber.stack = static_cast<char*>(memory);
+    TSAN(fiber.tsan = __tsan_create_fiber(0);)
+  }
+  auto** sp = reinterpret_cast<void**>(fiber.stack + kStack);
+  *--sp = nullptr;  // aligned as at the entry of a function
+  *--sp = reinterpret_cast<void*>(&enter);
+  for (int saved = 0; saved < 6; ++saved) *--sp = nullptr;
+  fiber.sp = sp;
+  fiber.state = kReady;
+  fiber.barriers = fiber.shuffles = 0;
+}
+
+UNCHECKED void leave(State state) {
+  Fiber& me = fibers[current];
+  me.state = state;
+  TSAN(__tsan_switch_to_fiber(scheduler, 1);)  // 1: the switch does not order the two
+  emulation_switch(&me.sp, scheduler_sp);
+}
+
+UNCHECKED void resume(int thread) {
+  current = thread;
+  threadIdx = {unsigned(thread), 0, 0};
+  TSAN(__tsan_switch_to_fiber(fibers[thread].tsan, 1);)
+  emulation_switch(&scheduler_sp, fibers[thread].sp);
+}
+
+UNCHECKED void enter() {
+  TSAN(__tsan_acquire(&begin_clock);)
+  (*body)();
+  TSAN(__tsan_release(&end_clock);)
+  leave(kDone);
+  abort();
+}
+
+UNCHECKED void print_states() {
+  for (int t = 0; t < threads; ++t) {
+    const Fiber& f = fibers[t];
+    if (t && f.state == fibers[t - 1].state && f.at.line == fibers[t - 1].at.line) continue;
+    fprintf(stderr, "  from thread %d on: %s, %s:%d\n", t, kStateNames[f.state],
+            f.at.file ? f.at.file : "", f.at.line);
+  }
+}
+
+// Releases each group of lanes that have all reached a shuffle.
+UNCHECKED bool release_shuffles() {
+  bool any = false;
+  for (int t = 0; t < threads; ++t) {
+    if (fibers[t].state != kAtShuffle) continue;
+    const int warp = t / kWarp * kWarp;
+    const unsigned mask = fibers[t].mask;
+    const auto each_lane = [&](auto visit) {
+      for (int lane = 0; lane < kWarp; ++lane)
+        if (mask >> lane & 1) visit(warp + lane);
+    };
+    bool all = true;
+    each_lane([&](int other) { all &= other < threads && fibers[other].state == kAtShuffle; });
+    if (!all) continue;
+    each_lane([&](int other) {
+      Fiber& f = fibers[other];
+      if (f.mask != mask || f.at.line != fibers[t].at.line)
+        fail("lanes of a warp are at shuffles with different masks or at different lines", f.at);
+    });
+    each_lane([&](int other) { fibers[other].state = kReady; });
+    any = true;
+  }
+  return any;
+}
+
+// Releases the barrier if all threads that have not ended have reached it.
+UNCHECKED bool release_barrier() {
+  const Fiber* first = nullptr;
+  for (int t = 0; t < threads; ++t) {
+    const Fiber& f = fibers[t];
+    if (f.state == kDone) continue;
+    if (f.state != kAtBarrier) return false;
+    if (first && f.at.line != first->at.line)
+      fail("threads of a block are at different barriers", f.at);
+    if (!first) first = &f;
+  }
+  for (int t = 0; t < threads; ++t)
+    if (fibers[t].state == kAtBarrier) fibers[t].state = kReady;
+  return first != nullptr;
+}
+
+UNCHECKED void run_block(std::vector<int>& turn) {
+  for (char* p = emulated_shared_begin; p < emulated_shared_end; ++p) *p = char(0xa5);
+  for (int t = 0; t < threads; ++t) prepare(fibers[t]);
+  for (;;) {
+    order.arrange(turn);
+    for (int t : turn)
+      if (fibers[t].state == kReady) resume(t);
+    if (std::all_of(fibers, fibers + threads, [](const Fiber& f) { return f.state == kDone; }))
+      return;
+    const bool shuffled = release_shuffles();
+    if (!release_barrier() && !shuffled)
+      fail("threads wait at a barrier or a shuffle that others do not reach", fibers[turn[0]].at);
+  }
+}
+
+// Whether a block is one of the first two or the last two of a dimension.
+bool at_an_end(unsigned index, unsigned size) { return index < 2 || index + 2 >= size; }
+
+}  // namespace
+
+void fail(const char* what, Place at) {
+  fprintf(stderr, "emulation: block (%u, %u, %u): %s (%s:%d)\n", blockIdx.x, blockIdx.y,
+          blockIdx.z, what, at.file ? at.file : "", at.line);
+  print_states();
+  abort();
+}
+
+UNCHECKED void barrier(Place at) {
+  Fiber& me = fibers[current];
+  me.at = at;
+  // Two clocks in turn: a thread at the next barrier does not come before one that still leaves
+  // this one.
+  [[maybe_unused]] const unsigned which = me.barriers++ % 2;
+  TSAN(__tsan_release(&barrier_clock[which]);)
+  leave(kAtBarrier);
+  TSAN(__tsan_acquire(&barrier_clock[which]);)
+}
+
+UNCHECKED const uint64_t* exchange(unsigned mask, uint64_t mine, Place at) {
+  Fiber& me = fibers[current];
+  const int thread = current, warp = thread / kWarp;
+  if (!(mask >> thread % kWarp & 1)) fail("a lane shuffles that is not in the mask", at);
+  // No lane reaches the shuffle after the next one before all lanes have read the values of this.
+  const unsigned which = me.shuffles++ % 2;
+  exchanged[which][thread] = mine;
+  me.at = at;
+  me.mask = mask;
+  TSAN(__tsan_release(&warp_clock[which][warp]);)
+  leave(kAtShuffle);
+  TSAN(__tsan_acquire(&warp_clock[which][warp]);)
+  return exchanged[which] + warp * kWarp;
+}
+
+UNCHECKED cudaError_t run(dim3 grid, dim3 block, const std::function<void()>& thread) {
+  const bool valid = grid.x && grid.y && grid.z && grid.x <= 0x7fffffff && grid.y <= 65535 &&
+                     grid.z <= 65535 && block.y == 1 && block.z == 1 && block.x &&
+                     block.x <= unsigned(kMaxThreads);
+  if (!valid) return last_error = cudaErrorInvalidConfiguration;
+  TSAN(scheduler = __tsan_get_current_fiber();)
+  body = &thread;
+  gridDim = grid;
+  blockDim = block;
+  threads = int(block.x);
+  std::vector<int> turn(static_cast<size_t>(threads));
+  std::iota(turn.begin(), turn.end(), 0);
+  const char* which = getenv("EMULATION_BLOCKS");
+  const bool ends = which && !strcmp(which, "ends");
+  TSAN(__tsan_release(&begin_clock);)
+  const auto run_at = [&](unsigned x, unsigned y, unsigned z) {
+    blockIdx = {x, y, z};
+    run_block(turn);
+  };
+  const uint64_t blocks = uint64_t(grid.x) * grid.y * grid.z;
+  if (ends) {
+    const auto next = [](unsigned i, unsigned n) {
+      return at_an_end(i + 1, n) || i + 1 >= n ? i + 1 : n - 2;
+    };
+    for (unsigned z = 0; z < grid.z; z = next(z, grid.z))
+      for (unsigned y = 0; y < grid.y; y = next(y, grid.y))
+        for (unsigned x = 0; x < grid.x; x = next(x, grid.x)) run_at(x, y, z);
+  } else {
+    std::vector<uint64_t> sequence;
+    if (!order.forward() && blocks < 100000) {
+      sequence.resize(blocks);
+      std::iota(sequence.begin(), sequence.end(), uint64_t(0));
+      order.arrange(sequence);
+    }
+    for (uint64_t b = 0; b < blocks; ++b) {
+      const uint64_t at = sequence.empty() ? b : sequence[b];
+      run_at(unsigned(at % grid.x), unsigned(at / grid.x % grid.y), unsigned(at / grid.x / grid.y));
+    }
+  }
+  TSAN(__tsan_acquire(&end_clock);)
+  return cudaSuccess;
+}
+
+cudaError_t take_last_error() {
+  const cudaError_t found = last_error;
+  last_error = cudaSuccess;
+  return found;
+}
+
+}  // namespace emulation
