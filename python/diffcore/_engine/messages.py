@@ -97,23 +97,25 @@ def _coef_count(count: int, kernel: Kernel) -> Exception:
     )
 
 
-def _step_shape(step: Tensor, rows: int) -> Exception:
+def _step_shape(name: str, step: Tensor, rows: int) -> Exception:
     return ValueError(
-        f"t must be one step, or [{rows}], one per sample, got shape {tuple(step.shape)}"
+        f"{name} must be one step, or [{rows}], one per sample, got shape {tuple(step.shape)}"
     )
 
 
-def _step_range(step: int | Tensor, wrong: int, steps: int) -> Exception:
+def _step_range(name: str, step: int | Tensor, wrong: int, steps: int) -> Exception:
     what = "hold steps" if isinstance(step, Tensor) else "be"
-    return ValueError(f"t must {what} in 0 .. {steps - 1}, got {wrong}")
+    return ValueError(f"{name} must {what} in 0 .. {steps - 1}, got {wrong}")
 
 
-def _step_type(step: Any) -> Exception:
-    return _not_tensor("t", step, "an int or an int64 or int32 tensor")
+def _step_type(name: str, step: Any) -> Exception:
+    return _not_tensor(name, step, "an int or an int64 or int32 tensor")
 
 
-def _step_not_used() -> Exception:
-    return ValueError("t must be None, got a step; no coefficient is a table that it could index")
+def _step_not_used(name: str) -> Exception:
+    return ValueError(
+        f"{name} must be None, got a step; no coefficient is a table that it could index"
+    )
 
 
 def _noise_range(end: int) -> Exception:
@@ -197,16 +199,17 @@ def _of_coef(args: Arguments, why: _Named) -> Exception | None:
 
 def _of_step(args: Arguments, why: _Named) -> Exception | None:
     step: Any = args.step
+    name = args.kernel.step
     return {
-        "type": lambda: _step_type(step),
-        "dtype": lambda: _bad_dtype("t", step, _STEP_INTS),
-        "other_device": lambda: _elsewhere("t", step, args.inputs[0]),
-        "memory": lambda: _no_memory("t"),
-        "dimensions": lambda: _step_shape(step, _rows(args.inputs[0])),
-        "length": lambda: _step_shape(step, _rows(args.inputs[0])),
-        "step_not_used": _step_not_used,
+        "type": lambda: _step_type(name, step),
+        "dtype": lambda: _bad_dtype(name, step, _STEP_INTS),
+        "other_device": lambda: _elsewhere(name, step, args.inputs[0]),
+        "memory": lambda: _no_memory(name),
+        "dimensions": lambda: _step_shape(name, step, _rows(args.inputs[0])),
+        "length": lambda: _step_shape(name, step, _rows(args.inputs[0])),
+        "step_not_used": lambda: _step_not_used(name),
         "step_range": lambda: _step_range(
-            step, why.detail if isinstance(step, Tensor) else step, _table_rows(args.coefs)
+            name, step, why.detail if isinstance(step, Tensor) else step, _table_rows(args.coefs)
         ),
     }.get(why.code, _nothing)()
 
@@ -275,7 +278,7 @@ def explain(args: Arguments) -> None:
         check_out(kernel, inputs, out)
     steps = _check_coefs(args)
     if step is not None:
-        _check_step(step, steps, inputs[0])
+        _check_step(kernel.step, step, steps, inputs[0])
     if noise is not None:
         check_noise(noise, _rows(inputs[0]), inputs[0])
 
@@ -364,32 +367,32 @@ def _check_coefs(args: Arguments) -> int:
     if k != len(args.kernel.coefs):
         raise _coef_count(k, args.kernel)
     if args.step is not None and not steps:
-        raise _step_not_used()
+        raise _step_not_used(args.kernel.step)
     return steps
 
 
-def _check_step(step: Step, steps: int, first: Tensor) -> None:
+def _check_step(name: str, step: Step, steps: int, first: Tensor) -> None:
     if not isinstance(step, Tensor):
         if isinstance(step, bool) or not isinstance(step, (int, torch.SymInt)):
-            raise _step_type(step)
+            raise _step_type(name, step)
         if not isinstance(step, torch.SymInt) and not 0 <= step < steps:
-            raise _step_range(step, step, steps)
+            raise _step_range(name, step, step, steps)
         return
-    check_dense("t", step)
+    check_dense(name, step)
     if step.dtype not in (torch.int64, torch.int32):
-        raise _bad_dtype("t", step, _STEP_INTS)
+        raise _bad_dtype(name, step, _STEP_INTS)
     if step.device != first.device:
-        raise _elsewhere("t", step, first)
+        raise _elsewhere(name, step, first)
     if step.ndim > 1 or (step.ndim == 1 and step.shape[0] not in (1, _rows(first))):
-        raise _step_shape(step, _rows(first))
-    check_memory("t", step)
+        raise _step_shape(name, step, _rows(first))
+    check_memory(name, step)
     if type(step) is not Tensor or _is_traced(step) or not step.numel():
         return
     # A dispatch mode may have no values, or may record that they are read.
     if (step.device.type == "cpu" or native.DEBUG) and not native.dispatch_modes():
         low, high = int(step.min()), int(step.max())
         if low < 0 or high >= steps:
-            raise _step_range(step, low if low < 0 else high, steps)
+            raise _step_range(name, step, low if low < 0 else high, steps)
 
 
 def check_noise(noise: tuple[Any, ...], rows: int, first: Tensor) -> None:
