@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
-from diffcore._checks import to_floats
+from diffcore._checks import check_dense, check_memory, no_memory, to_floats
 from diffcore._engine import native
 from diffcore._engine.kernel import Kernel
 from diffcore._engine.strides import shares_elements
@@ -62,10 +62,6 @@ def _bad_dtype(name: str, x: Tensor, wanted: str) -> Exception:
 
 def _elsewhere(name: str, x: Tensor, first: Tensor) -> Exception:
     return ValueError(f"{name} must be on {first.device}, as the samples, got {x.device}")
-
-
-def _no_memory(name: str) -> Exception:
-    return ValueError(f"{name} must have memory, got a fake, functional or freed tensor")
 
 
 def _unlike(name: str, x: Tensor, what: str, args: Arguments) -> Exception:
@@ -168,7 +164,7 @@ def _of_tensor(name: str, x: Tensor, code: str, args: Arguments) -> Exception | 
     if code == "dtype":
         return _bad_dtype(name, x, _FLOATS)
     if code == "memory":
-        return _no_memory(name)
+        return no_memory(name)
     what = {"shape": "shape", "other_dtype": "dtype", "other_device": "device"}.get(code)
     return None if what is None else _unlike(name, x, what, args)
 
@@ -190,7 +186,7 @@ def _of_coef(args: Arguments, why: _Named) -> Exception | None:
         "type": lambda: _not_tensor(name, c, "a number or a torch.Tensor"),
         "dtype": lambda: _bad_dtype(name, c, _COEF_FLOATS),
         "other_device": lambda: _elsewhere(name, c, args.inputs[0]),
-        "memory": lambda: _no_memory(name),
+        "memory": lambda: no_memory(name),
         "dimensions": lambda: _coef_dimensions(name, c),
         "table_length": lambda: _table_length(name, c, why.detail),
         "length": lambda: _length(name, c, *_coef_length(name, args.inputs[0])),
@@ -204,7 +200,7 @@ def _of_step(args: Arguments, why: _Named) -> Exception | None:
         "type": lambda: _step_type(name, step),
         "dtype": lambda: _bad_dtype(name, step, _STEP_INTS),
         "other_device": lambda: _elsewhere(name, step, args.inputs[0]),
-        "memory": lambda: _no_memory(name),
+        "memory": lambda: no_memory(name),
         "dimensions": lambda: _step_shape(name, step, _rows(args.inputs[0])),
         "length": lambda: _step_shape(name, step, _rows(args.inputs[0])),
         "step_not_used": lambda: _step_not_used(name),
@@ -221,7 +217,7 @@ def _of_noise(part: int, name: str) -> Callable[..., Exception | None]:
         code = "length" if why.code == "memory" and not x.numel() else why.code
         return {
             "other_device": lambda: _elsewhere(name, x, args.inputs[0]),
-            "memory": lambda: _no_memory(name),
+            "memory": lambda: no_memory(name),
             "length": lambda: _length(name, x, str(_rows(args.inputs[0]))),
         }.get(code, _nothing)()
 
@@ -272,7 +268,7 @@ def explain(args: Arguments) -> None:
     """Raises the error that names the wrong argument; returns when nothing is wrong."""
     kernel, inputs, _, step, out, noise = args
     for name, x in zip(kernel.inputs, inputs, strict=True):
-        _check_tensor(name, x)
+        check_tensor(name, x)
         _check_like(name, x, args)
     if out is not None:
         check_out(kernel, inputs, out)
@@ -289,7 +285,7 @@ def check_out(kernel: Kernel, inputs: Tensors, out: Tensor) -> None:
         raise _not_tensor("out", out)
     if out.requires_grad:
         raise ValueError("out must not require grad, got a tensor that does")
-    _check_tensor("out", out)
+    check_tensor("out", out)
     _check_like("out", out, Arguments(kernel, inputs, (), None))
     if shares_elements(out):
         raise ValueError(
@@ -305,40 +301,19 @@ def _check_like(name: str, x: Tensor, args: Arguments) -> None:
             raise _unlike(name, x, what, args)
 
 
-def _check_tensor(name: str, x: Tensor) -> None:
+def check_dtype(dtype: Any) -> None:
+    """Raises TypeError for a ``dtype`` that is neither ``None`` nor one that kernels take."""
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype in DTYPES):
+        came = dtype if isinstance(dtype, torch.dtype) else type(dtype).__name__
+        raise TypeError(f"dtype must be {_FLOATS}, got {came}")
+
+
+def check_tensor(name: str, x: Tensor) -> None:
+    """Raises unless a tensor is one that kernels take: dense, of a dtype of theirs, not freed."""
     check_dense(name, x)
     if x.dtype not in DTYPES:
         raise _bad_dtype(name, x, _FLOATS)
     check_memory(name, x)
-
-
-def check_dense(name: str, x: Tensor) -> None:
-    """Raises TypeError for a tensor that is sparse, nested or quantized."""
-    if x.is_nested:
-        kind = "a nested tensor"
-    elif x.is_quantized:
-        kind = "a quantized tensor"
-    elif x.layout != torch.strided:
-        kind = f"layout {x.layout}"
-    else:
-        return
-    raise TypeError(f"{name} must be a dense, strided tensor, got {kind}")
-
-
-def check_memory(name: str, x: Tensor) -> None:
-    """Raises ValueError for a plain tensor whose storage was freed."""
-    if torch.compiler.is_compiling() or type(x) not in (Tensor, torch.nn.Parameter):
-        return
-    try:
-        hollow = (
-            x.device.type in ("cpu", "cuda")
-            and x.numel() > 0
-            and (x.data_ptr() == 0 or x.untyped_storage().data_ptr() == 0)
-        )
-    except RuntimeError:  # the tensor of a functorch transform has no pointer, and needs none
-        return
-    if hollow:
-        raise _no_memory(name)
 
 
 def _check_coefs(args: Arguments) -> int:

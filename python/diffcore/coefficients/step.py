@@ -19,7 +19,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from diffcore._checks import as_real, as_tensor, check_choice
+from diffcore._checks import as_flag, as_real, as_tensor, check_choice
 from diffcore._types import Coef
 
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction", "flow_prediction")
@@ -319,7 +319,7 @@ def ddim_coefficients(
         kept = (alpha / alpha_prev * sigma_prev / sigma) ** 2
         direction = sigma_prev * _sqrt((1 - eta * eta) + eta * eta * kept)
 
-    if rederive_epsilon:
+    if as_flag("rederive_epsilon", rederive_epsilon):
         if _vanishes(sigma):
             raise ValueError(
                 "sigma must not be 0 with rederive_epsilon=True, because x0 does not determine "

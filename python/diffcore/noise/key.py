@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from diffcore._checks import as_int
+from diffcore._checks import as_device, as_flag, as_int, as_real, as_shape
 from diffcore._engine import messages
 from diffcore._engine.dispatch import plain_eager, run
 from diffcore._engine.window import Window
@@ -126,7 +126,7 @@ class PhiloxNoise:
             fix = "; for a seed of each sample pass a PhiloxNoise with sample_ids" if each else ""
             raise TypeError(f"generator must be a torch.Generator, got {kind}{fix}")
         source = torch.device("cpu") if generator is None else generator.device
-        at = source if device is None else torch.device(device)
+        at = source if device is None else as_device("device", device)
         seeded_on = at if generator is None else source
         eager = plain_eager()
         if generator is None and not eager:
@@ -207,8 +207,8 @@ class PhiloxNoise:
         Returns:
             Standard normal noise, generated in float32 and rounded to ``dtype``.
         """
-        _check_dtype(dtype)
-        return self._normals(p.sizes("shape", shape), dtype, self._device(device))
+        messages.check_dtype(dtype)
+        return self._normals(as_shape("shape", shape), dtype, self._device(device))
 
     def uniform(
         self,
@@ -239,15 +239,17 @@ class PhiloxNoise:
         Raises:
             ValueError: A sample has more than 2^33 elements.
         """
-        _check_dtype(dtype)
-        batch, *rest = p.sizes("shape", shape) or (1,)
+        messages.check_dtype(dtype)
+        low, high = as_real("low", low), as_real("high", high)
+        sizes = as_shape("shape", shape)
+        batch, *rest = sizes or (1,)
         self._check_batch(batch)
         elements = self._elements(tuple(rest), self._device(device))
         dtype = torch.get_default_dtype() if dtype is None else dtype
         u = philox.uniforms(self._parts, elements, batch, dtype)
         if (low, high) != (0.0, 1.0):
             u = (low + (high - low) * u.double()).to(dtype)
-        return u.reshape(tuple(shape))
+        return u.reshape(sizes)
 
     def timesteps(
         self,
@@ -276,7 +278,8 @@ class PhiloxNoise:
             num_timesteps = as_int("num_timesteps", num_timesteps, 1)
         if num_timesteps > _MAX_TIMESTEPS:
             raise ValueError(f"num_timesteps must be at most 2^31, got {num_timesteps}")
-        (batch,) = p.sizes("batch", (batch,))
+        if not isinstance(batch, torch.SymInt):
+            batch = as_int("batch", batch, 0)
         self._check_batch(batch)
         bounds = torch.full((1,), num_timesteps, dtype=torch.int64, device=self._device(device))
         return philox.integers(self._parts, bounds, batch)[:, 0]
@@ -291,6 +294,7 @@ class PhiloxNoise:
         Returns:
             A key; this one where it holds no tensors.
         """
+        device, non_blocking = as_device("device", device), as_flag("non_blocking", non_blocking)
         if not any(isinstance(part, Tensor) for part in self._parts):
             return self
         seed, ids, stream = (
@@ -314,7 +318,7 @@ class PhiloxNoise:
 
     def _device(self, device: Device) -> Device:
         if device is not None:
-            return device
+            return as_device("device", device)
         return next((x.device for x in self._parts if isinstance(x, Tensor)), None)
 
     def _window(self, box: Window) -> Window:
@@ -442,17 +446,12 @@ def draw(noise: PhiloxNoise, out: Tensor) -> Tensor:
     return run(RANDN, (out,), (), None, False, into, noise._parts)
 
 
-def _check_dtype(dtype: Any) -> None:
-    if dtype is not None and dtype not in messages.DTYPES:
-        raise TypeError(f"dtype must be float32, float64, bfloat16 or float16, got {dtype}")
-
-
 def _box(
     shape: Sequence[int], local_shape: Sequence[int], offset: Sequence[int]
 ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
     """Checks a box inside a tensor."""
-    full = p.sizes("shape", shape)
-    local, at = p.sizes("local_shape", local_shape), p.sizes("offset", offset)
+    full = as_shape("shape", shape)
+    local, at = as_shape("local_shape", local_shape), as_shape("offset", offset)
     if not full:
         raise ValueError("shape must be [B, ...], got ()")
     for name, given in (("local_shape", local), ("offset", at)):

@@ -129,6 +129,15 @@ def variance_of(output: Tensor | None, coefficients: Row | None) -> LearnedVaria
     return LearnedVariance(output, coefficients)
 
 
+def history_of(history: Sequence[Tensor]) -> Tensors:
+    """The h of earlier steps as a tuple."""
+    try:
+        return tuple(history)
+    except (TypeError, RuntimeError):  # of a tensor that cannot be iterated
+        kind = type(history).__name__
+        raise TypeError(f"history must be a sequence of tensors, got {kind}") from None
+
+
 def step_columns(row: Row, columns: int) -> Coefs:
     """The first columns of a step, of a row or table that may have all of them."""
     return _columns("coefficients", row, columns, (columns, _ALL) if columns == PLAIN else (_ALL,))
@@ -224,7 +233,7 @@ class RowLauncher:
             how, t = self._plans[i], None
         else:
             how, t = self._plan(i, x)
-        earlier = tuple(history)
+        earlier = history_of(history)
         if len(earlier) != how.reads or how.padding:
             earlier = self._filled(i, how, x, earlier)
             if t is not None:

@@ -31,6 +31,8 @@ _NORMAL_KL = ("mean1", "logvar1", "mean2", "logvar2")
 
 def reduced(term: Term, inputs: tuple[Tensor, ...], reduction: str) -> Tensor:
     """The terms, or the sum that ``reduction`` names."""
+    if type(reduction) is not str:
+        check_choice("reduction", reduction, messages.REDUCTIONS)
     if reduction == "none":
         return run(term.elementwise, inputs)
     if reduction == "sample":

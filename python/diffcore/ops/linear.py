@@ -48,6 +48,8 @@ Target = Literal["epsilon", "v_prediction", "flow_prediction"]
 
 def _target(name: str, alpha: Coef, sigma: Coef) -> tuple[Coef, Coef]:
     """The target as a combination of x_0 and the noise."""
+    if not isinstance(name, str):
+        check_choice("return_target", name, ("epsilon", "v_prediction", "flow_prediction"))
     if name == "v_prediction":
         return negated("sigma", sigma), alpha
     if name == "sample":
@@ -201,8 +203,14 @@ def linear_combination(
     if isinstance(coefficients, Tensor):
         coefs: tuple[Coef, ...] = (as_table("coefficients", coefficients, 2),)
     else:
-        a, b = coefficients
-        coefs = (as_coef("a", a, t), as_coef("b", b, t))
+        try:
+            a, b = coefficients
+        except (TypeError, ValueError):
+            kind = type(coefficients).__name__
+            raise TypeError(
+                f"coefficients must be a pair (a, b) or a table [T, 2], got {kind}"
+            ) from None
+        coefs = (as_coef("coefficients[0]", a, t), as_coef("coefficients[1]", b, t))
     kernel = k.LINEAR_COMBINATION.reading
     try:
         return run(kernel, (x, y), coefs, t, False, out)
