@@ -11,6 +11,9 @@ import torch
 from torch import Tensor
 
 
+_INTS = (int, torch.SymInt)
+
+
 def check_choice(name: str, value: object, choices: tuple[str, ...], fix: str = "") -> None:
     """Refuse a string that is not one of ``choices``.
 
@@ -157,13 +160,17 @@ def as_shape(name: str, shape: Any) -> tuple[int, ...]:
     try:
         # A compiler's symbolic int is an int to isinstance, but has no __index__.
         found = tuple(
-            [n if isinstance(n, torch.SymInt) else operator.index(_no_bool(n)) for n in shape]
+            [
+                n if isinstance(n, _INTS) and type(n) is not bool else operator.index(_no_bool(n))
+                for n in shape
+            ]
         )
     except (TypeError, ValueError, RuntimeError):  # of a tensor that has no value
         raise TypeError(f"{name} must be {allowed}, got {shape!r}") from None
     if any(n < 0 for n in found):
         raise ValueError(f"{name} must be {allowed}, got {found}")
-    if all(type(n) is int for n in found) and math.prod(max(n, 1) for n in found) >= 2**63:
+    counted = not torch.compiler.is_compiling() and all(type(n) is int for n in found)
+    if counted and math.prod([max(n, 1) for n in found]) >= 2**63:
         raise ValueError(f"{name} must have fewer than 2^63 elements, got {found}")
     return found
 

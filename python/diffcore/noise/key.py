@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
@@ -12,7 +13,7 @@ from diffcore._checks import as_device, as_flag, as_int, as_real, as_shape
 from diffcore._engine import messages
 from diffcore._engine.dispatch import plain_eager, run
 from diffcore._engine.window import Window
-from diffcore._kernels.noise import RANDN
+from diffcore._kernels.noise import RANDN, pairs
 from diffcore._types import NoiseParts
 from diffcore.noise import parts as p
 from diffcore.reference import philox
@@ -222,8 +223,7 @@ class PhiloxNoise:
         """Uniform numbers from the key: ``low + (high - low) u(seed, sample id, stream, element)``.
 
         Like the noise, they do not depend on the batch, and are independent of the key's noise and
-        timesteps. They are made by PyTorch's integer operations, with the same bits on every
-        device.
+        timesteps. They have the same bits on every device.
 
         Args:
             shape: ``[B, ...]``; the first dimension counts samples.
@@ -244,9 +244,8 @@ class PhiloxNoise:
         sizes = as_shape("shape", shape)
         batch, *rest = sizes or (1,)
         self._check_batch(batch)
-        elements = self._elements(tuple(rest), self._device(device))
         dtype = torch.get_default_dtype() if dtype is None else dtype
-        u = philox.uniforms(self._parts, elements, batch, dtype)
+        u = philox.uniforms(self._uniform_words(batch, tuple(rest), self._device(device)), dtype)
         if (low, high) != (0.0, 1.0):
             u = (low + (high - low) * u.double()).to(dtype)
         return u.reshape(sizes)
@@ -281,8 +280,8 @@ class PhiloxNoise:
         if not isinstance(batch, torch.SymInt):
             batch = as_int("batch", batch, 0)
         self._check_batch(batch)
-        bounds = torch.full((1,), num_timesteps, dtype=torch.int64, device=self._device(device))
-        return philox.integers(self._parts, bounds, batch)[:, 0]
+        words = pairs(self._parts, 0, 1, batch, philox.INTEGER_SALT, self._device(device))
+        return philox.integers(words, num_timesteps)[:, 0]
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> PhiloxNoise:
         """The same key with its tensors on a device, where the kernels of that device read them.
@@ -325,9 +324,11 @@ class PhiloxNoise:
         """A box of the samples of this key, as one of the samples that it is a shard of."""
         return box
 
-    def _elements(self, shape: tuple[int, ...], device: Device) -> Tensor:
-        """Where the elements of ``[B, *shape]`` are in their samples, int64 ``[n]``."""
-        return _checked_elements(Window(shape, (0,) * len(shape), shape), self._parts[3], device)
+    def _uniform_words(self, batch: int, shape: tuple[int, ...], device: Device) -> philox.Pair:
+        """The words of the uniform numbers of ``[B, *shape]``, ``[B, n]``."""
+        count, first = math.prod(shape), self._parts[3]
+        _check_uniform_end(first + count)
+        return pairs(self._parts, first, count, batch, philox.UNIFORM_SALT, device)
 
     def _normals(self, shape: tuple[int, ...], dtype: torch.dtype | None, device: Device) -> Tensor:
         return draw(self, torch.empty(shape, dtype=dtype, device=device))
@@ -398,9 +399,12 @@ class ShardNoise(PhiloxNoise):
                 f"({', '.join(['B', *map(str, shape)])})"
             )
 
-    def _elements(self, shape: tuple[int, ...], device: Device) -> Tensor:
+    def _uniform_words(self, batch: int, shape: tuple[int, ...], device: Device) -> philox.Pair:
         self._check_shape(shape)
-        return _checked_elements(self._box, self._parts[3], device)
+        first = self._parts[3]
+        _check_uniform_end(first + self._box.end)
+        elements = self._box.elements(device) + first
+        return philox.pairs(self._parts, elements, batch, philox.UNIFORM_SALT)
 
     def _normals(self, shape: tuple[int, ...], dtype: torch.dtype | None, device: Device) -> Tensor:
         if not shape:
@@ -467,12 +471,9 @@ def _box(
     return full, local, at
 
 
-def _checked_elements(window: Window, first: int, device: Device) -> Tensor:
-    elements = window.elements(device) + first
-    end = first + window.end
+def _check_uniform_end(end: int) -> None:
     if end > _MAX_UNIFORM:
         raise ValueError(f"shape must end before element 2^33 of a sample, got {end}")
-    return elements
 
 
 def _rebuilt(*parts: Any) -> PhiloxNoise:
