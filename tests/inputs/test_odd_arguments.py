@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from typing import Any
@@ -113,6 +114,9 @@ DTYPES = {**ARRAY, **WORD, "int64": lambda: torch.int64, "freed": freed}
 MAPPINGS = {**ARRAY, **WORD, "list": lambda: [1], "tensor": lambda: X}
 TERM = {**BOUND, "t": T}
 ROW = {"x": X, "model_output": X, "coefficients": TABLE.coefficients, "t": 0}
+ROW_0 = {"x": X, "coefficients": TABLE.rows[0].coefficients}
+STRANGE: Odd = {name: make for name, make in DENSE.items() if name != "freed"}
+UINT16: Odd = {"uint16": lambda: torch.ones((), dtype=torch.uint16)}
 LEVELS = {"alpha": 0.6, "sigma": 0.8, "alpha_prev": 0.8, "sigma_prev": 0.6}
 SAMPLE = {"model": half, "x": X, "table": TABLE}
 LOOP = {"model": half, "shape": X.shape}
@@ -194,6 +198,12 @@ CASES: list[tuple[str, Odd, Callable[..., Any], dict[str, Any]]] = [
     ("x_recon", TENSORS, vae.vae_loss, {"x": X, "kl": V}),
     ("sample", {**TENSORS, **WORD, "row": lambda: X[:, 0]}, POSTERIOR.nll, {}),
     ("snr", DENSE, losses.min_snr_weights, {}),
+    ("mean", TENSORS, ops.standard_normal_kl, {"logvar": X, "reduction": "batchmean"}),
+    ("logvar", DENSE, ops.standard_normal_kl, {"mean": X.double()}),
+    ("mean", DENSE, ops.reparameterize, {"logvar": X.double()}),
+    ("noise", DENSE, ops.add_noise, {"x0": X.double(), "alpha": 0.6, "sigma": 0.8}),
+    ("model_output", STRANGE, ops.dynamic_threshold, {**ROW_0, "guidance_scale": 2.0}),
+    ("mean1", UINT16, ops.normal_kl, {"logvar1": math.inf, "mean2": X, "logvar2": X}),
     ("model_output", TENSORS, ops.denoising_loss, {"x0": X, "noise": X}),
     ("timesteps", {"mkldnn": TENSORS["mkldnn"], "freed": freed}, D.respace, {}),
 ]  # fmt: skip

@@ -128,7 +128,8 @@ def promoted(kernel: Kernel, inputs: Tensors, noise: Noise) -> tuple[Kernel, Ten
     if not all(d in messages.DTYPES for d in dtypes):
         return kernel, inputs, noise  # refused by name later
     for name, x in zip(kernel.inputs, inputs, strict=True):
-        messages.check_memory(name, x)  # which torch reads below
+        messages.check_dense(name, x)  # torch reads it below
+        messages.check_memory(name, x)
     widest = functools.reduce(torch.promote_types, dtypes)
     like = inputs[kernel.samples]
     if noise is not None and like.dtype != widest:

@@ -42,6 +42,8 @@ def reduced(term: Term, inputs: tuple[Tensor, ...], reduction: str) -> Tensor:
     check_choice("reduction", reduction, messages.REDUCTIONS)
     if not isinstance(inputs[0], Tensor):
         messages.refuse_non_tensor(term.sum.inputs, inputs)
+    if inputs[0].is_nested:
+        messages.check_dense(term.sum.inputs[0], inputs[0])
     n = inputs[0].numel() if reduction == "mean" else (inputs[0].shape[0] if inputs[0].ndim else 1)
     return run(term.sum, inputs, (1.0 / n if n else float("nan"),), None, True)
 
@@ -124,10 +126,10 @@ def _broadcast(names: tuple[str, ...], inputs: tuple[Tensor | float, ...]) -> Te
     if not tensors:
         raise TypeError(f"one of {', '.join(names)} must be a torch.Tensor, got only numbers")
     first_name, first = next(iter(tensors.items()))
+    messages.check_dense(first_name, first)
     shape = first.shape
     for name, x in tensors.items():
-        messages.check_dense(name, x)
-        messages.check_memory(name, x)
+        messages.check_tensor(name, x)
         if x.device != first.device:
             raise ValueError(
                 f"{name} must be on the device of {first_name}, {first.device}, got {x.device}"
