@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+# A data pointer from here on is not the null pointer plus an offset in a storage that was freed.
+SURE = 2**32
 
 _INTS = (int, torch.SymInt)
 
@@ -331,6 +333,8 @@ def check_memory(name: str, x: Tensor) -> None:
     if torch.compiler.is_compiling() or type(x) not in (Tensor, torch.nn.Parameter):
         return
     try:
+        if x.data_ptr() >= SURE:  # the check of almost every call
+            return
         hollow = (
             x.device.type in ("cpu", "cuda")
             and x.numel() > 0

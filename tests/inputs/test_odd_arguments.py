@@ -117,7 +117,8 @@ ROW = {"x": X, "model_output": X, "coefficients": TABLE.coefficients, "t": 0}
 ROW_0 = {"x": X, "coefficients": TABLE.rows[0].coefficients}
 STRANGE: Odd = {name: make for name, make in DENSE.items() if name != "freed"}
 UINT16: Odd = {"uint16": lambda: torch.ones((), dtype=torch.uint16)}
-LEVELS = {"alpha": 0.6, "sigma": 0.8, "alpha_prev": 0.8, "sigma_prev": 0.6}
+PAIR = {"model_output": X, "x_t": X}
+LEVELS = {"alpha_prev": 0.8, "sigma_prev": 0.6}
 SAMPLE = {"model": half, "x": X, "table": TABLE}
 LOOP = {"model": half, "shape": X.shape}
 RECORD = {**LOOP, "table": TABLE}
@@ -146,7 +147,7 @@ CASES: list[tuple[str, Odd, Callable[..., Any], dict[str, Any]]] = [
     ("rederive_epsilon", FLAGS, D.ddim_sample, STEP),
     ("rederive_epsilon", FLAGS, D.ddim_sample_loop, LOOP),
     ("rederive_epsilon", FLAGS, solvers.ddim_table, {"levels": SIGMAS}),
-    ("rederive_epsilon", FLAGS, ops.ddim_step, {"model_output": X, "x_t": X, **LEVELS}),
+    ("rederive_epsilon", FLAGS, ops.ddim_step, {**PAIR, **LEVELS, "alpha": 0.6, "sigma": 0.8}),
     ("progress", FLAGS, D.p_sample_loop, LOOP),
     ("return_history", FLAGS, ops.reverse_step, ROW),
     ("return_log_prob", FLAGS, ops.reverse_step, ROW),
@@ -203,6 +204,7 @@ CASES: list[tuple[str, Odd, Callable[..., Any], dict[str, Any]]] = [
     ("mean", DENSE, ops.reparameterize, {"logvar": X.double()}),
     ("noise", DENSE, ops.add_noise, {"x0": X.double(), "alpha": 0.6, "sigma": 0.8}),
     ("model_output", STRANGE, ops.dynamic_threshold, {**ROW_0, "guidance_scale": 2.0}),
+    ("sigma", {"meta": lambda: V.to("meta")}, ops.ddim_step, {**PAIR, **LEVELS, "alpha": V}),
     ("mean1", UINT16, ops.normal_kl, {"logvar1": math.inf, "mean2": X, "logvar2": X}),
     ("model_output", TENSORS, ops.denoising_loss, {"x0": X, "noise": X}),
     ("timesteps", {"mkldnn": TENSORS["mkldnn"], "freed": freed}, D.respace, {}),

@@ -46,7 +46,8 @@ def check_batch(name: str, x: Tensor) -> None:
     check_float_tensor(name, x)
     if x.dim() == 0:
         raise TypeError(f"{name} must be a floating-point tensor [B, ...], got a 0-dim tensor")
-    messages.check_tensor(name, x)
+    if x.dtype not in messages.DTYPES:
+        messages.check_tensor(name, x)
 
 
 def check_decoder(decoder: str, name: str, x: Tensor) -> None:
@@ -202,8 +203,13 @@ def check_timesteps(
         ValueError: ``t`` of another shape or device, or an int out of range.
     """
     # Called for every sample: the condition of check_batch without its calls; kernels have others.
-    if not isinstance(x, Tensor) or not x.is_floating_point() or x.dim() == 0 or x.is_nested:
+    if not isinstance(x, Tensor) or not x.is_floating_point() or x.dim() == 0:
         check_batch(name, x)
+    try:
+        batch = x.shape[:1]
+    except RuntimeError:  # of a nested tensor
+        check_batch(name, x)
+        raise
     if not isinstance(t, Tensor):
         t = _given_timesteps(t, num_timesteps, x.device)
         if not isinstance(t, Tensor):
@@ -215,7 +221,7 @@ def check_timesteps(
         raise ValueError(
             f"t must be on {x.device}, the device of {name}, got {t.device}; t.to({name}.device)"
         )
-    if t.shape != x.shape[:1]:
+    if t.shape != batch:
         if t.numel() != 1:
             _refuse_shape(t, x)
         t = t.reshape(1).repeat(x.shape[0])

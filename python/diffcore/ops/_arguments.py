@@ -9,15 +9,12 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from diffcore._checks import as_int, as_real, as_tensor
+from diffcore._checks import SURE, as_int, as_real, as_tensor
 from diffcore._engine import messages
 from diffcore._engine.dispatch import plain_eager
 from diffcore._types import Coef, Coefs, Step
 
 _SYMBOLS = (torch.SymInt, torch.SymFloat)
-
-# A data pointer from here on is not the null pointer plus an offset in a storage that was freed.
-_SURE = 2**32
 
 
 def as_coef(name: str, value: Coef, step: Step) -> Coef:
@@ -185,7 +182,7 @@ def _readable(name: str, value: Tensor) -> Tensor:
     if torch.compiler.is_dynamo_compiling() or type(value) not in (Tensor, Parameter):
         return value
     try:
-        if value.data_ptr() >= _SURE:  # the check of almost every call
+        if value.data_ptr() >= SURE:  # the check of almost every call
             return value
     except RuntimeError:
         pass
