@@ -174,7 +174,7 @@ def as_shape(name: str, shape: Any) -> tuple[int, ...]:
     counted = not torch.compiler.is_compiling() and all(type(n) is int for n in found)
     if counted and math.prod([max(n, 1) for n in found]) >= 2**63:
         raise ValueError(f"{name} must have fewer than 2^63 elements, got {found}")
-    return found
+    return found  # type: ignore[return-value] # a symbolic int counts as one
 
 
 def as_device(name: str, device: Any) -> torch.device:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffcore._engine import messages
+from diffcore._checks import check_dense
 
 _WORDS = 2**32
 _MAX_FIRST = 4 * _WORDS
@@ -100,7 +100,7 @@ def _checked(name: str, value: Tensor, most: int) -> Tensor:
     """An int64 tensor of 1 .. ``most`` elements, or of any number of them where ``most`` is 0."""
     if value.dtype != torch.int64:
         raise _wrong(name, f"a tensor of {value.dtype}")
-    messages.check_dense(name, value)
+    check_dense(name, value)
     if value.ndim > 1 or (most and not 1 <= value.numel() <= most):
         raise ValueError(f"{name} must be {_ALLOWED[name]}, got shape {tuple(value.shape)}")
     return value

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from diffcore._checks import SURE, as_int, as_real, as_tensor
-from diffcore._engine import messages
+from diffcore._checks import SURE, as_int, as_real, as_tensor, check_dense, check_memory
 from diffcore._engine.dispatch import plain_eager
 from diffcore._types import Coef, Coefs, Step
 
@@ -48,7 +47,7 @@ def _flat(name: str, value: Tensor) -> Tensor:
     """``[B, 1, ...]`` as ``[B]``."""
     if value.ndim < 2:
         return value
-    messages.check_dense(name, value)
+    check_dense(name, value)
     if value.numel() != len(value):
         raise ValueError(
             f"{name} must have one number per sample, got shape {tuple(value.shape)}; for a level "
@@ -191,5 +190,5 @@ def _readable(name: str, value: Tensor) -> Tensor:
 
 
 def _check_readable(name: str, value: Tensor) -> None:
-    messages.check_dense(name, value)
-    messages.check_memory(name, value)
+    check_dense(name, value)
+    check_memory(name, value)

@@ -14,8 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from diffcore._checks import as_int
-from diffcore._engine import messages
+from diffcore._checks import as_int, check_dense
 from diffcore._engine.dispatch import run
 from diffcore._engine.kept import Traced, constant_in_traces, made_plainly
 from diffcore._kernels.step import PLAIN, TABLE_STEP, Plan, columns_read, learned_plan, plan
@@ -108,8 +107,8 @@ def predictions(
     if uncond is None:
         pair = isinstance(x, Tensor) and isinstance(model_output, Tensor) and x.ndim > 0
         if pair:
-            messages.check_dense("x", x)
-            messages.check_dense("model_output", model_output)
+            check_dense("x", x)
+            check_dense("model_output", model_output)
         if not pair or model_output.ndim == 0 or model_output.shape[0] != 2 * x.shape[0]:
             raise ValueError(
                 "model_output_uncond must be given with guidance_scale, got None; or pass a "

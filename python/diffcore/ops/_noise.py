@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffcore._checks import as_device, as_shape
+from diffcore._checks import as_device, as_shape, check_dense
 from diffcore._engine import messages
 from diffcore._engine.dispatch import plain_eager, run
 from diffcore._engine.dtensor import is_dtensor, of_first_rank
@@ -140,7 +140,7 @@ def randn(
         return noise.tensor(sizes, dtype=dtype, device=device)
     if not isinstance(out, Tensor):
         raise TypeError(f"out must be a torch.Tensor, got {type(out).__name__}")
-    messages.check_dense("out", out)
+    check_dense("out", out)
     messages.check_dtype(dtype)
     for what, came, wanted in (
         ("shape", sizes, tuple(out.shape)),

@@ -6,8 +6,7 @@ from typing import Literal, overload
 
 from torch import Tensor
 
-from diffcore._checks import check_choice
-from diffcore._engine import messages
+from diffcore._checks import check_choice, check_dense
 from diffcore._engine.dispatch import run
 from diffcore._kernels import linear as k
 from diffcore._types import Coef, Step
@@ -173,7 +172,7 @@ def q_sample(
         return x_t
     _refuse_out(out)
     if table.is_quantized:
-        messages.check_dense("table", table)
+        check_dense("table", table)
     alpha, sigma = columns_of("table", table, 0, 1), columns_of("table", table, 1, 2)
     target = _target(return_target, alpha, sigma)
     both: tuple[Tensor, Tensor] = run_noisy(_Q_SAMPLE_TARGET, (x0,), noise, (table, *target), t)
