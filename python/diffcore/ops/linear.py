@@ -209,7 +209,7 @@ def linear_combination(
             raise TypeError(
                 f"coefficients must be a pair (a, b) or a table [T, 2], got {kind}"
             ) from None
-        coefs = (as_coef("coefficients[0]", a, t), as_coef("coefficients[1]", b, t))
+        coefs = (as_coef("a", a, t), as_coef("b", b, t))
     kernel = k.LINEAR_COMBINATION.reading
     try:
         return run(kernel, (x, y), coefs, t, False, out)
