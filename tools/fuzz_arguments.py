@@ -274,6 +274,13 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "return_log_prob": (False, False, True),
     "generator": (None,),
     "device": (None, "cpu"),
+    "dtype": (None, *FLOATS, torch.int64),
+}
+# What is odd for arguments of their kind only.
+ODD_CHOICES: dict[str, tuple[Any, ...]] = {
+    "shape": (2, -1, (2, -1), (2.0,), ((2,), 3), (True,), "23", (2**40, 2**40), torch.tensor(2)),
+    "device": ("gpu", "cuda:x", -1, 1.5, 2**70),
+    **dict.fromkeys(("rederive_epsilon", "return_history", "return_log_prob"), (2, "False", 1.0)),
 }
 SAMPLES = (
     *("x0", "x", "y", "x_t", "x_next", "model_output", "model_output_uncond", "variance_output"),
@@ -282,13 +289,6 @@ SAMPLES = (
 COEFFICIENTS = (
     *("alpha", "sigma", "alpha_prev", "sigma_prev", "weight", "scale"),
     *("guidance_scale", "threshold"),
-)
-
-
-ODD_MAY_BE = (
-    *SAMPLES,
-    *COEFFICIENTS,
-    *("noise", "out", "t", "table", "coefficients", "history", "variance_coefficients"),
 )
 
 
@@ -309,9 +309,10 @@ def arguments_of(name: str, maker: Maker) -> dict[str, Any]:
         found["noise"] = maker.noise()
     if "out" in parameters and maker.chance(0.4):
         found["out"] = maker.out(list(found.values()))
-    if maker.chance(0.01):
-        # Flags, strings and sizes are left to Python, which names no argument.
-        found[maker.random.choice([n for n in found if n in ODD_MAY_BE])] = maker.odd()
+    if maker.chance(0.02):
+        name = maker.random.choice(list(found))
+        of_kind = name in ODD_CHOICES and maker.chance(0.5)
+        found[name] = maker.random.choice(ODD_CHOICES[name]) if of_kind else maker.odd()
     return found
 
 
@@ -342,8 +343,6 @@ def _argument(op: str, name: str, maker: Maker, by_step: bool) -> Any:
         return tuple(maker.samples() for _ in range(maker.random.choice([0, 1, 2, 3, 4])))
     if name == "shape":
         return maker.shape
-    if name == "dtype":
-        return maker.random.choice((None, *FLOATS, torch.int64))
     assert name in ("coefficients", "variance_coefficients", "table"), f"{op} has a new {name}"
     width = WIDTHS.get(name) or WIDTHS.get(op) or maker.random.choice([8, 14])
     if op == "vlb_term" and maker.chance(0.3):

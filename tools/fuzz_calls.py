@@ -7,6 +7,11 @@ Calls are made in child processes, so that a crash costs one of them and is repo
 number. A call has to end in a result, a TypeError or a ValueError; leave all memory but ``out`` as
 it was; give the bits of the same call on contiguous copies; and agree with ``diffcore.reference``,
 coarsely: the tests check the right values, this looks for those that are far off.
+
+Memory is not measured here: the resident size of a process moved by 1.1 MiB in 200,000 rounds of an
+empty loop, and by as much where each round refused a freed tensor, while what malloc had in use
+grew by less than 5 KiB in both. ``tests/native/test_memory.py`` counts the latter for each kind of
+call.
 """
 
 from __future__ import annotations

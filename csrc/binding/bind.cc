@@ -1,7 +1,7 @@
 // The Python module `diffcore._C`. Two functions serve every op: `launch` allocates the outputs and
 // runs the kernel if all arguments are plain tensors and numbers; `call` takes the outputs as
 // arguments. Calls that cannot run are returned to Python with the reason, from which Python builds
-// the error message.
+// the error message. `fill_words` makes the random words of uniform numbers and timesteps.
 #include <pybind11/pybind11.h>
 
 #include <cstring>
@@ -162,17 +162,30 @@ py::object launch(int op, const py::tuple& ins, const py::tuple& coefs, py::hand
   return std::move(outs);
 }
 
-// Runs any kernel, with the outputs as arguments. Returns None if it was run, else (code, argument,
-// index, detail) of binding/reason.h.
+// None, or (code, argument, index, detail) of binding/reason.h.
+py::object answer(const Reason& reason) {
+  if (!reason) return py::none();
+  return py::make_tuple(int(reason.code), int(reason.argument), reason.index, reason.detail);
+}
+
+// Runs any kernel, with the outputs as arguments. Returns None if it was run, else why not.
 py::object call(int op, const py::tuple& outs, const py::tuple& ins, const py::tuple& coefs,
                 py::handle step, bool reduce_all, py::handle noise) {
   require_connection();
   const OpInfo* info = op_table().find(op);
   if (!info)
     throw py::index_error("op must be in the range of op_table(), got " + std::to_string(op));
-  const Reason reason = try_call(op, *info, outs, ins, coefs, step, reduce_all, noise);
-  if (!reason) return py::none();
-  return py::make_tuple(int(reason.code), int(reason.argument), reason.index, reason.detail);
+  return answer(try_call(op, *info, outs, ins, coefs, step, reduce_all, noise));
+}
+
+// Fills an int64 tensor [B, 4 n] on the CPU with random words. Returns None, or why it did not.
+py::object words(py::handle out, py::handle noise, uint64_t salt) {
+  require_connection();
+  CallViews views;
+  const py::tuple none(0);
+  if (Reason reason = read_views(py::make_tuple(out), none, none, py::none(), false, noise, &views))
+    return answer(reason);
+  return answer(fill_words(&views, salt));
 }
 
 // The exchange API of a tensor type, in a version with the functions that are used.
@@ -284,6 +297,7 @@ PYBIND11_MODULE(_C, m, pybind11::mod_gil_not_used()) {
         py::arg("noise"), py::arg("inspect_only"));
   m.def("call", &diffcore::call, py::arg("op"), py::arg("outs"), py::arg("ins"), py::arg("coefs"),
         py::arg("step"), py::arg("reduce_all"), py::arg("noise"));
+  m.def("fill_words", &words, py::arg("out"), py::arg("noise"), py::arg("salt"));
   m.def("op_table", &op_rows);
   m.def("build_info", &build_info);
   m.def(

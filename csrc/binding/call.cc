@@ -6,9 +6,11 @@
 #include <stdexcept>
 #include <string>
 
+#include "binding/tensor.h"
 #include "binding/torch_api.h"
 #include "cpu/kernels.h"
 #include "cuda/kernels.h"
+#include "noise/philox.h"
 
 namespace diffcore {
 namespace {
@@ -79,6 +81,32 @@ Reason run_plan(int op, Plan* plan) {
     run_cuda(op, plan);
   else
     return {Code::kDeviceKind};
+  return {};
+}
+
+Reason fill_words(CallViews* views, uint64_t salt) {
+  constexpr OpInfo kWords{"words", 0, 1, 0, 0, true};
+  TensorView& out = views->out[0];
+  if (views->n_out != 1) return {Code::kCount, Argument::kOutput, 0, views->n_out};
+  if (!is_int(out.dtype, 64)) return {Code::kDtype, Argument::kOutput};
+  if (out.ndim != 2 || out.shape[1] % 4 || !contiguous(out))
+    return {Code::kShape, Argument::kOutput};
+  out.dtype = {dlpack::kFloat, 64, 1};  // of the same size: the checks of noise are for samples
+  Plan plan;
+  if (Reason reason = plan_call(kWords, *views, &plan)) return reason;
+  if (plan.device.type != dlpack::kCpu) return {Code::kDeviceKind};
+  std::optional<py::gil_scoped_release> release;
+  if (plan.elements >= kReleaseGilFrom) release.emplace();
+  auto* word = static_cast<int64_t*>(out.data);
+  for (int64_t row = 0; !plan.empty && row < out.shape[0]; ++row) {
+    const NoiseKey key = noise_key(plan.args.noise, row);
+    const uint32_t low = key.key[0] ^ uint32_t(salt), high = key.key[1] ^ uint32_t(salt >> 32);
+    for (int64_t block = 0; block < out.shape[1] / 4; ++block) {
+      uint32_t c[4] = {key.first_block + uint32_t(block), key.stream, key.id[0], key.id[1]};
+      philox<ScalarLanes>(c, low, high);
+      for (const uint32_t w : c) *word++ = w;
+    }
+  }
   return {};
 }
 

@@ -171,7 +171,10 @@ class Planner {
 
   // The id of the first sample, from which ids count up, or a tensor of one id per sample.
   Reason read_ids(const IntView& view, NoiseSource* source) {
-    if (!rows_) return {};
+    if (!rows_) {  // ids of no samples have no memory
+      const bool none = !view.is_tensor || !view.tensor.ndim || view.tensor.shape[0] == 0;
+      return none ? Reason{} : Reason{Code::kLength, Argument::kSampleIds};
+    }
     source->first_id = view.value;
     if (!view.is_tensor) return {};
     const TensorView& x = view.tensor;

@@ -10,6 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+# A data pointer from here on is not the null pointer plus an offset in a storage that was freed.
+SURE = 2**32
+
+_INTS = (int, torch.SymInt)
+
 
 def check_choice(name: str, value: object, choices: tuple[str, ...], fix: str = "") -> None:
     """Refuse a string that is not one of ``choices``.
@@ -81,6 +86,7 @@ def as_real(name: str, value: Any) -> float:
         return symbol
     number = value
     if isinstance(value, Tensor):
+        check_dense(name, value)
         if value.requires_grad:
             raise TypeError(
                 f"{name} must be a number, got a tensor that requires grad, which would be lost; "
@@ -90,6 +96,7 @@ def as_real(name: str, value: Any) -> float:
             raise TypeError(f"{name} must be a number, got a tensor of shape {tuple(value.shape)}")
         if value.device.type == "meta":
             raise TypeError(f"{name} must be a number, got a tensor on meta, which has no value")
+        check_memory(name, value)
         number = value.item()
     # The types first: Dynamo has no getattr for a symbolic number.
     elif not isinstance(value, (int, float)) and getattr(value, "ndim", None) == 0:
@@ -101,6 +108,98 @@ def as_real(name: str, value: Any) -> float:
     except OverflowError:
         raise ValueError(
             f"{name} must be below 2^1024, the range of a float, got an int beyond it"
+        ) from None
+
+
+def as_flag(name: str, value: Any) -> bool:
+    """A bool: also 0 and 1, a NumPy bool, a 0-dim tensor or array of bools.
+
+    Args:
+        name: What to call the argument in the message.
+        value: What came.
+
+    Returns:
+        The bool.
+
+    Raises:
+        TypeError: Something else, such as the string "False", which Python takes for true.
+    """
+    if value is True or value is False:
+        return value
+    if type(value) is int and value in (0, 1):
+        return value == 1
+    # The types first: Dynamo has no getattr for a symbolic number.
+    if not isinstance(value, (int, float, Tensor)) and getattr(value, "ndim", None) == 0:
+        value = value.item()
+    elif isinstance(value, Tensor) and value.dtype == torch.bool and not value.ndim:
+        check_memory(name, value)
+        value = value if value.device.type == "meta" else value.item()
+    if isinstance(value, bool):
+        return value
+    raise TypeError(f"{name} must be a bool, got {type(value).__name__}")
+
+
+def as_shape(name: str, shape: Any) -> tuple[int, ...]:
+    """A shape, or other numbers of 0 or more for each dimension, as a tuple of ints.
+
+    Args:
+        name: What to call the argument in the message.
+        shape: A tuple, a list, a ``torch.Size`` or an array of ints, NumPy's or Python's.
+
+    Returns:
+        The tuple.
+
+    Raises:
+        TypeError: Something else, or an entry that is not an integer.
+        ValueError: A negative entry, or more elements than an int64 counts.
+    """
+    allowed = "a tuple of non-negative ints"
+    if not isinstance(shape, (tuple, list)):
+        if isinstance(shape, Tensor) or getattr(shape, "ndim", None) != 1:
+            came = repr(shape) if isinstance(shape, (int, float, str)) else type(shape).__name__
+            raise TypeError(f"{name} must be {allowed}, got {came}")
+        shape = tuple(shape)
+    try:
+        # A compiler's symbolic int is an int to isinstance, but has no __index__.
+        found = tuple(
+            [
+                n if isinstance(n, _INTS) and type(n) is not bool else operator.index(_no_bool(n))
+                for n in shape
+            ]
+        )
+    except (TypeError, ValueError, RuntimeError):  # of a tensor that has no value
+        raise TypeError(f"{name} must be {allowed}, got {shape!r}") from None
+    if any(n < 0 for n in found):
+        raise ValueError(f"{name} must be {allowed}, got {found}")
+    counted = not torch.compiler.is_compiling() and all(type(n) is int for n in found)
+    if counted and math.prod([max(n, 1) for n in found]) >= 2**63:
+        raise ValueError(f"{name} must have fewer than 2^63 elements, got {found}")
+    return found  # type: ignore[return-value] # a symbolic int counts as one
+
+
+def as_device(name: str, device: Any) -> torch.device:
+    """A device, also by its name or the index of an accelerator.
+
+    Args:
+        name: What to call the argument in the message.
+        device: What came.
+
+    Returns:
+        The device.
+
+    Raises:
+        TypeError: Neither a device, nor a string or an int.
+        ValueError: A string that names no device, or an index that no accelerator has.
+    """
+    if isinstance(device, torch.device):
+        return device
+    if isinstance(device, bool) or not isinstance(device, (str, int)):
+        raise TypeError(f"{name} must be a torch.device or a string, got {type(device).__name__}")
+    try:
+        return torch.device(device)
+    except (RuntimeError, ValueError, OverflowError):
+        raise ValueError(
+            f"{name} must be a device of torch, such as 'cuda:0', got {device!r}"
         ) from None
 
 
@@ -147,6 +246,8 @@ def as_tensor(
         TypeError: Something else.
     """
     if isinstance(value, Tensor):
+        check_dense(name, value)
+        check_memory(name, value)
         return value
     try:
         if hasattr(value, "__array__"):  # a copy, because torch takes no negative strides
@@ -186,13 +287,68 @@ def check_float_tensor(name: str, value: object) -> None:
         value: What came.
 
     Raises:
-        TypeError: Another type, or a tensor of another dtype.
+        TypeError: Another type, or a tensor that has another dtype or is not dense.
+        ValueError: A tensor whose memory was freed.
     """
     if not isinstance(value, Tensor) or not value.is_floating_point():
         came = value.dtype if isinstance(value, Tensor) else type(value).__name__
         raise TypeError(
             f"{name} must be a floating-point tensor, got {came}{to_floats(name, value)}"
         )
+    check_dense(name, value)
+    check_memory(name, value)
+
+
+def check_dense(name: str, x: Tensor) -> None:
+    """Refuse a tensor that is sparse, nested or quantized.
+
+    Args:
+        name: What to call the argument in the message.
+        x: The tensor.
+
+    Raises:
+        TypeError: It is one of these.
+    """
+    if x.is_nested:
+        kind = "a nested tensor"
+    elif x.is_quantized:
+        kind = "a quantized tensor"
+    elif x.layout != torch.strided:
+        kind = f"layout {x.layout}"
+    else:
+        return
+    raise TypeError(f"{name} must be a dense, strided tensor, got {kind}")
+
+
+def check_memory(name: str, x: Tensor) -> None:
+    """Refuse a plain tensor whose storage was freed: torch would read it, and crash.
+
+    Args:
+        name: What to call the argument in the message.
+        x: The tensor. A tensor of a functorch transform has no pointer, and needs none.
+
+    Raises:
+        ValueError: It has elements, but no memory.
+    """
+    if torch.compiler.is_compiling() or type(x) not in (Tensor, torch.nn.Parameter):
+        return
+    try:
+        if x.data_ptr() >= SURE:  # the check of almost every call
+            return
+        hollow = (
+            x.device.type in ("cpu", "cuda")
+            and x.numel() > 0
+            and (x.data_ptr() == 0 or x.untyped_storage().data_ptr() == 0)
+        )
+    except RuntimeError:
+        return
+    if hollow:
+        raise no_memory(name)
+
+
+def no_memory(name: str) -> ValueError:
+    """The error of a tensor that has elements, but no memory."""
+    return ValueError(f"{name} must have memory, got a fake, functional or freed tensor")
 
 
 def to_floats(name: str, value: object) -> str:
@@ -208,6 +364,6 @@ def hint(fix: str) -> str:
 
 
 def _no_bool(value: Any) -> Any:
-    if isinstance(value, bool):
+    if isinstance(value, bool) or (isinstance(value, Tensor) and value.dtype == torch.bool):
         raise TypeError
     return value

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from diffcore import ops
-from diffcore._checks import as_positive, as_tensor, check_float_tensor
+from diffcore._checks import as_flag, as_positive, as_tensor, check_dense, check_float_tensor
+from diffcore._engine import messages
 from diffcore._engine.dtensor import is_dtensor
 from diffcore.noise import PhiloxNoise
 from diffcore.reference import compute_dtype
@@ -58,7 +59,7 @@ class DiagonalGaussianDistribution:
                 f"parameters must have shape [B, 2C, ...], got {tuple(parameters.shape)}"
             )
         self.parameters = parameters
-        self.deterministic = bool(deterministic)
+        self.deterministic = as_flag("deterministic", deterministic)
         self.mean, logvar = parameters.chunk(2, dim=1)
         self.logvar = logvar.clamp(_LOGVAR_MIN, _LOGVAR_MAX)
 
@@ -131,7 +132,13 @@ class DiagonalGaussianDistribution:
             raise ValueError(
                 "other must have a variance, got a deterministic distribution: the KL is infinite"
             )
-        return ops.normal_kl(self.mean, self.logvar, other.mean, other.logvar, reduction="sample")
+        try:
+            return ops.normal_kl(
+                self.mean, self.logvar, other.mean, other.logvar, reduction="sample"
+            )
+        except (TypeError, ValueError):
+            self._check_like("other.mean", other.mean)
+            raise
 
     def nll(self, sample: Tensor) -> Tensor:
         """-log N(sample; mean, var), summed over all dimensions but the batch.
@@ -144,7 +151,20 @@ class DiagonalGaussianDistribution:
         """
         if self.deterministic:
             return self._zeros()
-        return ops.gaussian_nll(sample, self.mean, self.logvar, reduction="sample")
+        try:
+            return ops.gaussian_nll(sample, self.mean, self.logvar, reduction="sample")
+        except (TypeError, ValueError):
+            self._check_like("sample", sample)  # names the argument of this method
+            raise
+
+    def _check_like(self, name: str, x: Tensor) -> None:
+        """Refuse what does not belong to the mean."""
+        check_float_tensor(name, x)
+        messages.check_tensor(name, x)
+        ours, theirs = ((tuple(v.shape), str(v.device)) for v in (self.mean, x))
+        for what, mine, came in zip(("shape", "device"), ours, theirs, strict=True):
+            if came != mine:
+                raise ValueError(f"{name} must have the {what} of the mean, {mine}, got {came}")
 
     def _zeros(self) -> Tensor:
         mean = self.mean
@@ -175,6 +195,8 @@ def reconstruction_loss(x: Tensor, x_recon: Tensor, *, decoder_std: float | Tens
     if not isinstance(x, Tensor):
         raise TypeError(f"x must be a torch.Tensor, got {type(x).__name__}")
     plain = type(decoder_std) is float and decoder_std > 0
+    if x.is_nested:
+        check_float_tensor("x", x)
     std = decoder_std if plain else _std(decoder_std, x)
     if isinstance(std, Tensor) and std.ndim:
         return _loss_by_position(x, x_recon, std)
@@ -205,6 +227,7 @@ def _std(decoder_std: float | Tensor, x: Tensor) -> float | Tensor:
     if not isinstance(decoder_std, Tensor):
         return as_positive("decoder_std", decoder_std)
     std = decoder_std
+    check_dense("decoder_std", std)
     if std.is_complex() or std.dtype == torch.bool:
         raise TypeError(f"decoder_std must be a real number or tensor, got {std.dtype}")
     if std.ndim and std.device != x.device:
@@ -230,12 +253,15 @@ def _std(decoder_std: float | Tensor, x: Tensor) -> float | Tensor:
 
 def _check_pair(x: Tensor, x_recon: Tensor) -> None:
     """Refuse data and a reconstruction that do not belong together."""
-    check_float_tensor("x", x)
-    check_float_tensor("x_recon", x_recon)
-    if x_recon.shape != x.shape:
-        raise ValueError(
-            f"x_recon must have the shape of x, {tuple(x.shape)}, got {tuple(x_recon.shape)}"
-        )
+    for name, tensor in (("x", x), ("x_recon", x_recon)):
+        check_float_tensor(name, tensor)
+        messages.check_tensor(name, tensor)
+    for what in ("shape", "device"):
+        ours, theirs = getattr(x, what), getattr(x_recon, what)
+        if theirs != ours:
+            if what == "shape":
+                ours, theirs = tuple(ours), tuple(theirs)
+            raise ValueError(f"x_recon must have the {what} of x, {ours}, got {theirs}")
 
 
 def vae_loss(
@@ -258,6 +284,8 @@ def vae_loss(
         Kingma and Welling 2014 (arXiv 1312.6114) eq. 7 and 10.
     """
     reconstruction = reconstruction_loss(x, x_recon, decoder_std=decoder_std)
+    if isinstance(kl, Tensor) and kl.is_nested:
+        check_dense("kl", kl)
     if not isinstance(kl, Tensor) or kl.shape != reconstruction.shape:
         what = tuple(kl.shape) if isinstance(kl, Tensor) else type(kl).__name__
         kind = ValueError if isinstance(kl, Tensor) else TypeError
@@ -358,6 +386,7 @@ def importance_weighted_bound(
     for name, tensor in (("x", x), ("z", z), ("mean", mean)):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+        check_dense(name, tensor)
     if z.ndim == 0 or z.shape[0] == 0:
         raise ValueError(f"z must have shape [K, B, ...] with K >= 1, got {tuple(z.shape)}")
     for name, tensor, wanted in (
@@ -367,6 +396,7 @@ def importance_weighted_bound(
     ):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+        check_dense(name, tensor)
         if tensor.shape != wanted:
             raise ValueError(f"{name} must have shape {tuple(wanted)}, got {tuple(tensor.shape)}")
     if x.shape[:1] != mean.shape[:1]:

@@ -11,8 +11,10 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
 from diffcore import PhiloxNoise, ops
+from diffcore._engine import native
 from diffcore.reference import philox
 from support.bounds import assert_same_bits
+from support.op_case import without_kernels
 from support.refusals import refused
 
 stats = pytest.importorskip("scipy.stats")
@@ -83,12 +85,54 @@ def test_timesteps_are_the_upper_part_of_64_bits_times_t(count: int) -> None:
 
 def test_integers_have_bounds_of_their_own() -> None:
     bounds = torch.tensor([1, 7, 2**31, 5])
-    found = philox.integers(KEY._parts, bounds, 3)
+    words = philox.pairs(KEY._parts, torch.arange(4), 3, philox.INTEGER_SALT)
+    found = philox.integers(words, bounds)
     salt = root_fraction(7)
     assert found.tolist() == [
         [bits_of(salt, SEED, i, STREAM, e) * b >> 64 for e, b in enumerate(bounds.tolist())]
         for i in IDS
     ]
+
+
+KEYS = {
+    "numbers": PhiloxNoise(2**63 + 5, 2**63 - 2, 2**32 - 1),
+    "ids": PhiloxNoise(-1, torch.tensor([5, -1, 0, 7, 2**40, 3])[::2]),
+    "first id": PhiloxNoise(-1, torch.tensor(-2)),
+    "seed": PhiloxNoise(torch.tensor([-(2**62)]), stream=torch.tensor([2**33 + 1])),
+    "seed and offset": PhiloxNoise(torch.tensor([3, 2**32 - 1]), stream=7, first_element=400),
+}
+
+
+@pytest.mark.skipif(native._C is None, reason="the formulas are what there is")
+@pytest.mark.parametrize("name", KEYS)
+def test_a_cpu_takes_its_words_from_the_compiled_module(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key = KEYS[name]
+    with without_kernels():
+        steps, u = key.timesteps(10**9, 3), key.uniform((3, 7), dtype=torch.float64)
+        few = key.uniform((3, 0))
+    monkeypatch.setattr(philox, "philox4x32", None)  # which nothing calls from here on
+    for device in (None, "cpu"):
+        assert torch.equal(key.timesteps(10**9, 3, device=device), steps)
+        found = key.uniform((3, 7), dtype=torch.float64, device=device)
+        assert torch.equal(found, u)
+    assert found.is_contiguous()
+    assert key.uniform((3, 0)).shape == few.shape
+
+
+def test_words_are_refused_by_reason() -> None:
+    fill, parts = native._C.fill_words, (1, 0, 0, 0)
+    for out in (torch.zeros(2, 3), torch.zeros(2, 6).long(), torch.zeros(8).long(),
+                torch.zeros(4, 2).long().T, torch.zeros(2, 4).long().to("meta"), None):  # fmt: skip
+        assert fill(out, parts, 0) is not None
+    out = torch.zeros(2, 4).long()
+    freed = torch.zeros(2).long()
+    freed.untyped_storage().resize_(0)
+    for wrong in ((freed, 0, 0, 0), (1, torch.zeros(3).long(), 0, 0), (1, 0, torch.zeros(1), 0),
+                  (1, 0, 0, 2), (1, 0, 0, 2**34 + 4), (1, out[:, 0], 0, 0), (1, 2, 3)):  # fmt: skip
+        assert fill(out, wrong, 0) is not None
+    assert not out.any()
 
 
 def test_a_range() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import pickle
 from itertools import pairwise
@@ -9,13 +10,15 @@ from typing import Any
 
 import pytest
 import torch
+from torch.overrides import BaseTorchFunctionMode
 
 from diffcore.coefficients import ddim_coefficients, ddpm_coefficients
 from diffcore.diffusion import GaussianDiffusion
 from diffcore.ops import _launch, reverse_step
 from diffcore.schedules import NoiseSchedule, make_betas
-from diffcore.solvers import NoiseLevels, SolverTable
+from diffcore.solvers import NoiseLevels, SolverTable, ddpm_table
 from diffcore.solvers.rows import Rows
+from support.op_case import without_kernels
 from support.solver_list import ALL, CHURNED
 from support.toys import Says, half
 
@@ -150,3 +153,26 @@ def test_coefficients_beyond_float32_are_refused() -> None:
     for make in ALL.values():
         with pytest.raises(ValueError, match=r"must (be finite|not be 0).* in float32"):
             make(tiny)
+
+
+@pytest.mark.parametrize("learned", [False, True])
+def test_rows_in_a_tensor_are_named_as_the_argument(learned: bool) -> None:
+    levels = NoiseSchedule.from_betas([0.1, 0.2, 0.3])
+    made = NoiseLevels.from_schedule(levels, [2, 1, 0])
+    table = ddpm_table(made, variance_type="learned" if learned else "fixed_small")
+    x = torch.zeros(2, 3)
+    freed = torch.zeros(2, dtype=torch.int64)
+    freed.untyped_storage().resize_(0)
+    wrong: dict[str, tuple[torch.Tensor, type[Exception]]] = {
+        r"i must hold steps in 0 .. 2, got 9": (torch.tensor([0, 9]), ValueError),
+        r"i must hold steps in 0 .. 2, got -1": (torch.tensor([-1]), ValueError),
+        r"i must be one step, .* got shape \(3,\)": (torch.tensor([0, 1, 2]), ValueError),
+        r"i must be on cpu, as the samples, got meta": (freed.to("meta"), ValueError),
+        r"i must have memory": (freed, ValueError),
+        r"i must be an int or an int64 or int32 tensor, got torch.float32": (x[:, 0], TypeError),
+    }  # fmt: skip
+    extra = {"variance_output": x} if learned else {}
+    for mode in (contextlib.nullcontext, BaseTorchFunctionMode, without_kernels):
+        for message, (i, kind) in wrong.items():
+            with pytest.raises(kind, match=f"^{message}"), mode():
+                table.step(i, x, x, noise=x, **extra)

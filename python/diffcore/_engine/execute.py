@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
+from diffcore._checks import check_dense, check_memory
 from diffcore._engine import messages, native
 from diffcore._engine.kernel import RANDN_INDEX, Kernel
 from diffcore._engine.messages import Arguments
@@ -128,7 +129,8 @@ def promoted(kernel: Kernel, inputs: Tensors, noise: Noise) -> tuple[Kernel, Ten
     if not all(d in messages.DTYPES for d in dtypes):
         return kernel, inputs, noise  # refused by name later
     for name, x in zip(kernel.inputs, inputs, strict=True):
-        messages.check_memory(name, x)  # which torch reads below
+        check_dense(name, x)  # torch reads it below
+        check_memory(name, x)
     widest = functools.reduce(torch.promote_types, dtypes)
     like = inputs[kernel.samples]
     if noise is not None and like.dtype != widest:

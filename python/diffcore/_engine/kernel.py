@@ -37,6 +37,7 @@ class Kernel:
         reads_samples: Whether it is neither elementwise nor a sum: it needs all elements of a
             sample at once.
         table: What error messages call a table of several coefficients.
+        step: What they call the row of such a table.
         samples: Which input is the samples: the noise of a key is rounded to its dtype.
         generates_noise: Whether the functor's last input is noise that the kernel generates; it is
             not among ``inputs`` then.
@@ -55,6 +56,7 @@ class Kernel:
     reads_inputs: bool = True
     reads_samples: bool = False
     table: str = "coefficients"
+    step: str = "t"
     samples: int = 0
     generates_noise: bool = False
     index: int = field(init=False, repr=False)
@@ -72,6 +74,10 @@ class Kernel:
     ) -> Kernel:
         """The same kernel under the argument names of a public function, for its errors."""
         return replace(self, inputs=inputs, coefs=coefs or self.coefs, table=table)
+
+    def selected_by(self, step: str) -> Kernel:
+        """The same kernel with another name of the row of a table, for its errors."""
+        return replace(self, step=step)
 
     def generating(self) -> Kernel:
         """The kernel that generates the last input instead of reading it."""
@@ -94,6 +100,10 @@ class NoisyKernel(NamedTuple):
         """The same pair under the argument names of a public function, for its errors."""
         reading = self.reading.renamed(inputs, coefs, table)
         return NoisyKernel(reading, reading.generating())
+
+    def selected_by(self, step: str) -> NoisyKernel:
+        """The same pair with another name of the row of a table, for its errors."""
+        return NoisyKernel(self.reading.selected_by(step), self.generating.selected_by(step))
 
 
 Call = tuple[Kernel, Coefs, Step, bool, NoiseParts | None]

@@ -116,7 +116,8 @@ def run_registered(
 ) -> Any:
     kernel, inputs, noise = promoted(kernel, inputs, noise)
     if not isinstance(step, Tensor) and step is not None and step < 0:
-        raise ValueError(f"t must be at least 0, got {step}")  # -1 is "no step" in the schema
+        # -1 is "no step" in the schema.
+        raise ValueError(f"{kernel.step} must be at least 0, got {step}")
     if not native.has_kernels(inputs[0].device) or (
         torch.is_grad_enabled() and coefs_need_grad(coefs)
     ):

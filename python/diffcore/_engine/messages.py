@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
-from diffcore._checks import to_floats
+from diffcore._checks import check_dense, check_memory, no_memory, to_floats
 from diffcore._engine import native
 from diffcore._engine.kernel import Kernel
 from diffcore._engine.strides import shares_elements
@@ -64,10 +64,6 @@ def _elsewhere(name: str, x: Tensor, first: Tensor) -> Exception:
     return ValueError(f"{name} must be on {first.device}, as the samples, got {x.device}")
 
 
-def _no_memory(name: str) -> Exception:
-    return ValueError(f"{name} must have memory, got a fake, functional or freed tensor")
-
-
 def _unlike(name: str, x: Tensor, what: str, args: Arguments) -> Exception:
     theirs, ours = (getattr(t, what) for t in (x, args.inputs[0]))
     if what == "shape":
@@ -97,23 +93,25 @@ def _coef_count(count: int, kernel: Kernel) -> Exception:
     )
 
 
-def _step_shape(step: Tensor, rows: int) -> Exception:
+def _step_shape(name: str, step: Tensor, rows: int) -> Exception:
     return ValueError(
-        f"t must be one step, or [{rows}], one per sample, got shape {tuple(step.shape)}"
+        f"{name} must be one step, or [{rows}], one per sample, got shape {tuple(step.shape)}"
     )
 
 
-def _step_range(step: int | Tensor, wrong: int, steps: int) -> Exception:
+def _step_range(name: str, step: int | Tensor, wrong: int, steps: int) -> Exception:
     what = "hold steps" if isinstance(step, Tensor) else "be"
-    return ValueError(f"t must {what} in 0 .. {steps - 1}, got {wrong}")
+    return ValueError(f"{name} must {what} in 0 .. {steps - 1}, got {wrong}")
 
 
-def _step_type(step: Any) -> Exception:
-    return _not_tensor("t", step, "an int or an int64 or int32 tensor")
+def _step_type(name: str, step: Any) -> Exception:
+    return _not_tensor(name, step, "an int or an int64 or int32 tensor")
 
 
-def _step_not_used() -> Exception:
-    return ValueError("t must be None, got a step; no coefficient is a table that it could index")
+def _step_not_used(name: str) -> Exception:
+    return ValueError(
+        f"{name} must be None, got a step; no coefficient is a table that it could index"
+    )
 
 
 def _noise_range(end: int) -> Exception:
@@ -166,7 +164,7 @@ def _of_tensor(name: str, x: Tensor, code: str, args: Arguments) -> Exception | 
     if code == "dtype":
         return _bad_dtype(name, x, _FLOATS)
     if code == "memory":
-        return _no_memory(name)
+        return no_memory(name)
     what = {"shape": "shape", "other_dtype": "dtype", "other_device": "device"}.get(code)
     return None if what is None else _unlike(name, x, what, args)
 
@@ -188,7 +186,7 @@ def _of_coef(args: Arguments, why: _Named) -> Exception | None:
         "type": lambda: _not_tensor(name, c, "a number or a torch.Tensor"),
         "dtype": lambda: _bad_dtype(name, c, _COEF_FLOATS),
         "other_device": lambda: _elsewhere(name, c, args.inputs[0]),
-        "memory": lambda: _no_memory(name),
+        "memory": lambda: no_memory(name),
         "dimensions": lambda: _coef_dimensions(name, c),
         "table_length": lambda: _table_length(name, c, why.detail),
         "length": lambda: _length(name, c, *_coef_length(name, args.inputs[0])),
@@ -197,16 +195,17 @@ def _of_coef(args: Arguments, why: _Named) -> Exception | None:
 
 def _of_step(args: Arguments, why: _Named) -> Exception | None:
     step: Any = args.step
+    name = args.kernel.step
     return {
-        "type": lambda: _step_type(step),
-        "dtype": lambda: _bad_dtype("t", step, _STEP_INTS),
-        "other_device": lambda: _elsewhere("t", step, args.inputs[0]),
-        "memory": lambda: _no_memory("t"),
-        "dimensions": lambda: _step_shape(step, _rows(args.inputs[0])),
-        "length": lambda: _step_shape(step, _rows(args.inputs[0])),
-        "step_not_used": _step_not_used,
+        "type": lambda: _step_type(name, step),
+        "dtype": lambda: _bad_dtype(name, step, _STEP_INTS),
+        "other_device": lambda: _elsewhere(name, step, args.inputs[0]),
+        "memory": lambda: no_memory(name),
+        "dimensions": lambda: _step_shape(name, step, _rows(args.inputs[0])),
+        "length": lambda: _step_shape(name, step, _rows(args.inputs[0])),
+        "step_not_used": lambda: _step_not_used(name),
         "step_range": lambda: _step_range(
-            step, why.detail if isinstance(step, Tensor) else step, _table_rows(args.coefs)
+            name, step, why.detail if isinstance(step, Tensor) else step, _table_rows(args.coefs)
         ),
     }.get(why.code, _nothing)()
 
@@ -218,7 +217,7 @@ def _of_noise(part: int, name: str) -> Callable[..., Exception | None]:
         code = "length" if why.code == "memory" and not x.numel() else why.code
         return {
             "other_device": lambda: _elsewhere(name, x, args.inputs[0]),
-            "memory": lambda: _no_memory(name),
+            "memory": lambda: no_memory(name),
             "length": lambda: _length(name, x, str(_rows(args.inputs[0]))),
         }.get(code, _nothing)()
 
@@ -269,13 +268,13 @@ def explain(args: Arguments) -> None:
     """Raises the error that names the wrong argument; returns when nothing is wrong."""
     kernel, inputs, _, step, out, noise = args
     for name, x in zip(kernel.inputs, inputs, strict=True):
-        _check_tensor(name, x)
+        check_tensor(name, x)
         _check_like(name, x, args)
     if out is not None:
         check_out(kernel, inputs, out)
     steps = _check_coefs(args)
     if step is not None:
-        _check_step(step, steps, inputs[0])
+        _check_step(kernel.step, step, steps, inputs[0])
     if noise is not None:
         check_noise(noise, _rows(inputs[0]), inputs[0])
 
@@ -286,7 +285,7 @@ def check_out(kernel: Kernel, inputs: Tensors, out: Tensor) -> None:
         raise _not_tensor("out", out)
     if out.requires_grad:
         raise ValueError("out must not require grad, got a tensor that does")
-    _check_tensor("out", out)
+    check_tensor("out", out)
     _check_like("out", out, Arguments(kernel, inputs, (), None))
     if shares_elements(out):
         raise ValueError(
@@ -302,40 +301,19 @@ def _check_like(name: str, x: Tensor, args: Arguments) -> None:
             raise _unlike(name, x, what, args)
 
 
-def _check_tensor(name: str, x: Tensor) -> None:
+def check_dtype(dtype: Any) -> None:
+    """Raises TypeError for a ``dtype`` that is neither ``None`` nor one that kernels take."""
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype in DTYPES):
+        came = dtype if isinstance(dtype, torch.dtype) else type(dtype).__name__
+        raise TypeError(f"dtype must be {_FLOATS}, got {came}")
+
+
+def check_tensor(name: str, x: Tensor) -> None:
+    """Raises unless a tensor is one that kernels take: dense, of a dtype of theirs, not freed."""
     check_dense(name, x)
     if x.dtype not in DTYPES:
         raise _bad_dtype(name, x, _FLOATS)
     check_memory(name, x)
-
-
-def check_dense(name: str, x: Tensor) -> None:
-    """Raises TypeError for a tensor that is sparse, nested or quantized."""
-    if x.is_nested:
-        kind = "a nested tensor"
-    elif x.is_quantized:
-        kind = "a quantized tensor"
-    elif x.layout != torch.strided:
-        kind = f"layout {x.layout}"
-    else:
-        return
-    raise TypeError(f"{name} must be a dense, strided tensor, got {kind}")
-
-
-def check_memory(name: str, x: Tensor) -> None:
-    """Raises ValueError for a plain tensor whose storage was freed."""
-    if torch.compiler.is_compiling() or type(x) not in (Tensor, torch.nn.Parameter):
-        return
-    try:
-        hollow = (
-            x.device.type in ("cpu", "cuda")
-            and x.numel() > 0
-            and (x.data_ptr() == 0 or x.untyped_storage().data_ptr() == 0)
-        )
-    except RuntimeError:  # the tensor of a functorch transform has no pointer, and needs none
-        return
-    if hollow:
-        raise _no_memory(name)
 
 
 def _check_coefs(args: Arguments) -> int:
@@ -364,32 +342,32 @@ def _check_coefs(args: Arguments) -> int:
     if k != len(args.kernel.coefs):
         raise _coef_count(k, args.kernel)
     if args.step is not None and not steps:
-        raise _step_not_used()
+        raise _step_not_used(args.kernel.step)
     return steps
 
 
-def _check_step(step: Step, steps: int, first: Tensor) -> None:
+def _check_step(name: str, step: Step, steps: int, first: Tensor) -> None:
     if not isinstance(step, Tensor):
         if isinstance(step, bool) or not isinstance(step, (int, torch.SymInt)):
-            raise _step_type(step)
+            raise _step_type(name, step)
         if not isinstance(step, torch.SymInt) and not 0 <= step < steps:
-            raise _step_range(step, step, steps)
+            raise _step_range(name, step, step, steps)
         return
-    check_dense("t", step)
+    check_dense(name, step)
     if step.dtype not in (torch.int64, torch.int32):
-        raise _bad_dtype("t", step, _STEP_INTS)
+        raise _bad_dtype(name, step, _STEP_INTS)
     if step.device != first.device:
-        raise _elsewhere("t", step, first)
+        raise _elsewhere(name, step, first)
     if step.ndim > 1 or (step.ndim == 1 and step.shape[0] not in (1, _rows(first))):
-        raise _step_shape(step, _rows(first))
-    check_memory("t", step)
+        raise _step_shape(name, step, _rows(first))
+    check_memory(name, step)
     if type(step) is not Tensor or _is_traced(step) or not step.numel():
         return
     # A dispatch mode may have no values, or may record that they are read.
     if (step.device.type == "cpu" or native.DEBUG) and not native.dispatch_modes():
         low, high = int(step.min()), int(step.max())
         if low < 0 or high >= steps:
-            raise _step_range(step, low if low < 0 else high, steps)
+            raise _step_range(name, step, low if low < 0 else high, steps)
 
 
 def check_noise(noise: tuple[Any, ...], rows: int, first: Tensor) -> None:

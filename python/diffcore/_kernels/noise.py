@@ -9,12 +9,15 @@ from torch import Tensor
 from torch.fx import traceback
 from torch.utils.checkpoint import CheckpointPolicy
 
-from diffcore._engine.dispatch import run
+from diffcore._engine import native
+from diffcore._engine.dispatch import plain_eager, run
 from diffcore._engine.kernel import Call, Kernel, NoisyKernel
 from diffcore._engine.library import LIBRARY, define
 from diffcore._types import Coefs, NoiseParts, Step, Tensors
+from diffcore.reference import philox
 
 Needs = Any
+Device = torch.device | str | None
 
 
 def run_noisy(
@@ -46,6 +49,37 @@ RANDN = define(
         generates_noise=True,
     )
 )
+
+
+def pairs(
+    noise: NoiseParts, first: int, count: int, batch: int, salt: int, device: Device
+) -> philox.Pair:
+    """Two words for each of successive elements, ``[B, count]``: ``philox.pairs``.
+
+    The compiled module computes them for a CPU in plain eager, where the formula costs some two
+    hundred operations on tensors.
+
+    Args:
+        noise: The parts of a key; its first element does not count.
+        first: The first element, an even number.
+        count: How many.
+        batch: B.
+        salt: 64 bits that change those of the seed.
+        device: Of the result; ``None`` for torch's default.
+    """
+    if native._C is not None and plain_eager() and not any(map(_is_subclass, noise)):
+        blocks = (count + 1) // 2  # of two elements, four words
+        words = torch.empty(batch, 4 * blocks, dtype=torch.int64, device=device)
+        device = words.device
+        # Declined where the tensors of the key are elsewhere, for example.
+        key = (*noise[:3], 2 * first)
+        if device.type == "cpu" and native._C.fill_words(words, key, salt) is None:
+            return words[:, : 2 * count : 2], words[:, 1 : 2 * count : 2]
+    return philox.pairs(noise, torch.arange(count, device=device) + first, batch, salt)
+
+
+def _is_subclass(part: int | Tensor) -> bool:
+    return isinstance(part, Tensor) and type(part) is not Tensor
 
 
 def _draw_seed(device: torch.device) -> Tensor:

@@ -171,6 +171,7 @@ SOLVER_STEP = {
     for key, kernel in REVERSE_STEP.items()
     if key[1:3] == (0, False)
 }
+TABLE_STEP = {key: kernel.selected_by("i") for key, kernel in REVERSE_STEP.items()}
 STEP_BACKWARD = {
     (guided, keeps): define(
         Kernel(
@@ -215,12 +216,15 @@ def columns_read(reads: int, keeps: bool) -> int:
     return KEPT + reads if reads or keeps else PLAIN
 
 
+Kernels = Mapping[tuple[bool, int, bool, int], Kernel | NoisyKernel]
+
+
 def plan(
     columns: Coefs,
     reads: int,
     keeps: bool,
     noisy: bool,
-    kernels: Mapping[tuple[bool, int, bool, int], Kernel | NoisyKernel] = REVERSE_STEP,
+    kernels: Kernels = REVERSE_STEP,
 ) -> Plan:
     """How to take a step, given the ``columns_read`` of it."""
     instance = 0 if not (reads or keeps) else 1 if reads <= 1 else MOST_HISTORY
@@ -230,7 +234,7 @@ def plan(
     return Plan(plain, guided, coefs, reads, keeps, noisy, padding)
 
 
-def learned_plan(columns: Coefs) -> Plan:
+def learned_plan(columns: Coefs, kernels: Kernels = REVERSE_STEP) -> Plan:
     """How to take a step of learned variance: ten columns, the last two s_0 and s_v."""
-    plain, guided = REVERSE_STEP[False, 0, False, LEARNED], REVERSE_STEP[True, 0, False, LEARNED]
+    plain, guided = kernels[False, 0, False, LEARNED], kernels[True, 0, False, LEARNED]
     return Plan(plain, guided, (1.0, 0.0, *columns), 0, False, True, 0)

@@ -19,7 +19,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from diffcore._checks import as_real, as_tensor, check_choice
+from diffcore._checks import (
+    as_flag,
+    as_real,
+    as_tensor,
+    check_choice,
+    check_dense,
+    check_memory,
+)
 from diffcore._types import Coef
 
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction", "flow_prediction")
@@ -319,7 +326,7 @@ def ddim_coefficients(
         kept = (alpha / alpha_prev * sigma_prev / sigma) ** 2
         direction = sigma_prev * _sqrt((1 - eta * eta) + eta * eta * kept)
 
-    if rederive_epsilon:
+    if as_flag("rederive_epsilon", rederive_epsilon):
         if _vanishes(sigma):
             raise ValueError(
                 "sigma must not be 0 with rederive_epsilon=True, because x0 does not determine "
@@ -370,6 +377,8 @@ def _number(name: str, value: Coef) -> Coef:
         if isinstance(value, (int, float)) or not getattr(value, "ndim", 0):
             return as_real(name, value)
         value = as_tensor(name, value)
+    check_dense(name, value)
+    check_memory(name, value)
     if value.is_complex() or value.dtype == torch.bool:
         raise TypeError(f"{name} must be real, got a tensor of {value.dtype}")
     return value
@@ -384,6 +393,11 @@ def _broadcast(values: Sequence[Coef], names: tuple[str, ...] = ()) -> Sequence[
         else first.new_full((), value, dtype=torch.float64)
         for value in values
     ]
+    at = next((x.device for x in tensors if x.ndim), first.device)
+    for name, x in zip(names, tensors, strict=False):
+        if x.ndim and x.device != at:
+            other = next(n for n, y in zip(names, tensors, strict=False) if y.ndim)
+            raise ValueError(f"{name} must be on {at}, the device of {other}, got {x.device}")
     try:
         broadcast: Sequence[Tensor] = torch.broadcast_tensors(*tensors)
     except RuntimeError:

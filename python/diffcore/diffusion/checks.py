@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
-from diffcore._checks import as_real, as_tensor, check_choice, check_float_tensor
-from diffcore._engine import native
+from diffcore._checks import as_real, as_tensor, check_choice, check_dense, check_float_tensor
+from diffcore._engine import messages, native
 from diffcore._engine.dispatch import plain_eager
 from diffcore._engine.dtensor import per_sample, shard_of
 from diffcore.coefficients.bound import DECODERS
@@ -41,11 +40,14 @@ def check_batch(name: str, x: Tensor) -> None:
         x: The argument.
 
     Raises:
-        TypeError: Another type or dtype, or a tensor without dimensions.
+        TypeError: Another type or dtype, or a tensor without dimensions or not dense.
+        ValueError: A tensor whose memory was freed.
     """
     check_float_tensor(name, x)
     if x.dim() == 0:
         raise TypeError(f"{name} must be a floating-point tensor [B, ...], got a 0-dim tensor")
+    if x.dtype not in messages.DTYPES:
+        messages.check_tensor(name, x)
 
 
 def check_decoder(decoder: str, name: str, x: Tensor) -> None:
@@ -82,6 +84,7 @@ def check_noise(noise: Noise | None, like: Tensor, name: str = "noise") -> Noise
     if noise is None:
         return default_key(like)
     if isinstance(noise, Tensor):
+        check_dense(name, noise)
         if noise.shape != like.shape:
             raise ValueError(
                 f"{name} must have the shape of the samples, {tuple(like.shape)}, "
@@ -199,9 +202,14 @@ def check_timesteps(
         TypeError: ``t`` or ``x`` of another type or dtype.
         ValueError: ``t`` of another shape or device, or an int out of range.
     """
-    # Called for every sample: the condition of check_batch without its calls.
+    # Called for every sample: the condition of check_batch without its calls; kernels have others.
     if not isinstance(x, Tensor) or not x.is_floating_point() or x.dim() == 0:
         check_batch(name, x)
+    try:
+        batch = x.shape[:1]
+    except RuntimeError:  # of a nested tensor
+        check_batch(name, x)
+        raise
     if not isinstance(t, Tensor):
         t = _given_timesteps(t, num_timesteps, x.device)
         if not isinstance(t, Tensor):
@@ -213,7 +221,7 @@ def check_timesteps(
         raise ValueError(
             f"t must be on {x.device}, the device of {name}, got {t.device}; t.to({name}.device)"
         )
-    if t.shape != x.shape[:1]:
+    if t.shape != batch:
         if t.numel() != 1:
             _refuse_shape(t, x)
         t = t.reshape(1).repeat(x.shape[0])
@@ -273,20 +281,6 @@ def _refuse_shape(t: Tensor, x: Tensor) -> NoReturn:
     frames = t.ndim > 1 and t.numel() != x.shape[0]
     fix = "; for a timestep of each frame fold the frames into the batch" if frames else ""
     raise ValueError(f"t must have shape {tuple(x.shape[:1])}, got {tuple(t.shape)}{fix}")
-
-
-def check_model_kwargs(model_kwargs: Any) -> None:
-    """Refuse arguments for a model that are neither a mapping nor ``None``.
-
-    Args:
-        model_kwargs: The argument.
-
-    Raises:
-        TypeError: Something else.
-    """
-    if model_kwargs is not None and not isinstance(model_kwargs, Mapping):
-        kind = type(model_kwargs).__name__
-        raise TypeError(f"model_kwargs must be a mapping or None, got {kind}")
 
 
 def constant_eta(eta: float) -> float:

@@ -18,8 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffcore import ops
-from diffcore._checks import as_positive, check_choice, check_not_compiling
+from diffcore._checks import as_flag, as_positive, check_choice, check_not_compiling
 from diffcore._engine.kept import constant_in_traces, made_plainly
 from diffcore._types import Model
 from diffcore.coefficients.bound import DECODERS, LEARNED, VARIANCE_TYPES
@@ -29,7 +28,6 @@ from diffcore.diffusion.checks import (
     can_read_values,
     check_batch,
     check_decoder,
-    check_model_kwargs,
     check_noise,
     check_pixels,
     check_timestep_values,
@@ -43,7 +41,7 @@ from diffcore.diffusion.tables import DiffusionTables
 from diffcore.noise import Noise, PhiloxNoise, StepNoise
 from diffcore.ops._noise import default_key
 from diffcore.sampling.loop import run_table
-from diffcore.sampling.model import call_model
+from diffcore.sampling.model import call_model, check_model_kwargs
 from diffcore.sampling.noise import initial_sample
 from diffcore.sampling.progress import progress_bar
 from diffcore.schedules.betas import check_betas, check_direction
@@ -128,7 +126,7 @@ class GaussianDiffusion:
             )
         self._set_up(
             DiffusionTables(betas, prediction_type, variance_type),
-            bool(clip_sample),
+            as_flag("clip_sample", clip_sample),
             clip_sample_range,
             loss_type,
         )
@@ -205,6 +203,7 @@ class GaussianDiffusion:
             (mean, variance, log_variance), of the shape of ``x_start``. The last two are float32,
             or float64 for float64 samples.
         """
+        check_batch("x_start", x_start)
         t = check_timesteps(t, x_start, self.num_timesteps)
         check_timestep_values(t, self.num_timesteps)
         extract = self.tables.extract
@@ -245,9 +244,8 @@ class GaussianDiffusion:
             variance is 0 and the clipped logarithm is that of t = 1.
         """
         t = check_timesteps(t, x_start, self.num_timesteps)
-        coefficients = self.tables.posterior[x_start.device]
         return (
-            ops.linear_combination(x_start, x_t, coefficients, t=t),
+            reverse.posterior_mean(self.tables, x_start, x_t, t),
             self.tables.extract("posterior_variance", t, x_start),
             self.tables.extract("posterior_log_variance_clipped", t, x_start),
         )
@@ -432,6 +430,7 @@ class GaussianDiffusion:
         t = self._timesteps_of(x, t)
         clip = self._clip_range(clip_denoised)
         eta = constant_eta(eta)
+        rederive_epsilon = as_flag("rederive_epsilon", rederive_epsilon)
         table = self.tables.ddim(clip, eta, rederive_epsilon)
         output, _ = self._predict(model, x, t, model_kwargs)
         if eta == 0:
@@ -541,6 +540,7 @@ class GaussianDiffusion:
         rows = self.tables.rows(num_steps, timestep_spacing)
         x, step_noise = initial_sample(model, shape, noise, step_noise, device, dtype, generator)
         clip = self._clip_range(clip_denoised)
+        rederive_epsilon = as_flag("rederive_epsilon", rederive_epsilon)
         solver = self.tables.ddim_solver(rows, clip, constant_eta(eta), rederive_epsilon)
         return run_table(
             model,
@@ -601,6 +601,13 @@ class GaussianDiffusion:
         check_choice("decoder", decoder, DECODERS)
         t = check_timesteps(t, x_start, self.num_timesteps)
         check_timestep_values(t, self.num_timesteps)
+        for name, x in (("x_start", x_start), ("x_t", x_t)):
+            check_batch(name, x)
+        if x_t.shape != x_start.shape or x_t.device != x_start.device:
+            raise ValueError(
+                f"x_t must have the shape and device of x_start, {tuple(x_start.shape)} on "
+                f"{x_start.device}, got {tuple(x_t.shape)} on {x_t.device}"
+            )
         if decoder == "discretized" and can_read_values(x_start):
             check_pixels("x_start", x_start)
         output, variance_output = self._predict(model, x_t, t, model_kwargs)
@@ -668,7 +675,8 @@ class GaussianDiffusion:
 
     def _clip_range(self, clip_denoised: bool | None) -> float | None:
         """Largest magnitude of the predicted x_0; ``None`` for no clip."""
-        if not (self.clip_sample if clip_denoised is None else clip_denoised):
+        clip = self.clip_sample if clip_denoised is None else clip_denoised
+        if not as_flag("clip_denoised", clip):
             return None
         if torch.compiler.is_dynamo_compiling():
             # With dynamic=True a float is no constant, but tables are made for one.
@@ -712,6 +720,7 @@ class GaussianDiffusion:
 
     def _timesteps_of(self, x: Tensor, t: Tensor | int) -> Tensor:
         """Checked timesteps of x_t, for steps that call the model before a kernel checks ``t``."""
+        check_batch("x", x)  # the model reads it before a kernel does
         t = check_timesteps(t, x, self.num_timesteps, name="x")
         check_timestep_values(t, self.num_timesteps)
         return t

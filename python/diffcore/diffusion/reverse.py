@@ -6,8 +6,18 @@ import torch
 from torch import Tensor
 
 from diffcore import ops
+from diffcore._engine.dispatch import run
+from diffcore._kernels.linear import LINEAR_COMBINATION
 from diffcore.diffusion.tables import DeviceCopies, DiffusionTables
 from diffcore.noise import Noise
+
+# The kernel of ops.linear_combination, with the names of GaussianDiffusion.
+_POSTERIOR = LINEAR_COMBINATION.reading.renamed(("x_start", "x_t"))
+
+
+def posterior_mean(tables: DiffusionTables, x_start: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+    """The mean of q(x_{t-1} | x_t, x_0): see ``GaussianDiffusion.q_posterior_mean_variance``."""
+    return run(_POSTERIOR, (x_start, x_t), (tables.posterior[x_start.device],), t)
 
 
 def moments(

@@ -301,10 +301,11 @@ class DiffusionTables:
         else:
             try:
                 rows = tuple(sorted({as_int("timesteps", t) for t in given}))
-            except TypeError:
+            except (TypeError, RuntimeError):  # torch's, of a tensor that cannot be iterated
                 fix = "p_sample_loop(num_steps=...) and ddim_sample_loop(num_steps=...) respace too"
                 openai = hint(fix if isinstance(timesteps, str) else "")
-                raise TypeError(f"timesteps must be integers, got {timesteps!r}{openai}") from None
+                came = "Tensor" if isinstance(timesteps, Tensor) else repr(timesteps)
+                raise TypeError(f"timesteps must be integers, got {came}{openai}") from None
         if not rows or not 0 <= rows[0] <= rows[-1] < len(self):
             raise ValueError(f"timesteps must be in 0 .. {len(self) - 1}, got {timesteps}")
         log_bar = torch.log1p(-self.betas).cumsum(0)[list(rows)]

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffcore._checks import as_int, check_choice, check_not_compiling
+from diffcore._checks import as_device, as_int, check_choice, check_not_compiling
 from diffcore._types import Model
 from diffcore.coefficients.bound import DECODERS
 from diffcore.diffusion import GaussianDiffusion
@@ -155,7 +155,7 @@ def bits_per_dim(
             seed = int(PhiloxNoise.from_generator(device="cpu").seed)
         seed = gather(seed, process_group)[0]
         noise = PhiloxNoise(seed)
-    at = model_device(model) if device is None else torch.device(device)
+    at = model_device(model) if device is None else as_device("device", device)
 
     parts = identified(batches, ids, process_group)
     skip_counted(parts, tally)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from diffcore._kernels.noise import pairs
 from diffcore.noise import PhiloxNoise
 from diffcore.reference import philox
 
@@ -76,5 +77,6 @@ class Strata:
         if bool((self.sizes == 1).all()):
             return self.starts.reshape(1, -1, 1).repeat(batch, 1, draws)
         bounds = self.sizes.repeat_interleave(draws)
-        index = philox.integers(noise._parts, bounds, batch).reshape(batch, -1, draws)
+        words = pairs(noise._parts, 0, len(bounds), batch, philox.INTEGER_SALT, bounds.device)
+        index = philox.integers(words, bounds).reshape(batch, -1, draws)
         return self.starts.unsqueeze(1) + index

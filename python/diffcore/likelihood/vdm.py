@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from diffcore import ops
-from diffcore._checks import as_int, check_choice
+from diffcore._checks import as_int, as_real, check_choice, check_dense, check_memory
 from diffcore._engine.dispatch import run
 from diffcore._engine.dtensor import all_of, of_first_rank, per_sample
 from diffcore._kernels.bound import PRIOR_KL
@@ -324,6 +324,8 @@ def _times(t: Tensor | None, x: Tensor, generator: torch.Generator | None) -> Te
     if not isinstance(t, Tensor) or not t.is_floating_point():
         what = t.dtype if isinstance(t, Tensor) else type(t).__name__
         raise TypeError(f"t must be a tensor of floating point numbers, got {what}")
+    check_dense("t", t)
+    check_memory("t", t)
     t = all_of(t)
     if t.shape != x.shape[:1]:
         raise ValueError(f"t must have shape {list(x.shape[:1])}, got {list(t.shape)}")
@@ -356,6 +358,7 @@ def _functions(
         raise ValueError(
             f"gamma_min and gamma_max must both be given, or gamma, got {low} and {high}"
         )
+    low, high = as_real("gamma_min", low), as_real("gamma_max", high)
     if not -math.inf < low < high < math.inf:
         raise ValueError(f"gamma_min must be less than gamma_max, got {low} and {high}")
     start, span = low, high - low

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
-from diffcore._checks import as_int
+from diffcore._checks import as_device, as_flag, as_int, as_real, as_shape
 from diffcore._engine import messages
 from diffcore._engine.dispatch import plain_eager, run
 from diffcore._engine.window import Window
-from diffcore._kernels.noise import RANDN
+from diffcore._kernels.noise import RANDN, pairs
 from diffcore._types import NoiseParts
 from diffcore.noise import parts as p
 from diffcore.reference import philox
@@ -126,7 +127,7 @@ class PhiloxNoise:
             fix = "; for a seed of each sample pass a PhiloxNoise with sample_ids" if each else ""
             raise TypeError(f"generator must be a torch.Generator, got {kind}{fix}")
         source = torch.device("cpu") if generator is None else generator.device
-        at = source if device is None else torch.device(device)
+        at = source if device is None else as_device("device", device)
         seeded_on = at if generator is None else source
         eager = plain_eager()
         if generator is None and not eager:
@@ -207,8 +208,8 @@ class PhiloxNoise:
         Returns:
             Standard normal noise, generated in float32 and rounded to ``dtype``.
         """
-        _check_dtype(dtype)
-        return self._normals(p.sizes("shape", shape), dtype, self._device(device))
+        messages.check_dtype(dtype)
+        return self._normals(as_shape("shape", shape), dtype, self._device(device))
 
     def uniform(
         self,
@@ -222,8 +223,7 @@ class PhiloxNoise:
         """Uniform numbers from the key: ``low + (high - low) u(seed, sample id, stream, element)``.
 
         Like the noise, they do not depend on the batch, and are independent of the key's noise and
-        timesteps. They are made by PyTorch's integer operations, with the same bits on every
-        device.
+        timesteps. They have the same bits on every device.
 
         Args:
             shape: ``[B, ...]``; the first dimension counts samples.
@@ -239,15 +239,16 @@ class PhiloxNoise:
         Raises:
             ValueError: A sample has more than 2^33 elements.
         """
-        _check_dtype(dtype)
-        batch, *rest = p.sizes("shape", shape) or (1,)
+        messages.check_dtype(dtype)
+        low, high = as_real("low", low), as_real("high", high)
+        sizes = as_shape("shape", shape)
+        batch, *rest = sizes or (1,)
         self._check_batch(batch)
-        elements = self._elements(tuple(rest), self._device(device))
         dtype = torch.get_default_dtype() if dtype is None else dtype
-        u = philox.uniforms(self._parts, elements, batch, dtype)
+        u = philox.uniforms(self._uniform_words(batch, tuple(rest), self._device(device)), dtype)
         if (low, high) != (0.0, 1.0):
             u = (low + (high - low) * u.double()).to(dtype)
-        return u.reshape(tuple(shape))
+        return u.reshape(sizes)
 
     def timesteps(
         self,
@@ -276,10 +277,11 @@ class PhiloxNoise:
             num_timesteps = as_int("num_timesteps", num_timesteps, 1)
         if num_timesteps > _MAX_TIMESTEPS:
             raise ValueError(f"num_timesteps must be at most 2^31, got {num_timesteps}")
-        (batch,) = p.sizes("batch", (batch,))
+        if not isinstance(batch, torch.SymInt):
+            batch = as_int("batch", batch, 0)
         self._check_batch(batch)
-        bounds = torch.full((1,), num_timesteps, dtype=torch.int64, device=self._device(device))
-        return philox.integers(self._parts, bounds, batch)[:, 0]
+        words = pairs(self._parts, 0, 1, batch, philox.INTEGER_SALT, self._device(device))
+        return philox.integers(words, num_timesteps)[:, 0]
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> PhiloxNoise:
         """The same key with its tensors on a device, where the kernels of that device read them.
@@ -291,6 +293,7 @@ class PhiloxNoise:
         Returns:
             A key; this one where it holds no tensors.
         """
+        device, non_blocking = as_device("device", device), as_flag("non_blocking", non_blocking)
         if not any(isinstance(part, Tensor) for part in self._parts):
             return self
         seed, ids, stream = (
@@ -314,16 +317,18 @@ class PhiloxNoise:
 
     def _device(self, device: Device) -> Device:
         if device is not None:
-            return device
+            return as_device("device", device)
         return next((x.device for x in self._parts if isinstance(x, Tensor)), None)
 
     def _window(self, box: Window) -> Window:
         """A box of the samples of this key, as one of the samples that it is a shard of."""
         return box
 
-    def _elements(self, shape: tuple[int, ...], device: Device) -> Tensor:
-        """Where the elements of ``[B, *shape]`` are in their samples, int64 ``[n]``."""
-        return _checked_elements(Window(shape, (0,) * len(shape), shape), self._parts[3], device)
+    def _uniform_words(self, batch: int, shape: tuple[int, ...], device: Device) -> philox.Pair:
+        """The words of the uniform numbers of ``[B, *shape]``, ``[B, n]``."""
+        count, first = math.prod(shape), self._parts[3]
+        _check_uniform_end(first + count)
+        return pairs(self._parts, first, count, batch, philox.UNIFORM_SALT, device)
 
     def _normals(self, shape: tuple[int, ...], dtype: torch.dtype | None, device: Device) -> Tensor:
         return draw(self, torch.empty(shape, dtype=dtype, device=device))
@@ -394,9 +399,12 @@ class ShardNoise(PhiloxNoise):
                 f"({', '.join(['B', *map(str, shape)])})"
             )
 
-    def _elements(self, shape: tuple[int, ...], device: Device) -> Tensor:
+    def _uniform_words(self, batch: int, shape: tuple[int, ...], device: Device) -> philox.Pair:
         self._check_shape(shape)
-        return _checked_elements(self._box, self._parts[3], device)
+        first = self._parts[3]
+        _check_uniform_end(first + self._box.end)
+        elements = self._box.elements(device) + first
+        return philox.pairs(self._parts, elements, batch, philox.UNIFORM_SALT)
 
     def _normals(self, shape: tuple[int, ...], dtype: torch.dtype | None, device: Device) -> Tensor:
         if not shape:
@@ -442,17 +450,12 @@ def draw(noise: PhiloxNoise, out: Tensor) -> Tensor:
     return run(RANDN, (out,), (), None, False, into, noise._parts)
 
 
-def _check_dtype(dtype: Any) -> None:
-    if dtype is not None and dtype not in messages.DTYPES:
-        raise TypeError(f"dtype must be float32, float64, bfloat16 or float16, got {dtype}")
-
-
 def _box(
     shape: Sequence[int], local_shape: Sequence[int], offset: Sequence[int]
 ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
     """Checks a box inside a tensor."""
-    full = p.sizes("shape", shape)
-    local, at = p.sizes("local_shape", local_shape), p.sizes("offset", offset)
+    full = as_shape("shape", shape)
+    local, at = as_shape("local_shape", local_shape), as_shape("offset", offset)
     if not full:
         raise ValueError("shape must be [B, ...], got ()")
     for name, given in (("local_shape", local), ("offset", at)):
@@ -468,12 +471,9 @@ def _box(
     return full, local, at
 
 
-def _checked_elements(window: Window, first: int, device: Device) -> Tensor:
-    elements = window.elements(device) + first
-    end = first + window.end
+def _check_uniform_end(end: int) -> None:
     if end > _MAX_UNIFORM:
         raise ValueError(f"shape must end before element 2^33 of a sample, got {end}")
-    return elements
 
 
 def _rebuilt(*parts: Any) -> PhiloxNoise:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffcore._engine import messages
+from diffcore._checks import check_dense
 
 _WORDS = 2**32
 _MAX_FIRST = 4 * _WORDS
@@ -65,31 +65,6 @@ def first_part(first_element: Any) -> Any:
     return first
 
 
-def sizes(name: str, shape: Any) -> tuple[int, ...]:
-    """A shape, or other numbers of 0 or more: one for each dimension.
-
-    Args:
-        name: Name of the argument.
-        shape: The argument.
-
-    Raises:
-        TypeError: It is no sequence of ints.
-        ValueError: One is negative.
-    """
-    allowed = "a sequence of sizes, such as (64, 3, 32, 32)"
-    if not hasattr(shape, "__iter__"):
-        raise TypeError(f"{name} must be {allowed}, got {shape!r}")
-    found = tuple(shape)
-    ints = (int, torch.SymInt)
-    if any(
-        isinstance(n, bool) or not (isinstance(n, ints) or hasattr(n, "__index__")) for n in found
-    ):
-        raise TypeError(f"{name} must be {allowed}, got {shape!r}")
-    if any(n < 0 for n in found):
-        raise ValueError(f"{name} must be {allowed}, got {shape!r}")
-    return found
-
-
 def same_part(a: int | Tensor, b: int | Tensor) -> bool:
     """Whether two parts are equal numbers, or tensors of equal numbers on one device."""
     if isinstance(a, Tensor) and isinstance(b, Tensor):
@@ -125,7 +100,7 @@ def _checked(name: str, value: Tensor, most: int) -> Tensor:
     """An int64 tensor of 1 .. ``most`` elements, or of any number of them where ``most`` is 0."""
     if value.dtype != torch.int64:
         raise _wrong(name, f"a tensor of {value.dtype}")
-    messages.check_dense(name, value)
+    check_dense(name, value)
     if value.ndim > 1 or (most and not 1 <= value.numel() <= most):
         raise ValueError(f"{name} must be {_ALLOWED[name]}, got shape {tuple(value.shape)}")
     return value
@@ -138,7 +113,10 @@ def _integer(name: str, value: Any, low: int, high: int) -> Any:
     if isinstance(value, bool) or not (is_int or hasattr(value, "__index__")):
         raise _wrong(name, type(value).__name__)
     if not is_int and not isinstance(value, torch.SymInt):
-        value = value.__index__()
+        try:
+            value = value.__index__()
+        except TypeError:  # of an array
+            raise _wrong(name, type(value).__name__) from None
     if not low <= value < high:
         raise ValueError(f"{name} must be {_ALLOWED[name]}, got {value}")
     return value

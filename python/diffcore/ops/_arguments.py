@@ -9,15 +9,11 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from diffcore._checks import as_int, as_real, as_tensor
-from diffcore._engine import messages
+from diffcore._checks import SURE, as_int, as_real, as_tensor, check_dense, check_memory
 from diffcore._engine.dispatch import plain_eager
 from diffcore._types import Coef, Coefs, Step
 
 _SYMBOLS = (torch.SymInt, torch.SymFloat)
-
-# A data pointer from here on is not the null pointer plus an offset in a storage that was freed.
-_SURE = 2**32
 
 
 def as_coef(name: str, value: Coef, step: Step) -> Coef:
@@ -51,7 +47,7 @@ def _flat(name: str, value: Tensor) -> Tensor:
     """``[B, 1, ...]`` as ``[B]``."""
     if value.ndim < 2:
         return value
-    messages.check_dense(name, value)
+    check_dense(name, value)
     if value.numel() != len(value):
         raise ValueError(
             f"{name} must have one number per sample, got shape {tuple(value.shape)}; for a level "
@@ -185,7 +181,7 @@ def _readable(name: str, value: Tensor) -> Tensor:
     if torch.compiler.is_dynamo_compiling() or type(value) not in (Tensor, Parameter):
         return value
     try:
-        if value.data_ptr() >= _SURE:  # the check of almost every call
+        if value.data_ptr() >= SURE:  # the check of almost every call
             return value
     except RuntimeError:
         pass
@@ -194,5 +190,5 @@ def _readable(name: str, value: Tensor) -> Tensor:
 
 
 def _check_readable(name: str, value: Tensor) -> None:
-    messages.check_dense(name, value)
-    messages.check_memory(name, value)
+    check_dense(name, value)
+    check_memory(name, value)

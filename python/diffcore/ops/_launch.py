@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from diffcore._checks import as_int
+from diffcore._checks import as_int, check_dense
 from diffcore._engine.dispatch import run
 from diffcore._engine.kept import Traced, constant_in_traces, made_plainly
-from diffcore._kernels.step import PLAIN, Plan, columns_read, learned_plan, plan
+from diffcore._kernels.step import PLAIN, TABLE_STEP, Plan, columns_read, learned_plan, plan
 from diffcore._types import Coef, Coefs, Row, Step, Tensors
 from diffcore.coefficients.step import HISTORY_READ, HISTORY_WRITTEN, STEP_COLUMNS
 from diffcore.noise import Noise
@@ -106,6 +106,9 @@ def predictions(
     scale = as_coef("guidance_scale", scale, None)
     if uncond is None:
         pair = isinstance(x, Tensor) and isinstance(model_output, Tensor) and x.ndim > 0
+        if pair:
+            check_dense("x", x)
+            check_dense("model_output", model_output)
         if not pair or model_output.ndim == 0 or model_output.shape[0] != 2 * x.shape[0]:
             raise ValueError(
                 "model_output_uncond must be given with guidance_scale, got None; or pass a "
@@ -127,6 +130,15 @@ def variance_of(output: Tensor | None, coefficients: Row | None) -> LearnedVaria
             "variance_output and variance_coefficients must be given together, got one"
         )
     return LearnedVariance(output, coefficients)
+
+
+def history_of(history: Sequence[Tensor]) -> Tensors:
+    """The h of earlier steps as a tuple."""
+    try:
+        return tuple(history)
+    except (TypeError, RuntimeError):  # of a tensor that cannot be iterated
+        kind = type(history).__name__
+        raise TypeError(f"history must be a sequence of tensors, got {kind}") from None
 
 
 def step_columns(row: Row, columns: int) -> Coefs:
@@ -219,12 +231,12 @@ class RowLauncher:
     ) -> tuple[Tensor, Tensors]:
         """Row i in one launch: see ``SolverTable.step``, which has the same arguments."""
         if _compiling():
-            how, t = self._traced_plan(i)
+            how, t = self._traced_plan(i, x)
         elif type(i) is int and 0 <= i < len(self._plans):
             how, t = self._plans[i], None
         else:
-            how, t = self._plan(i)
-        earlier = tuple(history)
+            how, t = self._plan(i, x)
+        earlier = history_of(history)
         if len(earlier) != how.reads or how.padding:
             earlier = self._filled(i, how, x, earlier)
             if t is not None:
@@ -248,7 +260,7 @@ class RowLauncher:
         x_next, left = found if how.keeps else (found, x)
         return x_next, (left,) if self._history == 1 else (left, *history)[: self._history]
 
-    def _plan(self, i: int | Tensor) -> tuple[Plan, Tensor | None]:
+    def _plan(self, i: int | Tensor, x: Tensor) -> tuple[Plan, Tensor | None]:
         """The plan of row i; for a tensor of rows, one that covers the needs of every row."""
         if not isinstance(i, Tensor):
             return self._plans[self.index(i)], None
@@ -257,20 +269,21 @@ class RowLauncher:
         if i.ndim > 1:
             raise ValueError(f"i must be one row, or [B], got shape {tuple(i.shape)}")
         reads, keeps = self._history, self._history > 0
-        coefficients, variance = self._on(i.device)
+        # Beside the samples, so that only the device of i can be another one.
+        coefficients, variance = self._on((x if isinstance(x, Tensor) else i).device)
         columns = coefficients[:, : columns_read(reads, keeps)]
         if variance is not None and self._stochastic:
-            return learned_plan((columns, variance)), i
-        return plan((columns,), reads, keeps, self._stochastic), i
+            return learned_plan((columns, variance), TABLE_STEP), i
+        return plan((columns,), reads, keeps, self._stochastic, TABLE_STEP), i
 
-    def _traced_plan(self, i: int | Tensor) -> tuple[Plan, Tensor | None]:
+    def _traced_plan(self, i: int | Tensor, x: Tensor) -> tuple[Plan, Tensor | None]:
         """The plan of row i, made again by a trace from numbers that are constants to it.
 
         Compiled code checks what it was compiled for at each call. For the plans themselves these
         checks took longer than the steps; here they are one comparison of two strings.
         """
         if isinstance(i, Tensor):
-            return self._plan(i)
+            return self._plan(i, x)
         coefficients, _, variance = self._row_text(self._digest, i).partition(";")
         numbers = tuple([float(c) for c in coefficients.split()])
         variances = tuple([float(c) for c in variance.split()])
@@ -279,7 +292,7 @@ class RowLauncher:
     @constant_in_traces
     def _row_text(self, digest: str, i: int) -> str:  # noqa: ARG002
         """The numbers of a row, as a trace can read them; ``digest`` is for its guard alone."""
-        self._plan(i)  # refuses a wrong row
+        self.index(i)  # refuses a wrong row
         coefficients, variance = self._rows[i]
         return f"{' '.join(map(repr, coefficients))};{' '.join(map(repr, variance or ()))}"
 
@@ -353,9 +366,10 @@ def row_plan(coefficients: tuple[float, ...], variance: tuple[float, ...] | None
     """
     noisy = coefficients[_NOISE] != 0
     if variance is not None and noisy:
-        return learned_plan((*coefficients[:PLAIN], *variance))
+        return learned_plan((*coefficients[:PLAIN], *variance), TABLE_STEP)
     used = [k for k, c in enumerate(coefficients[HISTORY_READ], 1) if c != 0]
     reads = max(used, default=0)
     # Kernels that read more than one h exist only in the form that writes one too.
     keeps = any(coefficients[HISTORY_WRITTEN]) or reads > 1
-    return plan(coefficients[: columns_read(reads, keeps)], reads, keeps, noisy)
+    columns = coefficients[: columns_read(reads, keeps)]
+    return plan(columns, reads, keeps, noisy, TABLE_STEP)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffcore._checks import as_device, as_shape, check_dense
 from diffcore._engine import messages
 from diffcore._engine.dispatch import plain_eager, run
 from diffcore._engine.dtensor import is_dtensor, of_first_rank
@@ -62,8 +63,7 @@ def promoted(model_output: Tensor, x0: Any, noise: Any) -> tuple[Tensor, Any, An
     """
     for name, x in (("model_output", model_output), ("x0", x0), ("noise", noise)):
         if isinstance(x, Tensor):
-            messages.check_dense(name, x)
-            messages.check_memory(name, x)
+            messages.check_tensor(name, x)
     floats = [x.dtype for x in (model_output, x0, noise) if _is_float(x)]
     widest = functools.reduce(torch.promote_types, floats)
     if isinstance(noise, PhiloxNoise) and _is_float(x0) and x0.dtype != widest:
@@ -135,15 +135,17 @@ def randn(
     """
     if not isinstance(noise, PhiloxNoise):
         raise TypeError(f"noise must be a PhiloxNoise, got {type(noise).__name__}")
+    sizes = as_shape("shape", shape)
     if out is None:
-        return noise.tensor(shape, dtype=dtype, device=device)
+        return noise.tensor(sizes, dtype=dtype, device=device)
     if not isinstance(out, Tensor):
         raise TypeError(f"out must be a torch.Tensor, got {type(out).__name__}")
-    messages.check_dense("out", out)
+    check_dense("out", out)
+    messages.check_dtype(dtype)
     for what, came, wanted in (
-        ("shape", tuple(shape), tuple(out.shape)),
+        ("shape", sizes, tuple(out.shape)),
         ("dtype", dtype or out.dtype, out.dtype),
-        ("device", torch.device(device or out.device), out.device),
+        ("device", out.device if device is None else as_device("device", device), out.device),
     ):
         if came != wanted:
             raise ValueError(f"{what} must be that of out, {wanted}, got {came}")

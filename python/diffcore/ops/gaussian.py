@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffcore._checks import as_real, check_choice
+from diffcore._checks import as_real, check_choice, check_dense
 from diffcore._engine import messages
 from diffcore._engine.dispatch import run
 from diffcore._kernels import gaussian as k
@@ -31,6 +31,8 @@ _NORMAL_KL = ("mean1", "logvar1", "mean2", "logvar2")
 
 def reduced(term: Term, inputs: tuple[Tensor, ...], reduction: str) -> Tensor:
     """The terms, or the sum that ``reduction`` names."""
+    if type(reduction) is not str:
+        check_choice("reduction", reduction, messages.REDUCTIONS)
     if reduction == "none":
         return run(term.elementwise, inputs)
     if reduction == "sample":
@@ -40,6 +42,8 @@ def reduced(term: Term, inputs: tuple[Tensor, ...], reduction: str) -> Tensor:
     check_choice("reduction", reduction, messages.REDUCTIONS)
     if not isinstance(inputs[0], Tensor):
         messages.refuse_non_tensor(term.sum.inputs, inputs)
+    if inputs[0].is_nested:
+        check_dense(term.sum.inputs[0], inputs[0])
     n = inputs[0].numel() if reduction == "mean" else (inputs[0].shape[0] if inputs[0].ndim else 1)
     return run(term.sum, inputs, (1.0 / n if n else float("nan"),), None, True)
 
@@ -95,7 +99,7 @@ def normal_kl(
     if refusal is not None:  # a RuntimeError: a nested tensor has no shape
         for name, x in zip(_NORMAL_KL, inputs, strict=True):
             if isinstance(x, Tensor):
-                messages.check_dense(name, x)
+                check_dense(name, x)
         if isinstance(refusal, RuntimeError):
             raise refusal
     if all(isinstance(x, Tensor) and x.shape == inputs[0].shape for x in inputs):
@@ -122,10 +126,10 @@ def _broadcast(names: tuple[str, ...], inputs: tuple[Tensor | float, ...]) -> Te
     if not tensors:
         raise TypeError(f"one of {', '.join(names)} must be a torch.Tensor, got only numbers")
     first_name, first = next(iter(tensors.items()))
+    check_dense(first_name, first)
     shape = first.shape
     for name, x in tensors.items():
-        messages.check_dense(name, x)
-        messages.check_memory(name, x)
+        messages.check_tensor(name, x)
         if x.device != first.device:
             raise ValueError(
                 f"{name} must be on the device of {first_name}, {first.device}, got {x.device}"

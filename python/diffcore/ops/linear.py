@@ -6,8 +6,7 @@ from typing import Literal, overload
 
 from torch import Tensor
 
-from diffcore._checks import check_choice
-from diffcore._engine import messages
+from diffcore._checks import check_choice, check_dense
 from diffcore._engine.dispatch import run
 from diffcore._kernels import linear as k
 from diffcore._types import Coef, Step
@@ -48,6 +47,8 @@ Target = Literal["epsilon", "v_prediction", "flow_prediction"]
 
 def _target(name: str, alpha: Coef, sigma: Coef) -> tuple[Coef, Coef]:
     """The target as a combination of x_0 and the noise."""
+    if not isinstance(name, str):
+        check_choice("return_target", name, ("epsilon", "v_prediction", "flow_prediction"))
     if name == "v_prediction":
         return negated("sigma", sigma), alpha
     if name == "sample":
@@ -171,7 +172,7 @@ def q_sample(
         return x_t
     _refuse_out(out)
     if table.is_quantized:
-        messages.check_dense("table", table)
+        check_dense("table", table)
     alpha, sigma = columns_of("table", table, 0, 1), columns_of("table", table, 1, 2)
     target = _target(return_target, alpha, sigma)
     both: tuple[Tensor, Tensor] = run_noisy(_Q_SAMPLE_TARGET, (x0,), noise, (table, *target), t)
@@ -201,7 +202,13 @@ def linear_combination(
     if isinstance(coefficients, Tensor):
         coefs: tuple[Coef, ...] = (as_table("coefficients", coefficients, 2),)
     else:
-        a, b = coefficients
+        try:
+            a, b = coefficients
+        except (TypeError, ValueError):
+            kind = type(coefficients).__name__
+            raise TypeError(
+                f"coefficients must be a pair (a, b) or a table [T, 2], got {kind}"
+            ) from None
         coefs = (as_coef("a", a, t), as_coef("b", b, t))
     kernel = k.LINEAR_COMBINATION.reading
     try:

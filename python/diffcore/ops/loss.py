@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from diffcore._checks import check_choice
+from diffcore._checks import check_choice, check_dense
 from diffcore._engine import messages
 from diffcore._kernels import loss as k
 from diffcore._types import Coef, Step
@@ -74,7 +74,7 @@ def denoising_loss(
     try:
         inverse_n = 1.0 / max(model_output.shape[1:].numel() if model_output.ndim else 1, 1)
     except RuntimeError:  # a nested tensor has no shape
-        messages.check_dense("model_output", model_output)
+        check_dense("model_output", model_output)
         raise
     w = 1.0 if weight is None else as_coef("weight", weight, t)
     step = t if isinstance(w, Tensor) and w.ndim == 2 else None
@@ -105,7 +105,7 @@ def denoising_loss(
 
 def _check_unread(name: str, x: Tensor, model_output: Tensor) -> None:
     if isinstance(x, Tensor) and x.is_nested:
-        messages.check_dense(name, x)
+        check_dense(name, x)
     if not isinstance(x, Tensor) or x.shape != model_output.shape:
         messages.refuse_other(name, x, model_output)
 

@@ -7,6 +7,7 @@ from typing import Any, Literal, overload
 
 from torch import Tensor
 
+from diffcore._checks import as_flag
 from diffcore._engine.dispatch import plain_eager, run
 from diffcore._kernels import step as k
 from diffcore._types import ClipRange, Coef, Coefs, Row, Step
@@ -16,6 +17,7 @@ from diffcore.ops._arguments import as_table, converted, in_float64
 from diffcore.ops._launch import (
     Guidance,
     guidance_of,
+    history_of,
     launch,
     predictions,
     step_columns,
@@ -163,11 +165,10 @@ def reverse_step(
         docs/architecture.md, "A solver is a table"; guidance: Ho & Salimans 2022 (arXiv
         2207.12598); threshold: Saharia et al. 2022 (arXiv 2205.11487).
     """
-    try:
-        earlier = tuple(history)
-    except TypeError:
-        kind = type(history).__name__
-        raise TypeError(f"history must be a sequence of tensors, got {kind}") from None
+    earlier = history_of(history)
+    if return_history is not False or return_log_prob is not False:
+        return_history = as_flag("return_history", return_history)
+        return_log_prob = as_flag("return_log_prob", return_log_prob)
     keeps = return_history or len(earlier) > 1
     variance = None
     if variance_output is not None or variance_coefficients is not None:

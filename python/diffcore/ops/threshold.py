@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from diffcore._engine import messages
+from diffcore._checks import check_dense
 from diffcore._engine.dispatch import run
 from diffcore._kernels.step import PLAIN
 from diffcore._kernels.threshold import X0_QUANTILE
@@ -62,7 +62,7 @@ def dynamic_threshold(
     if not most >= 1:
         raise ValueError(f"sample_max_value must be at least 1, got {most}")
     if isinstance(x, Tensor) and x.is_nested:
-        messages.check_dense("x", x)
+        check_dense("x", x)
     if isinstance(x, Tensor) and x.ndim and not x.shape[1:].numel():
         raise ValueError(f"x must have at least one element per sample, got shape {tuple(x.shape)}")
     guidance = guidance_of(model_output_uncond, guidance_scale)

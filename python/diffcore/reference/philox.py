@@ -47,6 +47,7 @@ from torch import Tensor
 from diffcore._types import NoiseParts
 
 Words = tuple[Tensor, Tensor, Tensor, Tensor]
+Pair = tuple[Tensor, Tensor]
 Key = tuple[int | Tensor, int | Tensor]
 
 
@@ -211,40 +212,48 @@ def normals(
     return z.flatten(1)[:, :size].reshape(tuple(shape)).to(dtype)
 
 
-def _pairs(noise: NoiseParts, elements: Tensor, batch: int, salt: int) -> tuple[Tensor, Tensor]:
-    """Two words for each element of each sample, ``[B, n]``: of a block, two elements."""
-    w = philox4x32(*_counters(noise, elements // 2, batch, salt))
-    second = elements % 2 != 0
-    return torch.where(second, w[2], w[0]), torch.where(second, w[3], w[1])
-
-
-def uniforms(noise: NoiseParts, elements: Tensor, batch: int, dtype: torch.dtype) -> Tensor:
-    """Uniform numbers in [0, 1), ``[B, n]``: the upper p of 64 random bits, as multiples of 2^-p.
-
-    p is the precision of the dtype, so nothing is rounded. The words are those of the seed with
-    other bits, so that they are independent of the noise of the same key.
+def pairs(noise: NoiseParts, elements: Tensor, batch: int, salt: int) -> Pair:
+    """Two words for each element of each sample, ``[B, n]``: of a block, two elements.
 
     Args:
         noise: As for ``normals``; its first element does not count.
         elements: Elements below 2^33, int64 ``[n]``, on the device of the result.
         batch: B.
-        dtype: Of the result.
+        salt: 64 bits that change those of the seed: words independent of the key's noise.
+
+    Returns:
+        The high and the low 32 of 64 random bits, held in int64.
     """
     if elements.device.type == "mps":
-        return uniforms(noise, elements.cpu(), batch, dtype).to(elements.device)
-    high, low = _pairs(noise, elements, batch, UNIFORM_SALT)
-    bits = PRECISION[dtype]
+        high, low = pairs(noise, elements.cpu(), batch, salt)
+        return high.to(elements.device), low.to(elements.device)
+    w = philox4x32(*_counters(noise, elements // 2, batch, salt))
+    second = elements % 2 != 0
+    return torch.where(second, w[2], w[0]), torch.where(second, w[3], w[1])
+
+
+def uniforms(words: Pair, dtype: torch.dtype) -> Tensor:
+    """Uniform numbers in [0, 1): the upper p of 64 random bits, as multiples of 2^-p.
+
+    p is the precision of the dtype, so nothing is rounded.
+
+    Args:
+        words: Of ``pairs`` with ``UNIFORM_SALT``.
+        dtype: Of the result.
+    """
+    high, low = words
+    bits, at = PRECISION[dtype], high.device
+    if at.type == "mps":  # which has no float64
+        return uniforms((high.cpu(), low.cpu()), dtype).to(at)
     return ((high << 21 | low >> 11) >> 53 - bits).double().mul(2.0**-bits).to(dtype)
 
 
-def integers(noise: NoiseParts, bounds: Tensor, batch: int) -> Tensor:
-    """Uniform integers in 0 .. bound - 1, int64 ``[B, n]``: the upper part of 64 bits times bound.
+def integers(words: Pair, bounds: int | Tensor) -> Tensor:
+    """Uniform integers in 0 .. bound - 1, int64: the upper part of 64 bits times bound.
 
     Args:
-        noise: As for ``normals``; its first element does not count.
-        bounds: A bound in 1 .. 2^31 for each element, int64 ``[n]``, on the device of the result.
-        batch: B.
+        words: Of ``pairs`` with ``INTEGER_SALT``.
+        bounds: In 1 .. 2^31: one, or one for each element, int64 ``[n]`` on their device.
     """
-    elements = torch.arange(bounds.shape[0], device=bounds.device)
-    high, low = _pairs(noise, elements, batch, INTEGER_SALT)
+    high, low = words
     return high * bounds + (low * bounds >> 32) >> 32

@@ -10,13 +10,12 @@ import torch
 from torch import Tensor
 
 from diffcore import ops
-from diffcore._checks import check_not_compiling
-from diffcore._engine import native
+from diffcore._checks import as_device, as_shape, check_dense, check_memory, check_not_compiling
+from diffcore._engine import messages, native
 from diffcore._types import Model
 from diffcore.noise import PhiloxNoise
-from diffcore.noise.parts import sizes
 from diffcore.sampling.loop import run_table
-from diffcore.sampling.model import model_device
+from diffcore.sampling.model import check_model_kwargs, model_device
 from diffcore.sampling.sample import check_guidance
 from diffcore.sampling.threshold import threshold_rule
 from diffcore.solvers import SolverTable
@@ -66,12 +65,15 @@ def capture(
     if not isinstance(table, SolverTable):
         raise TypeError(f"table must be a SolverTable, got {type(table).__name__}")
     check_guidance(guidance_scale, uncond_kwargs)
-    device = model_device(model) if device is None else device
-    x = torch.empty(sizes("shape", shape), dtype=dtype, device=device)
+    check_model_kwargs(model_kwargs)
+    check_model_kwargs(uncond_kwargs, "uncond_kwargs")
+    messages.check_dtype(dtype)
+    device = model_device(model) if device is None else as_device("device", device)
+    x = torch.empty(as_shape("shape", shape), dtype=dtype, device=device)
     if x.ndim == 0:
         raise ValueError("shape must be [B, ...], got ()")
     if guidance_scale is not None:
-        if not isinstance(guidance_scale, Tensor):
+        if not isinstance(guidance_scale, Tensor):  # a number or an array, checked above
             guidance_scale = torch.tensor(guidance_scale, dtype=torch.float64, device="cpu")
         guidance_scale = guidance_scale.to(x.device, torch.float64, copy=True)
     options = {
@@ -151,6 +153,7 @@ class CapturedSampler:
         if guidance_scale is not None:
             _replace("guidance_scale", self._options["guidance_scale"], guidance_scale)
         for name, new in (("model_kwargs", model_kwargs), ("uncond_kwargs", uncond_kwargs)):
+            check_model_kwargs(new, name)
             for key, value in (new or {}).items():
                 _replace(f"{name}[{key!r}]", (self._options[name] or {}).get(key), value)
         return self._replay()
@@ -186,12 +189,24 @@ def _replace(name: str, old: Any, new: Any) -> None:
             f"{type(new).__name__}; record the loop again"
         )
     if not isinstance(new, Tensor):
-        new = torch.tensor(new, dtype=old.dtype, device="cpu")
+        new = _values(name, new, old)
+    check_dense(name, new)
+    check_memory(name, new)
+    if new.device.type == "meta" != old.device.type:
+        raise ValueError(f"{name} must have values, got a tensor on meta")
     if new.shape != old.shape:
         raise ValueError(
             f"{name} must have the recorded shape, {tuple(old.shape)}, got {tuple(new.shape)}"
         )
     old.copy_(new)
+
+
+def _values(name: str, new: Any, old: Tensor) -> Tensor:
+    """Numbers, or lists and arrays of them, as a tensor on the CPU."""
+    try:
+        return torch.tensor(new, dtype=old.dtype, device="cpu")
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(new).__name__}") from None
 
 
 def _recorded(loop: Callable[[], Tensor], device: torch.device) -> Callable[[], Tensor]:

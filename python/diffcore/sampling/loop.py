@@ -11,7 +11,7 @@ from torch import Tensor
 from diffcore import ops
 from diffcore._types import Callback, Model, Tensors
 from diffcore.noise import StepNoise
-from diffcore.sampling.model import predict
+from diffcore.sampling.model import check_model_kwargs, predict
 from diffcore.sampling.noise import check_noise_rows, noise_of_row
 from diffcore.sampling.progress import progress_bar
 from diffcore.sampling.step import callback_state, timestep_inputs
@@ -61,6 +61,8 @@ def run_table(
     """
     if callback is not None and not callable(callback):
         raise TypeError(f"callback must be a function, got {type(callback).__name__}")
+    check_model_kwargs(model_kwargs)
+    check_model_kwargs(uncond_kwargs, "uncond_kwargs")
     check_noise_rows(step_noise, x, table, noise_name)
     if table.start_noise:
         churn = noise_of_row(step_noise, len(table), x, noise_name)

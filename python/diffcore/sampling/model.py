@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from diffcore._checks import to_floats
+from diffcore._engine import messages
 from diffcore._types import Model
 
 Prediction: TypeAlias = tuple[Tensor, Tensor | None, Tensor | None]
@@ -125,6 +126,21 @@ def _way_to(output: Any) -> str:
     return "" if first is None else f"; pass lambda x, t, **kwargs: model(x, t, **kwargs).{first}"
 
 
+def check_model_kwargs(model_kwargs: Any, name: str = "model_kwargs") -> None:
+    """Refuse arguments for a model that are neither a mapping nor ``None``.
+
+    Args:
+        model_kwargs: The argument.
+        name: Name of the argument.
+
+    Raises:
+        TypeError: Something else.
+    """
+    if model_kwargs is not None and not isinstance(model_kwargs, Mapping):
+        kind = type(model_kwargs).__name__
+        raise TypeError(f"{name} must be a mapping or None, got {kind}")
+
+
 def check_samples(x: Tensor) -> None:
     """Refuse anything but a batch of floating-point samples.
 
@@ -132,13 +148,15 @@ def check_samples(x: Tensor) -> None:
         x: The argument to check.
 
     Raises:
-        TypeError: ``x`` is not a floating-point tensor ``[B, ...]``.
+        TypeError: ``x`` is not a floating-point tensor ``[B, ...]``, or not a dense one.
+        ValueError: The memory of ``x`` was freed: the model would read it.
     """
     if not isinstance(x, Tensor) or not x.is_floating_point() or x.ndim == 0:
         came = f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
         raise TypeError(
             f"x must be a floating-point tensor [B, ...], got {came}{to_floats('x', x)}"
         )
+    messages.check_tensor("x", x)
 
 
 def model_device(model: Model) -> torch.device | None:

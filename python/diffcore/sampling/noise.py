@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffcore._checks import as_device, as_shape, check_dense
+from diffcore._engine import messages
 from diffcore._types import Model
 from diffcore.noise import Noise, PhiloxNoise, StepNoise
-from diffcore.noise.parts import sizes
 from diffcore.ops._noise import default_key
 from diffcore.sampling.model import model_device
 from diffcore.solvers import SolverTable
@@ -39,7 +40,9 @@ def check_step_noise(name: str, step_noise: Any) -> None:
     Raises:
         TypeError: Neither a tensor, nor a noise key, nor a function.
     """
-    if not isinstance(step_noise, (Tensor, PhiloxNoise)) and not callable(step_noise):
+    if isinstance(step_noise, Tensor):
+        check_dense(name, step_noise)
+    elif not isinstance(step_noise, PhiloxNoise) and not callable(step_noise):
         raise TypeError(
             f"{name} must be a torch.Tensor, a PhiloxNoise or a function (r, x) -> noise, got "
             f"{type(step_noise).__name__}"
@@ -78,7 +81,9 @@ def initial_sample(
         ValueError: ``shape`` is empty, ``noise`` has another shape, or ``generator`` comes with
             noise that leaves it nothing to seed.
     """
-    shape = sizes("shape", shape)
+    shape = as_shape("shape", shape)
+    messages.check_dtype(dtype)
+    device = None if device is None else as_device("device", device)
     if len(shape) == 0:
         raise ValueError("shape must be [B, ...], got ()")
     if generator is not None and isinstance(noise, PhiloxNoise):
@@ -98,10 +103,11 @@ def initial_sample(
     if isinstance(noise, Tensor):
         if not noise.is_floating_point():
             raise TypeError(f"noise must be a floating-point tensor, got {noise.dtype}")
-        if tuple(noise.shape) != tuple(shape):
-            raise ValueError(
-                f"noise must have the given shape, {tuple(shape)}, got {tuple(noise.shape)}"
-            )
+        messages.check_tensor("noise", noise)
+        if noise.device.type == "meta" and device not in (None, noise.device):
+            raise ValueError(f"noise must have values to sample on {device}, got a meta tensor")
+        if tuple(noise.shape) != shape:
+            raise ValueError(f"noise must have the given shape, {shape}, got {tuple(noise.shape)}")
         x, key = noise.to(device=device, dtype=dtype), None
     else:
         device = model_device(model) if device is None else device

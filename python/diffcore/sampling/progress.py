@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, TypeVar
 
+from diffcore._checks import as_flag
+
 Item = TypeVar("Item")
 
 
@@ -47,5 +49,5 @@ def _tqdm(items: Any, description: str, progress: bool | None, **options: Any) -
     from tqdm.auto import tqdm
 
     # To tqdm, disable=None means: where there is no terminal.
-    disable = None if progress is None else not progress
+    disable = None if progress is None else not as_flag("progress", progress)
     return tqdm(items, desc=description, disable=disable, **options)

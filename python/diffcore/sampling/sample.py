@@ -10,6 +10,7 @@ from torch import Tensor
 
 from diffcore._types import Callback, Model
 from diffcore.noise import StepNoise
+from diffcore.ops._arguments import as_coef
 from diffcore.sampling.loop import run_table
 from diffcore.sampling.model import check_samples
 from diffcore.sampling.noise import check_step_noise, noise_or_default
@@ -107,8 +108,11 @@ def check_guidance(
         uncond_kwargs: Arguments of the second call, or ``None``.
 
     Raises:
-        ValueError: Only ``uncond_kwargs`` is given.
+        TypeError: ``guidance_scale`` is neither a number nor a tensor of them.
+        ValueError: Only ``uncond_kwargs`` is given, or a scale that is not one for each sample.
     """
+    if guidance_scale is not None:
+        as_coef("guidance_scale", guidance_scale, None)
     if uncond_kwargs is not None and guidance_scale is None:
         raise ValueError(
             "guidance_scale must be given with uncond_kwargs, got None; pass a number or [B]"

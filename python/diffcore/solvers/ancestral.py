@@ -7,7 +7,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from diffcore._checks import check_choice
+from diffcore._checks import as_flag, check_choice
 from diffcore._types import ClipRange
 from diffcore.coefficients import step as formulas
 from diffcore.coefficients.step import LEARNED, VARIANCE_TYPES, posterior_coefficients, tensors
@@ -124,7 +124,7 @@ def ddim_coefficients(
     steps = formulas.ddim_coefficients(*_ends(levels), eta=eta, prediction_type="sample")
     c_x, _, c_0, c_z = steps[:, :4].unbind(1)
     columns = {"c_x": c_x, "c_0": c_0, "c_z": c_z}
-    if not rederive_epsilon:
+    if not as_flag("rederive_epsilon", rederive_epsilon):
         e_x, e_m = levels.epsilon_columns(prediction_type)
         direction = c_x * levels.sigma[:-1]
         columns |= {"c_x": direction * e_x, "c_m": direction * e_m, "c_0": levels.alpha[1:]}

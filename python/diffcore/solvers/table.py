@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from diffcore._checks import as_int, as_real, check_choice
+from diffcore._checks import as_device, as_int, as_real, check_choice
 from diffcore._engine.kept import Traced, constant_in_traces, made_plainly
 from diffcore._kernels.step import MOST_HISTORY
 from diffcore._types import Coef
@@ -337,7 +337,7 @@ class SolverTable:
         Returns:
             This table if it is there, else the copy.
         """
-        device = torch.device(device)
+        device = as_device("device", device)
         if device.index is None and device.type != "cpu":
             device = torch.empty(0, device=device).device  # "cuda" is the current CUDA device
         if self.coefficients.device == device:
