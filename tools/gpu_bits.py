@@ -18,7 +18,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -47,7 +47,7 @@ SEED, FIRST_ID, STREAM = 2**61 + 5, 2**32 - 2, 3
 LEVELS = torch.tensor([[0.8, 0.6], [0.6, 0.8], [0.28, 0.96]], dtype=torch.float64)
 COLUMNS = (0.9, 0.2, -0.3, 0.4, 1.2, -0.7, -1.1, 0.9)  # c_x ... clip_max
 HISTORY = (*COLUMNS, 0.4, -0.6, 0.7, 0.3, -0.2, 0.15)
-STEP = {"alpha": 0.6, "sigma": 0.8, "alpha_prev": 0.8, "sigma_prev": 0.6}
+STEP: dict[str, Any] = {"alpha": 0.6, "sigma": 0.8, "alpha_prev": 0.8, "sigma_prev": 0.6}
 
 Outputs = tuple[Tensor, ...]
 
@@ -122,20 +122,21 @@ def _reverse_step_history(x: Inputs, noise: PhiloxNoise) -> Outputs:
 
 
 def _reverse_step_guided(x: Inputs, noise: PhiloxNoise) -> Outputs:
-    guided = {"model_output_uncond": x(2), "guidance_scale": 7.5}
+    guided: dict[str, Any] = {"model_output_uncond": x(2), "guidance_scale": 7.5}
     return (ops.reverse_step(x(0), x(1), COLUMNS, noise=noise, **guided),)
 
 
 def _reverse_step_kept(x: Inputs, noise: PhiloxNoise) -> Outputs:
-    guided = {"model_output_uncond": x(2), "guidance_scale": 7.5, "threshold": 1.5}
+    guided: dict[str, Any] = {"model_output_uncond": x(2), "guidance_scale": 7.5, "threshold": 1.5}
     history = [x(3), x(4), x(5)]
-    return ops.reverse_step(
+    found: Outputs = ops.reverse_step(
         x(0), x(1), HISTORY, noise=noise, history=history, return_history=True, **guided
     )
+    return found
 
 
 def _reverse_step_learned(x: Inputs, noise: PhiloxNoise) -> Outputs:
-    variance = {"variance_output": x.zeros(), "variance_coefficients": (0.0, 0.3)}
+    variance: dict[str, Any] = {"variance_output": x.zeros(), "variance_coefficients": (0.0, 0.3)}
     return (ops.reverse_step(x(0), x(1), COLUMNS, noise=noise, **variance),)
 
 
@@ -160,7 +161,12 @@ def _loss_epsilon(x: Inputs, noise: PhiloxNoise) -> Outputs:
 
 def _loss_v_prediction(x: Inputs, noise: PhiloxNoise) -> Outputs:
     alpha, sigma = LEVELS.to(x.device).unbind(1)
-    kind = {"prediction_type": "v_prediction", "alpha": alpha, "sigma": sigma, "t": x.steps()}
+    kind: dict[str, Any] = {
+        "prediction_type": "v_prediction",
+        "alpha": alpha,
+        "sigma": sigma,
+        "t": x.steps(),
+    }
     return _gradient(lambda m: ops.denoising_loss(m, x(0), noise, **kind), x(1))
 
 
