@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import time
@@ -44,6 +45,8 @@ class Step:
         codes: The exit codes that pass.
         excuse: What the log of a failed command says where the machine does not allow it: the step
             is then left out.
+        expects: A pattern that the log of a passing command must have: some programs exit with 0
+            after doing less.
         environment: Variables for the command.
     """
 
@@ -54,6 +57,7 @@ class Step:
     extra: bool = False
     codes: frozenset[int] = frozenset({0})
     excuse: str = ""
+    expects: str = ""
     environment: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -187,10 +191,13 @@ class Run:
         try:
             with self.log(stage, step).open("wb") as log:
                 code = _wait(step.command, step.environment, log, min(step.seconds, left))
+            log_text = _text(self.log(stage, step))
             if code not in step.codes:
                 verdict, detail = FAILED, f"exit {code}"
-                if step.excuse and step.excuse in _text(self.log(stage, step)):
+                if step.excuse and step.excuse in log_text:
                     verdict, detail = LEFT_OUT, step.excuse
+            elif not re.search(step.expects, log_text):
+                verdict, detail = FAILED, f"nothing in its log is {step.expects!r}"
         except subprocess.TimeoutExpired as error:
             verdict = TIMEOUT if step.seconds <= left else CUT
             detail = f"after {error.timeout:.0f} s"
@@ -234,7 +241,10 @@ class Run:
         notes = [f"{o.step.name}: {o.verdict} {o.detail}".rstrip() for o in outcomes if o.bad]
         notes += [f"{o.step.name} {o.verdict}: {o.detail}" for o in outcomes if _partly(o)]
         logs = {o.step.name: _text(self.log(stage, o.step)) for o in ran}
-        found = stage.number({name: log for name, log in logs.items() if log})
+        try:
+            found = stage.number({name: log for name, log in logs.items() if log})
+        except Exception as error:  # a log of an unexpected form must not end the run
+            found = f"no number ({error!r})"
         line = "; ".join(x for x in (found[:150], *notes) if x)
         seconds = sum(o.seconds for o in outcomes)
         self.say(f"{stage.name:<9} {verdict:<8} {seconds:6.1f} s  {line}".rstrip())

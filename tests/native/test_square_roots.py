@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SOURCE = ROOT / "tests" / "cuda" / "square_roots.cu"
 HOST_FLAGS = ("-fopenmp", "-ffp-contract=off", "-fno-math-errno")
 EXACT = "return __builtin_sqrtf(x)"
-# A Newton step from a rounded reciprocal root, as a faster root could be written: not always right.
+# x times a rounded reciprocal root, as a faster root could be written, is not always the right one.
 INEXACT = "const float r = 1 / __builtin_sqrtf(x); return x == 0 ? 0 : x * r"
 
 

@@ -134,6 +134,22 @@ def test_what_the_machine_cannot_do_is_told(tmp_path: Path) -> None:
     assert verdicts(tmp_path)[-1] == "nowhere FAILED"
 
 
+def test_a_log_without_what_it_must_have_fails(tmp_path: Path) -> None:
+    run = Run(tmp_path, 60)
+    run.stage(Stage("one", [shell("a", "echo captured 3.5", expects=r"captured +[\d.]+")]))
+    assert not run.bad
+    run.stage(Stage("two", [shell("a", "echo captured: error", expects=r"captured +[\d.]+")]))
+    assert run.bad
+    assert verdicts(tmp_path) == ["one ok", "two FAILED"]
+
+
+def test_a_log_of_another_form_does_not_end_the_run(tmp_path: Path) -> None:
+    run = Run(tmp_path, 60)
+    run.stage(Stage("one", [shell("a", "echo x")], lambda logs: logs["b"]))
+    assert not run.bad
+    assert verdicts(tmp_path) == ["one ok"]
+
+
 def test_a_stopped_run_keeps_what_it_has_and_leaves_no_process(tmp_path: Path) -> None:
     code = f"""
 from pathlib import Path
@@ -219,3 +235,20 @@ def test_a_skipped_test_fails_and_counts_are_added_up(tmp_path: Path) -> None:
         "others": "== 9 deselected in 0.1s ==",
     }
     assert gpu_check._tests_number(logs) == "3 failed, 742 passed"
+
+
+@pytest.mark.parametrize("name", gpu_check.STAGES)
+def test_a_stage_without_logs_has_no_number(name: str, tmp_path: Path) -> None:
+    stage = gpu_check.STAGES[name](gpu_check.Settings("cuda", tmp_path, "native"))
+    found = stage.number({})
+    assert found in ("", *(f"0 of {len(stage.steps)} benchmarks {x}" for x in ("ran", "started")))
+
+
+def test_the_numbers_of_capture_and_profile() -> None:
+    log = """ what                        contestant          time
+ DDPM step, solver alone, 1  diffcore            9 µs
+ DDPM step, solver alone, 1  diffcore, captured  2 µs
+"""
+    assert gpu_check._capture_number({"sampling": log}).endswith("diffcore, captured 2 µs")
+    log = '"0","1","python","k","gpu__time_duration.sum","us","12.5"\n"x","dram__x","%","91"\n'
+    assert gpu_check._profile_number({"ncu": log}) == "12.5 us"
