@@ -98,7 +98,7 @@ def build(s: Settings) -> Stage:
     return Stage(
         "build",
         [
-            Step("install", install, 200, environment=environment),
+            Step("install", install, 300, environment=environment),
             Step("info", python("-m", "diffcore", "info"), 30),
         ],
         lambda logs: _found(r"(?m)^.*build.*$", logs.get("info", "")),

@@ -14,8 +14,10 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from tools import gpu_check, staged_run  # noqa: E402
+from tools import gpu_check, sanitizer_run, staged_run  # noqa: E402
 from tools.staged_run import Run, Stage, Step  # noqa: E402
+
+from support.cases import BY_NAME  # noqa: E402
 
 
 def shell(name: str, text: str, seconds: float = 30, **options: object) -> Step:
@@ -252,3 +254,9 @@ def test_the_numbers_of_capture_and_profile() -> None:
     assert gpu_check._capture_number({"sampling": log}).endswith("diffcore, captured 2 µs")
     log = '"0","1","python","k","gpu__time_duration.sum","us","12.5"\n"x","dram__x","%","91"\n'
     assert gpu_check._profile_number({"ncu": log}) == "12.5 us"
+
+
+def test_the_short_list_of_the_sanitizers_has_every_kind_of_kernel() -> None:
+    cases = [BY_NAME[name] for name in sanitizer_run.SHORT_CASES]
+    assert {case.elementwise for case in cases} == {True, False}
+    assert any("noise" in case.tensors for case in cases)
