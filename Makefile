@@ -9,6 +9,7 @@
 #   SANITIZE_TESTS      the test files of `make sanitize`              ops forward, layouts, ...
 #   SANITIZE_CALLS      the random calls of `make sanitize`            100000
 #   FUZZ_ARGS           of `make fuzz`: how long, the seed             --seconds 60
+#   STAGES, MAX_SECONDS of `make gpu-check`: which stages, how long    all, 540
 #   OUT                 where `make gpu-check` leaves its results       gpu-check-out
 #   JOBS                how many processes run the tests             2, 0 for one without a pool
 #   PYTEST_ARGS, DEMO_ARGS, BENCH_ARGS                                 passed on
@@ -29,7 +30,8 @@ PYTEST_ARGS ?=
 DEMO_ARGS ?=
 BENCH_ARGS ?=
 BENCH ?= $(patsubst benchmarks/bench_%.py,%,$(sort $(wildcard benchmarks/bench_*.py)))
-SANITIZER ?= compute-sanitizer
+STAGES ?=
+MAX_SECONDS ?= 540
 
 # A development build is for one architecture, to keep it quick; `make wheel` builds the release list.
 HAS_GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
@@ -180,15 +182,9 @@ docs: $(VENV)/.requirements  ## the documentation site, in site/
 
 # For a machine that already has torch, the build tools and a GPU, and maybe no network: no virtual environment, no registry.
 .PHONY: gpu-check
-gpu-check:  ## on a GPU machine: build into PYTHON's environment, CUDA tests, compute-sanitizer, benchmarks into OUT
-	@mkdir -p '$(OUT)'
-	DIFFCORE_CUDA=ON DIFFCORE_CUDA_ARCHS='$(or $(DIFFCORE_CUDA_ARCHS),native)' \
-	  $(PYTHON) -m pip install --no-build-isolation --no-deps --no-index --config-settings=build-dir=build/gpu .
-	$(PYTHON) -m pytest -m cuda --require-cuda $(PYTEST_ARGS)
-	$(if $(SANITIZER),PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(SANITIZER) --tool memcheck --error-exitcode 9 \
-	  $(PYTHON) tools/sanitizer_run.py --device cuda,@echo 'compute-sanitizer left out, because SANITIZER is empty')
-	set -e; for name in $(BENCH); do \
-	  $(PYTHON) -m benchmarks.bench_$$name --device cuda --out '$(OUT)' $(BENCH_ARGS); done
+gpu-check:  ## on a GPU machine: build into PYTHON's environment, then tests, bits, sanitizers, benchmarks, in MAX_SECONDS
+	DIFFCORE_CUDA_ARCHS='$(or $(DIFFCORE_CUDA_ARCHS),native)' $(PYTHON) tools/gpu_check.py \
+	  $(if $(STAGES),--stages '$(STAGES)') --max-seconds $(MAX_SECONDS) --out '$(OUT)'
 
 .PHONY: clean
 clean:  ## everything that make made, the environment included

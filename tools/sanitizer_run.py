@@ -5,7 +5,8 @@
 
 Without torch's caching allocator, and on the CPU always, every tensor is an allocation of its own,
 so that a read or write one element past its end is found. Sizes are odd, so that packs have tails;
-views start one element in, so that they are not aligned.
+views start one element in, so that they are not aligned. `--short` runs one case of each kind of
+kernel in two dtypes, for tools that take minutes where memcheck takes seconds.
 """
 
 from __future__ import annotations
@@ -22,10 +23,23 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 import diffcore
 from diffcore import PhiloxNoise, ops
 from diffcore._engine import native
-from support.cases import CASES, Arguments, OpCase, as_tuple
+from support.cases import BY_NAME, CASES, Arguments, OpCase, as_tuple
 
-SHAPES = ((3, 1023), (2, 5, 7, 3))
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+SHAPES: tuple[tuple[int, ...], ...] = ((3, 1023), (2, 5, 7, 3))
+DTYPES: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+# A row of several blocks, whose sums take a second launch, in place of the other shapes.
+SHORT_SHAPES = ((3, 1023), (2, 20_003))
+SHORT_DTYPES = (torch.float32, torch.bfloat16)
+SHORT_CASES = (
+    "q_sample",
+    "reverse_step_h3",
+    "step_log_prob_guided",
+    "normal_kl_sample",
+    "discretized_gaussian_log_likelihood_sample",
+    "reparameterize_kl",
+    "denoising_loss_v_prediction",
+    "vlb_term_noise",
+)
 
 
 def shifted(x: torch.Tensor) -> torch.Tensor:
@@ -65,11 +79,11 @@ def exercise_drawn(case: OpCase, args: Arguments) -> None:
         exercise(generated, Arguments(tensors, {**args.options, "noise": noise}))
 
 
-def exercise_thresholds(device: str) -> int:
+def exercise_thresholds(device: str, dtypes: tuple[torch.dtype, ...] = DTYPES) -> int:
     """Thresholds of short and long rows, in every layout; how many calls."""
     table = torch.full((8,), 0.5, dtype=torch.float64, device=device)
     runs = 0
-    for shape, dtype in itertools.product((*SHAPES, (3, 40_003)), DTYPES):
+    for shape, dtype in itertools.product((*SHAPES, (3, 40_003)), dtypes):
         x, m, u = torch.randn(3, *shape, device=device).to(dtype)
         for layout in (torch.Tensor.clone, shifted, channels_last):
             tensors = layout(x), layout(m), table
@@ -83,24 +97,27 @@ def main() -> None:
     """Run all cases, then wait, so that every error has come out."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--device", choices=("cpu", "cuda"), required=True)
-    device: str = parser.parse_args().device
+    parser.add_argument("--short", action="store_true", help="one case of each kind of kernel")
+    args = parser.parse_args()
+    device: str = args.device
     if not native.has_kernels(torch.device(device)):
         sys.exit(f"there are no compiled kernels for {device} here")
-    runs = exercise_thresholds(device)
-    for case in CASES:
-        for shape in SHAPES:
-            for dtype in DTYPES:
-                args = case.make(shape, dtype, device)
-                for layout in (torch.Tensor.clone, shifted, channels_last):
-                    laid = args.map(lambda x, layout=layout: layout(x.detach()))
-                    exercise(case, laid)
-                    if "noise" in case.tensors:
-                        exercise_drawn(case, laid)
-                    runs += 1 + 2 * ("noise" in case.tensors)
+    cases, shapes, dtypes = CASES, SHAPES, DTYPES
+    if args.short:
+        cases, shapes, dtypes = [BY_NAME[n] for n in SHORT_CASES], SHORT_SHAPES, SHORT_DTYPES
+    runs = exercise_thresholds(device, dtypes)
+    for case, shape, dtype in itertools.product(cases, shapes, dtypes):
+        inputs = case.make(shape, dtype, device)
+        for layout in (torch.Tensor.clone, shifted, channels_last):
+            laid = inputs.map(lambda x, layout=layout: layout(x.detach()))
+            exercise(case, laid)
+            if "noise" in case.tensors:
+                exercise_drawn(case, laid)
+            runs += 1 + 2 * ("noise" in case.tensors)
     if device == "cuda":
         torch.cuda.synchronize()
     build = diffcore.info()["build_flags"]
-    print(f"{runs} calls, forward and backward, of {len(CASES)} cases and of thresholds ({build})")
+    print(f"{runs} calls, forward and backward, of {len(cases)} cases and of thresholds ({build})")
 
 
 if __name__ == "__main__":

@@ -32,8 +32,8 @@ class PhiloxNoise:
     Every ``noise=`` argument takes a key in place of a tensor. The kernel then generates the
     standard normal noise and never stores it, and can generate it again: the same key gives the
     same bits in any batch split or order, memory layout, number of threads and instruction set. The
-    CUDA kernels compile the same source; their bits have not been compared on a GPU yet. The noise
-    is generated in float32 and rounded to the dtype of the samples, so ``op(noise=key)`` equals
+    CUDA kernels compile the same source (docs/gpu.md has what has run on a GPU). The noise is
+    generated in float32 and rounded to the dtype of the samples, so ``op(noise=key)`` equals
     ``op(noise=key.tensor(shape, dtype=..., device=...))`` to the bit.
 
     Philox4x32-10 with the seed as its key and the counter (element // 4, stream, sample id), and
