@@ -24,9 +24,13 @@ struct CudaKernel {
 struct CudaEntry {
   template <class Op, class S>
   static constexpr CudaKernel make() {
-    if constexpr (std::is_same_v<S, double> && kGeneratesNoise<Op> && kReads<Op> > 0) return {};
-    using Launch = std::conditional_t<kSelects<Op>, CudaSelect<Op, S>, CudaLaunch<Op, S>>;
-    return {&Launch::template run<Workspace>, &Launch::load};
+    // The engine has no such kernel: without the else, it would still be compiled.
+    if constexpr (std::is_same_v<S, double> && kGeneratesNoise<Op> && kReads<Op> > 0) {
+      return {};
+    } else {
+      using Launch = std::conditional_t<kSelects<Op>, CudaSelect<Op, S>, CudaLaunch<Op, S>>;
+      return {&Launch::template run<Workspace>, &Launch::load};
+    }
   }
 };
 
