@@ -9,7 +9,7 @@
 #   SANITIZE_TESTS      the test files of `make sanitize`              ops forward, layouts, ...
 #   SANITIZE_CALLS      the random calls of `make sanitize`            100000
 #   FUZZ_ARGS           of `make fuzz`: how long, the seed             --seconds 60
-#   CUDA_CODE_ARGS      of `make cuda-code`: --write, --arch 90
+#   CUDA_CODE_ARGS      of `make cuda-code`: --write, --arch 90            --check
 #   OUT                 where `make gpu-check` leaves its results       gpu-check-out
 #   JOBS                how many processes run the tests             2, 0 for one without a pool
 #   PYTEST_ARGS, DEMO_ARGS, BENCH_ARGS                                 passed on
@@ -165,7 +165,7 @@ sanitize: $(VENV)/.installed  ## build with AddressSanitizer and UBSan (GCC); ev
 .PHONY: cuda-code
 cuda-code: $(VENV)/.requirements  ## check the compiled CUDA kernels against the committed tables (needs nvcc, no GPU)
 	$(PIP_INSTALL) nvidia-cuda-nvdisasm
-	$(PY) tools/compiled_code.py $(CUDA_CODE_ARGS)
+	$(PY) tools/compiled_code.py $(or $(CUDA_CODE_ARGS),--check)
 
 .PHONY: wheel
 wheel: $(VENV)/.requirements  ## wheel and sdist in dist/, then a smoke test of the wheel in a throw-away environment

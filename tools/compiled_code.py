@@ -1,12 +1,12 @@
 """What nvcc made of the CUDA kernels, held in tables: registers, spills, memory accesses.
 
-    python tools/compiled_code.py [--write] [--arch 90 ...]
+    python tools/compiled_code.py [--check | --write] [--arch 90 ...]
 
 Compiles csrc/cuda/kernels.cu once per architecture, prints what differs from the tables in
-tests/cuda/compiled_code/, and fails if a rule is broken (`broken` of
-compiled_table.py). `--write` writes the tables
-again, but keeps their allowances. Needs nvcc and nvdisasm, and no GPU. A compilation takes one to
-two minutes; its results stay in build/compiled_code/ and are used while the sources are the same.
+tests/cuda/compiled_code/, and fails if a rule is broken (`broken` of compiled_table.py). `--write`
+writes the tables again, but keeps their allowances. Needs nvcc and nvdisasm, and no GPU. A
+compilation takes one to two minutes; its results stay in build/compiled_code/ and are used while
+the sources are the same.
 """
 
 from __future__ import annotations
@@ -237,7 +237,9 @@ def main() -> None:
     """Compares, or writes."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--arch", type=int, nargs="+", choices=list(LIMITS), default=list(LIMITS))
-    parser.add_argument("--write", action="store_true", help="write the tables again")
+    does = parser.add_mutually_exclusive_group()
+    does.add_argument("--check", action="store_true", help="compare with the tables (the default)")
+    does.add_argument("--write", action="store_true", help="write the tables again")
     options = parser.parse_args()
     if reason := missing():
         raise SystemExit(reason)
