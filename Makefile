@@ -9,6 +9,7 @@
 #   SANITIZE_TESTS      the test files of `make sanitize`              ops forward, layouts, ...
 #   SANITIZE_CALLS      the random calls of `make sanitize`            100000
 #   FUZZ_ARGS           of `make fuzz`: how long, the seed             --seconds 60
+#   CUDA_CODE_ARGS      of `make cuda-code`: --write, --arch 90            --check
 #   STAGES, MAX_SECONDS of `make gpu-check`: which stages, how long    all, 540
 #   OUT                 where `make gpu-check` leaves its results       gpu-check-out
 #   JOBS                how many processes run the tests             2, 0 for one without a pool
@@ -27,6 +28,7 @@ OUT ?= gpu-check-out
 DEMO_OUT ?= demo-output
 JOBS ?= 2
 PYTEST_ARGS ?=
+CUDA_CODE_ARGS ?=
 DEMO_ARGS ?=
 BENCH_ARGS ?=
 BENCH ?= $(patsubst benchmarks/bench_%.py,%,$(sort $(wildcard benchmarks/bench_*.py)))
@@ -160,6 +162,12 @@ sanitize: $(VENV)/.installed  ## build with AddressSanitizer and UBSan (GCC); ev
 	$(SANITIZED_PYTHON) tools/sanitizer_run.py --device cpu
 	$(SANITIZED_PYTHON) tools/fuzz_calls.py --calls $(SANITIZE_CALLS)
 	$(SANITIZED_PYTHON) -m pytest -p no:cacheprovider -m 'not slow' $(SANITIZE_TESTS) $(PYTEST_ARGS)
+
+# A small toolkit may have no nvdisasm; the package has one.
+.PHONY: cuda-code
+cuda-code: $(VENV)/.requirements  ## check the compiled CUDA kernels against the committed tables (needs nvcc, no GPU)
+	$(PIP_INSTALL) nvidia-cuda-nvdisasm
+	$(PY) tools/compiled_code.py $(or $(CUDA_CODE_ARGS),--check)
 
 .PHONY: wheel
 wheel: $(VENV)/.requirements  ## wheel and sdist in dist/, then a smoke test of the wheel in a throw-away environment

@@ -65,12 +65,14 @@ struct PixelBin {
   }
 };
 
-// The log of the mass of N(mean, e^{2 log_scale}) in the bin of x. Inputs: x, mean, log_scale.
+// The log of the mass of N(mean, e^{2 log_scale}) in the bin of x. By value, as in a call on CUDA an
+// array is passed in memory.
 template <class R>
-DC_OUTLINED R log_mass(const R* inputs) {
+DC_OUTLINED R log_mass(R x, R mean, R log_scale) {
+  const R inputs[] = {x, mean, log_scale};
   constexpr R kLogBinPhi = R(-5.7670548978031535786);  // log(2/255 φ(0))
   const PixelBin<R> bin(inputs);
-  const R narrow = kLogBinPhi - inputs[2] - R(0.5) * bin.z * bin.z;
+  const R narrow = kLogBinPhi - log_scale - R(0.5) * bin.z * bin.z;
   const R rest = bin.tail ? R(-0.5) * bin.lo * bin.lo : log1p_correction(bin.part, -bin.outside);
   return -__builtin_fabs((bin.narrow ? narrow : rest) + log(bin.part));  // -0 for 1
 }
@@ -82,7 +84,8 @@ struct LogMassSlope {
   R of_x, of_log_scale;
 };
 template <class R>
-DC_OUTLINED LogMassSlope<R> log_mass_slope(R g, const R* inputs) {
+DC_OUTLINED LogMassSlope<R> log_mass_slope(R g, R x, R mean, R log_scale) {
+  const R inputs[] = {x, mean, log_scale};
   constexpr R kPhi0 = R(0.39894228040143267794);
   const PixelBin<R> bin(inputs);
   const double b2 = 2.0 * bin.d * bin.inverse * (kHalfBin * bin.inverse);
@@ -102,7 +105,7 @@ struct DiscretizedGaussianLogLikelihood : OpBase {
   static constexpr int n_in = 3, n_out = 1;  // x, mean, log_scale
   template <class R>
   DC_HD static void apply(const R*, const R* x, R* y) {
-    y[0] = log_mass(x);
+    y[0] = log_mass(x[0], x[1], x[2]);
   }
 };
 
@@ -113,7 +116,7 @@ struct DiscretizedGradient {  // of (mean, log_scale), or of (x, mean, log_scale
   static constexpr int n_in = 3, n_out = 2 + kOfX;
   template <class R>
   DC_HD static void apply(R g, const R* x, R* y) {
-    const LogMassSlope<R> slope = log_mass_slope(g, x);
+    const LogMassSlope<R> slope = log_mass_slope(g, x[0], x[1], x[2]);
     if (kOfX) y[0] = slope.of_x;
     y[n_out - 2] = -slope.of_x;
     y[n_out - 1] = slope.of_log_scale;
