@@ -8,6 +8,7 @@ tensor, or None and a number, and the first element.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -52,14 +53,21 @@ def pack(kernel: Kernel, first: Tensor, coefs: Coefs, step: Step) -> tuple[Any, 
 def _without_symbols(coefs: Coefs, like: Tensor) -> Coefs:
     """The coefficients with each number that a tracer derives from a size as a tensor.
 
-    As a number it would be a constant of the graph, and each size another compilation.
+    As a number it would be a constant of the graph, and each size another compilation. In an
+    exported program infinite numbers are tensors too: ahead-of-time inductor writes them as JSON
+    strings that it does not read again.
     """
     from torch.fx.experimental.symbolic_shapes import has_static_value  # slow to import
+
+    exporting = torch.compiler.is_exporting()
+
+    def fixed(c: Any) -> bool:
+        return has_static_value(c) and not (exporting and math.isinf(c))
 
     return tuple(
         [
             c
-            if isinstance(c, Tensor) or has_static_value(c)
+            if isinstance(c, Tensor) or fixed(c)
             else torch.full((), c, dtype=torch.float64, device=like.device)
             for c in coefs
         ]
