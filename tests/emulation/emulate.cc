@@ -211,7 +211,8 @@ UNCHECKED bool release_barrier() {
   return first != nullptr;
 }
 
-UNCHECKED void run_block(std::vector<int>& turn) {
+UNCHECKED void run_block(uint3 index, std::vector<int>& turn) {
+  blockIdx = index;
   for (char* p = emulated_shared_begin; p < emulated_shared_end; ++p) *p = char(0xa5);
   for (int t = 0; t < threads; ++t) prepare(fibers[t]);
   for (;;) {
@@ -279,10 +280,6 @@ UNCHECKED cudaError_t run(dim3 grid, dim3 block, const std::function<void()>& th
   const char* which = getenv("EMULATION_BLOCKS");
   const bool ends = which && !strcmp(which, "ends");
   TSAN(__tsan_release(&begin_clock);)
-  const auto run_at = [&](unsigned x, unsigned y, unsigned z) {
-    blockIdx = {x, y, z};
-    run_block(turn);
-  };
   const uint64_t blocks = uint64_t(grid.x) * grid.y * grid.z;
   if (ends) {
     const auto next = [](unsigned i, unsigned n) {
@@ -290,7 +287,7 @@ UNCHECKED cudaError_t run(dim3 grid, dim3 block, const std::function<void()>& th
     };
     for (unsigned z = 0; z < grid.z; z = next(z, grid.z))
       for (unsigned y = 0; y < grid.y; y = next(y, grid.y))
-        for (unsigned x = 0; x < grid.x; x = next(x, grid.x)) run_at(x, y, z);
+        for (unsigned x = 0; x < grid.x; x = next(x, grid.x)) run_block({x, y, z}, turn);
   } else {
     std::vector<uint64_t> sequence;
     if (!order.forward() && blocks < 100000) {
@@ -300,7 +297,8 @@ UNCHECKED cudaError_t run(dim3 grid, dim3 block, const std::function<void()>& th
     }
     for (uint64_t b = 0; b < blocks; ++b) {
       const uint64_t at = sequence.empty() ? b : sequence[b];
-      run_at(unsigned(at % grid.x), unsigned(at / grid.x % grid.y), unsigned(at / grid.x / grid.y));
+      const auto x = unsigned(at % grid.x), y = unsigned(at / grid.x % grid.y);
+      run_block({x, y, unsigned(at / grid.x / grid.y)}, turn);
     }
   }
   TSAN(__tsan_acquire(&end_clock);)

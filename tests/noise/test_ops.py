@@ -45,13 +45,11 @@ def assert_law_with_gradients(
     args: Arguments,
     key: PhiloxNoise,
     run: Callable[..., Any] | None = None,
-    *,
-    sums: bool = True,
 ) -> None:
     like = args.tensors["noise"]
     noise = key.tensor(like.shape, dtype=like.dtype, device=like.device)
-    drawn = outputs_and_gradients(case, run or case.native, args, key, sums)
-    read = outputs_and_gradients(case, case.native, args, noise, sums)
+    drawn = outputs_and_gradients(case, run or case.native, args, key)
+    read = outputs_and_gradients(case, case.native, args, noise)
     assert_same_bits(drawn, read, case.name)
 
 
@@ -114,18 +112,13 @@ def test_the_draw_is_rounded_to_the_dtype(device: str) -> None:
 # ---- memory -------------------------------------------------------------------------------------
 
 
-# On CUDA the sums of channels that come last are added up in another order where they are drawn:
-# docs/randomness.md exempts their last bit.
-
-
 @each_noised_case
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 def test_every_layout(case: OpCase, layout: Layout, device: str) -> None:
     args = case.make((3, 4, 5, 7), torch.float32, device).map(layout)
-    sums = device == "cpu"
-    assert_law(case, args, KEY, sums=sums)
+    assert_law(case, args, KEY)
     if layout in DENSE.values():
-        assert_law_with_gradients(case, args.map(torch.Tensor.bfloat16), KEY, sums=sums)
+        assert_law_with_gradients(case, args.map(torch.Tensor.bfloat16), KEY)
 
 
 @each_noised_case
@@ -133,7 +126,7 @@ def test_every_order_of_dimensions(case: OpCase, device: str) -> None:
     for order in itertools.permutations(range(1, 4)):
         args = case.make((6, 3, 66, 9), torch.float32, device)
         laid = args.map(lambda x, o=order: inside(x, 0, (0, *o)))
-        assert_law(case, laid, KEY, sums=device == "cpu")
+        assert_law(case, laid, KEY)
 
 
 @pytest.mark.parametrize("case", [c for c in NOISED if c.out], ids=lambda case: case.name)

@@ -46,14 +46,11 @@ def with_noise(args: Arguments, noise: Tensor | PhiloxNoise) -> Arguments:
     return Arguments({**args.tensors, "noise": noise}, args.options)
 
 
-def assert_law(case: OpCase, args: Arguments, key: PhiloxNoise, *, sums: bool = True) -> None:
+def assert_law(case: OpCase, args: Arguments, key: PhiloxNoise) -> None:
     """An op gives the same bits for a noise key and for the tensor that it stands for."""
     like = args.tensors["noise"]
     noise = key.tensor(like.shape, dtype=like.dtype, device=like.device)
-    drawn, read = (
-        tuple(y for y in as_tuple(case.native(with_noise(args, n))) if sums or y.ndim == like.ndim)
-        for n in (key, noise)
-    )
+    drawn, read = (case.native(with_noise(args, n)) for n in (key, noise))
     assert_same_bits(drawn, read, f"{case.name}, {tuple(like.shape)}, {like.dtype}")
 
 
@@ -70,7 +67,6 @@ def outputs_and_gradients(
     run: Callable[..., Any],
     args: Arguments,
     noise: Tensor | PhiloxNoise,
-    sums: bool = True,
 ) -> tuple[Tensor, ...]:
     """What a case gives, and its gradient in every tensor but the noise, for a random upstream."""
     leaves = {
@@ -83,7 +79,7 @@ def outputs_and_gradients(
     torch.autograd.backward(*zip(*pairs, strict=True))
     found = [x.grad for n, x in leaves.items() if n != "noise" and x.grad is not None]
     assert found
-    return (*(y.detach() for y in outputs if sums or y.ndim == args.tensors["noise"].ndim), *found)
+    return (*(y.detach() for y in outputs), *found)
 
 
 def assert_same_bits(a: Any, b: Any, what: str = "") -> None:
