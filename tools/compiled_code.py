@@ -2,7 +2,7 @@
 
     python tools/compiled_code.py [--check | --write] [--arch 90 ...]
 
-Compiles csrc/cuda/kernels.cu once per architecture, prints what differs from the tables in
+Compiles csrc/cuda/kernels.cu once per architecture and storage type, prints what differs from the tables in
 tests/cuda/compiled_code/, and fails if a rule is broken (`broken` of compiled_table.py). `--write`
 writes the tables again, but keeps their allowances. Needs nvcc and nvdisasm, and no GPU. A
 compilation takes one to two minutes; its results stay in build/compiled_code/ and are used while
@@ -41,7 +41,7 @@ TABLES = ROOT / "tests" / "cuda" / "compiled_code"
 BUILD = ROOT / "build" / "compiled_code"
 KERNELS = ROOT / "csrc" / "cuda" / "kernels.cu"
 FACTS = ROOT / "tools" / "kernel_facts.cu"
-THREADS = 256  # kThreads of csrc/cuda/map.cuh
+THREADS = 256  # kThreads of csrc/cuda/launch.cuh
 STORAGE = {"float": "f32", "double": "f64", "Bf16": "bf16", "F16": "f16"}
 
 
@@ -174,7 +174,7 @@ def missing() -> str | None:
 def flags() -> list[str]:
     """The flags of CMakeLists.txt for CUDA."""
     cmake = (ROOT / "CMakeLists.txt").read_text()
-    own = re.search(r"\$<\$<COMPILE_LANGUAGE:CUDA>:([^>]+)>", cmake)
+    own = re.search(r"target_compile_options\(cuda_kernels_\S+ PRIVATE ([^)]+)\)", cmake)
     standard = re.search(r"set\(CMAKE_CUDA_STANDARD (\d+)\)", cmake)
     if not own or not standard:
         raise ValueError("CMakeLists.txt has no flags for CUDA where they were")
@@ -214,17 +214,15 @@ def compiled(source: Path, name: str, *options: str) -> tuple[Path, str]:
 
 def measure(arch: int) -> dict[str, Kernel]:
     """The rows of one architecture; compiles the kernels."""
-    options = (
-        "-cubin",
-        f"-arch=sm_{arch}",
-        "-Xptxas=-v",
-        f'-DDIFFCORE_CUDA_ARCHITECTURES="{arch}"',
-    )
-    product, log = compiled(KERNELS, f"sm_{arch}", *options)
-    mangled = list(read_resources(log))
-    names = output("c++filt", stdin="\n".join(mangled)).splitlines()
-    sass = output(str(nvdisasm()), "-c", str(product)).splitlines()
-    return read_kernels(arch, log, sass, dict(zip(mangled, names, strict=True)))
+    rows = {}
+    for storage in STORAGE:
+        options = ("-cubin", f"-arch=sm_{arch}", "-Xptxas=-v", f"-DDIFFCORE_STORAGE={storage}")
+        product, log = compiled(KERNELS, f"sm_{arch}_{STORAGE[storage]}", *options)
+        mangled = list(read_resources(log))
+        names = output("c++filt", stdin="\n".join(mangled)).splitlines()
+        sass = output(str(nvdisasm()), "-c", str(product)).splitlines()
+        rows.update(read_kernels(arch, log, sass, dict(zip(mangled, names, strict=True))))
+    return rows
 
 
 def facts_of_source() -> dict[str, Facts]:

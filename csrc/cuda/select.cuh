@@ -102,10 +102,10 @@ __device__ __forceinline__ void store(const Tally<R, Count>& tally, const Launch
     load_coefs<Op>(args, row, c);
     const Search<R>& search = tally.search;
     const bool again = search.rank + 1 < search.count;
-    const double found =
-        args.cols ? between<R>(search.low, again ? search.low : Key<R>(tally.above),
-                               position_of(c[Op::ratio], args.cols).weight)
-                  : double(bit_cast<R>(kNanKey<R>));
+    const double found = args.cols
+                             ? between<R>(search.low, again ? search.low : Key<R>(tally.above),
+                                          position_of(c[Op::ratio], args.cols).weight)
+                             : double(bit_cast<R>(kNanKey<R>));
     static_cast<R*>(args.sum[0])[row] = R(Op::selected(c, found));
   }
 }
@@ -260,8 +260,7 @@ struct CudaSelect {
     for (int digit = 0; digit < kDigits<R> && !error; ++digit) {
       error = launch(select_count_kernel<Op, S>, all, stream, args, tallies, packed, digit);
       const bool last = digit == kDigits<R> - 1;
-      if (!error)
-        error = launch(select_narrow_kernel<Op, R>, blocks, stream, args, tallies, last);
+      if (!error) error = launch(select_narrow_kernel<Op, R>, blocks, stream, args, tallies, last);
     }
     return error;
   }

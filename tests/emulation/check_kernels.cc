@@ -204,9 +204,9 @@ struct Shape {
 };
 // Fewer columns than a pack; whole packs; more rows than a block has; an incomplete last pack; one
 // row, so packs with a tail; several rounds; several blocks to a row; channels_last.
-constexpr Shape kShapes[] = {{5, 3, 1},    {3, 1024, 1},  {37, 20, 1},   {2, 4099, 1}, {1, 9001, 1},
-                             {3, 16384, 1}, {2, 40004, 1}, {300, 1, 1}, {3, 48, 3},   {2, 3072, 3},
-                             {1, 5 * 4 * 33, 5}};
+constexpr Shape kShapes[] = {{5, 3, 1},    {3, 1024, 1},  {37, 20, 1},       {2, 4099, 1},
+                             {1, 9001, 1}, {3, 16384, 1}, {2, 40004, 1},     {300, 1, 1},
+                             {3, 48, 3},   {2, 3072, 3},  {1, 5 * 4 * 33, 5}};
 
 void check_op(int op, const OpTraits& traits) {
   for (int dtype = 0; dtype < kDtypes; ++dtype) {

@@ -181,8 +181,7 @@ void many_quantiles() {
   bool right = true;
   for (size_t r = 0; r < sums.size(); ++r) {
     float most = 1;
-    for (size_t i = 0; i < size_t(cols); ++i)
-      most = std::max(most, fabsf(x[r * size_t(cols) + i]));
+    for (size_t i = 0; i < size_t(cols); ++i) most = std::max(most, fabsf(x[r * size_t(cols) + i]));
     right &= sums[r] == most;
   }
   expect(right, "65541 quantiles");

@@ -3,8 +3,6 @@
 // EMULATION_ORDER: the order of threads between two barriers, and of blocks: `forward` (default),
 // `backward`, or a number, the seed of a random order.
 // EMULATION_BLOCKS=ends: only the first two and the last two blocks of each dimension of a grid.
-#include "cuda_runtime.h"
-
 #include <stdio.h>
 #include <stdlib.h>
 #include <sys/mman.h>
@@ -12,6 +10,8 @@
 #include <algorithm>
 #include <numeric>
 #include <vector>
+
+#include "cuda_runtime.h"
 
 #ifdef __SANITIZE_THREAD__
 extern "C" {
@@ -154,8 +154,7 @@ UNCHECKED void resume(int thread) {
 }
 
 UNCHECKED void enter() {
-  TSAN(__tsan_acquire(&begin_clock);)
-  (*body)();
+  TSAN(__tsan_acquire(&begin_clock);) (*body)();
   TSAN(__tsan_release(&end_clock);)
   leave(kDone);
   abort();
@@ -233,8 +232,8 @@ bool at_an_end(unsigned index, unsigned size) { return index < 2 || index + 2 >=
 }  // namespace
 
 void fail(const char* what, Place at) {
-  fprintf(stderr, "emulation: block (%u, %u, %u): %s (%s:%d)\n", blockIdx.x, blockIdx.y,
-          blockIdx.z, what, at.file ? at.file : "", at.line);
+  fprintf(stderr, "emulation: block (%u, %u, %u): %s (%s:%d)\n", blockIdx.x, blockIdx.y, blockIdx.z,
+          what, at.file ? at.file : "", at.line);
   print_states();
   abort();
 }

@@ -365,7 +365,7 @@ REFUSED = {
     ),
     "row": (lambda: PLAIN.step(3, X, X), ValueError, "i must be .* 0 .. 2, got 3"),
     "row-negative": (lambda: PLAIN.step(-1, X, X, (X,)), ValueError, "i must be .* 0 .. 2, got -1"),
-    "rows": (lambda: PLAIN.step(torch.tensor([0, 3]), X, X), ValueError, "^t must hold .* got 3"),
+    "rows": (lambda: PLAIN.step(torch.tensor([0, 3]), X, X), ValueError, "^i must hold .* got 3"),
 }
 
 

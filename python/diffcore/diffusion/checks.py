@@ -66,6 +66,17 @@ def check_decoder(decoder: str, name: str, x: Tensor) -> None:
         check_pixels(name, x)
 
 
+def check_noised(name: str, x: Tensor, clean_name: str, clean: Tensor) -> None:
+    """Refuses noised samples that are not those of the clean ones."""
+    check_batch(clean_name, clean)
+    check_batch(name, x)
+    if x.shape != clean.shape or x.device != clean.device:
+        raise ValueError(
+            f"{name} must have the shape and device of {clean_name}, {tuple(clean.shape)} on "
+            f"{clean.device}, got {tuple(x.shape)} on {x.device}"
+        )
+
+
 def check_noise(noise: Noise | None, like: Tensor, name: str = "noise") -> Noise:
     """The given noise if it fits; for ``None`` a noise key seeded by torch's generator.
 

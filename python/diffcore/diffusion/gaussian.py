@@ -29,6 +29,7 @@ from diffcore.diffusion.checks import (
     check_batch,
     check_decoder,
     check_noise,
+    check_noised,
     check_pixels,
     check_timestep_values,
     check_timesteps,
@@ -430,8 +431,7 @@ class GaussianDiffusion:
         t = self._timesteps_of(x, t)
         clip = self._clip_range(clip_denoised)
         eta = constant_eta(eta)
-        rederive_epsilon = as_flag("rederive_epsilon", rederive_epsilon)
-        table = self.tables.ddim(clip, eta, rederive_epsilon)
+        table = self.tables.ddim(clip, eta, as_flag("rederive_epsilon", rederive_epsilon))
         output, _ = self._predict(model, x, t, model_kwargs)
         if eta == 0:
             noise = None
@@ -540,8 +540,8 @@ class GaussianDiffusion:
         rows = self.tables.rows(num_steps, timestep_spacing)
         x, step_noise = initial_sample(model, shape, noise, step_noise, device, dtype, generator)
         clip = self._clip_range(clip_denoised)
-        rederive_epsilon = as_flag("rederive_epsilon", rederive_epsilon)
-        solver = self.tables.ddim_solver(rows, clip, constant_eta(eta), rederive_epsilon)
+        rederive = as_flag("rederive_epsilon", rederive_epsilon)
+        solver = self.tables.ddim_solver(rows, clip, constant_eta(eta), rederive)
         return run_table(
             model,
             x,
@@ -601,13 +601,7 @@ class GaussianDiffusion:
         check_choice("decoder", decoder, DECODERS)
         t = check_timesteps(t, x_start, self.num_timesteps)
         check_timestep_values(t, self.num_timesteps)
-        for name, x in (("x_start", x_start), ("x_t", x_t)):
-            check_batch(name, x)
-        if x_t.shape != x_start.shape or x_t.device != x_start.device:
-            raise ValueError(
-                f"x_t must have the shape and device of x_start, {tuple(x_start.shape)} on "
-                f"{x_start.device}, got {tuple(x_t.shape)} on {x_t.device}"
-            )
+        check_noised("x_t", x_t, "x_start", x_start)
         if decoder == "discretized" and can_read_values(x_start):
             check_pixels("x_start", x_start)
         output, variance_output = self._predict(model, x_t, t, model_kwargs)
