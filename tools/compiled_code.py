@@ -2,11 +2,11 @@
 
     python tools/compiled_code.py [--check | --write] [--arch 90 ...]
 
-Compiles csrc/cuda/kernels.cu once per architecture and storage type, prints what differs from the tables in
-tests/cuda/compiled_code/, and fails if a rule is broken (`broken` of compiled_table.py). `--write`
-writes the tables again, but keeps their allowances. Needs nvcc and nvdisasm, and no GPU. A
-compilation takes one to two minutes; its results stay in build/compiled_code/ and are used while
-the sources are the same.
+Compiles csrc/cuda/kernels.cu once per architecture and storage type, prints what differs from the
+tables in tests/cuda/compiled_code/, and fails if a rule is broken (`broken` of compiled_table.py).
+`--write` writes the tables again, but keeps their allowances. Needs nvcc and nvdisasm, and no GPU.
+An architecture takes one to two minutes; its results stay in build/compiled_code/ and are used
+while the sources are the same.
 """
 
 from __future__ import annotations

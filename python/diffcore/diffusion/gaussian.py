@@ -433,12 +433,10 @@ class GaussianDiffusion:
         eta = constant_eta(eta)
         table = self.tables.ddim(clip, eta, as_flag("rederive_epsilon", rederive_epsilon))
         output, _ = self._predict(model, x, t, model_kwargs)
-        if eta == 0:
-            noise = None
-        elif noise is None:
+        if noise is None and eta:
             noise = default_key(x)
         return {
-            "sample": reverse.step(x, output, t, table, noise),
+            "sample": reverse.step(x, output, t, table, noise if eta else None),
             "pred_xstart": reverse.predicted_x0(self.tables, x, output, t, clip),
         }
 
@@ -540,8 +538,8 @@ class GaussianDiffusion:
         rows = self.tables.rows(num_steps, timestep_spacing)
         x, step_noise = initial_sample(model, shape, noise, step_noise, device, dtype, generator)
         clip = self._clip_range(clip_denoised)
-        rederive = as_flag("rederive_epsilon", rederive_epsilon)
-        solver = self.tables.ddim_solver(rows, clip, constant_eta(eta), rederive)
+        flag = as_flag("rederive_epsilon", rederive_epsilon)
+        solver = self.tables.ddim_solver(rows, clip, constant_eta(eta), flag)
         return run_table(
             model,
             x,
@@ -690,9 +688,7 @@ class GaussianDiffusion:
         check_model_kwargs(model_kwargs)
         learned = self.variance_type in LEARNED
         output = call_model(model, x, self.tables.model_timesteps(t), model_kwargs, learned=learned)
-        if not learned:
-            return output, None
-        prediction, variance_output = output.chunk(2, dim=1)
+        prediction, variance_output = output.chunk(2, dim=1) if learned else (output, None)
         return prediction, variance_output
 
     def _noised_term(
