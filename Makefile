@@ -118,6 +118,17 @@ routes: $(VENV)/.installed  ## the whole matrix of routes: every case compiled a
 	$(PY) -m pytest -n $(JOBS) --dist worksteal --all-routes tests/routes $(PYTEST_ARGS)
 	$(PY) tools/routes_table.py --check
 
+# The CUDA kernels compiled for the CPU, every thread executed: not a run on a GPU.
+EMULATED := $(BUILD_DIR)/tests/emulation
+EMULATED_TESTS ?= tests/ops/test_forward.py tests/ops/test_layouts.py tests/ops/test_backward.py tests/ops/test_step.py \
+  tests/ops/test_loss_gradient.py tests/ops/test_threshold.py tests/ops/test_normal_kl.py tests/noise
+.PHONY: emulate
+emulate: $(VENV)/.installed  ## the CUDA kernels, emulated on the CPU (x86-64): against the CPU's kernels, and some tests
+	PATH="$(abspath $(VENV))/bin:$$PATH" cmake --build $(BUILD_DIR) --target emulated check_kernels check_limits
+	set -e; for order in forward backward 7; do EMULATION_ORDER=$$order $(EMULATED)/check_kernels; done
+	EMULATION_BLOCKS=ends $(EMULATED)/check_limits ends
+	DIFFCORE_EMULATED=$(EMULATED) $(PY) -m pytest -n $(JOBS) --dist worksteal $(EMULATED_TESTS) $(PYTEST_ARGS)
+
 FUZZ_ARGS ?= --seconds 60
 .PHONY: fuzz
 fuzz: $(VENV)/.installed  ## random calls of every op and of the compiled module, for a minute

@@ -41,8 +41,8 @@ class Workspace {
   static void* allocate(void* context, int64_t bytes) {
     auto* self = static_cast<Workspace*>(context);
     int64_t doubles = (bytes + 7) / 8;
-    dlpack::Tensor prototype{
-        nullptr, self->device_, 1, {dlpack::kFloat, 64, 1}, &doubles, nullptr, 0};
+    dlpack::Tensor prototype{nullptr,  self->device_, 1, {dlpack::kFloat, 64, 1},
+                             &doubles, nullptr,       0};
     const auto ignore = [](void*, const char*, const char*) {};
     if (g_torch.exchange->allocate(&prototype, &self->memory_, nullptr, ignore) != 0)
       return nullptr;

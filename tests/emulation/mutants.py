@@ -75,7 +75,7 @@ def barriers(file: str) -> Iterator[Mutant]:
         yield Mutant(f"{file}: barrier {n} gone", file, without_barrier(n))
 
 
-ROWS = "map.cuh"
+ROWS, WORKER = "map.cuh", "row_worker.cuh"
 MUTANTS = [
     *barriers("sum.cuh"),
     *barriers("select.cuh"),
@@ -87,16 +87,20 @@ MUTANTS = [
         limits="rows",
     ),
     Mutant(
-        "one pack too many, all at once", ROWS, instead("threads_x < packs", "threads_x <= packs")
+        "one pack too many, all at once", WORKER, instead("threads_x < packs", "threads_x <= packs")
     ),
     Mutant(
         "one pack too many",
-        ROWS,
+        WORKER,
         instead("active[u] = group < packs", "active[u] = group <= packs"),
     ),
-    Mutant("no bound on single elements", ROWS, instead("? true : at(i) < cols", "? true : true")),
     Mutant(
-        "an incomplete group in a sum", ROWS, instead("begin[0] + N <= cols :", "begin[0] < cols :")
+        "no bound on single elements", WORKER, instead("? true : at(i) < cols", "? true : true")
+    ),
+    Mutant(
+        "an incomplete group in a sum",
+        WORKER,
+        instead("begin[0] + N <= cols :", "begin[0] < cols :"),
     ),
     Mutant(
         "elements after the last pack missing",
@@ -120,7 +124,7 @@ MUTANTS = [
     ),
     Mutant(
         "single elements without sums as in packs",
-        ROWS,
+        WORKER,
         instead(
             "Op::n_sum || kGeneratesNoise<Op> || layout.packed",
             "kGeneratesNoise<Op> || layout.packed",
@@ -128,17 +132,17 @@ MUTANTS = [
     ),
     Mutant(
         "the noise of the first four elements twice",
-        ROWS,
+        WORKER,
         instead("group * N / 4 + j", "group * N / 4"),
     ),
     Mutant(
         "the noise of another channel",
-        ROWS,
+        WORKER,
         instead("which * (run / 4) + along", "which * run + along"),
     ),
     Mutant(
         "a shuffle by a part of the warp",
-        ROWS,
+        WORKER,
         instead("n_coef > 1 && threads_x >= 32", "n_coef > 1 && threads_x >= 16"),
     ),
     Mutant(
