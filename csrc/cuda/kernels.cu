@@ -1,4 +1,5 @@
-// The CUDA kernels of every op for one storage type, DIFFCORE_STORAGE. Compiled once per type, so a build uses four cores.
+// The CUDA kernels of every op for one storage type, DIFFCORE_STORAGE: CMake compiles this file once
+// for each type.
 #include "cuda/map.cuh"
 #include "cuda/select.cuh"
 #include "cuda/table.cuh"

@@ -11,8 +11,8 @@ struct Device {
 };
 using Allocate = void* (*)(void* context, int64_t bytes);
 
-// With DIFFCORE_EMULATED the CUDA kernels are compiled for the CPU (tests/emulation), and run in place
-// of the CPU's kernels.
+// With DIFFCORE_EMULATED the CUDA kernels are compiled for the CPU (tests/emulation), and run in
+// place of the kernels of the CPU.
 #ifdef DIFFCORE_EMULATED
 constexpr bool kCudaEmulated = true;
 #else

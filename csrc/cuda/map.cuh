@@ -13,17 +13,31 @@ namespace diffcore {
 
 // Minimum resident blocks per multiprocessor, which limits the registers of a thread: 64; 80 with
 // many tensors, with many coefficients and packs of eight (64 would spill), or if a thread
-// generates eight normals or sums over eight elements of several tensors; 128 if the storage or the formula is double, or with eight normals and
-// many tensors.
+// generates eight normals or sums two packs of eight; 128 if the storage or the formula is double,
+// or with eight normals and many tensors.
 template <class Op, class S>
 constexpr int kBlocksPerSm = [] {
   const int tensors = Op::n_in + Op::n_out;
   const bool eight_normals = kGeneratesNoise<Op> && sizeof(S) == 2;
   if (sizeof(S) == 8 || Op::in_double || (eight_normals && tensors >= 5)) return 2;
-  const bool eight_summands = Op::n_sum && sizeof(S) == 2 && Op::n_in > 1;
+  const bool two_packs_of_summands = Op::n_sum && sizeof(S) == 2 && kUnroll<Op> == 2;
   const int held = tensors + (sizeof(S) == 2 ? Op::n_coef / 4 : 0);
-  return held >= 9 || eight_normals || eight_summands ? 3 : 4;
+  return held >= 9 || eight_normals || two_packs_of_summands ? 3 : 4;
 }();
+
+// The mapping of blocks to [rows, cols].
+struct BlockLayout {
+  int log_threads_x;  // of the threads in a row, a power of two
+  int rounds;         // of kUnroll packs each, per thread
+  bool packed;        // 16-byte accesses instead of single elements
+
+  DC_HD int threads_x() const { return 1 << log_threads_x; }
+};
+
+struct Launch {
+  LaunchArgs args;
+  BlockLayout layout;
+};
 
 // One parameter and a short name: the binary contains a host function and several copies of the
 // mangled name for each of about 400 kernels.
@@ -53,7 +67,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm<Op, S>)
       load_c();
       other = Op::other(c);
       if (other) {  // rows with Other are rare: single elements are fast enough
-        const RowWorker<Op, S, typename Op::Other> worker{args, layout, c, sums, key};
+        const RowWorker<Op, S, typename Op::Other> worker{args, c, sums, key};
         const int64_t begin = int64_t(blockIdx.x) * args.chunk;
         const int64_t end = begin + args.chunk < args.cols ? begin + args.chunk : args.cols;
 #pragma unroll 1
@@ -61,22 +75,27 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm<Op, S>)
       }
     }
     if (!other) {
-      const RowWorker<Op, S> worker{args, layout, c, sums, key};
-      const int rounds = Op::n_sum ? layout.rounds : 1;
+      const RowWorker<Op, S> worker{args, c, sums, key};
+      const int64_t packs = args.cols / kPack;
+      const int rounds = Op::n_sum ? layout.rounds : 1, turns = rounds * kUnroll<Op>;
+      const int64_t first = (int64_t(blockIdx.x) * turns << layout.log_threads_x) + x;
+      if (layout.packed) {
 #pragma unroll 1
-      for (int round = 0; round < rounds; ++round) {
-        const int64_t first =
-            ((int64_t(blockIdx.x) * rounds + round) * kUnroll<Op> << layout.log_threads_x) + x;
-        worker.template groups<kPack>(row, first, x, [&] {
-          if (round == 0 && !kSwitches<Op>) load_c();
-        });
+        for (int round = 0; round < rounds; ++round)
+          worker.packs(row, first + round * kUnroll<Op> * threads_x, packs, threads_x, [&] {
+            if (round == 0 && !kSwitches<Op>) load_c();
+          });
+      } else if (!kSwitches<Op>) {
+        load_c();
       }
-      // The incomplete group at the end of a row, by the thread whose turn it is.
-      const int64_t last = args.cols / kPack;
-      if (Op::n_sum && blockIdx.x == gridDim.x - 1 && x == (last & (threads_x - 1))) {
+      // Single elements: all of them if unaligned, else those after the last pack, by the thread
+      // whose turn it is.
+      const bool last = blockIdx.x == gridDim.x - 1 && x == (packs & (threads_x - 1));
+      const int singly = layout.packed ? int(last) : turns;
 #pragma unroll 1
-        for (int64_t i = last * kPack; i < args.cols; ++i) worker.one(row, i);
-      }
+      for (int turn = 0; turn < singly; ++turn)
+        worker.singly(row, layout.packed ? packs : first + turn * threads_x, x, threads_x,
+                      layout.packed);
     }
   }
   if constexpr (Op::n_sum > 0) {

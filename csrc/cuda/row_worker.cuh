@@ -16,19 +16,6 @@ namespace diffcore {
 // must not depend on the source of the noise.
 template <class Op>
 constexpr int kUnroll = Op::n_in <= 2 ? 2 : 1;
-// The mapping of blocks to [rows, cols].
-struct BlockLayout {
-  int log_threads_x;  // of the threads in a row, a power of two
-  int rounds;         // kUnroll groups each, per thread
-  bool packed;        // 16-byte accesses instead of single elements
-
-  DC_HD int threads_x() const { return 1 << log_threads_x; }
-};
-
-struct Launch {
-  LaunchArgs args;
-  BlockLayout layout;
-};
 
 template <class S, int N>
 struct alignas(sizeof(S) * N) Pack {
@@ -53,49 +40,11 @@ __device__ __forceinline__ void share_coefs(const LaunchArgs& args, int64_t row,
   }
 }
 
-// The places in a row of the N elements of a group that are accessed singly.
-template <class Op, int N>
-struct Places {
-  static constexpr int kFours = (N + 3) / 4;
-  int64_t begin[kFours];  // of every four elements
-  int64_t stride;         // between the four
-  int64_t block[kFours];  // of Philox, which generates four elements
-
-  __device__ __forceinline__ Places(const LaunchArgs& args, const BlockLayout& layout,
-                                    int64_t group, int x) {
-    const int threads_x = layout.threads_x();
-    if (kGeneratesNoise<Op> && !Op::n_sum && args.noise.inner > 1) {
-      // Four neighbors in the order of the noise are `inner` apart in memory; the threads of a warp
-      // access neighbors in memory.
-      const int64_t inner = args.noise.inner, run = args.cols / inner;
-      stride = inner;
-      DC_UNROLL
-      for (int j = 0; j < kFours; ++j) {
-        const int64_t four = (group - x) * kFours + j * threads_x + x;
-        const int64_t along = four / inner, which = four % inner;
-        begin[j] = along * 4 * inner + which;
-        block[j] = which * (run / 4) + along;
-      }
-      return;
-    }
-    // As in packs where sums or noise depend on it; else the threads of a warp access neighbors.
-    const bool neighbors = Op::n_sum || kGeneratesNoise<Op> || layout.packed;
-    stride = neighbors ? 1 : threads_x;
-    const int64_t first = neighbors ? group * N : (group - x) * N + x;
-    DC_UNROLL
-    for (int j = 0; j < kFours; ++j) {
-      begin[j] = first + 4 * j * stride;
-      block[j] = group * N / 4 + j;
-    }
-  }
-  __device__ __forceinline__ int64_t at(int i) const { return begin[i / 4] + i % 4 * stride; }
-  // An incomplete group has no part here if there are sums: `map` adds it last.
-  __device__ __forceinline__ bool any(int64_t cols) const {
-    return Op::n_sum ? begin[0] + N <= cols : begin[0] < cols;
-  }
-  __device__ __forceinline__ bool has(int i, int64_t cols) const {
-    return Op::n_sum ? true : at(i) < cols;
-  }
+// Elements of a row that a thread computes together if accesses are single: in memory, `count` of
+// them from `begin` on, `stride` apart. With noise they are the block `block` of Philox.
+struct Few {
+  int64_t begin, stride, block;
+  int count;
 };
 
 // The work of one thread on its elements of a row. Adds to `sums`.
@@ -103,14 +52,14 @@ template <class Op, class S, class Formula = Op>
 struct RowWorker {
   using R = Compute<S>;
   static constexpr int kIn = kReads<Op>, kOut = Op::n_out, kSum = Op::n_sum, kU = kUnroll<Op>;
+  static constexpr int kPack = 16 / sizeof(S), kFew = kPack < 4 ? kPack : 4;
 
   const LaunchArgs& args;
-  const BlockLayout& layout;
   R* c;
   Total<R>* sums;
   const NoiseKey& key;
 
-  __device__ __forceinline__ void apply(const S* x, float z, S* stored) const {
+  __device__ __forceinline__ void apply(const S* x, float z, S* stored, bool counts = true) const {
     R values[Op::n_in], y[kOut + kSum];
     DC_UNROLL
     for (int k = 0; k < kIn; ++k) values[k] = load_value(x[k]);
@@ -120,58 +69,60 @@ struct RowWorker {
     DC_UNROLL
     for (int k = 0; k < kOut; ++k) stored[k] = Store<S>::from(y[k]);
     DC_UNROLL
-    for (int k = 0; k < kSum; ++k) sums[k].add(y[kOut + k]);
+    for (int k = 0; k < kSum; ++k)
+      if (counts) sums[k].add(y[kOut + k]);
   }
 
-  // kU groups of N elements, threads_x apart. `meanwhile` runs while the loads are in flight.
-  template <int N, class Meanwhile>
-  __device__ __forceinline__ void groups(int64_t row, int64_t first, int x,
-                                         Meanwhile meanwhile) const {
-    const int threads_x = layout.threads_x();
-    const int64_t packs = layout.packed ? args.cols / N : 0;
-    Pack<S, N> in[kU][kIn + 1];
-    bool active[kU];
-    if (first + (kU - 1) * threads_x < packs) {  // no branch between the loads: all in flight
+  // kU packs, threads_x apart. `meanwhile` runs while the loads are in flight.
+  template <class Meanwhile>
+  __device__ __forceinline__ void packs(int64_t row, int64_t first, int64_t count, int threads_x,
+                                        Meanwhile meanwhile) const {
+    Pack<S, kPack> in[kU][kIn + 1];
+    const auto load = [&](int u) {
       DC_UNROLL
-      for (int u = 0; u < kU; ++u) {
-        load_pack(row, first + u * threads_x, in[u]);
-        active[u] = true;
-      }
+      for (int k = 0; k < kIn; ++k) in[u][k] = pack(from(k, row))[first + u * threads_x];
+    };
+    if (first + (kU - 1) * threads_x < count) {  // no branch between the loads: all in flight
+      DC_UNROLL
+      for (int u = 0; u < kU; ++u) load(u);
     } else {
       DC_UNROLL
-      for (int u = 0; u < kU; ++u) {
-        const int64_t group = first + u * threads_x;
-        active[u] = group < packs;
-        if (active[u])
-          load_pack(row, group, in[u]);
-        else
-          active[u] = load_singly(row, Places<Op, N>(args, layout, group, x), in[u]);
-      }
+      for (int u = 0; u < kU; ++u)
+        if (first + u * threads_x < count) load(u);
     }
     meanwhile();
     DC_UNROLL
     for (int u = 0; u < kU; ++u) {
-      if (!active[u]) continue;
-      const int64_t group = first + u * threads_x;
-      Pack<S, N> out[kOut + 1];
-      float z[N] = {};
-      if constexpr (kGeneratesNoise<Op>) generate(group, x, z);
-      DC_UNROLL
-      for (int i = 0; i < N; ++i) {
-        S values[kIn + 1], stored[kOut + 1];
+      const int64_t p = first + u * threads_x;
+      if (p < count) {
+        Pack<S, kPack> out[kOut + 1];
+        float z[kPack] = {};
+        if constexpr (kGeneratesNoise<Op>) {
+          DC_UNROLL
+          for (int i = 0; i < kPack; i += kFew) generate(p * (kPack / kFew) + i / kFew, z + i);
+        }
         DC_UNROLL
-        for (int k = 0; k < kIn; ++k) values[k] = in[u][k].value[i];
-        apply(values, z[i], stored);
+        for (int i = 0; i < kPack; ++i) {
+          S x[kIn + 1], stored[kOut + 1];
+          DC_UNROLL
+          for (int k = 0; k < kIn; ++k) x[k] = in[u][k].value[i];
+          apply(x, z[i], stored);
+          DC_UNROLL
+          for (int k = 0; k < kOut; ++k) out[k].value[i] = stored[k];
+        }
         DC_UNROLL
-        for (int k = 0; k < kOut; ++k) out[k].value[i] = stored[k];
-      }
-      if constexpr (kOut > 0) {
-        if (group < packs)
-          store_pack(row, group, out);
-        else
-          store_singly(row, Places<Op, N>(args, layout, group, x), out);
+        for (int k = 0; k < kOut; ++k) pack(to(k, row))[p] = out[k];
       }
     }
+  }
+
+  // As many elements as a pack, by single accesses: those of pack p, or other elements of the packs
+  // of all threads (`place`). x: the thread of the row.
+  __device__ __forceinline__ void singly(int64_t row, int64_t p, int x, int threads_x,
+                                         bool neighbors) const {
+#pragma unroll 1
+    for (int part = 0; part < kPack / kFew; ++part)
+      few(row, place(p, part, x, threads_x, neighbors));
   }
 
   // Column i of the row.
@@ -196,50 +147,64 @@ struct RowWorker {
   __device__ __forceinline__ S* to(int k, int64_t row) const {
     return static_cast<S*>(args.out[k]) + row * args.cols;
   }
-
-  template <int N>
-  __device__ __forceinline__ void load_pack(int64_t row, int64_t at, Pack<S, N>* in) const {
-    DC_UNROLL
-    for (int k = 0; k < kIn; ++k) in[k] = reinterpret_cast<const Pack<S, N>*>(from(k, row))[at];
+  static __device__ __forceinline__ const Pack<S, kPack>* pack(const S* x) {
+    return reinterpret_cast<const Pack<S, kPack>*>(x);
   }
-  template <int N>
-  __device__ __forceinline__ void store_pack(int64_t row, int64_t at, const Pack<S, N>* out) const {
-    DC_UNROLL
-    for (int k = 0; k < kOut; ++k) reinterpret_cast<Pack<S, N>*>(to(k, row))[at] = out[k];
-  }
-  // Returns whether there was anything to load.
-  template <int N>
-  __device__ __forceinline__ bool load_singly(int64_t row, const Places<Op, N>& places,
-                                              Pack<S, N>* in) const {
-    if (!places.any(args.cols)) return false;
-    DC_UNROLL
-    for (int i = 0; i < N; ++i) {
-      if (!places.has(i, args.cols)) continue;
-      DC_UNROLL
-      for (int k = 0; k < kIn; ++k) in[k].value[i] = from(k, row)[places.at(i)];
-    }
-    return true;
-  }
-  template <int N>
-  __device__ __forceinline__ void store_singly(int64_t row, const Places<Op, N>& places,
-                                               const Pack<S, N>* out) const {
-    DC_UNROLL
-    for (int i = 0; i < N; ++i) {
-      if (!places.has(i, args.cols)) continue;
-      DC_UNROLL
-      for (int k = 0; k < kOut; ++k) to(k, row)[places.at(i)] = out[k].value[i];
-    }
+  static __device__ __forceinline__ Pack<S, kPack>* pack(S* x) {
+    return reinterpret_cast<Pack<S, kPack>*>(x);
   }
 
-  template <int N>
-  __device__ __forceinline__ void generate(int64_t group, int x, float (&z)[N]) const {
-    if constexpr (N == 2) {
-      normal_pair(key, uint64_t(group), z[0], z[1]);
-    } else {
-      const Places<Op, N> places(args, layout, group, x);
-      DC_UNROLL
-      for (int j = 0; j < N / 4; ++j) normals(key, uint32_t(places.block[j]), z + 4 * j);
+  __device__ __forceinline__ Few place(int64_t p, int part, int x, int threads_x,
+                                       bool neighbors) const {
+    constexpr int kParts = kPack / kFew;
+    if (kGeneratesNoise<Op> && !kSum && args.noise.inner > 1) {
+      // Neighbors in the order of the noise are `inner` apart in memory, where the threads of a
+      // warp access neighbors. plan.cc: the runs have a multiple of four elements.
+      const int64_t inner = args.noise.inner, run = args.cols / inner;
+      const int64_t four = (p - x) * kParts + part * threads_x + x;
+      const int64_t along = four / inner, which = four % inner, begin = along * 4 * inner + which;
+      return {begin, inner, which * (run / 4) + along, begin < args.cols ? kFew : 0};
     }
+    // A sum must not depend on the kind of access, and a block of Philox has neighbors. Else the
+    // threads of a warp access neighbors.
+    const bool own = kSum || kGeneratesNoise<Op> || neighbors;
+    const int64_t stride = own ? 1 : threads_x;
+    const int64_t begin =
+        own ? p * kPack + part * kFew : (p - x) * kPack + part * kFew * stride + x;
+    const int64_t left = args.cols - begin;
+    const int count = left <= 0                    ? 0
+                      : left > (kFew - 1) * stride ? kFew
+                                                   : int((left - 1) / stride) + 1;
+    return {begin, stride, p * kParts + part, count};
+  }
+
+  __device__ __forceinline__ void few(int64_t row, const Few& at) const {
+    if (at.count == 0) return;
+    S x[kFew][kIn + 1];
+    DC_UNROLL
+    for (int i = 0; i < kFew; ++i) {
+      if (i >= at.count) continue;
+      DC_UNROLL
+      for (int k = 0; k < kIn; ++k) x[i][k] = from(k, row)[at.begin + i * at.stride];
+    }
+    float z[kFew] = {};
+    if constexpr (kGeneratesNoise<Op>) generate(at.block, z);
+    DC_UNROLL
+    for (int i = 0; i < kFew; ++i) {
+      S stored[kOut + 1];
+      apply(x[i], z[i], stored, i < at.count);
+      if (i >= at.count) continue;
+      DC_UNROLL
+      for (int k = 0; k < kOut; ++k) to(k, row)[at.begin + i * at.stride] = stored[k];
+    }
+  }
+
+  // The kFew normals of a block; of a pack of doubles, half a block.
+  __device__ __forceinline__ void generate(int64_t block, float* z) const {
+    if constexpr (kFew == 2)
+      normal_pair(key, uint64_t(block), z[0], z[1]);
+    else
+      normals(key, uint32_t(block), z);
   }
 };
 

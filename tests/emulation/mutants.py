@@ -87,25 +87,40 @@ MUTANTS = [
         limits="rows",
     ),
     Mutant(
-        "one pack too many, all at once", WORKER, instead("threads_x < packs", "threads_x <= packs")
+        "one pack too many, all at once",
+        WORKER,
+        instead("(kU - 1) * threads_x < count", "(kU - 1) * threads_x <= count"),
     ),
     Mutant(
         "one pack too many",
         WORKER,
-        instead("active[u] = group < packs", "active[u] = group <= packs"),
+        instead("      if (p < count) {", "      if (p <= count) {"),
     ),
     Mutant(
-        "no bound on single elements", WORKER, instead("? true : at(i) < cols", "? true : true")
-    ),
-    Mutant(
-        "an incomplete group in a sum",
+        "no bound on single elements that are read",
         WORKER,
-        instead("begin[0] + N <= cols :", "begin[0] < cols :"),
+        instead(
+            "if (i >= at.count) continue;\n      DC_UNROLL\n      for (int k = 0; k < kIn",
+            "DC_UNROLL\n      for (int k = 0; k < kIn",
+        ),
+    ),
+    Mutant(
+        "no bound on single elements that are written",
+        WORKER,
+        instead(
+            "if (i >= at.count) continue;\n      DC_UNROLL\n      for (int k = 0; k < kOut",
+            "DC_UNROLL\n      for (int k = 0; k < kOut",
+        ),
+    ),
+    Mutant(
+        "a sum of more elements than there are",
+        WORKER,
+        instead("stored, i < at.count);", "stored, true);"),
     ),
     Mutant(
         "elements after the last pack missing",
         ROWS,
-        instead("i < args.cols; ++i) worker", "i < 0; ++i) worker"),
+        instead("layout.packed ? int(last) : turns", "layout.packed ? 0 : turns"),
     ),
     Mutant(
         "row strides are not aligned",
@@ -123,17 +138,17 @@ MUTANTS = [
         instead("if (kGeneratesNoise<Op> && args.noise.inner > 1) return false;", ""),
     ),
     Mutant(
-        "single elements without sums as in packs",
+        "a sum in another order if accesses are single",
         WORKER,
         instead(
-            "Op::n_sum || kGeneratesNoise<Op> || layout.packed",
-            "kGeneratesNoise<Op> || layout.packed",
+            "own = kSum || kGeneratesNoise<Op> || neighbors",
+            "own = kGeneratesNoise<Op> || neighbors",
         ),
     ),
     Mutant(
         "the noise of the first four elements twice",
         WORKER,
-        instead("group * N / 4 + j", "group * N / 4"),
+        instead("p * kParts + part, count}", "p * kParts, count}"),
     ),
     Mutant(
         "the noise of another channel",
