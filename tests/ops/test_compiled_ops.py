@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import diffcore
-from diffcore import GaussianDiffusion, PhiloxNoise, make_betas, ops
+from diffcore import GaussianDiffusion, PhiloxNoise, make_betas, ops, solvers
 from diffcore._engine import compiled_ops, native
 from support.bounds import assert_same_bits
 from support.calls import Given, calls_of, outputs_and_gradients
@@ -121,6 +122,24 @@ def test_a_batch_of_any_size_is_exported(strict: bool) -> None:
     for arguments in given:
         for y, w in zip(program.module()(*arguments), Means()(*arguments), strict=True):
             assert_same_bits(y, w)
+
+
+def test_an_exported_step_holds_no_infinite_number() -> None:
+    """Ahead-of-time inductor writes one, a missing clip, but cannot read it again."""
+    table = solvers.euler_table([2.0, 1.0, 0.0])
+
+    class Step(torch.nn.Module):
+        def forward(self, x: Tensor, m: Tensor) -> Tensor:
+            return table.step(0, x, m)[0]
+
+    x, m = torch.randn(2, 3, 5)
+    program = torch.export.export(Step(), (x, m), strict=False)
+    calls = [n for n in program.graph.nodes if str(n.target).startswith("diffcore.")]
+    assert calls
+    for node in calls:
+        numbers, _ = torch.utils._pytree.tree_flatten(node.args)
+        assert not any(isinstance(n, float) and math.isinf(n) for n in numbers)
+    assert_same_bits(program.module()(x, m), Step()(x, m))
 
 
 @pytest.mark.slow

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from diffcore import ops
+from diffcore import PhiloxNoise, ops
 from diffcore._engine import execute
 from support.bounds import assert_same_bits, check, each_case, each_dtype
 from support.cases import BY_NAME, CASES, OpCase, as_tuple
@@ -32,6 +32,25 @@ def test_every_layout_gives_the_same_values(case: OpCase, layout: Layout, device
     assert_same(case, found, case.native(args.map(lambda x: x.contiguous())))
     if layout not in EXPANDED.values():  # a bound needs many different numbers
         check(case, args, found)
+
+
+@pytest.mark.parametrize("columns", [131, 784, 1000, 9001])
+@each_dtype
+def test_a_sum_has_the_same_bits_in_any_batch_and_at_any_address(
+    columns: int, dtype: torch.dtype, device: str
+) -> None:
+    x, y = torch.randn(2, 3, columns).to(device, dtype)
+    noise = PhiloxNoise(5)
+    for sums in (
+        lambda x, y, first: ops.normal_kl(x, y, y, x, reduction="sample"),
+        lambda x, y, first: ops.denoising_loss(x, y, noise.for_samples(first)),
+    ):
+        together = sums(x, y, 0)
+        for b in range(3):
+            assert_same_bits(sums(x[b : b + 1], y[b : b + 1], b), together[b : b + 1])
+        moved = [torch.empty(x.numel() + 1, dtype=dtype, device=device)[1:] for _ in range(2)]
+        moved = [m.view_as(x).copy_(t) for m, t in zip(moved, (x, y), strict=True)]
+        assert_same_bits(sums(*moved, 0), together)
 
 
 @each_case

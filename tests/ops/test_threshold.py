@@ -141,8 +141,9 @@ def test_nan_anywhere_makes_its_sample_nan(n: int, dtype: torch.dtype, device: s
 
 
 @pytest.mark.parametrize("n", [5, 40_001])
-def test_infinity_is_the_last_number(n: int, device: str) -> None:
-    x = numbers(1, n).to(device)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_infinity_is_the_last_number(n: int, dtype: torch.dtype, device: str) -> None:
+    x = numbers(1, n, dtype).to(device)
     x[0, :2] = torch.tensor([math.inf, -math.inf])
     for rank, wanted in ((n - 1, math.inf), (n - 2, math.inf), (n - 2.5, math.inf)):
         assert of_numbers(x, rank / (n - 1)).item() == wanted
