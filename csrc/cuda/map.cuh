@@ -21,7 +21,7 @@ constexpr int kBlocksPerSm = [] {
   const bool eight_normals = kGeneratesNoise<Op> && sizeof(S) == 2;
   if (sizeof(S) == 8 || Op::in_double || (eight_normals && tensors >= 5)) return 2;
   const bool two_packs_of_summands = Op::n_sum && sizeof(S) == 2 && kUnroll<Op> == 2;
-  const int held = tensors + (sizeof(S) == 2 ? Op::n_coef / 4 : 0);
+  const int held = tensors + kGeneratesNoise<Op> + (sizeof(S) == 2 ? Op::n_coef / 4 : 0);
   return held >= 9 || eight_normals || two_packs_of_summands ? 3 : 4;
 }();
 

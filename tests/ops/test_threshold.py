@@ -22,39 +22,12 @@ from diffcore._engine import native
 from support.bounds import DTYPES, assert_same_bits, each_dtype
 from support.cases import without_kernels
 from support.subprocess import OTHER_ISAS, run_python
+from support.thresholds import SCALE, check, in_double, of_numbers, row
 from support.waiting import no_waiting
 
 RATIOS = (0.0, 0.001, 0.5, 0.9, 0.995, 1.0)
 SIZES = (1, 2, 3, 511, 512, 513, 8191, 65537)
-SCALE = 2.0**40  # lifts the smallest of many numbers above 1, the least threshold
-
-
-def row(a_x: float, a_m: float, columns: int = 8) -> Tensor:
-    """A row of a table, of which nothing else may be read."""
-    table = torch.full((columns,), math.nan, dtype=torch.float64)
-    table[4], table[5] = a_x, a_m
-    return table
-
-
-def of_numbers(x: Tensor, ratio: float, scale: float = SCALE, **options: Any) -> Tensor:
-    """The threshold where x0 is x, scaled by a power of two."""
-    coefficients = row(scale, 0.0).to(x.device)
-    return ops.dynamic_threshold(x, torch.zeros_like(x), coefficients, ratio=ratio, **options)
-
-
-def in_double(x: Tensor) -> np.ndarray[Any, Any]:
-    return x.double().cpu().numpy()
-
-
-def check(found: Tensor, x0: np.ndarray[Any, Any], ratio: float, most: float = math.inf) -> None:
-    """`found` is the clipped quantile of the rows of |x0| to one ulp, and exactly at a number."""
-    rows = np.abs(x0).reshape(len(x0), -1)
-    at = ratio * (rows.shape[1] - 1)
-    wanted = np.clip(np.quantile(rows, ratio, axis=1), 1, most)
-    ulp = np.spacing(wanted.astype(found.cpu().numpy().dtype)).astype(np.float64)
-    off = np.abs(in_double(found) - wanted)
-    assert found.shape == (len(x0),)
-    assert (off <= (ulp if at % 1 else 0)).all(), f"{rows.shape}, {ratio}: {found} for {wanted}"
+each_wide_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 
 
 # ---- against numpy ------------------------------------------------------------------------------
@@ -82,7 +55,7 @@ def test_around_the_sizes_at_which_the_way_changes(n: int, device: str) -> None:
 
 
 @pytest.mark.parametrize("bits", [0, 1, 4, 9, 13, 20, 23])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@each_wide_dtype
 def test_many_numbers_in_one_bucket(bits: int, dtype: torch.dtype, device: str) -> None:
     # They differ in the lowest bits only, so every way of counting them has to be gone.
     steps = torch.randint(2**bits, (2, 50_000), dtype=torch.float64)
@@ -117,7 +90,7 @@ def test_zeros_of_either_sign(n: int, device: str) -> None:
     assert of_numbers(x, (n - 1.5) / (n - 1), 1.0).tolist() == pytest.approx([2.5, 2.5])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@each_wide_dtype
 def test_subnormal_numbers_have_an_order(dtype: torch.dtype, device: str) -> None:
     tiny = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
     x = torch.tensor([[3 * tiny, -tiny, 6.0, 2 * tiny, 4.0]], dtype=dtype, device=device)
@@ -141,14 +114,14 @@ def test_nan_anywhere_makes_its_sample_nan(n: int, dtype: torch.dtype, device: s
 
 
 @pytest.mark.parametrize("n", [5, 40_001])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@each_wide_dtype
 def test_infinity_is_the_last_number(n: int, dtype: torch.dtype, device: str) -> None:
     x = numbers(1, n, dtype).to(device)
     x[0, :2] = torch.tensor([math.inf, -math.inf])
-    for rank, wanted in ((n - 1, math.inf), (n - 2, math.inf), (n - 2.5, math.inf)):
-        assert of_numbers(x, rank / (n - 1)).item() == wanted
-    largest = x[0, 2:].abs().max() * SCALE
-    assert of_numbers(x, (n - 3) / (n - 1)).item() == pytest.approx(largest.item())
+    for rank in (n - 1, n - 2, n - 2.5):
+        assert of_numbers(x, rank / (n - 1)).item() == math.inf
+    largest = x[0, 2:].abs().max().item() * SCALE
+    assert of_numbers(x, (n - 3) / (n - 1)).item() == pytest.approx(largest)
     assert of_numbers(x, 1.0, sample_max_value=7.0).item() == 7
     x[0, 2] = math.nan
     assert of_numbers(x, 0.0).isnan().all()
