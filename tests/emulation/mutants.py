@@ -46,8 +46,6 @@ class Mutant(NamedTuple):
     name: str
     file: str  # in csrc/cuda
     edit: Edit
-    order: str = "forward"
-    limits: str = ""  # runs check_limits with this argument instead
 
 
 def instead(old: str, new: str) -> Edit:
@@ -79,13 +77,6 @@ ROWS, WORKER = "map.cuh", "row_worker.cuh"
 MUTANTS = [
     *barriers("sum.cuh"),
     *barriers("select.cuh"),
-    Mutant(
-        "sum of many rows: the first barrier gone",
-        "sum.cuh",
-        without_barrier(0),
-        order="backward",
-        limits="rows",
-    ),
     Mutant(
         "one pack too many, all at once",
         WORKER,
@@ -252,14 +243,14 @@ def prepare() -> Path:
     for name, sanitizer in SANITIZERS.items():
         jobs += [
             compiler(HERE / f"{source}.cc", WORK / f"{source}_{name}.o", csrc, *sanitizer)
-            for source in ("emulate", "check_kernels", "check_limits")
+            for source in ("emulate", "check_kernels")
         ]
     if error := compile_all(jobs):
         raise RuntimeError(error)
     return csrc
 
 
-def build(csrc: Path, sanitizer: str, program: str, folder: Path) -> str:
+def build(csrc: Path, sanitizer: str, folder: Path) -> str:
     options = [*SANITIZERS[sanitizer], '-DDIFFCORE_CUDA_ARCHITECTURES="emulated"']
     objects = {s: folder / f"{s}_{sanitizer}.o" for s in STORAGE}
     jobs = [
@@ -270,7 +261,7 @@ def build(csrc: Path, sanitizer: str, program: str, folder: Path) -> str:
     jobs.append(compiler(HERE / "device.cc", device, csrc, *options, "-x", "c++"))
     if error := compile_all(jobs):
         return error
-    shared = [WORK / f"{s}_{sanitizer}.o" for s in ("emulate", program)]
+    shared = [WORK / f"{s}_{sanitizer}.o" for s in ("emulate", "check_kernels")]
     shared += [WORK / "cpu.o", WORK / "dispatch.o"]
     link = ["g++", *FLAGS, *SANITIZERS[sanitizer], f"-Wl,-T,{HERE / 'shared.ld'}"]
     link += [
@@ -284,8 +275,8 @@ def build(csrc: Path, sanitizer: str, program: str, folder: Path) -> str:
 def noticed(text: str, status: int) -> str:
     """What the output of a program says about a fault."""
     found = []
-    if races := text.count("ThreadSanitizer: data race"):
-        found.append(f"{races} race")
+    if "ThreadSanitizer: data race" in text:
+        found.append("a race")
     if wrong := text.count("FAILED"):
         found.append(f"{wrong} wrong results")
     patterns = (
@@ -307,20 +298,17 @@ def outcome(csrc: Path, mutant: Mutant | None) -> dict[str, str]:
     if mutant:
         path = folder / "csrc" / "cuda" / mutant.file
         path.write_text(mutant.edit(path.read_text()))
-    program = "check_limits" if mutant and mutant.limits else "check_kernels"
     found = {}
-    for name in ["address"] if mutant and mutant.limits else SANITIZERS:
-        if error := build(folder / "csrc", name, program, folder):
+    for name in SANITIZERS:
+        if error := build(folder / "csrc", name, folder):
             raise RuntimeError(f"{mutant and mutant.name}: does not build: {error}")
-        command = [
-            "setarch",
-            "-R",
-            str(folder / f"run_{name}"),
-            *filter(None, [mutant and mutant.limits]),
-        ]
-        environment = ENVIRONMENT | {"EMULATION_ORDER": mutant.order if mutant else "forward"}
         done = subprocess.run(
-            command, env=environment, capture_output=True, text=True, check=False, timeout=900
+            ["setarch", "-R", str(folder / f"run_{name}"), "", "f32"],
+            env=ENVIRONMENT,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=900,
         )
         found[name] = noticed(done.stdout + done.stderr, done.returncode)
         if found[name]:
