@@ -5,16 +5,6 @@
 #include "ops/all.h"
 
 namespace diffcore {
-
-template <>
-const CudaKernel* cuda_kernels<float>();
-template <>
-const CudaKernel* cuda_kernels<double>();
-template <>
-const CudaKernel* cuda_kernels<Bf16>();
-template <>
-const CudaKernel* cuda_kernels<F16>();
-
 namespace {
 
 // In the order of the enum Dtype.

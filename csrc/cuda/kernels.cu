@@ -1,5 +1,5 @@
-// The CUDA kernels of every op for one storage type, DIFFCORE_STORAGE: CMake compiles this file once
-// for each type.
+// The CUDA kernels of every op for the storage type DIFFCORE_STORAGE, and for DIFFCORE_STORAGE_TOO if
+// it is defined: kernels that are alike compress to less if compiled together.
 #include "cuda/map.cuh"
 #include "cuda/select.cuh"
 #include "cuda/table.cuh"
@@ -28,9 +28,14 @@ const CudaKernel* table_of(OpList<Op...>) {
 
 }  // namespace
 
-template <>
-const CudaKernel* cuda_kernels<DIFFCORE_STORAGE>() {
-  return table_of<DIFFCORE_STORAGE>(AllOps{});
+template <class S>
+const CudaKernel* cuda_kernels() {
+  return table_of<S>(AllOps{});
 }
+
+template const CudaKernel* cuda_kernels<DIFFCORE_STORAGE>();
+#ifdef DIFFCORE_STORAGE_TOO
+template const CudaKernel* cuda_kernels<DIFFCORE_STORAGE_TOO>();
+#endif
 
 }  // namespace diffcore

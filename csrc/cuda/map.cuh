@@ -78,11 +78,11 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm<Op, S>)
       const RowWorker<Op, S> worker{args, c, sums, key};
       const int64_t packs = args.cols / kPack;
       const int rounds = Op::n_sum ? layout.rounds : 1, turns = rounds * kUnroll<Op>;
-      const int64_t first = (int64_t(blockIdx.x) * turns << layout.log_threads_x) + x;
+      int64_t first = (int64_t(blockIdx.x) * turns << layout.log_threads_x) + x;
       if (layout.packed) {
 #pragma unroll 1
-        for (int round = 0; round < rounds; ++round)
-          worker.packs(row, first + round * kUnroll<Op> * threads_x, packs, threads_x, [&] {
+        for (int round = 0; round < rounds; ++round, first += kUnroll<Op> * threads_x)
+          worker.packs(row, first, packs, threads_x, [&] {
             if (round == 0 && !kSwitches<Op>) load_c();
           });
       } else if (!kSwitches<Op>) {
@@ -118,10 +118,19 @@ template <class Op, class S>
 __global__ void __launch_bounds__(kThreads) fold(const __grid_constant__ LaunchArgs args) {
   using R = Compute<S>;
   for (int64_t row = blockIdx.x; row < args.rows; row += gridDim.x) {
+#pragma unroll 1
     for (int k = 0; k < Op::n_sum; ++k) {
       const double* chunk = args.partials + (k * args.rows + row) * args.chunks;
       Total<double> mine = {};
-      for (int64_t j = threadIdx.x; j < args.chunks; j += kThreads) mine.add(chunk[j]);
+#pragma unroll 1
+      for (int64_t j = threadIdx.x; j < args.chunks; j += 4 * kThreads) {
+        double part[4];  // all in flight
+        DC_UNROLL
+        for (int u = 0; u < 4; ++u)
+          part[u] = j + u * kThreads < args.chunks ? chunk[j + u * kThreads] : 0;
+        DC_UNROLL
+        for (int u = 0; u < 4; ++u) mine.add(part[u]);
+      }
       const double total = row_sum(mine, kThreads, int(threadIdx.x));
       if (threadIdx.x == 0) {
         R c[Op::n_coef + 1];

@@ -59,7 +59,7 @@ struct RowWorker {
   Total<R>* sums;
   const NoiseKey& key;
 
-  __device__ __forceinline__ void apply(const S* x, float z, S* stored, bool counts = true) const {
+  __device__ __forceinline__ void apply(const S* x, float z, S* stored) const {
     R values[Op::n_in], y[kOut + kSum];
     DC_UNROLL
     for (int k = 0; k < kIn; ++k) values[k] = load_value(x[k]);
@@ -69,8 +69,7 @@ struct RowWorker {
     DC_UNROLL
     for (int k = 0; k < kOut; ++k) stored[k] = Store<S>::from(y[k]);
     DC_UNROLL
-    for (int k = 0; k < kSum; ++k)
-      if (counts) sums[k].add(y[kOut + k]);
+    for (int k = 0; k < kSum; ++k) sums[k].add(y[kOut + k]);
   }
 
   // kU packs, threads_x apart. `meanwhile` runs while the loads are in flight.
@@ -189,13 +188,19 @@ struct RowWorker {
     }
     float z[kFew] = {};
     if constexpr (kGeneratesNoise<Op>) generate(at.block, z);
-    DC_UNROLL
-    for (int i = 0; i < kFew; ++i) {
+    // One copy of the formula, as it is long; x and z move up because registers have no index.
+#pragma unroll 1
+    for (int i = 0; i < at.count; ++i) {
       S stored[kOut + 1];
-      apply(x[i], z[i], stored, i < at.count);
-      if (i >= at.count) continue;
+      apply(x[0], z[0], stored);
       DC_UNROLL
       for (int k = 0; k < kOut; ++k) to(k, row)[at.begin + i * at.stride] = stored[k];
+      DC_UNROLL
+      for (int j = 1; j < kFew; ++j) {
+        z[j - 1] = z[j];
+        DC_UNROLL
+        for (int k = 0; k < kIn; ++k) x[j - 1][k] = x[j][k];
+      }
     }
   }
 

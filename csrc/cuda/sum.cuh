@@ -45,14 +45,17 @@ template <class T>
 __device__ __forceinline__ T row_sum(Total<T> total, int threads_x, int x) {
   __shared__ Total<T> by_warp[kThreads / 32];
   const int width = threads_x < 32 ? threads_x : 32;
+#pragma unroll 1
   for (int below = width / 2; below > 0; below /= 2) total.add(total.from_lane(below, width));
   if (threads_x > 32) {
     const int warp = threadIdx.x / 32;
     __syncthreads();  // an earlier use of by_warp has been read
     if (threadIdx.x % 32 == 0) by_warp[warp] = total;
     __syncthreads();
-    if (x == 0)
+    if (x == 0) {
+#pragma unroll 1
       for (int w = 1; w < threads_x / 32; ++w) total.add(by_warp[warp + w]);
+    }
   }
   return total.value();
 }

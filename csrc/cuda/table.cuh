@@ -1,4 +1,4 @@
-// The table of CUDA kernels: one column per storage type, each from one compilation of kernels.cu.
+// The table of CUDA kernels: one column per storage type, from two compilations of kernels.cu.
 #pragma once
 
 #include <cuda_runtime.h>

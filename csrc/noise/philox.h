@@ -8,6 +8,35 @@
 
 DC_KERNEL_NAMESPACE_BEGIN
 
+#ifdef __CUDA_ARCH__
+// Two instructions for which CUDA has no function. From uint64_t(a) * b nvcc makes two additions of
+// zero more, and from rsqrtf three instructions for numbers below 2^-126.
+#ifdef __NVCC__
+__device__ __forceinline__ void wide_product(uint32_t a, uint32_t b, uint32_t* high,
+                                             uint32_t* low) {
+  asm("{\n\t.reg .u64 p;\n\tmul.wide.u32 p, %2, %3;\n\tmov.b64 {%0, %1}, p;\n\t}"
+      : "=r"(*low), "=r"(*high)
+      : "r"(a), "r"(b));
+}
+__device__ __forceinline__ float approximate_rsqrt(float x) {
+  float y;
+  asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+#else
+void wide_product(uint32_t a, uint32_t b, uint32_t* high, uint32_t* low);  // tests/emulation
+float approximate_rsqrt(float x);
+#endif
+
+// The square root of ±0 or of a number between 2^-100 and 2^100, correctly rounded: the steps of
+// __fsqrt_rn, without its call for all other numbers.
+__device__ __forceinline__ float short_sqrt(float x) {
+  const float y = approximate_rsqrt(x), root = __fmul_rn(x, y);
+  const float half = __fmul_rn(y, 0.5f), rest = __fmaf_rn(-root, root, x);
+  return x > 0 ? __fmaf_rn(rest, half, root) : x;
+}
+#endif
+
 // One number per word, for CUDA threads and single elements on the CPU. nvcc would contract
 // a * b + c; noise must have the same bits everywhere, so each operation is an intrinsic that
 // rounds separately.
@@ -18,9 +47,13 @@ struct ScalarLanes {
   using F = float;
 
   DC_HD static void multiply(Word a, uint32_t b, Word* high, Word* low) {
+#ifdef __CUDA_ARCH__
+    wide_product(a, b, high, low);
+#else
     const uint64_t product = uint64_t(a) * b;
     *high = uint32_t(product >> 32);
     *low = uint32_t(product);
+#endif
   }
   DC_HD static F real(float x) { return x; }
   DC_HD static F multiply_add(F a, F b, F c) { return add(mul(a, b), c); }
@@ -28,7 +61,7 @@ struct ScalarLanes {
 #ifdef __CUDA_ARCH__
   DC_HD static F mul(F a, F b) { return __fmul_rn(a, b); }
   DC_HD static F add(F a, F b) { return __fadd_rn(a, b); }
-  DC_HD static F sqrt(F x) { return __fsqrt_rn(x); }
+  DC_HD static F sqrt(F x) { return short_sqrt(x); }
   DC_HD static F to_real(I i) { return __int2float_rn(i); }
 #else
   DC_HD static F mul(F a, F b) { return a * b; }

@@ -21,8 +21,17 @@ inline float emulated_rounded(float x) {
 }
 inline float __fmul_rn(float a, float b) { return emulated_rounded(a * b); }
 inline float __fadd_rn(float a, float b) { return emulated_rounded(a + b); }
-inline float __fsqrt_rn(float x) { return __builtin_sqrtf(x); }
+inline float __fmaf_rn(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 inline float __int2float_rn(int i) { return float(i); }
+
+namespace diffcore {
+inline void wide_product(uint32_t a, uint32_t b, uint32_t* high, uint32_t* low) {
+  const uint64_t product = uint64_t(a) * b;
+  *high = uint32_t(product >> 32);
+  *low = uint32_t(product);
+}
+inline float approximate_rsqrt(float x) { return 1 / __builtin_sqrtf(x); }
+}  // namespace diffcore
 
 struct __half {
   uint16_t bits;
