@@ -12,17 +12,15 @@
 namespace diffcore {
 
 // Minimum resident blocks per multiprocessor, which limits the registers of a thread: 64; 80 with
-// many tensors, with many coefficients and packs of eight (64 would spill), or if a thread
-// generates eight normals or sums two packs of eight; 128 if the storage or the formula is double,
-// or with eight normals and many tensors.
+// many tensors or coefficients, or if a thread sums in 16 bits two packs or generated noise (64 would
+// spill); 128 if the storage or the formula is double.
 template <class Op, class S>
 constexpr int kBlocksPerSm = [] {
-  const int tensors = Op::n_in + Op::n_out;
-  const bool eight_normals = kGeneratesNoise<Op> && sizeof(S) == 2;
-  if (sizeof(S) == 8 || Op::in_double || (eight_normals && tensors >= 5)) return 2;
-  const bool two_packs_of_summands = Op::n_sum && sizeof(S) == 2 && kUnroll<Op> == 2;
-  const int held = tensors + kGeneratesNoise<Op> + (sizeof(S) == 2 ? Op::n_coef / 4 : 0);
-  return held >= 9 || eight_normals || two_packs_of_summands ? 3 : 4;
+  if (sizeof(S) == 8 || Op::in_double) return 2;
+  const bool half = sizeof(S) == 2;
+  const int held = Op::n_in + Op::n_out + kGeneratesNoise<Op> + (half ? Op::n_coef / 4 : 0);
+  const bool sums = Op::n_sum && half && (kUnroll<Op> == 2 || kGeneratesNoise<Op>);
+  return held >= 9 || sums ? 3 : 4;
 }();
 
 // The mapping of blocks to [rows, cols].
@@ -47,7 +45,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm<Op, S>)
   const LaunchArgs& args = launch.args;
   const BlockLayout& layout = launch.layout;
   using R = Compute<S>;
-  constexpr int kPack = 16 / sizeof(S);
+  constexpr int kPack = diffcore::kPack<S>;
   const int threads_x = layout.threads_x();
   const int x = threadIdx.x & (threads_x - 1), y = threadIdx.x >> layout.log_threads_x;
   const int64_t row_block = int64_t(blockIdx.z) * gridDim.y + blockIdx.y;
@@ -143,7 +141,7 @@ __global__ void __launch_bounds__(kThreads) fold(const __grid_constant__ LaunchA
 
 template <class Op, class S>
 struct CudaMap {
-  static constexpr int kPack = 16 / sizeof(S);
+  static constexpr int kPack = diffcore::kPack<S>;
 
   static bool aligned(const LaunchArgs& args) {
     if (args.rows > 1 && args.cols % kPack != 0) return false;

@@ -5,6 +5,7 @@
 #include "core/launch_args.h"
 #include "core/number.h"
 #include "core/op.h"
+#include "cuda/pack.cuh"
 #include "cuda/sum.cuh"
 #include "noise/normal.h"
 
@@ -17,10 +18,10 @@ namespace diffcore {
 template <class Op>
 constexpr int kUnroll = Op::n_in <= 2 ? 2 : 1;
 
-template <class S, int N>
-struct alignas(sizeof(S) * N) Pack {
-  S value[N];
-};
+// Whether the loops over packs and their parts are unrolled: not if the formula is long, because each
+// copy would be 100 to 250 instructions.
+template <class Op>
+constexpr bool kShortFormula = !kGeneratesNoise<Op> && kUnroll<Op> == 2;
 
 // load_coefs; if all threads of a warp have the same row, each lane loads one coefficient.
 template <class Op, class R>
@@ -42,7 +43,7 @@ __device__ __forceinline__ void share_coefs(const LaunchArgs& args, int64_t row,
 
 // Elements of a row that a thread computes together if accesses are single: in memory, `count` of
 // them from `begin` on, `stride` apart. With noise they are the block `block` of Philox.
-struct Few {
+struct Place {
   int64_t begin, stride, block;
   int count;
 };
@@ -52,7 +53,9 @@ template <class Op, class S, class Formula = Op>
 struct RowWorker {
   using R = Compute<S>;
   static constexpr int kIn = kReads<Op>, kOut = Op::n_out, kSum = Op::n_sum, kU = kUnroll<Op>;
-  static constexpr int kPack = 16 / sizeof(S), kFew = kPack < 4 ? kPack : 4;
+  static constexpr int kPack = diffcore::kPack<S>, kFew = diffcore::kFew<S>, kParts = kPack / kFew;
+  static constexpr int kUnrolledPacks = kShortFormula<Op> ? kU : 1;
+  static constexpr int kUnrolledParts = kShortFormula<Op> ? kParts : 1;
 
   const LaunchArgs& args;
   R* c;
@@ -76,7 +79,7 @@ struct RowWorker {
   template <class Meanwhile>
   __device__ __forceinline__ void packs(int64_t row, int64_t first, int64_t count, int threads_x,
                                         Meanwhile meanwhile) const {
-    Pack<S, kPack> in[kU][kIn + 1];
+    Pack<S> in[kU][kIn + 1];
     const auto load = [&](int u) {
       DC_UNROLL
       for (int k = 0; k < kIn; ++k) in[u][k] = pack(from(k, row))[first + u * threads_x];
@@ -90,27 +93,36 @@ struct RowWorker {
         if (first + u * threads_x < count) load(u);
     }
     meanwhile();
-    DC_UNROLL
+#pragma unroll kUnrolledPacks
     for (int u = 0; u < kU; ++u) {
       const int64_t p = first + u * threads_x;
-      if (p < count) {
-        Pack<S, kPack> out[kOut + 1];
-        float z[kPack] = {};
-        if constexpr (kGeneratesNoise<Op>) {
-          DC_UNROLL
-          for (int i = 0; i < kPack; i += kFew) generate(p * (kPack / kFew) + i / kFew, z + i);
-        }
+      if (p >= count) return;
+      Pack<S> out[kOut + 1] = {};
+#pragma unroll kUnrolledParts
+      for (int part = 0; part < kParts; ++part) {
+        Few<S> values[kIn + 1], results[kOut + 1];
         DC_UNROLL
-        for (int i = 0; i < kPack; ++i) {
+        for (int k = 0; k < kIn; ++k) values[k] = in[0][k].shift();
+        float z[kFew] = {};
+        if constexpr (kGeneratesNoise<Op>) generate(p * kParts + part, z);
+        DC_UNROLL
+        for (int i = 0; i < kFew; ++i) {
           S x[kIn + 1], stored[kOut + 1];
           DC_UNROLL
-          for (int k = 0; k < kIn; ++k) x[k] = in[u][k].value[i];
+          for (int k = 0; k < kIn; ++k) x[k] = values[k].get(i);
           apply(x, z[i], stored);
           DC_UNROLL
-          for (int k = 0; k < kOut; ++k) out[k].value[i] = stored[k];
+          for (int k = 0; k < kOut; ++k) results[k].set(i, stored[k]);
         }
         DC_UNROLL
-        for (int k = 0; k < kOut; ++k) pack(to(k, row))[p] = out[k];
+        for (int k = 0; k < kOut; ++k) out[k].shift(results[k]);
+      }
+      DC_UNROLL
+      for (int k = 0; k < kOut; ++k) pack(to(k, row))[p] = out[k];
+      DC_UNROLL
+      for (int v = 1; v < kU; ++v) {
+        DC_UNROLL
+        for (int k = 0; k < kIn; ++k) in[v - 1][k] = in[v][k];
       }
     }
   }
@@ -120,8 +132,7 @@ struct RowWorker {
   __device__ __forceinline__ void singly(int64_t row, int64_t p, int x, int threads_x,
                                          bool neighbors) const {
 #pragma unroll 1
-    for (int part = 0; part < kPack / kFew; ++part)
-      few(row, place(p, part, x, threads_x, neighbors));
+    for (int part = 0; part < kParts; ++part) few(row, place(p, part, x, threads_x, neighbors));
   }
 
   // Column i of the row.
@@ -146,16 +157,13 @@ struct RowWorker {
   __device__ __forceinline__ S* to(int k, int64_t row) const {
     return static_cast<S*>(args.out[k]) + row * args.cols;
   }
-  static __device__ __forceinline__ const Pack<S, kPack>* pack(const S* x) {
-    return reinterpret_cast<const Pack<S, kPack>*>(x);
+  static __device__ __forceinline__ const Pack<S>* pack(const S* x) {
+    return reinterpret_cast<const Pack<S>*>(x);
   }
-  static __device__ __forceinline__ Pack<S, kPack>* pack(S* x) {
-    return reinterpret_cast<Pack<S, kPack>*>(x);
-  }
+  static __device__ __forceinline__ Pack<S>* pack(S* x) { return reinterpret_cast<Pack<S>*>(x); }
 
-  __device__ __forceinline__ Few place(int64_t p, int part, int x, int threads_x,
-                                       bool neighbors) const {
-    constexpr int kParts = kPack / kFew;
+  __device__ __forceinline__ Place place(int64_t p, int part, int x, int threads_x,
+                                         bool neighbors) const {
     if (kGeneratesNoise<Op> && !kSum && args.noise.inner > 1) {
       // Neighbors in the order of the noise are `inner` apart in memory, where the threads of a
       // warp access neighbors. plan.cc: the runs have a multiple of four elements.
@@ -177,7 +185,7 @@ struct RowWorker {
     return {begin, stride, p * kParts + part, count};
   }
 
-  __device__ __forceinline__ void few(int64_t row, const Few& at) const {
+  __device__ __forceinline__ void few(int64_t row, const Place& at) const {
     if (at.count == 0) return;
     S x[kFew][kIn + 1];
     DC_UNROLL

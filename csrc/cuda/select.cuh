@@ -114,7 +114,7 @@ __device__ __forceinline__ void store(const Tally<R, Count>& tally, const Launch
 template <class Op, class S>
 struct Counting {
   using R = Compute<S>;
-  static constexpr int kIn = Op::n_in, kPack = 16 / sizeof(S);
+  static constexpr int kIn = Op::n_in, kPack = diffcore::kPack<S>;
 
   const LaunchArgs& args;
   const Search<R> search;
@@ -151,14 +151,14 @@ struct Counting {
     const int64_t packs = packed ? end / kPack : 0;
 #pragma unroll 1
     for (int64_t p = begin / kPack + threadIdx.x; p < packs; p += kThreads) {
-      Pack<S, kPack> x[kIn];
+      Pack<S> x[kIn];
       DC_UNROLL
-      for (int k = 0; k < kIn; ++k) x[k] = reinterpret_cast<const Pack<S, kPack>*>(in[k])[p];
+      for (int k = 0; k < kIn; ++k) x[k] = reinterpret_cast<const Pack<S>*>(in[k])[p];
       DC_UNROLL
       for (int i = 0; i < kPack; ++i) {
         S element[kIn];
         DC_UNROLL
-        for (int k = 0; k < kIn; ++k) element[k] = x[k].value[i];
+        for (int k = 0; k < kIn; ++k) element[k] = x[k].get(i);
         count(element);
       }
     }

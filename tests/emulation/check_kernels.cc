@@ -209,6 +209,8 @@ struct Shape {
 constexpr Shape kShapes[] = {{5, 3, 1},    {3, 1024, 1},  {37, 20, 1},       {2, 4099, 1},
                              {1, 9001, 1}, {3, 16384, 1}, {2, 40004, 1},     {300, 1, 1},
                              {3, 48, 3},   {2, 3072, 3},  {1, 5 * 4 * 33, 5}};
+// More partial sums than a thread block reads at a time, in float64.
+constexpr Shape kManyPartials = {1, 4300001, 1};
 
 void check_op(int op, const OpTraits& traits, const char* only) {
   for (int dtype = 0; dtype < kDtypes; ++dtype) {
@@ -225,6 +227,8 @@ void check_op(int op, const OpTraits& traits, const char* only) {
       check_at(1, 0);
       if (shape.rows > 1 && traits.n_in) check_at(0, 3);
     }
+    if (dtype == kF64 && !strcmp(traits.name, "normal_kl_sum"))
+      check({op, traits, kF64, kManyPartials.rows, kManyPartials.cols, 0, 0, kManyPartials.inner});
   }
 }
 

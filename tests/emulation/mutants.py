@@ -46,6 +46,7 @@ class Mutant(NamedTuple):
     name: str
     file: str  # in csrc/cuda
     edit: Edit
+    run: tuple[str, str] = ("", "f32")  # arguments of check_kernels
 
 
 def instead(old: str, new: str) -> Edit:
@@ -85,7 +86,7 @@ MUTANTS = [
     Mutant(
         "one pack too many",
         WORKER,
-        instead("      if (p < count) {", "      if (p <= count) {"),
+        instead("if (p >= count) return;", "if (p > count) return;"),
     ),
     Mutant(
         "no bound on single elements that are read",
@@ -96,17 +97,44 @@ MUTANTS = [
         ),
     ),
     Mutant(
-        "no bound on single elements that are written",
+        "more single elements than there are",
         WORKER,
-        instead(
-            "if (i >= at.count) continue;\n      DC_UNROLL\n      for (int k = 0; k < kOut",
-            "DC_UNROLL\n      for (int k = 0; k < kOut",
-        ),
+        instead("for (int i = 0; i < at.count; ++i) {", "for (int i = 0; i < kFew; ++i) {"),
+    ),
+    Mutant("one noise for four single elements", WORKER, instead("        z[j - 1] = z[j];\n", "")),
+    Mutant(
+        "one element four times if accesses are single",
+        WORKER,
+        instead("x[j - 1][k] = x[j][k];", ""),
     ),
     Mutant(
-        "a sum of more elements than there are",
+        "the second pack is the first again",
         WORKER,
-        instead("stored, i < at.count);", "stored, true);"),
+        instead("in[v - 1][k] = in[v][k];", ""),
+    ),
+    Mutant(
+        "the parts of a pack in the wrong order",
+        "pack.cuh",
+        instead("part[kParts - 1] = last;", "part[0] = last;"),
+        ("", "bf16"),
+    ),
+    Mutant(
+        "the first part of a pack twice",
+        "pack.cuh",
+        instead("part[i - 1] = part[i];", ""),
+        ("", "bf16"),
+    ),
+    Mutant(
+        "partial sums left out",
+        ROWS,
+        instead("j += 4 * kThreads", "j += 5 * kThreads"),
+        ("normal_kl_sum", "f64"),
+    ),
+    Mutant(
+        "partial sums after the last",
+        ROWS,
+        instead("part[u] = j + u * kThreads < args.chunks ? ", "part[u] = u >= 0 ? "),
+        ("normal_kl_sum", "f64"),
     ),
     Mutant(
         "elements after the last pack missing",
@@ -303,7 +331,12 @@ def outcome(csrc: Path, mutant: Mutant | None) -> dict[str, str]:
         if error := build(folder / "csrc", name, folder):
             raise RuntimeError(f"{mutant and mutant.name}: does not build: {error}")
         done = subprocess.run(
-            ["setarch", "-R", str(folder / f"run_{name}"), "", "f32"],
+            [
+                "setarch",
+                "-R",
+                str(folder / f"run_{name}"),
+                *(mutant.run if mutant else ("", "f32")),
+            ],
             env=ENVIRONMENT,
             capture_output=True,
             text=True,
