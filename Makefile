@@ -104,6 +104,18 @@ demo: $(VENV)/.installed  ## train the VAE and the diffusion model on real digit
 
 test: $(VENV)/.installed  ## build, and run the tests that this machine can run
 	$(PY) -m pytest -n $(JOBS) --dist worksteal $(PYTEST_ARGS)
+	$(if $(and $(CAN_EMULATE),$(if $(PYTEST_ARGS),,yes)),$(RUN_EMULATED) $(EMULATED_QUICK) -k 'not many_rows')
+
+# The CUDA kernels compiled for the CPU, every thread executed: not a run on a GPU. Threads change in x86-64 assembler.
+CAN_EMULATE := $(filter x86_64,$(shell uname -m))
+EMULATED := $(BUILD_DIR)/tests/emulation
+EMULATED_QUICK := tests/ops/test_layouts.py tests/ops/test_threshold.py tests/ops/test_loss_gradient.py tests/noise/test_bits.py
+EMULATED_TESTS ?= $(EMULATED_QUICK) tests/ops/test_forward.py tests/ops/test_backward.py tests/ops/test_step.py \
+  tests/ops/test_normal_kl.py tests/noise/test_ops.py tests/noise/test_targets.py
+define RUN_EMULATED
+PATH="$(abspath $(VENV))/bin:$$PATH" cmake --build $(BUILD_DIR) --target emulated
+DIFFCORE_EMULATED=$(EMULATED) $(PY) -m pytest -q -n $(JOBS) --dist worksteal
+endef
 
 .PHONY: slow
 slow: $(VENV)/.installed  ## the slow tests, which make test leaves out
@@ -118,16 +130,12 @@ routes: $(VENV)/.installed  ## the whole matrix of routes: every case compiled a
 	$(PY) -m pytest -n $(JOBS) --dist worksteal --all-routes tests/routes $(PYTEST_ARGS)
 	$(PY) tools/routes_table.py --check
 
-# The CUDA kernels compiled for the CPU, every thread executed: not a run on a GPU.
-EMULATED := $(BUILD_DIR)/tests/emulation
-EMULATED_TESTS ?= tests/ops/test_forward.py tests/ops/test_layouts.py tests/ops/test_backward.py tests/ops/test_step.py \
-  tests/ops/test_loss_gradient.py tests/ops/test_threshold.py tests/ops/test_normal_kl.py tests/noise
 .PHONY: emulate
 emulate: $(VENV)/.installed  ## the CUDA kernels, emulated on the CPU (x86-64): against the CPU's kernels, and some tests
-	PATH="$(abspath $(VENV))/bin:$$PATH" cmake --build $(BUILD_DIR) --target emulated check_kernels check_limits
+	PATH="$(abspath $(VENV))/bin:$$PATH" cmake --build $(BUILD_DIR) --target check_kernels check_limits
 	set -e; for order in forward backward 7; do EMULATION_ORDER=$$order $(EMULATED)/check_kernels; done
 	EMULATION_BLOCKS=ends $(EMULATED)/check_limits ends
-	DIFFCORE_EMULATED=$(EMULATED) $(PY) -m pytest -n $(JOBS) --dist worksteal $(EMULATED_TESTS) $(PYTEST_ARGS)
+	$(RUN_EMULATED) $(EMULATED_TESTS) $(PYTEST_ARGS)
 
 FUZZ_ARGS ?= --seconds 60
 .PHONY: fuzz
