@@ -15,7 +15,7 @@ void print() {
   const bool unused = sizeof(S) == 8 && kGeneratesNoise<Op> && kReads<Op> > 0;
   const int unroll = kSelects<Op> ? 1 : kUnroll<Op>;
   std::printf("%s\t%s\t%d\t%d\t%d\n", typeid(Op).name(), typeid(S).name(), kReads<Op> * unroll,
-              Op::n_out * (kShortFormula<Op> ? unroll : 1), !unused);
+              Op::n_out * (kSelects<Op> ? 1 : kUnrolledPacks<Op>), !unused);
 }
 
 template <class... Op>

@@ -18,10 +18,9 @@ namespace diffcore {
 template <class Op>
 constexpr int kUnroll = Op::n_in <= 2 ? 2 : 1;
 
-// Whether the loops over packs and their parts are unrolled: not if the formula is long, because each
-// copy would be 100 to 250 instructions.
+// Packs that a turn of the loop over them computes: one with noise, whose code is long.
 template <class Op>
-constexpr bool kShortFormula = !kGeneratesNoise<Op> && kUnroll<Op> == 2;
+constexpr int kUnrolledPacks = kGeneratesNoise<Op> ? 1 : kUnroll<Op>;
 
 // load_coefs; if all threads of a warp have the same row, each lane loads one coefficient.
 template <class Op, class R>
@@ -54,8 +53,8 @@ struct RowWorker {
   using R = Compute<S>;
   static constexpr int kIn = kReads<Op>, kOut = Op::n_out, kSum = Op::n_sum, kU = kUnroll<Op>;
   static constexpr int kPack = diffcore::kPack<S>, kFew = diffcore::kFew<S>, kParts = kPack / kFew;
-  static constexpr int kUnrolledPacks = kShortFormula<Op> ? kU : 1;
-  static constexpr int kUnrolledParts = kShortFormula<Op> ? kParts : 1;
+  // With more inputs the formula is long.
+  static constexpr int kUnrolledParts = kU == 2 ? kParts : 1;
 
   const LaunchArgs& args;
   R* c;
@@ -93,7 +92,7 @@ struct RowWorker {
         if (first + u * threads_x < count) load(u);
     }
     meanwhile();
-#pragma unroll kUnrolledPacks
+#pragma unroll kUnrolledPacks < Op>
     for (int u = 0; u < kU; ++u) {
       const int64_t p = first + u * threads_x;
       if (p >= count) return;

@@ -45,7 +45,9 @@ using Steps = Joined<Step<kGuided, 0, false>, Step<kGuided, 1, false>, Step<kGui
                      Step<kGuided, 3, true>,
                      OpList<ReverseStep<kGuided, 0, false, kLearnedNoise>,
                             Generated<ReverseStep<kGuided, 0, false, kLearnedNoise>>,
-                            ReverseStepBackward<kGuided, false>, ReverseStepBackward<kGuided, true>,
+                            ReverseStepBackward<kGuided, false, false>,
+                            ReverseStepBackward<kGuided, false, true>,
+                            ReverseStepBackward<kGuided, true, false>,
                             StepLogProb<kGuided>, StepLogProbBackward<kGuided, false>,
                             StepLogProbBackward<kGuided, true>>>;
 

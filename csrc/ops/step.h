@@ -162,15 +162,15 @@ struct ReverseStep : StepBase {
   }
 };
 
-// Inputs: g, [g_h], x, m (or m_c), [m_u]; outputs: dx, dm (or dm_c), [dm_u].
-template <bool kGuided, bool kKeeps>
+// Inputs: g, [g_h], x, m (or m_c), [m_u]; outputs: dx, dm (or dm_c), [dm_u], [dz].
+template <bool kGuided, bool kKeeps, bool kOfNoise>
 struct ReverseStepBackward : StepBase {
   using P = Prediction<kGuided>;
   static constexpr KernelName kName{"reverse_step", kGuided ? "_guided" : "", kKeeps ? "_keep" : "",
-                                    "_backward"};
+                                    "_backward", kOfNoise ? "_noise" : ""};
   static constexpr const char* name = kName.text;
   static constexpr int kFirst = 1 + kKeeps;
-  static constexpr int n_in = kFirst + P::n, n_out = P::n;
+  static constexpr int n_in = kFirst + P::n, n_out = P::n + kOfNoise;
   static constexpr int n_coef = kKeeps ? kKeepCoefs : kStepCoefs;
   template <class R>
   DC_HD static void prepare(R* c) {
@@ -188,6 +188,7 @@ struct ReverseStepBackward : StepBase {
     }
     y[0] = dx;
     P::to_model_outputs(c, dm, y + 1);
+    if constexpr (kOfNoise) y[n_out - 1] = x[0] * StepRow(c).c_z();
   }
 };
 

@@ -105,12 +105,12 @@ MUTANTS = [
     Mutant(
         "one element four times if accesses are single",
         WORKER,
-        instead("x[j - 1][k] = x[j][k];", ""),
+        instead("x[j - 1][k] = x[j][k];", ";"),
     ),
     Mutant(
         "the second pack is the first again",
         WORKER,
-        instead("in[v - 1][k] = in[v][k];", ""),
+        instead("in[v - 1][k] = in[v][k];", ";"),
     ),
     Mutant(
         "the parts of a pack in the wrong order",
@@ -121,7 +121,7 @@ MUTANTS = [
     Mutant(
         "the first part of a pack twice",
         "pack.cuh",
-        instead("part[i - 1] = part[i];", ""),
+        instead("part[i - 1] = part[i];", ";"),
         ("", "bf16"),
     ),
     Mutant(

@@ -246,6 +246,22 @@ def test_the_gradient_of_m_alone_is_one_launch(monkeypatch: pytest.MonkeyPatch) 
     assert seen == ["step_log_prob_guided", "step_log_prob_guided_backward"]
 
 
+@pytest.mark.parametrize("guided", [False, True])
+def test_the_gradients_of_a_step_are_one_launch(
+    guided: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That of the noise included."""
+    inputs = x, m, z, u = [t.requires_grad_() for t in tensors(4)]
+    options: dict[str, Any] = {"noise": z, "t": 3}
+    if guided:
+        options |= {"model_output_uncond": u, "guidance_scale": 2.0}
+    found = ops.reverse_step(x, m, step_table(), **options)
+    seen = launches(monkeypatch)
+    gradients = torch.autograd.grad(found, inputs[: 3 + guided], torch.ones_like(found))
+    assert seen == ["reverse_step" + "_guided" * guided + "_backward_noise"]
+    assert_same_bits(gradients[2], torch.full_like(z, float(step_table()[3, 3])))
+
+
 # ---- mistakes -----------------------------------------------------------------------------------
 
 

@@ -59,11 +59,16 @@ def _reverse_step(guided: bool, history: int, keeps: bool, noise: int) -> Kernel
         found: list[Tensor | None] = [None] * len(needs)
         if any(needs[:first]):
             outer = (g, left[0] if left else None)
-            found[:first] = _of_step(guided, outer, inputs, (scale, threshold), c, step)
+            # Of an h' that is kept, the gradient of the noise takes another launch.
+            with_noise = noise == NOISY and outer[1] is None and len(needs) > first and needs[-1]
+            of_step = _of_step(guided, outer, inputs, (scale, threshold), c, step, bool(with_noise))
+            found[:first] = of_step[:first]
+            if with_noise:
+                found[-1] = of_step[first]
         if g is not None:
             factors = [*(c.c_1, c.c_2, c.c_3)[:history], *[c.c_z] * (noise == NOISY)]
             for k, factor in enumerate(factors, first):
-                if k < len(needs) and needs[k]:
+                if k < len(needs) and needs[k] and found[k] is None:
                     found[k] = run(SCALE, (g,), (factor,), _at(step, factor))
         return found
 
@@ -94,8 +99,9 @@ def _of_step(
     leading: Coefs,
     columns: StepColumns,
     step: Step,
+    with_noise: bool,
 ) -> Tensors:
-    """The gradients of x, m (and m_u), from those of x' and of h'."""
+    """The gradients of x, m (and m_u, z), from those of x' and of h'."""
     g, left = grads
     if g is None:  # h' alone: its factors take the place of those of x'
         g, left = left, None
@@ -104,7 +110,7 @@ def _of_step(
     keeps = left is not None
     upstream = (g,) if left is None else (g, left)
     coefs = (*leading, *columns[: KEPT if keeps else PLAIN])
-    kernel = STEP_BACKWARD[guided, keeps]
+    kernel = STEP_BACKWARD[guided, keeps, with_noise]
     return run_tuple(kernel, (*upstream, *inputs[: 2 + guided]), coefs, _at(step, *coefs))
 
 
@@ -173,16 +179,20 @@ SOLVER_STEP = {
 }
 TABLE_STEP = {key: kernel.selected_by("i") for key, kernel in REVERSE_STEP.items()}
 STEP_BACKWARD = {
-    (guided, keeps): define(
+    (guided, keeps, noise): define(
         Kernel(
-            "reverse_step" + "_guided" * guided + "_keep" * keeps + "_backward",
+            "reverse_step"
+            + "_guided" * guided
+            + "_keep" * keeps
+            + "_backward"
+            + "_noise" * noise,
             ("grad", *["grad_history"] * keeps, *inputs_of(guided)),
             LEADING + STEP_COLUMNS[: KEPT if keeps else PLAIN],
-            outputs=2 + guided,
+            outputs=2 + guided + noise,
         )
     )
     for guided in _GUIDANCE
-    for keeps in (False, True)
+    for keeps, noise in ((False, False), (False, True), (True, False))
 }
 STEP_LOG_PROB = {guided: _log_prob(guided) for guided in _GUIDANCE}
 LOG_PROB_BACKWARD = {
