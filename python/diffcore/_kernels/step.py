@@ -181,11 +181,7 @@ TABLE_STEP = {key: kernel.selected_by("i") for key, kernel in REVERSE_STEP.items
 STEP_BACKWARD = {
     (guided, keeps, noise): define(
         Kernel(
-            "reverse_step"
-            + "_guided" * guided
-            + "_keep" * keeps
-            + "_backward"
-            + "_noise" * noise,
+            "reverse_step" + "_guided" * guided + "_keep" * keeps + "_backward" + "_noise" * noise,
             ("grad", *["grad_history"] * keeps, *inputs_of(guided)),
             LEADING + STEP_COLUMNS[: KEPT if keeps else PLAIN],
             outputs=2 + guided + noise,
