@@ -168,6 +168,7 @@ MUTANTS = [
         "the noise of the first four elements twice",
         WORKER,
         instead("p * kParts + part, count}", "p * kParts, count}"),
+        ("", "bf16"),  # a pack of float32 has no second four
     ),
     Mutant(
         "the noise of another channel",
