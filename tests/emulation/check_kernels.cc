@@ -95,10 +95,16 @@ struct Arguments {
       coefs.emplace_back(size_t(rows));
       for (double& c : coefs.back()) c = uniform(random);
     }
-    // A quantile of a row with NaN is NaN, and infinity is the largest number.
-    if (op.selects && rows > 2 && cols > 1) {
-      values[0][0] = INFINITY;
-      values[0][size_t(2 * cols + 1)] = NAN;
+    if (op.selects) {
+      // The last two coefficients are the ratio and the largest result; the least is 1.
+      for (double& ratio : coefs[size_t(op.n_coef) - 2]) ratio = fmin(ratio, 1);
+      for (double& maximum : coefs[size_t(op.n_coef) - 1]) maximum = INFINITY;
+      for (float& v : values[0]) v *= 100;
+      // The quantile of a row with NaN is NaN, and infinity is the largest number.
+      if (rows > 2 && cols > 1) {
+        values[0][0] = INFINITY;
+        values[0][size_t(2 * cols + 1)] = NAN;
+      }
     }
     // Every other row uses the formula of a decoder row: column 9 of kVlbColumns.
     if (!strncmp(op.name, "vlb_term", 8))

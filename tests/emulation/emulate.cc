@@ -83,12 +83,20 @@ struct Fiber {
   TSAN(void* tsan = nullptr;)
 };
 
-Fiber fibers[kMaxThreads];
+#ifdef __SANITIZE_THREAD__
+// What orders accesses. Blocks take one of two sets in turn, and of two sets of fibers: a block does
+// not come before the next.
+struct Clocks {
+  char begin, barrier[2], warp[2][kMaxThreads / kWarp];
+} clocks[2], *clock_of_block = clocks;
+char end_clock;
+void* scheduler;
+#endif
+
+Fiber all_fibers[2][kMaxThreads], *fibers = all_fibers[0];
 uint64_t exchanged[2][kMaxThreads];
 int current, threads;
 void* scheduler_sp;
-TSAN(void* scheduler; char barrier_clock[2], begin_clock, end_clock;
-     char warp_clock[2][kMaxThreads / kWarp];)
 const std::function<void()>* body;
 cudaError_t last_error = cudaSuccess;
 
@@ -154,7 +162,7 @@ UNCHECKED void resume(int thread) {
 }
 
 UNCHECKED void enter() {
-  TSAN(__tsan_acquire(&begin_clock);) (*body)();
+  TSAN(__tsan_acquire(&clock_of_block->begin);) (*body)();
   TSAN(__tsan_release(&end_clock);)
   leave(kDone);
   abort();
@@ -212,6 +220,17 @@ UNCHECKED bool release_barrier() {
 
 UNCHECKED void run_block(uint3 index, std::vector<int>& turn) {
   blockIdx = index;
+#ifdef __SANITIZE_THREAD__
+  const bool other = clock_of_block == clocks;
+  clock_of_block = clocks + other;
+  fibers = all_fibers[other];
+  // Its shared memory is new memory: accesses of another block are no races with its own.
+  const size_t size = size_t(emulated_shared_end - emulated_shared_begin);
+  if (mmap(emulated_shared_begin, size, PROT_READ | PROT_WRITE,
+           MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0) == MAP_FAILED)
+    abort();
+  __tsan_release(&clock_of_block->begin);
+#endif
   for (char* p = emulated_shared_begin; p < emulated_shared_end; ++p) *p = char(0xa5);
   for (int t = 0; t < threads; ++t) prepare(fibers[t]);
   for (;;) {
@@ -244,9 +263,9 @@ UNCHECKED void barrier(Place at) {
   // Two clocks in turn: a thread at the next barrier does not come before one that still leaves
   // this one.
   [[maybe_unused]] const unsigned which = me.barriers++ % 2;
-  TSAN(__tsan_release(&barrier_clock[which]);)
+  TSAN(__tsan_release(&clock_of_block->barrier[which]);)
   leave(kAtBarrier);
-  TSAN(__tsan_acquire(&barrier_clock[which]);)
+  TSAN(__tsan_acquire(&clock_of_block->barrier[which]);)
 }
 
 UNCHECKED const uint64_t* exchange(unsigned mask, uint64_t mine, Place at) {
@@ -258,9 +277,9 @@ UNCHECKED const uint64_t* exchange(unsigned mask, uint64_t mine, Place at) {
   exchanged[which][thread] = mine;
   me.at = at;
   me.mask = mask;
-  TSAN(__tsan_release(&warp_clock[which][warp]);)
+  TSAN(__tsan_release(&clock_of_block->warp[which][warp]);)
   leave(kAtShuffle);
-  TSAN(__tsan_acquire(&warp_clock[which][warp]);)
+  TSAN(__tsan_acquire(&clock_of_block->warp[which][warp]);)
   return exchanged[which] + warp * kWarp;
 }
 
@@ -278,7 +297,6 @@ UNCHECKED cudaError_t run(dim3 grid, dim3 block, const std::function<void()>& th
   std::iota(turn.begin(), turn.end(), 0);
   const char* which = getenv("EMULATION_BLOCKS");
   const bool ends = which && !strcmp(which, "ends");
-  TSAN(__tsan_release(&begin_clock);)
   const uint64_t blocks = uint64_t(grid.x) * grid.y * grid.z;
   if (ends) {
     const auto next = [](unsigned i, unsigned n) {
