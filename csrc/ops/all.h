@@ -41,15 +41,14 @@ using Step = OpList<ReverseStep<kGuided, kHistory, kKeeps, kStill>,
 // uses two tensors, runs the next larger instance with coefficient 0 for a tensor that the loop has
 // allocated anyway.
 template <bool kGuided>
-using Steps = Joined<Step<kGuided, 0, false>, Step<kGuided, 1, false>, Step<kGuided, 1, true>,
-                     Step<kGuided, 3, true>,
-                     OpList<ReverseStep<kGuided, 0, false, kLearnedNoise>,
-                            Generated<ReverseStep<kGuided, 0, false, kLearnedNoise>>,
-                            ReverseStepBackward<kGuided, false, false>,
-                            ReverseStepBackward<kGuided, false, true>,
-                            ReverseStepBackward<kGuided, true, false>,
-                            StepLogProb<kGuided>, StepLogProbBackward<kGuided, false>,
-                            StepLogProbBackward<kGuided, true>>>;
+using Steps = Joined<
+    Step<kGuided, 0, false>, Step<kGuided, 1, false>, Step<kGuided, 1, true>,
+    Step<kGuided, 3, true>,
+    OpList<ReverseStep<kGuided, 0, false, kLearnedNoise>,
+           Generated<ReverseStep<kGuided, 0, false, kLearnedNoise>>,
+           ReverseStepBackward<kGuided, false, false>, ReverseStepBackward<kGuided, false, true>,
+           ReverseStepBackward<kGuided, true, false>, StepLogProb<kGuided>,
+           StepLogProbBackward<kGuided, false>, StepLogProbBackward<kGuided, true>>>;
 
 // clang-format off
 using AllOps = Joined<

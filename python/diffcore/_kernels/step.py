@@ -59,11 +59,11 @@ def _reverse_step(guided: bool, history: int, keeps: bool, noise: int) -> Kernel
         found: list[Tensor | None] = [None] * len(needs)
         if any(needs[:first]):
             outer = (g, left[0] if left else None)
-            # Of an h' that is kept, the gradient of the noise takes another launch.
-            with_noise = noise == NOISY and outer[1] is None and len(needs) > first and needs[-1]
-            of_step = _of_step(guided, outer, inputs, (scale, threshold), c, step, bool(with_noise))
+            # The noise of a key is no input. Beside an h', its gradient takes another launch.
+            of_noise = noise == NOISY and outer[1] is None and any(needs[first + history :])
+            of_step = _of_step(guided, outer, inputs, (scale, threshold), c, step, of_noise)
             found[:first] = of_step[:first]
-            if with_noise:
+            if of_noise:
                 found[-1] = of_step[first]
         if g is not None:
             factors = [*(c.c_1, c.c_2, c.c_3)[:history], *[c.c_z] * (noise == NOISY)]
@@ -99,7 +99,7 @@ def _of_step(
     leading: Coefs,
     columns: StepColumns,
     step: Step,
-    with_noise: bool,
+    of_noise: bool,
 ) -> Tensors:
     """The gradients of x, m (and m_u, z), from those of x' and of h'."""
     g, left = grads
@@ -110,7 +110,7 @@ def _of_step(
     keeps = left is not None
     upstream = (g,) if left is None else (g, left)
     coefs = (*leading, *columns[: KEPT if keeps else PLAIN])
-    kernel = STEP_BACKWARD[guided, keeps, with_noise]
+    kernel = STEP_BACKWARD[guided, keeps, of_noise]
     return run_tuple(kernel, (*upstream, *inputs[: 2 + guided]), coefs, _at(step, *coefs))
 
 
