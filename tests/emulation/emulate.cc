@@ -224,7 +224,7 @@ UNCHECKED void run_block(uint3 index, std::vector<int>& turn) {
   const bool other = clock_of_block == clocks;
   clock_of_block = clocks + other;
   fibers = all_fibers[other];
-  // Its shared memory is new memory: accesses of another block are no races with its own.
+  // The shared memory of the block is new memory: no race with another block's accesses.
   const size_t size = size_t(emulated_shared_end - emulated_shared_begin);
   if (mmap(emulated_shared_begin, size, PROT_READ | PROT_WRITE,
            MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0) == MAP_FAILED)
