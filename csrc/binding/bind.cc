@@ -55,7 +55,22 @@ bool requires_grad(PyObject* x) {
   PyObject* getter = g_torch.requires_grad;
   return is(Py_True, Py_TYPE(getter)->tp_descr_get(getter, x, nullptr));
 }
-bool is_negated(PyObject* x) { return is(Py_True, PyObject_CallOneArg(g_torch.is_neg, x)); }
+
+// A call without arguments. Functions and methods written in C are called directly, since there are
+// up to a dozen queries in each call of an op.
+PyObject* query(PyObject* function) {
+  if (PyCFunction_Check(function) && PyCFunction_GET_FLAGS(function) == METH_NOARGS)
+    return PyCFunction_GET_FUNCTION(function)(PyCFunction_GET_SELF(function), nullptr);
+  return PyObject_CallNoArgs(function);
+}
+PyObject* query_of(PyObject* x, PyObject* method) {
+  if (Py_IS_TYPE(method, &PyMethodDescr_Type)) {
+    const PyMethodDef* def = reinterpret_cast<PyMethodDescrObject*>(method)->d_method;
+    if (def->ml_flags == METH_NOARGS) return def->ml_meth(x, nullptr);
+  }
+  return PyObject_CallOneArg(method, x);
+}
+bool is_negated(PyObject* x) { return is(Py_True, query_of(x, g_torch.is_neg)); }
 bool plain(PyObject* x) { return Py_TYPE(x) == g_torch.tensor || Py_TYPE(x) == g_torch.parameter; }
 
 py::object checked(PyObject* made) {
@@ -63,7 +78,7 @@ py::object checked(PyObject* made) {
   return py::reinterpret_steal<py::object>(made);
 }
 Py_ssize_t number(PyObject* function) {
-  const py::object result = checked(PyObject_CallNoArgs(function));
+  const py::object result = checked(query(function));
   const Py_ssize_t value = PyNumber_AsSsize_t(result.ptr(), nullptr);
   if (value == -1 && PyErr_Occurred()) throw py::error_already_set();
   return value;
@@ -103,8 +118,8 @@ class WithoutFunctionModes {
 };
 
 int inspect(const py::tuple& tensors, const py::tuple& coefs, int found) {
-  if (!is(Py_None, PyObject_CallNoArgs(g_torch.transforms))) found |= kTransform;
-  const bool grad = is(Py_True, PyObject_CallNoArgs(g_torch.grad_enabled));
+  if (!is(Py_None, query(g_torch.transforms))) found |= kTransform;
+  const bool grad = is(Py_True, query(g_torch.grad_enabled));
   for (py::handle x : tensors) {
     if (!plain(x.ptr())) return found | kNotPlain;
     if (grad && requires_grad(x.ptr())) found |= kNeedsGrad;
