@@ -61,6 +61,23 @@ def test_mixed_inputs_are_converted_to_the_widest(
             assert torch.equal(g, e.to(leaf.dtype))
 
 
+@each_case
+def test_without_memory_too(case: OpCase) -> None:
+    made = case.make((4, 3), torch.float32)
+    mixed = {n: x.to(torch.float64 if k else None) for k, (n, x) in enumerate(made.tensors.items())}
+    expected = as_tuple(case.op(**mixed, **made.options))
+    on_meta = {n: x.to("meta") for n, x in mixed.items()}
+    options = {n: x.to("meta") if isinstance(x, Tensor) else x for n, x in made.options.items()}
+    found = as_tuple(case.op(**on_meta, **options))
+    assert [(y.dtype, y.shape) for y in found] == [(y.dtype, y.shape) for y in expected]
+
+
+def test_a_noise_key_is_checked_before_it_is_rounded() -> None:
+    key = PhiloxNoise(3, sample_ids=torch.arange(8))
+    with pytest.raises(ValueError, match="sample_ids must have 7 entries, one per sample, got 8"):
+        ops.reverse_step(torch.ones(7, 5), torch.ones(7, 5).double(), (1.0,) * 8, noise=key)
+
+
 @pytest.mark.parametrize("kind", ops.PREDICTION_TYPES)
 @pytest.mark.parametrize("x0_dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_noise_of_the_loss_is_that_of_the_sample(kind: str, x0_dtype: torch.dtype) -> None:

@@ -64,6 +64,8 @@ def direct(
 
 
 # Reasons that are no mistake: the arguments lie in memory as kernels do not read or write them.
+_DEVICES = ("unreadable", "device_kind")  # sparse, quantized, meta, or of another device
+_DTYPES = ("other_dtype", *_DEVICES)
 _ORDERS = ("layout", "noise_layout")
 _COPIES = (*_ORDERS, "overlap", "outputs_overlap")
 
@@ -72,11 +74,11 @@ def _careful(reason: native.Reason, outs: Tensors, args: Arguments, reduce_all: 
     """What ``direct`` does where the kernel did not run: falls back, copies, or raises."""
     kernel, inputs, coefs, step, out, noise = args
     code = messages.code_of(reason)
-    if code == "other_dtype":
+    if code in _DTYPES:
         kernel, wide, noise = promoted(kernel, inputs, noise)
         if wide is not inputs:
             return direct(kernel, wide, coefs, step, reduce_all, out, noise)
-    if code in ("unreadable", "device_kind"):  # sparse, quantized, meta, or of another device
+    if code in _DEVICES:
         messages.explain(args)
         if not native.has_kernels(inputs[0].device):
             return run_reference(kernel, inputs, coefs, step, reduce_all, out, noise)
@@ -134,6 +136,7 @@ def promoted(kernel: Kernel, inputs: Tensors, noise: Noise) -> tuple[Kernel, Ten
     widest = functools.reduce(torch.promote_types, dtypes)
     like = inputs[kernel.samples]
     if noise is not None and like.dtype != widest:
+        messages.check_noise(noise, like.shape[0] if like.ndim else 1, like)
         inputs = (*inputs, philox.normals(noise, like.shape, like.dtype, like.device))
         kernel, noise = kernel.reading(), None
     return kernel, tuple([x.to(widest) for x in inputs]), noise
