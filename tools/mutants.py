@@ -209,7 +209,8 @@ def build(mutants: list[Mutant], temporary: Path) -> Path:
     """A copy of the package whose kernels have all these edits."""
     source = temporary / "source"
     source.mkdir()
-    shutil.copy(ROOT / "CMakeLists.txt", source)
+    for name in ("CMakeLists.txt", "pyproject.toml"):
+        shutil.copy(ROOT / name, source)
     copy_of(ROOT / "csrc", source / "csrc")
     apply(mutants, source / "csrc", {".h", ".cc"})
     python = copy_of(ROOT / "python", temporary / "native")
@@ -218,11 +219,8 @@ def build(mutants: list[Mutant], temporary: Path) -> Path:
     pybind11 = subprocess.check_output([sys.executable, "-m", "pybind11", "--cmakedir"], text=True)
     configure = ["cmake", f"-S{source}", f"-B{temporary}/build", "-DDIFFCORE_CUDA=OFF"]
     options = [f"-Dpybind11_DIR={pybind11.strip()}", f"-DPython_EXECUTABLE={sys.executable}"]
-    options += [
-        "-GNinja",
-        "-DDIFFCORE_ISAS=v2",
-        "-DDIFFCORE_KERNEL_OPTIMIZATION=-O0",
-    ]  # in a minute
+    # One instruction set without optimization takes a minute to build, not ten.
+    options += ["-GNinja", "-DDIFFCORE_ISAS=v2", "-DDIFFCORE_KERNEL_OPTIMIZATION=-O0"]
     subprocess.run([*configure, *options], check=True, stdout=subprocess.DEVNULL)
     subprocess.run(["cmake", "--build", temporary / "build", "-j2"], check=True)
     for module in (temporary / "build").glob("_C*.so"):
