@@ -72,6 +72,7 @@ __device__ __forceinline__ void enter_cluster() {
 // The sum of the partial sums in thread 0 of each block, in thread 0 of the first block. Adds as the
 // kernel `fold`, whose further threads add zeros: with the same bits. All threads of the cluster call
 // it, once. The first block stays until all have sent.
+template <class R>
 __device__ __forceinline__ double cluster_sum(double partial) {
   Inbox& box = inbox();
   __cluster_barrier_wait();  // the first block has started, and expects bytes
@@ -79,7 +80,7 @@ __device__ __forceinline__ double cluster_sum(double partial) {
   if (blockIdx.x != 0) return 0;
   if (threadIdx.x == 0) wait_for_bytes(&box.arrived);
   __syncthreads();
-  Total<double> mine = {};
+  TotalOfPartials<R> mine = {};
   if (threadIdx.x < kCluster) mine.add(box.partials[threadIdx.x]);
   return row_sum(mine, kCluster, int(threadIdx.x));
 }

@@ -65,29 +65,7 @@ struct ClusterSupport {
   static constexpr int kDevices = 16;  // further ones are asked in each call
   std::atomic<Answer> answers[kDevices];
 
-  // On the current device.
-  bool has(const void* kernel) {
-    int device = 0;
-    if (message_of(cudaGetDevice(&device))) return false;
-    std::atomic<Answer>* known = device < kDevices ? &answers[device] : nullptr;
-    Answer answer = known ? known->load(std::memory_order_relaxed) : kUnknown;
-    if (answer == kUnknown) {
-      answer = ask(kernel) ? kYes : kNo;
-      if (known) known->store(answer, std::memory_order_relaxed);
-    }
-    return answer == kYes;
-  }
-
- private:
-  // A new device may run code that was compiled for an older one, in which DC_CLUSTERS is not
-  // defined; a part of a device (MIG) may be too small for a cluster.
-  static bool ask(const void* kernel) {
-    cudaFuncAttributes code{};
-    if (message_of(cudaFuncGetAttributes(&code, kernel)) || code.ptxVersion < 90) return false;
-    const LaunchConfig config(Grid(dim3(kCluster), kCluster), nullptr);
-    int clusters = 0;
-    return !message_of(cudaOccupancyMaxActiveClusters(&clusters, kernel, &config)) && clusters > 0;
-  }
+  bool here(const void* kernel);  // on the current device; device.cu
 };
 
 }  // namespace diffcore

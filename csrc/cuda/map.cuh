@@ -113,7 +113,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm<Op, S>)
 #ifdef DC_CLUSTERS
       static_assert(kMaxSum == 1, "a second sum would overwrite the partial sums of the first");
       if (layout.cluster) {
-        total = cluster_sum(total);
+        total = cluster_sum<R>(total);
         if (blockIdx.x != 0) return;
         complete = true;
       }
@@ -136,7 +136,7 @@ __global__ void __launch_bounds__(kThreads) fold(const __grid_constant__ LaunchA
 #pragma unroll 1
     for (int k = 0; k < Op::n_sum; ++k) {
       const double* chunk = args.partials + (k * args.rows + row) * args.chunks;
-      Total<double> mine = {};
+      TotalOfPartials<R> mine = {};
 #pragma unroll 1
       for (int64_t j = threadIdx.x; j < args.chunks; j += 4 * kThreads) {
         double part[4];  // all in flight
@@ -225,7 +225,7 @@ struct CudaMap {
 
  private:
   // Whether the current device runs `map` in clusters.
-  static bool clusters() { return support_.has(reinterpret_cast<const void*>(map<Op, S>)); }
+  static bool clusters() { return support_.here(reinterpret_cast<const void*>(map<Op, S>)); }
 
   static inline ClusterSupport support_;
 };
