@@ -9,6 +9,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include <algorithm>
 #include <memory>
 #include <random>
 #include <string>
@@ -199,8 +200,7 @@ int64_t rounds_of(const Case& c) {
   return (c.cols + per_round - 1) / per_round;
 }
 
-void check(const Case& c) {
-  const Arguments arguments(c.traits, c.rows, c.cols);
+void check(const Case& c, const Arguments& arguments) {
   const Results cpu = run(c, arguments, kCpu, 0, c.rows, c.offset, c.gap);
   const Results cuda = run(c, arguments, kClusters, 0, c.rows, c.offset, c.gap);
   expect(cpu.outs == cuda.outs, c, "outputs differ from the CPU's");
@@ -224,6 +224,8 @@ void check(const Case& c) {
   expect(folded.allocations == 1 && cuda.allocations == (rounds_of(c) > 64), c,
          "partial sums are in memory where they should not be, or the other way around");
 }
+
+void check(const Case& c) { check(c, Arguments(c.traits, c.rows, c.cols)); }
 
 struct Shape {
   int64_t rows, cols, inner;
@@ -252,6 +254,17 @@ void check_medium_sums(int op, const OpTraits& traits, Dtype dtype) {
   check_at(1, 64 * per_round + 1, 0, 0);
 }
 
+// The three elements after the last pack count only if they are added to the partial sum of another
+// block than their own. In it a 2 of their thread absorbs each of them.
+void check_single_elements(int op, const OpTraits& traits) {
+  const int64_t cols = 9 * 4 * kThreads + 3;  // ten rounds of packs of four, two of them in a block
+  Arguments arguments(traits, 1, cols);
+  for (auto& values : arguments.values) std::fill(values.begin(), values.end(), 0.f);
+  arguments.values[0][8 * 4 * kThreads] = 2;  // sqrt(2 * 2)
+  for (int i = 1; i <= 3; ++i) arguments.values[0][size_t(cols - i)] = 0.95f * 0x1p-11f;
+  check({op, traits, kF32, 1, cols, 0, 0}, arguments);
+}
+
 void check_op(int op, const OpTraits& traits, const char* only) {
   for (int dtype = 0; dtype < kDtypes; ++dtype) {
     if (only && strcmp(only, kDtypeNames[dtype])) continue;
@@ -268,6 +281,7 @@ void check_op(int op, const OpTraits& traits, const char* only) {
       if (shape.rows > 1 && traits.n_in) check_at(0, 3);
     }
     if (traits.n_sum && !traits.selects) check_medium_sums(op, traits, Dtype(dtype));
+    if (dtype == kF32 && !strcmp(traits.name, "normal_kl_sum")) check_single_elements(op, traits);
     if (dtype == kF64 && !strcmp(traits.name, "normal_kl_sum"))
       check({op, traits, kF64, kManyPartials.rows, kManyPartials.cols, 0, 0, kManyPartials.inner});
   }
