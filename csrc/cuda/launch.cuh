@@ -44,10 +44,11 @@ struct LaunchConfig : cudaLaunchConfig_t {
   LaunchConfig& operator=(const LaunchConfig&) = delete;
 };
 
-// kernel<<<grid, kThreads, 0, stream>>>(argument...), without the syntax that only nvcc knows.
+// kernel<<<grid, kThreads, 0, stream>>>(argument...), without the syntax that only nvcc knows. Not
+// inlined, as some 400 kernels have few types of parameters.
 template <class... Parameter, class... Argument>
-const char* launch(void (*kernel)(Parameter...), Grid grid, cudaStream_t stream,
-                   const Argument&... argument) {
+__attribute__((noinline)) const char* launch(void (*kernel)(Parameter...), Grid grid,
+                                             cudaStream_t stream, const Argument&... argument) {
   const LaunchConfig config(grid, stream);
   return message_of(cudaLaunchKernelEx(&config, kernel, argument...));
 }
