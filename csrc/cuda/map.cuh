@@ -93,10 +93,10 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm<Op, S>)
         load_c();
       }
       // Single elements: all of them if unaligned, else those after the last pack, by the thread
-      // whose turn it is. In the last block; with sums, the one whose packs, before `first` now, they
-      // follow, as later ones may be empty.
-      const int64_t beyond = first - packs, own = int64_t(turns) << layout.log_threads_x;
-      const bool here = Op::n_sum ? 0 < beyond && beyond <= own : blockIdx.x == gridDim.x - 1;
+      // whose turn it is. In the last block; with sums, in the one whose chunk they are in, as later
+      // ones may be empty.
+      const int64_t after = packs * kPack - int64_t(blockIdx.x) * args.chunk;
+      const bool here = Op::n_sum ? 0 <= after && after < args.chunk : blockIdx.x == gridDim.x - 1;
       const bool last = here && x == (packs & (threads_x - 1));
       const int singly = layout.packed ? int(last) : turns;
 #pragma unroll 1

@@ -114,13 +114,13 @@ MUTANTS = [
     Mutant(
         "elements after the last pack in the last block",
         ROWS,
-        instead("Op::n_sum ? 0 < beyond && beyond <= own : blockIdx", "blockIdx"),
+        instead("Op::n_sum ? 0 <= after && after < args.chunk : blockIdx", "blockIdx"),
         SUMS,
     ),
     Mutant(
-        "elements after the last pack in two blocks",
+        "elements after the last pack in later blocks too",
         ROWS,
-        instead("0 < beyond && beyond <= own", "0 < beyond && beyond <= 2 * own"),
+        instead("0 <= after && after < args.chunk", "after < args.chunk"),
         SUMS,
     ),
     Mutant(
