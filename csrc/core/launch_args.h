@@ -55,7 +55,7 @@ struct LaunchArgs {
   // Columns per unit of work. Sums are formed per chunk, so this determines their order.
   int64_t chunk = 1;
   int64_t chunks = 1;          // per row
-  double* partials = nullptr;  // [n_sum, rows, chunks] when chunks > 1
+  double* partials = nullptr;  // [n_sum, rows, chunks] if a second kernel adds them
 };
 
 }  // namespace diffcore

@@ -34,7 +34,29 @@ class DeviceGuard {
   const char* error_;
 };
 
+// A new device may run code that was compiled for an older one, in which DC_CLUSTERS is not defined;
+// a part of a device (MIG) may be too small for a cluster.
+bool runs_in_clusters(const void* kernel) {
+  cudaFuncAttributes code{};
+  if (message_of(cudaFuncGetAttributes(&code, kernel)) || code.ptxVersion < 90) return false;
+  const LaunchConfig config(Grid(dim3(kCluster), kCluster), nullptr);
+  int clusters = 0;
+  return !message_of(cudaOccupancyMaxActiveClusters(&clusters, kernel, &config)) && clusters > 0;
+}
+
 }  // namespace
+
+bool ClusterSupport::here(const void* kernel) {
+  int device = 0;
+  if (message_of(cudaGetDevice(&device))) return false;
+  std::atomic<Answer>* known = device < kDevices ? &answers[device] : nullptr;
+  Answer answer = known ? known->load(std::memory_order_relaxed) : kUnknown;
+  if (answer == kUnknown) {
+    answer = runs_in_clusters(kernel) ? kYes : kNo;
+    if (known) known->store(answer, std::memory_order_relaxed);
+  }
+  return answer == kYes;
+}
 
 bool cuda_built() { return true; }
 

@@ -1,10 +1,12 @@
 // The CUDA loop, for every functor and storage type. A block covers kThreads / threads_x rows; a
 // thread loads kUnroll groups of elements, 16 bytes each, of every input before it computes. Which
 // elements a thread adds depends on the length of a row only, not on alignment. A block folds its
-// sums by a fixed tree, and a second kernel combines the blocks of one row in double, without
-// atomics: a sample's sum has the same bits in every run and in any batch.
+// sums by a fixed tree. The blocks of one row are combined in double, without atomics: by the first
+// of them if they are a cluster, else by a second kernel, with the same bits. So a sample's sum has
+// the same bits in every run and in any batch.
 #pragma once
 
+#include "cuda/cluster.cuh"
 #include "cuda/launch.cuh"
 #include "cuda/row_worker.cuh"
 #include "cuda/table.cuh"
@@ -28,6 +30,7 @@ struct BlockLayout {
   int log_threads_x;  // of the threads in a row, a power of two
   int rounds;         // of kUnroll packs each, per thread
   bool packed;        // 16-byte accesses instead of single elements
+  bool cluster;       // the blocks of a row are a cluster
 
   DC_HD int threads_x() const { return 1 << log_threads_x; }
 };
@@ -50,6 +53,9 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm<Op, S>)
   const int x = threadIdx.x & (threads_x - 1), y = threadIdx.x >> layout.log_threads_x;
   const int64_t row_block = int64_t(blockIdx.z) * gridDim.y + blockIdx.y;
   const int64_t row = row_block * (kThreads >> layout.log_threads_x) + y;
+#ifdef DC_CLUSTERS
+  if (Op::n_sum && layout.cluster) enter_cluster();
+#endif
   R c[Op::n_coef + 1];
   Total<R> sums[Op::n_sum + 1] = {};
   if (row < args.rows) {
@@ -87,8 +93,11 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm<Op, S>)
         load_c();
       }
       // Single elements: all of them if unaligned, else those after the last pack, by the thread
-      // whose turn it is.
-      const bool last = blockIdx.x == gridDim.x - 1 && x == (packs & (threads_x - 1));
+      // whose turn it is. In the last block; with sums, in the one whose chunk they are in, as later
+      // ones may be empty.
+      const int64_t after = packs * kPack - int64_t(blockIdx.x) * args.chunk;
+      const bool here = Op::n_sum ? 0 <= after && after < args.chunk : blockIdx.x == gridDim.x - 1;
+      const bool last = here && x == (packs & (threads_x - 1));
       const int singly = layout.packed ? int(last) : turns;
 #pragma unroll 1
       for (int turn = 0; turn < singly; ++turn)
@@ -99,13 +108,21 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm<Op, S>)
   if constexpr (Op::n_sum > 0) {
     DC_UNROLL
     for (int k = 0; k < Op::n_sum; ++k) {
-      const R total = row_sum(sums[k], threads_x, x);
+      double total = double(row_sum(sums[k], threads_x, x));
+      bool complete = args.chunks == 1;
+#ifdef DC_CLUSTERS
+      static_assert(kMaxSum == 1, "a second sum would overwrite the partial sums of the first");
+      if (layout.cluster) {
+        total = cluster_sum<R>(total);
+        if (blockIdx.x != 0) return;
+        complete = true;
+      }
+#endif
       if (x == 0 && row < args.rows) {
-        if (args.chunks > 1)
-          args.partials[(k * args.rows + row) * args.chunks + blockIdx.x] = double(total);
+        if (complete)
+          static_cast<R*>(args.sum[k])[row] = R(Op::finalize_sum(c, total, double(args.cols)));
         else
-          static_cast<R*>(args.sum[k])[row] =
-              R(Op::finalize_sum(c, double(total), double(args.cols)));
+          args.partials[(k * args.rows + row) * args.chunks + blockIdx.x] = total;
       }
     }
   }
@@ -119,7 +136,7 @@ __global__ void __launch_bounds__(kThreads) fold(const __grid_constant__ LaunchA
 #pragma unroll 1
     for (int k = 0; k < Op::n_sum; ++k) {
       const double* chunk = args.partials + (k * args.rows + row) * args.chunks;
-      Total<double> mine = {};
+      TotalOfPartials<R> mine = {};
 #pragma unroll 1
       for (int64_t j = threadIdx.x; j < args.chunks; j += 4 * kThreads) {
         double part[4];  // all in flight
@@ -157,25 +174,29 @@ struct CudaMap {
 
   // Enqueues the work on the stream.
   static const char* run(LaunchArgs& args, cudaStream_t stream, Workspace workspace) {
-    BlockLayout layout{0, 1, aligned(args)};
+    BlockLayout layout{0, 1, aligned(args), false};
     const int64_t threads = (args.cols + kPack - 1) / kPack;
     while (layout.threads_x() < kThreads && layout.threads_x() < threads) ++layout.log_threads_x;
     const int64_t per_round = int64_t(kUnroll<Op>) * kPack * layout.threads_x();
-    // Sums: one block per row if eight rounds suffice, else enough blocks to fill the device with
-    // few partial sums. The choice depends only on the length of a row, so the result does not
-    // depend on the device.
+    // Sums: one block per row if eight rounds suffice, then the blocks of one cluster (the last of
+    // them may be empty), else enough blocks to fill the device with few partial sums. The choice
+    // depends only on the length of a row, so the result does not depend on the device.
     const int64_t rounds = (args.cols + per_round - 1) / per_round;
+    const bool medium = Op::n_sum > 0 && rounds > 8 && rounds <= 64;
     if (Op::n_sum > 0)
       layout.rounds = rounds <= 1                      ? 1
                       : rounds <= 8                    ? int(rounds)
+                      : medium                         ? int((rounds + kCluster - 1) / kCluster)
                       : args.cols < (int64_t(1) << 20) ? 2
                                                        : 8;
     const int64_t rows_per_block = kThreads / layout.threads_x();
     const int64_t blocks_y = (args.rows + rows_per_block - 1) / rows_per_block;
     args.chunk = per_round * layout.rounds;
-    args.chunks = args.cols ? (args.cols + args.chunk - 1) / args.chunk : 1;
+    args.chunks = medium ? kCluster : args.cols ? (args.cols + args.chunk - 1) / args.chunk : 1;
     if (args.chunks > INT32_MAX) return "too many elements for one launch";
-    if (Op::n_sum > 0 && args.chunks > 1) {
+    layout.cluster = medium && clusters();
+    const bool folds = Op::n_sum > 0 && args.chunks > 1 && !layout.cluster;
+    if (folds) {
       args.partials = static_cast<double*>(
           workspace(int64_t(sizeof(double)) * Op::n_sum * args.rows * args.chunks));
       if (!args.partials) return "out of memory for the partial sums";
@@ -184,9 +205,10 @@ struct CudaMap {
     const int64_t grid_y = blocks_y < kMaxGridY ? blocks_y : kMaxGridY;
     const dim3 grid(unsigned(args.chunks), unsigned(grid_y),
                     unsigned((blocks_y + grid_y - 1) / grid_y));
-    const char* error = launch(map<Op, S>, grid, stream, Launch{args, layout});
+    const char* error =
+        launch(map<Op, S>, Grid(grid, layout.cluster ? kCluster : 1), stream, Launch{args, layout});
     if constexpr (Op::n_sum > 0) {
-      if (!error && args.chunks > 1)
+      if (!error && folds)
         error = launch(fold<Op, S>, unsigned(args.rows < 65535 ? args.rows : 65535), stream, args);
     }
     return error;
@@ -194,10 +216,18 @@ struct CudaMap {
 
   static const char* load() {
     const char* error = load_code(map<Op, S>);
-    if constexpr (Op::n_sum > 0)
+    if constexpr (Op::n_sum > 0) {
       if (!error) error = load_code(fold<Op, S>);
+      if (!error) clusters();  // asks now, not while a stream is captured
+    }
     return error;
   }
+
+ private:
+  // Whether the current device runs `map` in clusters.
+  static bool clusters() { return support_.here(reinterpret_cast<const void*>(map<Op, S>)); }
+
+  static inline ClusterSupport support_;
 };
 
 }  // namespace diffcore

@@ -1,13 +1,15 @@
 // Sums over the threads of a row, by a fixed tree.
 #pragma once
 
+#include <type_traits>
+
 #include "core/macros.h"
 #include "cuda/launch.cuh"
 
 namespace diffcore {
 
 // A sum in progress. Plain data, because it is stored in shared memory.
-template <class T>
+template <class T, bool kKeepsError = std::is_same_v<T, double>>
 struct Total {
   T sum;
 
@@ -19,9 +21,10 @@ struct Total {
   }
 };
 
-// There is no wider type than double to add in, so the rounding errors are kept (Knuth's TwoSum).
+// There is no wider type than double to add doubles in, so the rounding errors are kept (Knuth's
+// TwoSum).
 template <>
-struct Total<double> {
+struct Total<double, true> {
   double sum, error;
 
   __device__ __forceinline__ void add(double x) {
@@ -40,10 +43,14 @@ struct Total<double> {
   }
 };
 
+// For a sum of partial sums, which are R.
+template <class R>
+using TotalOfPartials = Total<double, sizeof(R) == 8>;
+
 // The sum over the threads_x threads of a row, in its thread 0. All threads of a block call it.
-template <class T>
-__device__ __forceinline__ T row_sum(Total<T> total, int threads_x, int x) {
-  __shared__ Total<T> by_warp[kThreads / 32];
+template <class T, bool kKeepsError>
+__device__ __forceinline__ T row_sum(Total<T, kKeepsError> total, int threads_x, int x) {
+  __shared__ Total<T, kKeepsError> by_warp[kThreads / 32];
   const int width = threads_x < 32 ? threads_x : 32;
 #pragma unroll 1
   for (int below = width / 2; below > 0; below /= 2) total.add(total.from_lane(below, width));

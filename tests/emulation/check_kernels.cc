@@ -1,13 +1,15 @@
 // Runs every kernel of csrc/cuda, emulated, on the same arguments as the CPU's kernel, and compares:
 // outputs and quantiles bit by bit, sums to rounding. A sum must also keep its bits where the same
-// row is alone, or begins one element later in memory.
+// row is alone, begins one element later in memory, or is summed on a device without clusters.
 //
 //   check_kernels [part of an op's name [a dtype: f32, f64, bf16 or f16]]
+#include <cuda_runtime.h>
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
+#include <algorithm>
 #include <memory>
 #include <random>
 #include <string>
@@ -15,6 +17,7 @@
 
 #include "cpu/kernels.h"
 #include "cuda/kernels.h"
+#include "cuda/row_worker.cuh"
 #include "ops/all.h"
 
 namespace diffcore {
@@ -22,12 +25,12 @@ namespace {
 
 struct OpTraits {
   const char* name;
-  int n_in, n_out, n_sum, n_coef;
+  int n_in, n_out, n_sum, n_coef, unroll;
   bool generates, selects, in_double;
 };
 template <class... Op>
 std::vector<OpTraits> traits_of(OpList<Op...>) {
-  return {{Op::name, kReads<Op>, Op::n_out, Op::n_sum, Op::n_coef, kGeneratesNoise<Op>,
+  return {{Op::name, kReads<Op>, Op::n_out, Op::n_sum, Op::n_coef, kUnroll<Op>, kGeneratesNoise<Op>,
            kSelects<Op>, Op::in_double}...};
 }
 
@@ -76,7 +79,11 @@ struct Case {
 
 struct Results {
   std::vector<Buffer> outs, sums;
+  size_t allocations = 0;
 };
+
+// Of the emulation.
+enum Where { kCpu, kClusters, kNoClusters };
 
 // Rows `first` ... of the arguments that the seed determines.
 struct Arguments {
@@ -112,7 +119,7 @@ struct Arguments {
   }
 };
 
-Results run(const Case& c, const Arguments& given, bool cuda, int64_t first, int64_t rows,
+Results run(const Case& c, const Arguments& given, Where where, int64_t first, int64_t rows,
             int64_t offset, int64_t gap) {
   const size_t size = item_size(c.dtype);
   const int64_t elements = rows * c.cols + offset, stride = c.cols + gap;
@@ -148,7 +155,7 @@ Results run(const Case& c, const Arguments& given, bool cuda, int64_t first, int
   args.noise.stream_value = 9;
   args.noise.first_id = first;
   args.noise.inner = c.inner;
-  if (!cuda) {
+  if (where == kCpu) {
     run_on_cpu(c.op, c.dtype, args);
     return results;
   }
@@ -158,11 +165,12 @@ Results run(const Case& c, const Arguments& given, bool cuda, int64_t first, int
     workspace.emplace_back(size_t(bytes));
     return workspace.back().data();
   };
-  const Device device{0, nullptr};
+  const Device device{where == kNoClusters, nullptr};
   if (const char* error = run_on_cuda(c.op, c.dtype, args, device, allocate, &workspace)) {
     fprintf(stderr, "%s: %s\n", c.traits.name, error);
     exit(2);
   }
+  results.allocations = workspace.size();
   return results;
 }
 
@@ -186,10 +194,15 @@ bool close(double a, double b, const Case& c) {
   return fabs(a - b) <= 8 * sqrt(double(c.cols)) * ulp * fmax(fmax(fabs(a), fabs(b)), 1);
 }
 
-void check(const Case& c) {
-  const Arguments arguments(c.traits, c.rows, c.cols);
-  const Results cpu = run(c, arguments, false, 0, c.rows, c.offset, c.gap);
-  const Results cuda = run(c, arguments, true, 0, c.rows, c.offset, c.gap);
+// The rounds of a block that add the elements of a row.
+int64_t rounds_of(const Case& c) {
+  const int64_t per_round = c.traits.unroll * int64_t(16 / item_size(c.dtype)) * kThreads;
+  return (c.cols + per_round - 1) / per_round;
+}
+
+void check(const Case& c, const Arguments& arguments) {
+  const Results cpu = run(c, arguments, kCpu, 0, c.rows, c.offset, c.gap);
+  const Results cuda = run(c, arguments, kClusters, 0, c.rows, c.offset, c.gap);
   expect(cpu.outs == cuda.outs, c, "outputs differ from the CPU's");
   if (!c.traits.n_sum) return;
   bool near = true;
@@ -199,13 +212,20 @@ void check(const Case& c) {
   }
   expect(near, c, "sums differ from the CPU's");
   const int64_t last = c.rows - 1;
-  const Results moved = run(c, arguments, true, 0, c.rows, c.offset ? 0 : 1, 0);
+  const Results moved = run(c, arguments, kClusters, 0, c.rows, c.offset ? 0 : 1, 0);
   expect(moved.sums == cuda.sums, c, "sums depend on the address");
-  const Results alone = run(c, arguments, true, last, 1, 0, 0);
+  const Results alone = run(c, arguments, kClusters, last, 1, 0, 0);
   const auto at = size_t(last) * sum_size(c.dtype);
   expect(!memcmp(alone.sums[0].data(), cuda.sums[0].data() + at, sum_size(c.dtype)), c,
          "the sum of a row depends on the batch");
+  if (c.traits.selects || rounds_of(c) <= 8) return;
+  const Results folded = run(c, arguments, kNoClusters, 0, c.rows, c.offset, c.gap);
+  expect(folded.sums == cuda.sums && folded.outs == cuda.outs, c, "results depend on the device");
+  expect(folded.allocations == 1 && cuda.allocations == (rounds_of(c) > 64), c,
+         "partial sums are in memory where they should not be, or the other way around");
 }
+
+void check(const Case& c) { check(c, Arguments(c.traits, c.rows, c.cols)); }
 
 struct Shape {
   int64_t rows, cols, inner;
@@ -217,6 +237,33 @@ constexpr Shape kShapes[] = {{5, 3, 1},    {3, 1024, 1},  {37, 20, 1},       {2,
                              {3, 48, 3},   {2, 3072, 3},  {1, 5 * 4 * 33, 5}};
 // More partial sums than a thread block reads at a time, in float64.
 constexpr Shape kManyPartials = {1, 4300001, 1};
+
+// Sums around the limits between one block, a cluster and many blocks: 8 and 64 rounds. Where a row
+// has 9 rounds, a block of the cluster has two, so three are empty.
+void check_medium_sums(int op, const OpTraits& traits, Dtype dtype) {
+  const int64_t per_round = traits.unroll * int64_t(16 / item_size(dtype)) * kThreads;
+  const auto check_at = [&](int64_t rows, int64_t cols, int64_t offset, int64_t gap) {
+    check({op, traits, dtype, rows, cols, offset, gap});
+  };
+  check_at(1, 8 * per_round, 0, 0);
+  check_at(1, 8 * per_round + 1, 0, 0);
+  check_at(3, 8 * per_round + 1, 1, 0);
+  check_at(3, 9 * per_round, 0, 3);
+  check_at(1, 16 * per_round + 3, 0, 0);
+  check_at(1, 64 * per_round, 0, 0);
+  check_at(1, 64 * per_round + 1, 0, 0);
+}
+
+// The three elements after the last pack count only if they are added to the partial sum of another
+// block than their own. In it a 2 of their thread absorbs each of them.
+void check_single_elements(int op, const OpTraits& traits) {
+  const int64_t cols = 9 * 4 * kThreads + 3;  // ten rounds of packs of four, two of them in a block
+  Arguments arguments(traits, 1, cols);
+  for (auto& values : arguments.values) std::fill(values.begin(), values.end(), 0.f);
+  arguments.values[0][8 * 4 * kThreads] = 2;  // sqrt(2 * 2)
+  for (int i = 1; i <= 3; ++i) arguments.values[0][size_t(cols - i)] = 0.95f * 0x1p-11f;
+  check({op, traits, kF32, 1, cols, 0, 0}, arguments);
+}
 
 void check_op(int op, const OpTraits& traits, const char* only) {
   for (int dtype = 0; dtype < kDtypes; ++dtype) {
@@ -233,6 +280,8 @@ void check_op(int op, const OpTraits& traits, const char* only) {
       check_at(1, 0);
       if (shape.rows > 1 && traits.n_in) check_at(0, 3);
     }
+    if (traits.n_sum && !traits.selects) check_medium_sums(op, traits, Dtype(dtype));
+    if (dtype == kF32 && !strcmp(traits.name, "normal_kl_sum")) check_single_elements(op, traits);
     if (dtype == kF64 && !strcmp(traits.name, "normal_kl_sum"))
       check({op, traits, kF64, kManyPartials.rows, kManyPartials.cols, 0, 0, kManyPartials.inner});
   }

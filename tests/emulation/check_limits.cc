@@ -42,10 +42,10 @@ T* reserved(int64_t elements) {
   return static_cast<T*>(reserve(size_t(elements) * sizeof(T)));
 }
 
-void run(const char* name, bool generates, Dtype dtype, LaunchArgs args) {
+void run(const char* name, bool generates, Dtype dtype, LaunchArgs args, int device = 0) {
   const auto workspace = [](void*, int64_t bytes) { return reserve(size_t(bytes)); };
   const char* error = run_on_cuda(index_of(name, generates, AllOps{}), dtype, args,
-                                  Device{0, nullptr}, workspace, nullptr);
+                                  Device{device, nullptr}, workspace, nullptr);
   if (!error) return;
   fprintf(stderr, "%s: %s\n", name, error);
   exit(2);
@@ -135,6 +135,28 @@ void one_long_sum() {
   expect(sum == 2, "a sum of 2^33 elements");
 }
 
+// More rows than a grid has in y, a cluster each. `ends` runs the clusters at the ends of y, so it
+// sums the rows at the ends of both z.
+void medium_sums_in_three_dimensions() {
+  const int64_t rows = 65537, cols = 8 * 1024 + 1;  // nine rounds, so three blocks are empty
+  LaunchArgs args;
+  args.rows = rows;
+  args.cols = cols;
+  std::vector<float> x(size_t(cols), 1.f), zero(size_t(cols), 0.f), sums(size_t(rows), -1.f);
+  std::vector<double> scale(size_t(rows), 0.0);
+  args.in[0] = x.data();
+  for (int k = 1; k < 4; ++k) args.in[k] = zero.data();
+  for (size_t r = 0; r < scale.size(); ++r) scale[r] = double(r % 7);
+  args.coef[0].data = scale.data();
+  args.coef[0].stride = 1;
+  args.coef[0].is_double = true;
+  args.sum[0] = sums.data();
+  run("normal_kl_sum", false, kF32, args);
+  for (const size_t r : {0, 1, 65533, 65534, 65535, 65536})
+    expect(sums[r] == 0.5f * float(cols) * float(scale[r]), "medium sums of more than 65535 rows");
+  expect(sums[8] == -1, "a second launch, which has written other rows");
+}
+
 // More rows than blocks of `fold`, so that its loop runs twice: the barrier at its end is needed.
 void many_sums_of_several_blocks() {
   const int64_t rows = 65539, cols = 8200;
@@ -155,7 +177,7 @@ void many_sums_of_several_blocks() {
   args.coef[0].stride = 1;
   args.coef[0].is_double = true;
   args.sum[0] = sums.data();
-  run("normal_kl_sum", false, kF32, args);
+  run("normal_kl_sum", false, kF32, args, 1);  // without clusters
   bool right = true;
   for (size_t r = 0; r < sums.size(); ++r)
     right &= fabs(sums[r] - expected * scale[r]) <= 1e-6 * expected * 7;
@@ -198,6 +220,7 @@ int main(int argc, char** argv) {
     rows_far_apart();
     blocks_in_three_dimensions();
     one_long_sum();
+    medium_sums_in_three_dimensions();
   } else if (which == "rows") {
     many_sums_of_several_blocks();
     many_quantiles();

@@ -3,6 +3,10 @@
 // a shuffle, then another one runs. What CUDA leaves undefined ends the program with a message: a
 // barrier or a shuffle that not all threads reach that have to, or a lane read outside of the mask.
 //
+// The blocks of a cluster run one after another too, the first one last. What they send to it arrives
+// when it waits for that. It ends the program to send before the first barrier of the cluster, to end
+// before all that was sent has arrived, and to reach another number of barriers than other threads.
+//
 // With -fsanitize=thread each CUDA thread is a thread of ThreadSanitizer, and only barriers, shuffles
 // and the ends of launches order them, so a race in shared or global memory is found in any order of
 // execution. With -fsanitize=address accesses out of bounds are found.
@@ -39,11 +43,22 @@ struct uint3 {
 
 using cudaStream_t = struct CUstream_st*;
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidConfiguration = 9 };
-struct cudaFuncAttributes {};
+struct cudaFuncAttributes {
+  int ptxVersion;
+};
+enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension = 4 };
+struct cudaLaunchAttribute {
+  cudaLaunchAttributeID id;
+  struct {
+    uint3 clusterDim;
+  } val;
+};
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
   size_t dynamicSmemBytes = 0;
   cudaStream_t stream = nullptr;
+  cudaLaunchAttribute* attrs = nullptr;
+  unsigned numAttrs = 0;
 };
 
 // Of the running fiber.
@@ -52,16 +67,21 @@ extern dim3 blockDim, gridDim;
 
 namespace emulation {
 
+// Device 0 runs clusters, device 1 does not.
+extern int device;
+
 struct Place {  // in the source, of a barrier or a shuffle
   const char* file;
   int line;
 };
 
 void barrier(Place at);
+void arrive_in_cluster(Place at);
+void wait_for_cluster(Place at);
 // Stores eight bytes for the other lanes of the warp and waits for all lanes in `mask`. Returns the
 // values of the 32 lanes.
 const uint64_t* exchange(unsigned mask, uint64_t mine, Place at);
-cudaError_t run(dim3 grid, dim3 block, const std::function<void()>& thread);
+cudaError_t run(const cudaLaunchConfig_t& config, const std::function<void()>& thread);
 cudaError_t take_last_error();
 [[noreturn]] void fail(const char* what, Place at);
 
@@ -93,6 +113,10 @@ T shuffled(unsigned mask, T mine, int from, Place at) {
 #define EMULATION_AT const char *file = __builtin_FILE(), int line = __builtin_LINE()
 
 inline void __syncthreads(EMULATION_AT) { emulation::barrier({file, line}); }
+inline void __cluster_barrier_arrive_relaxed(EMULATION_AT) {
+  emulation::arrive_in_cluster({file, line});
+}
+inline void __cluster_barrier_wait(EMULATION_AT) { emulation::wait_for_cluster({file, line}); }
 
 template <class T>
 T __shfl_sync(unsigned mask, T mine, int from, int width = 32, EMULATION_AT) {
@@ -121,18 +145,22 @@ T atomicMin(T* at, V other) {
 template <class... Parameter, class... Argument>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameter...),
                                const Argument&... argument) {
-  return emulation::run(config->gridDim, config->blockDim, [&] { kernel(argument...); });
+  return emulation::run(*config, [&] { kernel(argument...); });
 }
 
 inline cudaError_t cudaGetLastError() { return emulation::take_last_error(); }
 inline const char* cudaGetErrorString(cudaError_t error) {
   return error == cudaSuccess ? "no error" : "invalid configuration argument";
 }
-inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
-inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
+inline cudaError_t cudaGetDevice(int* device) { return *device = emulation::device, cudaSuccess; }
+inline cudaError_t cudaSetDevice(int device) { return emulation::device = device, cudaSuccess; }
 inline cudaError_t cudaGetDeviceCount(int* count) { return *count = 0, cudaSuccess; }
 inline cudaError_t cudaDriverGetVersion(int* version) { return *version = 0, cudaSuccess; }
 template <class Kernel>
-cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, Kernel) {
-  return cudaSuccess;
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, Kernel) {
+  return attributes->ptxVersion = emulation::device == 1 ? 80 : 90, cudaSuccess;
+}
+inline cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, const void*,
+                                                  const cudaLaunchConfig_t*) {
+  return *clusters = 1, cudaSuccess;
 }

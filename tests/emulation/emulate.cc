@@ -12,6 +12,8 @@
 #include <vector>
 
 #include "cuda_runtime.h"
+#include "order.h"
+#include "switch.h"
 
 #ifdef __SANITIZE_THREAD__
 extern "C" {
@@ -28,35 +30,6 @@ void __tsan_release(void* address);
 // What runs on behalf of no CUDA thread, or switches between two, is no access of a CUDA thread.
 #define UNCHECKED __attribute__((no_sanitize("thread", "address")))
 
-// Saves the registers that a function must preserve, and continues another fiber.
-extern "C" void emulation_switch(void** leave, void* enter);
-#ifndef __x86_64__
-#error "the emulation switches between fibers in x86-64 assembler"
-#endif
-asm(R"(
-.text
-.globl emulation_switch
-.hidden emulation_switch
-.type emulation_switch, @function
-emulation_switch:
-  pushq %rbp
-  pushq %rbx
-  pushq %r12
-  pushq %r13
-  pushq %r14
-  pushq %r15
-  movq %rsp, (%rdi)
-  movq %rsi, %rsp
-  popq %r15
-  popq %r14
-  popq %r13
-  popq %r12
-  popq %rbx
-  popq %rbp
-  ret
-.size emulation_switch, .-emulation_switch
-)");
-
 // shared.ld: the variables declared __shared__.
 extern "C" __attribute__((visibility("hidden"))) char emulated_shared_begin[];
 extern "C" __attribute__((visibility("hidden"))) char emulated_shared_end[];
@@ -65,13 +38,18 @@ uint3 threadIdx, blockIdx;
 dim3 blockDim, gridDim;
 
 namespace emulation {
+
+int device = 0;
+
 namespace {
 
 constexpr int kMaxThreads = 1024, kWarp = 32;
 constexpr size_t kStack = 128 * 1024;
 
-enum State { kReady, kAtBarrier, kAtShuffle, kDone };
-constexpr const char* kStateNames[] = {"ready", "at a barrier", "at a shuffle", "done"};
+enum State { kReady, kAtBarrier, kAtShuffle, kAtCluster, kAtInbox, kDone };
+constexpr const char* kStateNames[] = {
+    "ready", "at a barrier", "at a shuffle", "at a barrier of the cluster", "waiting for bytes",
+    "done"};
 
 struct Fiber {
   char* stack = nullptr;
@@ -80,6 +58,7 @@ struct Fiber {
   Place at{};
   unsigned mask = 0;
   unsigned barriers = 0, shuffles = 0;  // reached so far
+  unsigned arrivals = 0, waits = 0;     // at barriers of the cluster
   TSAN(void* tsan = nullptr;)
 };
 
@@ -100,30 +79,19 @@ void* scheduler_sp;
 const std::function<void()>* body;
 cudaError_t last_error = cudaSuccess;
 
-class Order {
- public:
-  Order() {
-    const char* given = getenv("EMULATION_ORDER");
-    if (!given || !*given || !strcmp(given, "forward")) return;
-    kind_ = strcmp(given, "backward") ? kRandom : kBackward;
-    state_ = strtoull(given, nullptr, 0) * 2 + 1;
-  }
-  bool forward() const { return kind_ == kForward; }
-  template <class T>
-  void arrange(std::vector<T>& items) {
-    if (kind_ == kBackward) std::reverse(items.begin(), items.end());
-    if (kind_ == kRandom)
-      for (size_t n = items.size(); n > 1; --n) std::swap(items[n - 1], items[below(n)]);
-  }
+// What the blocks of a cluster send to the first one, which runs last.
+struct Inbox {
+  struct {
+    double* at;
+    double value;
+  } sent[64];
+  unsigned count, at;        // sent; of these, arrived
+  uint64_t* arrived;         // the mbarrier that counts, by its address
+  unsigned expected, bytes;  // to arrive; arrived
+} inbox_of_first;
+unsigned cluster, cluster_barriers;  // blocks of a cluster; the barriers that each must reach
 
- private:
-  size_t below(size_t n) {
-    state_ = state_ * 6364136223846793005ull + 1442695040888963407ull;
-    return size_t(state_ >> 33) % n;
-  }
-  enum { kForward, kBackward, kRandom } kind_ = kForward;
-  uint64_t state_ = 0;
-} order;
+Order order;
 
 void enter();
 
@@ -144,7 +112,7 @@ void prepare(Fiber& fiber) {
   for (int saved = 0; saved < 6; ++saved) *--sp = nullptr;
   fiber.sp = sp;
   fiber.state = kReady;
-  fiber.barriers = fiber.shuffles = 0;
+  fiber.barriers = fiber.shuffles = fiber.arrivals = fiber.waits = 0;
 }
 
 UNCHECKED void leave(State state) {
@@ -218,6 +186,46 @@ UNCHECKED bool release_barrier() {
   return first != nullptr;
 }
 
+// Releases each thread that waits for a barrier of the cluster at which all threads of the block that
+// have not ended have arrived. The other blocks are at their ends or have yet to run.
+UNCHECKED bool release_cluster() {
+  unsigned reached = ~0u;
+  for (int t = 0; t < threads; ++t)
+    if (fibers[t].state != kDone) reached = std::min(reached, fibers[t].arrivals);
+  bool any = false;
+  for (int t = 0; t < threads; ++t) {
+    if (fibers[t].state != kAtCluster || fibers[t].arrivals > reached) continue;
+    fibers[t].state = kReady;
+    any = true;
+  }
+  return any;
+}
+
+// Releases the threads that wait for bytes, if as many have come as are expected.
+UNCHECKED bool release_inbox() {
+  Inbox& box = inbox_of_first;
+  bool any = false;
+  for (int t = 0; t < threads; ++t) any |= fibers[t].state == kAtInbox;
+  if (!any) return false;
+  for (; box.bytes < box.expected && box.at < box.count; ++box.at, box.bytes += sizeof(double))
+    *box.sent[box.at].at = box.sent[box.at].value;
+  if (box.bytes < box.expected) return false;
+  for (int t = 0; t < threads; ++t)
+    if (fibers[t].state == kAtInbox) fibers[t].state = kReady;
+  return true;
+}
+
+// At the end of a block.
+UNCHECKED void check_cluster(bool first_to_run, bool last_to_run) {
+  if (first_to_run) cluster_barriers = fibers[0].waits;
+  for (int t = 0; t < threads; ++t)
+    if (fibers[t].arrivals != cluster_barriers || fibers[t].waits != cluster_barriers)
+      fail("threads of a cluster ended after different numbers of its barriers", fibers[t].at);
+  const Inbox& box = inbox_of_first;
+  if (last_to_run && (box.bytes < box.expected || box.at < box.count))
+    fail("the first block of a cluster ended before all that was sent to it came", fibers[0].at);
+}
+
 UNCHECKED void run_block(uint3 index, std::vector<int>& turn) {
   blockIdx = index;
 #ifdef __SANITIZE_THREAD__
@@ -239,9 +247,23 @@ UNCHECKED void run_block(uint3 index, std::vector<int>& turn) {
       if (fibers[t].state == kReady) resume(t);
     if (std::all_of(fibers, fibers + threads, [](const Fiber& f) { return f.state == kDone; }))
       return;
-    const bool shuffled = release_shuffles();
-    if (!release_barrier() && !shuffled)
+    bool released = release_shuffles();
+    released |= release_cluster() | release_inbox();
+    if (!release_barrier() && !released)
       fail("threads wait at a barrier or a shuffle that others do not reach", fibers[turn[0]].at);
+  }
+}
+
+// The first block last, as it reads what the others store.
+void run_cluster(uint3 first, std::vector<int>& turn) {
+  std::vector<unsigned> ranks(cluster - 1);
+  std::iota(ranks.begin(), ranks.end(), 1u);
+  order.arrange(ranks);
+  ranks.push_back(0);
+  inbox_of_first = {};
+  for (const unsigned& rank : ranks) {
+    run_block({first.x + rank, first.y, first.z}, turn);
+    check_cluster(&rank == ranks.data(), rank == 0);
   }
 }
 
@@ -268,6 +290,52 @@ UNCHECKED void barrier(Place at) {
   TSAN(__tsan_acquire(&clock_of_block->barrier[which]);)
 }
 
+UNCHECKED void arrive_in_cluster(Place at) {
+  Fiber& me = fibers[current];
+  me.at = at;
+  if (me.arrivals++ != me.waits) fail("a thread arrives at a cluster's barrier twice", at);
+}
+
+UNCHECKED void wait_for_cluster(Place at) {
+  Fiber& me = fibers[current];
+  me.at = at;
+  if (me.arrivals != ++me.waits)
+    fail("a thread waits for a cluster's barrier but has not arrived", at);
+  leave(kAtCluster);
+}
+
+// The first block of a cluster runs last, so what it expects is known after the others have sent.
+UNCHECKED void expect_bytes(uint64_t* arrived, unsigned bytes) {
+  const Fiber& me = fibers[current];
+  if (blockIdx.x % cluster != 0 || me.arrivals != 0)
+    fail("bytes are expected by another block than the first, or after its first barrier", me.at);
+  if (inbox_of_first.expected) fail("an mbarrier is initialized again", me.at);
+  if (inbox_of_first.count && arrived != inbox_of_first.arrived)
+    fail("the bytes that were sent count at another mbarrier", me.at);
+  inbox_of_first.arrived = arrived;
+  inbox_of_first.expected = bytes;
+}
+
+UNCHECKED void send_to_first(double* at, double value, uint64_t* arrived) {
+  Inbox& box = inbox_of_first;
+  const Fiber& me = fibers[current];
+  for (const char* p : {reinterpret_cast<char*>(at), reinterpret_cast<char*>(arrived)})
+    if (p < emulated_shared_begin || p >= emulated_shared_end)
+      fail("what is sent to a block does not go to shared memory", me.at);
+  if (me.waits == 0) fail("a thread sends to a block that may not have started", me.at);
+  if (box.arrived && box.arrived != arrived) fail("bytes count at another mbarrier", me.at);
+  if (box.count == sizeof(box.sent) / sizeof(*box.sent)) fail("too much is sent to a block", me.at);
+  box.arrived = arrived;
+  box.sent[box.count++] = {at, value};
+}
+
+UNCHECKED void wait_for_bytes(uint64_t* arrived) {
+  const Inbox& box = inbox_of_first;
+  if (!box.expected || box.arrived != arrived)
+    fail("a thread waits for bytes that nobody expects", fibers[current].at);
+  leave(kAtInbox);
+}
+
 UNCHECKED const uint64_t* exchange(unsigned mask, uint64_t mine, Place at) {
   Fiber& me = fibers[current];
   const int thread = current, warp = thread / kWarp;
@@ -283,8 +351,11 @@ UNCHECKED const uint64_t* exchange(unsigned mask, uint64_t mine, Place at) {
   return exchanged[which] + warp * kWarp;
 }
 
-UNCHECKED cudaError_t run(dim3 grid, dim3 block, const std::function<void()>& thread) {
-  const bool valid = grid.x && grid.y && grid.z && grid.x <= 0x7fffffff && grid.y <= 65535 &&
+UNCHECKED cudaError_t run(const cudaLaunchConfig_t& config, const std::function<void()>& thread) {
+  const dim3 grid = config.gridDim, block = config.blockDim;
+  cluster = config.numAttrs ? config.attrs->val.clusterDim.x : 1;
+  const bool valid = cluster && cluster <= (device == 1 ? 1u : 8u) && grid.x % cluster == 0 &&
+                     grid.x && grid.y && grid.z && grid.x <= 0x7fffffff && grid.y <= 65535 &&
                      grid.z <= 65535 && block.y == 1 && block.z == 1 && block.x &&
                      block.x <= unsigned(kMaxThreads);
   if (!valid) return last_error = cudaErrorInvalidConfiguration;
@@ -297,25 +368,27 @@ UNCHECKED cudaError_t run(dim3 grid, dim3 block, const std::function<void()>& th
   std::iota(turn.begin(), turn.end(), 0);
   const char* which = getenv("EMULATION_BLOCKS");
   const bool ends = which && !strcmp(which, "ends");
-  const uint64_t blocks = uint64_t(grid.x) * grid.y * grid.z;
+  const unsigned across = grid.x / cluster;
+  const uint64_t clusters = uint64_t(across) * grid.y * grid.z;
   if (ends) {
     const auto next = [](unsigned i, unsigned n) {
       return at_an_end(i + 1, n) || i + 1 >= n ? i + 1 : n - 2;
     };
     for (unsigned z = 0; z < grid.z; z = next(z, grid.z))
       for (unsigned y = 0; y < grid.y; y = next(y, grid.y))
-        for (unsigned x = 0; x < grid.x; x = next(x, grid.x)) run_block({x, y, z}, turn);
+        for (unsigned x = 0; x < across; x = next(x, across))
+          run_cluster({x * cluster, y, z}, turn);
   } else {
     std::vector<uint64_t> sequence;
-    if (!order.forward() && blocks < 100000) {
-      sequence.resize(blocks);
+    if (!order.forward() && clusters < 100000) {
+      sequence.resize(clusters);
       std::iota(sequence.begin(), sequence.end(), uint64_t(0));
       order.arrange(sequence);
     }
-    for (uint64_t b = 0; b < blocks; ++b) {
-      const uint64_t at = sequence.empty() ? b : sequence[b];
-      const auto x = unsigned(at % grid.x), y = unsigned(at / grid.x % grid.y);
-      run_block({x, y, unsigned(at / grid.x / grid.y)}, turn);
+    for (uint64_t c = 0; c < clusters; ++c) {
+      const uint64_t at = sequence.empty() ? c : sequence[c];
+      const auto x = unsigned(at % across), y = unsigned(at / across % grid.y);
+      run_cluster({x * cluster, y, unsigned(at / across / grid.y)}, turn);
     }
   }
   TSAN(__tsan_acquire(&end_clock);)
@@ -329,3 +402,11 @@ cudaError_t take_last_error() {
 }
 
 }  // namespace emulation
+
+namespace diffcore {  // declared in csrc/cuda/cluster.cuh
+void expect_bytes(uint64_t* arrived, unsigned bytes) { emulation::expect_bytes(arrived, bytes); }
+void send_to_first(double* at, double value, uint64_t* arrived) {
+  emulation::send_to_first(at, value, arrived);
+}
+void wait_for_bytes(uint64_t* arrived) { emulation::wait_for_bytes(arrived); }
+}  // namespace diffcore
