@@ -6,6 +6,7 @@
 namespace diffcore {
 
 constexpr int kThreads = 256;
+constexpr int kMaxThreads = 1024;  // of a block
 
 // Null for success. Clears the error, which the runtime would report again after the next launch.
 inline const char* message_of(cudaError_t error) {
@@ -14,15 +15,21 @@ inline const char* message_of(cudaError_t error) {
   return cudaGetErrorString(error);
 }
 
-// kernel<<<grid, kThreads, 0, stream>>>(argument...), without the syntax that only nvcc knows.
+// kernel<<<grid, threads, 0, stream>>>(argument...), without the syntax that only nvcc knows.
+template <class... Parameter, class... Argument>
+const char* launch_with(int threads, void (*kernel)(Parameter...), dim3 grid, cudaStream_t stream,
+                        const Argument&... argument) {
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = dim3(unsigned(threads));
+  config.stream = stream;
+  return message_of(cudaLaunchKernelEx(&config, kernel, argument...));
+}
+
 template <class... Parameter, class... Argument>
 const char* launch(void (*kernel)(Parameter...), dim3 grid, cudaStream_t stream,
                    const Argument&... argument) {
-  cudaLaunchConfig_t config{};
-  config.gridDim = grid;
-  config.blockDim = dim3(kThreads);
-  config.stream = stream;
-  return message_of(cudaLaunchKernelEx(&config, kernel, argument...));
+  return launch_with(kThreads, kernel, grid, stream, argument...);
 }
 
 // Loads the code of a kernel onto the current device.

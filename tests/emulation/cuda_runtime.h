@@ -3,8 +3,8 @@
 // a shuffle, then another one runs. What CUDA leaves undefined ends the program with a message: a
 // barrier or a shuffle that not all threads reach that have to, or a lane read outside of the mask.
 //
-// With -fsanitize=thread each CUDA thread is a thread of ThreadSanitizer, and only barriers, shuffles
-// and the ends of launches order them, so a race in shared or global memory is found in any order of
+// With -fsanitize=thread each CUDA thread is a thread of ThreadSanitizer, and only barriers, shuffles,
+// fences with atomic operations and the ends of launches order them, so a race in shared or global memory is found in any order of
 // execution. With -fsanitize=address accesses out of bounds are found.
 #pragma once
 
@@ -61,6 +61,11 @@ void barrier(Place at);
 // Stores eight bytes for the other lanes of the warp and waits for all lanes in `mask`. Returns the
 // values of the 32 lanes.
 const uint64_t* exchange(unsigned mask, uint64_t mine, Place at);
+// A fence, and what comes before an atomic operation: a fence and an atomic operation after it
+// release what the thread wrote; an atomic operation and a fence after it acquire what was released
+// there. Without fences, atomic operations order nothing.
+void fence();
+void at_atomic(const void* at);
 cudaError_t run(dim3 grid, dim3 block, const std::function<void()>& thread);
 cudaError_t take_last_error();
 [[noreturn]] void fail(const char* what, Place at);
@@ -105,12 +110,26 @@ T __shfl_down_sync(unsigned mask, T mine, unsigned by, int width = 32, EMULATION
   return emulation::shuffled(mask, mine, from > last ? lane : from, {file, line});
 }
 
+template <class T>
+T __shfl_up_sync(unsigned mask, T mine, unsigned by, int width = 32, EMULATION_AT) {
+  const int lane = emulation::lane(), first = lane & ~(width - 1), from = lane - int(by);
+  return emulation::shuffled(mask, mine, from < first ? lane : from, {file, line});
+}
+template <class T>
+T __shfl_xor_sync(unsigned mask, T mine, int with, int width = 32, EMULATION_AT) {
+  const int lane = emulation::lane(), from = lane ^ with;
+  return emulation::shuffled(mask, mine, from > (lane | (width - 1)) ? lane : from, {file, line});
+}
+
+inline void __threadfence() { emulation::fence(); }
 template <class T, class V>
 T atomicAdd(T* at, V more) {
+  emulation::at_atomic(at);
   return __atomic_fetch_add(at, T(more), __ATOMIC_RELAXED);
 }
 template <class T, class V>
 T atomicMin(T* at, V other) {
+  emulation::at_atomic(at);
   T now = __atomic_load_n(at, __ATOMIC_RELAXED);
   while (T(other) < now && !__atomic_compare_exchange_n(at, &now, T(other), true, __ATOMIC_RELAXED,
                                                         __ATOMIC_RELAXED)) {
