@@ -18,9 +18,11 @@ struct HeldKeys {
   using K = Key<R>;
   static constexpr int kIn = Op::n_in, kPack = diffcore::kPack<S>;
   static constexpr int kHeld = 64 / sizeof(R), kPacks = kHeld / kPack;
-  static constexpr int kFlying = 2;  // packs of each input that are loaded before the first use
+  // Packs of each input that are loaded before the first use; two of three double inputs would spill.
+  static constexpr int kFlying = sizeof(S) == 8 && kIn > 2 ? 1 : 2;
 
   K keys[kHeld];
+  int used;  // packs up to the last that any of the threads has: the loops over keys end there
 
   // Of columns [begin, end) of a row, which `threads` threads hold together; x: this thread.
   // `begin` is a multiple of kPack.
@@ -31,9 +33,11 @@ struct HeldKeys {
     for (int k = 0; k < kIn; ++k)
       in[k] = static_cast<const S*>(args.in[k]) + row * args.row_stride[k] + begin;
     const int count = int(end - begin);
+    used = (count + threads * kPack - 1) / (threads * kPack);
     R c[Op::n_coef];
     DC_UNROLL
     for (int first = 0; first < kPacks; first += kFlying) {
+      if (first && first >= used) return;
       Pack<S> packs[kFlying][kIn];
       DC_UNROLL
       for (int u = 0; u < kFlying; ++u) {
@@ -68,8 +72,7 @@ struct HeldKeys {
   // The number of keys from `from` on, in a range of this length.
   __device__ __forceinline__ unsigned number_in(K from, K length) const {
     unsigned n = 0;
-    DC_UNROLL
-    for (int i = 0; i < kHeld; ++i) n += keys[i] - from < length;
+    each([&](K key) { n += key - from < length; });
     return n;
   }
   __device__ __forceinline__ unsigned nans() const { return number_in(kNanKey<R>, 1); }
@@ -77,20 +80,28 @@ struct HeldKeys {
   // The smallest key from `from` on.
   __device__ __forceinline__ K smallest_from(K from) const {
     K least = kNoKey<R>;
-    DC_UNROLL
-    for (int i = 0; i < kHeld; ++i)
-      if (keys[i] >= from && keys[i] < least) least = keys[i];
+    each([&](K key) { least = key >= from && key < least ? key : least; });
     return least;
   }
 
   // Counts the candidates by their next digit.
   __device__ __forceinline__ void count(const Search<R>& search, unsigned* counts) const {
-    DC_UNROLL
-    for (int i = 0; i < kHeld; ++i)
-      if (search.holds(keys[i])) atomicAdd(&counts[search.bucket(keys[i])], 1u);
+    each([&](K key) {
+      if (search.holds(key)) atomicAdd(&counts[search.bucket(key)], 1u);
+    });
   }
 
  private:
+  template <class Use>
+  __device__ __forceinline__ void each(Use use) const {
+    DC_UNROLL
+    for (int p = 0; p < kPacks; ++p) {
+      if (p >= used) return;
+      DC_UNROLL
+      for (int i = 0; i < kPack; ++i) use(keys[p * kPack + i]);
+    }
+  }
+
   static __device__ __forceinline__ K key_of_element(const R* c, const S* element) {
     R values[kIn], y[1];
     DC_UNROLL
@@ -120,46 +131,49 @@ __device__ __forceinline__ void store(const LaunchArgs& args, int64_t row, const
   static_cast<R*>(args.sum[0])[row] = R(Op::selected(c, found));
 }
 
-// ---- A few elements: a warp per row ---------------------------------------------------------
+// ---- A few elements: a row in a warp or a part of it ----------------------------------------
 
-__device__ __forceinline__ unsigned warp_sum(unsigned mine) {
-  for (int offset = 16; offset > 0; offset /= 2) mine += __shfl_xor_sync(~0u, mine, offset);
+// Of the `width` threads of a row, in each of them. All threads of a warp call it.
+__device__ __forceinline__ unsigned sum_of(unsigned mine, int width) {
+  for (int offset = width / 2; offset > 0; offset /= 2) mine += __shfl_xor_sync(~0u, mine, offset);
   return mine;
 }
-
 template <class K>
-__device__ __forceinline__ K warp_smallest(K mine) {
-  for (int offset = 16; offset > 0; offset /= 2) {
+__device__ __forceinline__ K smallest_of(K mine, int width) {
+  for (int offset = width / 2; offset > 0; offset /= 2) {
     const K other = __shfl_xor_sync(~0u, mine, offset);
     mine = other < mine ? other : mine;
   }
   return mine;
 }
 
-// Determines one bit after the other, until one candidate is left.
+// A row has 2^log_threads threads. Determines one bit after the other, until one candidate is left.
 template <class Op, class S>
-__global__ void __launch_bounds__(kThreads, kBlocksPerSm<Op, S>)
-    select_few_kernel(const __grid_constant__ LaunchArgs args, bool packed) {
+__global__ void __launch_bounds__(kThreads, 3)
+    select_few_kernel(const __grid_constant__ LaunchArgs args, bool packed, int log_threads) {
   using R = Compute<S>;
   using K = Key<R>;
-  constexpr int kWarps = kThreads / 32;
-  const int lane = int(threadIdx.x % 32);
-  for (int64_t row = int64_t(blockIdx.x) * kWarps + threadIdx.x / 32; row < args.rows;
-       row += int64_t(gridDim.x) * kWarps) {
-    const HeldKeys<Op, S> held(args, row, 0, args.cols, 32, lane, packed);
+  const int threads = 1 << log_threads, x = int(threadIdx.x) & (threads - 1);
+  const int64_t rows_of_block = kThreads >> log_threads;
+  for (int64_t first = int64_t(blockIdx.x) * rows_of_block; first < args.rows;
+       first += int64_t(gridDim.x) * rows_of_block) {
+    const int64_t mine = first + (threadIdx.x >> log_threads);
+    const int64_t row = mine < args.rows ? mine : args.rows - 1;  // the last one again
+    const HeldKeys<Op, S> held(args, row, 0, args.cols, threads, x, packed);
     Search<R> search = Search<R>::of(position_of_row<Op>(args, row).rank, args.cols);
     // NaN has the largest key. If a row contains one, select the last rank, so the result is NaN.
-    if (warp_sum(held.nans())) search.rank = search.count - 1;
+    if (sum_of(held.nans(), threads)) search.rank = search.count - 1;
+    const auto searches = [&] { return search.open && search.count > 1; };
 #pragma unroll 1
-    while (search.open && search.count > 1) {
-      const int rest = search.open - 1;
-      const unsigned zeros = warp_sum(held.number_in(search.low, K(1) << rest));
+    while (__any_sync(~0u, searches())) {  // the shuffles need all rows of the warp
+      const int rest = search.open ? search.open - 1 : 0;
+      const unsigned zeros = sum_of(held.number_in(search.low, K(1) << rest), threads);
       const unsigned counts[] = {zeros, unsigned(search.count) - zeros};
-      search.narrow(bucket_of(search.rank, counts, 2), rest);
+      if (searches()) search.narrow(bucket_of(search.rank, counts, 2), rest);
     }
-    const K key = warp_smallest(held.smallest_from(search.low));
-    const K next = warp_smallest(held.smallest_from(key + 1));
-    if (lane == 0) store<Op>(args, row, search, key, next);
+    const K key = smallest_of(held.smallest_from(search.low), threads);
+    const K next = smallest_of(held.smallest_from(key + 1), threads);
+    if (x == 0 && mine == row) store<Op>(args, row, search, key, next);
   }
 }
 
@@ -192,7 +206,7 @@ __device__ __forceinline__ void clear(Count* counts) {
 // Sets `above` to the minimum of itself and the value `mine` of each thread.
 template <class K>
 __device__ __forceinline__ void keep_smallest(unsigned long long& above, K mine) {
-  mine = warp_smallest(mine);
+  mine = smallest_of(mine, 32);
   if (threadIdx.x % 32 == 0 && mine != K(~K(0))) atomicMin(&above, mine);
 }
 
@@ -259,8 +273,8 @@ __global__ void __launch_bounds__(kMaxThreads)
   using R = Compute<S>;
   __shared__ Tally<R, unsigned> tally;
   for (int64_t row = blockIdx.x; row < args.rows; row += gridDim.x) {
-    start<Op>(tally, args, row);
     const HeldKeys<Op, S> held(args, row, 0, args.cols, int(blockDim.x), int(threadIdx.x), packed);
+    start<Op>(tally, args, row);
 #pragma unroll 1
     for (int digit = 0; digit < kDigits<R>; ++digit) {
       clear(tally.counts);
@@ -349,8 +363,11 @@ struct CudaSelect {
     const bool packed = CudaMap<Op, S>::aligned(args);
     const auto blocks_for = [](int64_t n) { return unsigned(n < 65535 ? n : 65535); };
     if (args.cols <= 32 * kHeld) {
-      const unsigned blocks = blocks_for((args.rows + kThreads / 32 - 1) / (kThreads / 32));
-      return launch(select_few_kernel<Op, S>, blocks, stream, args, packed);
+      int log_threads = 0;
+      while (log_threads < 5 && (kPack<S> << log_threads) < args.cols) ++log_threads;
+      const int64_t rows_of_block = kThreads >> log_threads;
+      const unsigned blocks = blocks_for((args.rows + rows_of_block - 1) / rows_of_block);
+      return launch(select_few_kernel<Op, S>, blocks, stream, args, packed, log_threads);
     }
     const unsigned blocks = blocks_for(args.rows);
     if (args.cols <= kMaxThreads * kHeld) {

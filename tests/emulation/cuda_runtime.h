@@ -121,6 +121,13 @@ T __shfl_xor_sync(unsigned mask, T mine, int with, int width = 32, EMULATION_AT)
   return emulation::shuffled(mask, mine, from > (lane | (width - 1)) ? lane : from, {file, line});
 }
 
+inline int __any_sync(unsigned mask, int mine, EMULATION_AT) {
+  const uint64_t* values = emulation::exchange(mask, uint64_t(mine), {file, line});
+  int any = 0;
+  for (int lane = 0; lane < 32; ++lane) any |= (mask >> lane & 1) && values[lane];
+  return any;
+}
+
 inline void __threadfence() { emulation::fence(); }
 template <class T, class V>
 T atomicAdd(T* at, V more) {
