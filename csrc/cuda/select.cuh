@@ -303,11 +303,10 @@ struct RowTally : Tally<R, unsigned long long> {
 template <class Op, class R>
 __global__ void __launch_bounds__(kThreads)
     select_begin_kernel(const __grid_constant__ LaunchArgs args, RowTally<R>* tallies) {
-  for (int64_t row = blockIdx.x; row < args.rows; row += gridDim.x) {
-    start<Op>(tallies[row], args, row);
-    clear(tallies[row].counts);
-    if (threadIdx.x == 0) tallies[row].done = 0;
-  }
+  RowTally<R>& tally = tallies[blockIdx.x];
+  start<Op>(tally, args, blockIdx.x);
+  clear(tally.counts);
+  if (threadIdx.x == 0) tally.done = 0;
 }
 
 // Whether this block is the last of a row that gets here, for all its threads. What the others wrote
@@ -361,7 +360,9 @@ struct CudaSelect {
   // As CudaMap::run.
   static const char* run(LaunchArgs& args, cudaStream_t stream, Workspace workspace) {
     const bool packed = CudaMap<Op, S>::aligned(args);
-    const auto blocks_for = [](int64_t n) { return unsigned(n < 65535 ? n : 65535); };
+    constexpr int64_t kMaxBlocks =
+        4096;  // fill every device; a block takes several rows if need be
+    const auto blocks_for = [](int64_t n) { return unsigned(n < kMaxBlocks ? n : kMaxBlocks); };
     if (args.cols <= 32 * kHeld) {
       int log_threads = 0;
       while (log_threads < 5 && (kPack<S> << log_threads) < args.cols) ++log_threads;
@@ -369,11 +370,11 @@ struct CudaSelect {
       const unsigned blocks = blocks_for((args.rows + rows_of_block - 1) / rows_of_block);
       return launch(select_few_kernel<Op, S>, blocks, stream, args, packed, log_threads);
     }
-    const unsigned blocks = blocks_for(args.rows);
     if (args.cols <= kMaxThreads * kHeld) {
       int threads = kThreads;
       while (threads * kHeld < args.cols) threads *= 2;
-      return launch_with(threads, select_kernel<Op, S>, blocks, stream, args, packed);
+      return launch_with(threads, select_kernel<Op, S>, blocks_for(args.rows), stream, args,
+                         packed);
     }
     args.chunk = kThreads * kHeld;
     args.chunks = (args.cols + args.chunk - 1) / args.chunk;
@@ -381,7 +382,8 @@ struct CudaSelect {
     auto* tallies = static_cast<RowTally<R>*>(workspace(int64_t(sizeof(RowTally<R>)) * args.rows));
     if (!tallies) return "out of memory for the counts";
     const unsigned all = unsigned(args.rows * args.chunks);
-    const char* error = launch(select_begin_kernel<Op, R>, blocks, stream, args, tallies);
+    const char* error =
+        launch(select_begin_kernel<Op, R>, unsigned(args.rows), stream, args, tallies);
     for (int digit = 0; digit < kDigits<R> && !error; ++digit)
       error = launch(select_count_kernel<Op, S>, all, stream, args, tallies, packed, digit);
     return error;

@@ -162,9 +162,8 @@ void many_sums_of_several_blocks() {
   expect(right, "65539 sums of several blocks");
 }
 
-// More rows than blocks of `select_kernel`.
-void many_quantiles() {
-  const int64_t rows = 65541, cols = 5;
+// More rows than the 4096 blocks of a selection take at once.
+void many_quantiles(int64_t rows, int64_t cols) {
   LaunchArgs args;
   args.rows = rows;
   args.cols = cols;
@@ -184,7 +183,7 @@ void many_quantiles() {
     for (size_t i = 0; i < size_t(cols); ++i) most = std::max(most, fabsf(x[r * size_t(cols) + i]));
     right &= sums[r] == most;
   }
-  expect(right, "65541 quantiles");
+  expect(right, "the quantiles of many rows");
 }
 
 }  // namespace
@@ -200,7 +199,9 @@ int main(int argc, char** argv) {
     one_long_sum();
   } else if (which == "rows") {
     many_sums_of_several_blocks();
-    many_quantiles();
+    many_quantiles(4096 * 256 + 5, 3);  // a thread to a row
+    many_quantiles(4096 * 8 + 5, 100);  // a warp
+    many_quantiles(4096 + 5, 513);      // a block
   } else {
     fprintf(stderr, "usage: check_limits ends | rows\n");
     return 2;

@@ -74,7 +74,7 @@ def barriers(file: str) -> Iterator[Mutant]:
         yield Mutant(f"{file}: barrier {n} gone", file, without_barrier(n))
 
 
-ROWS, WORKER = "map.cuh", "row_worker.cuh"
+ROWS, WORKER, SELECT = "map.cuh", "row_worker.cuh", "select.cuh"
 MUTANTS = [
     *barriers("sum.cuh"),
     *barriers("select.cuh"),
@@ -202,30 +202,149 @@ MUTANTS = [
     ),
     Mutant(
         "counts of a block without atomics",
-        "select.cuh",
+        SELECT,
         instead("atomicAdd(&counts[search.bucket(key)], 1u);", "counts[search.bucket(key)] += 1u;"),
+        ("x0_quantile", "f32"),
     ),
     Mutant(
         "counts of all blocks without atomics",
-        "select.cuh",
+        SELECT,
         instead(
             "if (counts[i]) atomicAdd(&tally.counts[i], counts[i]);",
             "tally.counts[i] += counts[i];",
         ),
+        ("x0_quantile", "f32"),
     ),
     Mutant(
         "counts are not cleared between digits",
-        "select.cuh",
-        instead("    narrow(tally);\n    clear(tally);\n", "    narrow(tally);\n"),
+        SELECT,
+        instead(
+            "  clear(tally.counts);\n  if (threadIdx.x == 0) tally.done = 0;\n  if (ends)",
+            "  if (threadIdx.x == 0) tally.done = 0;\n  if (ends)",
+        ),
+        ("x0_quantile", "f32"),
     ),
-    Mutant("NaN is not counted", "select.cuh", instead("nans += key == kNanKey<R>;", "")),
+    Mutant(
+        "finished blocks are counted on between digits",
+        SELECT,
+        instead("  if (threadIdx.x == 0) tally.done = 0;\n  if (ends)", "  if (ends)"),
+        ("x0_quantile", "f32"),
+    ),
+    Mutant(
+        "no fence before a block counts as finished",
+        SELECT,
+        instead(
+            "    __threadfence();  // after the barrier: for the writes of the whole block\n", ""
+        ),
+        ("x0_quantile", "f32"),
+    ),
+    Mutant(
+        "no fence after a block counts as finished",
+        SELECT,
+        instead("blocks - 1;\n    __threadfence();", "blocks - 1;"),
+        ("x0_quantile", "f32"),
+    ),
+    Mutant(
+        "the last block but one continues the search",
+        SELECT,
+        instead("atomicAdd(&done, 1u) == blocks - 1", "atomicAdd(&done, 1u) == blocks - 2"),
+        ("x0_quantile", "f32"),
+    ),
+    Mutant(
+        "a selection ignores NaN",
+        SELECT,
+        instead("return number_in(kNanKey<R>, 1);", "return 0;"),
+        ("x0_quantile", "f32"),
+    ),
     Mutant(
         "one warp has the smallest key",
-        "select.cuh",
+        SELECT,
+        instead("if (threadIdx.x % 32 == 0 && mine", "if (threadIdx.x == 0 && mine"),
+        ("x0_quantile", "f32"),
+    ),
+    Mutant(
+        "keys of an incomplete pack in one access",
+        SELECT,
+        instead("if (packed && at + kPack <= count)", "if (packed && at < count)"),
+        ("x0_quantile", "f32"),
+    ),
+    Mutant(
+        "no bound on single elements of a selection",
+        SELECT,
+        instead("at + i < count ? in[k][at + i] : S{}", "in[k][at + i]"),
+        ("x0_quantile", "f32"),
+    ),
+    Mutant(
+        "keys after the end of a row",
+        SELECT,
+        instead("at + i < count ? key : kNoKey<R>", "key"),
+        ("x0_quantile", "f32"),
+    ),
+    Mutant(
+        "the last packs of keys are not counted",
+        SELECT,
+        instead("if (p >= used) return;", "if (p + 1 >= used) return;"),
+        ("x0_quantile", "f32"),
+    ),
+    Mutant(
+        "two packs of keys are the same",
+        SELECT,
         instead(
-            "if (threadIdx.x % 32 == 0) atomicMin(&above, mine);",
-            "if (threadIdx.x == 0) atomicMin(&above, mine);",
+            "const int p = (first + u) * threads + x, at = p * kPack;",
+            "const int p = first * threads + x, at = p * kPack;",
         ),
+        ("x0_quantile", "f32"),
+    ),
+    Mutant(
+        "too few threads hold the keys of a row",
+        SELECT,
+        instead("while (threads * kHeld < args.cols)", "while (threads * kHeld * 2 < args.cols)"),
+        ("x0_quantile", "f32"),
+    ),
+    Mutant(
+        "a sum over more threads than a row has",
+        SELECT,
+        instead(
+            "for (int offset = width / 2; offset > 0; offset /= 2) mine +=",
+            "for (int offset = 16; offset > 0; offset /= 2) mine +=",
+        ),
+        ("x0_quantile", "f32"),
+    ),
+    Mutant(
+        "rows of a warp stop their search on their own",
+        SELECT,
+        instead("while (__any_sync(~0u, searches()))", "while (searches())"),
+        ("x0_quantile", "f32"),
+    ),
+    Mutant(
+        "a finished search goes on",
+        SELECT,
+        instead("if (searches()) search.narrow", "search.narrow"),
+        ("x0_quantile", "f32"),
+    ),
+    Mutant(
+        "threads without a row write the last one",
+        SELECT,
+        instead("if (x == 0 && mine == row)", "if (x == 0)"),
+        ("x0_quantile", "f32"),
+    ),
+    Mutant(
+        "the next key is the key itself",
+        SELECT,
+        instead("held.smallest_from(key + 1)", "held.smallest_from(key)"),
+        ("x0_quantile", "f32"),
+    ),
+    Mutant(
+        "sums up to a thread leave out its warp",
+        SELECT,
+        instead("if (lane == 31) by_warp", "if (lane == 30) by_warp"),
+        ("x0_quantile", "f32"),
+    ),
+    Mutant(
+        "sums up to a thread count its warp twice",
+        SELECT,
+        instead("w < warp; ++w", "w <= warp; ++w"),
+        ("x0_quantile", "f32"),
     ),
 ]
 
