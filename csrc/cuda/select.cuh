@@ -210,59 +210,57 @@ __device__ __forceinline__ void keep_smallest(unsigned long long& above, K mine)
   if (threadIdx.x % 32 == 0 && mine != K(~K(0))) atomicMin(&above, mine);
 }
 
-// The sum of the values of the threads up to this one. A barrier.
-template <class T>
-__device__ __forceinline__ T sum_up_to(T mine) {
-  __shared__ T by_warp[kMaxThreads / 32];
-  const int lane = int(threadIdx.x % 32), warp = int(threadIdx.x / 32);
-  for (int by = 1; by < 32; by *= 2) {
-    const T left = __shfl_up_sync(~0u, mine, by);
-    if (lane >= by) mine += left;
-  }
-  if (lane == 31) by_warp[warp] = mine;
-  __syncthreads();
-  for (int w = 0; w < warp; ++w) mine += by_warp[w];
-  return mine;
-}
-
 // Continues the search in the bucket that contains the rank. All counts must be complete and
 // visible before the call; the result is visible to every thread after it.
 template <class R, class Count>
 __device__ void narrow(Tally<R, Count>& tally) {
-  const int each = kBuckets / int(blockDim.x), first = int(threadIdx.x) * each;
-  const Count* mine = tally.counts + first;
-  Count own = 0;
-  for (int k = 0; k < each; ++k) own += mine[k];
+  constexpr int kEach = kBuckets / kThreads, kWarps = kThreads / 32;
+  static_assert(kBuckets % kThreads == 0, "every bucket must belong to a thread");
+  __shared__ Count by_warp[kWarps];
+  const bool reads = threadIdx.x < kThreads;  // enough for all buckets
+  const int lane = int(threadIdx.x % 32), warp = int(threadIdx.x / 32);
+  const int first = int(threadIdx.x) * kEach;
+  const Count* const mine = tally.counts + first;
+  Count own = 0, up_to = 0;  // candidates in the buckets of this thread, and up to its last bucket
+  if (reads) {
+    DC_UNROLL
+    for (int k = 0; k < kEach; ++k) own += mine[k];
+    up_to = own;
+    for (int by = 1; by < 32; by *= 2) {
+      const Count left = __shfl_up_sync(~0u, up_to, by);
+      if (lane >= by) up_to += left;
+    }
+    if (lane == 31) by_warp[warp] = up_to;
+  }
   Search<R> search = tally.search;
   // NaN has the largest key. If a row contains one, select the last rank, so the result is NaN.
   if (search.open == kKeyBits<R> && tally.nans > 0) search.rank = search.count - 1;
   const int rest = search.rest();
-  const int64_t before = int64_t(sum_up_to(own) - own);  // all threads have read the search
-  if (before <= search.rank && search.rank < before + int64_t(own)) {
-    Bucket bucket = bucket_of(search.rank - before, mine, each);
-    bucket.index += first;
-    bucket.before += before;
-    search.narrow(bucket, rest);
-    tally.search = search;
+  __syncthreads();  // all threads have read the search
+  if (reads) {
+    for (int w = 0; w < warp; ++w) up_to += by_warp[w];
+    const int64_t before = int64_t(up_to - own);
+    if (before <= search.rank && search.rank < int64_t(up_to)) {
+      Bucket bucket = bucket_of(search.rank - before, mine, kEach);
+      bucket.index += first;
+      bucket.before += before;
+      search.narrow(bucket, rest);
+      tally.search = search;
+    }
   }
   __syncthreads();
   search = tally.search;
-  if (search.open == 0) {  // complete keys: the next one may be in a later bucket
+  if (reads && search.open == 0) {  // complete keys: the next one may be in a later bucket
     const int found = search.bucket(search.low);
     Key<R> next = kNoKey<R>;
-    for (int k = each - 1; k >= 0; --k) {
+#pragma unroll 1
+    for (int k = kEach - 1; k >= 0; --k) {
       const int beyond = first + k - found;
       if (beyond > 0 && mine[k] > 0) next = search.low + unsigned(beyond);
     }
     keep_smallest(tally.above, next);
   }
   __syncthreads();
-}
-
-template <class Op, class R, class Count>
-__device__ __forceinline__ void store(const Tally<R, Count>& tally, const LaunchArgs& args,
-                                      int64_t row) {
-  if (threadIdx.x == 0) store<Op>(args, row, tally.search, tally.search.low, Key<R>(tally.above));
 }
 
 // ---- Short rows: a block per row ------------------------------------------------------------
@@ -289,7 +287,7 @@ __global__ void __launch_bounds__(kMaxThreads)
       __syncthreads();
       narrow(tally);
     }
-    store<Op>(tally, args, row);
+    if (threadIdx.x == 0) store<Op>(args, row, tally.search, tally.search.low, Key<R>(tally.above));
   }
 }
 
@@ -316,7 +314,7 @@ __device__ __forceinline__ bool is_last(unsigned& done, unsigned blocks) {
   __syncthreads();
   if (threadIdx.x == 0) {
     __threadfence();  // after the barrier: for the writes of the whole block
-    last = atomicAdd(&done, 1u) == blocks - 1;
+    last = atomicInc(&done, blocks - 1) == blocks - 1;  // then it is 0 for the next digit
     __threadfence();
   }
   __syncthreads();
@@ -348,8 +346,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm<Op, S>)
   if (!is_last(tally.done, unsigned(args.chunks))) return;
   narrow(tally);
   clear(tally.counts);
-  if (threadIdx.x == 0) tally.done = 0;
-  if (ends) store<Op>(tally, args, row);
+  if (ends && threadIdx.x == 0)
+    store<Op>(args, row, tally.search, tally.search.low, Key<R>(tally.above));
 }
 
 template <class Op, class S>

@@ -232,9 +232,9 @@ constexpr Shape kShapes[] = {{5, 3, 1},    {3, 1024, 1},  {37, 20, 1},       {2,
                              {3, 48, 3},   {2, 3072, 3},  {1, 5 * 4 * 33, 5}};
 // Rows of each kernel of a selection, and on both sides of where the next one begins: parts of a warp,
 // 256 to 1,024 threads of a block, several blocks. Lengths that are odd, and multiples of four.
-constexpr int64_t kSelected[] = {1,    2,    5,    16,    31,    32,    33,    128,   132,
-                                 255,  256,  257,  512,   513,   1024,  2049,  4095,  4096,
-                                 4097, 8192, 8193, 12288, 16384, 16385, 65536, 196608};
+constexpr int64_t kSelected[] = {1,    2,    5,    16,    31,    32,    33,    128,
+                                 132,  255,  256,  257,   512,   513,   1024,  4095,
+                                 4096, 4097, 8193, 12288, 16384, 16385, 65536, 196608};
 // More partial sums than a thread block reads at a time, in float64.
 constexpr Shape kManyPartials = {1, 4300001, 1};
 
@@ -256,10 +256,14 @@ void check_op(int op, const OpTraits& traits, const char* only) {
     for (const int64_t cols : kSelected) {
       if (!traits.selects) break;
       const auto check_at = [&](int64_t offset, int64_t gap) {
-        check({op, traits, Dtype(dtype), cols > 20000 ? 3 : 8, cols, offset, gap});
+        check({op, traits, Dtype(dtype),
+               cols > 70000   ? 1
+               : cols > 20000 ? 3
+                              : 8,
+               cols, offset, gap});
       };
       check_at(0, 0);
-      if (cols > 5000) continue;
+      if (cols > 1100) continue;
       check_at(1, 0);
       check_at(0, 8);
     }

@@ -134,6 +134,14 @@ T atomicAdd(T* at, V more) {
   emulation::at_atomic(at);
   return __atomic_fetch_add(at, T(more), __ATOMIC_RELAXED);
 }
+inline unsigned atomicInc(unsigned* at, unsigned last) {
+  emulation::at_atomic(at);
+  unsigned now = __atomic_load_n(at, __ATOMIC_RELAXED);
+  while (!__atomic_compare_exchange_n(at, &now, now >= last ? 0 : now + 1, true, __ATOMIC_RELAXED,
+                                      __ATOMIC_RELAXED)) {
+  }
+  return now;
+}
 template <class T, class V>
 T atomicMin(T* at, V other) {
   emulation::at_atomic(at);

@@ -219,15 +219,15 @@ MUTANTS = [
         "counts are not cleared between digits",
         SELECT,
         instead(
-            "  clear(tally.counts);\n  if (threadIdx.x == 0) tally.done = 0;\n  if (ends)",
-            "  if (threadIdx.x == 0) tally.done = 0;\n  if (ends)",
+            "  clear(tally.counts);\n  if (ends)",
+            "  if (ends)",
         ),
         ("x0_quantile", "f32"),
     ),
     Mutant(
         "finished blocks are counted on between digits",
         SELECT,
-        instead("  if (threadIdx.x == 0) tally.done = 0;\n  if (ends)", "  if (ends)"),
+        instead("atomicInc(&done, blocks - 1)", "atomicAdd(&done, 1u)"),
         ("x0_quantile", "f32"),
     ),
     Mutant(
@@ -241,13 +241,13 @@ MUTANTS = [
     Mutant(
         "no fence after a block counts as finished",
         SELECT,
-        instead("blocks - 1;\n    __threadfence();", "blocks - 1;"),
+        instead("for the next digit\n    __threadfence();", "for the next digit"),
         ("x0_quantile", "f32"),
     ),
     Mutant(
         "the last block but one continues the search",
         SELECT,
-        instead("atomicAdd(&done, 1u) == blocks - 1", "atomicAdd(&done, 1u) == blocks - 2"),
+        instead("blocks - 1) == blocks - 1;", "blocks - 1) == blocks - 2;"),
         ("x0_quantile", "f32"),
     ),
     Mutant(
