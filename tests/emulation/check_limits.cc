@@ -3,6 +3,7 @@
 //
 //   EMULATION_BLOCKS=ends check_limits ends    (a second)
 //   check_limits rows                          (minutes)
+//   check_limits quantiles                     (half a minute)
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -199,11 +200,12 @@ int main(int argc, char** argv) {
     one_long_sum();
   } else if (which == "rows") {
     many_sums_of_several_blocks();
+  } else if (which == "quantiles") {
     many_quantiles(4096 * 256 + 5, 3);  // a thread to a row
     many_quantiles(4096 * 8 + 5, 100);  // a warp
     many_quantiles(4096 + 5, 513);      // a block
   } else {
-    fprintf(stderr, "usage: check_limits ends | rows\n");
+    fprintf(stderr, "usage: check_limits ends | rows | quantiles\n");
     return 2;
   }
   printf("%d failures\n", failures);

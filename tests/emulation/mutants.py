@@ -218,10 +218,7 @@ MUTANTS = [
     Mutant(
         "counts are not cleared between digits",
         SELECT,
-        instead(
-            "  clear(tally.counts);\n  if (ends)",
-            "  if (ends)",
-        ),
+        instead("  narrow(tally);\n  clear(tally.counts);\n", "  narrow(tally);\n"),
         ("x0_quantile", "f32"),
     ),
     Mutant(
