@@ -135,6 +135,7 @@ emulate: $(VENV)/.installed  ## the CUDA kernels, emulated on the CPU (x86-64): 
 	PATH="$(abspath $(VENV))/bin:$$PATH" cmake --build $(BUILD_DIR) --target check_kernels check_limits
 	set -e; for order in forward backward 7; do EMULATION_ORDER=$$order $(EMULATED)/check_kernels; done
 	EMULATION_BLOCKS=ends $(EMULATED)/check_limits ends
+	$(EMULATED)/check_limits quantiles
 	$(RUN_EMULATED) $(EMULATED_TESTS) $(PYTEST_ARGS)
 
 FUZZ_ARGS ?= --seconds 60
