@@ -314,12 +314,6 @@ MUTANTS = [
         ("x0_quantile", "f32"),
     ),
     Mutant(
-        "a finished search goes on",
-        SELECT,
-        instead("if (searches()) search.narrow", "search.narrow"),
-        ("x0_quantile", "f32"),
-    ),
-    Mutant(
         "threads without a row write the last one",
         SELECT,
         instead("if (x == 0 && mine == row)", "if (x == 0)"),
