@@ -104,10 +104,9 @@ demo: $(VENV)/.installed  ## train the VAE and the diffusion model on real digit
 
 test: $(VENV)/.installed  ## build, and run the tests that this machine can run
 	$(PY) -m pytest -n $(JOBS) --dist worksteal $(PYTEST_ARGS)
-	$(if $(and $(CAN_EMULATE),$(if $(PYTEST_ARGS),,yes)),$(RUN_EMULATED) $(EMULATED_QUICK) -k 'not many_rows')
+	$(if $(and $(CAN_EMULATE),$(if $(PYTEST_ARGS),,yes)),$(RUN_EMULATED) $(EMULATED_QUICK))
 
 # The CUDA kernels compiled for the CPU, every thread executed: not a run on a GPU. Threads change in x86-64 assembler.
-# `make test` leaves out test_many_rows, which takes more than a minute here.
 CAN_EMULATE := $(filter x86_64,$(shell uname -m))
 EMULATED := $(BUILD_DIR)/tests/emulation
 EMULATED_QUICK := tests/ops/test_layouts.py tests/ops/test_threshold.py tests/ops/test_loss_gradient.py tests/noise/test_bits.py
@@ -136,6 +135,7 @@ emulate: $(VENV)/.installed  ## the CUDA kernels, emulated on the CPU (x86-64): 
 	PATH="$(abspath $(VENV))/bin:$$PATH" cmake --build $(BUILD_DIR) --target check_kernels check_limits
 	set -e; for order in forward backward 7; do EMULATION_ORDER=$$order $(EMULATED)/check_kernels; done
 	EMULATION_BLOCKS=ends $(EMULATED)/check_limits ends
+	$(EMULATED)/check_limits quantiles
 	$(RUN_EMULATED) $(EMULATED_TESTS) $(PYTEST_ARGS)
 
 FUZZ_ARGS ?= --seconds 60

@@ -6,7 +6,8 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
-PACKED = ("map", "select_kernel", "select_count_kernel")  # functions that read packs of 16 bytes
+# Functions that read packs of 16 bytes.
+PACKED = ("map", "select_few_kernel", "select_kernel", "select_count_kernel")
 
 
 class Kernel(NamedTuple):

@@ -4,6 +4,7 @@
 #include <typeinfo>
 
 #include "cuda/map.cuh"
+#include "cuda/select.cuh"
 #include "ops/kernel_matrix.h"
 
 namespace diffcore {
@@ -13,7 +14,8 @@ template <class Op, class S>
 void print() {
   // The engine generates the noise of a double tensor with Randn and reads it.
   const bool unused = sizeof(S) == 8 && kGeneratesNoise<Op> && kReads<Op> > 0;
-  const int unroll = kSelects<Op> ? 1 : kUnroll<Op>;
+  int unroll = kUnroll<Op>;
+  if constexpr (kSelects<Op>) unroll = HeldKeys<Op, S>::kPacks;
   std::printf("%s\t%s\t%d\t%d\t%d\n", typeid(Op).name(), typeid(S).name(), kReads<Op> * unroll,
               Op::n_out * (kSelects<Op> ? 1 : kUnrolledPacks<Op>), !unused);
 }

@@ -8,7 +8,8 @@
 namespace diffcore {
 
 constexpr int kThreads = 256;
-constexpr int kCluster = 8;  // blocks: the most that all devices with clusters can run
+constexpr int kCluster = 8;        // blocks: the most that all devices with clusters can run
+constexpr int kMaxThreads = 1024;  // of a block
 
 // Null for success. Clears the error, which the runtime would report again after the next launch.
 inline const char* message_of(cudaError_t error) {
@@ -20,9 +21,11 @@ inline const char* message_of(cudaError_t error) {
 struct Grid {
   dim3 blocks;
   unsigned cluster;  // of so many blocks in x; 1: no clusters
+  unsigned threads;  // of a block
 
-  Grid(unsigned blocks) : blocks(blocks), cluster(1) {}
-  Grid(dim3 blocks, unsigned cluster = 1) : blocks(blocks), cluster(cluster) {}
+  Grid(unsigned blocks, unsigned threads = kThreads)
+      : blocks(blocks), cluster(1), threads(threads) {}
+  Grid(dim3 blocks, unsigned cluster) : blocks(blocks), cluster(cluster), threads(kThreads) {}
 };
 
 // The configuration of a launch. Not copied: it points into itself.
@@ -31,7 +34,7 @@ struct LaunchConfig : cudaLaunchConfig_t {
 
   LaunchConfig(Grid grid, cudaStream_t on_stream) : cudaLaunchConfig_t{} {
     gridDim = grid.blocks;
-    blockDim = dim3(kThreads);
+    blockDim = dim3(grid.threads);
     stream = on_stream;
     if (grid.cluster == 1) return;
     in_clusters.id = cudaLaunchAttributeClusterDimension;
@@ -44,7 +47,7 @@ struct LaunchConfig : cudaLaunchConfig_t {
   LaunchConfig& operator=(const LaunchConfig&) = delete;
 };
 
-// kernel<<<grid, kThreads, 0, stream>>>(argument...), without the syntax that only nvcc knows. Not
+// kernel<<<grid, grid.threads, 0, stream>>>(argument...), without the syntax that only nvcc knows. Not
 // inlined, as some 400 kernels have few types of parameters.
 template <class... Parameter, class... Argument>
 __attribute__((noinline)) const char* launch(void (*kernel)(Parameter...), Grid grid,

@@ -49,6 +49,8 @@ struct alignas(16) Pack {
   Few<S> part[kParts];
 
   __device__ __forceinline__ S get(int i) const { return part[i / kFew<S>].get(i % kFew<S>); }
+  // In the order of i.
+  __device__ __forceinline__ void set(int i, S x) { part[i / kFew<S>].set(i % kFew<S>, x); }
   // Removes the first part and adds one at the end. Registers have no index, so a loop over parts
   // that is not unrolled takes the first and moves the others.
   __device__ __forceinline__ Few<S> shift(const Few<S>& last = {}) {

@@ -107,15 +107,30 @@ struct Arguments {
       for (double& ratio : coefs[size_t(op.n_coef) - 2]) ratio = fmin(ratio, 1);
       for (double& maximum : coefs[size_t(op.n_coef) - 1]) maximum = INFINITY;
       for (float& v : values[0]) v *= 100;
-      // The quantile of a row with NaN is NaN, and infinity is the largest number.
-      if (rows > 2 && cols > 1) {
-        values[0][0] = INFINITY;
-        values[0][size_t(2 * cols + 1)] = NAN;
-      }
+      for (int64_t row = 0; row < rows; ++row) make_special(int(row % 8), row * cols, cols);
     }
     // Every other row uses the formula of a decoder row: column 9 of kVlbColumns.
     if (!strncmp(op.name, "vlb_term", 8))
       for (size_t row = 0; row < size_t(rows); ++row) coefs[9][row] = double(row % 2);
+  }
+
+ private:
+  // Rows whose quantile is a special one. Where it could be less than 1, the least result, the
+  // special numbers are only a part of the row, and change the ranks of the others.
+  void make_special(int kind, int64_t first, int64_t cols) {
+    for (size_t k = 0; k < values.size(); ++k) {
+      float* const v = &values[k][size_t(first)];
+      for (int64_t i = 0; i < cols; ++i) {
+        if (kind == 3) v[i] = k ? 0.f : 77.f;                                   // all are equal
+        if (kind == 4) v[i] = i % 3 ? v[i] : 0.f;                               // zeros
+        if (kind == 5) v[i] *= i % 4 == 0 ? 1e-43f : i % 4 == 1 ? 1e-9f : 1.f;  // subnormal numbers
+        if (kind == 6) v[i] = rintf(v[i] / 32) * 32;                            // many are equal
+        if (kind == 7) v[i] = i % 5 && cols > 1 ? v[i] : k ? 0.f : INFINITY;
+      }
+    }
+    // The quantile of a row with NaN is NaN, and infinity is the largest number.
+    if (kind == 0 && cols > 1) values[0][size_t(first)] = INFINITY;
+    if (kind == 2 && cols > 1) values[0][size_t(first + 1)] = NAN;
   }
 };
 
@@ -235,6 +250,11 @@ struct Shape {
 constexpr Shape kShapes[] = {{5, 3, 1},    {3, 1024, 1},  {37, 20, 1},       {2, 4099, 1},
                              {1, 9001, 1}, {3, 16384, 1}, {2, 40004, 1},     {300, 1, 1},
                              {3, 48, 3},   {2, 3072, 3},  {1, 5 * 4 * 33, 5}};
+// Rows of each kernel of a selection, and on both sides of where the next one begins: parts of a warp,
+// 256 to 1,024 threads of a block, several blocks. Lengths that are odd, and multiples of four.
+constexpr int64_t kSelected[] = {1,    2,    5,    16,    31,    32,    33,    128,
+                                 132,  255,  256,  257,   512,   513,   1024,  4095,
+                                 4096, 4097, 8193, 12288, 16384, 16385, 65536, 196608};
 // More partial sums than a thread block reads at a time, in float64.
 constexpr Shape kManyPartials = {1, 4300001, 1};
 
@@ -282,6 +302,20 @@ void check_op(int op, const OpTraits& traits, const char* only) {
     }
     if (traits.n_sum && !traits.selects) check_medium_sums(op, traits, Dtype(dtype));
     if (dtype == kF32 && !strcmp(traits.name, "normal_kl_sum")) check_single_elements(op, traits);
+    for (const int64_t cols : kSelected) {
+      if (!traits.selects) break;
+      const auto check_at = [&](int64_t offset, int64_t gap) {
+        check({op, traits, Dtype(dtype),
+               cols > 70000   ? 1
+               : cols > 20000 ? 3
+                              : 8,
+               cols, offset, gap});
+      };
+      check_at(0, 0);
+      if (cols > 1100) continue;
+      check_at(1, 0);
+      check_at(0, 8);
+    }
     if (dtype == kF64 && !strcmp(traits.name, "normal_kl_sum"))
       check({op, traits, kF64, kManyPartials.rows, kManyPartials.cols, 0, 0, kManyPartials.inner});
   }

@@ -3,6 +3,7 @@
 //
 //   EMULATION_BLOCKS=ends check_limits ends    (a second)
 //   check_limits rows                          (minutes)
+//   check_limits quantiles                     (half a minute)
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -184,9 +185,8 @@ void many_sums_of_several_blocks() {
   expect(right, "65539 sums of several blocks");
 }
 
-// More rows than blocks of `select_kernel`.
-void many_quantiles() {
-  const int64_t rows = 65541, cols = 5;
+// More rows than the 4096 blocks of a selection take at once.
+void many_quantiles(int64_t rows, int64_t cols) {
   LaunchArgs args;
   args.rows = rows;
   args.cols = cols;
@@ -206,7 +206,7 @@ void many_quantiles() {
     for (size_t i = 0; i < size_t(cols); ++i) most = std::max(most, fabsf(x[r * size_t(cols) + i]));
     right &= sums[r] == most;
   }
-  expect(right, "65541 quantiles");
+  expect(right, "the quantiles of many rows");
 }
 
 }  // namespace
@@ -223,9 +223,12 @@ int main(int argc, char** argv) {
     medium_sums_in_three_dimensions();
   } else if (which == "rows") {
     many_sums_of_several_blocks();
-    many_quantiles();
+  } else if (which == "quantiles") {
+    many_quantiles(4096 * 256 + 5, 3);  // a thread to a row
+    many_quantiles(4096 * 8 + 5, 100);  // a warp
+    many_quantiles(4096 + 5, 513);      // a block
   } else {
-    fprintf(stderr, "usage: check_limits ends | rows\n");
+    fprintf(stderr, "usage: check_limits ends | rows | quantiles\n");
     return 2;
   }
   printf("%d failures\n", failures);

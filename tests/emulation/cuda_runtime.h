@@ -7,8 +7,9 @@
 // when it waits for that. It ends the program to send before the first barrier of the cluster, to end
 // before all that was sent has arrived, and to reach another number of barriers than other threads.
 //
-// With -fsanitize=thread each CUDA thread is a thread of ThreadSanitizer, and only barriers, shuffles
-// and the ends of launches order them, so a race in shared or global memory is found in any order of
+// With -fsanitize=thread each CUDA thread is a thread of ThreadSanitizer, and only barriers, shuffles,
+// fences with atomic operations and the ends of launches order them, so a race in shared or global
+// memory is found in any order of
 // execution. With -fsanitize=address accesses out of bounds are found.
 #pragma once
 
@@ -81,6 +82,11 @@ void wait_for_cluster(Place at);
 // Stores eight bytes for the other lanes of the warp and waits for all lanes in `mask`. Returns the
 // values of the 32 lanes.
 const uint64_t* exchange(unsigned mask, uint64_t mine, Place at);
+// A fence, and what comes before an atomic operation: a fence and an atomic operation after it
+// release what the thread wrote; an atomic operation and a fence after it acquire what was released
+// there. Without fences, atomic operations order nothing.
+void fence();
+void at_atomic(const void* at);
 cudaError_t run(const cudaLaunchConfig_t& config, const std::function<void()>& thread);
 cudaError_t take_last_error();
 [[noreturn]] void fail(const char* what, Place at);
@@ -129,12 +135,41 @@ T __shfl_down_sync(unsigned mask, T mine, unsigned by, int width = 32, EMULATION
   return emulation::shuffled(mask, mine, from > last ? lane : from, {file, line});
 }
 
+template <class T>
+T __shfl_up_sync(unsigned mask, T mine, unsigned by, int width = 32, EMULATION_AT) {
+  const int lane = emulation::lane(), first = lane & ~(width - 1), from = lane - int(by);
+  return emulation::shuffled(mask, mine, from < first ? lane : from, {file, line});
+}
+template <class T>
+T __shfl_xor_sync(unsigned mask, T mine, int with, int width = 32, EMULATION_AT) {
+  const int lane = emulation::lane(), from = lane ^ with;
+  return emulation::shuffled(mask, mine, from > (lane | (width - 1)) ? lane : from, {file, line});
+}
+
+inline int __any_sync(unsigned mask, int mine, EMULATION_AT) {
+  const uint64_t* values = emulation::exchange(mask, uint64_t(mine), {file, line});
+  int any = 0;
+  for (int lane = 0; lane < 32; ++lane) any |= (mask >> lane & 1) && values[lane];
+  return any;
+}
+
+inline void __threadfence() { emulation::fence(); }
 template <class T, class V>
 T atomicAdd(T* at, V more) {
+  emulation::at_atomic(at);
   return __atomic_fetch_add(at, T(more), __ATOMIC_RELAXED);
+}
+inline unsigned atomicInc(unsigned* at, unsigned last) {
+  emulation::at_atomic(at);
+  unsigned now = __atomic_load_n(at, __ATOMIC_RELAXED);
+  while (!__atomic_compare_exchange_n(at, &now, now >= last ? 0 : now + 1, true, __ATOMIC_RELAXED,
+                                      __ATOMIC_RELAXED)) {
+  }
+  return now;
 }
 template <class T, class V>
 T atomicMin(T* at, V other) {
+  emulation::at_atomic(at);
   T now = __atomic_load_n(at, __ATOMIC_RELAXED);
   while (T(other) < now && !__atomic_compare_exchange_n(at, &now, T(other), true, __ATOMIC_RELAXED,
                                                         __ATOMIC_RELAXED)) {

@@ -59,6 +59,8 @@ struct Fiber {
   unsigned mask = 0;
   unsigned barriers = 0, shuffles = 0;  // reached so far
   unsigned arrivals = 0, waits = 0;     // at barriers of the cluster
+  bool fenced = false;
+  const void* atomic = nullptr;  // of the last atomic operation
   TSAN(void* tsan = nullptr;)
 };
 
@@ -113,6 +115,8 @@ void prepare(Fiber& fiber) {
   fiber.sp = sp;
   fiber.state = kReady;
   fiber.barriers = fiber.shuffles = fiber.arrivals = fiber.waits = 0;
+  fiber.fenced = false;
+  fiber.atomic = nullptr;
 }
 
 UNCHECKED void leave(State state) {
@@ -349,6 +353,18 @@ UNCHECKED const uint64_t* exchange(unsigned mask, uint64_t mine, Place at) {
   leave(kAtShuffle);
   TSAN(__tsan_acquire(&clock_of_block->warp[which][warp]);)
   return exchanged[which] + warp * kWarp;
+}
+
+UNCHECKED void fence() {
+  Fiber& me = fibers[current];
+  me.fenced = true;
+  TSAN(if (me.atomic) __tsan_acquire(const_cast<void*>(me.atomic));)
+}
+
+UNCHECKED void at_atomic(const void* at) {
+  Fiber& me = fibers[current];
+  me.atomic = at;
+  TSAN(if (me.fenced) __tsan_release(const_cast<void*>(at));)
 }
 
 UNCHECKED cudaError_t run(const cudaLaunchConfig_t& config, const std::function<void()>& thread) {

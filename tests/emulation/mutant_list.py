@@ -52,7 +52,6 @@ ROWS, WORKER, CLUSTER = "map.cuh", "row_worker.cuh", "cluster.cuh"
 SUMS = ("normal_kl_sum", "f32")
 MUTANTS = [
     *barriers("sum.cuh"),
-    *barriers("select.cuh"),
     *barriers("cluster.cuh"),
     Mutant(
         "no barrier before blocks send",
@@ -237,8 +236,8 @@ MUTANTS = [
         "only threads with a row add",
         ROWS,
         instead(
-            "      const R total = row_sum",
-            "      if (row >= args.rows) continue;\n      const R total = row_sum",
+            "      double total = double(row_sum",
+            "      if (row >= args.rows) continue;\n      double total = double(row_sum",
         ),
     ),
     Mutant(
@@ -251,33 +250,6 @@ MUTANTS = [
         ROWS,
         instead(
             "args.chunk = per_round * layout.rounds", "args.chunk = per_round * (layout.rounds + 1)"
-        ),
-    ),
-    Mutant(
-        "counts of a block without atomics",
-        "select.cuh",
-        instead("atomicAdd(&counts[search.bucket(key)], 1u);", "counts[search.bucket(key)] += 1u;"),
-    ),
-    Mutant(
-        "counts of all blocks without atomics",
-        "select.cuh",
-        instead(
-            "if (counts[i]) atomicAdd(&tally.counts[i], counts[i]);",
-            "tally.counts[i] += counts[i];",
-        ),
-    ),
-    Mutant(
-        "counts are not cleared between digits",
-        "select.cuh",
-        instead("    narrow(tally);\n    clear(tally);\n", "    narrow(tally);\n"),
-    ),
-    Mutant("NaN is not counted", "select.cuh", instead("nans += key == kNanKey<R>;", "")),
-    Mutant(
-        "one warp has the smallest key",
-        "select.cuh",
-        instead(
-            "if (threadIdx.x % 32 == 0) atomicMin(&above, mine);",
-            "if (threadIdx.x == 0) atomicMin(&above, mine);",
         ),
     ),
 ]

@@ -18,8 +18,11 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from mutant_list import MUTANTS, Mutant
+from mutant_list import MUTANTS as OF_LOOPS
+from mutant_list import Mutant
+from mutant_list_select import MUTANTS as OF_SELECTION
 
+MUTANTS = [*OF_LOOPS, *OF_SELECTION]
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 WORK = ROOT / "build" / "emulate" / "mutants"

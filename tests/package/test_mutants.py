@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -35,7 +37,8 @@ def test_the_mutants_of_signs_apply(tmp_path: Path) -> None:
         assert (ROOT / path).exists(), mutant
 
 
-def test_the_mutants_of_the_cuda_loops_apply() -> None:
+def test_the_mutants_of_the_cuda_loops_apply(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "tests" / "emulation")
     tool = _module("tests/emulation/mutants.py")
     assert tool.MUTANTS
     for mutant in tool.MUTANTS:
