@@ -1,5 +1,8 @@
 // Runs kernels on a device, and queries of the CUDA runtime. cudart is linked statically, so the
 // module can be imported on a machine without a GPU or driver.
+#include <stdlib.h>
+#include <string.h>
+
 #include "cuda/launch.cuh"
 #include "cuda/table.cuh"
 #include "ops/all.h"
@@ -34,6 +37,12 @@ class DeviceGuard {
   const char* error_;
 };
 
+// To find out whether a wrong sum is the fault of clusters, which have not run on a GPU yet.
+bool clusters_allowed() {
+  const char* setting = getenv("DIFFCORE_CUDA_CLUSTERS");
+  return !setting || strcmp(setting, "0") != 0;
+}
+
 // A new device may run code that was compiled for an older one, in which DC_CLUSTERS is not defined;
 // a part of a device (MIG) may be too small for a cluster.
 bool runs_in_clusters(const void* kernel) {
@@ -52,7 +61,7 @@ bool ClusterSupport::here(const void* kernel) {
   std::atomic<Answer>* known = device < kDevices ? &answers[device] : nullptr;
   Answer answer = known ? known->load(std::memory_order_relaxed) : kUnknown;
   if (answer == kUnknown) {
-    answer = runs_in_clusters(kernel) ? kYes : kNo;
+    answer = clusters_allowed() && runs_in_clusters(kernel) ? kYes : kNo;
     if (known) known->store(answer, std::memory_order_relaxed);
   }
   return answer == kYes;
