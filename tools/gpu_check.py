@@ -106,7 +106,7 @@ def build(s: Settings) -> Stage:
 
 
 def bits(s: Settings) -> Stage:
-    """Committed bits of the noise and of every op that generates it; all 2^31 square roots."""
+    """Committed bits of the noise and of ops that generate it; sums; all 2^31 square roots."""
     program = str((s.out / "square_roots").resolve())
     flags = ["-O3", "-std=c++17", "-Icsrc", "-o", program]
     host = ["-fopenmp", "-ffp-contract=off", "-fno-math-errno"]
@@ -120,12 +120,13 @@ def bits(s: Settings) -> Stage:
         "bits",
         [
             Step("noise", python("tools/gpu_bits.py", "--device", s.device), 60),
+            Step("sums", python("tools/gpu_sums.py", "--device", s.device), 60),
             Step("compile", command, 60, reason),
             # On the CPU a part is enough to try the program.
             Step("roots", [program, *([] if s.gpu else ["16"])], 60),
         ],
         lambda logs: "; ".join(
-            last_line(logs[name]) for name in ("noise", "roots") if logs.get(name)
+            last_line(logs[name]) for name in ("noise", "sums", "roots") if logs.get(name)
         ),
     )
 
