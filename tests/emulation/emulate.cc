@@ -12,23 +12,9 @@
 #include <vector>
 
 #include "cuda_runtime.h"
+#include "fiber.h"
 #include "order.h"
 #include "switch.h"
-
-#ifdef __SANITIZE_THREAD__
-extern "C" {
-void* __tsan_get_current_fiber(void);
-void* __tsan_create_fiber(unsigned flags);
-void __tsan_switch_to_fiber(void* fiber, unsigned flags);
-void __tsan_acquire(void* address);
-void __tsan_release(void* address);
-}
-#define TSAN(...) __VA_ARGS__
-#else
-#define TSAN(...)
-#endif
-// What runs on behalf of no CUDA thread, or switches between two, is no access of a CUDA thread.
-#define UNCHECKED __attribute__((no_sanitize("thread", "address")))
 
 // shared.ld: the variables declared __shared__.
 extern "C" __attribute__((visibility("hidden"))) char emulated_shared_begin[];
@@ -42,27 +28,6 @@ namespace emulation {
 int device = 0;
 
 namespace {
-
-constexpr int kMaxThreads = 1024, kWarp = 32;
-constexpr size_t kStack = 128 * 1024;
-
-enum State { kReady, kAtBarrier, kAtShuffle, kAtCluster, kAtInbox, kDone };
-constexpr const char* kStateNames[] = {
-    "ready", "at a barrier", "at a shuffle", "at a barrier of the cluster", "waiting for bytes",
-    "done"};
-
-struct Fiber {
-  char* stack = nullptr;
-  void* sp = nullptr;
-  State state = kDone;
-  Place at{};
-  unsigned mask = 0;
-  unsigned barriers = 0, shuffles = 0;  // reached so far
-  unsigned arrivals = 0, waits = 0;     // at barriers of the cluster
-  bool fenced = false;
-  const void* atomic = nullptr;  // of the last atomic operation
-  TSAN(void* tsan = nullptr;)
-};
 
 #ifdef __SANITIZE_THREAD__
 // What orders accesses. Blocks take one of two sets in turn, and of two sets of fibers: a block does
@@ -96,28 +61,6 @@ unsigned cluster, cluster_barriers;  // blocks of a cluster; the barriers that e
 Order order;
 
 void enter();
-
-void prepare(Fiber& fiber) {
-  if (!fiber.stack) {
-    void* memory = mmap(nullptr, kStack, PROT_READ | PROT_WRITE,
-                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (memory == MAP_FAILED || mprotect(memory, 4096, PROT_NONE)) {
-      perror("emulation: no memory for a stack");
-      abort();
-    }
-    fiber.stack = static_cast<char*>(memory);
-    TSAN(fiber.tsan = __tsan_create_fiber(0);)
-  }
-  auto** sp = reinterpret_cast<void**>(fiber.stack + kStack);
-  *--sp = nullptr;  // aligned as at the entry of a function
-  *--sp = reinterpret_cast<void*>(&enter);
-  for (int saved = 0; saved < 6; ++saved) *--sp = nullptr;
-  fiber.sp = sp;
-  fiber.state = kReady;
-  fiber.barriers = fiber.shuffles = fiber.arrivals = fiber.waits = 0;
-  fiber.fenced = false;
-  fiber.atomic = nullptr;
-}
 
 UNCHECKED void leave(State state) {
   Fiber& me = fibers[current];
@@ -244,7 +187,7 @@ UNCHECKED void run_block(uint3 index, std::vector<int>& turn) {
   __tsan_release(&clock_of_block->begin);
 #endif
   for (char* p = emulated_shared_begin; p < emulated_shared_end; ++p) *p = char(0xa5);
-  for (int t = 0; t < threads; ++t) prepare(fibers[t]);
+  for (int t = 0; t < threads; ++t) prepare(fibers[t], &enter);
   for (;;) {
     order.arrange(turn);
     for (int t : turn)
