@@ -14,6 +14,15 @@ from torch import Tensor
 
 from diffcore import PhiloxNoise, ops
 from diffcore.coefficients.bound import VLB_COLUMNS
+from diffcore.guidance import (
+    APG,
+    CFG,
+    TCFG,
+    CFGPlusPlus,
+    CFGZeroStar,
+    NormPreservingCFG,
+    RescaledCFG,
+)
 
 FLOATS = (torch.float32, torch.float32, torch.float64, torch.bfloat16, torch.float16)
 COEF_FLOATS = (torch.float32, torch.float64)
@@ -235,6 +244,25 @@ class Maker:
         """Noise as a tensor or a key."""
         return self.key() if self.chance(0.5) else self.samples()
 
+    def guidance(self) -> Any:
+        """A rule of guidance, seldom one that needs the row."""
+        scale = self.random.choice([2.5, 0, 1, -3.0, self.coefficient(None)])
+        try:
+            return self.random.choice(
+                [
+                    CFG(scale),
+                    RescaledCFG(scale, 0.4),
+                    NormPreservingCFG(scale),
+                    APG(scale, 0.5, 1.5),
+                    TCFG(scale),
+                    CFGZeroStar(scale, zero_init_steps=0),
+                    CFGPlusPlus(scale, interval=(0.1, 0.9)),
+                    scale,
+                ]
+            )
+        except (TypeError, ValueError):  # of the scale
+            return CFG(2.0)
+
     def out(self, others: Sequence[Any]) -> Any:
         """Memory of some layout, of an input, or over any other argument."""
         kind = self.random.random()
@@ -304,6 +332,8 @@ def arguments_of(name: str, maker: Maker) -> dict[str, Any]:
         found[parameter.name] = _argument(name, parameter.name, maker, by_step)
     if by_step or (name == "q_sample"):
         found["t"] = maker.step()
+    if "guidance" in found and maker.chance(0.9):
+        found.pop("guidance_scale", None)
     if name == "vlb_term" and ("x_t" in found) == ("noise" in found):
         found.pop("x_t", None)
         found["noise"] = maker.noise()
@@ -339,6 +369,8 @@ def _argument(op: str, name: str, maker: Maker, by_step: bool) -> Any:
         return maker.coefficient(maker.steps if by_step and not whole and not leading else None)
     if name == "noise":
         return maker.key() if op == "randn" else maker.noise()
+    if name == "guidance":
+        return maker.guidance()
     if name == "history":
         return tuple(maker.samples() for _ in range(maker.random.choice([0, 1, 2, 3, 4])))
     if name == "shape":

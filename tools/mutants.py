@@ -103,8 +103,8 @@ MUTANTS = [
     ),
     Mutant(
         "solvers: the first row of a step",
-        "scale, step, step != before)",
-        "scale, step, step == before)",
+        "                step != before,",
+        "                step == before,",
         "tests/solvers/test_rows.py",
     ),
     Mutant(
@@ -124,6 +124,18 @@ MUTANTS = [
         "taken + 0.5 * weights[t - 1].item() > share",
         "taken - 0.5 * weights[t - 1].item() > share",
         "tests/likelihood/test_strata.py",
+    ),
+    Mutant(
+        "solvers: drift of a step with a density",
+        "c_x, c_0 = c_x + drift, c_0 - drift * here.alpha",
+        "c_x, c_0 = c_x - drift, c_0 - drift * here.alpha",
+        "tests/solvers/test_flow_sde.py",
+    ),
+    Mutant(
+        "solvers: CFG++ (2M)",
+        "c_u=-keep * here.alpha * a_m,",
+        "c_u=keep * here.alpha * a_m,",
+        "tests/guidance/test_loops.py -k cfg_pp",
     ),
     # ---- C++: one functor of each family ---------------------------------------------------------
     Mutant(
@@ -152,9 +164,33 @@ MUTANTS = [
     ),
     Mutant(
         "csrc: guidance of a reverse step",
-        "x[1] - x[n - 1], x[n - 1]) : x[1];",
-        "x[1] + x[n - 1], x[n - 1]) : x[1];",
+        "x[1] - m_u, mul_add(StepRow(c).gain(), m_u, m_u));",
+        "x[1] + m_u, mul_add(StepRow(c).gain(), m_u, m_u));",
         "tests/ops/test_forward.py::test_values_are_within_the_bound[cpu-float32-ddpm_step_guided]",
+    ),
+    Mutant(
+        "csrc: rescaled guidance",
+        "    return n > 1 ? square(s) - sum * sum / n : 0;",
+        "    return n > 1 ? square(s) + sum * sum / n : 0;",
+        "tests/guidance/test_rules.py -k authors_formula",
+    ),
+    Mutant(
+        "csrc: projected guidance",
+        "        gain = -beyond * (1 - double(c[2])) * along;",
+        "        gain = beyond * (1 - double(c[2])) * along;",
+        "tests/guidance/test_rules.py -k authors_formula",
+    ),
+    Mutant(
+        "csrc: gradient of guidance",
+        "    if constexpr (kGuided) y[1] = mul_add(StepRow(c).gain(), dm, dm) - w * dm;",
+        "    if constexpr (kGuided) y[1] = mul_add(StepRow(c).gain(), dm, dm) + w * dm;",
+        "tests/guidance/test_rules.py -k gradients",
+    ),
+    Mutant(
+        "csrc: gradient of a factor of m_u",
+        "    P::add_uncond(StepRow(c).c_u(), x[0], y + 1);",
+        "    P::add_uncond(-StepRow(c).c_u(), x[0], y + 1);",
+        "tests/guidance/test_loops.py -k by_tensors_and_their_gradients",
     ),
     Mutant(
         "csrc: bound, learned variance",

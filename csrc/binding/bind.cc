@@ -292,6 +292,7 @@ py::tuple names(const char* const (&array)[kCount]) {
 void export_names(py::module_& m) {
   m.attr("STEP_COLUMNS") = names(step_columns());
   m.attr("VLB_COLUMNS") = names(vlb_columns());
+  m.attr("GUIDANCE_KINDS") = names(guidance_kinds());
   m.attr("CODES") = names(kCodeNames);          // Reason::code, by number
   m.attr("ARGUMENTS") = names(kArgumentNames);  // Reason::argument, by number
   py::dict found;

@@ -5,7 +5,7 @@ namespace diffcore {
 
 struct OpInfo {
   const char* name;
-  int n_in, n_out, n_sum, n_coef;  // n_in: inputs read from memory
+  int n_in, n_out, n_sum, n_coef;  // n_in: inputs read from memory; n_sum: results of a row
   bool generates_noise;            // generates its last input, the noise
 };
 
@@ -17,12 +17,13 @@ struct OpTable {
 };
 OpTable op_table();  // in the order of AllOps
 
-// Names of coefficients in their order: columns of a step table and of a table of bound terms.
+// Names in their order: columns of a step table and of a table of bound terms, kinds of guidance.
 struct Names {
   const char* const* first;
   int size;
 };
 Names step_columns();
 Names vlb_columns();
+Names guidance_kinds();
 
 }  // namespace diffcore

@@ -8,8 +8,8 @@ namespace diffcore {
 
 constexpr int kMaxIn = 7;
 constexpr int kMaxOut = 4;
-constexpr int kMaxSum = 1;
-constexpr int kMaxCoef = 17;
+constexpr int kMaxSum = 5;
+constexpr int kMaxCoef = 19;
 constexpr int kDtypes = 4;  // f32, f64, bf16, f16
 enum Dtype : int { kF32 = 0, kF64 = 1, kBf16 = 2, kF16 = 3, kNoDtype = -1 };
 

@@ -11,11 +11,12 @@ DC_KERNEL_NAMESPACE_BEGIN
 // but not defined (for example misspelled), defined but not listed, or has another signature is a
 // compile error.
 enum Hook : unsigned {
-  kPrepare = 1,      // prepare
-  kIdle = 2,         // idle
-  kOther = 4,        // Other and other
-  kFinalizeSum = 8,  // finalize_sum
-  kSelect = 16,      // ratio and selected
+  kPrepare = 1,       // prepare
+  kIdle = 2,          // idle
+  kOther = 4,         // Other and other
+  kFinalizeSum = 8,   // finalize_sum
+  kSelect = 16,       // ratio and selected
+  kFinalizeSums = 32  // n_stored and finalize_sums
 };
 
 // Every op derives from OpBase and redefines the defaults that do not apply to it. R is float, or
@@ -54,6 +55,11 @@ struct OpBase {
     return total;
   }
 
+  // kFinalizeSums: the n_stored numbers that are stored instead of the n_sum sums of a row.
+  static constexpr int n_stored = 0;
+  template <class R>
+  DC_HD static void finalize_sums(const R*, const double*, double, double*) {}
+
   // kSelect: instead of the sum of a row, the loop computes a quantile of the magnitudes of its
   // summands. c[ratio] is the quantile's level, in [0, 1]; the result is selected(c, quantile).
   static constexpr int ratio = -1;
@@ -66,6 +72,19 @@ template <class Op>
 constexpr bool kSwitches = (Op::hooks & kOther) != 0;
 template <class Op>
 constexpr bool kSelects = (Op::hooks & kSelect) != 0;
+
+// The results of a row, beside its elements: one of each sum, unless kFinalizeSums.
+template <class Op>
+constexpr int kStored = Op::hooks & kFinalizeSums ? Op::n_stored : Op::n_sum;
+
+// What is stored for a row of n elements with these sums.
+template <class Op, class R>
+DC_HD void finalize(const R* c, const double* totals, double n, double* stored) {
+  if constexpr ((Op::hooks & kFinalizeSums) != 0)
+    Op::finalize_sums(c, totals, n, stored);
+  else
+    for (int k = 0; k < Op::n_sum; ++k) stored[k] = Op::finalize_sum(c, totals[k], n);
+}
 
 // The same formula, whose last input, the noise, is generated in the kernel instead of read.
 template <class Op>

@@ -8,7 +8,7 @@
 
 DC_KERNEL_NAMESPACE_BEGIN
 
-constexpr unsigned kAllHooks = kPrepare | kIdle | kOther | kFinalizeSum | kSelect;
+constexpr unsigned kAllHooks = kPrepare | kIdle | kOther | kFinalizeSum | kSelect | kFinalizeSums;
 
 // Whether two addresses are those of one function. Compared as types, because not every compiler
 // compares function addresses in constant expressions.
@@ -29,6 +29,7 @@ struct HookCheck {
       bit<&Op::template idle<R>, &OpBase::template idle<R>>(kIdle) |
       bit<&Op::template other<R>, &OpBase::template other<R>>(kOther) |
       bit<&Op::template finalize_sum<R>, &OpBase::template finalize_sum<R>>(kFinalizeSum) |
+      bit<&Op::template finalize_sums<R>, &OpBase::template finalize_sums<R>>(kFinalizeSums) |
       bit<&Op::selected, &OpBase::selected>(kSelect);
   static_assert(defined == Op::hooks,
                 "`hooks` must list exactly the hooks that the op defines (is one misspelled?)");
@@ -49,6 +50,10 @@ constexpr bool check_signatures() {
       std::is_same_v<decltype(&Op::template finalize_sum<float>),
                      double (*)(const float*, double, double)>,
       "finalize_sum must be static double finalize_sum(const R* c, double total, double n)");
+  static_assert(std::is_same_v<decltype(&Op::template finalize_sums<float>),
+                               void (*)(const float*, const double*, double, double*)>,
+                "finalize_sums must be static void finalize_sums(const R* c, const double* totals, "
+                "double n, double* stored)");
   static_assert(std::is_same_v<decltype(&Op::selected), double (*)(const double*, double)>,
                 "selected must be static double selected(const double* c, double quantile)");
   static_assert(std::is_same_v<decltype(Op::in_double), const bool>, "in_double must be a bool");
@@ -78,6 +83,9 @@ constexpr bool check_combinations() {
         "sums an idle row");
   if constexpr ((Op::hooks & kFinalizeSum) != 0)
     static_assert(Op::n_sum == 1 && !kSelects<Op>, "finalize_sum needs one sum");
+  if constexpr ((Op::hooks & kFinalizeSums) != 0)
+    static_assert(Op::n_sum > 0 && Op::n_stored > 0 && Op::n_stored <= Op::n_sum && !kSelects<Op>,
+                  "finalize_sums needs sums, and stores one number or up to as many");
   static_assert(kSelects<Op> == (Op::ratio >= 0) && Op::ratio < Op::n_coef,
                 "kSelect requires a coefficient `ratio`, and `ratio` requires kSelect");
   if constexpr (kSelects<Op>)

@@ -179,15 +179,15 @@ struct CpuLoop {
         for (int lane = 0; lane < kLanes; ++lane) acc[k][lane] = R(0);
       columns(args, noise, c, row, first, left < args.chunk ? left : args.chunk, acc);
       if constexpr (kSum > 0) {
+        double totals[kSum];
         for (int k = 0; k < kSum; ++k) {
           for (int width = kLanes / 2; width > 0; width /= 2)
             for (int lane = 0; lane < width; ++lane) acc[k][lane] += acc[k][lane + width];
+          totals[k] = acc[k][0];
           if (args.chunks > 1)
-            args.partials[(k * args.rows + row) * args.chunks + unit % args.chunks] = acc[k][0];
-          else
-            static_cast<R*>(args.sum[k])[row] =
-                R(Op::finalize_sum(c, double(acc[k][0]), double(args.cols)));
+            args.partials[(k * args.rows + row) * args.chunks + unit % args.chunks] = totals[k];
         }
+        if (args.chunks <= 1) store(args, row, c, totals);
       }
     }
   }
@@ -195,20 +195,27 @@ struct CpuLoop {
   // Combines the chunks of every row.
   static void combine(const LaunchArgs& args) {
     if constexpr (kSum > 0) {
-      for (int k = 0; k < kSum; ++k) {
-        for (int64_t row = 0; row < args.rows; ++row) {
-          R c[Op::n_coef + 1] = {};
-          load_coefs<Op>(args, row, c);
+      for (int64_t row = 0; row < args.rows; ++row) {
+        double totals[kSum];
+        for (int k = 0; k < kSum; ++k) {
           const double* chunk = args.partials + (k * args.rows + row) * args.chunks;
-          double total = 0;
-          for (int64_t j = 0; j < args.chunks; ++j) total += chunk[j];
-          static_cast<R*>(args.sum[k])[row] = R(Op::finalize_sum(c, total, double(args.cols)));
+          totals[k] = 0;
+          for (int64_t j = 0; j < args.chunks; ++j) totals[k] += chunk[j];
         }
+        R c[Op::n_coef + 1] = {};
+        load_coefs<Op>(args, row, c);
+        store(args, row, c, totals);
       }
     }
   }
 
  private:
+  static void store(const LaunchArgs& args, int64_t row, const R* c, const double* totals) {
+    double stored[kStored<Op> + 1];
+    finalize<Op>(c, totals, double(args.cols), stored);
+    for (int k = 0; k < kStored<Op>; ++k) static_cast<R*>(args.sum[k])[row] = R(stored[k]);
+  }
+
   static void columns(const LaunchArgs& args, Noise<Op>& noise, const R* c, int64_t row,
                       int64_t first, int64_t n, R (*acc)[kLanes]) {
     constexpr bool kConverted = !same<S, R>;

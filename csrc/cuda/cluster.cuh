@@ -12,11 +12,12 @@
 
 namespace diffcore {
 
-// The partial sums of a row, in the shared memory of the first block of its cluster. `arrived` is an
+// The partial sums of a row, kSums of each block, in the shared memory of the first block of its cluster. `arrived` is an
 // mbarrier, which counts bytes: so no thread has to wait until the outputs of its block are visible
 // to others, as a barrier of the cluster with release semantics would make all of them do.
+template <int kSums>
 struct Inbox {
-  double partials[kCluster];
+  double partials[kSums][kCluster];
   uint64_t arrived;
 };
 
@@ -57,32 +58,42 @@ void send_to_first(double* at, double value, uint64_t* arrived);
 void wait_for_bytes(uint64_t* arrived);
 #endif
 
-__device__ __forceinline__ Inbox& inbox() {
-  __shared__ Inbox only;
+template <int kSums>
+__device__ __forceinline__ Inbox<kSums>& inbox() {
+  __shared__ Inbox<kSums> only;
   return only;
 }
 
 // All threads of the cluster call it at their start.
+template <int kSums>
 __device__ __forceinline__ void enter_cluster() {
+  Inbox<kSums>& box = inbox<kSums>();
   if (blockIdx.x == 0 && threadIdx.x == 0)
-    expect_bytes(&inbox().arrived, unsigned(sizeof(inbox().partials)));
+    expect_bytes(&box.arrived, unsigned(sizeof(box.partials)));
   __cluster_barrier_arrive_relaxed();  // expect_bytes has a fence
 }
 
-// The sum of the partial sums in thread 0 of each block, in thread 0 of the first block. Adds as the
-// kernel `fold`, whose further threads add zeros: with the same bits. All threads of the cluster call
-// it, once. The first block stays until all have sent.
-template <class R>
-__device__ __forceinline__ double cluster_sum(double partial) {
-  Inbox& box = inbox();
+// Makes the partial sums in thread 0 of each block the sums of the row, in thread 0 of the first block.
+// Adds as the kernel `fold`, whose further threads add zeros: with the same bits. All threads of the
+// cluster call it, once. The first block stays until all have sent.
+template <class R, int kSums>
+__device__ __forceinline__ void cluster_sums(double* totals) {
+  Inbox<kSums>& box = inbox<kSums>();
   __cluster_barrier_wait();  // the first block has started, and expects bytes
-  if (threadIdx.x == 0) send_to_first(&box.partials[blockIdx.x], partial, &box.arrived);
-  if (blockIdx.x != 0) return 0;
+  if (threadIdx.x == 0) {
+    DC_UNROLL
+    for (int k = 0; k < kSums; ++k)
+      send_to_first(&box.partials[k][blockIdx.x], totals[k], &box.arrived);
+  }
+  if (blockIdx.x != 0) return;
   if (threadIdx.x == 0) wait_for_bytes(&box.arrived);
   __syncthreads();
-  TotalOfPartials<R> mine = {};
-  if (threadIdx.x < kCluster) mine.add(box.partials[threadIdx.x]);
-  return row_sum(mine, kCluster, int(threadIdx.x));
+  DC_UNROLL
+  for (int k = 0; k < kSums; ++k) {
+    TotalOfPartials<R> mine = {};
+    if (threadIdx.x < kCluster) mine.add(box.partials[k][threadIdx.x]);
+    totals[k] = row_sum(mine, kCluster, int(threadIdx.x));
+  }
 }
 
 }  // namespace diffcore

@@ -40,6 +40,15 @@ struct Launch {
   BlockLayout layout;
 };
 
+template <class Op, class R>
+__device__ __forceinline__ void store_sums(const LaunchArgs& args, int64_t row, const R* c,
+                                           const double* totals) {
+  double stored[kStored<Op>];
+  finalize<Op>(c, totals, double(args.cols), stored);
+  DC_UNROLL
+  for (int k = 0; k < kStored<Op>; ++k) static_cast<R*>(args.sum[k])[row] = R(stored[k]);
+}
+
 // One parameter and a short name: the binary contains a host function and several copies of the
 // mangled name for each of about 400 kernels.
 template <class Op, class S>
@@ -54,7 +63,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm<Op, S>)
   const int64_t row_block = int64_t(blockIdx.z) * gridDim.y + blockIdx.y;
   const int64_t row = row_block * (kThreads >> layout.log_threads_x) + y;
 #ifdef DC_CLUSTERS
-  if (Op::n_sum && layout.cluster) enter_cluster();
+  if constexpr (Op::n_sum > 0)
+    if (layout.cluster) enter_cluster<Op::n_sum>();
 #endif
   R c[Op::n_coef + 1];
   Total<R> sums[Op::n_sum + 1] = {};
@@ -106,23 +116,24 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm<Op, S>)
     }
   }
   if constexpr (Op::n_sum > 0) {
+    double totals[Op::n_sum];
     DC_UNROLL
-    for (int k = 0; k < Op::n_sum; ++k) {
-      double total = double(row_sum(sums[k], threads_x, x));
-      bool complete = args.chunks == 1;
+    for (int k = 0; k < Op::n_sum; ++k) totals[k] = double(row_sum(sums[k], threads_x, x));
+    bool complete = args.chunks == 1;
 #ifdef DC_CLUSTERS
-      static_assert(kMaxSum == 1, "a second sum would overwrite the partial sums of the first");
-      if (layout.cluster) {
-        total = cluster_sum<R>(total);
-        if (blockIdx.x != 0) return;
-        complete = true;
-      }
+    if (layout.cluster) {
+      cluster_sums<R, Op::n_sum>(totals);
+      if (blockIdx.x != 0) return;
+      complete = true;
+    }
 #endif
-      if (x == 0 && row < args.rows) {
-        if (complete)
-          static_cast<R*>(args.sum[k])[row] = R(Op::finalize_sum(c, total, double(args.cols)));
-        else
-          args.partials[(k * args.rows + row) * args.chunks + blockIdx.x] = total;
+    if (x == 0 && row < args.rows) {
+      if (complete) {
+        store_sums<Op>(args, row, c, totals);
+      } else {
+        DC_UNROLL
+        for (int k = 0; k < Op::n_sum; ++k)
+          args.partials[(k * args.rows + row) * args.chunks + blockIdx.x] = totals[k];
       }
     }
   }
@@ -133,7 +144,8 @@ template <class Op, class S>
 __global__ void __launch_bounds__(kThreads) fold(const __grid_constant__ LaunchArgs args) {
   using R = Compute<S>;
   for (int64_t row = blockIdx.x; row < args.rows; row += gridDim.x) {
-#pragma unroll 1
+    double totals[Op::n_sum];
+    DC_UNROLL
     for (int k = 0; k < Op::n_sum; ++k) {
       const double* chunk = args.partials + (k * args.rows + row) * args.chunks;
       TotalOfPartials<R> mine = {};
@@ -146,12 +158,12 @@ __global__ void __launch_bounds__(kThreads) fold(const __grid_constant__ LaunchA
         DC_UNROLL
         for (int u = 0; u < 4; ++u) mine.add(part[u]);
       }
-      const double total = row_sum(mine, kThreads, int(threadIdx.x));
-      if (threadIdx.x == 0) {
-        R c[Op::n_coef + 1];
-        load_coefs<Op>(args, row, c);
-        static_cast<R*>(args.sum[k])[row] = R(Op::finalize_sum(c, total, double(args.cols)));
-      }
+      totals[k] = row_sum(mine, kThreads, int(threadIdx.x));
+    }
+    if (threadIdx.x == 0) {
+      R c[Op::n_coef + 1];
+      load_coefs<Op>(args, row, c);
+      store_sums<Op>(args, row, c, totals);
     }
   }
 }

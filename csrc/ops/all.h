@@ -4,6 +4,7 @@
 #include "core/op_checks.h"
 #include "ops/bound.h"
 #include "ops/gaussian.h"
+#include "ops/guidance.h"
 #include "ops/likelihood.h"
 #include "ops/linear.h"
 #include "ops/loss.h"
@@ -73,6 +74,8 @@ using AllOps = Joined<
            Rescale,
            Generated<TargetLoss>, Generated<WithGradient<TargetLoss>>,
            Generated<MixedTargetLoss>, Generated<WithGradient<MixedTargetLoss>>>,
+    // guidance.h
+    OpList<GuidanceWeights>,
     // threshold.h
     OpList<X0Quantile<false>, X0Quantile<true>>,
     // bound.h

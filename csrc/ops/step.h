@@ -1,7 +1,7 @@
-// One reverse step of any solver: m = m_u + w (m_c - m_u), x0 = clip(a_x x + a_m m),
-// x' = c_x x + c_m m + c_0 x0 + Σ c_k h_k + c_z z, and, for later steps,
-// h' = e_x x + e_m m + e_0 x0. Instantiated per set of tensors that it reads and writes, not per
-// option.
+// One reverse step of any solver: m = m_u + g m_u + w (m_c - m_u), x0 = clip(a_x x + a_m m),
+// x' = c_x x + c_m m + c_0 x0 + c_u m_u + Σ c_k h_k + c_z z, and, for later steps,
+// h' = e_x x + e_m m + e_0 x0 + e_u m_u. Classifier-free guidance has g = 0; without guidance there
+// is no m_u. Instantiated per set of tensors that it reads and writes, not per option.
 #pragma once
 
 #include <math.h>
@@ -10,34 +10,38 @@
 
 DC_KERNEL_NAMESPACE_BEGIN
 
-// The coefficients of a step by name: guidance and threshold, then the columns of a solver table.
-// An instance has the first kStepCoefs of them, or all up to c_k of its last history tensor.
+// The coefficients of a step by name: guidance (w, g, c_u, e_u) and threshold, then the columns of a
+// solver table. An instance has the first kStepCoefs of them, or all up to c_k of its last history
+// tensor.
 template <class R>
 struct StepRow {
   R* c;
   DC_HD explicit StepRow(R* c) : c(c) {}
 
   DC_HD R& guidance() const { return c[0]; }
-  DC_HD R& threshold() const { return c[1]; }
-  DC_HD R& c_x() const { return c[2]; }
-  DC_HD R& c_m() const { return c[3]; }
-  DC_HD R& c_0() const { return c[4]; }
-  DC_HD R& c_z() const { return c[5]; }
-  DC_HD R& a_x() const { return c[6]; }
-  DC_HD R& a_m() const { return c[7]; }
-  DC_HD R& clip_min() const { return c[8]; }
-  DC_HD R& clip_max() const { return c[9]; }
-  DC_HD R& e_x() const { return c[10]; }
-  DC_HD R& e_m() const { return c[11]; }
-  DC_HD R& e_0() const { return c[12]; }
-  DC_HD R& c_k(int k) const { return c[13 + k]; }  // of history k, counted from 0
+  DC_HD R& gain() const { return c[1]; }
+  DC_HD R& c_u() const { return c[2]; }
+  DC_HD R& e_u() const { return c[3]; }
+  DC_HD R& threshold() const { return c[4]; }
+  DC_HD R& c_x() const { return c[5]; }
+  DC_HD R& c_m() const { return c[6]; }
+  DC_HD R& c_0() const { return c[7]; }
+  DC_HD R& c_z() const { return c[8]; }
+  DC_HD R& a_x() const { return c[9]; }
+  DC_HD R& a_m() const { return c[10]; }
+  DC_HD R& clip_min() const { return c[11]; }
+  DC_HD R& clip_max() const { return c[12]; }
+  DC_HD R& e_x() const { return c[13]; }
+  DC_HD R& e_m() const { return c[14]; }
+  DC_HD R& e_0() const { return c[15]; }
+  DC_HD R& c_k(int k) const { return c[16 + k]; }  // of history k, counted from 0
 };
 // The names of the coefficients in their order, for Python.
 constexpr const char* kStepColumns[] = {
-    "guidance", "threshold", "c_x", "c_m", "c_0", "c_z", "a_x", "a_m",
-    "clip_min", "clip_max",  "e_x", "e_m", "e_0", "c_1", "c_2", "c_3"};
-constexpr int kStepCoefs = 10;  // of a step without history
-constexpr int kKeepCoefs = 13;  // of a step that keeps h' or has history; c_k follow
+    "guidance", "gain",     "c_u",      "e_u", "threshold", "c_x", "c_m", "c_0", "c_z", "a_x",
+    "a_m",      "clip_min", "clip_max", "e_x", "e_m",       "e_0", "c_1", "c_2", "c_3"};
+constexpr int kStepCoefs = 13;  // of a step without history
+constexpr int kKeepCoefs = 16;  // of a step that keeps h' or has history; c_k follow
 constexpr int kMaxHistory = 3;
 
 // A threshold s other than 0 clips to [-s, s] instead, and divides x0 by s.
@@ -59,7 +63,9 @@ struct Prediction {
 
   template <class R>
   DC_HD static R output(const R* c, const R* x) {
-    return kGuided ? mul_add(StepRow(c).guidance(), x[1] - x[n - 1], x[n - 1]) : x[1];
+    if constexpr (!kGuided) return x[1];
+    const R m_u = x[n - 1];
+    return mul_add(StepRow(c).guidance(), x[1] - m_u, mul_add(StepRow(c).gain(), m_u, m_u));
   }
   template <class R>
   DC_HD static R predicted_x0(const R* c, R x, R m) {
@@ -78,11 +84,21 @@ struct Prediction {
     const R rest = b_m == R(0) ? b_0 * x0 : mul_add(b_m, m, b_0 * x0);
     return mul_add(b_x, x, rest);
   }
+  // + b_u m_u, also skipped with b_u = 0.
+  template <class R>
+  DC_HD static R with_uncond(R b_u, const R* x, R rest) {
+    if constexpr (!kGuided) return rest;
+    return b_u == R(0) ? rest : mul_add(b_u, x[n - 1], rest);
+  }
+  template <class R>
+  DC_HD static R next(const R* c, const R* x, R m, R x0) {
+    const StepRow row(c);
+    return with_uncond(row.c_u(), x, mix(row.c_x(), row.c_m(), row.c_0(), x[0], m, x0));
+  }
   template <class R>
   DC_HD static R mean(const R* c, const R* x) {
-    const StepRow row(c);
     const R m = output(c, x);
-    return mix(row.c_x(), row.c_m(), row.c_0(), x[0], m, x0(c, x[0], m));
+    return next(c, x, m, x0(c, x[0], m));
   }
   // The derivatives of b_x x + b_m m + b_0 x0 by x and by m; x0 has none outside the clip range.
   template <class R>
@@ -109,7 +125,12 @@ struct Prediction {
   DC_HD static void to_model_outputs(const R* c, R dm, R* y) {
     const R w = StepRow(c).guidance();
     y[0] = kGuided ? w * dm : dm;
-    if constexpr (kGuided) y[1] = dm - w * dm;
+    if constexpr (kGuided) y[1] = mul_add(StepRow(c).gain(), dm, dm) - w * dm;
+  }
+  // Adds the gradient through b_u m_u to that of m_u, the last of `y`.
+  template <class R>
+  DC_HD static void add_uncond(R b_u, R grad, R* y) {
+    if constexpr (kGuided) y[1] = b_u == R(0) ? y[1] : mul_add(b_u, grad, y[1]);
   }
 };
 
@@ -146,7 +167,7 @@ struct ReverseStep : StepBase {
   DC_HD static void apply(const R* c, const R* x, R* y) {
     const StepRow row(c);
     const R m = P::output(c, x), x0 = P::x0(c, x[0], m);
-    R next = P::mix(row.c_x(), row.c_m(), row.c_0(), x[0], m, x0);
+    R next = P::next(c, x, m, x0);
     DC_UNROLL
     for (int k = 0; k < kHistory; ++k) {
       const R c_k = row.c_k(k);  // 0: h_k is ignored, even if NaN
@@ -157,7 +178,10 @@ struct ReverseStep : StepBase {
       const R deviation = row.c_z() * exp(mul_add(c[kColumns + 1], x[n_in - 2], c[kColumns]));
       next = mul_add(deviation, x[n_in - 1], next);
     }
-    if constexpr (kKeeps) y[1] = P::mix(row.e_x(), row.e_m(), row.e_0(), x[0], m, x0);
+    if constexpr (kKeeps) {
+      const R kept = P::mix(row.e_x(), row.e_m(), row.e_0(), x[0], m, x0);
+      y[1] = P::with_uncond(row.e_u(), x, kept);
+    }
     y[0] = next;
   }
 };
@@ -188,6 +212,8 @@ struct ReverseStepBackward : StepBase {
     }
     y[0] = dx;
     P::to_model_outputs(c, dm, y + 1);
+    P::add_uncond(StepRow(c).c_u(), x[0], y + 1);
+    if constexpr (kKeeps) P::add_uncond(StepRow(c).e_u(), x[1], y + 1);
     if constexpr (kOfNoise) y[n_out - 1] = x[0] * StepRow(c).c_z();
   }
 };
@@ -237,6 +263,7 @@ struct StepLogProbBackward : StepBase {
     const R z = (x[n_in - 1] - P::mean(c, x)) / c_z;
     const R dmean = c_z == R(0) ? R(0) : c[kStepCoefs] * z / c_z;
     P::to_model_outputs(c, dmean * slope.m, y + kAll);
+    P::add_uncond(StepRow(c).c_u(), dmean, y + kAll);
     if constexpr (kAll) {
       y[0] = dmean * slope.x;
       y[n_out - 1] = -dmean;

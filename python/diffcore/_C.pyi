@@ -6,6 +6,7 @@ from torch import Tensor
 # Columns of tables, names of the codes and arguments of a reason, and the bits of `launch`.
 STEP_COLUMNS: tuple[str, ...]
 VLB_COLUMNS: tuple[str, ...]
+GUIDANCE_KINDS: tuple[str, ...]
 CODES: tuple[str, ...]
 ARGUMENTS: tuple[str, ...]
 FOUND: dict[str, int]

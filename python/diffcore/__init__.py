@@ -8,6 +8,7 @@ are the lecture's two models on top of them. :func:`sample` runs any table of
 
 import typing as _typing
 
+from diffcore import guidance as guidance
 from diffcore import likelihood as likelihood
 from diffcore import losses as losses
 from diffcore import ops as ops
@@ -61,6 +62,7 @@ __all__ = [
     "bits_per_dim",
     "elbo",
     "elbo_terms",
+    "guidance",
     "importance_weighted_bound",
     "info",
     "likelihood",

@@ -77,3 +77,6 @@ Model: TypeAlias = Callable[..., Tensor]
 
 Callback: TypeAlias = Callable[[dict[str, Any]], object]
 """Called once a step, after its model call, with a read-only dict of its state."""
+
+BeforeModel: TypeAlias = Callable[[dict[str, Any]], Tensor | None]
+"""Called once a step, before its model call, with a read-only dict; may return another x."""

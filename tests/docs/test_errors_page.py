@@ -50,7 +50,6 @@ MISTAKES: list[Callable[[], Any]] = [
     lambda: solvers.euler_table([1.0, 0.0], prediction_type="flow_prediction"),
     lambda: diffcore.sample(half, IMAGES, TABLE, guidance_scale=2.0),
     lambda: diffcore.sample(half, IMAGES, TABLE, callback=written),
-    lambda: D.ddim_sample_loop(half, (4, 2), guidance_scale=2.0),
 ]
 
 

@@ -25,6 +25,7 @@ MODULES = (
     "diffcore",
     "diffcore.coefficients",
     "diffcore.diffusion",
+    "diffcore.guidance",
     "diffcore.likelihood",
     "diffcore.losses",
     "diffcore.noise",
@@ -213,7 +214,7 @@ def test_every_environment_variable_is_on_its_page() -> None:
     read = re.compile(r'(?:environ\.get\(|environ\[|getenv\(|env = )\s*"(DIFFCORE_\w+)"')
     sources = [
         *(ROOT / "python").rglob("*.py"),
-        *(ROOT / "csrc").rglob("*.cc"),
+        *(ROOT / "csrc").rglob("*.c*"),
         ROOT / "pyproject.toml",
     ]
     found = {name for p in sources for name in read.findall(p.read_text(encoding="utf-8"))}

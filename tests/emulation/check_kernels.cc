@@ -30,8 +30,8 @@ struct OpTraits {
 };
 template <class... Op>
 std::vector<OpTraits> traits_of(OpList<Op...>) {
-  return {{Op::name, kReads<Op>, Op::n_out, Op::n_sum, Op::n_coef, kUnroll<Op>, kGeneratesNoise<Op>,
-           kSelects<Op>, Op::in_double}...};
+  return {{Op::name, kReads<Op>, Op::n_out, kStored<Op>, Op::n_coef, kUnroll<Op>,
+           kGeneratesNoise<Op>, kSelects<Op>, Op::in_double}...};
 }
 
 constexpr const char* kDtypeNames[kDtypes] = {"f32", "f64", "bf16", "f16"};
@@ -109,6 +109,9 @@ struct Arguments {
       for (float& v : values[0]) v *= 100;
       for (int64_t row = 0; row < rows; ++row) make_special(int(row % 8), row * cols, cols);
     }
+    // The kind of guidance, one of five.
+    if (!strcmp(op.name, "guidance_weights"))
+      for (size_t row = 0; row < size_t(rows); ++row) coefs[0][row] = double(row % 5);
     // Every other row uses the formula of a decoder row: column 9 of kVlbColumns.
     if (!strncmp(op.name, "vlb_term", 8))
       for (size_t row = 0; row < size_t(rows); ++row) coefs[9][row] = double(row % 2);

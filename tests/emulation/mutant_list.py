@@ -68,7 +68,7 @@ MUTANTS = [
     Mutant(
         "bytes of seven blocks are expected",
         CLUSTER,
-        instead("unsigned(sizeof(inbox().partials))", "unsigned(7 * sizeof(double))"),
+        instead("unsigned(sizeof(box.partials))", "unsigned(7 * sizeof(double))"),
         SUMS,
     ),
     Mutant(
@@ -86,7 +86,7 @@ MUTANTS = [
     Mutant(
         "all blocks send the same partial sum",
         CLUSTER,
-        instead("send_to_first(&box.partials[blockIdx.x]", "send_to_first(&box.partials[0]"),
+        instead("send_to_first(&box.partials[k][blockIdx.x]", "send_to_first(&box.partials[0]"),
         SUMS,
     ),
     Mutant(
@@ -98,14 +98,17 @@ MUTANTS = [
     Mutant(
         "only blocks that are not empty send",
         CLUSTER,
-        instead("if (threadIdx.x == 0) send", "if (threadIdx.x == 0 && partial != 0) send"),
+        instead(
+            "      send_to_first(&box.partials[k]",
+            "      if (totals[k] != 0) send_to_first(&box.partials[k]",
+        ),
         SUMS,
     ),
     Mutant(
         "the threads of one warp enter a cluster",
         ROWS,
         instead(
-            "if (Op::n_sum && layout.cluster) enter",
+            "if (layout.cluster) enter",
             "if (Op::n_sum && layout.cluster && threadIdx.x < 32) enter",
         ),
         SUMS,
@@ -236,8 +239,8 @@ MUTANTS = [
         "only threads with a row add",
         ROWS,
         instead(
-            "      double total = double(row_sum",
-            "      if (row >= args.rows) continue;\n      double total = double(row_sum",
+            "totals[k] = double(row_sum",
+            "if (row < args.rows) totals[k] = double(row_sum",
         ),
     ),
     Mutant(

@@ -258,15 +258,25 @@ void test_columns_are_in_the_order_of_their_names() {
   double c[32];
   for (int k = 0; k < 32; ++k) c[k] = k;
   const StepRow<double> s(c);
-  const std::pair<const char*, double> step[] = {
-      {"guidance", s.guidance()}, {"threshold", s.threshold()},
-      {"c_x", s.c_x()},           {"c_m", s.c_m()},
-      {"c_0", s.c_0()},           {"c_z", s.c_z()},
-      {"a_x", s.a_x()},           {"a_m", s.a_m()},
-      {"clip_min", s.clip_min()}, {"clip_max", s.clip_max()},
-      {"e_x", s.e_x()},           {"e_m", s.e_m()},
-      {"e_0", s.e_0()},           {"c_1", s.c_k(0)},
-      {"c_2", s.c_k(1)},          {"c_3", s.c_k(2)}};
+  const std::pair<const char*, double> step[] = {{"guidance", s.guidance()},
+                                                 {"gain", s.gain()},
+                                                 {"c_u", s.c_u()},
+                                                 {"e_u", s.e_u()},
+                                                 {"threshold", s.threshold()},
+                                                 {"c_x", s.c_x()},
+                                                 {"c_m", s.c_m()},
+                                                 {"c_0", s.c_0()},
+                                                 {"c_z", s.c_z()},
+                                                 {"a_x", s.a_x()},
+                                                 {"a_m", s.a_m()},
+                                                 {"clip_min", s.clip_min()},
+                                                 {"clip_max", s.clip_max()},
+                                                 {"e_x", s.e_x()},
+                                                 {"e_m", s.e_m()},
+                                                 {"e_0", s.e_0()},
+                                                 {"c_1", s.c_k(0)},
+                                                 {"c_2", s.c_k(1)},
+                                                 {"c_3", s.c_k(2)}};
   CHECK(step_columns().size == int(std::size(step)));
   for (int k = 0; k < step_columns().size; ++k)
     CHECK(!std::strcmp(step_columns().first[k], step[k].first) && step[k].second == k);

@@ -13,7 +13,17 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from diffcore import GaussianDiffusion, make_betas, ops
 from diffcore._engine import dispatch, library, native
 from diffcore._engine.kernel import Kernel, NoisyKernel
-from diffcore._kernels import bound, gaussian, likelihood, linear, loss, noise, step, threshold
+from diffcore._kernels import (
+    bound,
+    gaussian,
+    guidance,
+    likelihood,
+    linear,
+    loss,
+    noise,
+    step,
+    threshold,
+)
 from diffcore._kernels.loss import Loss
 from diffcore._kernels.term import Term
 from support.bounds import assert_same_bits, each_case
@@ -57,7 +67,7 @@ def value_and_gradients(case: OpCase, f: Callable[..., Any], args: Arguments) ->
 
 def registered_kernels() -> list[Kernel]:
     """Every registered operator that a kernel of the module stands behind."""
-    modules = (noise, linear, step, gaussian, likelihood, loss, bound)
+    modules = (noise, linear, step, guidance, gaussian, likelihood, loss, bound)
     groups = [group for module in modules for group in vars(module).values()]
     kernels = [k for k in groups if isinstance(k, (Kernel, NoisyKernel))]
     for group in groups:

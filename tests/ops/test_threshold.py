@@ -19,6 +19,7 @@ from torch import Tensor
 
 from diffcore import ops
 from diffcore._engine import native
+from diffcore._kernels.step import UNGUIDED
 from support.bounds import DTYPES, assert_same_bits, each_dtype
 from support.cases import without_kernels
 from support.subprocess import OTHER_ISAS, run_python
@@ -278,7 +279,7 @@ def test_the_operator_takes_a_wild_ratio_for_the_nearest(ratio: float, device: s
     # The public op refuses it, but a value on a device is not checked.
     x = numbers(2, 40_000).to(device)
     columns = [0.0, 0.0, 0.0, 0.0, SCALE, 0.0, -1.0, 1.0]
-    numbers_ = [1.0, 0.0, *columns, ratio, math.inf]
+    numbers_ = [*UNGUIDED, *columns, ratio, math.inf]
     op = torch.ops.diffcore.x0_quantile.default
     found = op(x, x, [None] * len(numbers_), numbers_, None, -1, False)
     assert_same_bits(found, of_numbers(x, min(max(ratio, 0.0), 1.0)))

@@ -28,7 +28,7 @@ MAX_LINES = 400
 # fmt: off
 ORDER = [
     "_C", "_types", "_checks", "_files", "_usage", "reference", "coefficients", "_engine",
-    "_kernels", "noise", "ops", "schedules", "solvers",
+    "_kernels", "noise", "guidance", "ops", "schedules", "solvers",
     "sampling", "diffusion", "likelihood", "vae",
     "losses", "testing", "sigmas", "spacings", "demo",
     "cli", "__main__",
@@ -259,12 +259,12 @@ def test_columns_have_the_order_that_the_compiled_module_reads() -> None:
 
     check_columns(_C)
     right = {
-        "STEP_COLUMNS": ("guidance", "threshold", *STEP_COLUMNS),
+        "STEP_COLUMNS": ("guidance", "gain", "c_u", "e_u", "threshold", *STEP_COLUMNS),
         "VLB_COLUMNS": ("scale", *VLB_COLUMNS),
     }
     check_columns(SimpleNamespace(**right))
     for name, columns in right.items():
-        wrong = (*columns[:3], columns[4], columns[3], *columns[5:])
+        wrong = (*columns[:6], columns[7], columns[6], *columns[8:])
         with pytest.raises(ImportError, match=name):
             check_columns(SimpleNamespace(**{**right, name: wrong}))
 

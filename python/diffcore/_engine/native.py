@@ -67,7 +67,7 @@ def check_columns(module: Any) -> None:
     A module built from another version of the sources would compute wrong numbers in silence.
     """
     for name, leading, columns in (
-        ("STEP_COLUMNS", 2, StepColumns._fields),
+        ("STEP_COLUMNS", 5, StepColumns._fields),
         ("VLB_COLUMNS", 1, VlbColumns._fields),
     ):
         found = getattr(module, name)

@@ -17,7 +17,11 @@ from diffcore._types import Coef, Coefs, Step, StepColumns, Tensors
 from diffcore.coefficients.step import STEP_COLUMNS
 from diffcore.reference import step as formulas
 
-LEADING = ("guidance_scale", "threshold")  # coefficients that no table holds; columns follow
+# Before the columns: w and g of guidance m = m_u + g m_u + w (m_c - m_u), the factors of m_u itself
+# in x' and in h', and the bound of x0.
+LEADING = ("guidance_scale", "guidance_gain", "c_u", "e_u", "threshold")
+UNGUIDED: Coefs = (1.0, 0.0, 0.0, 0.0, 0.0)
+_FIRST = len(LEADING)
 PLAIN, KEPT = 8, 11  # columns that every step has, and those of one that returns its history
 MOST_HISTORY = 3
 
@@ -38,15 +42,14 @@ def _reverse_step(guided: bool, history: int, keeps: bool, noise: int) -> Kernel
         return formulas.reverse_step(
             tensors[0],
             tensors[1],
-            coefs[2 : 2 + columns],
-            guidance_scale=coefs[0],
-            threshold=coefs[1],
+            coefs[_FIRST : _FIRST + columns],
+            leading=coefs[:_FIRST],
             model_output_uncond=tensors[2] if guided else None,
             history=tensors[first : first + history],
             keeps=keeps,
             noise=tensors[-1] if noise else None,
             variance_output=tensors[-2] if noise == LEARNED else None,
-            variance_coefs=coefs[2 + columns :],
+            variance_coefs=coefs[_FIRST + columns :],
         )
 
     def backward(inputs: Tensors, call: Call, grads: Grads, needs: Needs) -> Grads | None:
@@ -54,14 +57,14 @@ def _reverse_step(guided: bool, history: int, keeps: bool, noise: int) -> Kernel
         g, *left = grads
         if noise == LEARNED and any(needs[first:]):
             return None  # rare: through the reference
-        scale, threshold, *rest = split_coefs(coefs)
-        c = StepColumns(*rest[:columns])
+        split = split_coefs(coefs)
+        leading, c = tuple(split[:_FIRST]), StepColumns(*split[_FIRST : _FIRST + columns])
         found: list[Tensor | None] = [None] * len(needs)
         if any(needs[:first]):
             outer = (g, left[0] if left else None)
             # The noise of a key is no input. Beside an h', its gradient takes another launch.
             of_noise = noise == NOISY and outer[1] is None and any(needs[first + history :])
-            of_step = _of_step(guided, outer, inputs, (scale, threshold), c, step, of_noise)
+            of_step = _of_step(guided, outer, inputs, leading, c, step, of_noise)
             found[:first] = of_step[:first]
             if of_noise:
                 found[-1] = of_step[first]
@@ -105,6 +108,7 @@ def _of_step(
     g, left = grads
     if g is None:  # h' alone: its factors take the place of those of x'
         g, left = left, None
+        leading = (*leading[:2], leading[3], 0.0, leading[4])
         columns = columns._replace(c_x=columns.e_x, c_m=columns.e_m, c_0=columns.e_0, c_z=0.0)
     assert g is not None
     keeps = left is not None
@@ -124,14 +128,13 @@ def _log_prob(guided: bool) -> Kernel:
 
     def plain(*args: Any, reduce_all: bool) -> Tensor:
         x, m, *rest = args[: first + 1]
-        guidance, threshold, *coefs = args[first + 1 :]
+        coefs = args[first + 1 :]
         return formulas.step_log_prob(
             x,
             m,
             rest[-1],
-            coefs,
-            guidance_scale=guidance,
-            threshold=threshold,
+            coefs[_FIRST:],
+            leading=coefs[:_FIRST],
             model_output_uncond=rest[0] if guided else None,
         )
 
@@ -210,7 +213,7 @@ class Plan(NamedTuple):
 
     kernel: Any  # a Kernel, or a NoisyKernel where the step is noisy
     guided: Any
-    coefs: Coefs  # no guidance, no threshold, the columns, zeros for the padding
+    coefs: Coefs  # UNGUIDED, but for c_u and e_u; the columns, zeros for the padding
     reads: int  # how many h
     keeps: bool  # whether it leaves an h
     noisy: bool
@@ -231,16 +234,18 @@ def plan(
     keeps: bool,
     noisy: bool,
     kernels: Kernels = REVERSE_STEP,
+    of_uncond: Coefs = (),
 ) -> Plan:
-    """How to take a step, given the ``columns_read`` of it."""
+    """How to take a step, given the ``columns_read`` of it, and c_u and e_u if m_u is read."""
     instance = 0 if not (reads or keeps) else 1 if reads <= 1 else MOST_HISTORY
     plain, guided = kernels[False, instance, keeps, noisy], kernels[True, instance, keeps, noisy]
     padding = instance - reads
-    coefs = (1.0, 0.0, *columns, *(0.0,) * padding)
+    leading = UNGUIDED if not of_uncond else (*UNGUIDED[:2], *of_uncond, UNGUIDED[4])
+    coefs = (*leading, *columns, *(0.0,) * padding)
     return Plan(plain, guided, coefs, reads, keeps, noisy, padding)
 
 
 def learned_plan(columns: Coefs, kernels: Kernels = REVERSE_STEP) -> Plan:
     """How to take a step of learned variance: ten columns, the last two s_0 and s_v."""
     plain, guided = kernels[False, 0, False, LEARNED], kernels[True, 0, False, LEARNED]
-    return Plan(plain, guided, (1.0, 0.0, *columns), 0, False, True, 0)
+    return Plan(plain, guided, (*UNGUIDED, *columns), 0, False, True, 0)

@@ -17,14 +17,14 @@ def _quantile_kernel(guided: bool) -> Kernel:
     def plain(*args: Any, reduce_all: bool) -> Tensor:
         x, m, *rest = args
         uncond, coefs = (rest[0], rest[1:]) if guided else (None, rest)
-        guidance, _, *columns, ratio, most = coefs
+        *columns, ratio, most = coefs[len(LEADING) :]
         return formulas.x0_quantile(
             x,
             m,
             columns,
             ratio,
             most,
-            guidance_scale=guidance,
+            leading=coefs[: len(LEADING)],
             model_output_uncond=uncond,
             reduce_all=reduce_all,
         )

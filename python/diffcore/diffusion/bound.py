@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from diffcore import ops
 from diffcore._engine.dtensor import replicated
+from diffcore._types import Model
+from diffcore.diffusion import reverse, training
 from diffcore.diffusion.tables import DiffusionTables
 from diffcore.noise import Noise
 
@@ -17,6 +20,22 @@ from diffcore.noise import Noise
 def prior(tables: DiffusionTables, x_start: Tensor) -> Tensor:
     """L_T of each sample, ``[B]``: ``GaussianDiffusion.prior_bpd``."""
     return ops.prior_kl(x_start, *tables.last_level) * bits_per_nat(x_start)
+
+
+def noised_term(
+    tables: DiffusionTables,
+    model: Model,
+    x_start: Tensor,
+    t: Tensor,
+    noise: Noise,
+    clip: float | None,
+    decoder: str,
+    model_kwargs: Mapping[str, Any] | None,
+) -> tuple[Tensor, Tensor]:
+    """The term t of the bound and the mean squared error of x_0, each ``[B]``."""
+    x_t = training.noised(tables, x_start, t, noise)
+    output, variance_output = reverse.predict(tables, model, x_t, t, model_kwargs)
+    return term_of_noise(tables, x_start, noise, output, variance_output, t, clip, decoder)
 
 
 def of_terms(

@@ -39,12 +39,13 @@ from diffcore.diffusion.checks import (
     warn_of_images,
 )
 from diffcore.diffusion.tables import DiffusionTables
+from diffcore.guidance import Guidance
 from diffcore.noise import Noise, PhiloxNoise, StepNoise
 from diffcore.ops._noise import default_key
 from diffcore.sampling.loop import run_table
-from diffcore.sampling.model import call_model, check_model_kwargs
 from diffcore.sampling.noise import initial_sample
 from diffcore.sampling.progress import progress_bar
+from diffcore.sampling.sample import guidance_rule
 from diffcore.schedules.betas import check_betas, check_direction
 
 # The least normal float32: 1 / alpha is finite from there on.
@@ -318,7 +319,7 @@ class GaussianDiffusion:
         if noise is None:
             noise = default_key(x_start)
         x_t = training.noised(self.tables, x_start, t, noise)
-        output, variance_output = self._predict(model, x_t, t, model_kwargs)
+        output, variance_output = reverse.predict(self.tables, model, x_t, t, model_kwargs)
         return training.losses(
             self.tables,
             self.loss_type,
@@ -358,7 +359,7 @@ class GaussianDiffusion:
             variances are float32, or float64 for float64 samples.
         """
         t = self._timesteps_of(x, t)
-        output, variance_output = self._predict(model, x, t, model_kwargs)
+        output, variance_output = reverse.predict(self.tables, model, x, t, model_kwargs)
         clip = self._clip_range(clip_denoised)
         return reverse.moments(self.tables, x, output, variance_output, t, clip)
 
@@ -389,7 +390,7 @@ class GaussianDiffusion:
         t = self._timesteps_of(x, t)
         clip = self._clip_range(clip_denoised)
         table, variance_table = self.tables.ddpm(clip), self.tables.learned_variance(clip)
-        output, variance_output = self._predict(model, x, t, model_kwargs)
+        output, variance_output = reverse.predict(self.tables, model, x, t, model_kwargs)
         if noise is None:
             noise = default_key(x)
         return {
@@ -432,7 +433,7 @@ class GaussianDiffusion:
         clip = self._clip_range(clip_denoised)
         eta = constant_eta(eta)
         table = self.tables.ddim(clip, eta, as_flag("rederive_epsilon", rederive_epsilon))
-        output, _ = self._predict(model, x, t, model_kwargs)
+        output, _ = reverse.predict(self.tables, model, x, t, model_kwargs)
         if noise is None and eta:
             noise = default_key(x)
         return {
@@ -457,12 +458,15 @@ class GaussianDiffusion:
         step_noise: StepNoise | None = None,
         dtype: torch.dtype | None = None,
         generator: torch.Generator | None = None,
+        guidance_scale: float | Tensor | None = None,
+        guidance: Guidance | None = None,
+        uncond_kwargs: Mapping[str, Any] | None = None,
     ) -> Tensor:
         """Ancestral sampling (Algorithm 2), from x_T down to x_0, without waiting for the device.
 
         Runs under ``torch.no_grad()``. For gradients write a loop on ``p_sample``, or on
-        ``SolverTable.step``, both of which are differentiable; for guidance, thresholds or a
-        callback use ``diffcore.sample`` with a table of ``diffcore.solvers``.
+        ``SolverTable.step``, both of which are differentiable; for thresholds or a callback use
+        ``diffcore.sample`` with a table of ``diffcore.solvers``.
 
         Args:
             model: ``model(x, t, **model_kwargs)``.
@@ -480,14 +484,21 @@ class GaussianDiffusion:
                 is added. ``None`` for the key of x_T, or one seeded by torch's generator.
             dtype: Of the samples; ``None`` for that of ``noise``, else torch's default.
             generator: Source of seeds; ``None`` for torch's own.
+            guidance_scale: As for ``diffcore.sample``.
+            guidance: As for ``diffcore.sample``.
+            uncond_kwargs: As for ``diffcore.sample``.
 
         Returns:
             x_0, of the given shape.
         """
+        rule = guidance_rule(guidance_scale, guidance, uncond_kwargs)
         rows = self.tables.rows(num_steps, timestep_spacing)
         x, step_noise = initial_sample(model, shape, noise, step_noise, device, dtype, generator)
         solver = self.tables.ddpm_solver(rows, self._clip_range(clip_denoised))
-        return run_table(model, x, solver, step_noise, model_kwargs=model_kwargs, progress=progress)
+        learned = self.variance_type in LEARNED
+        calls = {"model_kwargs": model_kwargs, "uncond_kwargs": uncond_kwargs, "guidance": rule}
+        options: dict[str, Any] = {**calls, "learned": learned, "progress": progress}
+        return run_table(model, x, solver, step_noise, **options)
 
     def ddim_sample_loop(
         self,
@@ -506,12 +517,15 @@ class GaussianDiffusion:
         step_noise: StepNoise | None = None,
         dtype: torch.dtype | None = None,
         generator: torch.Generator | None = None,
+        guidance_scale: float | Tensor | None = None,
+        guidance: Guidance | None = None,
+        uncond_kwargs: Mapping[str, Any] | None = None,
     ) -> Tensor:
         """DDIM sampling. The last step goes to x_0 itself: alpha_prev = 1, and no noise.
 
         Runs under ``torch.no_grad()``. For gradients write a loop on ``ddim_sample``, or on
-        ``SolverTable.step``, both of which are differentiable; for guidance, thresholds or a
-        callback use ``diffcore.sample`` with a table of ``diffcore.solvers``. A predicted variance
+        ``SolverTable.step``, both of which are differentiable; for thresholds or a callback use
+        ``diffcore.sample`` with a table of ``diffcore.solvers``. A predicted variance
         is not read.
 
         Args:
@@ -531,24 +545,23 @@ class GaussianDiffusion:
             step_noise: As for ``p_sample_loop``; with eta = 0 a function is never called.
             dtype: Of the samples; ``None`` for that of ``noise``, else torch's default.
             generator: Source of seeds; ``None`` for torch's own.
+            guidance_scale: As for ``diffcore.sample``.
+            guidance: As for ``diffcore.sample``.
+            uncond_kwargs: As for ``diffcore.sample``.
 
         Returns:
             x_0, of the given shape.
         """
+        rule = guidance_rule(guidance_scale, guidance, uncond_kwargs)
         rows = self.tables.rows(num_steps, timestep_spacing)
         x, step_noise = initial_sample(model, shape, noise, step_noise, device, dtype, generator)
         clip = self._clip_range(clip_denoised)
         flag = as_flag("rederive_epsilon", rederive_epsilon)
         solver = self.tables.ddim_solver(rows, clip, constant_eta(eta), flag)
-        return run_table(
-            model,
-            x,
-            solver,
-            step_noise,
-            model_kwargs=model_kwargs,
-            progress=progress,
-            learned=self.variance_type in LEARNED,
-        )
+        learned = self.variance_type in LEARNED
+        calls = {"model_kwargs": model_kwargs, "uncond_kwargs": uncond_kwargs, "guidance": rule}
+        options: dict[str, Any] = {**calls, "learned": learned, "progress": progress}
+        return run_table(model, x, solver, step_noise, **options)
 
     # ---- variational bound: L = L_T + sum_{t>0} L_t + L_0 ----------------------------------------
 
@@ -602,7 +615,7 @@ class GaussianDiffusion:
         check_noised("x_t", x_t, "x_start", x_start)
         if decoder == "discretized" and can_read_values(x_start):
             check_pixels("x_start", x_start)
-        output, variance_output = self._predict(model, x_t, t, model_kwargs)
+        output, variance_output = reverse.predict(self.tables, model, x_t, t, model_kwargs)
         clip = self._clip_range(clip_denoised)
         return bound.term_of_x_t(
             self.tables, x_start, x_t, output, variance_output, t, clip, decoder
@@ -660,7 +673,7 @@ class GaussianDiffusion:
             steps = check_timesteps(t, x_start, self.num_timesteps)
             now = noise.at(noise.stream + t) if isinstance(noise, PhiloxNoise) else noise
             options = (now, clip, decoder, model_kwargs)
-            found.append(self._noised_term(model, x_start, steps, *options))
+            found.append(bound.noised_term(self.tables, model, x_start, steps, *options))
         return bound.of_terms(self.tables, prior, found)
 
     # ---- private -------------------------------------------------------------------------------
@@ -680,33 +693,6 @@ class GaussianDiffusion:
     @constant_in_traces
     def _constant_clip_range(self) -> float:
         return self.clip_sample_range
-
-    def _predict(
-        self, model: Model, x: Tensor, t: Tensor, model_kwargs: Mapping[str, Any] | None
-    ) -> tuple[Tensor, Tensor | None]:
-        """The model's prediction at t and, where the variance is learned, its variance output."""
-        check_model_kwargs(model_kwargs)
-        learned = self.variance_type in LEARNED
-        output = call_model(model, x, self.tables.model_timesteps(t), model_kwargs, learned=learned)
-        prediction, variance_output = output.chunk(2, dim=1) if learned else (output, None)
-        return prediction, variance_output
-
-    def _noised_term(
-        self,
-        model: Model,
-        x_start: Tensor,
-        t: Tensor,
-        noise: Noise,
-        clip: float | None,
-        decoder: str,
-        model_kwargs: Mapping[str, Any] | None,
-    ) -> tuple[Tensor, Tensor]:
-        """The term t of the bound and the mean squared error of x_0, each ``[B]``."""
-        x_t = training.noised(self.tables, x_start, t, noise)
-        output, variance_output = self._predict(model, x_t, t, model_kwargs)
-        return bound.term_of_noise(
-            self.tables, x_start, noise, output, variance_output, t, clip, decoder
-        )
 
     def _timesteps_of(self, x: Tensor, t: Tensor | int) -> Tensor:
         """Checked timesteps of x_t, for steps that call the model before a kernel checks ``t``."""

@@ -2,17 +2,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from diffcore import ops
 from diffcore._engine.dispatch import run
 from diffcore._kernels.linear import LINEAR_COMBINATION
+from diffcore._types import Model
+from diffcore.coefficients.bound import LEARNED
 from diffcore.diffusion.tables import DeviceCopies, DiffusionTables
 from diffcore.noise import Noise
+from diffcore.sampling.model import call_model, check_model_kwargs
 
 # The kernel of ops.linear_combination, with the names of GaussianDiffusion.
 _POSTERIOR = LINEAR_COMBINATION.reading.renamed(("x_start", "x_t"))
+
+
+def predict(
+    tables: DiffusionTables,
+    model: Model,
+    x: Tensor,
+    t: Tensor,
+    model_kwargs: Mapping[str, Any] | None,
+) -> tuple[Tensor, Tensor | None]:
+    """The model's prediction at t and, where the variance is learned, its variance output."""
+    check_model_kwargs(model_kwargs)
+    learned = tables.variance_type in LEARNED
+    output = call_model(model, x, tables.model_timesteps(t), model_kwargs, learned=learned)
+    prediction, variance_output = output.chunk(2, dim=1) if learned else (output, None)
+    return prediction, variance_output
 
 
 def posterior_mean(tables: DiffusionTables, x_start: Tensor, x_t: Tensor, t: Tensor) -> Tensor:

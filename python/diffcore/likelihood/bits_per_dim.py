@@ -20,6 +20,7 @@ from diffcore._checks import as_device, as_int, check_choice, check_not_compilin
 from diffcore._types import Model
 from diffcore.coefficients.bound import DECODERS
 from diffcore.diffusion import GaussianDiffusion
+from diffcore.diffusion.bound import noised_term
 from diffcore.diffusion.checks import check_batch, check_decoder
 from diffcore.likelihood.batches import Batches, noise_of_batch, skip_counted
 from diffcore.likelihood.checkpoint import Checkpoint, describe_model, describe_noise, digest
@@ -255,9 +256,8 @@ class _Estimator:
                 if isinstance(noise, PhiloxNoise):
                     z = noise.at(noise.stream + k + j * count)
                 bar.update()
-                pair = self.diffusion._noised_term(
-                    self.model, x, t_on_device[k, j], z, self.clip, self.decoder, kwargs
-                )
+                now = (x, t_on_device[k, j], z, self.clip, self.decoder, kwargs)
+                pair = noised_term(self.diffusion.tables, self.model, *now)
                 found.append(torch.stack(pair))
         # The only wait for the device in a batch.
         values = torch.stack(found, dim=-1).double().cpu().reshape(2, len(x), count, self.draws)

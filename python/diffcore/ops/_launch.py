@@ -14,30 +14,30 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from diffcore._checks import as_int, check_dense
+from diffcore._checks import as_int
 from diffcore._engine.dispatch import run
 from diffcore._engine.kept import Traced, constant_in_traces, made_plainly
-from diffcore._kernels.step import PLAIN, TABLE_STEP, Plan, columns_read, learned_plan, plan
+from diffcore._kernels.step import (
+    PLAIN,
+    TABLE_STEP,
+    Plan,
+    columns_read,
+    learned_plan,
+    plan,
+)
 from diffcore._types import Coef, Coefs, Row, Step, Tensors
 from diffcore.coefficients.step import HISTORY_READ, HISTORY_WRITTEN, STEP_COLUMNS
+from diffcore.guidance import CFGPlusPlus, Guidance, Weighted
 from diffcore.noise import Noise
-from diffcore.ops._arguments import as_coef, as_table, columns_of, converted
+from diffcore.ops._arguments import as_table, columns_of, converted
+from diffcore.ops._guided import Guided, bound_of, guided_by, halves
 from diffcore.ops._noise import run_noisy
 
 _compiling = torch.compiler.is_dynamo_compiling
 
 _ALL = len(STEP_COLUMNS)
+_Tensors = tuple[Tensor, Tensor | None, Tensor | None]
 _NOISE = STEP_COLUMNS.index("c_z")
-
-
-class Guidance(NamedTuple):
-    """Classifier-free guidance, ``m = m_u + w (m_c - m_u)``, as the user passed it.
-
-    Without ``output_uncond`` the model output holds both predictions, m_u first.
-    """
-
-    output_uncond: Tensor | None
-    scale: Coef | None
 
 
 class LearnedVariance(NamedTuple):
@@ -54,7 +54,7 @@ def launch(
     others: Tensors,
     t: Step,
     noise: Noise | None,
-    guidance: Guidance | None = None,
+    guided: Guided | None = None,
     threshold: Coef | None = None,
     out: Tensor | None = None,
 ) -> Any:
@@ -67,19 +67,23 @@ def launch(
         others: The other tensors that the kernel reads: history, or a predicted variance.
         t: The row, where the plan holds a table.
         noise: z or a noise key; given if the plan is noisy.
-        guidance: ``None`` without guidance.
+        guided: ``None`` without guidance.
         threshold: Bound of x_0, or ``None``.
         out: Tensor to write to.
 
     Returns:
         x', or (x', h') if the plan keeps history.
     """
-    if guidance is None and threshold is None:
-        kernel, inputs, coefs = plan.kernel, (x, model_output, *others), plan.coefs
+    coefs = plan.coefs
+    if guided is None:
+        kernel, inputs = plan.kernel, (x, model_output, *others)
+        if threshold is not None:
+            coefs = (*coefs[:4], bound_of(threshold), *coefs[5:])
     else:
-        tensors, leading = predictions(x, model_output, guidance, threshold)
-        kernel = plan.kernel if len(tensors) == 2 else plan.guided
-        inputs, coefs = (*tensors, *others), leading + plan.coefs[2:]
+        uncond, w, g = guided
+        kernel, inputs = plan.guided, (x, model_output, uncond, *others)
+        bound = 0.0 if threshold is None else bound_of(threshold)
+        coefs = (w, g, coefs[2], coefs[3], bound, *coefs[5:])
     if noise is None:
         try:
             return run(kernel, inputs, coefs, t, False, out)
@@ -87,40 +91,6 @@ def launch(
             coefs, t = converted(error, coefs, t, x)
         return run(kernel, inputs, coefs, t, False, out)
     return run_noisy(kernel, inputs, noise, coefs, t, out)
-
-
-def predictions(
-    x: Tensor, model_output: Tensor, guidance: Guidance | None, threshold: Coef | None
-) -> tuple[Tensors, tuple[Coef, Coef]]:
-    """The tensors that every step reads, and the coefficients that no table holds."""
-    bound: Coef = 0.0
-    if threshold is not None:
-        bound = as_coef("threshold", threshold, None)
-        if isinstance(bound, float) and bound < 0:
-            raise ValueError(f"threshold must be at least 0, got {bound}")
-    if guidance is None:
-        return (x, model_output), (1.0, bound)
-    uncond, scale = guidance
-    if scale is None:
-        raise ValueError("guidance_scale must be given with model_output_uncond, got None")
-    scale = as_coef("guidance_scale", scale, None)
-    if uncond is None:
-        pair = isinstance(x, Tensor) and isinstance(model_output, Tensor) and x.ndim > 0
-        if pair:
-            check_dense("x", x)
-            check_dense("model_output", model_output)
-        if not pair or model_output.ndim == 0 or model_output.shape[0] != 2 * x.shape[0]:
-            raise ValueError(
-                "model_output_uncond must be given with guidance_scale, got None; or pass a "
-                "model_output [2 B, ...] with the unconditional batch first"
-            )
-        uncond, model_output = model_output.chunk(2)
-    return (x, model_output, uncond), (scale, bound)
-
-
-def guidance_of(output_uncond: Tensor | None, scale: Coef | None) -> Guidance | None:
-    """The guidance of a call, or ``None`` if there is none."""
-    return None if output_uncond is None and scale is None else Guidance(output_uncond, scale)
 
 
 def variance_of(output: Tensor | None, coefficients: Row | None) -> LearnedVariance:
@@ -175,14 +145,13 @@ class RowLauncher:
         name: Name of the solver, for errors.
         rows: The coefficients of each row, as numbers in the order of ``STEP_COLUMNS``.
         variances: s_0 and s_v of each row, ``None`` where the variance is fixed.
+        unconds: c_u and e_u of each row, ``None`` where m_u is not read itself.
         history: How many h its rows read, 0 to 3.
-        coefficients: The same rows as a float64 tensor ``[S, 14]``, read when a row is selected by
-            a tensor.
-        variance: s_0 and s_v as a tensor ``[S, 2]``, or ``None``.
+        tensors: The same as float64 tensors ``[S, 14]``, ``[S, 2]`` or ``None``, ``[S, 2]`` or
+            ``None``; read when a row is selected by a tensor.
     """
 
     __slots__ = (
-        "_coefficients",
         "_copies",
         "_digest",
         "_history",
@@ -191,8 +160,9 @@ class RowLauncher:
         "_plans",
         "_rows",
         "_stochastic",
+        "_tensors",
         "_traced",
-        "_variance",
+        "_uncond",
     )
 
     def __init__(
@@ -200,21 +170,20 @@ class RowLauncher:
         name: str,
         rows: Sequence[tuple[float, ...]],
         variances: Sequence[tuple[float, ...] | None],
+        unconds: Sequence[tuple[float, ...] | None],
         history: int,
-        coefficients: Tensor,
-        variance: Tensor | None,
+        tensors: _Tensors,
     ) -> None:
         self._name = name
-        self._rows = tuple(zip(rows, variances, strict=True))
-        self._plans = tuple([row_plan(c, v) for c, v in self._rows])
+        self._rows = tuple(zip(rows, variances, unconds, strict=True))
+        self._plans = tuple([row_plan(*row) for row in self._rows])
         self._stochastic = any(how.noisy for how in self._plans)
-        self._digest = digest(rows, variances)
+        self._digest = digest(rows, variances, unconds)
         self._history = history
-        self._learned = variance is not None
-        self._coefficients = coefficients
-        self._variance = variance
-        # Per device: the tensors above, for rows that a tensor selects there.
-        self._copies = {coefficients.device: (coefficients, variance)}
+        self._learned, self._uncond = tensors[1] is not None, tensors[2] is not None
+        self._tensors = tensors
+        # Per device: the tensors, for rows that a tensor selects there.
+        self._copies = {tensors[0].device: tensors}
         self._traced = Traced()
 
     def step(
@@ -228,6 +197,7 @@ class RowLauncher:
         guidance_scale: Coef | None,
         threshold: Coef | None,
         variance_output: Tensor | None,
+        guidance: Guidance | None = None,
     ) -> tuple[Tensor, Tensors]:
         """Row i in one launch: see ``SolverTable.step``, which has the same arguments."""
         if _compiling():
@@ -250,15 +220,60 @@ class RowLauncher:
                 f"noise must be given at row {i} of {self._name}, which adds noise, got None; pass "
                 "a tensor or a PhiloxNoise"
             )
-        guidance = None
-        if model_output_uncond is not None or guidance_scale is not None:
-            guidance = Guidance(model_output_uncond, guidance_scale)
-        found = launch(how, x, model_output, earlier, t, noise, guidance, threshold)
+        guided = None
+        if guidance is not None:
+            model_output, guided = self.guided(
+                i, x, model_output, model_output_uncond, guidance_scale, guidance
+            )
+        elif guidance_scale is not None or model_output_uncond is not None:
+            model_output, guided = guided_by(x, model_output, model_output_uncond, guidance_scale)
+        if self._uncond and guided is None:
+            raise ValueError(
+                f"guidance must be given for {self._name}, which reads the unconditional "
+                "prediction, got None"
+            )
+        found = launch(how, x, model_output, earlier, t, noise, guided, threshold)
         if not self._history:
             return found, ()
         # A row that writes no h returns x in its place, which no later row reads.
         x_next, left = found if how.keeps else (found, x)
         return x_next, (left,) if self._history == 1 else (left, *history)[: self._history]
+
+    def guided(
+        self,
+        i: int | Tensor,
+        x: Tensor,
+        model_output: Tensor,
+        model_output_uncond: Tensor | None,
+        guidance_scale: Coef | None,
+        guidance: Guidance | None,
+    ) -> tuple[Tensor, Guided | None]:
+        """The conditional prediction and the guidance at row i; see ``guided_by``."""
+        self.check_guidance(guidance)
+        if isinstance(guidance, Guidance) and guidance.by_row:
+            if isinstance(i, Tensor):
+                raise ValueError(
+                    "guidance must be the same in every row where i is a tensor, got "
+                    f"{type(guidance).__name__} with an interval or zero_init_steps"
+                )
+            guidance = guidance.at(self.index(i), len(self._plans))
+            if guidance is None and self._uncond:
+                guidance = Weighted(1.0, 0.0)
+            if guidance is None and guidance_scale is None:  # m is m_c
+                if model_output_uncond is None:
+                    model_output, _ = halves(x, model_output)
+                return model_output, None
+        return guided_by(
+            x, model_output, model_output_uncond, guidance_scale, guidance, plus_plus=True
+        )
+
+    def check_guidance(self, guidance: Guidance | None) -> None:
+        """Refuses CFG++ for a table that does not read m_u itself."""
+        if isinstance(guidance, CFGPlusPlus) and not self._uncond:
+            raise ValueError(
+                f"guidance must not be CFGPlusPlus for {self._name}, which takes the noise from "
+                "the guided prediction; use solvers.cfg_pp_table or dpmpp_2m_cfg_pp_table"
+            )
 
     def _plan(self, i: int | Tensor, x: Tensor) -> tuple[Plan, Tensor | None]:
         """The plan of row i; for a tensor of rows, one that covers the needs of every row."""
@@ -270,11 +285,13 @@ class RowLauncher:
             raise ValueError(f"i must be one row, or [B], got shape {tuple(i.shape)}")
         reads, keeps = self._history, self._history > 0
         # Beside the samples, so that only the device of i can be another one.
-        coefficients, variance = self._on((x if isinstance(x, Tensor) else i).device)
+        on_device = self._on((x if isinstance(x, Tensor) else i).device)
+        coefficients, variance, uncond = on_device
         columns = coefficients[:, : columns_read(reads, keeps)]
         if variance is not None and self._stochastic:
             return learned_plan((columns, variance), TABLE_STEP), i
-        return plan((columns,), reads, keeps, self._stochastic, TABLE_STEP), i
+        of_uncond = () if uncond is None else (uncond[:, :1], uncond[:, 1:])
+        return plan((columns,), reads, keeps, self._stochastic, TABLE_STEP, of_uncond), i
 
     def _traced_plan(self, i: int | Tensor, x: Tensor) -> tuple[Plan, Tensor | None]:
         """The plan of row i, made again by a trace from numbers that are constants to it.
@@ -284,17 +301,15 @@ class RowLauncher:
         """
         if isinstance(i, Tensor):
             return self._plan(i, x)
-        coefficients, _, variance = self._row_text(self._digest, i).partition(";")
-        numbers = tuple([float(c) for c in coefficients.split()])
-        variances = tuple([float(c) for c in variance.split()])
-        return row_plan(numbers, variances or None), None
+        texts = self._row_text(self._digest, i).split(";")
+        coefficients, variance, uncond = [tuple([float(c) for c in x.split()]) for x in texts]
+        return row_plan(coefficients, variance or None, uncond or None), None
 
     @constant_in_traces
     def _row_text(self, digest: str, i: int) -> str:  # noqa: ARG002
         """The numbers of a row, as a trace can read them; ``digest`` is for its guard alone."""
         self.index(i)  # refuses a wrong row
-        coefficients, variance = self._rows[i]
-        return f"{' '.join(map(repr, coefficients))};{' '.join(map(repr, variance or ()))}"
+        return ";".join(" ".join(map(repr, numbers or ())) for numbers in self._rows[i])
 
     def index(self, i: int) -> int:
         """The number of a row, checked."""
@@ -305,19 +320,20 @@ class RowLauncher:
             )
         return index
 
-    def _on(self, device: torch.device) -> tuple[Tensor, Tensor | None]:
-        """Coefficients and variance on a device: copied once, then found again."""
+    def _on(self, device: torch.device) -> _Tensors:
+        """The tensors on a device: copied once, then found again."""
         if torch.compiler.is_dynamo_compiling():
-            traced: tuple[Tensor, Tensor | None] = getattr(self._traced, self._traced_on(device))
+            traced: _Tensors = getattr(self._traced, self._traced_on(device))
             return traced
         found = self._copies.get(device)
         if found is None:
             found = self._copies.setdefault(device, made_plainly(lambda: self._copy(device)))
         return found
 
-    def _copy(self, device: torch.device) -> tuple[Tensor, Tensor | None]:
-        variance = None if self._variance is None else self._variance.to(device)
-        return self._coefficients.to(device), variance
+    def _copy(self, device: torch.device) -> _Tensors:
+        first, *rest = self._tensors
+        variance, uncond = [None if x is None else x.to(device) for x in rest]
+        return first.to(device), variance, uncond
 
     @constant_in_traces
     def _traced_on(self, device: torch.device) -> str:
@@ -354,12 +370,17 @@ def digest(*numbers: Any) -> str:
     return hashlib.sha256(repr(numbers).encode()).hexdigest()
 
 
-def row_plan(coefficients: tuple[float, ...], variance: tuple[float, ...] | None) -> Plan:
+def row_plan(
+    coefficients: tuple[float, ...],
+    variance: tuple[float, ...] | None,
+    uncond: tuple[float, ...] | None = None,
+) -> Plan:
     """The kernel of one row, and the numbers that it takes.
 
     Args:
         coefficients: The row, in the order of ``STEP_COLUMNS``.
         variance: s_0 and s_v where the model predicts the variance, else ``None``.
+        uncond: c_u and e_u where m_u is read itself, else ``None``.
 
     Returns:
         A plan that reads and writes only the tensors that the row needs.
@@ -371,5 +392,7 @@ def row_plan(coefficients: tuple[float, ...], variance: tuple[float, ...] | None
     reads = max(used, default=0)
     # Kernels that read more than one h exist only in the form that writes one too.
     keeps = any(coefficients[HISTORY_WRITTEN]) or reads > 1
+    if uncond is not None and uncond[1] != 0:
+        keeps = True
     columns = coefficients[: columns_read(reads, keeps)]
-    return plan(columns, reads, keeps, noisy, TABLE_STEP)
+    return plan(columns, reads, keeps, noisy, TABLE_STEP, uncond or ())

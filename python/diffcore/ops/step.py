@@ -12,14 +12,13 @@ from diffcore._engine.dispatch import plain_eager, run
 from diffcore._kernels import step as k
 from diffcore._types import ClipRange, Coef, Coefs, Row, Step
 from diffcore.coefficients import step as formulas
+from diffcore.guidance import Guidance
 from diffcore.noise import Noise
 from diffcore.ops._arguments import as_table, converted, in_float64
+from diffcore.ops._guided import Guided, guided_by, predictions
 from diffcore.ops._launch import (
-    Guidance,
-    guidance_of,
     history_of,
     launch,
-    predictions,
     step_columns,
     variance_columns,
     variance_of,
@@ -43,6 +42,7 @@ def reverse_step(
     noise: Noise | None = None,
     model_output_uncond: Tensor | None = None,
     guidance_scale: Coef | None = None,
+    guidance: Guidance | None = None,
     threshold: Coef | None = None,
     history: Sequence[Tensor] = (),
     return_history: Literal[False] = False,
@@ -61,6 +61,7 @@ def reverse_step(
     noise: Noise | None = None,
     model_output_uncond: Tensor | None = None,
     guidance_scale: Coef | None = None,
+    guidance: Guidance | None = None,
     threshold: Coef | None = None,
     history: Sequence[Tensor] = (),
     return_history: Literal[True],
@@ -79,6 +80,7 @@ def reverse_step(
     noise: Noise | None = None,
     model_output_uncond: Tensor | None = None,
     guidance_scale: Coef | None = None,
+    guidance: Guidance | None = None,
     threshold: Coef | None = None,
     history: Sequence[Tensor] = (),
     return_history: Literal[False] = False,
@@ -97,6 +99,7 @@ def reverse_step(
     noise: Noise | None = None,
     model_output_uncond: Tensor | None = None,
     guidance_scale: Coef | None = None,
+    guidance: Guidance | None = None,
     threshold: Coef | None = None,
     history: Sequence[Tensor] = (),
     return_history: bool = False,
@@ -114,6 +117,7 @@ def reverse_step(
     noise: Noise | None = None,
     model_output_uncond: Tensor | None = None,
     guidance_scale: Coef | None = None,
+    guidance: Guidance | None = None,
     threshold: Coef | None = None,
     history: Sequence[Tensor] = (),
     return_history: bool = False,
@@ -124,8 +128,8 @@ def reverse_step(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """One step of any solver, with guidance, conversion, clip, update and noise in one launch.
 
-    With ``m = m_u + w (m_c - m_u)`` under guidance and ``x0 = clip(a_x x + a_m m, clip_min,
-    clip_max)``::
+    With ``m = m_u + w (m_c - m_u)`` under classifier-free guidance (``diffcore.guidance`` has other
+    rules) and ``x0 = clip(a_x x + a_m m, clip_min, clip_max)``::
 
         x' = c_x x + c_m m + c_0 x0 + c_1 h_1 + c_2 h_2 + c_3 h_3 + c_z noise
         h' = e_x x + e_m m + e_0 x0
@@ -143,8 +147,9 @@ def reverse_step(
             c_2, c_3 (``solvers.COLUMNS``).
         t: The row: an int, ``[B]`` or a one-element counter.
         noise: z ``[B, ...]``, or a noise key; ``None`` omits the last term.
-        model_output_uncond: m_u ``[B, ...]``, for classifier-free guidance.
-        guidance_scale: w, a number or ``[B]``; needed under guidance, and only then.
+        model_output_uncond: m_u ``[B, ...]``, for guidance.
+        guidance_scale: w of classifier-free guidance, a number or ``[B]``.
+        guidance: Another rule of ``diffcore.guidance``, instead of ``guidance_scale``.
         threshold: s, a number or ``[B]``: x0 is clipped to [-s, s] instead, and divided by s
             (:func:`dynamic_threshold`); 0 for the row's own clip_min and clip_max.
         history: h_1, h_2, h_3 or the first of them, ``[B, ...]``: the h' that earlier steps
@@ -181,7 +186,7 @@ def reverse_step(
         )
     if out is not None and keeps:
         raise ValueError("out must be None with return_history or more than one h, got a tensor")
-    guidance = guidance_of(model_output_uncond, guidance_scale)
+    model_output, guided = guided_by(x, model_output, model_output_uncond, guidance_scale, guidance)
     if variance is None:
         row = step_columns(coefficients, k.columns_read(len(earlier), keeps))
         plan = k.plan(row, len(earlier), keeps, noise is not None)
@@ -194,13 +199,11 @@ def reverse_step(
             )
         row = step_columns(coefficients, k.PLAIN) + variance_columns(variance.coefficients)
         plan, earlier = k.learned_plan(row), (variance.output,)
-    found: Any = launch(plan, x, model_output, earlier, t, noise, guidance, threshold, out)
+    found: Any = launch(plan, x, model_output, earlier, t, noise, guided, threshold, out)
     if keeps and not return_history:
         found = found[0]
     if return_log_prob:
-        return found, _log_prob(
-            x, model_output, found.detach(), coefficients, t, guidance, threshold
-        )
+        return found, _log_prob(x, model_output, found.detach(), coefficients, t, guided, threshold)
     return found  # type: ignore[no-any-return]
 
 
@@ -213,6 +216,7 @@ def step_log_prob(
     t: Step = None,
     model_output_uncond: Tensor | None = None,
     guidance_scale: Coef | None = None,
+    guidance: Guidance | None = None,
     threshold: Coef | None = None,
 ) -> Tensor:
     """The log p(x' | x) of a step: a Gaussian around the noise-free :func:`reverse_step`.
@@ -232,6 +236,7 @@ def step_log_prob(
         t: As for :func:`reverse_step`.
         model_output_uncond: As for :func:`reverse_step`.
         guidance_scale: As for :func:`reverse_step`.
+        guidance: As for :func:`reverse_step`.
         threshold: As for :func:`reverse_step`.
 
     Returns:
@@ -240,8 +245,8 @@ def step_log_prob(
     Source:
         Black et al. 2023 (arXiv 2305.13301), section 4.
     """
-    guidance = guidance_of(model_output_uncond, guidance_scale)
-    return _log_prob(x, model_output, x_next, coefficients, t, guidance, threshold)
+    model_output, guided = guided_by(x, model_output, model_output_uncond, guidance_scale, guidance)
+    return _log_prob(x, model_output, x_next, coefficients, t, guided, threshold)
 
 
 def _log_prob(
@@ -250,11 +255,11 @@ def _log_prob(
     x_next: Tensor,
     coefficients: Row,
     t: Step,
-    guidance: Guidance | None,
+    guided: Guided | None,
     threshold: Coef | None,
 ) -> Tensor:
     row = step_columns(coefficients, k.PLAIN)
-    tensors, leading = predictions(x, model_output, guidance, threshold)
+    tensors, leading = predictions(x, model_output, guided, threshold)
     kernel = k.STEP_LOG_PROB[len(tensors) == 3]
     inputs, coefs = (*tensors, x_next), (*leading, *row)
     try:
@@ -290,6 +295,7 @@ def ddpm_step(
     clip_range: ClipRange = None,
     model_output_uncond: Tensor | None = None,
     guidance_scale: Coef | None = None,
+    guidance: Guidance | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     """One ancestral step: ``x_{t-1} = A_t x0 + B_t x_t + s_t noise``, x0 the (clipped) prediction.
@@ -313,6 +319,7 @@ def ddpm_step(
         model_output_uncond: The unconditional prediction ``[B, ...]``, for classifier-free
             guidance.
         guidance_scale: w in m_u + w (m_c - m_u).
+        guidance: Another rule of ``diffcore.guidance``, instead of ``guidance_scale``.
         out: Tensor to write to, such as ``x_t`` itself. Not where a gradient is needed.
 
     Returns:
@@ -332,8 +339,10 @@ def ddpm_step(
     )
     row = _row(table, x_t)
     plan = k.plan(row, 0, False, noise is not None, k.SOLVER_STEP)
-    guidance = guidance_of(model_output_uncond, guidance_scale)
-    x_prev: Tensor = launch(plan, x_t, model_output, (), None, noise, guidance, None, out)
+    model_output, guided = guided_by(
+        x_t, model_output, model_output_uncond, guidance_scale, guidance
+    )
+    x_prev: Tensor = launch(plan, x_t, model_output, (), None, noise, guided, None, out)
     return x_prev
 
 
@@ -352,6 +361,7 @@ def ddim_step(
     clip_range: ClipRange = None,
     model_output_uncond: Tensor | None = None,
     guidance_scale: Coef | None = None,
+    guidance: Guidance | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     """One DDIM step: ``x' = alpha_prev x0 + sqrt(sigma_prev² - s²) epsilon + s noise``.
@@ -374,6 +384,7 @@ def ddim_step(
         model_output_uncond: The unconditional prediction ``[B, ...]``, for classifier-free
             guidance.
         guidance_scale: w in m_u + w (m_c - m_u).
+        guidance: Another rule of ``diffcore.guidance``, instead of ``guidance_scale``.
         out: Tensor to write to, such as ``x_t`` itself. Not where a gradient is needed.
 
     Returns:
@@ -402,6 +413,8 @@ def ddim_step(
     )
     row = _row(table, x_t)
     plan = k.plan(row, 0, False, noise is not None, k.SOLVER_STEP)
-    guidance = guidance_of(model_output_uncond, guidance_scale)
-    x_prev: Tensor = launch(plan, x_t, model_output, (), None, noise, guidance, None, out)
+    model_output, guided = guided_by(
+        x_t, model_output, model_output_uncond, guidance_scale, guidance
+    )
+    x_prev: Tensor = launch(plan, x_t, model_output, (), None, noise, guided, None, out)
     return x_prev

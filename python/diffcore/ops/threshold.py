@@ -12,8 +12,10 @@ from diffcore._engine.dispatch import run
 from diffcore._kernels.step import PLAIN
 from diffcore._kernels.threshold import X0_QUANTILE
 from diffcore._types import Coef, Row, Step
+from diffcore.guidance import Guidance
 from diffcore.ops._arguments import converted, float_of
-from diffcore.ops._launch import guidance_of, predictions, step_columns
+from diffcore.ops._guided import guided_by, predictions
+from diffcore.ops._launch import step_columns
 
 __all__ = [
     "dynamic_threshold",
@@ -30,11 +32,12 @@ def dynamic_threshold(
     sample_max_value: float = math.inf,
     model_output_uncond: Tensor | None = None,
     guidance_scale: Coef | None = None,
+    guidance: Guidance | None = None,
 ) -> Tensor:
     """The threshold of each sample: ``s = min(max(quantile(|x0|, ratio), 1), sample_max_value)``.
 
     x0 is the prediction of a reverse step with the same arguments, before its clip: ``x0 = a_x x +
-    a_m m``, with ``m = m_u + w (m_c - m_u)`` under guidance. Of n elements in order, the quantile
+    a_m m``, with m as in :func:`reverse_step` under guidance. Of n elements in order, the quantile
     is the one at ``ratio (n - 1)`` from the first, and between two it is linear. It is found by
     counting, not by sorting; n may be any.
 
@@ -48,7 +51,8 @@ def dynamic_threshold(
         ratio: Which quantile, in [0, 1].
         sample_max_value: The largest threshold, at least 1.
         model_output_uncond: m_u ``[B, ...]``, for classifier-free guidance.
-        guidance_scale: w, a number or ``[B]``; needed with ``model_output_uncond``, and only then.
+        guidance_scale: w of classifier-free guidance, a number or ``[B]``.
+        guidance: Another rule of ``diffcore.guidance``, instead of ``guidance_scale``.
 
     Returns:
         The thresholds ``[B]``, float32 (float64 for float64 inputs).
@@ -65,8 +69,8 @@ def dynamic_threshold(
         check_dense("x", x)
     if isinstance(x, Tensor) and x.ndim and not x.shape[1:].numel():
         raise ValueError(f"x must have at least one element per sample, got shape {tuple(x.shape)}")
-    guidance = guidance_of(model_output_uncond, guidance_scale)
-    tensors, leading = predictions(x, model_output, guidance, None)
+    model_output, guided = guided_by(x, model_output, model_output_uncond, guidance_scale, guidance)
+    tensors, leading = predictions(x, model_output, guided, None)
     coefs = (*leading, *step_columns(coefficients, PLAIN), p, most)
     kernel = X0_QUANTILE[len(tensors) == 3]
     inputs, constants = tuple(map(_constant, tensors)), tuple(map(_constant, coefs))

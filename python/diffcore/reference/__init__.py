@@ -7,10 +7,21 @@ inputs (see :func:`per_sample`).
 """
 
 from diffcore._types import Coef
-from diffcore.reference import bound, common, gaussian, likelihood, linear, loss, step, threshold
+from diffcore.reference import (
+    bound,
+    common,
+    gaussian,
+    guidance,
+    likelihood,
+    linear,
+    loss,
+    step,
+    threshold,
+)
 from diffcore.reference.bound import *
 from diffcore.reference.common import *
 from diffcore.reference.gaussian import *
+from diffcore.reference.guidance import *
 from diffcore.reference.likelihood import *
 from diffcore.reference.linear import *
 from diffcore.reference.loss import *
@@ -21,6 +32,7 @@ __all__ = ["Coef"]
 __all__ += bound.__all__
 __all__ += common.__all__
 __all__ += gaussian.__all__
+__all__ += guidance.__all__
 __all__ += likelihood.__all__
 __all__ += linear.__all__
 __all__ += loss.__all__

@@ -19,8 +19,7 @@ def reverse_step(
     model_output: Tensor,
     coefs: Sequence[Coef],
     *,
-    guidance_scale: Coef = 1.0,
-    threshold: Coef = 0.0,
+    leading: Sequence[Coef] = (1.0, 0.0, 0.0, 0.0, 0.0),
     model_output_uncond: Tensor | None = None,
     history: Sequence[Tensor] = (),
     keeps: bool = False,
@@ -30,15 +29,17 @@ def reverse_step(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """``x' = c_x x + c_m m + c_0 x0 + Σ c_k h_k + c_z z`` with ``x0 = clip(a_x x + a_m m)``.
 
-    ``m = m_u + w (m_c - m_u)`` under guidance. The coefs are c_x, c_m, c_0, c_z, a_x, a_m,
-    clip_min, clip_max, and then e_x, e_m, e_0, c_1, c_2, c_3 as far as they are needed. A threshold
-    s other than 0 clips to [-s, s] instead and divides by s. A learned variance multiplies c_z by
-    ``exp(s_0 + s_v v)``. If it ``keeps``, the second result is ``h' = e_x x + e_m m + e_0 x0``.
+    Under guidance ``m = m_u + g m_u + w (m_c - m_u)``, and x' gets the term c_u m_u. ``leading`` is
+    (w, g, c_u, e_u, threshold); a threshold s other than 0 clips to [-s, s] instead and divides by
+    s. The coefs are c_x, c_m, c_0, c_z, a_x, a_m, clip_min, clip_max, and then e_x, e_m, e_0, c_1,
+    c_2, c_3 as far as they are needed. A learned variance multiplies c_z by ``exp(s_0 + s_v v)``.
+    If it ``keeps``, the second result is ``h' = e_x x + e_m m + e_0 x0 + e_u m_u``.
     """
     compute = compute_dtype(x.dtype)
     k = StepColumns(*(per_sample(c, x) for c in coefs))
-    s, m, x0 = _prediction(x, model_output, model_output_uncond, k, guidance_scale, threshold)
-    y = _mix(k.c_x, k.c_m, k.c_0, s, m, x0)
+    s, m, x0 = _prediction(x, model_output, model_output_uncond, k, leading)
+    u = None if model_output_uncond is None else model_output_uncond.to(compute)
+    y = _with_uncond(leading[2], u, _mix(k.c_x, k.c_m, k.c_0, s, m, x0))
     for c, h in zip((k.c_1, k.c_2, k.c_3), history, strict=False):
         # Where c is 0, h is not read, whatever it holds.
         unread = torch.as_tensor(c, device=x.device) == 0
@@ -50,7 +51,10 @@ def reverse_step(
             deviation = deviation * torch.exp(s_0 + s_v * variance_output.to(compute))
         y = y + deviation * noise.to(compute)
     y = y.to(x.dtype)
-    return (y, _mix(k.e_x, k.e_m, k.e_0, s, m, x0).to(x.dtype)) if keeps else y
+    if not keeps:
+        return y
+    kept = _with_uncond(leading[3], u, _mix(k.e_x, k.e_m, k.e_0, s, m, x0))
+    return y, kept.to(x.dtype)
 
 
 def step_log_prob(
@@ -59,19 +63,20 @@ def step_log_prob(
     x_next: Tensor,
     coefs: Sequence[Coef],
     *,
-    guidance_scale: Coef = 1.0,
-    threshold: Coef = 0.0,
+    leading: Sequence[Coef] = (1.0, 0.0, 0.0, 0.0, 0.0),
     model_output_uncond: Tensor | None = None,
 ) -> Tensor:
     """``log N(x'; mean, c_z² I)`` of each sample, nats; 0 where c_z is 0."""
     row = StepColumns(*coefs)
     k = StepColumns(*(per_sample(c, x) for c in coefs))
-    s, m, x0 = _prediction(x, model_output, model_output_uncond, k, guidance_scale, threshold)
+    s, m, x0 = _prediction(x, model_output, model_output_uncond, k, leading)
+    u = None if model_output_uncond is None else model_output_uncond.to(s.dtype)
+    mean = _with_uncond(leading[2], u, _mix(k.c_x, k.c_m, k.c_0, s, m, x0))
     # Before its shape is that of the samples: one number each.
     c_z = torch.as_tensor(row.c_z, dtype=s.dtype, device=s.device)
     none = c_z == 0
     safe = torch.where(none, torch.ones_like(c_z), c_z)
-    z = (x_next.to(s.dtype) - _mix(k.c_x, k.c_m, k.c_0, s, m, x0)) / per_sample(safe, x)
+    z = (x_next.to(s.dtype) - mean) / per_sample(safe, x)
     n = sample_size(x)
     log_prob = row_sum(z * z, -0.5, reduce_all=False) - n * (
         safe.log() + 0.5 * math.log(2 * math.pi)
@@ -84,12 +89,11 @@ def _prediction(
     model_output: Tensor,
     model_output_uncond: Tensor | None,
     k: StepColumns,
-    guidance_scale: Coef,
-    threshold: Coef,
+    leading: Sequence[Coef],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(x, m, x0) in the compute type; k as in ``reverse_step``, beside the samples."""
-    s, m, x0 = predicted_x0(x, model_output, model_output_uncond, k, guidance_scale)
-    bound = torch.as_tensor(per_sample(threshold, x), dtype=s.dtype, device=x.device)
+    s, m, x0 = predicted_x0(x, model_output, model_output_uncond, k, leading)
+    bound = torch.as_tensor(per_sample(leading[4], x), dtype=s.dtype, device=x.device)
     low, high = (
         torch.where(bound == 0, b, sign * bound) for b, sign in ((k.clip_min, -1), (k.clip_max, 1))
     )
@@ -105,14 +109,14 @@ def predicted_x0(
     model_output: Tensor,
     model_output_uncond: Tensor | None,
     k: StepColumns,
-    guidance_scale: Coef,
+    leading: Sequence[Coef],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The same, x0 not clipped."""
     compute = compute_dtype(x.dtype)
     s, m = x.to(compute), model_output.to(compute)
     if model_output_uncond is not None:
         u = model_output_uncond.to(compute)
-        m = u + per_sample(guidance_scale, x) * (m - u)
+        m = u + per_sample(leading[1], x) * u + per_sample(leading[0], x) * (m - u)
     return s, m, k.a_x * s + k.a_m * m
 
 
@@ -120,3 +124,12 @@ def _mix(b_x: Coef, b_m: Coef, b_0: Coef, x: Tensor, m: Tensor, x0: Tensor) -> T
     # Where m has no part of its own, an infinite one is met by the clip, not by 0 · inf.
     absent = torch.as_tensor(b_m, device=m.device) == 0
     return b_x * x + b_m * torch.where(absent, torch.zeros_like(m), m) + b_0 * x0
+
+
+def _with_uncond(b_u: Coef, u: Tensor | None, rest: Tensor) -> Tensor:
+    """+ b_u m_u; where b_u is 0, m_u is not read."""
+    if u is None or (not isinstance(b_u, Tensor) and b_u == 0):
+        return rest
+    b = per_sample(b_u, u)
+    absent = torch.as_tensor(b, device=u.device) == 0
+    return rest + b * torch.where(absent, torch.zeros_like(u), u)

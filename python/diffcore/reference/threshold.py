@@ -21,17 +21,17 @@ def x0_quantile(
     ratio: Coef,
     sample_max_value: Coef,
     *,
-    guidance_scale: Coef = 1.0,
+    leading: Sequence[Coef] = (1.0, 0.0, 0.0, 0.0, 0.0),
     model_output_uncond: Tensor | None = None,
     reduce_all: bool = False,
 ) -> Tensor:
     """``min(max(quantile(|a_x x + a_m m|, ratio), 1), sample_max_value)`` of each sample.
 
-    ``m = m_u + w (m_c - m_u)``, coefs as in ``reverse_step``. The quantile lies ``ratio (n - 1)``
+    m, coefs and ``leading`` as in ``reverse_step``. The quantile lies ``ratio (n - 1)``
     from the first of n in order, as numpy's; only that an infinite neighbour does not make it nan.
     """
     k = StepColumns(*(per_sample(c, x) for c in coefs))
-    _, _, x0 = predicted_x0(x, model_output, model_output_uncond, k, guidance_scale)
+    _, _, x0 = predicted_x0(x, model_output, model_output_uncond, k, leading)
     rows = x0.reshape(-1) if reduce_all or x0.ndim == 0 else x0.unsqueeze(-1).flatten(1)
     ordered, n = rows.abs().sort(-1).values.double(), rows.shape[-1]
 

@@ -13,10 +13,11 @@ from diffcore import ops
 from diffcore._checks import as_device, as_shape, check_dense, check_memory, check_not_compiling
 from diffcore._engine import messages, native
 from diffcore._types import Model
+from diffcore.guidance import Guidance, Weighted
 from diffcore.noise import PhiloxNoise
 from diffcore.sampling.loop import run_table
 from diffcore.sampling.model import check_model_kwargs, model_device
-from diffcore.sampling.sample import check_guidance
+from diffcore.sampling.sample import guidance_rule
 from diffcore.sampling.threshold import threshold_rule
 from diffcore.solvers import SolverTable
 
@@ -27,6 +28,7 @@ def capture(
     shape: Sequence[int],
     *,
     guidance_scale: float | Tensor | None = None,
+    guidance: Guidance | None = None,
     model_kwargs: Mapping[str, Any] | None = None,
     uncond_kwargs: Mapping[str, Any] | None = None,
     dynamic_thresholding_ratio: float | None = None,
@@ -46,7 +48,8 @@ def capture(
         model: As for ``sample``. It must be capturable, so it must not wait for the device.
         table: The solver.
         shape: Shape of the samples, ``[B, ...]``.
-        guidance_scale: As for ``sample``.
+        guidance_scale: As for ``sample``; a call may replace it.
+        guidance: As for ``sample``.
         model_kwargs: As for ``sample``. Tensors are copied; a call may replace them.
         uncond_kwargs: As for ``sample``. Tensors are copied; a call may replace them.
         dynamic_thresholding_ratio: As for ``sample``.
@@ -64,7 +67,7 @@ def capture(
     check_not_compiling("capture", "compile the model that it gets")
     if not isinstance(table, SolverTable):
         raise TypeError(f"table must be a SolverTable, got {type(table).__name__}")
-    check_guidance(guidance_scale, uncond_kwargs)
+    rule = guidance_rule(guidance_scale, guidance, uncond_kwargs)
     check_model_kwargs(model_kwargs)
     check_model_kwargs(uncond_kwargs, "uncond_kwargs")
     messages.check_dtype(dtype)
@@ -76,13 +79,14 @@ def capture(
         if not isinstance(guidance_scale, Tensor):  # a number or an array, checked above
             guidance_scale = torch.tensor(guidance_scale, dtype=torch.float64, device="cpu")
         guidance_scale = guidance_scale.to(x.device, torch.float64, copy=True)
+        rule = Weighted(guidance_scale, 0.0)
     options = {
-        "guidance_scale": guidance_scale,
+        "guidance": rule,
         "model_kwargs": _copied(model_kwargs),
         "uncond_kwargs": _copied(uncond_kwargs),
-        "threshold": threshold_rule(dynamic_thresholding_ratio, sample_max_value, guidance_scale),
+        "threshold": threshold_rule(dynamic_thresholding_ratio, sample_max_value),
     }
-    return CapturedSampler(model, table, x, options)
+    return CapturedSampler(model, table, x, options, guidance_scale)
 
 
 class CapturedSampler:
@@ -98,8 +102,10 @@ class CapturedSampler:
         table: SolverTable,
         x: Tensor,
         options: dict[str, Any],
+        guidance_scale: Tensor | None,
     ) -> None:
         self._table, self._x, self._options = table, x, options
+        self._guidance_scale = guidance_scale
         # The noise key in device memory: a seed, an offset to every stream, the sample ids.
         self._key = torch.zeros(2, dtype=torch.int64, device=x.device)
         self._ids = torch.arange(x.shape[0], device=x.device)
@@ -151,7 +157,7 @@ class CapturedSampler:
             _replace("x", self._x, x)
         self._set_noise(noise)
         if guidance_scale is not None:
-            _replace("guidance_scale", self._options["guidance_scale"], guidance_scale)
+            _replace("guidance_scale", self._guidance_scale, guidance_scale)
         for name, new in (("model_kwargs", model_kwargs), ("uncond_kwargs", uncond_kwargs)):
             check_model_kwargs(new, name)
             for key, value in (new or {}).items():

@@ -2,40 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.utils.checkpoint
 from torch import Tensor
 
 from diffcore import ops
-from diffcore._types import Callback, Model, Tensors
+from diffcore._checks import as_flag
+from diffcore._types import BeforeModel, Callback, Model, Tensors
+from diffcore.guidance import APG, Guidance, Weighted
 from diffcore.noise import StepNoise
-from diffcore.sampling.model import check_model_kwargs, predict
+from diffcore.sampling.model import Prediction, check_model_kwargs, predict
 from diffcore.sampling.noise import check_noise_rows, noise_of_row
 from diffcore.sampling.progress import progress_bar
-from diffcore.sampling.step import callback_state, timestep_inputs
+from diffcore.sampling.step import ModelState, callback_state, timestep_inputs, x_before_model
 from diffcore.sampling.threshold import Threshold
 from diffcore.solvers import SolverTable
 
 
-@torch.no_grad()
 def run_table(
     model: Model,
     x: Tensor,
     table: SolverTable,
     step_noise: StepNoise,
     *,
-    guidance_scale: float | Tensor | None = None,
+    guidance: Guidance | None = None,
     model_kwargs: Mapping[str, Any] | None = None,
     uncond_kwargs: Mapping[str, Any] | None = None,
     threshold: Threshold | None = None,
+    before_model: BeforeModel | None = None,
     callback: Callback | None = None,
     progress: bool | None = False,
+    differentiable: bool = False,
+    checkpoint: bool = False,
     noise_name: str = "step_noise",
     learned: bool = False,
 ) -> Tensor:
-    """Run a solver table from its first row to its last, without gradients.
+    """Run a solver table from its first row to its last.
 
     Rows are selected by Python ints, so nothing is read back from the device.
 
@@ -46,12 +52,16 @@ def run_table(
         step_noise: ``(row, x) -> noise``; a noise key, of which row r takes the stream 1 + r after
             its own; or a tensor ``[S, B, ...]``. The noise that churn adds before the first step is
             that of row S.
-        guidance_scale: w of classifier-free guidance.
+        guidance: A rule of guidance.
         model_kwargs: More arguments for the model.
         uncond_kwargs: The same for its unconditional call.
         threshold: Function that gives the bound of x_0.
+        before_model: Called once a step, before its model call.
         callback: Called once a step, after its model call and before the step.
         progress: Show a bar; ``None`` for one on terminals only.
+        differentiable: Whether autograd records the loop.
+        checkpoint: Whether it keeps only the samples between the rows, and runs each row again in
+            the backward pass.
         noise_name: What the caller calls ``step_noise``, for errors.
         learned: Whether the model predicts its variance although the table does not read it. A
             table that reads it needs no such hint.
@@ -59,42 +69,142 @@ def run_table(
     Returns:
         The samples.
     """
-    if callback is not None and not callable(callback):
-        raise TypeError(f"callback must be a function, got {type(callback).__name__}")
+    for name, function in (("callback", callback), ("before_model", before_model)):
+        if function is not None and not callable(function):
+            raise TypeError(f"{name} must be a function, got {type(function).__name__}")
     check_model_kwargs(model_kwargs)
     check_model_kwargs(uncond_kwargs, "uncond_kwargs")
     check_noise_rows(step_noise, x, table, noise_name)
-    if table.start_noise:
-        churn = noise_of_row(step_noise, len(table), x, noise_name)
-        x = ops.add_noise(x, churn, table.start_scale, table.start_noise)
-    timesteps = timestep_inputs(table, x)
-    guided, reads_variance = guidance_scale is not None, table.variance is not None
-    learned = learned or reads_variance
-    history: Tensors = ()
-    for i, row in enumerate(progress_bar(table.rows, table.name, progress)):
-        prediction = predict(
-            model,
-            x if row.input_scale == 1 else row.input_scale * x,
-            timesteps[i],
-            model_kwargs,
-            uncond_kwargs,
-            guided,
-            learned,
+    table._launcher.check_guidance(guidance)
+    differentiable = as_flag("differentiable", differentiable)
+    checkpoint = as_flag("checkpoint", checkpoint)
+    if checkpoint and not differentiable:
+        raise ValueError("checkpoint must be False without differentiable=True, got True")
+    if checkpoint and isinstance(guidance, APG) and guidance.momentum:
+        raise ValueError(
+            "checkpoint must be False under guidance with momentum, which a row changes, got True"
         )
-        bound = None if threshold is None else threshold(row, x, prediction)
-        if callback is not None and row.begins:
+    loop = _Loop(
+        model,
+        table,
+        step_noise,
+        guidance,
+        model_kwargs,
+        uncond_kwargs,
+        threshold,
+        before_model,
+        callback,
+        noise_name,
+        learned or table.variance is not None,
+    )
+    if differentiable:
+        return loop.run(x, progress, checkpoint)
+    with torch.no_grad():
+        return loop.run(x, progress, False)
+
+
+@dataclass(slots=True)
+class _Loop:
+    """The arguments of ``run_table``, checked."""
+
+    model: Model
+    table: SolverTable
+    step_noise: StepNoise
+    guidance: Guidance | None
+    model_kwargs: Mapping[str, Any] | None
+    uncond_kwargs: Mapping[str, Any] | None
+    threshold: Threshold | None
+    before_model: BeforeModel | None
+    callback: Callback | None
+    noise_name: str
+    learned: bool
+
+    def run(self, x: Tensor, progress: bool | None, checkpoint: bool) -> Tensor:
+        table = self.table
+        if table.start_noise:
+            churn = noise_of_row(self.step_noise, len(table), x, self.noise_name)
+            x = ops.add_noise(x, churn, table.start_scale, table.start_noise)
+        timesteps = timestep_inputs(table, x)
+        history: Tensors = ()
+        rule = None if self.guidance is None else self.guidance.begin()
+        for i, row in enumerate(progress_bar(table.rows, table.name, progress)):
             t = timesteps[i]
-            callback(callback_state(table, i, x, t, prediction, guidance_scale, bound))
+            if self.before_model is not None and row.begins:
+                alpha = table.alpha[i].item()
+                state = ModelState(x=x, i=row.step, t=t, alpha=alpha, sigma=row.sigma)
+                x = x_before_model(self.before_model, state)
+            if checkpoint:
+                x, history = self._again(i, x, t, history, rule)
+            else:
+                x, history = self._row(i, x, t, history, rule, self._call)
+        return x
+
+    def _row(
+        self,
+        i: int,
+        x: Tensor,
+        t: Tensor,
+        history: Tensors,
+        rule: Guidance | None,
+        call: Callable[..., None] | None,
+    ) -> tuple[Tensor, Tensors]:
+        """One row: the model, the callback by ``call``, and the step."""
+        table, row = self.table, self.table.rows[i]
+        here = None if rule is None else rule.at(i, len(table))
+        if here is None and rule is not None and table.uncond is not None:
+            here = Weighted(1.0, 0.0)  # m is m_c, and the step reads m_u too
+        prediction = predict(
+            self.model,
+            x if row.input_scale == 1 else row.input_scale * x,
+            t,
+            self.model_kwargs,
+            None if here is None else self.uncond_kwargs,
+            # Without a second call the model returns both predictions in every row.
+            rule is not None and (here is not None or self.uncond_kwargs is None),
+            self.learned,
+        )
+        prediction, here = _guided(prediction, here)
+        bound = None if self.threshold is None else self.threshold(row, x, prediction, here)
+        if call is not None and self.callback is not None and row.begins:
+            call(table, i, x, t, prediction, here, bound)
         output, uncond, variance = prediction
-        x, history = table.step(
+        return table.step(
             i,
             x,
             output,
             history,
-            noise=noise_of_row(step_noise, i, x, noise_name) if row.noisy else None,
+            noise=noise_of_row(self.step_noise, i, x, self.noise_name) if row.noisy else None,
             model_output_uncond=uncond,
-            guidance_scale=guidance_scale,
+            guidance=here,
             threshold=bound,
-            variance_output=variance if reads_variance else None,
+            variance_output=variance if table.variance is not None else None,
         )
-    return x
+
+    def _call(self, *state: Any) -> None:
+        """The callback; see ``callback_state``."""
+        assert self.callback is not None
+        self.callback(callback_state(*state))
+
+    def _again(
+        self, i: int, x: Tensor, t: Tensor, history: Tensors, rule: Guidance | None
+    ) -> tuple[Tensor, Tensors]:
+        """A row that is run again in the backward pass, then without the callback."""
+        calls = [torch.no_grad()(self._call)]  # else it would save tensors the first time only
+
+        def row(x: Tensor, *history: Tensor) -> tuple[Tensor, ...]:
+            x, history = self._row(i, x, t, history, rule, calls.pop() if calls else None)
+            return (x, *history)
+
+        x, *history = torch.utils.checkpoint.checkpoint(row, x, *history, use_reentrant=False)
+        return x, tuple(history)
+
+
+def _guided(prediction: Prediction, rule: Guidance | None) -> tuple[Prediction, Guidance | None]:
+    """The predictions that a step reads, and the rule as numbers that are computed once a row."""
+    output, uncond, variance = prediction
+    if rule is None or uncond is None:
+        return (output, None, variance), None
+    if not rule.reads_predictions:
+        return prediction, rule
+    uncond = rule.moved(output, uncond)
+    return (output, uncond, variance), Weighted(*rule.weights(output, uncond))

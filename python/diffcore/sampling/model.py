@@ -13,9 +13,9 @@ from diffcore._engine import messages
 from diffcore._types import Model
 
 Prediction: TypeAlias = tuple[Tensor, Tensor | None, Tensor | None]
-"""What a model returned for one row of a solver table: the prediction ``[B, ...]`` (under guidance
-the conditional one, or both in one tensor ``[2 B, ...]``, the unconditional one first); the
-unconditional prediction of a second call, or ``None``; the predicted variance, or ``None``."""
+"""What a model returned for one row of a solver table: the prediction ``[B, ...]``, under guidance
+the conditional one; the unconditional prediction, or ``None``; the predicted variance, or
+``None``."""
 
 
 def predict(
@@ -56,6 +56,8 @@ def predict(
         output, variance = output.chunk(2, dim=1)
         variance = variance.chunk(batches)[-1]  # of two batches the second is conditional
         uncond = None if uncond is None else uncond.chunk(2, dim=1)[0]
+    if batches == 2:
+        uncond, output = output.chunk(2)
     return output, uncond, variance
 
 
@@ -104,7 +106,7 @@ def call_model(
         halves = " (the prediction, then the predicted variance)" if learned else ""
         fix = ""
         if batches == 2 and 2 * output.shape[:1].numel() == expected[0]:
-            fix = "; under guidance_scale pass uncond_kwargs, or return both batches, the "
+            fix = "; under guidance pass uncond_kwargs, or return both batches, the "
             fix += "unconditional one first"
         raise ValueError(
             f"model must return the shape {tuple(expected)}{halves}, got {tuple(output.shape)}{fix}"

@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from diffcore._types import Callback, Model
+from diffcore._types import BeforeModel, Callback, Model
+from diffcore.guidance import Guidance, Weighted
 from diffcore.noise import StepNoise
 from diffcore.ops._arguments import as_coef
 from diffcore.sampling.loop import run_table
@@ -24,19 +25,24 @@ def sample(
     table: SolverTable,
     *,
     guidance_scale: float | Tensor | None = None,
+    guidance: Guidance | None = None,
     model_kwargs: Mapping[str, Any] | None = None,
     uncond_kwargs: Mapping[str, Any] | None = None,
     noise: StepNoise | None = None,
     dynamic_thresholding_ratio: float | None = None,
     sample_max_value: float = math.inf,
+    before_model: BeforeModel | None = None,
     callback: Callback | None = None,
     progress: bool | None = False,
+    differentiable: bool = False,
+    checkpoint: bool = False,
 ) -> Tensor:
     """Sample with any solver: one launch for each model call, and no wait for the device.
 
-    The loop runs under ``torch.no_grad()``. It keeps no state between calls and changes nothing in
-    the table, so any number of threads may sample from one table at once. To write your own loop,
-    or to get gradients, call ``SolverTable.step``.
+    The loop runs under ``torch.no_grad()``, unless it is ``differentiable``; a model that needs
+    gradients of its own enters ``torch.enable_grad()``. The loop keeps no state between calls and
+    changes nothing in the table, so any number of threads may sample from one table at once. To
+    write your own loop, call ``SolverTable.step``.
 
     Args:
         model: ``model(x, t, **model_kwargs)`` with ``t`` ``[B]``, the table's timesteps (int64 or
@@ -49,6 +55,7 @@ def sample(
             ``table.init_noise_sigma``.
         table: The solver (``diffcore.solvers``).
         guidance_scale: w of classifier-free guidance, m_u + w (m_c - m_u): a number or ``[B]``.
+        guidance: Another rule of ``diffcore.guidance``, instead of ``guidance_scale``.
         model_kwargs: More arguments for the model.
         uncond_kwargs: The same for a second, unconditional call of the model.
         noise: The noise of the steps: a noise key, of which row r takes the stream 1 + r after its
@@ -60,11 +67,20 @@ def sample(
         dynamic_thresholding_ratio: Clip the predicted x_0 of each sample to [-s, s] and divide it
             by s, the quantile at this ratio of its absolute values, at least 1 (Imagen).
         sample_max_value: The largest s.
+        before_model: Called once a step, before its first model call, with a read-only dict of
+            ``x``, ``i`` (the step), ``t`` (the timestep input), ``alpha`` and ``sigma`` (the noise
+            level of x). It returns another x, for example with the known part of an image put in,
+            or ``None``.
         callback: Called once a step, after its first model call and before x changes, with a
             read-only dict of ``x``, ``i`` (the step), ``t`` (the timestep input), ``sigma`` and
-            ``denoised`` (the predicted x_0; one more launch). To change x before the model call,
-            for example to inpaint, write your own loop; the tensors are not to be changed in place.
+            ``denoised`` (the predicted x_0; one more launch). The tensors are not to be changed in
+            place.
         progress: Show a bar (tqdm); ``None`` for one on terminals only.
+        differentiable: Record the loop for autograd: gradients by ``x``, by the parameters of the
+            model and by tensors in its arguments.
+        checkpoint: With ``differentiable``: keep only the samples between the rows, and call the
+            model again in the backward pass. The noise of a key is generated again; a function
+            for ``noise`` is called again, and must return the same.
 
     Returns:
         The samples, like ``x``.
@@ -82,38 +98,58 @@ def sample(
     if noise is None:
         noise = noise_or_default(None, x)
     check_step_noise("noise", noise)
-    check_guidance(guidance_scale, uncond_kwargs)
+    rule = guidance_rule(guidance_scale, guidance, uncond_kwargs)
     return run_table(
         model,
         x,
         table,
         noise,
-        guidance_scale=guidance_scale,
+        guidance=rule,
         model_kwargs=model_kwargs,
         uncond_kwargs=uncond_kwargs,
-        threshold=threshold_rule(dynamic_thresholding_ratio, sample_max_value, guidance_scale),
+        threshold=threshold_rule(dynamic_thresholding_ratio, sample_max_value),
+        before_model=before_model,
         callback=callback,
         progress=progress,
+        differentiable=differentiable,
+        checkpoint=checkpoint,
         noise_name="noise",
     )
 
 
-def check_guidance(
-    guidance_scale: float | Tensor | None, uncond_kwargs: Mapping[str, Any] | None
-) -> None:
-    """Refuse an unconditional call without a scale.
+def guidance_rule(
+    guidance_scale: float | Tensor | None,
+    guidance: Guidance | None,
+    uncond_kwargs: Mapping[str, Any] | None,
+) -> Guidance | None:
+    """The rule of a sampling loop, from its arguments.
 
     Args:
         guidance_scale: w, or ``None``.
+        guidance: A rule, or ``None``.
         uncond_kwargs: Arguments of the second call, or ``None``.
 
+    Returns:
+        The rule; ``None`` without guidance.
+
     Raises:
-        TypeError: ``guidance_scale`` is neither a number nor a tensor of them.
-        ValueError: Only ``uncond_kwargs`` is given, or a scale that is not one for each sample.
+        TypeError: ``guidance_scale`` is neither a number nor a tensor of them, or ``guidance`` is
+            no rule.
+        ValueError: Only ``uncond_kwargs`` is given, both kinds of guidance, or a scale that is not
+            one for each sample.
     """
+    if guidance is not None and not isinstance(guidance, Guidance):
+        kind = type(guidance).__name__
+        raise TypeError(
+            f"guidance must be a rule of diffcore.guidance, got {kind}; a number is guidance_scale"
+        )
     if guidance_scale is not None:
+        if guidance is not None:
+            raise ValueError("guidance_scale must be None with guidance, got both")
         as_coef("guidance_scale", guidance_scale, None)
-    if uncond_kwargs is not None and guidance_scale is None:
+        return Weighted(guidance_scale, 0.0)
+    if uncond_kwargs is not None and guidance is None:
         raise ValueError(
             "guidance_scale must be given with uncond_kwargs, got None; pass a number or [B]"
         )
+    return guidance

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from diffcore._engine.dtensor import is_dtensor, per_sample
+from diffcore._types import BeforeModel
+from diffcore.guidance import Guidance
 from diffcore.sampling.model import Prediction
 from diffcore.solvers import SolverTable
 
@@ -36,7 +38,7 @@ def callback_state(
     x: Tensor,
     t: Tensor,
     prediction: Prediction,
-    guidance_scale: float | Tensor | None,
+    guidance: Guidance | None,
     threshold: Tensor | None,
 ) -> dict[str, Any]:
     """What a callback gets before a step; the predicted x_0 takes one launch.
@@ -47,7 +49,7 @@ def callback_state(
         x: The samples before it, ``[B, ...]``.
         t: Its timestep input ``[B]``.
         prediction: What the model returned.
-        guidance_scale: w of classifier-free guidance, or ``None``.
+        guidance: The rule at this row, or ``None``.
         threshold: Bound of x_0 ``[B]``, or ``None``.
 
     Returns:
@@ -59,7 +61,7 @@ def callback_state(
         x,
         output,
         model_output_uncond=uncond,
-        guidance_scale=guidance_scale,
+        guidance=guidance,
         threshold=threshold,
     )
     row = table.rows[i]
@@ -72,11 +74,13 @@ class CallbackState(dict[str, Any]):
     The model has been called already, so another x would be combined with the output for this one.
     """
 
+    _instead = (
+        "because the model has been called already; to change x before the model call, for "
+        "example to inpaint, return it from before_model"
+    )
+
     def _refuse(self, *_: object, **__: object) -> NoReturn:
-        raise TypeError(
-            "state must not be changed, because the model has been called already; to change x "
-            "before the model call, for example to inpaint, write a loop on table.step"
-        )
+        raise TypeError(f"state must not be changed, {self._instead}")
 
     def __reduce_ex__(self, _: SupportsIndex) -> tuple[Any, ...]:
         """Copies and pickles as a plain dict, which may be written."""
@@ -84,3 +88,42 @@ class CallbackState(dict[str, Any]):
 
     __setitem__ = __delitem__ = __ior__ = _refuse
     update = setdefault = pop = popitem = clear = _refuse
+
+
+class ModelState(CallbackState):
+    """The state that ``before_model`` gets, which answers with another x."""
+
+    _instead = "because it is only read; return another x instead"
+
+
+def x_before_model(before_model: BeforeModel, state: ModelState) -> Tensor:
+    """The x that a model gets.
+
+    Args:
+        before_model: See ``diffcore.sample``.
+        state: What it gets.
+
+    Returns:
+        What it returned, or x where that is ``None``.
+
+    Raises:
+        TypeError: It returned no tensor, or one of another dtype.
+        ValueError: It returned another shape, or a tensor on another device.
+    """
+    x: Tensor = state["x"]
+    found = before_model(state)
+    if found is None:
+        return x
+    if not isinstance(found, Tensor):
+        raise TypeError(
+            f"before_model must return a torch.Tensor or None, got {type(found).__name__}"
+        )
+    if found.dtype != x.dtype:
+        raise TypeError(f"before_model must return the dtype of x, {x.dtype}, got {found.dtype}")
+    for what in ("shape", "device"):
+        if getattr(found, what) != getattr(x, what):
+            wanted, came = (getattr(y, what) for y in (x, found))
+            if what == "shape":
+                wanted, came = tuple(wanted), tuple(came)
+            raise ValueError(f"before_model must return the {what} of x, {wanted}, got {came}")
+    return found

@@ -8,22 +8,20 @@ from torch import Tensor
 
 from diffcore import ops
 from diffcore._checks import as_real
+from diffcore.guidance import Guidance
 from diffcore.sampling.model import Prediction
 from diffcore.solvers.table import Row
 
-Threshold = Callable[[Row, Tensor, Prediction], Tensor]
-"""From a row, the samples before it and the prediction to the bound of x_0, ``[B]``."""
+Threshold = Callable[[Row, Tensor, Prediction, Guidance | None], Tensor]
+"""From a row, the samples before it, the prediction and its rule to the bound of x_0, ``[B]``."""
 
 
-def threshold_rule(
-    ratio: float | None, max_value: float, guidance_scale: float | Tensor | None
-) -> Threshold | None:
+def threshold_rule(ratio: float | None, max_value: float) -> Threshold | None:
     """Imagen's bound of x_0 as a function for ``run_table``.
 
     Args:
         ratio: Quantile of abs(x_0) in each sample; ``None`` for no thresholding.
         max_value: The largest bound.
-        guidance_scale: w of classifier-free guidance.
 
     Returns:
         The function, ``None`` for no thresholding.
@@ -41,7 +39,7 @@ def threshold_rule(
     if not largest >= 1:
         raise ValueError(f"sample_max_value must be at least 1, got {largest}")
 
-    def bound(row: Row, x: Tensor, prediction: Prediction) -> Tensor:
+    def bound(row: Row, x: Tensor, prediction: Prediction, guidance: Guidance | None) -> Tensor:
         output, uncond, _ = prediction
         return ops.dynamic_threshold(
             x,
@@ -50,7 +48,7 @@ def threshold_rule(
             ratio=quantile,
             sample_max_value=largest,
             model_output_uncond=uncond,
-            guidance_scale=guidance_scale,
+            guidance=guidance,
         )
 
     return bound

@@ -132,7 +132,7 @@ def flow_euler_table(
     Source:
         Liu et al. 2022 (arXiv 2209.03003); Esser et al. 2024 (arXiv 2403.03206).
     """
-    levels = _flow_levels(sigmas, num_train_timesteps)
+    levels = flow_levels(sigmas, num_train_timesteps)
     return euler_table(levels, prediction_type=prediction_type, clip_range=clip_range)
 
 
@@ -154,7 +154,7 @@ def flow_heun_table(
     Returns:
         2N rows, 2N - 1 if the last sigma is 0: ``heun_table`` of ``NoiseLevels.from_flow``.
     """
-    levels = _flow_levels(sigmas, num_train_timesteps)
+    levels = flow_levels(sigmas, num_train_timesteps)
     return heun_table(levels, prediction_type=prediction_type, clip_range=clip_range)
 
 
@@ -215,7 +215,19 @@ def edm_heun_table(
 _TRAIN_TIMESTEPS, _SIGMA_DATA = 1000.0, 0.5
 
 
-def _flow_levels(sigmas: Levels, num_train_timesteps: float) -> NoiseLevels:
+def flow_levels(sigmas: Levels, num_train_timesteps: float) -> NoiseLevels:
+    """The noise levels of a rectified flow.
+
+    Args:
+        sigmas: See ``flow_euler_table``.
+        num_train_timesteps: See ``flow_euler_table``.
+
+    Returns:
+        The levels.
+
+    Raises:
+        ValueError: ``NoiseLevels`` on another path, or with a second ``num_train_timesteps``.
+    """
     if not isinstance(sigmas, NoiseLevels):
         return NoiseLevels.from_flow(sigmas, num_train_timesteps=num_train_timesteps)
     if sigmas.path != "flow":

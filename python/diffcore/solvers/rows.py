@@ -63,7 +63,8 @@ class Rows:
             level: Where the model is called.
             noise: sigma / alpha before and after the row's noise; from ``level`` to the end of the
                 step if not given.
-            **columns: Those that are not 0; a_x, a_m and the clip bounds are filled in.
+            **columns: Those that are not 0, of ``STEP_COLUMNS`` or c_u and e_u; a_x, a_m and the
+                clip bounds are filled in.
         """
         a_x, a_m = self._levels.x0(level, self._prediction_type)
         low, high = self._clip
@@ -102,6 +103,11 @@ class Rows:
         for k in (1, 2, 3):
             later[:-k] |= read[k:, k - 1]
         coefficients[~later, HISTORY_WRITTEN] = 0
+        uncond = None
+        if any("c_u" in row for row in self._rows):
+            of_uncond = [[row.get(name, 0.0) for name in ("c_u", "e_u")] for row in self._rows]
+            uncond = as_float64(of_uncond)
+            uncond[~later, 1] = 0
         history = max((k for k in (1, 2, 3) if bool(read[:, k - 1].any())), default=0)
         times = as_float64([level.timestep for level in self._called])
         if self._levels.timesteps.dtype == torch.int64 and bool((times == times.round()).all()):
@@ -118,6 +124,7 @@ class Rows:
             history=history,
             order=order,
             init_noise_sigma=self._levels.init_noise_sigma,
+            uncond=uncond,
             start_scale=start[0],
             start_noise=start[1],
             variance=variance,

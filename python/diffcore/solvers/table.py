@@ -14,6 +14,7 @@ from diffcore._engine.kept import Traced, constant_in_traces, made_plainly
 from diffcore._kernels.step import MOST_HISTORY
 from diffcore._types import Coef
 from diffcore.coefficients.step import STEP_COLUMNS
+from diffcore.guidance import Guidance
 from diffcore.noise import Noise
 from diffcore.ops import reverse_step
 from diffcore.ops._launch import RowLauncher
@@ -31,7 +32,9 @@ _TENSORS: dict[str, tuple[int, ...]] = {
     "step_index": (),
     "noise_levels": (2,),
     "variance": (2,),
+    "uncond": (2,),
 }
+_OPTIONAL = ("variance", "uncond")
 _DERIVED = ("rows", "_launcher", "_copies", "_traced")
 
 
@@ -41,6 +44,7 @@ class Row(NamedTuple):
     Attributes:
         coefficients: In the order of ``COLUMNS``.
         variance: s_0 and s_v, ``None`` where the variance is fixed.
+        uncond: c_u and e_u, ``None`` in a table that does not read m_u itself.
         sigma: Noise in the x that the model is called with.
         input_scale: The model is called with x times this.
         step: Index of the step that the row belongs to.
@@ -49,6 +53,7 @@ class Row(NamedTuple):
 
     coefficients: tuple[float, ...]
     variance: tuple[float, ...] | None
+    uncond: tuple[float, ...] | None
     sigma: float
     input_scale: float
     step: int
@@ -74,9 +79,11 @@ class SolverTable:
         x' = c_x x + c_m m + c_0 x0 + c_1 h_1 + c_2 h_2 + c_3 h_3 + c_z z
         h' = e_x x + e_m m + e_0 x0
 
-    Where the model predicts its own variance, the noise is c_z exp(s_0 + s_v v) z with v that
-    prediction. Then x' is the next row's x, and h' its h_1 (h_1 becomes h_2, h_2 becomes h_3). A
-    row whose e are all 0 writes no h, because no later row reads it; a row with c_k = 0 does not
+    Under guidance (``diffcore.guidance``) m is made of m_c and m_u; a table made for CFG++ adds c_u
+    m_u to x' and e_u m_u to h'. Where the model predicts its own variance, the noise is c_z exp(s_0
+    + s_v v) z with v that prediction. Then x' is the next row's x, and h' its h_1 (h_1 becomes h_2,
+    h_2 becomes h_3).
+    A row whose e are all 0 writes no h, because no later row reads it; a row with c_k = 0 does not
     read h_k. Before the first row, x = start_scale x + start_noise z.
 
     A table is immutable data: it compares by identity, can be pickled and copied, and serves any
@@ -100,6 +107,8 @@ class SolverTable:
         start_noise: See above; 0 unless churn raises the start.
         variance: float64 ``[S, 2]``: s_0 and s_v, where the model predicts its own variance and
             returns twice the channels, m and then v; else ``None``. Not with history.
+        uncond: float64 ``[S, 2]``: c_u and e_u, in a table that needs guidance; else ``None``. Not
+            with ``variance``.
         rows: The same rows as numbers; derived from the tensors if not given.
 
     Raises:
@@ -122,6 +131,7 @@ class SolverTable:
     start_scale: float = 1.0
     start_noise: float = 0.0
     variance: Tensor | None = None
+    uncond: Tensor | None = None
     rows: tuple[Row, ...] = field(default=(), repr=False)
     # Plans, and copies on other devices: not part of the data, and never pickled.
     _launcher: RowLauncher = field(init=False, repr=False)
@@ -135,9 +145,9 @@ class SolverTable:
             self.name,
             [row.coefficients for row in rows],
             [row.variance for row in rows],
+            [row.uncond for row in rows],
             self.history,
-            self.coefficients,
-            self.variance,
+            (self.coefficients, self.variance, self.uncond),
         )
         derived: tuple[object, ...] = (rows, launcher, {}, Traced())
         for name, value in zip(_DERIVED, derived, strict=True):
@@ -147,7 +157,7 @@ class SolverTable:
         """Refuses fields of the wrong type or shape; reads no value of a tensor."""
         for name, wanted in _TENSORS.items():
             value = getattr(self, name)
-            if name == "variance" and value is None:
+            if name in _OPTIONAL and value is None:
                 continue
             if not isinstance(value, Tensor):
                 raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
@@ -166,13 +176,17 @@ class SolverTable:
             raise ValueError(
                 f"variance must be None in a table with history, got a tensor and {self.history}"
             )
+        if self.variance is not None and self.uncond is not None:
+            raise ValueError("variance must be None in a table with uncond, got both")
 
     def _as_numbers(self) -> tuple[Row, ...]:
         steps = self.step_index.tolist()
         variances = [None] * len(self) if self.variance is None else self.variance.tolist()
+        unconds = [None] * len(self) if self.uncond is None else self.uncond.tolist()
         columns = zip(
             self.coefficients.tolist(),
             variances,
+            unconds,
             self.sigma.tolist(),
             self.input_scale.tolist(),
             steps,
@@ -180,8 +194,16 @@ class SolverTable:
             strict=False,
         )
         return tuple(
-            Row(tuple(c), None if v is None else tuple(v), sigma, scale, step, step != before)
-            for c, v, sigma, scale, step, before in columns
+            Row(
+                tuple(c),
+                None if v is None else tuple(v),
+                None if u is None else tuple(u),
+                sigma,
+                scale,
+                step,
+                step != before,
+            )
+            for c, v, u, sigma, scale, step, before in columns
         )
 
     def __getstate__(self) -> dict[str, Any]:
@@ -209,6 +231,7 @@ class SolverTable:
         kinds = (
             (self.stochastic, "stochastic"),
             (self.variance is not None, "learned variance"),
+            (self.uncond is not None, "needs guidance"),
             (self.history > 0, f"history={self.history}"),
         )
         return (
@@ -236,6 +259,7 @@ class SolverTable:
         noise: Noise | None = None,
         model_output_uncond: Tensor | None = None,
         guidance_scale: Coef | None = None,
+        guidance: Guidance | None = None,
         threshold: Coef | None = None,
         variance_output: Tensor | None = None,
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -254,8 +278,9 @@ class SolverTable:
             model_output: m, ``[B, ...]``; see ``ops.reverse_step``, which describes these in full.
             history: What the step before returned; ``()`` for the first.
             noise: z, like ``x``, or a noise key for it. Not read by a row without noise.
-            model_output_uncond: m_u, for classifier-free guidance.
-            guidance_scale: w, a number or ``[B]``.
+            model_output_uncond: m_u, for guidance.
+            guidance_scale: w of classifier-free guidance, a number or ``[B]``.
+            guidance: Another rule of ``diffcore.guidance``, instead of ``guidance_scale``.
             threshold: Bound of x_0, a number or ``[B]``.
             variance_output: v, ``[B, ...]``: required for a table with a ``variance``, and refused
                 for others. Not read by a row without noise.
@@ -277,6 +302,7 @@ class SolverTable:
             guidance_scale,
             threshold,
             variance_output,
+            guidance,
         )
 
     def denoised(
@@ -287,6 +313,7 @@ class SolverTable:
         *,
         model_output_uncond: Tensor | None = None,
         guidance_scale: Coef | None = None,
+        guidance: Guidance | None = None,
         threshold: Coef | None = None,
     ) -> Tensor:
         """The clean sample x0 that the model predicts at row i, clipped as the step clips it.
@@ -295,20 +322,26 @@ class SolverTable:
             i: The row, an int.
             x: Current samples ``[B, ...]``.
             model_output: m, ``[B, ...]``; see ``ops.reverse_step``, which describes these in full.
-            model_output_uncond: m_u, for classifier-free guidance.
-            guidance_scale: w, a number or ``[B]``.
+            model_output_uncond: m_u, for guidance.
+            guidance_scale: w of classifier-free guidance, a number or ``[B]``.
+            guidance: Another rule of ``diffcore.guidance``, instead of ``guidance_scale``.
             threshold: Bound of x_0, a number or ``[B]``.
 
         Returns:
             x0, ``[B, ...]``.
         """
         row = self.rows[self._launcher.index(i)]
+        if guidance is not None and guidance.by_row:
+            guidance = guidance.at(i, len(self))
+            if guidance is None and model_output_uncond is not None:
+                model_output_uncond = None
         x0: Tensor = reverse_step(
             x,
             model_output,
             (*TO_X0, *row.coefficients[4:8]),
             model_output_uncond=model_output_uncond,
             guidance_scale=guidance_scale,
+            guidance=guidance,
             threshold=threshold,
         )
         return x0

@@ -1,0 +1,128 @@
+"""The guidance of a call: from its arguments to the tensors and numbers that a step reads."""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from diffcore._checks import check_dense
+from diffcore._engine import messages
+from diffcore._kernels.step import UNGUIDED
+from diffcore._types import Coef, Coefs, Tensors
+from diffcore.guidance import CFGPlusPlus, Guidance
+from diffcore.ops._arguments import as_coef
+
+
+class Guided(NamedTuple):
+    """The unconditional prediction, and the numbers of ``m = m_u + g m_u + w (m_c - m_u)``."""
+
+    uncond: Tensor
+    w: Coef
+    g: Coef
+
+
+def predictions(
+    x: Tensor,
+    model_output: Tensor,
+    guided: Guided | None,
+    threshold: Coef | None,
+) -> tuple[Tensors, Coefs]:
+    """The tensors that every step reads, and its coefficients before the columns.
+
+    Args:
+        x: The current samples.
+        model_output: m, or m_c under guidance.
+        guided: ``None`` without guidance.
+        threshold: Bound of x_0, or ``None``.
+    """
+    bound = 0.0 if threshold is None else bound_of(threshold)
+    if guided is None:
+        return (x, model_output), (*UNGUIDED[:4], bound)
+    uncond, w, g = guided
+    return (x, model_output, uncond), (w, g, *UNGUIDED[2:4], bound)
+
+
+def bound_of(threshold: Coef) -> Coef:
+    """The bound of x_0, checked."""
+    bound = as_coef("threshold", threshold, None)
+    if isinstance(bound, float) and bound < 0:
+        raise ValueError(f"threshold must be at least 0, got {bound}")
+    return bound
+
+
+def guided_by(
+    x: Tensor,
+    model_output: Tensor,
+    model_output_uncond: Tensor | None,
+    guidance_scale: Coef | None,
+    guidance: Guidance | None = None,
+    plus_plus: bool = False,
+) -> tuple[Tensor, Guided | None]:
+    """The conditional prediction, and the guidance of a call, ``None`` if there is none."""
+    if guidance is None and guidance_scale is not None:
+        uncond = model_output_uncond
+        if uncond is None:
+            model_output, uncond = halves(x, model_output)
+        return model_output, Guided(uncond, as_coef("guidance_scale", guidance_scale, None), 0.0)
+    if guidance_scale is None:
+        if guidance is None:
+            if model_output_uncond is None:
+                return model_output, None
+            raise ValueError("guidance_scale must be given with model_output_uncond, got None")
+        if not isinstance(guidance, Guidance):
+            kind = type(guidance).__name__
+            raise TypeError(
+                f"guidance must be a rule of diffcore.guidance, got {kind}; a number is "
+                "guidance_scale"
+            )
+        if isinstance(guidance, CFGPlusPlus) and not plus_plus:
+            raise ValueError("guidance must not be CFGPlusPlus here; use solvers.cfg_pp_table")
+        if guidance.by_row:
+            raise ValueError(
+                f"guidance must be the same in every row here, got {type(guidance).__name__} with "
+                "an interval or zero_init_steps; pass guidance.at(i, rows), or use a table"
+            )
+    elif guidance is not None:
+        raise ValueError("guidance_scale must be None with guidance, got both")
+    uncond = model_output_uncond
+    if uncond is None:
+        model_output, uncond = halves(x, model_output)
+    assert guidance is not None
+    if guidance.reads_predictions:
+        model_output, uncond = _alike(x, model_output, uncond)
+        uncond = guidance.moved(model_output, uncond)
+    w, g = guidance.weights(model_output, uncond)
+    return model_output, Guided(uncond, as_coef("scale", w, None), as_coef("g", g, None))
+
+
+def _alike(x: Tensor, *predictions: Tensor) -> Tensors:
+    """Predictions that a rule may read before the step does: checked, in the dtype of the step."""
+    named = dict(zip(("x", "model_output", "model_output_uncond"), (x, *predictions), strict=True))
+    for name, value in named.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+        messages.check_tensor(name, value)
+        if value.shape != x.shape:
+            raise ValueError(
+                f"{name} must have the shape of x, {tuple(x.shape)}, got {tuple(value.shape)}"
+            )
+    widest = functools.reduce(torch.promote_types, [value.dtype for value in named.values()])
+    return tuple([m if m.dtype == widest else m.to(widest) for m in predictions])
+
+
+def halves(x: Tensor, model_output: Tensor) -> tuple[Tensor, Tensor]:
+    """m_c and m_u of one tensor ``[2 B, ...]``, m_u first."""
+    pair = isinstance(x, Tensor) and isinstance(model_output, Tensor) and x.ndim > 0
+    if pair:
+        check_dense("x", x)
+        check_dense("model_output", model_output)
+    if not pair or model_output.ndim == 0 or model_output.shape[0] != 2 * x.shape[0]:
+        raise ValueError(
+            "model_output_uncond must be given with guidance, got None; or pass a model_output "
+            "[2 B, ...] with the unconditional batch first"
+        )
+    uncond, model_output = model_output.chunk(2)
+    return model_output, uncond
