@@ -5,6 +5,7 @@ visits. The functions take ``NoiseLevels``, or k-diffusion's sigmas, which are v
 """
 
 from diffcore.solvers.ancestral import ddim_table, ddpm_table, euler_ancestral_table
+from diffcore.solvers.cfg_pp import cfg_pp_table, dpmpp_2m_cfg_pp_table
 from diffcore.solvers.derivative import (
     dpm2_ancestral_table,
     dpm2_table,
@@ -13,6 +14,7 @@ from diffcore.solvers.derivative import (
     lms_table,
 )
 from diffcore.solvers.dpmpp import dpmpp_2s_table, dpmpp_sde_table, dpmpp_table
+from diffcore.solvers.flow_sde import flow_sde_table
 from diffcore.solvers.levels import NoiseLevels
 from diffcore.solvers.named import (
     dpmpp_2m_sde_table,
@@ -31,10 +33,12 @@ __all__ = [
     "COLUMNS",
     "NoiseLevels",
     "SolverTable",
+    "cfg_pp_table",
     "ddim_table",
     "ddpm_table",
     "dpm2_ancestral_table",
     "dpm2_table",
+    "dpmpp_2m_cfg_pp_table",
     "dpmpp_2m_sde_table",
     "dpmpp_2m_table",
     "dpmpp_2s_table",
@@ -48,6 +52,7 @@ __all__ = [
     "euler_table",
     "flow_euler_table",
     "flow_heun_table",
+    "flow_sde_table",
     "heun_table",
     "lms_table",
     "unipc_table",
