@@ -26,6 +26,9 @@ struct OpBase {
   // and apply(c, x, y): y[0 .. n_out) are the outputs at one element, y[n_out ...] its summands.
   static constexpr int n_in = 0, n_out = 0, n_sum = 0, n_coef = 0;
 
+  // Coefficients that hold registers, but too few for a limit on resident blocks to count them.
+  static constexpr int n_uncounted = 0;
+
   static constexpr unsigned hooks = 0;
 
   // Whether the formula computes in double even where R is float. CUDA then allows it more

@@ -20,7 +20,8 @@ template <class Op, class S>
 constexpr int kBlocksPerSm = [] {
   if (sizeof(S) == 8 || Op::in_double) return 2;
   const bool half = sizeof(S) == 2;
-  const int held = Op::n_in + Op::n_out + kGeneratesNoise<Op> + (half ? Op::n_coef / 4 : 0);
+  const int held =
+      Op::n_in + Op::n_out + kGeneratesNoise<Op> + (half ? (Op::n_coef - Op::n_uncounted) / 4 : 0);
   const bool sums = Op::n_sum && half && (kUnroll<Op> == 2 || kGeneratesNoise<Op>);
   return held >= 9 || sums ? 3 : 4;
 }();

@@ -78,8 +78,19 @@ struct GuidanceWeights : OpBase {
         break;
       }
       case kTangential: {  // m_u projected on the first singular vector of both: v (u m_c + v m_u)
-        const double angle = 0.5 * ::atan2(2 * (sums.cc - sums.cd), 2 * sums.cd - sums.dd);
-        const double u = ::cos(angle), v = ::sin(angle);
+        const double half = sums.cd - 0.5 * sums.dd,
+                     product = sums.cc - sums.cd;  // of the Gram matrix
+        const double length = ::hypot(half, product);
+        double u = 1, v = 0;  // of equal and orthogonal predictions
+        if (half < 0) {
+          v = ::copysign(::sqrt(0.5 * (1 - half / length)), product);
+          u = product / (2 * length * v);
+        } else if (length > 0) {
+          u = ::sqrt(0.5 * (1 + half / length));
+          v = product / (2 * length * u);
+        } else if (length != length) {
+          u = v = length;  // NaN
+        }
         w = scale - beyond * u * v;
         gain = beyond * u * (u - v);
         break;

@@ -137,6 +137,7 @@ struct Prediction {
 // The base of all step kernels, whose coefficients are those of StepRow.
 struct StepBase : OpBase {
   static constexpr unsigned hooks = kPrepare;
+  static constexpr int n_uncounted = 3;  // gain, c_u, e_u
 };
 
 enum StepNoise { kStill, kNoisy, kLearnedNoise };

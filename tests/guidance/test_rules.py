@@ -180,6 +180,18 @@ def test_predictions_that_say_nothing() -> None:
         assert rule.combine(zeros[:, :0], zeros[:, :0]).shape == (2, 0)
 
 
+@pytest.mark.parametrize("factor", [3.0, 0.2, -0.4, -3.0])
+def test_the_singular_vector_of_any_two_predictions(factor: float) -> None:
+    c, other = predictions(near=1.0)
+    u = factor * c + 0.3 * (other - c)
+    for pair in ((c, u), (u, c)):
+        expected = authors.tangential(*pair, W)
+        torch.testing.assert_close(TCFG(W).combine(*pair), expected, rtol=1e-11, atol=1e-11)
+    across = torch.tensor([[1.0, 0.0], [0.0, 2.0]], dtype=torch.float64)
+    for m, m_u in ((across, across.flip(0)), (across.flip(0), across)):
+        torch.testing.assert_close(TCFG(W).combine(m, m_u), authors.tangential(m, m_u, W))
+
+
 def test_weights_that_are_known() -> None:
     c, u = predictions()
     torch.testing.assert_close(Weighted(3.0, 0.5).combine(c, u), 1.5 * u + 3 * (c - u))
