@@ -26,6 +26,10 @@ DC_HD double mul_add(double a, double b, double c) {
 #endif
 }
 
+// |x|, in float for float: CUDA does not narrow __builtin_fabs.
+DC_HD float magnitude(float x) { return __builtin_fabsf(x); }
+DC_HD double magnitude(double x) { return __builtin_fabs(x); }
+
 constexpr double kLogTwoPi = 1.8378770664093454836;  // log 2π
 
 // Σ c[k] x^k by Horner's rule. `A` is the arithmetic: fused for plain numbers, or the lanes of
@@ -75,9 +79,10 @@ struct ExpConstants<float> {
   static constexpr float kLow = -0x1.5d58ap+6f, kHigh = 0x1.62e42ep+6f;
   static constexpr float kHalfHigh = 89.0f;  // e^x / 2 overflows above
   static constexpr float kHuge = 0x1p127f;
-  DC_HD static float q(float r) {
-    constexpr float c[] = {0x1p-1f,        0x1.555556p-3f,  0x1.5554eap-5f,
-                           0x1.11114cp-7f, 0x1.6d4318p-10f, 0x1.a072d6p-13f};
+  DC_HD static float q(float r) { return mul_add(cubic(r), r, 0.5f); }
+  DC_HD static float cubic(float r) {  // (e^r - 1 - r - r²/2) / r³
+    constexpr float c[] = {0x1.555556p-3f, 0x1.5554eap-5f, 0x1.11114cp-7f, 0x1.6d4318p-10f,
+                           0x1.a072d6p-13f};
     return polynomial(c, r);
   }
 };

@@ -1,5 +1,5 @@
-// The tail of the normal distribution, the logarithm, and the exponential in double for formulas
-// that would cancel in float. float needs fewer terms. tests/native/test_special.py derives the
+// The tail of the normal distribution, the logarithm, and numbers of two floats for formulas that
+// would cancel in float. float needs fewer terms. tests/native/test_special.py derives the
 // coefficients.
 #pragma once
 
@@ -8,41 +8,66 @@
 DC_KERNEL_NAMESPACE_BEGIN
 
 // ---- exp and expm1 ------------------------------------------------------------------------------
-//
-// As in math.h, for arguments where e^x is a normal number; elsewhere the result is arbitrary, and
-// NaN for NaN. The caller ensures that range. R is the type of the final result: for float the
-// error is 6e-14, because callers subtract these values.
 
+// e^x - 1 where e^x is a normal number; elsewhere arbitrary, and NaN for NaN.
 template <class R>
-struct Exponential {
-  double plain, minus_one;
+DC_HD R normal_expm1(R x) {
+  using K = ExpConstants<R>;
+  const ExpReduction<R> e(x);
+  const R scale = bit_cast<R>(typename K::Bits((e.n + K::kBias) << K::kMantissa));
+  return mul_add(scale, mul_add(e.r * e.r, e.q, e.r), scale - R(1));
+}
 
-  DC_HD explicit Exponential(double x) {
+// e^x where that is a normal number, elsewhere arbitrary, and NaN for NaN: for float formulas that
+// cancel, to 6e-14, with fewer terms than in math.h.
+DC_HD double exp_in_double(float, double x) {
 #ifdef __CUDA_ARCH__
-    plain = ::exp(x);
-    minus_one = ::expm1(x);
+  return ::exp(x);
 #else
-    using K = ExpConstants<double>;
-    const double shifted = mul_add(x, K::kLog2E, K::kRound), rounded = shifted - K::kRound;
-    const double scale = bit_cast<double>((bit_cast<uint64_t>(shifted) + K::kBias) << K::kMantissa);
-    double r, q;
-    if constexpr (sizeof(R) == 4) {
-      r = mul_add(-rounded, 0x1.62e42fefa39efp-1, x);
-      constexpr double kExp32[] = {0x1.fffffffffe069p-2,  0x1.5555555554f97p-3,
-                                   0x1.55555565c559fp-5,  0x1.111111170ad56p-7,
-                                   0x1.6c166be75a859p-10, 0x1.a019c3721fb3ep-13,
-                                   0x1.a136b06babd51p-16, 0x1.72ad3ae3ed777p-19};
-      q = polynomial(kExp32, r);
-    } else {
-      r = mul_add(-rounded, K::kLn2Low, mul_add(-rounded, K::kLn2High, x));
-      q = K::q(r);
-    }
-    const double excess = mul_add(r * r, q, r);  // e^r - 1
-    plain = mul_add(scale, excess, scale);
-    minus_one = mul_add(scale, excess, scale - 1.0);
+  using K = ExpConstants<double>;
+  constexpr double kExp32[] = {0x1.fffffffffe069p-2,  0x1.5555555554f97p-3,  0x1.55555565c559fp-5,
+                               0x1.111111170ad56p-7,  0x1.6c166be75a859p-10, 0x1.a019c3721fb3ep-13,
+                               0x1.a136b06babd51p-16, 0x1.72ad3ae3ed777p-19};
+  const double shifted = mul_add(x, K::kLog2E, K::kRound);
+  const double r = mul_add(K::kRound - shifted, 0x1.62e42fefa39efp-1, x);
+  const double scale = bit_cast<double>((bit_cast<uint64_t>(shifted) + K::kBias) << K::kMantissa);
+  return mul_add(scale, mul_add(r * r, polynomial(kExp32, r), r), scale);
 #endif
-  }
+}
+DC_HD double exp_in_double(double, double x) { return normal_exp(x); }
+
+// ---- Numbers of two floats ----------------------------------------------------------------------
+
+// a - b rounded, and in `low` what that lost (NaN if the result is infinite).
+DC_HD float difference(float a, float b, float& low) {
+  const float result = a - b, of_b = a - result;
+  low = (a - (result + of_b)) + (of_b - b);
+  return result;
+}
+
+// The first 12 significant bits of x. The product of two such numbers is exact.
+DC_HD float leading(float x) { return bit_cast<float>(bit_cast<uint32_t>(x) & 0xfffff000u); }
+
+struct SplitFloat {
+  float top, rest;  // top has 12 significant bits
+  DC_HD SplitFloat(float top, float rest) : top(top), rest(rest) {}
+  DC_HD SplitFloat(double x) : top(leading(float(x))), rest(float(x - double(top))) {}
 };
+
+// e^x to 1e-9 where that is a normal number; elsewhere arbitrary, and NaN for NaN. As in math.h,
+// with r = a + b and a²/2 exact, because r²/2 is the largest term that is rounded.
+DC_HD SplitFloat split_exp(float x) {
+  using K = ExpConstants<float>;
+  const float shifted = mul_add(x, K::kLog2E, K::kRound), n = shifted - K::kRound;
+  const float high = mul_add(-n, K::kLn2High, x), low = -n * K::kLn2Low;  // `high` is exact
+  const float r = high + low, a = leading(r), b = (r - a) + ((high - r) + low);
+  const float square = 0.5f * a * a;
+  const float small = mul_add(r * r * r, K::cubic(r), mul_add(0.5f * b, a + r, b));
+  const float top = leading(1.0f + (a + (square + small)));
+  const float scale = bit_cast<float>((bit_cast<uint32_t>(shifted) + K::kBias) << K::kMantissa);
+  return {scale * top, scale * ((((1.0f - top) + a) + square) + small)};
+}
+DC_HD double split_exp(double x) { return normal_exp(x); }  // has enough digits
 
 // ---- e^{t²/2} P(Z > t) = erfcx(t / sqrt 2) / 2 for t >= 0 ---------------------------------------
 //

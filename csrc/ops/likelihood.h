@@ -18,42 +18,66 @@ constexpr double kHalfBin = 1.0 / 255.0, kOpen = 0.999;
 // and one is selected, because a loop with branches does not vectorize.
 //
 // A bin may be far narrower than the scale, or so much wider that its mass is almost 1. Therefore
-// the ends of the bin and lo² are computed in double, the rest in R.
+// float has the scale, the begin of the bin and lo² to 1e-9, each as two floats.
 template <class R>
 struct PixelBin {
   // Above this, the cancellation in the difference of two tails is smaller than the truncation
   // error of the series.
   static constexpr R kNarrow = sizeof(R) == 4 ? R(0x1p-2) : R(0x1p-5);
-  // The log-scale is clamped to [kSmallest, 345], which prevents 0 times infinity.
-  static constexpr R kSmallest = sizeof(R) == 4 ? R(-80) : R(-690);
 
-  double d, inverse;   // |x - mean|, in an open bin negative if the mean is beyond x; 1 / scale
-  R sign, z, eta, lo;  // sign: of d z / d x
-  R root, outside, part;
+  R inverse;                    // 1 / scale
+  R sign, z, eta, lo;           // sign: of d z / d x
+  R drop, root, outside, part;  // drop: e^{-b2} - 1
   bool is_open, narrow, tail;
 
-  DC_HD explicit PixelBin(const R* inputs) {
+  // `scale` is e^{-log_scale}: a SplitFloat for float.
+  template <class Scale>
+  DC_HD PixelBin(const R* inputs, Scale scale) {
     const R x = inputs[0], mean = inputs[1];
-    is_open = __builtin_fabs(x) > R(kOpen);
+    is_open = magnitude(x) > R(kOpen);
     sign = (is_open ? x : x - mean) < R(0) ? R(-1) : R(1);
-    d = double(sign * x) - double(sign * mean);
-    inverse = Exponential<R>(-double(clamp(inputs[2], kSmallest, R(345)))).plain;
-    const double begin = (d - kHalfBin) * inverse;
-    z = sign * (x - mean) * R(inverse), eta = R(kHalfBin) * R(inverse), lo = R(begin);
+    // The square root of φ(lo) / φ(0), because that may underflow in R; if narrow, of e^{-eta²/2}.
+    // Its logarithm `at` + `more` has more precision than R.
+    R at, more;
+    if constexpr (sizeof(R) == 4) {
+      begin(sign * x, sign * mean, scale, at, more);
+    } else {
+      inverse = scale, lo = (sign * x - sign * mean - kHalfBin) * inverse;
+      at = -0.25 * lo * lo, more = -0.25 * lo * lo - at;
+    }
+    z = sign * (x - mean) * inverse, eta = R(kHalfBin) * inverse;
     const R slope = z * eta;
     narrow = blend(is_open, R(1), eta > slope ? eta : slope) < kNarrow;
     tail = lo >= R(0);
-    // The square root of φ(lo) / φ(z), or of φ(lo) / φ(0), because the ratio may underflow in R.
-    // Its logarithm `at` + `more` has more precision than R.
-    const R at = narrow ? R(0.5) * slope - R(0.25) * eta * eta : R(-0.25) * lo * lo;
-    const R more = narrow ? R(0) : R(-0.25 * begin * begin - double(at));
-    const R rounded = normal_exp(at);
-    root = at < ExpConstants<R>::kLow ? R(0) : mul_add(rounded, more, rounded);
-    const R decay = is_open | (slope > R(30)) ? R(0) : normal_exp(R(-2) * slope);
-    const R near = scaled_tail<R>(__builtin_fabs(lo));
-    const R far = scaled_tail<R>(__builtin_fabs(z + eta)) * decay;
+    at = narrow ? R(-0.25) * eta * eta : at;
+    const R rounded = normal_exp(at), exact = mul_add(rounded, narrow ? R(0) : more, rounded);
+    root = at >= ExpConstants<R>::kLow ? exact : R(0);  // also where lo is infinite and `at` NaN
+    drop = is_open | (slope > R(30)) ? R(-1) : normal_expm1(R(-2) * slope);
+    const R near = scaled_tail<R>(magnitude(lo));
+    const R far = scaled_tail<R>(magnitude(z + eta)) * (R(1) + drop);
     outside = (near + far) * root * root;
     part = narrow ? R(1) + series(slope * slope, eta * eta) : (tail ? near - far : R(1) - outside);
+  }
+
+  // The log-scale is clamped, which prevents 0 times infinity.
+  DC_HD static R clamped(R log_scale) {
+    return sizeof(R) == 4 ? clamp(log_scale, R(-80), R(87)) : clamp(log_scale, R(-690), R(345));
+  }
+
+  // Sets inverse and lo, and `at` + `more` to -lo²/4. In an open bin lo < 0 if the mean is beyond x.
+  DC_HD void begin(float x, float mean, SplitFloat scale, float& at, float& more) {
+    constexpr float kHalf = float(kHalfBin), kHalfLow = float(kHalfBin - double(kHalf));
+    float low, lower;
+    const float d = difference(x, mean, low), high = difference(d, kHalf, lower);
+    low = blend(magnitude(d) < 0x1p60f, low + (lower - kHalfLow), 0.0f);  // not infinity's NaN
+    const float distance = high + low;
+    const float first = leading(distance), rest = (distance - first) + (low - (distance - high));
+    inverse = scale.top + scale.rest, lo = distance * inverse;
+    const float top = leading(lo);
+    const float lo_rest = (first * scale.top - top) + mul_add(first, scale.rest, rest * inverse);
+    const float square = -0.25f * top * top;
+    const float others = -0.5f * lo_rest * mul_add(0.5f, lo_rest, top);
+    at = square + others, more = (square - at) + others;
   }
 
   // The sum over n for a narrow bin, with b = (z eta)² and e = eta², up to the precision of R.
@@ -71,14 +95,17 @@ template <class R>
 DC_OUTLINED R log_mass(R x, R mean, R log_scale) {
   const R inputs[] = {x, mean, log_scale};
   constexpr R kLogBinPhi = R(-5.7670548978031535786);  // log(2/255 φ(0))
-  const PixelBin<R> bin(inputs);
+  const PixelBin<R> bin(inputs, split_exp(-PixelBin<R>::clamped(log_scale)));
   const R narrow = kLogBinPhi - log_scale - R(0.5) * bin.z * bin.z;
   const R rest = bin.tail ? R(-0.5) * bin.lo * bin.lo : log1p_correction(bin.part, -bin.outside);
-  return -__builtin_fabs((bin.narrow ? narrow : rest) + log(bin.part));  // -0 for 1
+  return -magnitude((bin.narrow ? narrow : rest) + log(bin.part));  // -0 for 1
 }
 
 // The gradient of log_mass, times g: the derivative of the mass is -φ(lo) at lo and, if the bin is
-// closed, φ(hi) = φ(lo) e^{-b2} at hi.
+// closed, φ(hi) = φ(lo) e^{-b2} at hi. In a narrow bin, with t = z eta, these are
+//   -2 eta φ(z) e^{-eta²/2} z sinh t / t                                   by x over the scale,
+//   -2 eta φ(z) e^{-eta²/2} ((1 - z²) sinh t / t + cosh t - sinh t / t)    by the log-scale,
+// where only 1 - z² cancels: it is computed in double.
 template <class R>
 struct LogMassSlope {
   R of_x, of_log_scale;
@@ -87,16 +114,21 @@ template <class R>
 DC_OUTLINED LogMassSlope<R> log_mass_slope(R g, R x, R mean, R log_scale) {
   const R inputs[] = {x, mean, log_scale};
   constexpr R kPhi0 = R(0.39894228040143267794);
-  const PixelBin<R> bin(inputs);
-  const double b2 = 2.0 * bin.d * bin.inverse * (kHalfBin * bin.inverse);
-  const double drop = bin.is_open | (b2 > 60.0) ? -1.0 : Exponential<R>(-b2).minus_one;
-  // φ(lo) over the mass, and over the scale. g is the first factor, so that g = 0 gives 0.
-  const R root = blend(bin.narrow, bin.root, blend(bin.tail, R(1), bin.root));
-  const R factor = g * blend(bin.narrow, R(0.5 / kHalfBin), kPhi0) * root / bin.part;
-  const R at_lo = factor * blend(bin.narrow, R(1), R(bin.inverse)) * root;
-  // The derivative by the scale, lo φ(lo) - hi φ(hi), in a form that does not cancel.
-  const R of_scale = R(mul_add(bin.d, drop, kHalfBin * (2.0 + drop)));
-  return {bin.sign * at_lo * R(drop), -at_lo * of_scale};
+  const double inverse = exp_in_double(log_scale, -double(PixelBin<R>::clamped(log_scale)));
+  const double z = (double(x) - double(mean)) * inverse;
+  const R cancelled = R(mul_add(z, z, -1.0));
+  const PixelBin<R> bin(inputs, inverse);
+  const R slope = bin.z * bin.eta, t2 = slope * slope;
+  const R sinh =
+      mul_add(mul_add(mul_add(t2, R(1.0 / 5040), R(1.0 / 120)), t2, R(1.0 / 6)), t2, R(1));
+  const R rest = mul_add(mul_add(t2, R(-1.0 / 840), R(-1.0 / 30)), t2, R(-1.0 / 3)) * t2;
+  const R wide = mul_add(R(-1) - bin.drop, bin.z + bin.eta, bin.lo);
+  // φ(lo) over the mass or, in a narrow bin, over φ(z) and part. g is the first factor, so that
+  // g = 0 gives 0.
+  const R root = blend(bin.narrow | !bin.tail, bin.root, R(1));
+  const R factor = g * blend(bin.narrow, R(1), kPhi0) * root / bin.part;
+  return {bin.sign * (factor * bin.inverse * root) * blend(bin.narrow, -bin.z * sinh, bin.drop),
+          factor * root * blend(bin.narrow, mul_add(cancelled, sinh, rest), wide)};
 }
 
 struct DiscretizedGaussianLogLikelihood : OpBase {

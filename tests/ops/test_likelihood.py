@@ -125,10 +125,36 @@ def check_points(dtype: torch.dtype, kernels: bool = True) -> None:
             assert error <= allowed * relative_to + smallest, (at, float(found[i]), float(true))
 
 
+def check_next_to_one() -> None:
+    """The exponent lo²/2, up to 85, must be far more accurate than a float32 number."""
+    draw, count = torch.Generator().manual_seed(11), 100_000
+
+    def uniform(low: float, high: float) -> Tensor:
+        return low + (high - low) * torch.rand(count, generator=draw, dtype=torch.float64)
+
+    k = torch.where(uniform(0, 1) < 0.5, 255, torch.randint(256, (count,), generator=draw))
+    log_scales = uniform(-12, -8.2).float()
+    means = pixels(k.double()) - 1 / 255 - uniform(-13, -8) * log_scales.double().exp()
+    x, means = pixels(k.double()).float(), means.float()
+    y, wanted = (
+        ops.discretized_gaussian_log_likelihood(x, means=means, log_scales=log_scales).double()
+        for x, means, log_scales in (
+            (x, means, log_scales),
+            (x.double(), means.double(), log_scales.double()),
+        )
+    )
+    error = (y - wanted).abs() - torch.finfo(torch.float32).smallest_normal
+    assert (error <= LARGEST_ERROR[torch.float32] / 2 * wanted.abs()).all()
+
+
 @each_precision
 @each_route
 def test_values_and_gradients(dtype: torch.dtype, kernels: bool) -> None:
     check_points(dtype, kernels)
+
+
+def test_masses_next_to_one() -> None:
+    check_next_to_one()
 
 
 @pytest.mark.parametrize("isa", OTHER_ISAS)
@@ -136,7 +162,8 @@ def test_on_every_other_instruction_set(isa: str) -> None:
     run_python(
         "import torch\nfrom ops import test_likelihood as test\n"
         "test.check_points(torch.float32)\n"
-        "test.check_points(torch.float64)",
+        "test.check_points(torch.float64)\n"
+        "test.check_next_to_one()",
         DIFFCORE_ISA=isa,
     )
 
