@@ -299,6 +299,7 @@ TABLES: dict[str, Callable[[Sequence[Row]], Table]] = {
     "ops": ops_table,
     "noise": noise_table,
     "threshold": ops_table,
+    "guidance": ops_table,
     "bound": ops_table,
     "likelihood": whole_table,
     "overhead": overhead_table,

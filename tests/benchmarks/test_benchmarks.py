@@ -315,6 +315,16 @@ def test_bench_threshold_runs(tmp_path: Path) -> None:
         assert row["error_over_bound"]["diffcore"] <= 1
 
 
+def test_bench_guidance_runs(tmp_path: Path) -> None:
+    out = tmp_path / "result.json"
+    run("bench_guidance", *TINY, "--out", str(out))
+    section = json.loads(out.read_text())["guidance"]
+    assert section["refused"] == []
+    assert [r["op"] for r in section["rows"]] == ["2M, cfg", "2M, rescaled", "2M, apg"]
+    for row in section["rows"]:
+        assert row["error_over_bound"]["diffcore"] <= 1
+
+
 def test_bench_likelihood_runs(tmp_path: Path) -> None:
     out = tmp_path / "result.json"
     run("bench_likelihood", *TINY, "--out", str(out))
