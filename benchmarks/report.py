@@ -295,12 +295,18 @@ def steps_table(rows: Sequence[Row]) -> Table:
     ]
 
 
+def call_table(rows: Sequence[Row]) -> Table:
+    """The parts of a call."""
+    return ["what", "median"], [[r["what"], duration(r["median"])] for r in rows]
+
+
 TABLES: dict[str, Callable[[Sequence[Row]], Table]] = {
     "ops": ops_table,
     "noise": noise_table,
     "threshold": ops_table,
     "guidance": ops_table,
     "bound": ops_table,
+    "call": call_table,
     "likelihood": whole_table,
     "overhead": overhead_table,
     "memory": memory_table,

@@ -325,6 +325,13 @@ def test_bench_guidance_runs(tmp_path: Path) -> None:
         assert row["error_over_bound"]["diffcore"] <= 1
 
 
+def test_bench_call_runs(tmp_path: Path) -> None:
+    out = tmp_path / "result.json"
+    run("bench_call", "--quick", "--device", "cpu", "--out", str(out))
+    rows = {r["what"]: r["median"] for r in json.loads(out.read_text())["call"]["rows"]}
+    assert rows["module: what torch is asked before each launch"] < rows["module: the call"]
+
+
 def test_bench_likelihood_runs(tmp_path: Path) -> None:
     out = tmp_path / "result.json"
     run("bench_likelihood", *TINY, "--out", str(out))
