@@ -17,7 +17,7 @@ import zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-MAX_WHEEL_BYTES = 9_000_000
+MAX_WHEEL_BYTES = 10_000_000
 # The runtimes that every Linux has, and the OpenMP runtime that torch has already loaded. Not
 # libtorch, libcudart or libcuda: one wheel serves every torch and imports without a driver.
 ALLOWED_LIBRARIES: tuple[str, ...] = (
