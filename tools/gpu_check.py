@@ -33,7 +33,18 @@ TEST_GROUPS: dict[str, tuple[tuple[str, ...], float]] = {
     "ops": (("ops",), 70),
 }
 OTHERS_SECONDS = 30
-BENCHMARKS = ("noise", "steps", "bound", "threshold", "likelihood", "ops", "training", "compile")
+BENCHMARKS = (
+    "noise",
+    "steps",
+    "bound",
+    "threshold",
+    "guidance",
+    "likelihood",
+    "ops",
+    "training",
+    "compile",
+    "call",
+)
 METRICS = (
     "gpu__time_duration.sum",
     "dram__throughput.avg.pct_of_peak_sustained_elapsed",

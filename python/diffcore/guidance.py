@@ -12,9 +12,10 @@ Pass a rule as ``guidance=`` to ``diffcore.sample``, ``SolverTable.step``, ``ops
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -46,6 +47,7 @@ _STEP = REVERSE_STEP[True, 0, False, STILL]
 _TO_M: Coefs = (0.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0, -math.inf, math.inf)
 _Weights = tuple[Coef, Coef]
 _ALWAYS = (0.0, 1.0)
+_Rule = TypeVar("_Rule", bound="Guidance")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,8 +57,8 @@ class Guidance:
     Args:
         interval: (start, stop), as fractions of the rows of a table: guidance acts in the rows i of
             n with ``int(start n) <= i < int(stop n)``; in the others m is m_c, and
-            ``diffcore.sample`` does not call the model for m_u. Source: Kynkäänniemi et al. 2024
-            (arXiv 2404.07724), with the fractions of diffusers' guiders.
+            ``diffcore.sample`` leaves out the call of the model for m_u, if there is one. Source:
+            Kynkäänniemi et al. 2024 (arXiv 2404.07724), with the fractions of diffusers' guiders.
     """
 
     interval: tuple[float, float] = _ALWAYS
@@ -88,7 +90,28 @@ class Guidance:
         Returns:
             Two numbers, or tensors ``[B]``: float32 (float64 for float64 predictions).
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must define weights(m_c, m_u)")
+
+    def numbers(self, model_output: Tensor, model_output_uncond: Tensor) -> _Weights:
+        """``weights``, checked.
+
+        Args:
+            model_output: m_c ``[B, ...]``.
+            model_output_uncond: m_u ``[B, ...]``, as ``moved`` returned it.
+
+        Returns:
+            w and g.
+
+        Raises:
+            TypeError: ``weights`` returned something else than two values.
+        """
+        found = self.weights(model_output, model_output_uncond)
+        if not isinstance(found, (tuple, list)) or len(found) != 2:
+            came = (
+                f"{len(found)} values" if isinstance(found, (tuple, list)) else type(found).__name__
+            )
+            raise TypeError(f"weights of {type(self).__name__} must return (w, g), got {came}")
+        return found[0], found[1]
 
     def combine(self, model_output: Tensor, model_output_uncond: Tensor) -> Tensor:
         """The guided prediction itself, for a loop that needs it as a tensor.
@@ -98,10 +121,22 @@ class Guidance:
             model_output_uncond: m_u ``[B, ...]``.
 
         Returns:
-            ``m_u + g m_u + w (m_c - m_u)``, ``[B, ...]``.
+            ``m_u + g m_u + w (m_c - m_u)``, ``[B, ...]``. Remembers nothing.
+
+        Raises:
+            ValueError: The rule differs between rows: take that of a row by ``at``.
         """
-        w, g = self.weights(model_output, model_output_uncond)
-        predictions = (model_output, model_output, model_output_uncond)  # the first as x, unread
+        if self.by_row:
+            raise ValueError(
+                f"guidance must be the same in every row here, got {type(self).__name__} with an "
+                "interval or zero_init_steps; call combine of guidance.at(i, rows)"
+            )
+        uncond = self.moved(model_output, model_output_uncond)
+        w, g = (
+            x if isinstance(x, Tensor) else as_real("weights", x)
+            for x in self.numbers(model_output, uncond)
+        )
+        predictions = (model_output, model_output, uncond)  # the first as x, unread
         return run(_STEP, predictions, (w, g, *_TO_M))
 
     def at(self, i: int, rows: int) -> Guidance | None:
@@ -118,10 +153,10 @@ class Guidance:
             return self
         start, stop = self.interval
         inside = int(start * rows) <= i < int(stop * rows)
-        return replace(self, interval=_ALWAYS) if inside else None
+        return _changed(self, interval=_ALWAYS) if inside else None
 
     def moved(self, model_output: Tensor, model_output_uncond: Tensor) -> Tensor:
-        """m_u as the step reads it; called once a step, before ``weights``.
+        """m_u as the step reads it; called before ``weights``, and more than once in a row.
 
         Args:
             model_output: m_c ``[B, ...]``.
@@ -132,6 +167,19 @@ class Guidance:
         """
         del model_output
         return model_output_uncond
+
+    def remember(self, model_output: Tensor, model_output_uncond: Tensor) -> None:
+        """Called by each step with its predictions, for rules that read them in the next one.
+
+        Args:
+            model_output: m_c ``[B, ...]``.
+            model_output_uncond: What ``moved`` returned, ``[B, ...]``.
+        """
+
+    @property
+    def remembers(self) -> bool:
+        """Whether it remembers predictions of earlier rows."""
+        return type(self).remember is not Guidance.remember
 
     @property
     def by_row(self) -> bool:
@@ -287,12 +335,12 @@ class CFGZeroStar(_BySums):
         """See ``Guidance``."""
         if i < self.zero_init_steps:
             return Weighted(0.0, -1.0)
-        return super(CFGZeroStar, replace(self, zero_init_steps=0)).at(i, rows)
+        return super(CFGZeroStar, _changed(self, zero_init_steps=0)).at(i, rows)
 
     @property
     def by_row(self) -> bool:
         """See ``Guidance``."""
-        return super().by_row or self.zero_init_steps > 0
+        return self.interval != _ALWAYS or self.zero_init_steps > 0
 
 
 @dataclass(frozen=True)
@@ -306,7 +354,7 @@ class APG(_BySums):
     Args:
         scale: w, a number or ``[B]``.
         eta: η, the share of the part along m_c, which saturates images; 1 keeps it all.
-        norm_threshold: The largest norm of Δ over a sample; ``None`` for no limit.
+        norm_threshold: The largest norm of Δ over a sample; ``None`` or 0 for no limit.
         momentum: Of Δ, negative in the paper; 0 for none. A rule with momentum remembers Δ: loops
             of your own pass ``rule.begin()`` for every loop.
         interval: See ``Guidance``.
@@ -340,11 +388,12 @@ class APG(_BySums):
         return replace(self, _before=[]) if self.momentum else self
 
     def moved(self, model_output: Tensor, model_output_uncond: Tensor) -> Tensor:
-        """m_u moved so that m_c - m_u has its momentum, which is remembered; see ``Guidance``.
+        """m_u moved so that m_c - m_u has its momentum; see ``Guidance``.
 
         Raises:
             ValueError: The rule has momentum and was not begun.
         """
+        del model_output
         if not self.momentum:
             return model_output_uncond
         if self._before is None:
@@ -352,11 +401,19 @@ class APG(_BySums):
                 "guidance must be begun where it has momentum, got APG; pass guidance.begin() of "
                 "each loop"
             )
-        moved = model_output_uncond
-        if self._before:
-            moved = run(_SUM, (moved, self._before[0]), (1.0, -self.momentum))
-        self._before[:] = [run(_SUM, (model_output, moved), (1.0, -1.0))]
-        return moved
+        if not self._before:
+            return model_output_uncond
+        return run(_SUM, (model_output_uncond, self._before[0]), (1.0, -self.momentum))
+
+    def remember(self, model_output: Tensor, model_output_uncond: Tensor) -> None:
+        """Keeps m_c - m_u; see ``Guidance``."""
+        if self._before is not None:
+            self._before[:] = [run(_SUM, (model_output, model_output_uncond), (1.0, -1.0))]
+
+    @property
+    def remembers(self) -> bool:
+        """See ``Guidance``."""
+        return self.momentum != 0
 
 
 @dataclass(frozen=True)
@@ -402,6 +459,14 @@ class NormPreservingCFG(_BySums):
         _number(self, "scale")
 
 
+def _changed(rule: _Rule, **fields: Any) -> _Rule:
+    """A copy with other fields, of a class that may have an ``__init__`` of its own."""
+    found = copy.copy(rule)
+    for name, value in fields.items():
+        object.__setattr__(found, name, value)
+    return found
+
+
 def _number(rule: Any, name: str, least: float = -math.inf, most: float = math.inf) -> None:
     """Checks a field that is a number, or, as the scale, ``[B]``; stores it as a float."""
     value = getattr(rule, name)
@@ -413,6 +478,8 @@ def _number(rule: Any, name: str, least: float = -math.inf, most: float = math.i
             )
         return
     number = as_real(name, value)
+    if math.isnan(number):
+        raise ValueError(f"{name} must not be nan, got nan")
     if not least <= number <= most:
         wanted = f"in [{least:g}, {most:g}]" if most < math.inf else f"at least {least:g}"
         raise ValueError(f"{name} must be {wanted}, got {number}")

@@ -60,8 +60,19 @@ def guided_by(
     guidance_scale: Coef | None,
     guidance: Guidance | None = None,
     plus_plus: bool = False,
+    remember: bool = True,
 ) -> tuple[Tensor, Guided | None]:
-    """The conditional prediction, and the guidance of a call, ``None`` if there is none."""
+    """The conditional prediction, and the guidance of a call, ``None`` if there is none.
+
+    Args:
+        x: The current samples.
+        model_output: m_c, or both predictions in one tensor.
+        model_output_uncond: m_u, or ``None``.
+        guidance_scale: w, or ``None``.
+        guidance: A rule, or ``None``.
+        plus_plus: Whether the rule may be that of CFG++.
+        remember: Whether this is a step, whose predictions a rule may remember.
+    """
     if guidance is None and guidance_scale is not None:
         uncond = model_output_uncond
         if uncond is None:
@@ -71,20 +82,10 @@ def guided_by(
         if guidance is None:
             if model_output_uncond is None:
                 return model_output, None
-            raise ValueError("guidance_scale must be given with model_output_uncond, got None")
-        if not isinstance(guidance, Guidance):
-            kind = type(guidance).__name__
-            raise TypeError(
-                f"guidance must be a rule of diffcore.guidance, got {kind}; a number is "
-                "guidance_scale"
-            )
-        if isinstance(guidance, CFGPlusPlus) and not plus_plus:
-            raise ValueError("guidance must not be CFGPlusPlus here; use solvers.cfg_pp_table")
-        if guidance.by_row:
             raise ValueError(
-                f"guidance must be the same in every row here, got {type(guidance).__name__} with "
-                "an interval or zero_init_steps; pass guidance.at(i, rows), or use a table"
+                "guidance_scale or guidance must be given with model_output_uncond, got None"
             )
+        _check_rule(guidance, plus_plus)
     elif guidance is not None:
         raise ValueError("guidance_scale must be None with guidance, got both")
     uncond = model_output_uncond
@@ -94,8 +95,27 @@ def guided_by(
     if guidance.reads_predictions:
         model_output, uncond = _alike(x, model_output, uncond)
         uncond = guidance.moved(model_output, uncond)
-    w, g = guidance.weights(model_output, uncond)
+    w, g = guidance.numbers(model_output, uncond)
+    if remember:
+        guidance.remember(model_output, uncond)
     return model_output, Guided(uncond, as_coef("scale", w, None), as_coef("g", g, None))
+
+
+def _check_rule(guidance: object, plus_plus: bool) -> None:
+    """Refuses what is no rule, or none for a call that knows no row."""
+    if not isinstance(guidance, Guidance):
+        kind = type(guidance).__name__
+        raise TypeError(
+            f"guidance must be a rule of diffcore.guidance, got {kind}; a number is guidance_scale"
+        )
+    if isinstance(guidance, CFGPlusPlus) and not plus_plus:
+        raise ValueError("guidance must not be CFGPlusPlus here; use solvers.cfg_pp_table")
+    if guidance.by_row:
+        raise ValueError(
+            f"guidance must be the same in every row here, got {type(guidance).__name__} with an "
+            "interval or zero_init_steps; use a table, or pass guidance.at(i, rows) or "
+            "Weighted(1.0, 0.0)"
+        )
 
 
 def _alike(x: Tensor, *predictions: Tensor) -> Tensors:

@@ -247,9 +247,12 @@ class RowLauncher:
         model_output_uncond: Tensor | None,
         guidance_scale: Coef | None,
         guidance: Guidance | None,
+        remember: bool = True,
     ) -> tuple[Tensor, Guided | None]:
         """The conditional prediction and the guidance at row i; see ``guided_by``."""
         self.check_guidance(guidance)
+        if guidance is not None and guidance_scale is not None:
+            raise ValueError("guidance_scale must be None with guidance, got both")
         if isinstance(guidance, Guidance) and guidance.by_row:
             if isinstance(i, Tensor):
                 raise ValueError(
@@ -264,7 +267,7 @@ class RowLauncher:
                     model_output, _ = halves(x, model_output)
                 return model_output, None
         return guided_by(
-            x, model_output, model_output_uncond, guidance_scale, guidance, plus_plus=True
+            x, model_output, model_output_uncond, guidance_scale, guidance, True, remember
         )
 
     def check_guidance(self, guidance: Guidance | None) -> None:

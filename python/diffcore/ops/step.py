@@ -245,6 +245,11 @@ def step_log_prob(
     Source:
         Black et al. 2023 (arXiv 2305.13301), section 4.
     """
+    if isinstance(guidance, Guidance) and guidance.remembers:
+        raise ValueError(
+            f"guidance must not remember earlier rows here, got {type(guidance).__name__}, which a "
+            "step moves on; keep the log-probability of the step: return_log_prob=True"
+        )
     model_output, guided = guided_by(x, model_output, model_output_uncond, guidance_scale, guidance)
     return _log_prob(x, model_output, x_next, coefficients, t, guided, threshold)
 

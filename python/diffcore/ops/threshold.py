@@ -69,7 +69,8 @@ def dynamic_threshold(
         check_dense("x", x)
     if isinstance(x, Tensor) and x.ndim and not x.shape[1:].numel():
         raise ValueError(f"x must have at least one element per sample, got shape {tuple(x.shape)}")
-    model_output, guided = guided_by(x, model_output, model_output_uncond, guidance_scale, guidance)
+    given = (model_output_uncond, guidance_scale, guidance)
+    model_output, guided = guided_by(x, model_output, *given, plus_plus=True, remember=False)
     tensors, leading = predictions(x, model_output, guided, None)
     coefs = (*leading, *step_columns(coefficients, PLAIN), p, most)
     kernel = X0_QUANTILE[len(tensors) == 3]

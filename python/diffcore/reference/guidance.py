@@ -76,6 +76,8 @@ def _beside(coef: Coef, like: Tensor) -> Tensor:
 
 def _ratio(a: Tensor, b: Tensor) -> Tensor:
     """``sqrt(a / b)`` of numbers that rounding may have made negative; 1 where b is 0."""
-    there = ~(b <= 0)
-    found = torch.where(a < 0, 0.0, a) / torch.where(there, b, 1.0)
-    return torch.where(there, torch.where(there, found, 1.0).sqrt(), 1.0)
+    there, none = ~(b <= 0), a <= 0
+    found = torch.where(none, 1.0, a) / torch.where(there, b, 1.0)
+    # The root is taken where it has a slope, so that no gradient is 0 times infinity.
+    root = torch.where(there & ~none, found, 1.0).sqrt()
+    return torch.where(there, torch.where(none, 0.0, root), 1.0)

@@ -178,7 +178,7 @@ class CapturedSampler:
         if isinstance(ids, Tensor) and ids.ndim:
             self._ids.copy_(ids)
         else:
-            torch.arange(len(self._ids), out=self._ids)
+            torch.arange(len(self._ids), device=self._ids.device, out=self._ids)
             self._ids += ids
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from diffcore import ops
 from diffcore._checks import as_flag
 from diffcore._types import BeforeModel, Callback, Model, Tensors
-from diffcore.guidance import APG, Guidance, Weighted
+from diffcore.guidance import Guidance, Weighted
 from diffcore.noise import StepNoise
 from diffcore.sampling.model import Prediction, check_model_kwargs, predict
 from diffcore.sampling.noise import check_noise_rows, noise_of_row
@@ -80,7 +80,7 @@ def run_table(
     checkpoint = as_flag("checkpoint", checkpoint)
     if checkpoint and not differentiable:
         raise ValueError("checkpoint must be False without differentiable=True, got True")
-    if checkpoint and isinstance(guidance, APG) and guidance.momentum:
+    if checkpoint and guidance is not None and guidance.remembers:
         raise ValueError(
             "checkpoint must be False under guidance with momentum, which a row changes, got True"
         )
@@ -130,8 +130,7 @@ class _Loop:
         for i, row in enumerate(progress_bar(table.rows, table.name, progress)):
             t = timesteps[i]
             if self.before_model is not None and row.begins:
-                alpha = table.alpha[i].item()
-                state = ModelState(x=x, i=row.step, t=t, alpha=alpha, sigma=row.sigma)
+                state = ModelState(x=x, i=row.step, t=t, alpha=row.alpha, sigma=row.sigma)
                 x = x_before_model(self.before_model, state)
             if checkpoint:
                 x, history = self._again(i, x, t, history, rule)
@@ -189,10 +188,13 @@ class _Loop:
         self, i: int, x: Tensor, t: Tensor, history: Tensors, rule: Guidance | None
     ) -> tuple[Tensor, Tensors]:
         """A row that is run again in the backward pass, then without the callback."""
-        calls = [torch.no_grad()(self._call)]  # else it would save tensors the first time only
+        # Without gradients, else the callback would save tensors the first time only.
+        calls = [] if self.callback is None else [torch.no_grad()(self._call)]
 
         def row(x: Tensor, *history: Tensor) -> tuple[Tensor, ...]:
-            x, history = self._row(i, x, t, history, rule, calls.pop() if calls else None)
+            # A compiler takes no change of a list from outside: none without a callback.
+            call = calls.pop() if self.callback is not None and calls else None
+            x, history = self._row(i, x, t, history, rule, call)
             return (x, *history)
 
         x, *history = torch.utils.checkpoint.checkpoint(row, x, *history, use_reentrant=False)
@@ -207,4 +209,6 @@ def _guided(prediction: Prediction, rule: Guidance | None) -> tuple[Prediction, 
     if not rule.reads_predictions:
         return prediction, rule
     uncond = rule.moved(output, uncond)
-    return (output, uncond, variance), Weighted(*rule.weights(output, uncond))
+    numbers = rule.numbers(output, uncond)
+    rule.remember(output, uncond)
+    return (output, uncond, variance), Weighted(*numbers)

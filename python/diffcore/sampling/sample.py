@@ -70,7 +70,7 @@ def sample(
         before_model: Called once a step, before its first model call, with a read-only dict of
             ``x``, ``i`` (the step), ``t`` (the timestep input), ``alpha`` and ``sigma`` (the noise
             level of x). It returns another x, for example with the known part of an image put in,
-            or ``None``.
+            or ``None``. The tensors are not to be changed in place.
         callback: Called once a step, after its first model call and before x changes, with a
             read-only dict of ``x``, ``i`` (the step), ``t`` (the timestep input), ``sigma`` and
             ``denoised`` (the predicted x_0; one more launch). The tensors are not to be changed in

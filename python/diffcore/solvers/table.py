@@ -14,7 +14,7 @@ from diffcore._engine.kept import Traced, constant_in_traces, made_plainly
 from diffcore._kernels.step import MOST_HISTORY
 from diffcore._types import Coef
 from diffcore.coefficients.step import STEP_COLUMNS
-from diffcore.guidance import Guidance
+from diffcore.guidance import Guidance, Weighted
 from diffcore.noise import Noise
 from diffcore.ops import reverse_step
 from diffcore.ops._launch import RowLauncher
@@ -42,10 +42,12 @@ class Row(NamedTuple):
     """One row of a table, as numbers.
 
     Attributes:
-        coefficients: In the order of ``COLUMNS``.
+        coefficients: In the order of ``COLUMNS``. They lack c_u and e_u, so those of a table for
+            CFG++ are for ``SolverTable.step`` only.
         variance: s_0 and s_v, ``None`` where the variance is fixed.
         uncond: c_u and e_u, ``None`` in a table that does not read m_u itself.
-        sigma: Noise in the x that the model is called with.
+        alpha: Signal in the x that the model is called with.
+        sigma: Noise in it.
         input_scale: The model is called with x times this.
         step: Index of the step that the row belongs to.
         begins: Whether it is the first row of that step.
@@ -54,6 +56,7 @@ class Row(NamedTuple):
     coefficients: tuple[float, ...]
     variance: tuple[float, ...] | None
     uncond: tuple[float, ...] | None
+    alpha: float
     sigma: float
     input_scale: float
     step: int
@@ -187,6 +190,7 @@ class SolverTable:
             self.coefficients.tolist(),
             variances,
             unconds,
+            self.alpha.tolist(),
             self.sigma.tolist(),
             self.input_scale.tolist(),
             steps,
@@ -198,12 +202,13 @@ class SolverTable:
                 tuple(c),
                 None if v is None else tuple(v),
                 None if u is None else tuple(u),
+                alpha,
                 sigma,
                 scale,
                 step,
                 step != before,
             )
-            for c, v, u, sigma, scale, step, before in columns
+            for c, v, u, alpha, sigma, scale, step, before in columns
         )
 
     def __getstate__(self) -> dict[str, Any]:
@@ -331,17 +336,18 @@ class SolverTable:
             x0, ``[B, ...]``.
         """
         row = self.rows[self._launcher.index(i)]
-        if guidance is not None and guidance.by_row:
-            guidance = guidance.at(i, len(self))
-            if guidance is None and model_output_uncond is not None:
-                model_output_uncond = None
+        rule = uncond = None
+        if guidance is not None or guidance_scale is not None or model_output_uncond is not None:
+            given = (model_output_uncond, guidance_scale, guidance)
+            model_output, guided = self._launcher.guided(i, x, model_output, *given, remember=False)
+            if guided is not None:
+                uncond, rule = guided.uncond, Weighted(guided.w, guided.g)
         x0: Tensor = reverse_step(
             x,
             model_output,
             (*TO_X0, *row.coefficients[4:8]),
-            model_output_uncond=model_output_uncond,
-            guidance_scale=guidance_scale,
-            guidance=guidance,
+            model_output_uncond=uncond,
+            guidance=rule,
             threshold=threshold,
         )
         return x0
