@@ -196,8 +196,11 @@ void many_quantiles(int64_t rows, int64_t cols) {
   args.row_stride[0] = cols;
   args.in[1] = zero.data();
   // x_0 = x; the largest element; no upper limit
-  for (const int k : {0, 6, 10}) args.coef[k].value = 1;
-  args.coef[11].value = 1e9;
+  double c[kStepCoefs + 2] = {};
+  StepRow<double>(c).a_x() = 1;
+  c[kStepCoefs] = 1;
+  c[kStepCoefs + 1] = 1e9;
+  for (int k = 0; k < kStepCoefs + 2; ++k) args.coef[k].value = c[k];
   args.sum[0] = sums.data();
   run("x0_quantile", false, kF32, args);
   bool right = true;

@@ -123,8 +123,9 @@ def variance_columns(row: Row) -> Coefs:
 
 def _columns(name: str, row: Row, columns: int, widths: tuple[int, ...]) -> Coefs:
     if isinstance(row, tuple):
-        if len(row) not in widths:
-            if hasattr(row, "coefficients"):  # a Row of a solver's table, which is a tuple too
+        named = type(row) is not tuple and hasattr(row, "coefficients")
+        if named or len(row) not in widths:
+            if named:  # a Row of a solver's table, which is a tuple too
                 raise TypeError(
                     f"{name} must be a tuple of numbers or a tensor, got {type(row).__name__}; "
                     "pass table.rows[i].coefficients, or table.coefficients with t=i"
