@@ -300,5 +300,5 @@ def test_a_rule_without_an_unconditional_prediction() -> None:
         ops.reverse_step(c, c, ROW, guidance=TCFG(2))
     with pytest.raises(ValueError, match=r"model_output_uncond must have the shape of x"):
         ops.reverse_step(c, c, ROW, model_output_uncond=u[:1], guidance=TCFG(2))
-    with pytest.raises(ValueError, match="guidance_scale or guidance must be given with model_"):
+    with pytest.raises(ValueError, match="guidance_scale must be given with model_output_uncond"):
         ops.reverse_step(c, c, ROW, model_output_uncond=u)

@@ -83,7 +83,7 @@ def guided_by(
             if model_output_uncond is None:
                 return model_output, None
             raise ValueError(
-                "guidance_scale or guidance must be given with model_output_uncond, got None"
+                "guidance_scale must be given with model_output_uncond, got None; or pass guidance"
             )
         _check_rule(guidance, plus_plus)
     elif guidance is not None:
