@@ -12,6 +12,7 @@ from torch.distributed.tensor import Replicate, Shard
 
 import diffcore
 from diffcore import GaussianDiffusion, PhiloxNoise, losses, ops, solvers, vae
+from diffcore.guidance import RescaledCFG
 from diffcore.likelihood import vdm_bound
 from diffcore.sigmas import get_sigmas_karras
 from support.dtensors import (
@@ -196,10 +197,12 @@ def _guided_in_one_call(world: int) -> None:
     table, x = _TABLES["dpmpp 3m sde"], torch.randn(SHAPE)
     options: dict[str, Any] = {"guidance_scale": torch.linspace(1, 2, 5), "noise": KEY}
     options["dynamic_thresholding_ratio"] = 0.9
-    wanted = diffcore.sample(of_two_batches, x, table, **options)
-    for placements in PLACEMENTS[world]:
-        there = distribute(x, mesh_of(world), placements)
-        compare("guided", diffcore.sample(of_two_batches, there, table, **options), wanted)
+    by_sums = {"guidance": RescaledCFG(1.5, interval=(0.0, 0.7)), "noise": KEY}
+    for given in (options, by_sums):
+        wanted = diffcore.sample(of_two_batches, x, table, **given)
+        for placements in PLACEMENTS[world]:
+            there = distribute(x, mesh_of(world), placements)
+            compare("guided", diffcore.sample(of_two_batches, there, table, **given), wanted)
 
 
 def _sample_loops_of_a_diffusion(world: int) -> None:

@@ -20,7 +20,7 @@ from diffcore.reference import step as formulas
 # Before the columns: w and g of guidance m = m_u + g m_u + w (m_c - m_u), the factors of m_u itself
 # in x' and in h', and the bound of x0.
 LEADING = ("guidance_scale", "guidance_gain", "c_u", "e_u", "threshold")
-UNGUIDED: Coefs = (1.0, 0.0, 0.0, 0.0, 0.0)
+UNGUIDED: Coefs = formulas.UNGUIDED
 _FIRST = len(LEADING)
 PLAIN, KEPT = 8, 11  # columns that every step has, and those of one that returns its history
 MOST_HISTORY = 3

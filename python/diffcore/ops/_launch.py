@@ -260,16 +260,19 @@ class RowLauncher:
                     "guidance must be the same in every row where i is a tensor, got "
                     f"{type(guidance).__name__} with an interval or zero_init_steps"
                 )
-            guidance = guidance.at(self.index(i), len(self._plans))
-            if guidance is None and self._uncond:
-                guidance = Weighted(1.0, 0.0)
-            if guidance is None and guidance_scale is None:  # m is m_c
+            guidance = self.rule_at(self.index(i), guidance)
+            if guidance is None:  # m is m_c
                 if model_output_uncond is None:
                     model_output, _ = halves(x, model_output)
                 return model_output, None
         return guided_by(
             x, model_output, model_output_uncond, guidance_scale, guidance, True, remember
         )
+
+    def rule_at(self, i: int, guidance: Guidance) -> Guidance | None:
+        """The rule at row i; ``None`` where m is m_c and the row does not read m_u itself."""
+        here = guidance.at(i, len(self._plans))
+        return Weighted(1.0, 0.0) if here is None and self._uncond else here
 
     def check_guidance(self, guidance: Guidance | None) -> None:
         """Refuses CFG++ for a table that does not read m_u itself."""

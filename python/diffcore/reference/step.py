@@ -13,13 +13,16 @@ from diffcore.reference.common import compute_dtype, per_sample, row_sum, sample
 
 __all__ = ["reverse_step", "step_log_prob"]
 
+# w, g, c_u, e_u and the threshold of a step without guidance and threshold.
+UNGUIDED = (1.0, 0.0, 0.0, 0.0, 0.0)
+
 
 def reverse_step(
     x: Tensor,
     model_output: Tensor,
     coefs: Sequence[Coef],
     *,
-    leading: Sequence[Coef] = (1.0, 0.0, 0.0, 0.0, 0.0),
+    leading: Sequence[Coef] = UNGUIDED,
     model_output_uncond: Tensor | None = None,
     history: Sequence[Tensor] = (),
     keeps: bool = False,
@@ -63,7 +66,7 @@ def step_log_prob(
     x_next: Tensor,
     coefs: Sequence[Coef],
     *,
-    leading: Sequence[Coef] = (1.0, 0.0, 0.0, 0.0, 0.0),
+    leading: Sequence[Coef] = UNGUIDED,
     model_output_uncond: Tensor | None = None,
 ) -> Tensor:
     """``log N(x'; mean, c_z² I)`` of each sample, nats; 0 where c_z is 0."""

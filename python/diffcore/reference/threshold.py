@@ -9,7 +9,7 @@ from torch import Tensor
 
 from diffcore._types import Coef, StepColumns
 from diffcore.reference.common import per_sample
-from diffcore.reference.step import predicted_x0
+from diffcore.reference.step import UNGUIDED, predicted_x0
 
 __all__ = ["x0_quantile"]
 
@@ -21,7 +21,7 @@ def x0_quantile(
     ratio: Coef,
     sample_max_value: Coef,
     *,
-    leading: Sequence[Coef] = (1.0, 0.0, 0.0, 0.0, 0.0),
+    leading: Sequence[Coef] = UNGUIDED,
     model_output_uncond: Tensor | None = None,
     reduce_all: bool = False,
 ) -> Tensor:

@@ -149,9 +149,7 @@ class _Loop:
     ) -> tuple[Tensor, Tensors]:
         """One row: the model, the callback by ``call``, and the step."""
         table, row = self.table, self.table.rows[i]
-        here = None if rule is None else rule.at(i, len(table))
-        if here is None and rule is not None and table.uncond is not None:
-            here = Weighted(1.0, 0.0)  # m is m_c, and the step reads m_u too
+        here = None if rule is None else table._launcher.rule_at(i, rule)
         prediction = predict(
             self.model,
             x if row.input_scale == 1 else row.input_scale * x,
