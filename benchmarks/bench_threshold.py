@@ -8,8 +8,6 @@ read once; diffcore reads them more than once.
 
 from __future__ import annotations
 
-import argparse
-import itertools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,8 +18,7 @@ if __package__ in (None, ""):  # run as a file
 
 import torch
 
-from benchmarks import report
-from benchmarks.bench_ops import time_cases
+from benchmarks.bench_ops import measure_cases
 from benchmarks.contest import OpCase
 from diffcore import ops
 
@@ -61,25 +58,9 @@ def cases() -> list[OpCase]:
     ]
 
 
-def measure(device: torch.device, args: argparse.Namespace) -> dict[str, Any]:
-    """The "threshold" section."""
-    dtypes = (args.dtypes or ("f32" if args.quick else "f32,bf16")).split(",")
-    shapes = args.shape or (["16x3x64x64"] if args.quick else SHAPES)
-    sizes = [tuple(int(n) for n in shape.split("x")) for shape in shapes]
-    grid = ((c, "forward", d, n) for n, d, c in itertools.product(sizes, dtypes, cases()))
-    return time_cases(grid, device, args, 3.0 if device.type == "cpu" else 0.15)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Measures, prints and writes; 1 if a result was refused."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    report.add_common_arguments(parser)
-    parser.add_argument("--dtypes", help="among f32, bf16, f16, f64 [default: f32,bf16]")
-    parser.add_argument("--shape", action="append", help="such as 16x3x256x256; may be repeated")
-    parser.add_argument("--seconds", type=float, help="of timing, for each row")
-    parser.add_argument("--no-compile", action="store_true", help="without torch.compile")
-    args = parser.parse_args(argv)
-    return report.on_each_device(lambda d: {"threshold": measure(d, args)}, args, argv)
+    return measure_cases("threshold", __doc__, cases, SHAPES, argv)
 
 
 if __name__ == "__main__":
