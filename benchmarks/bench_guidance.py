@@ -16,7 +16,7 @@ from typing import Any
 if __package__ in (None, ""):  # run as a file
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.bench_ops import measure_cases
+from benchmarks.case_command import measure_cases
 from benchmarks.contest import OpCase
 from diffcore import ops
 from diffcore.guidance import APG, CFG, Guidance, RescaledCFG

@@ -18,7 +18,7 @@ if __package__ in (None, ""):  # run as a file
 
 import torch
 
-from benchmarks.bench_ops import measure_cases
+from benchmarks.case_command import measure_cases
 from benchmarks.contest import OpCase
 from diffcore import ops
 
