@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from typing import Any
 
 import pytest
@@ -13,6 +15,7 @@ from diffcore import ops, solvers
 from diffcore.guidance import (
     APG,
     CFG,
+    TCFG,
     CFGPlusPlus,
     CFGZeroStar,
     Guidance,
@@ -195,3 +198,34 @@ def test_a_checkpointed_loop_compiles() -> None:
     (plain,) = torch.autograd.grad(run_model(x).sum(), x)
     (compiled,) = torch.autograd.grad(torch.compile(run_model, fullgraph=True)(x).sum(), x)
     torch.testing.assert_close(compiled, plain)
+
+
+@pytest.mark.parametrize("rule", [RescaledCFG(3.0, 0.6), APG(3.0, 0.2, 1.5), TCFG(3.0)], ids=repr)
+def test_a_rule_in_other_surroundings(rule: Guidance) -> None:
+    x, c, u = torch.randn(3, 4, 5)
+
+    class Subclass(Tensor):
+        pass
+
+    def step(x: Tensor, c: Tensor, u: Tensor, rule: Guidance = rule) -> Tensor:
+        return ops.reverse_step(x, c, ROW, model_output_uncond=u, guidance=rule)
+
+    plain = step(x, c, u)
+    assert torch.equal(step(x, c, u, pickle.loads(pickle.dumps(rule))), plain)
+    assert torch.equal(step(x, c, u, copy.deepcopy(rule)), plain)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(step(x, c, u), plain)
+    with torch.inference_mode():
+        assert torch.equal(step(x, c, u), plain)
+    with torch.device("meta"):
+        assert torch.equal(step(x, c, u), plain)
+    of_subclass = step(x, c.as_subclass(Subclass), u)
+    assert torch.equal(of_subclass.as_subclass(Tensor), plain)
+    torch._dynamo.reset()
+    compiled = torch.compile(step, fullgraph=True, dynamic=True)
+    for batch in (4, 2, 3):
+        assert torch.equal(compiled(x[:batch], c[:batch], u[:batch]), plain[:batch])
+    for dtype in (torch.bfloat16, torch.float64):  # the widest, as in every op
+        mixed = step(x, c.to(dtype), u.to(dtype))
+        wide = torch.promote_types(x.dtype, dtype)
+        assert torch.equal(mixed, step(x.to(wide), c.to(dtype).to(wide), u.to(dtype).to(wide)))

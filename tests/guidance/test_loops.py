@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
-import pickle
 from itertools import pairwise
 from typing import Any
 
@@ -28,7 +26,6 @@ from support import guidance_rules as authors
 
 SIGMAS = torch.tensor([9.0, 4.0, 2.0, 1.1, 0.5, 0.1, 0.0], dtype=torch.float64)
 SIZES = torch.tensor([1.0, 0.5, 2.0, 1.5], dtype=torch.float64)
-ROW = (0.3, 0.2, 0.5, 0.0, 1.2, -0.3, -0.8, 0.9)
 CONDITIONS: dict[str, Any] = {"model_kwargs": {"mean": 1.0}, "uncond_kwargs": {"mean": -0.3}}
 
 
@@ -354,37 +351,6 @@ def test_a_step_by_other_routes(rule: Guidance) -> None:
         *(y.to("meta") for y in (x, c)), (1.0,) * 8, model_output_uncond=u.to("meta"), guidance=rule
     )
     assert (m.shape, m.dtype, m.device.type) == (plain.shape, plain.dtype, "meta")
-
-
-@pytest.mark.parametrize("rule", [RescaledCFG(3.0, 0.6), APG(3.0, 0.2, 1.5), TCFG(3.0)], ids=repr)
-def test_a_rule_in_other_surroundings(rule: Guidance) -> None:
-    x, c, u = torch.randn(3, 4, 5)
-
-    class Subclass(Tensor):
-        pass
-
-    def step(x: Tensor, c: Tensor, u: Tensor, rule: Guidance = rule) -> Tensor:
-        return ops.reverse_step(x, c, ROW, model_output_uncond=u, guidance=rule)
-
-    plain = step(x, c, u)
-    assert torch.equal(step(x, c, u, pickle.loads(pickle.dumps(rule))), plain)
-    assert torch.equal(step(x, c, u, copy.deepcopy(rule)), plain)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(step(x, c, u), plain)
-    with torch.inference_mode():
-        assert torch.equal(step(x, c, u), plain)
-    with torch.device("meta"):
-        assert torch.equal(step(x, c, u), plain)
-    of_subclass = step(x, c.as_subclass(Subclass), u)
-    assert torch.equal(of_subclass.as_subclass(Tensor), plain)
-    torch._dynamo.reset()
-    compiled = torch.compile(step, fullgraph=True, dynamic=True)
-    for batch in (4, 2, 3):
-        assert torch.equal(compiled(x[:batch], c[:batch], u[:batch]), plain[:batch])
-    for dtype in (torch.bfloat16, torch.float64):  # the widest, as in every op
-        mixed = step(x, c.to(dtype), u.to(dtype))
-        wide = torch.promote_types(x.dtype, dtype)
-        assert torch.equal(mixed, step(x.to(wide), c.to(dtype).to(wide), u.to(dtype).to(wide)))
 
 
 def test_an_interval_needs_a_row_that_is_an_int() -> None:
