@@ -38,6 +38,7 @@ GUIDED = {
     "ddim_sample": "model x t clip_denoised denoised_fn cond_fn model_kwargs eta",
     "ddim_sample_loop": "model shape noise clip_denoised denoised_fn cond_fn model_kwargs device "
     "progress eta",
+    "ddim_reverse_sample": "model x t clip_denoised denoised_fn model_kwargs eta",
     "training_losses": "model x_start t model_kwargs noise",
     "calc_bpd_loop": "model x_start clip_denoised model_kwargs",
 }

@@ -48,6 +48,7 @@ MISTAKES: list[Callable[[], Any]] = [
     lambda: diffcore.GaussianDiffusion(BETAS.clone().requires_grad_()),
     lambda: diffcore.add_noise(IMAGES, IMAGES, D.schedule.alpha, D.schedule.sigma),
     lambda: solvers.euler_table([1.0, 0.0], prediction_type="flow_prediction"),
+    lambda: solvers.ddpm_table([0.0, 3.0, 9.0]),
     lambda: diffcore.sample(half, IMAGES, TABLE, guidance_scale=2.0),
     lambda: diffcore.sample(half, IMAGES, TABLE, callback=written),
 ]

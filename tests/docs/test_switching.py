@@ -38,8 +38,12 @@ def test_inversion_is_that_of_diffusers() -> None:
     x = of_page["image"]
     for t in scheduler.timesteps:
         x = scheduler.step(bent(x, t), t, x).prev_sample
-    ours = of_page["invert"](bent, of_page["image"], 50)
-    torch.testing.assert_close(ours, x, rtol=1e-4, atol=1e-4)
+    levels = of_page["as_diffusers"]
+    for ours in (
+        of_page["invert"](bent, of_page["image"], levels),
+        diffcore.sample(bent, of_page["image"], solvers.ddim_table(levels)),
+    ):
+        torch.testing.assert_close(ours, x, rtol=1e-4, atol=1e-4)
 
 
 def test_the_training_lines_give_one_loss() -> None:

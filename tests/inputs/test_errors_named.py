@@ -39,14 +39,14 @@ CASES: dict[str, Case] = {
         r"sigmas must be a tensor of real numbers, got int; .* get_sigmas_flow\(n\)",
     ),
     "levels-rise": (
-        lambda: solvers.ddim_table([0.0, 0.1, 0.5]),
+        lambda: solvers.ddpm_table([0.0, 0.1, 0.5]),
         ValueError,
-        "sigmas must fall, from noise to the clean sample, got levels that rise from .* = 0 to 0.5",
+        "levels must fall for ddpm_table, got levels that rise from sigma / alpha = 0 to 0.5; .*",
     ),
     "timesteps-rise": (
-        lambda: NoiseLevels.from_schedule(D.schedule, [0, 5, 9]),
+        lambda: NoiseLevels.from_schedule(D.schedule, [9, 5, 5]),
         ValueError,
-        "timesteps must fall at every step, got 5 at index 1",
+        "timesteps must fall at every step, got 5 at index 2",
     ),
     "respace-string": (
         lambda: D.respace("ddim10"),

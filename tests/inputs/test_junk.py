@@ -130,6 +130,15 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
         D.ddim_sample_loop,
         {"model": half, "shape": (2, 3), "noise": X, "num_steps": 2, "eta": 0.5},
     ),
+    "ddim_reverse_sample": (D.ddim_reverse_sample, {"model": half, "x": X, "t": 1, "eta": 0.0}),
+    "ddim_reverse_loop": (
+        D.ddim_reverse_sample_loop,
+        {"model": half, "x": X, "num_steps": 2, "eta": 0.0},
+    ),
+    "with_timesteps": (
+        NoiseLevels.from_flow([1.0, 0.5, 0.0]).with_timesteps,
+        {"timesteps": [2, 1]},
+    ),
     "respace": (D.respace, {"timesteps": 2, "timestep_spacing": "leading"}),
     "sample": (
         diffcore.sample,

@@ -182,6 +182,8 @@ CASES: list[tuple[str, Odd, Callable[..., Any], dict[str, Any]]] = [
     ("x", TENSORS, D.p_mean_variance, {"model": half, "t": T}),
     ("x", TENSORS, D.p_sample, {"model": half, "t": T}),
     ("x", TENSORS, D.ddim_sample, {"model": half, "t": T}),
+    ("x", TENSORS, D.ddim_reverse_sample, {"model": half, "t": T}),
+    ("x", TENSORS, D.ddim_reverse_sample_loop, {"model": half}),
     ("x_start", TENSORS, D.prior_bpd, {}),
     ("x_start", TENSORS, D.vb_terms_bpd, {**TERM, "x_t": X}),
     ("x_t", {**TENSORS, **WORD, "row": lambda: X[:, 0]}, D.vb_terms_bpd, {**TERM, "x_start": X}),

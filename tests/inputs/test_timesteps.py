@@ -36,6 +36,7 @@ METHODS: dict[str, Call] = {
     "p_mean_variance": lambda t: torch.stack([*D.p_mean_variance(half, X, t).values()]),
     "p_sample": lambda t: D.p_sample(half, X, t, noise=NOISE)["sample"],
     "ddim_sample": lambda t: D.ddim_sample(half, X, t, eta=0.5, noise=NOISE)["sample"],
+    "ddim_reverse_sample": lambda t: D.ddim_reverse_sample(half, X, t)["sample"],
     "vb_terms": lambda t: D.vb_terms_bpd(half, X, Y, t, decoder="gaussian")["output"],
     "respaced": lambda t: SHORT.p_sample(half, X, t, noise=NOISE)["sample"],
 }

@@ -245,6 +245,32 @@ def test_flow_levels_are_those_of_diffusers_shifted_once(shift) -> None:
     assert (ours - dynamic.sigmas).abs().max() <= 1e-6
 
 
+def test_a_flow_with_labels_of_its_own_is_that_of_diffusers() -> None:
+    # It shifts the sigmas that it gets, and tells the model the timesteps as they are.
+    theirs = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+    theirs.set_timesteps(sigmas=[1.0, 0.7, 0.3], timesteps=[900.0, 500.0, 100.0])
+    table = solvers.flow_euler_table(
+        NoiseLevels.from_flow(theirs.sigmas, timesteps=theirs.timesteps)
+    )
+    assert table.timesteps.tolist() == [900, 500, 100]
+    x = dummy().float() - 0.5
+    for t in theirs.timesteps:
+        x = theirs.step(bent(x, t), t, x).prev_sample
+    same(walk(table, bent, dummy() - 0.5), x.double())
+
+
+def test_an_inverted_flow_is_that_of_diffusers() -> None:
+    theirs = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0, invert_sigmas=True)
+    theirs.set_timesteps(9)
+    table = solvers.flow_euler_table(theirs.sigmas.double())
+    assert theirs.sigmas[0] < theirs.sigmas[-1] == 1
+    assert (table.timesteps - theirs.timesteps).abs().max() <= 1e-4
+    x = dummy().float() - 0.5
+    for t in theirs.timesteps:
+        x = theirs.step(bent(x, t), t, x).prev_sample
+    same(walk(table, bent, dummy() - 0.5), x.double())
+
+
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 def test_edm_euler_is_that_of_diffusers(prediction_type) -> None:
     theirs = diffusers.EDMEulerScheduler(prediction_type=prediction_type)

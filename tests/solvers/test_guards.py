@@ -337,12 +337,14 @@ REFUSED = {
     "neither": (
         lambda: NoiseLevels.from_schedule(LINEAR),
         ValueError,
-        "timesteps or sigmas must be given, and not both",
+        "timesteps or sigmas must be given, got neither",
     ),
-    "both": (
-        lambda: NoiseLevels.from_schedule(LINEAR, torch.tensor([1]), sigmas=SIGMAS),
+    "rounded-labels": (
+        lambda: NoiseLevels.from_schedule(
+            LINEAR, [3.5, 2.5, 1.5, 0.5], sigmas=SIGMAS, round_timesteps=True
+        ),
         ValueError,
-        "timesteps or sigmas must be given, and not both",
+        "round_timesteps must be False with timesteps and sigmas, got True",
     ),
     "timesteps-out": (
         lambda: NoiseLevels.from_schedule(LINEAR, torch.tensor([1000, 0])),
@@ -350,9 +352,9 @@ REFUSED = {
         "timesteps must lie in 0 .. 999",
     ),
     "timesteps-rise": (
-        lambda: NoiseLevels.from_schedule(LINEAR, torch.tensor([0, 10])),
+        lambda: NoiseLevels.from_schedule(LINEAR, torch.tensor([0, 10, 5, 20])),
         ValueError,
-        "timesteps must fall",
+        "timesteps must rise at every step, got 5 at index 2",
     ),
     "timesteps-empty": (
         lambda: NoiseLevels.from_schedule(LINEAR, []),

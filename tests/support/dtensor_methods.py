@@ -138,6 +138,7 @@ _DIFFUSION: dict[str, Call] = {
     "p_sample learned": lambda x, y, t: _RANGE.p_sample(of_two_halves, x, t, noise=y),
     "p_sample respaced": lambda x, y, t: _spaced(x, t),
     "ddim_sample": lambda x, y, t: _PLAIN.ddim_sample(network, x, t, eta=0.5, noise=KEY),
+    "ddim_reverse_sample": lambda x, y, t: _PLAIN.ddim_reverse_sample(network, x, t),
     "vb_terms_bpd": lambda x, y, t: _KL.vb_terms_bpd(of_two_halves, x, y, t),
     "prior_bpd": lambda x, y, t: _PLAIN.prior_bpd(x),
 }

@@ -2,11 +2,11 @@
 
 Methods have the names of guided-diffusion, and the parameters that both have keep its names and
 its order, so that its training, sampling and likelihood scripts run with these methods. Its
-parameters ``denoised_fn`` and ``cond_fn`` do not exist here. From the place where one of them would
-stand, and in the sampling loops from ``noise`` on, parameters are keyword-only: a positional call
-that means another parameter raises TypeError. Parameters that guided-diffusion lacks are
-keyword-only. The constructor differs: it takes strings for the model's output and the loss, and
-``respace`` replaces ``SpacedDiffusion``.
+parameter ``cond_fn`` does not exist here, and ``denoised_fn`` only in ``ddim_reverse_sample`` and
+its loop. From the place where one of them would stand, and in the sampling loops from ``noise`` on,
+parameters are keyword-only: a positional call that means another parameter raises TypeError.
+Parameters that guided-diffusion lacks are keyword-only. The constructor differs: it takes strings
+for the model's output and the loss, and ``respace`` replaces ``SpacedDiffusion``.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ from diffcore.diffusion.checks import (
     constant_eta,
     warn_of_images,
 )
+from diffcore.diffusion.inversion import Inversion
 from diffcore.diffusion.tables import DiffusionTables
 from diffcore.guidance import Guidance
 from diffcore.noise import Noise, PhiloxNoise, StepNoise
@@ -52,7 +53,7 @@ from diffcore.schedules.betas import check_betas, check_direction
 _SMALLEST = torch.finfo(torch.float32).tiny
 
 
-class GaussianDiffusion:
+class GaussianDiffusion(Inversion):
     """Variance preserving diffusion with discrete timesteps 0 .. T-1, and its reverse process.
 
     x_t = sqrt(alphas_cumprod_t) x_0 + sqrt(1 - alphas_cumprod_t) noise. A model is called as

@@ -12,6 +12,7 @@ from torch import Tensor
 from diffcore._checks import as_int, check_choice, hint
 from diffcore._engine.dtensor import replicated
 from diffcore._engine.kept import Traced, constant_in_traces, made_plainly
+from diffcore.coefficients import step as step_formulas
 from diffcore.coefficients.bound import FIXED, LEARNED, VLB_COLUMNS, vlb_coefficients
 from diffcore.coefficients.step import posterior_coefficients, tensors, x0_coefficients
 from diffcore.schedules.schedule import NoiseSchedule
@@ -200,6 +201,32 @@ class DiffusionTables:
         table = ddim_coefficients(levels, eta, rederive_epsilon, prediction_type, clip)
         return DeviceCopies(table.flip(0))
 
+    def ddim_reverse(
+        self, clip: float | None, rederive_epsilon: bool, prediction_type: str
+    ) -> DeviceCopies:
+        """``reverse_step`` coefficients of the DDIM step up from each timestep.
+
+        The last goes to alpha = 0, as in guided-diffusion.
+        """
+        return self._copies("_ddim_reverse", clip, rederive_epsilon, prediction_type)
+
+    def _ddim_reverse(
+        self, clip: float | None, rederive_epsilon: bool, prediction_type: str
+    ) -> DeviceCopies:
+        alpha, sigma = self.schedule.alpha, self.schedule.sigma
+        return DeviceCopies(
+            step_formulas.ddim_coefficients(
+                alpha,
+                sigma,
+                torch.cat([alpha[1:], alpha.new_zeros(1)]),
+                torch.cat([sigma[1:], sigma.new_ones(1)]),
+                prediction_type=prediction_type,
+                # The same without a clip, but for the quotient by sigma.
+                rederive_epsilon=rederive_epsilon and clip is not None,
+                clip_range=clip,
+            )
+        )
+
     def clipped_x0(self, clip: float | None) -> DeviceCopies:
         """``reverse_step`` coefficients whose result is the clipped x_0."""
         return self._copies("_clipped_x0", clip)
@@ -271,6 +298,22 @@ class DiffusionTables:
         return ddim_table(
             self._levels(rows),
             eta=eta,
+            rederive_epsilon=rederive_epsilon,
+            prediction_type=self.prediction_type,
+            clip_range=clip,
+        )
+
+    def ddim_reverse_solver(
+        self, rows: tuple[int, ...] | None, clip: float | None, rederive_epsilon: bool
+    ) -> SolverTable:
+        """The DDIM solver from a clean sample up to the last of these timesteps."""
+        return self._solver("_ddim_reverse_solver", rows, clip, rederive_epsilon)
+
+    def _ddim_reverse_solver(
+        self, rows: tuple[int, ...] | None, clip: float | None, rederive_epsilon: bool
+    ) -> SolverTable:
+        return ddim_table(
+            self._levels(rows).reversed(),
             rederive_epsilon=rederive_epsilon,
             prediction_type=self.prediction_type,
             clip_range=clip,

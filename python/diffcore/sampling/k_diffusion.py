@@ -5,7 +5,8 @@ write a loop on ``SolverTable.step``. They take
 
 - model: ``model(x, sigma, **extra_args)`` with sigma ``[B]``; it returns the denoised sample.
 - x: Samples ``[B, ...]``.
-- sigmas: ``[N + 1]``, falling, with or without a 0 at the end: ``get_sigmas_karras`` and the like.
+- sigmas: ``[N + 1]``, falling, with or without a 0 at the end: ``get_sigmas_karras`` and the like;
+  or for a sampler without noise rising, from above 0.
   They are read on the host: where they are on a GPU, the call waits for it once. The solver table
   is made when the sigmas or the options are new, and cached.
 - extra_args: More arguments for the model.

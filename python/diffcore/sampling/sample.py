@@ -52,7 +52,7 @@ def sample(
             returns twice the channels: the prediction, then the predicted variance (under guidance
             the conditional one is used).
         x: The samples to start from, ``[B, ...]``: standard normal noise times
-            ``table.init_noise_sigma``.
+            ``table.init_noise_sigma``, or for a table of levels that rise the samples to invert.
         table: The solver (``diffcore.solvers``).
         guidance_scale: w of classifier-free guidance, m_u + w (m_c - m_u): a number or ``[B]``.
         guidance: Another rule of ``diffcore.guidance``, instead of ``guidance_scale``.

@@ -7,7 +7,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from diffcore._checks import as_flag, check_choice
+from diffcore._checks import as_flag, as_real, check_choice
 from diffcore._types import ClipRange
 from diffcore.coefficients import step as formulas
 from diffcore.coefficients.step import LEARNED, VARIANCE_TYPES, posterior_coefficients, tensors
@@ -16,9 +16,9 @@ from diffcore.solvers.rows import (
     Rows,
     ancestral,
     at_least_zero,
+    move,
     one_call_coefficients,
     one_call_table,
-    toward,
 )
 from diffcore.solvers.table import SolverTable
 
@@ -48,13 +48,14 @@ def ddpm_table(
         N rows, with a ``variance`` where it is learned.
 
     Raises:
-        ValueError: Unknown variance_type, or as ``NoiseLevels``.
+        ValueError: Unknown variance_type, levels that rise, or as ``NoiseLevels``.
 
     Source:
         Ho et al. 2020 (arXiv 2006.11239) algorithm 2; Nichol and Dhariwal 2021 (arXiv 2102.09672)
         eq. 15.
     """
     levels = as_levels(levels, prediction_type)
+    levels.check_falls("ddpm_table")
     coefficients, variance = ddpm_coefficients(levels, variance_type, prediction_type, clip_range)
     return one_call_table("ddpm", levels, coefficients, variance=variance)
 
@@ -89,7 +90,8 @@ def ddim_table(
 
     epsilon is derived from the clipped x0 (``rederive_epsilon=True``, OpenAI's rule) or from the
     unclipped model output (``False``, the default of diffusers). Order 1; with eta = 0 the same as
-    ``euler_table``.
+    ``euler_table``. Then levels may rise (DDIM inversion), and where the first is clean, epsilon
+    there is that of the model for both rules.
 
     Args:
         levels: Noise levels to visit, or sigmas ``[N + 1]`` with alpha = 1.
@@ -102,7 +104,7 @@ def ddim_table(
         N rows.
 
     Raises:
-        ValueError: eta outside [0, 1], or as ``NoiseLevels``.
+        ValueError: eta outside [0, 1], eta above 0 with levels that rise, or as ``NoiseLevels``.
 
     Source:
         Song et al. 2021 (arXiv 2010.02502) eq. 12 and 16.
@@ -120,14 +122,37 @@ def ddim_coefficients(
     clip_range: ClipRange,
 ) -> Tensor:
     """The coefficients of ``ddim_table``, which has the same arguments."""
+    rederive_epsilon = as_flag("rederive_epsilon", rederive_epsilon)
+    if levels.rising:
+        if as_real("eta", eta) != 0:
+            levels.check_falls(f"ddim_table with eta={eta}")
+        return _inverse_ddim(levels, rederive_epsilon, prediction_type, clip_range)
     # With x0 as the prediction, the first four columns are those of the step alone.
     steps = formulas.ddim_coefficients(*_ends(levels), eta=eta, prediction_type="sample")
     c_x, _, c_0, c_z = steps[:, :4].unbind(1)
     columns = {"c_x": c_x, "c_0": c_0, "c_z": c_z}
-    if not as_flag("rederive_epsilon", rederive_epsilon):
+    if not rederive_epsilon:
         e_x, e_m = levels.epsilon_columns(prediction_type)
         direction = c_x * levels.sigma[:-1]
         columns |= {"c_x": direction * e_x, "c_m": direction * e_m, "c_0": levels.alpha[1:]}
+    return one_call_coefficients("ddim", levels, prediction_type, clip_range, **columns)
+
+
+def _inverse_ddim(
+    levels: NoiseLevels, rederive_epsilon: bool, prediction_type: str, clip_range: ClipRange
+) -> Tensor:
+    """The coefficients of ``ddim_table`` up the noise levels.
+
+    Without a clip both rules for epsilon mean the same, and the model's has no quotient by sigma.
+    """
+    levels.check_start(prediction_type)
+    alpha, sigma, alpha_next, sigma_next = _ends(levels)
+    e_x, e_m = levels.epsilon_columns(prediction_type)
+    columns = {"c_x": sigma_next * e_x, "c_m": sigma_next * e_m, "c_0": alpha_next}
+    if rederive_epsilon and clip_range is not None:
+        noisy, keep = sigma > 0, sigma_next / sigma
+        rederived = {"c_x": keep, "c_m": torch.zeros_like(keep), "c_0": alpha_next - alpha * keep}
+        columns = {n: torch.where(noisy, rederived[n], c) for n, c in columns.items()}
     return one_call_coefficients("ddim", levels, prediction_type, clip_range, **columns)
 
 
@@ -142,7 +167,7 @@ def euler_ancestral_table(
     """Euler's step to sigma_down, then noise up to sigma'. Order 1.
 
     sigma_up = eta sqrt(beta_tilde), at most sigma'; sigma_down^2 = sigma'^2 - sigma_up^2. For
-    eta <= 1 this is DDIM's rule, with a factor for the noise.
+    eta <= 1 this is DDIM's rule, with a factor for the noise. Levels may rise with eta = 0.
 
     Args:
         levels: Noise levels to visit, or sigmas ``[N + 1]`` with alpha = 1.
@@ -155,18 +180,19 @@ def euler_ancestral_table(
         N rows.
 
     Raises:
-        ValueError: eta below 0, or as ``NoiseLevels``.
+        ValueError: eta below 0, eta above 0 with levels that rise, or as ``NoiseLevels``.
 
     Source:
         k-diffusion's ``sample_euler_ancestral``.
     """
     eta, s_noise = at_least_zero("eta", eta), at_least_zero("s_noise", s_noise)
     levels = as_levels(levels, prediction_type)
+    if eta > 0:
+        levels.check_falls("euler_ancestral_table with eta > 0")
     rows = Rows("euler_ancestral", levels, prediction_type, clip_range)
     for i, (here, after) in enumerate(pairwise(levels.levels())):
         down, up = ancestral(here, after, eta)
-        c_x, c_0 = toward(here, after.alpha, down)
-        rows.add(i, here, c_x=c_x, c_0=c_0, c_z=s_noise * up)
+        rows.add(i, here, **move(here, after.alpha, down), c_z=s_noise * up)
     return rows.table(1)
 
 

@@ -39,13 +39,15 @@ def cfg_pp_table(
         N rows, for ``guidance_scale=`` or ``guidance=`` of any kind.
 
     Raises:
-        ValueError: eta below 0, or as ``NoiseLevels``.
+        ValueError: eta below 0, eta above 0 with levels that rise, or as ``NoiseLevels``.
 
     Source:
         Chung et al. 2024 (arXiv 2406.08070).
     """
     eta, s_noise = at_least_zero("eta", eta), at_least_zero("s_noise", s_noise)
     levels = as_levels(levels, prediction_type)
+    if eta > 0:
+        levels.check_falls("cfg_pp_table with eta > 0")
     rows = Rows("cfg_pp", levels, prediction_type, clip_range)
     for i, (here, after) in enumerate(pairwise(levels.levels())):
         down, up = ancestral(here, after, eta)
@@ -73,7 +75,7 @@ def dpmpp_2m_cfg_pp_table(
         N rows, for ``guidance_scale=`` or ``guidance=`` of any kind.
 
     Raises:
-        ValueError: Levels that start at alpha = 0, or as ``NoiseLevels``.
+        ValueError: Levels that start or end at alpha = 0, or as ``NoiseLevels``.
 
     Source:
         ComfyUI's ``sample_dpmpp_2m_cfg_pp``; Chung et al. 2024 (arXiv 2406.08070).
@@ -84,6 +86,11 @@ def dpmpp_2m_cfg_pp_table(
     points = levels.levels()
     for i, (here, after) in enumerate(pairwise(points)):
         a_x, a_m = levels.x0(here, prediction_type)
+        if here.sigma == 0:
+            e_x, e_m = levels.epsilon(here, prediction_type)
+            c_x, c_u = after.sigma * e_x, after.sigma * e_m
+            rows.add(i, here, c_x=c_x, c_0=after.alpha, c_u=c_u, e_x=a_x, e_u=a_m)
+            continue
         keep = after.sigma / here.sigma  # alpha' k = keep alpha
         columns = {"c_0": after.alpha, "e_x": a_x, "e_u": a_m}
         if i and after.sigma:

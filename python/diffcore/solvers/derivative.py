@@ -15,7 +15,7 @@ from diffcore._checks import as_real
 from diffcore._kernels.step import MOST_HISTORY
 from diffcore._types import ClipRange
 from diffcore.solvers.levels import Level, Levels, NoiseLevels, as_levels
-from diffcore.solvers.rows import Rows, ancestral, at_least_zero, check_order, toward
+from diffcore.solvers.rows import Rows, ancestral, at_least_zero, check_order, move, toward
 from diffcore.solvers.table import SolverTable
 
 # The most by which EDM raises a noise level, as a fraction of it.
@@ -37,9 +37,9 @@ def euler_table(
     """Euler's method: x' = x + (sigma' - sigma) (x - x0) / sigma, with churn if asked for. Order 1.
 
     The step is alpha' x0 + sigma' noise on every path: DDIM with eta = 0 for a variance preserving
-    process, x + (sigma' - sigma) m for a flow. Churn raises the level to sigma (1 + gamma)
-    before the model is called, gamma = min(s_churn / N, sqrt(2) - 1) where s_tmin <= sigma <=
-    s_tmax.
+    process, x + (sigma' - sigma) m for a flow. Levels may rise. Churn raises the level to sigma
+    (1 + gamma) before the model is called, gamma = min(s_churn / N, sqrt(2) - 1) where s_tmin <=
+    sigma <= s_tmax.
 
     Args:
         levels: Noise levels to visit, or sigmas ``[N + 1]`` with alpha = 1.
@@ -54,7 +54,7 @@ def euler_table(
         N rows.
 
     Raises:
-        ValueError: Churn with alpha other than 1, or as ``NoiseLevels``.
+        ValueError: Churn with alpha other than 1 or with levels that rise, or as ``NoiseLevels``.
 
     Source:
         Karras et al. 2022 (arXiv 2206.00364) algorithm 2 without its correction; Song et al. 2021
@@ -65,8 +65,8 @@ def euler_table(
     rows = Rows("euler", levels, prediction_type, clip_range)
     for i, after in enumerate(levels.levels()[1:]):
         here = churn.level(i)
-        c_x, c_0 = toward(here, after.alpha, after.sigma)
-        rows.add(i, here, churn.interval(i + 1), c_x=c_x, c_0=c_0, c_z=churn.noise(i + 1))
+        columns = move(here, after.alpha, after.sigma)
+        rows.add(i, here, churn.interval(i + 1), **columns, c_z=churn.noise(i + 1))
     return rows.table(1, start=(1.0, churn.noise(0)))
 
 
@@ -83,7 +83,8 @@ def heun_table(
     """Heun's method: Euler's step, then the mean of the derivatives at both ends. Order 2.
 
     d = (x - x0) / sigma, x_mid = x + (sigma' - sigma) d, d' at (x_mid, sigma'), x' = x + (sigma' -
-    sigma) (d + d') / 2. A step to sigma = 0 is Euler's. Churn as in ``euler_table``.
+    sigma) (d + d') / 2. A step to sigma = 0 is Euler's. Levels may rise. Churn as in
+    ``euler_table``.
 
     Args:
         levels: Noise levels to visit, or sigmas ``[N + 1]`` with alpha = 1.
@@ -98,8 +99,8 @@ def heun_table(
         2N rows, 2N - 1 if the last sigma is 0.
 
     Raises:
-        ValueError: Churn with alpha other than 1, variance preserving levels that start at
-            alpha = 0, or as ``NoiseLevels``.
+        ValueError: Churn with alpha other than 1 or with levels that rise, variance preserving
+            levels that start or end at alpha = 0, or as ``NoiseLevels``.
 
     Source:
         Karras et al. 2022 (arXiv 2206.00364) algorithms 1 and 2.
@@ -110,15 +111,19 @@ def heun_table(
     straight = _straight(levels, "heun_table")
     for i, after in enumerate(levels.levels()[1:]):
         here, c_z = churn.level(i), churn.noise(i + 1)
-        c_x, c_0 = toward(here, after.alpha, after.sigma)
+        columns = move(here, after.alpha, after.sigma)
         if after.sigma == 0 or after.ratio == here.ratio:
-            rows.add(i, here, churn.interval(i + 1), c_x=c_x, c_0=c_0, c_z=c_z)
+            rows.add(i, here, churn.interval(i + 1), **columns, c_z=c_z)
             continue
         # x / scale + (s' - s) / 2 d, times scale', is half of Euler's step.
         (scale, s), (scale_after, s_after) = straight(here), straight(after)
         half = (s_after - s) / 2
-        e_x, e_0 = scale_after / scale * (1 + half / s), -scale_after * half / s
-        rows.add(i, here, c_x=c_x, c_0=c_0, e_x=e_x, e_0=e_0)
+        if here.sigma == 0:  # s is 0, and half the step leads to s = half
+            kept = {"e_0": scale_after - straight.lost * half, "e_eps": scale_after * half}
+        else:
+            e_x, e_0 = scale_after / scale * (1 + half / s), -scale_after * half / s
+            kept = {"e_x": e_x, "e_0": e_0}
+        rows.add(i, here, **columns, **kept)
         rows.add(
             i,
             after,
@@ -144,7 +149,7 @@ def dpm2_table(
     """DPM-Solver-2: the derivative at the geometric middle of sigma and sigma'. Order 2.
 
     x_mid by Euler's step to sqrt(sigma sigma'), d there, x' = x + (sigma' - sigma) d. A step to
-    sigma = 0 is Euler's. Churn as in ``euler_table``.
+    sigma = 0 or from there is Euler's. Levels may rise. Churn as in ``euler_table``.
 
     Args:
         levels: Noise levels to visit, or sigmas ``[N + 1]`` with alpha = 1.
@@ -156,10 +161,10 @@ def dpm2_table(
         clip_range: Bounds of the predicted x_0: ``c`` for [-c, c], (lowest, highest), or ``None``.
 
     Returns:
-        2N rows, 2N - 1 if the last sigma is 0.
+        2N rows, 2N - 1 if the first or the last sigma is 0.
 
     Raises:
-        ValueError: As ``heun_table``.
+        ValueError: As ``heun_table``, with levels of any path.
 
     Source:
         Lu et al. 2022 (arXiv 2206.00927) algorithm 1, in k-diffusion's form (``sample_dpm_2``).
@@ -190,7 +195,8 @@ def dpm2_ancestral_table(
 ) -> SolverTable:
     """DPM-Solver-2 to sigma_down, then noise up to sigma'. Order 1 (2 for eta = 0).
 
-    sigma_up = eta sqrt(beta_tilde), at most sigma'; sigma_down^2 = sigma'^2 - sigma_up^2.
+    sigma_up = eta sqrt(beta_tilde), at most sigma'; sigma_down^2 = sigma'^2 - sigma_up^2. Levels
+    may rise with eta = 0.
 
     Args:
         levels: Noise levels to visit, or sigmas ``[N + 1]`` with alpha = 1.
@@ -200,16 +206,18 @@ def dpm2_ancestral_table(
         clip_range: Bounds of the predicted x_0: ``c`` for [-c, c], (lowest, highest), or ``None``.
 
     Returns:
-        2N rows, less one for each step to sigma_down = 0.
+        2N rows, less one for each step to sigma_down = 0 or from sigma = 0.
 
     Raises:
-        ValueError: eta below 0, or as ``heun_table``.
+        ValueError: eta below 0, eta above 0 with levels that rise, or as ``dpm2_table``.
 
     Source:
         k-diffusion's ``sample_dpm_2_ancestral``.
     """
     levels = as_levels(levels, prediction_type)
     eta, s_noise = at_least_zero("eta", eta), at_least_zero("s_noise", s_noise)
+    if eta > 0:
+        levels.check_falls("dpm2_ancestral_table with eta > 0")
     rows = Rows("dpm2_ancestral", levels, prediction_type, clip_range)
     points = levels.levels()
     for i, (here, after) in enumerate(itertools.pairwise(points)):
@@ -229,7 +237,8 @@ def lms_table(
 
     x' = x + integral from sigma to sigma' of the polynomial through the last ``order`` derivatives.
     The first steps have fewer derivatives: the first is Euler's, and its second-order error
-    remains. The stated order holds where the first steps are short or their error decays.
+    remains. The stated order holds where the first steps are short or their error decays. Levels
+    may rise.
 
     Args:
         levels: Noise levels to visit, or sigmas ``[N + 1]`` with alpha = 1.
@@ -257,6 +266,11 @@ def lms_table(
         known = [places[i - k][1] for k in range(min(order, i + 1))]
         weights = [w * scale_after for w in _adams_weights(known, s_after)]
         history = {f"c_{k}": w for k, w in enumerate(weights[1:], 1)}
+        if here.sigma == 0:
+            lost = straight.lost
+            c_0 = scale_after / scale * here.alpha - lost * weights[0]
+            rows.add(i, here, c_0=c_0, c_eps=weights[0], e_0=-lost, e_eps=1.0)
+            continue
         rows.add(
             i,
             here,
@@ -279,6 +293,8 @@ class _Churn:
         s_noise, s_tmax = at_least_zero("s_noise", s_noise), as_real("s_tmax", s_tmax)
         if not s_tmin <= s_tmax:
             raise ValueError(f"s_tmin must be at most s_tmax, {s_tmax}, got {s_tmin}")
+        if s_churn > 0:
+            levels.check_falls("s_churn > 0")
         if s_churn > 0 and levels.path != "ve":
             raise ValueError(
                 f"s_churn must be 0 unless alpha = 1, got {s_churn} on the path {levels.path!r}; "
@@ -308,10 +324,14 @@ class _Churn:
 
 
 class _Straight:
-    """(scale, s) of a level, such that d(x / scale) / ds is constant on a straight path."""
+    """(scale, s) of a level, such that d(x / scale) / ds is constant on a straight path.
+
+    The derivative is epsilon - lost x_0: in a flow the signal falls while the noise rises.
+    """
 
     def __init__(self, path: str) -> None:
         self._vp = path == "vp"
+        self.lost = 1.0 if path == "flow" else 0.0
 
     def __call__(self, level: Level) -> tuple[float, float]:
         return (level.alpha, level.ratio) if self._vp else (1.0, level.sigma)
@@ -334,9 +354,8 @@ def _dpm2_step(
 ) -> None:
     """One step of DPM-Solver-2 to (alpha, sigma), and noise after it."""
     alpha, sigma = target
-    if sigma == 0 or sigma * here.alpha == alpha * here.sigma:
-        c_x, c_0 = toward(here, alpha, sigma)
-        rows.add(i, here, interval, c_x=c_x, c_0=c_0, c_z=c_z)
+    if sigma == 0 or here.sigma == 0 or sigma * here.alpha == alpha * here.sigma:
+        rows.add(i, here, interval, **move(here, alpha, sigma), c_z=c_z)
         return
     levels.check_signal("dpm2_table")
     middle = levels.at(math.sqrt(here.ratio) * math.sqrt(sigma / alpha))

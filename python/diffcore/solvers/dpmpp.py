@@ -10,7 +10,7 @@ from diffcore._checks import as_real, check_choice
 from diffcore._types import ClipRange
 from diffcore.solvers.exponential import first_order_weight, interpolating_weights, last_finite, phi
 from diffcore.solvers.levels import Levels, as_levels
-from diffcore.solvers.rows import Rows, ancestral, at_least_zero, check_order, toward
+from diffcore.solvers.rows import Rows, ancestral, at_least_zero, check_order, move, toward
 from diffcore.solvers.table import SolverTable
 
 ALGORITHM_TYPES = ("dpmsolver++", "sde-dpmsolver++")
@@ -41,7 +41,8 @@ def dpmpp_table(
     + H phi_2 D1 + H phi_3 D2) + sigma' sqrt(1 - exp(-2 eta h)) z, the phi at -H. "midpoint"
     replaces H phi_2 by H phi_1 / 2 where the order is 2. The first step has order 1, the second at
     most 2. A step to sigma = 0 has order 1 and no noise; a step whose history begins at alpha = 0
-    has order 1.
+    has order 1. Levels may rise where no noise is added: a step from sigma = 0 or to alpha = 0, and
+    one whose history begins at sigma = 0, has order 1.
 
     As published, the third-order step has half of the second difference (D2 above is the divided
     difference, not the second derivative), so it converges with order 2, with a small constant.
@@ -65,8 +66,8 @@ def dpmpp_table(
         N rows.
 
     Raises:
-        ValueError: Order outside 1 .. 3, unknown algorithm_type or solver_type, eta below 0, or as
-            ``NoiseLevels``.
+        ValueError: Order outside 1 .. 3, unknown algorithm_type or solver_type, eta below 0, noise
+            with levels that rise, or as ``NoiseLevels``.
 
     Source:
         Lu et al. 2022 (arXiv 2211.01095) algorithm 2 and appendix; eta as in k-diffusion.
@@ -77,6 +78,8 @@ def dpmpp_table(
     eta, s_noise = at_least_zero("eta", eta), at_least_zero("s_noise", s_noise)
     levels = as_levels(levels, prediction_type)
     eta = eta if algorithm_type == "sde-dpmsolver++" else 0.0
+    if eta > 0:
+        levels.check_falls("'sde-dpmsolver++' with eta > 0")
     rows = Rows(f"{algorithm_type}-{order}m", levels, prediction_type, clip_range)
     points, steps = levels.levels(), len(levels)
     lambdas = [level.lam for level in points]
@@ -85,6 +88,9 @@ def dpmpp_table(
         limit = order
         if lower_order_final and steps < _MANY_STEPS:
             limit = min(limit, left)
+        if here.sigma == 0 or after.alpha == 0:  # lambda is infinite, up the noise levels
+            rows.add(i, here, **move(here, after.alpha, after.sigma))
+            continue
         if after.sigma == 0 or lambdas[i] == lambdas[i + 1] or (euler_at_final and left == 1):
             limit = 1
         used = last_finite(lambdas, i, limit) if math.isfinite(lambdas[i]) else 1
@@ -121,7 +127,7 @@ def dpmpp_2s_table(
     model call moves x to that level, the second gives x0_mid there, and x' = (sigma_down / sigma) x
     + (alpha' - alpha sigma_down / sigma) x0_mid + sigma_up z. eta = 0 is the deterministic solver,
     eta = 1 k-diffusion's ``sample_dpmpp_2s_ancestral``; with noise the order is 1. A step to
-    sigma_down = 0 has one call.
+    sigma_down = 0 or from sigma = 0 has one call. Levels may rise with eta = 0.
 
     Args:
         levels: Noise levels to visit, or sigmas ``[N + 1]`` with alpha = 1.
@@ -131,10 +137,11 @@ def dpmpp_2s_table(
         clip_range: Bounds of the predicted x_0: ``c`` for [-c, c], (lowest, highest), or ``None``.
 
     Returns:
-        2N rows, less one for each step to sigma_down = 0.
+        2N rows, less one for each step to sigma_down = 0 or from sigma = 0.
 
     Raises:
-        ValueError: eta below 0, levels that start at alpha = 0, or as ``NoiseLevels``.
+        ValueError: eta below 0, eta above 0 with levels that rise, levels that start or end at
+            alpha = 0, or as ``NoiseLevels``.
 
     Source:
         Lu et al. 2022 (arXiv 2211.01095) algorithm 1.
@@ -142,15 +149,17 @@ def dpmpp_2s_table(
     eta, s_noise = at_least_zero("eta", eta), at_least_zero("s_noise", s_noise)
     levels = as_levels(levels, prediction_type)
     levels.check_signal("dpmpp_2s_table")
+    if eta > 0:
+        levels.check_falls("dpmpp_2s_table with eta > 0")
     rows = Rows("dpmpp_2s", levels, prediction_type, clip_range)
     points = levels.levels()
     for i, (here, after) in enumerate(itertools.pairwise(points)):
         down, up = ancestral(here, after, eta)
-        c_x, c_0 = toward(here, after.alpha, down)
         c_z = s_noise * up
-        if down == 0 or after.ratio == here.ratio:
-            rows.add(i, here, c_x=c_x, c_0=c_0, c_z=c_z)
+        if down == 0 or here.sigma == 0 or after.ratio == here.ratio:
+            rows.add(i, here, **move(here, after.alpha, down), c_z=c_z)
             continue
+        c_x, c_0 = toward(here, after.alpha, down)
         middle = levels.at(math.sqrt(here.ratio) * math.sqrt(down / after.alpha))
         to_x, to_0 = toward(here, middle.alpha, middle.sigma)
         rows.add(i, here, c_x=to_x, c_0=to_0, e_x=c_x)
@@ -171,7 +180,7 @@ def dpmpp_sde_table(
 
     The first model call steps to lambda + r h: down to its sigma_down, then noise. The second steps
     from x to lambda + h with x0 (1 - 1 / (2 r)) + x0_mid / (2 r): down to sigma_down, then noise. A
-    step to sigma = 0 has one call and no noise.
+    step to sigma = 0 or from there has one call and no noise. Levels may rise with eta = 0.
 
     Args:
         levels: Noise levels to visit, or sigmas ``[N + 1]`` with alpha = 1.
@@ -182,11 +191,11 @@ def dpmpp_sde_table(
         clip_range: Bounds of the predicted x_0: ``c`` for [-c, c], (lowest, highest), or ``None``.
 
     Returns:
-        2N rows, 2N - 1 if the last sigma is 0.
+        2N rows, 2N - 1 if the first or the last sigma is 0.
 
     Raises:
-        ValueError: eta below 0, r outside (0, 1], levels that start at alpha = 0, or as
-            ``NoiseLevels``.
+        ValueError: eta below 0, eta above 0 with levels that rise, r outside (0, 1], levels that
+            start or end at alpha = 0, or as ``NoiseLevels``.
 
     Source:
         k-diffusion's ``sample_dpmpp_sde``.
@@ -197,12 +206,13 @@ def dpmpp_sde_table(
         raise ValueError(f"r must lie in (0, 1], got {r}")
     levels = as_levels(levels, prediction_type)
     levels.check_signal("dpmpp_sde_table")
+    if eta > 0:
+        levels.check_falls("dpmpp_sde_table with eta > 0")
     rows = Rows("dpmpp_sde", levels, prediction_type, clip_range)
     points = levels.levels()
     for i, (here, after) in enumerate(itertools.pairwise(points)):
-        if after.sigma == 0 or after.ratio == here.ratio:
-            c_x, c_0 = toward(here, after.alpha, after.sigma)
-            rows.add(i, here, c_x=c_x, c_0=c_0)
+        if after.sigma == 0 or here.sigma == 0 or after.ratio == here.ratio:
+            rows.add(i, here, **move(here, after.alpha, after.sigma))
             continue
         middle = levels.at(here.ratio ** (1 - r) * after.ratio**r)
         down, up = ancestral(here, middle, eta)

@@ -9,7 +9,7 @@ from diffcore._checks import check_choice
 from diffcore._types import ClipRange
 from diffcore.solvers.levels import Levels
 from diffcore.solvers.named import flow_levels
-from diffcore.solvers.rows import Rows, at_least_zero, toward
+from diffcore.solvers.rows import Rows, at_least_zero, move, toward
 from diffcore.solvers.table import SolverTable
 
 KINDS = ("flow_grpo", "dance_grpo", "cps")
@@ -52,7 +52,8 @@ def flow_sde_table(
         N rows.
 
     Raises:
-        ValueError: Unknown kind, eta out of range, or as ``flow_euler_table``.
+        ValueError: Unknown kind, eta out of range, eta above 0 with sigmas that rise, or as
+            ``flow_euler_table``.
 
     Source:
         Liu et al. 2025 (Flow-GRPO, arXiv 2505.05470); Xue et al. 2025 (DanceGRPO, arXiv
@@ -63,9 +64,14 @@ def flow_sde_table(
     if kind == "cps" and eta > 1:
         raise ValueError(f"eta must be in [0, 1] for kind='cps', got {eta}")
     levels = flow_levels(sigmas, num_train_timesteps)
+    if eta > 0:
+        levels.check_falls("flow_sde_table with eta > 0", "sigmas")
     rows = Rows(f"flow_sde_{kind}", levels, prediction_type, clip_range)
     points = levels.levels()
     for i, (here, after) in enumerate(pairwise(points)):
+        if eta == 0:
+            rows.add(i, here, **move(here, after.alpha, after.sigma))
+            continue
         if kind == "cps":
             c_z = after.sigma * math.sin(eta * math.pi / 2)
             c_x, c_0 = toward(here, after.alpha, after.sigma * math.cos(eta * math.pi / 2))

@@ -119,7 +119,7 @@ def flow_euler_table(
     """Euler's method in a rectified flow: x' = x + (sigma' - sigma) m. Order 1.
 
     Args:
-        sigmas: ``[N + 1]``, falling, in [0, 1], already shifted (``get_sigmas_flow``); or
+        sigmas: ``[N + 1]``, falling or rising, in [0, 1], already shifted (``get_sigmas_flow``); or
             ``NoiseLevels.from_flow``.
         num_train_timesteps: The timestep input is sigma times this. Not with ``NoiseLevels``, which
             have their own.

@@ -33,11 +33,17 @@ class TimeOf:
 
     def __call__(self, ratio: float) -> float:
         """The timestep; beyond the known values, that of the first or last."""
-        logs, times, log = self._logs, self._times, math.log(ratio)
+        logs, times = self._logs, self._times
+        log = math.log(ratio) if ratio > 0 else -math.inf
         high = bisect_left(logs, log)
         if high in (0, len(logs)):
             return times[max(high - 1, 0)]
-        share = (logs[high] - log) / (logs[high] - logs[high - 1])
+        below, above = logs[high - 1], logs[high]
+        if log == above:
+            return times[high]
+        if math.isinf(below) or math.isinf(above):  # an end without a logarithm: the other one
+            return times[high if math.isinf(below) else high - 1]
+        share = (above - log) / (above - below)
         return times[high] - share * (times[high] - times[high - 1])
 
 
@@ -57,8 +63,8 @@ class FlowTime:
 
 
 def quarter_log(ratio: float) -> float:
-    """EDM's timestep input, log(sigma) / 4, from sigma / alpha with alpha = 1."""
-    return math.log(ratio) / 4
+    """EDM's timestep input, log(sigma) / 4, from sigma / alpha with alpha = 1; minus inf at 0."""
+    return math.log(ratio) / 4 if ratio > 0 else -math.inf
 
 
 def on_path(path: str, ratio: float) -> tuple[float, float]:
@@ -114,6 +120,68 @@ def path_of(schedule: NoiseSchedule) -> str:
         "schedule must be variance preserving (alpha^2 + sigma^2 = 1), variance exploding "
         "(alpha = 1) or a rectified flow (alpha + sigma = 1), got another"
     )
+
+
+def rises(alpha: Tensor, sigma: Tensor) -> bool:
+    """Whether the last of some noise levels is noisier than the first."""
+    return bool(sigma[0] * alpha[-1] < sigma[-1] * alpha[0])
+
+
+def check_levels(alpha: Tensor, sigma: Tensor) -> None:
+    """Refuse noise levels that neither fall nor rise from the first to the last.
+
+    Args:
+        alpha: Signal coefficients, float64 ``[N + 1]``.
+        sigma: Noise coefficients, float64 ``[N + 1]``.
+
+    Raises:
+        ValueError: A level out of order, alpha = 0 elsewhere than at the noisiest level, or sigma =
+            0 elsewhere than at the cleanest.
+    """
+    rising = rises(alpha, sigma)
+    if rising:
+        noisy, where, offset = sigma[1:], "after the first level", 1
+    else:
+        noisy, where, offset = sigma[:-1], "before the last level", 0
+    refuse_first(f"sigma must be above 0 {where}", noisy, noisy <= 0, offset)
+    refuse_first("sigma must be at least 0", sigma, sigma < 0)
+    refuse_first("alpha must be at least 0", alpha, alpha < 0)
+    if rising:
+        signal, where, offset = alpha[:-1], "before the last level", 0
+    else:
+        signal, where, offset = alpha[1:], "after the first level", 1
+    refuse_first(f"alpha must be above 0 {where}", signal, signal <= 0, offset)
+    # sigma' alpha <= sigma alpha' means that sigma / alpha falls, without a division by 0.
+    before, after = alpha[:-1] * sigma[1:], alpha[1:] * sigma[:-1]
+    if rising:
+        wrong = after >= before
+    else:
+        wrong = after < before
+        wrong[:-1] |= (after == before)[:-1]  # the last step may keep its level (DDIM's t = 0)
+    if bool(wrong.any()):
+        step = int(wrong.nonzero()[0])
+        raise ValueError(
+            f"sigmas must {'rise' if rising else 'fall'} at every step, got step {step} from "
+            f"(alpha, sigma) = ({alpha[step]:.6g}, {sigma[step]:.6g}) to ({alpha[step + 1]:.6g}, "
+            f"{sigma[step + 1]:.6g})"
+        )
+
+
+def refuse_first(what: str, values: Tensor, wrong: Tensor, offset: int = 0) -> None:
+    """Raises for the first wrong value of a vector, by its index.
+
+    Args:
+        what: The rule that it breaks.
+        values: The vector.
+        wrong: Which of its values are wrong.
+        offset: Added to the index.
+
+    Raises:
+        ValueError: Some value is wrong.
+    """
+    if bool(wrong.any()):
+        i = int(wrong.nonzero()[0])
+        raise ValueError(f"{what}, got {values[i].item():.6g} at index {i + offset}")
 
 
 def level_vector(name: str, values: Tensor | Sequence[float]) -> Tensor:

@@ -38,11 +38,14 @@ class Rows:
         clip_range: float | tuple[float, float] | None,
     ) -> None:
         check_choice("prediction_type", prediction_type, PREDICTION_TYPES)
+        levels.check_start(prediction_type)
         self._name = name
         self._levels = levels
         self._ratios: list[float] = (levels.sigma / levels.alpha).tolist()
         self._prediction_type = prediction_type
         self._clip = parse_clip_range(clip_range)
+        # With x_0 as the output, epsilon is a quotient by sigma anyway.
+        self._by_epsilon = levels.rising and clip_range is None and prediction_type != "sample"
         self._rows: list[dict[str, float]] = []
         self._called: list[Level] = []
         self._steps: list[int] = []
@@ -63,9 +66,15 @@ class Rows:
             level: Where the model is called.
             noise: sigma / alpha before and after the row's noise; from ``level`` to the end of the
                 step if not given.
-            **columns: Those that are not 0, of ``STEP_COLUMNS`` or c_u and e_u; a_x, a_m and the
-                clip bounds are filled in.
+            **columns: Those that are not 0, of ``STEP_COLUMNS``, c_u and e_u, or c_eps and e_eps,
+                factors of the noise that the model predicts; a_x, a_m and the clip bounds are
+                filled in.
         """
+        if self._by_epsilon and "c_u" not in columns:
+            columns = _by_epsilon(level, columns)
+        if "c_eps" in columns:
+            e_x, e_m = self._levels.epsilon(level, self._prediction_type)
+            columns = _of_output(e_x, e_m, columns)
         a_x, a_m = self._levels.x0(level, self._prediction_type)
         low, high = self._clip
         row = {"a_x": a_x, "a_m": a_m, "clip_min": low, "clip_max": high, **columns}
@@ -208,6 +217,49 @@ def _not_finite(column: str, step: int, name: str, value: float) -> ValueError:
     return ValueError(
         f"{column} of step {step} of {name} must be finite in float32, got {value:.6g}"
     )
+
+
+def _by_epsilon(level: Level, columns: dict[str, float]) -> dict[str, float]:
+    """The same x' and h' with x = alpha x_0 + sigma epsilon put in.
+
+    Up the noise levels the factors of x and x_0 grow like sigma' / sigma and cancel; those of x_0
+    and epsilon are alpha' and sigma'. Without a clip the two are equal but for rounding.
+    """
+    found = dict(columns)
+    for of_x, of_x0, of_epsilon in (("c_x", "c_0", "c_eps"), ("e_x", "e_0", "e_eps")):
+        by_x = found.pop(of_x, 0.0)
+        found[of_x0] = found.get(of_x0, 0.0) + by_x * level.alpha
+        found[of_epsilon] = found.get(of_epsilon, 0.0) + by_x * level.sigma
+    return found
+
+
+def _of_output(e_x: float, e_m: float, columns: dict[str, float]) -> dict[str, float]:
+    """The same with epsilon = e_x x + e_m m put in."""
+    found = dict(columns)
+    for part in ("c", "e"):
+        factor = found.pop(f"{part}_eps", 0.0)
+        for name, value in ((f"{part}_x", e_x), (f"{part}_m", e_m)):
+            found[name] = found.get(name, 0.0) + factor * value
+    return found
+
+
+def move(level: Level, alpha: float, sigma: float) -> dict[str, float]:
+    """The columns of the straight move of ``toward``, also from a clean sample.
+
+    There epsilon is what the model predicts: no x and x_0 determine it.
+
+    Args:
+        level: The level of x.
+        alpha: Signal coefficient to end at.
+        sigma: Noise coefficient to end at.
+
+    Returns:
+        Columns for ``Rows.add``.
+    """
+    if level.sigma == 0:
+        return {"c_0": alpha, "c_eps": sigma}
+    c_x, c_0 = toward(level, alpha, sigma)
+    return {"c_x": c_x, "c_0": c_0}
 
 
 def toward(level: Level, alpha: float, sigma: float) -> tuple[float, float]:

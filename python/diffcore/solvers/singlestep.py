@@ -10,7 +10,7 @@ from diffcore._types import ClipRange
 from diffcore.solvers.dpmpp import SOLVER_TYPES
 from diffcore.solvers.exponential import first_order_weight, interpolating_weights, phi
 from diffcore.solvers.levels import Levels, as_levels
-from diffcore.solvers.rows import Rows, check_order
+from diffcore.solvers.rows import Rows, check_order, move
 from diffcore.solvers.table import SolverTable
 
 
@@ -32,8 +32,8 @@ def dpmpp_singlestep_table(
     order 3; exact where the last one lies at 2/3 of the step). A row recovers the block's first
     sample from the current one, by subtracting what the block has added.
 
-    Blocks are shorter where the number of steps requires it, at a step to sigma = 0, and with
-    ``lower_order_final``, so that the last step has order 1.
+    Blocks are shorter where the number of steps requires it, at a step to sigma = 0 or from there,
+    and with ``lower_order_final``, so that the last step has order 1. Levels may rise.
 
     Args:
         levels: Noise levels to visit, or sigmas ``[N + 1]`` with alpha = 1.
@@ -47,8 +47,8 @@ def dpmpp_singlestep_table(
         N rows.
 
     Raises:
-        ValueError: Order outside 1 .. 3, unknown solver_type, levels that start at alpha = 0, or as
-            ``NoiseLevels``.
+        ValueError: Order outside 1 .. 3, unknown solver_type, levels that start or end at
+            alpha = 0, or as ``NoiseLevels``.
 
     Source:
         Lu et al. 2022 (arXiv 2211.01095) algorithm 1; Lu et al. 2022 (arXiv 2206.00927) appendix
@@ -62,14 +62,20 @@ def dpmpp_singlestep_table(
     points, steps = levels.levels(), len(levels)
     lambdas = [level.lam for level in points]
     to_clean = points[-1].sigma == 0
-    lower = lower_order_final or to_clean or steps % order != 0
-    places = _places(steps, order, lower)
+    # A step from a clean sample is a block: lambda is infinite at its start.
+    from_clean = [1] if points[0].sigma == 0 else []
+    left = steps - len(from_clean)
+    lower = lower_order_final or to_clean or left % order != 0
+    places = [*from_clean, *_places(left, order, lower)]
     if points[-1].ratio == points[-2].ratio or to_clean:
         places[-1] = 1
     added: list[float] = []  # alpha times the weights of the last step, latest x0 first
     for i, (here, after) in enumerate(pairwise(points)):
         place = places[i]
         first = i - place + 1
+        if here.sigma == 0:
+            rows.add(i, here, **move(here, after.alpha, after.sigma))
+            continue
         if place == 1:
             weights = [1 - here.alpha * after.sigma / (after.alpha * here.sigma)]
             added = []

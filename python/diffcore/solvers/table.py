@@ -105,7 +105,8 @@ class SolverTable:
             that is a function of an interval (k-diffusion's ``noise_sampler``).
         history: How many h its rows read, 0 to 3.
         order: Order of convergence to the probability flow (1 for a solver that adds noise).
-        init_noise_sigma: Standard deviation of the x to start from.
+        init_noise_sigma: Standard deviation of the x to start from; where levels rise, of the x at
+            the end.
         start_scale: See above; 1 unless churn raises the start.
         start_noise: See above; 0 unless churn raises the start.
         variance: float64 ``[S, 2]``: s_0 and s_v, where the model predicts its own variance and

@@ -10,7 +10,7 @@ from diffcore._checks import as_int, check_choice
 from diffcore._types import ClipRange
 from diffcore.solvers.exponential import first_order_weight, interpolating_weights, last_finite
 from diffcore.solvers.levels import Levels, as_levels
-from diffcore.solvers.rows import Rows, check_order
+from diffcore.solvers.rows import Rows, check_order, move
 from diffcore.solvers.table import SolverTable
 
 SOLVER_TYPES = ("bh1", "bh2")
@@ -37,7 +37,8 @@ def unipc_table(
 
     The first step has order 1, and the stated order holds where its error decays (for p = 3 the
     corrected first step has a local error of third order). A step to sigma = 0 has order 1; a step
-    from alpha = 0 has order 1 and no corrector.
+    from alpha = 0 has order 1 and no corrector. Levels may rise: a step from sigma = 0 has order 1
+    and no corrector, and a step to alpha = 0 has order 1.
 
     Args:
         levels: Noise levels to visit, or sigmas ``[N + 1]`` with alpha = 1.
@@ -70,14 +71,20 @@ def unipc_table(
     predicted: list[float] = []  # weights of the last prediction, of x0 at i-1, i-2, ...
     for i, (here, after) in enumerate(itertools.pairwise(points)):
         used = min(order, steps - i) if lower_order_final else order
-        if after.sigma == 0 or lambdas[i] == lambdas[i + 1]:
+        if here.sigma == 0:  # lambda is infinite, up the noise levels
+            rows.add(i, here, e_0=1.0, **move(here, after.alpha, after.sigma))
+            predicted = [1.0]
+            continue
+        if after.sigma == 0 or after.alpha == 0 or lambdas[i] == lambdas[i + 1]:
             used = 1
         used = last_finite(lambdas, i, used) if math.isfinite(lambdas[i]) else 1
         weights = _predictor(lambdas, i, used, solver_type)
-        if used == 1:  # no logarithm: both ends may be infinite
-            weights = [1 - here.alpha * after.sigma / (after.alpha * here.sigma)]
         c_x = after.sigma / here.sigma
+        if used == 1 and after.alpha > 0:  # no logarithm: both ends may be infinite
+            weights = [1 - here.alpha * after.sigma / (after.alpha * here.sigma)]
         columns = [after.alpha * w for w in weights] + [0.0] * (4 - used)
+        if after.alpha == 0:
+            columns[0] = -here.alpha * c_x
         if i > 0 and i - 1 not in uncorrected and math.isfinite(lambdas[i - 1]):
             corrected = _corrector(lambdas, i - 1, len(predicted), solver_type)
             for k, w in enumerate(corrected):

@@ -201,6 +201,12 @@ DIFFUSION_CASES: list[Case] = [
         suffix=", key",
     ),
     _method(
+        "ddim_reverse_sample",
+        lambda d, g: d.ddim_reverse_sample(model(g), g["x"], g["t"]),
+        "x weight",
+        "x weight",
+    ),
+    _method(
         "p_sample_loop",
         lambda d, g: d.p_sample_loop(
             model(g), g["x"].shape, noise=g["x"], step_noise=KEY, num_steps=4
@@ -213,6 +219,13 @@ DIFFUSION_CASES: list[Case] = [
     _method(
         "ddim_sample_loop",
         lambda d, g: d.ddim_sample_loop(model(g), g["x"].shape, noise=g["x"], num_steps=4),
+        "x weight",
+        "",
+        timesteps=False,
+    ),
+    _method(
+        "ddim_reverse_sample_loop",
+        lambda d, g: d.ddim_reverse_sample_loop(model(g), g["x"], num_steps=4),
         "x weight",
         "",
         timesteps=False,
