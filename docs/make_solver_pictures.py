@@ -123,10 +123,10 @@ def draw_trajectories(path: Path) -> None:
     for ax, (name, (make, steps)) in zip(axes.flat, LOOPS.items(), strict=True):
         ax.pcolormesh(fine, y, shade.T.sqrt(), cmap="Greys", vmax=2.2, shading="nearest")
         ax.plot(fine, exact, color=INK, linewidth=0.9, linestyle=(0, (4, 2)))
-        states: list[Tensor] = []
         sigmas = geometric(steps, TRAJECTORY_HIGH)
+        states = [at_quantile(STARTS, float(sigmas[0]))]
         end = solve(make, sigmas, STARTS, lambda state, states=states: states.append(state["x"]))
-        solved = torch.stack([*states, end]) / (1 + sigmas[:, None] ** 2).sqrt()
+        solved = torch.stack(states) / (1 + sigmas[:, None] ** 2).sqrt()
         for k, color in enumerate(COLORS):
             ax.plot(sigmas, solved[:, k], "o-", color=color, lw=1.3, markersize=2.8)
         error = float((end - at_quantile(STARTS, LOW)).square().mean().sqrt())

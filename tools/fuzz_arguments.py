@@ -312,7 +312,7 @@ ODD_CHOICES: dict[str, tuple[Any, ...]] = {
 }
 SAMPLES = (
     *("x0", "x", "y", "x_t", "x_next", "model_output", "model_output_uncond", "variance_output"),
-    *("mean", "logvar", "mean1", "logvar1", "mean2", "logvar2", "means", "log_scales"),
+    *("gradient", "mean", "logvar", "mean1", "logvar1", "mean2", "logvar2", "means", "log_scales"),
 )
 COEFFICIENTS = (
     *("alpha", "sigma", "alpha_prev", "sigma_prev", "weight", "scale"),
@@ -365,6 +365,7 @@ def _argument(op: str, name: str, maker: Maker, by_step: bool) -> Any:
         if op == "prior_kl":
             return maker.random.choice([0.5, 1e-3, 1, 0.0, -1.0, 1e200])
         whole = op in ("predict_x0", "predict_epsilon", "ddpm_step", "ddim_step")
+        whole |= op == "classifier_guidance"
         leading = name in ("guidance_scale", "threshold", "scale")
         return maker.coefficient(maker.steps if by_step and not whole and not leading else None)
     if name == "noise":

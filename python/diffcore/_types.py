@@ -75,8 +75,11 @@ ClipRange: TypeAlias = float | tuple[float, float] | None
 Model: TypeAlias = Callable[..., Tensor]
 """``model(x, t, **model_kwargs)``."""
 
-Callback: TypeAlias = Callable[[dict[str, Any]], object]
-"""Called once a step, after its model call, with a read-only dict of its state."""
+Callback: TypeAlias = Callable[[dict[str, Any]], Tensor | None]
+"""Called once a step, after it, with a read-only dict of its state; may return another x."""
+
+CondFn: TypeAlias = Callable[..., Tensor]
+"""``cond_fn(x, t, **model_kwargs)``: the gradient of log p(y | x) by x."""
 
 BeforeModel: TypeAlias = Callable[[dict[str, Any]], Tensor | None]
 """Called once a step, before its model call, with a read-only dict; may return another x."""

@@ -52,7 +52,7 @@ def test_parameters_keep_the_order_of_guided_diffusion(name: str) -> None:
     assert positional == theirs[: len(positional)]
     shared = [n for n in theirs if n in ours]
     assert [n for n in ours if n in theirs] == shared
-    assert set(theirs) - set(shared) <= {"denoised_fn", "cond_fn"}
+    assert set(theirs) - set(shared) <= {"denoised_fn"}
     extra = [p for p in ours.values() if p.name not in theirs]
     assert all(p.kind is p.KEYWORD_ONLY for p in extra)
 

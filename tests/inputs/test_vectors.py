@@ -144,7 +144,7 @@ def test_sigmas_without_alpha_are_no_flow() -> None:
     makes = [getattr(solvers, name) for name in solvers.__all__ if name.endswith("_table")]
     makes = [make for make in makes if next(iter(signature(make).parameters)) == "levels"]
     makes = [make for make in makes if "cfg_pp" not in make.__name__]  # they need guidance
-    assert len(makes) == 16
+    assert len(makes) == 17
     for make in makes:
         for bare in ([0.8, 0.5, 0.0], torch.tensor([0.8, 0.5, 0.0])):
             with pytest.raises(ValueError, match=r"levels must be NoiseLevels.*from_flow\(sigmas"):

@@ -20,7 +20,8 @@ def test_linear_ops_are_their_specification(levels: list[tuple[object, object]])
     for kind in ops.PREDICTION_TYPES:
         pair = levels[kind == "flow_prediction"]
         options = {"prediction_type": kind}
-        calls += [(name, pair, options) for name in ("predict_x0", "predict_epsilon")]
+        names = ("predict_x0", "predict_epsilon", "classifier_guidance")
+        calls += [(name, pair, options) for name in names]
     for name, pair, options in calls:
         found, wanted = (getattr(where, name)(x, y, *pair, **options) for where in (ops, reference))
         torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)

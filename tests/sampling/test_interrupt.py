@@ -35,9 +35,9 @@ def test_ctrl_c_ends_sample_within_one_call(stop, eta):
     with pytest.raises(KeyboardInterrupt):
         diffcore.sample(interrupted, start, table, noise=key, callback=kept.update)
     assert calls == stop
-    assert kept.get("i", -1) == stop - 2  # the callback is called after the model
+    assert kept.get("i", -1) == stop - 2  # the last step that was completed
     expected = diffcore.sample(model, start, table, noise=key)
-    x, first = (kept["x"], kept["i"]) if kept else (start, 0)
+    x, first = (kept["x"], kept["i"] + 1) if kept else (start, 0)
     with torch.no_grad():
         for i in range(first, len(table)):
             t = table.timesteps[i].expand(len(x))

@@ -45,7 +45,9 @@ def _linear(
     return OpCase(name, op, tensors, formula, options, tensors, out=True, benchmarked=benchmarked)
 
 
-def _conversions(op: Callable[..., Any], formula: Callable[..., Any]) -> list[OpCase]:
+def _conversions(
+    op: Callable[..., Any], formula: Callable[..., Any], other: str = "x_t"
+) -> list[OpCase]:
     def options(kind: str) -> dict[str, Any]:
         sigma = 0.4 if kind == "flow_prediction" else 0.8
         return {"alpha": 0.6, "sigma": sigma, "prediction_type": kind}
@@ -56,7 +58,7 @@ def _conversions(op: Callable[..., Any], formula: Callable[..., Any]) -> list[Op
             op,
             formula,
             lambda b, kind=kind: options(kind),
-            ("model_output", "x_t"),
+            ("model_output", other),
             benchmarked=op is ops.predict_x0 and kind == "epsilon",
         )
         for kind in ops.PREDICTION_TYPES
@@ -137,6 +139,14 @@ CASES: list[OpCase] = [
     ),
     *_conversions(ops.predict_x0, formulas.predict_x0),
     *_conversions(ops.predict_epsilon, formulas.predict_epsilon),
+    *_conversions(ops.classifier_guidance, formulas.classifier_guidance, "gradient"),
+    _linear(
+        "classifier_guidance_scales",
+        ops.classifier_guidance,
+        formulas.classifier_guidance,
+        lambda b: {**_levels(b), "scale": ramp(0.5, 8, b)},
+        ("model_output", "gradient"),
+    ),
     *STEP_CASES,
     *_reduced(
         ops.normal_kl,

@@ -131,11 +131,18 @@ def _loss(d: GaussianDiffusion, learned: bool, **options: Any) -> Call:
 _DIFFUSION: dict[str, Call] = {
     "q_mean_variance": lambda x, y, t: _PLAIN.q_mean_variance(x, t),
     "q_sample": lambda x, y, t: (_PLAIN.q_sample(x, t, KEY), _PLAIN.q_sample(x, t, y)),
+    "q_sample_jump": lambda x, y, t: (
+        _PLAIN.q_sample_jump(x, t, 19, KEY),
+        _PLAIN.q_sample_jump(x, 3, 9, y),
+    ),
     "q_posterior_mean_variance": lambda x, y, t: _PLAIN.q_posterior_mean_variance(x, y, t),
     "p_mean_variance": lambda x, y, t: _PLAIN.p_mean_variance(network, x, t),
     "p_mean_variance learned": lambda x, y, t: _RANGE.p_mean_variance(of_two_halves, x, t),
     "p_sample": lambda x, y, t: _PLAIN.p_sample(network, x, t, noise=KEY),
     "p_sample learned": lambda x, y, t: _RANGE.p_sample(of_two_halves, x, t, noise=y),
+    "p_sample cond_fn": lambda x, y, t: _RANGE.p_sample(
+        of_two_halves, x, t, cond_fn=lambda x, t: -x, noise=KEY
+    ),
     "p_sample respaced": lambda x, y, t: _spaced(x, t),
     "ddim_sample": lambda x, y, t: _PLAIN.ddim_sample(network, x, t, eta=0.5, noise=KEY),
     "ddim_reverse_sample": lambda x, y, t: _PLAIN.ddim_reverse_sample(network, x, t),

@@ -102,6 +102,33 @@ def predict_x0(
     }[prediction_type]()
 
 
+def classifier_guidance(
+    xp: Any,
+    model_output: Any,
+    gradient: Any,
+    alpha: Any,
+    sigma: Any,
+    prediction_type: str = "epsilon",
+    scale: Any = 1.0,
+) -> Any:
+    # x_0 moves by sigma^2 / alpha, the noise by -sigma; the prediction is a sum of both.
+    a, s, g = (
+        _column(alpha, gradient),
+        _column(sigma, gradient),
+        _column(scale, gradient) * gradient,
+    )
+    of_x0, of_noise = s * s / a * g, -s * g
+    return (
+        model_output
+        + {
+            "epsilon": lambda: of_noise,
+            "sample": lambda: of_x0,
+            "v_prediction": lambda: a * of_noise - s * of_x0,
+            "flow_prediction": lambda: of_noise - of_x0,
+        }[prediction_type]()
+    )
+
+
 def predict_epsilon(
     xp: Any, model_output: Any, x_t: Any, alpha: Any, sigma: Any, prediction_type: str = "epsilon"
 ) -> Any:

@@ -180,6 +180,44 @@ def target_coefficients(alpha: Coef, sigma: Coef, prediction_type: str) -> tuple
     return _constant(k_x0, alpha), _constant(k_noise, alpha)
 
 
+def classifier_coefficient(
+    alpha: Coef, sigma: Coef, prediction_type: str, scale: Coef = 1.0
+) -> Coef:
+    """The factor k of classifier guidance: model_output + k * gradient.
+
+    The gradient of log p(y | x_t) moves the predicted x_0 by sigma^2 / alpha times itself, and the
+    noise by -sigma times. epsilon: -sigma; sample: sigma^2 / alpha; v_prediction: -sigma (alpha^2 +
+    sigma^2) / alpha; flow_prediction: -sigma (alpha + sigma) / alpha; each times scale. Where alpha
+    = 0, x_t holds nothing of x_0: the gradient is 0, and k is 0 there.
+
+    Args:
+        alpha: Signal coefficient, float or tensor.
+        sigma: Noise coefficient, float or tensor.
+        prediction_type: What the model predicts, one of ``PREDICTION_TYPES``.
+        scale: Strength of the guidance, float or tensor.
+
+    Returns:
+        k.
+
+    Source:
+        Dhariwal and Nichol 2021 (arXiv 2105.05233) section 4.2, for epsilon.
+    """
+    check_choice("prediction_type", prediction_type, PREDICTION_TYPES)
+    alpha, sigma, scale = _float64((*_TWO, "scale"), alpha, sigma, scale)
+    if prediction_type == "sample":
+        k = sigma * sigma
+    elif prediction_type == "epsilon":
+        k = -sigma * alpha
+    elif prediction_type == "v_prediction":
+        k = -sigma * (alpha * alpha + sigma * sigma)
+    else:
+        k = -sigma * (alpha + sigma)
+    if isinstance(alpha, Tensor):
+        gone = alpha.abs() < _LEAST
+        return torch.where(gone, 0.0, scale * k / torch.where(gone, 1.0, alpha))
+    return 0.0 if _vanishes(alpha) else scale * k / alpha
+
+
 def posterior_coefficients(
     alpha: Coef, sigma: Coef, alpha_prev: Coef, sigma_prev: Coef
 ) -> tuple[Coef, Coef, Coef, Coef]:

@@ -2,11 +2,11 @@
 
 Methods have the names of guided-diffusion, and the parameters that both have keep its names and
 its order, so that its training, sampling and likelihood scripts run with these methods. Its
-parameter ``cond_fn`` does not exist here, and ``denoised_fn`` only in ``ddim_reverse_sample`` and
-its loop. From the place where one of them would stand, and in the sampling loops from ``noise`` on,
-parameters are keyword-only: a positional call that means another parameter raises TypeError.
-Parameters that guided-diffusion lacks are keyword-only. The constructor differs: it takes strings
-for the model's output and the loss, and ``respace`` replaces ``SpacedDiffusion``.
+parameter ``denoised_fn`` exists only in ``ddim_reverse_sample`` and its loop. From the place where
+it would stand, and in the sampling loops from ``noise`` on, parameters are keyword-only: a
+positional call that means another parameter raises TypeError. Parameters that guided-diffusion
+lacks are keyword-only. The constructor differs: it takes strings for the model's output and the
+loss, and ``respace`` replaces ``SpacedDiffusion``.
 """
 
 from __future__ import annotations
@@ -19,18 +19,13 @@ import torch
 from torch import Tensor
 
 from diffcore._checks import as_flag, as_positive, check_choice, check_not_compiling
-from diffcore._engine.kept import constant_in_traces, made_plainly
-from diffcore._types import Model
+from diffcore._engine.kept import made_plainly
+from diffcore._types import CondFn, Model
 from diffcore.coefficients.bound import DECODERS, LEARNED, VARIANCE_TYPES
 from diffcore.coefficients.step import PREDICTION_TYPES
-from diffcore.diffusion import bound, reverse, training
+from diffcore.diffusion import conditional, jumps, reverse, training
 from diffcore.diffusion.checks import (
-    can_read_values,
     check_batch,
-    check_decoder,
-    check_noise,
-    check_noised,
-    check_pixels,
     check_timestep_values,
     check_timesteps,
     check_weights,
@@ -40,12 +35,12 @@ from diffcore.diffusion.checks import (
 )
 from diffcore.diffusion.inversion import Inversion
 from diffcore.diffusion.tables import DiffusionTables
+from diffcore.diffusion.vlb import VariationalBound
 from diffcore.guidance import Guidance
-from diffcore.noise import Noise, PhiloxNoise, StepNoise
+from diffcore.noise import Noise, StepNoise
 from diffcore.ops._noise import default_key
 from diffcore.sampling.loop import run_table
 from diffcore.sampling.noise import initial_sample
-from diffcore.sampling.progress import progress_bar
 from diffcore.sampling.sample import guidance_rule
 from diffcore.schedules.betas import check_betas, check_direction
 
@@ -53,7 +48,7 @@ from diffcore.schedules.betas import check_betas, check_direction
 _SMALLEST = torch.finfo(torch.float32).tiny
 
 
-class GaussianDiffusion(Inversion):
+class GaussianDiffusion(VariationalBound, Inversion):
     """Variance preserving diffusion with discrete timesteps 0 .. T-1, and its reverse process.
 
     x_t = sqrt(alphas_cumprod_t) x_0 + sqrt(1 - alphas_cumprod_t) noise. A model is called as
@@ -232,6 +227,34 @@ class GaussianDiffusion(Inversion):
             noise = default_key(x_start)
         return training.noised(self.tables, x_start, t, noise)
 
+    def q_sample_jump(
+        self, x_t: Tensor, t: Tensor | int, u: Tensor | int, noise: Noise | None = None
+    ) -> Tensor:
+        """A sample of q(x_u | x_t) for u >= t: r x_t + sqrt(sigma_u^2 - r^2 sigma_t^2) noise.
+
+        r = alpha_u / alpha_t, and the variance is 1 - (1 - beta_{t+1}) ... (1 - beta_u): the Markov
+        steps from t to u in one launch. u = t returns x_t. Timesteps in tensors are not read on the
+        host, except on the CPU, to check them; their factors take a few small launches more, and
+        are nan where u < t.
+
+        Args:
+            x_t: Noised samples, ``[B, ...]``.
+            t: Their timesteps, integers ``[B]``, or one int.
+            u: The timesteps to jump to, integers ``[B]``, or one int.
+            noise: Standard normal, like ``x_t``, or a noise key; ``None`` for a key seeded by
+                torch's generator. For samples independent of the noise in x_t another than that.
+
+        Returns:
+            x_u, like ``x_t``.
+
+        Raises:
+            ValueError: A timestep out of range, or u < t.
+
+        Source:
+            Lugmayr et al. 2022 (RePaint, arXiv 2201.09865) algorithm 1, line 10, over many steps.
+        """
+        return jumps.jumped(self.tables, x_t, t, u, noise)
+
     def q_posterior_mean_variance(
         self, x_start: Tensor, x_t: Tensor, t: Tensor | int
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -371,6 +394,7 @@ class GaussianDiffusion(Inversion):
         t: Tensor | int,
         clip_denoised: bool | None = None,
         *,
+        cond_fn: CondFn | None = None,
         model_kwargs: Mapping[str, Any] | None = None,
         noise: Noise | None = None,
     ) -> dict[str, Tensor]:
@@ -381,12 +405,20 @@ class GaussianDiffusion(Inversion):
             x: x_t, ``[B, ...]``.
             t: Timesteps, integers ``[B]``, or one int.
             clip_denoised: Clip the predicted x_0; ``None`` for ``clip_sample`` of the constructor.
+            cond_fn: Classifier guidance: ``cond_fn(x, t, **model_kwargs)``, with x_t and the
+                timestep input of the model, returns the gradient of log p(y | x_t) by x_t, like x.
+                variance_t times it is added to the mean; ``pred_xstart`` stays that of the model.
+                It enters ``torch.enable_grad()`` itself where gradients are off.
             model_kwargs: More arguments for the model.
             noise: Standard normal, like ``x``, or a noise key; ``None`` for a key seeded by torch's
                 generator.
 
         Returns:
             ``sample`` (x_{t-1}) and ``pred_xstart``, like ``x``.
+
+        Source:
+            Ho et al. 2020 (arXiv 2006.11239) algorithm 2; Dhariwal and Nichol 2021 (arXiv
+            2105.05233) algorithm 1 for ``cond_fn``.
         """
         t = self._timesteps_of(x, t)
         clip = self._clip_range(clip_denoised)
@@ -394,8 +426,12 @@ class GaussianDiffusion(Inversion):
         output, variance_output = reverse.predict(self.tables, model, x, t, model_kwargs)
         if noise is None:
             noise = default_key(x)
+        sample = reverse.step(x, output, t, table, noise, variance_output, variance_table)
+        if cond_fn is not None:
+            gradient = conditional.gradient(self.tables, cond_fn, x, t, model_kwargs)
+            sample = conditional.p_sample(self.tables, sample, gradient, variance_output, t)
         return {
-            "sample": reverse.step(x, output, t, table, noise, variance_output, variance_table),
+            "sample": sample,
             "pred_xstart": reverse.predicted_x0(self.tables, x, output, t, clip),
         }
 
@@ -406,6 +442,7 @@ class GaussianDiffusion(Inversion):
         t: Tensor | int,
         clip_denoised: bool | None = None,
         *,
+        cond_fn: CondFn | None = None,
         model_kwargs: Mapping[str, Any] | None = None,
         eta: float = 0.0,
         rederive_epsilon: bool = True,
@@ -420,6 +457,8 @@ class GaussianDiffusion(Inversion):
             x: x_t, ``[B, ...]``.
             t: Timesteps, integers ``[B]``, or one int.
             clip_denoised: Clip the predicted x_0; ``None`` for ``clip_sample`` of the constructor.
+            cond_fn: As for ``p_sample``. epsilon becomes epsilon - sigma_t times the gradient, and
+                x_0 follows from it; it is added to the clipped x_0, which is not clipped again.
             model_kwargs: More arguments for the model.
             eta: 0 for the deterministic step, 1 for ancestral noise.
             rederive_epsilon: Compute epsilon from the clipped x_0 (OpenAI's rule) instead of using
@@ -429,6 +468,10 @@ class GaussianDiffusion(Inversion):
 
         Returns:
             ``sample`` (x_{t-1}) and ``pred_xstart``, like ``x``.
+
+        Source:
+            Song et al. 2021 (arXiv 2010.02502) eq. 12; Dhariwal and Nichol 2021 (arXiv 2105.05233)
+            algorithm 2 for ``cond_fn``.
         """
         t = self._timesteps_of(x, t)
         clip = self._clip_range(clip_denoised)
@@ -437,10 +480,13 @@ class GaussianDiffusion(Inversion):
         output, _ = reverse.predict(self.tables, model, x, t, model_kwargs)
         if noise is None and eta:
             noise = default_key(x)
-        return {
-            "sample": reverse.step(x, output, t, table, noise if eta else None),
-            "pred_xstart": reverse.predicted_x0(self.tables, x, output, t, clip),
-        }
+        sample = reverse.step(x, output, t, table, noise if eta else None)
+        pred_xstart = reverse.predicted_x0(self.tables, x, output, t, clip)
+        if cond_fn is not None:
+            gradient = conditional.gradient(self.tables, cond_fn, x, t, model_kwargs)
+            sample = conditional.added(sample, gradient, self.tables.ddim_shift(eta), t)
+            pred_xstart = conditional.added(pred_xstart, gradient, self.tables.x0_shift(), t)
+        return {"sample": sample, "pred_xstart": pred_xstart}
 
     # ---- reverse process, all steps ------------------------------------------------------------
 
@@ -451,6 +497,7 @@ class GaussianDiffusion(Inversion):
         *,
         noise: Noise | None = None,
         clip_denoised: bool | None = None,
+        cond_fn: CondFn | None = None,
         model_kwargs: Mapping[str, Any] | None = None,
         device: torch.device | str | None = None,
         progress: bool = False,
@@ -465,7 +512,8 @@ class GaussianDiffusion(Inversion):
     ) -> Tensor:
         """Ancestral sampling (Algorithm 2), from x_T down to x_0, without waiting for the device.
 
-        Runs under ``torch.no_grad()``. For gradients write a loop on ``p_sample``, or on
+        Runs under ``torch.no_grad()``; a model or a ``cond_fn`` that needs gradients of its own
+        enters ``torch.enable_grad()``. For gradients write a loop on ``p_sample``, or on
         ``SolverTable.step``, both of which are differentiable; for thresholds or a callback use
         ``diffcore.sample`` with a table of ``diffcore.solvers``.
 
@@ -474,6 +522,7 @@ class GaussianDiffusion(Inversion):
             shape: Shape of the samples, ``[B, ...]``.
             noise: x_T, or a noise key for it; ``None`` for a key seeded by torch's generator.
             clip_denoised: Clip the predicted x_0; ``None`` for ``clip_sample`` of the constructor.
+            cond_fn: As for ``p_sample``; added to the prediction under ``guidance``.
             model_kwargs: More arguments for the model.
             device: Where to sample; ``None`` for that of a ``noise`` tensor, else of the model's
                 parameters, else of the tensors in a key.
@@ -499,6 +548,7 @@ class GaussianDiffusion(Inversion):
         learned = self.variance_type in LEARNED
         calls = {"model_kwargs": model_kwargs, "uncond_kwargs": uncond_kwargs, "guidance": rule}
         options: dict[str, Any] = {**calls, "learned": learned, "progress": progress}
+        options |= conditional.in_loop(cond_fn, self.tables, rows, None)
         return run_table(model, x, solver, step_noise, **options)
 
     def ddim_sample_loop(
@@ -508,6 +558,7 @@ class GaussianDiffusion(Inversion):
         *,
         noise: Noise | None = None,
         clip_denoised: bool | None = None,
+        cond_fn: CondFn | None = None,
         model_kwargs: Mapping[str, Any] | None = None,
         device: torch.device | str | None = None,
         progress: bool = False,
@@ -524,7 +575,8 @@ class GaussianDiffusion(Inversion):
     ) -> Tensor:
         """DDIM sampling. The last step goes to x_0 itself: alpha_prev = 1, and no noise.
 
-        Runs under ``torch.no_grad()``. For gradients write a loop on ``ddim_sample``, or on
+        Runs under ``torch.no_grad()``; a model or a ``cond_fn`` that needs gradients of its own
+        enters ``torch.enable_grad()``. For gradients write a loop on ``ddim_sample``, or on
         ``SolverTable.step``, both of which are differentiable; for thresholds or a callback use
         ``diffcore.sample`` with a table of ``diffcore.solvers``. A predicted variance
         is not read.
@@ -534,6 +586,7 @@ class GaussianDiffusion(Inversion):
             shape: Shape of the samples, ``[B, ...]``.
             noise: x_T, or a noise key for it; ``None`` for a key seeded by torch's generator.
             clip_denoised: Clip the predicted x_0; ``None`` for ``clip_sample`` of the constructor.
+            cond_fn: As for ``ddim_sample``; added to the prediction under ``guidance``.
             model_kwargs: More arguments for the model.
             device: Where to sample; ``None`` for that of a ``noise`` tensor, else of the model's
                 parameters, else of the tensors in a key.
@@ -558,146 +611,10 @@ class GaussianDiffusion(Inversion):
         x, step_noise = initial_sample(model, shape, noise, step_noise, device, dtype, generator)
         clip = self._clip_range(clip_denoised)
         flag = as_flag("rederive_epsilon", rederive_epsilon)
-        solver = self.tables.ddim_solver(rows, clip, constant_eta(eta), flag)
+        eta = constant_eta(eta)
+        solver = self.tables.ddim_solver(rows, clip, eta, flag)
         learned = self.variance_type in LEARNED
         calls = {"model_kwargs": model_kwargs, "uncond_kwargs": uncond_kwargs, "guidance": rule}
         options: dict[str, Any] = {**calls, "learned": learned, "progress": progress}
+        options |= conditional.in_loop(cond_fn, self.tables, rows, eta)
         return run_table(model, x, solver, step_noise, **options)
-
-    # ---- variational bound: L = L_T + sum_{t>0} L_t + L_0 ----------------------------------------
-
-    def prior_bpd(self, x_start: Tensor) -> Tensor:
-        """L_T = KL(q(x_T | x_0) || N(0, I)), the part of the bound without the model.
-
-        Args:
-            x_start: x_0, ``[B, ...]``.
-
-        Returns:
-            ``[B]``, in bits per dimension.
-        """
-        check_batch("x_start", x_start)
-        return bound.prior(self.tables, x_start)
-
-    def vb_terms_bpd(
-        self,
-        model: Model,
-        x_start: Tensor,
-        x_t: Tensor,
-        t: Tensor | int,
-        clip_denoised: bool | None = None,
-        model_kwargs: Mapping[str, Any] | None = None,
-        *,
-        decoder: str = "discretized",
-    ) -> dict[str, Tensor]:
-        """A term of the bound: KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)), at t = 0 -log p(x_0).
-
-        Differentiable in the model's output, its variance included.
-
-        Args:
-            model: ``model(x_t, t, **model_kwargs)``.
-            x_start: x_0, ``[B, ...]``.
-            x_t: Noised samples, like ``x_start``.
-            t: Timesteps, integers ``[B]``, or one int.
-            clip_denoised: Clip the predicted x_0; ``None`` for ``clip_sample`` of the constructor.
-            model_kwargs: More arguments for the model.
-            decoder: -log p(x_0) for pixels k/127.5 - 1 ("discretized": the mass of their bin) or
-                for other data such as latents ("gaussian": the density).
-
-        Returns:
-            ``output`` ``[B]``, in bits per dimension, and ``pred_xstart``, like ``x_start``.
-
-        Raises:
-            ValueError: ``x_start`` that is not made of pixels, with "discretized". On CUDA, where
-                the check would wait for the device, only with ``DIFFCORE_DEBUG=1``.
-        """
-        check_choice("decoder", decoder, DECODERS)
-        t = check_timesteps(t, x_start, self.num_timesteps)
-        check_timestep_values(t, self.num_timesteps)
-        check_noised("x_t", x_t, "x_start", x_start)
-        if decoder == "discretized" and can_read_values(x_start):
-            check_pixels("x_start", x_start)
-        output, variance_output = reverse.predict(self.tables, model, x_t, t, model_kwargs)
-        clip = self._clip_range(clip_denoised)
-        return bound.term_of_x_t(
-            self.tables, x_start, x_t, output, variance_output, t, clip, decoder
-        )
-
-    @torch.no_grad()
-    def calc_bpd_loop(
-        self,
-        model: Model,
-        x_start: Tensor,
-        clip_denoised: bool | None = None,
-        model_kwargs: Mapping[str, Any] | None = None,
-        *,
-        noise: Noise | None = None,
-        decoder: str = "discretized",
-        progress: bool | None = False,
-    ) -> dict[str, Tensor]:
-        """The complete bound: one call of the model at every timestep, without gradients.
-
-        Runs under ``torch.no_grad()``; ``vb_terms_bpd`` and ``training_losses`` are differentiable.
-
-        Column t of the results ``[B, T]`` is timestep t, so L_0 comes first. The columns of
-        guided-diffusion run in the opposite direction, from T-1 to 0.
-
-        Args:
-            model: ``model(x_t, t, **model_kwargs)``.
-            x_start: x_0, ``[B, ...]``.
-            clip_denoised: Clip the predicted x_0; ``None`` for ``clip_sample`` of the constructor.
-            model_kwargs: More arguments for the model.
-            noise: The noise of every x_t, like ``x_start``; or a noise key, of which timestep t
-                reads the stream t after its own; ``None`` for a key seeded by torch's generator.
-            decoder: As for ``vb_terms_bpd``.
-            progress: Show a progress bar (tqdm); ``None`` for one on terminals only.
-
-        Returns:
-            ``total_bpd`` ``[B]``, the sum of ``prior_bpd`` ``[B]`` and of ``vb`` ``[B, T]``, in
-            bits per dimension; ``xstart_mse`` ``[B, T]`` and ``mse`` ``[B, T]``, the mean squared
-            errors of the predicted x_0 and of the noise that it implies, both after the clip.
-
-        Raises:
-            TypeError: ``x_start`` or ``noise`` of another type.
-            ValueError: ``x_start`` that is not made of pixels, with "discretized" (read once, on
-                every device).
-
-        Source:
-            Ho et al. 2020 (arXiv 2006.11239) eq. 5; Nichol and Dhariwal 2021 (arXiv 2102.09672).
-        """
-        check_batch("x_start", x_start)
-        check_decoder(decoder, "x_start", x_start)
-        noise = check_noise(noise, x_start)
-        clip = self._clip_range(clip_denoised)
-        prior = self.prior_bpd(x_start)
-        found = []
-        for t in progress_bar(range(self.num_timesteps), "calc_bpd_loop", progress):
-            steps = check_timesteps(t, x_start, self.num_timesteps)
-            now = noise.at(noise.stream + t) if isinstance(noise, PhiloxNoise) else noise
-            options = (now, clip, decoder, model_kwargs)
-            found.append(bound.noised_term(self.tables, model, x_start, steps, *options))
-        return bound.of_terms(self.tables, prior, found)
-
-    # ---- private -------------------------------------------------------------------------------
-
-    def _clip_range(self, clip_denoised: bool | None) -> float | None:
-        """Largest magnitude of the predicted x_0; ``None`` for no clip."""
-        clip = self.clip_sample if clip_denoised is None else clip_denoised
-        if not as_flag("clip_denoised", clip):
-            return None
-        if torch.compiler.is_dynamo_compiling():
-            # With dynamic=True a float is no constant, but tables are made for one.
-            known = self._constant_clip_range()
-            if known == self.clip_sample_range:  # a guard
-                return known
-        return self.clip_sample_range
-
-    @constant_in_traces
-    def _constant_clip_range(self) -> float:
-        return self.clip_sample_range
-
-    def _timesteps_of(self, x: Tensor, t: Tensor | int) -> Tensor:
-        """Checked timesteps of x_t, for steps that call the model before a kernel checks ``t``."""
-        check_batch("x", x)  # the model reads it before a kernel does
-        t = check_timesteps(t, x, self.num_timesteps, name="x")
-        check_timestep_values(t, self.num_timesteps)
-        return t

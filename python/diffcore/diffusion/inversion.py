@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from diffcore._checks import as_flag, as_real
 from diffcore._types import Model
 from diffcore.coefficients.bound import LEARNED
 from diffcore.diffusion import reverse
+from diffcore.diffusion.settings import Settings
 from diffcore.diffusion.tables import DiffusionTables
 from diffcore.guidance import Guidance
 from diffcore.noise import PhiloxNoise
@@ -28,17 +29,8 @@ from diffcore.solvers.table import TO_X0
 _NOT_READ = PhiloxNoise(0)
 
 
-class Inversion:
+class Inversion(Settings):
     """The methods of ``GaussianDiffusion`` that go up the noise levels."""
-
-    prediction_type: str
-    tables: DiffusionTables
-
-    if TYPE_CHECKING:
-
-        def _clip_range(self, clip_denoised: bool | None) -> float | None: ...
-
-        def _timesteps_of(self, x: Tensor, t: Tensor | int) -> Tensor: ...
 
     def ddim_reverse_sample(
         self,

@@ -14,7 +14,12 @@ from diffcore._engine.dtensor import replicated
 from diffcore._engine.kept import Traced, constant_in_traces, made_plainly
 from diffcore.coefficients import step as step_formulas
 from diffcore.coefficients.bound import FIXED, LEARNED, VLB_COLUMNS, vlb_coefficients
-from diffcore.coefficients.step import posterior_coefficients, tensors, x0_coefficients
+from diffcore.coefficients.step import (
+    classifier_coefficient,
+    posterior_coefficients,
+    tensors,
+    x0_coefficients,
+)
 from diffcore.schedules.schedule import NoiseSchedule
 from diffcore.schedules.timesteps import TIMESTEP_SPACINGS, respaced_timesteps
 from diffcore.solvers import NoiseLevels, SolverTable, ddim_table, ddpm_table
@@ -174,6 +179,14 @@ class DiffusionTables:
     def _timesteps(self) -> DeviceCopies:
         return DeviceCopies(self._training_timesteps(None))
 
+    def level_pairs(self) -> list[tuple[float, float]]:
+        """(alpha, sigma) at each timestep, as numbers."""
+        found: list[tuple[float, float]] = self._kept("_level_pairs")
+        return found
+
+    def _level_pairs(self) -> list[tuple[float, float]]:
+        return [(alpha, sigma) for alpha, sigma in self.noise.table.tolist()]
+
     # ---- tables of kernels -------------------------------------------------------------------
 
     def ddpm(self, clip: float | None) -> DeviceCopies:
@@ -227,6 +240,45 @@ class DiffusionTables:
             )
         )
 
+    def p_shift(self) -> DeviceCopies:
+        """What a gradient g adds to x_{t-1} of an ancestral step, variance_t g.
+
+        Rows are (1, variance), ``[T, 2]``; with a learned variance they are the logarithm of the
+        variance as a linear function of v.
+        """
+        return self._copies("_p_shift")
+
+    def _p_shift(self) -> DeviceCopies:
+        if self.fixed_variance is not None:
+            ones = torch.ones_like(self.fixed_variance)
+            return DeviceCopies(torch.stack([ones, self.fixed_variance], dim=1))
+        small, large = self.posterior_log_variance_clipped, self.log_betas
+        if self.variance_type == "learned":
+            small, large = -torch.ones_like(small), torch.ones_like(large)
+        return DeviceCopies(torch.stack([small + large, large - small], dim=1) / 2)
+
+    def ddim_shift(self, eta: float) -> DeviceCopies:
+        """(1, k) with k g what a gradient g adds to x_{t-1} of a DDIM step, ``[T, 2]``.
+
+        x_0 moves by sigma^2 / alpha g and epsilon by -sigma g; nothing where alpha = 0.
+        """
+        return self._copies("_ddim_shift", eta)
+
+    def _ddim_shift(self, eta: float) -> DeviceCopies:
+        # With x_0 as the prediction, c_0 is how far x_{t-1} follows x_0 at the same x_t.
+        c_0 = ddim_coefficients(self._levels(None), eta, True, "sample", None).flip(0)[:, 2]
+        of_x0 = self.x0_shift().table
+        return DeviceCopies(torch.stack([of_x0[:, 0], c_0 * of_x0[:, 1]], dim=1))
+
+    def x0_shift(self) -> DeviceCopies:
+        """(1, sigma^2 / alpha): what a gradient adds to x_0, ``[T, 2]``; 0 where alpha = 0."""
+        return self._copies("_x0_shift")
+
+    def _x0_shift(self) -> DeviceCopies:
+        k = classifier_coefficient(self.schedule.alpha, self.schedule.sigma, "sample")
+        assert isinstance(k, Tensor)
+        return DeviceCopies(torch.stack([torch.ones_like(k), k], dim=1))
+
     def clipped_x0(self, clip: float | None) -> DeviceCopies:
         """``reverse_step`` coefficients whose result is the clipped x_0."""
         return self._copies("_clipped_x0", clip)
@@ -273,6 +325,15 @@ class DiffusionTables:
         if num_steps is None:
             return None
         return tuple(respaced_timesteps(len(self), num_steps, timestep_spacing)[::-1])
+
+    def spaced(self, rows: tuple[int, ...] | None) -> DiffusionTables:
+        """The tables of the process observed at these timesteps only."""
+        found: DiffusionTables = self if rows is None else self._kept("_spaced", rows)
+        return found
+
+    def _spaced(self, rows: tuple[int, ...]) -> DiffusionTables:
+        betas = self.respaced(rows, "leading")[1]
+        return DiffusionTables(betas, self.prediction_type, self.variance_type)
 
     def ddpm_solver(self, rows: tuple[int, ...] | None, clip: float | None) -> SolverTable:
         """The solver of ancestral sampling over these timesteps."""

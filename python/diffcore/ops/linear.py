@@ -24,6 +24,7 @@ from diffcore.ops._noise import run_noisy
 
 __all__ = [
     "add_noise",
+    "classifier_guidance",
     "linear_combination",
     "predict_epsilon",
     "predict_x0",
@@ -39,6 +40,9 @@ _Q_SAMPLE = k.LINEAR_COMBINATION.renamed(_PAIR, _LEVELS, table="table")
 _WITH_TARGET = k.LINEAR_PAIR.renamed(_PAIR, (*_LEVELS, "target's x0", "target's noise"))
 _Q_SAMPLE_TARGET = _WITH_TARGET.renamed(_PAIR, table="table")
 _VELOCITY = k.LINEAR_COMBINATION.renamed(_PAIR, ("sigma", "alpha"))
+_GUIDED = k.LINEAR_COMBINATION.reading.renamed(
+    ("model_output", "gradient"), ("1", "alpha, sigma and scale")
+)
 _CONVERSION = k.LINEAR_COMBINATION.reading.renamed(("x_t", "model_output"), _LEVELS)
 
 
@@ -316,3 +320,42 @@ def predict_epsilon(
     )
     coefs = (as_coef("alpha", pair[0], None), as_coef("sigma", pair[1], None))
     return run(_CONVERSION, (x_t, model_output), coefs, None, False, out)
+
+
+def classifier_guidance(
+    model_output: Tensor,
+    gradient: Tensor,
+    alpha: Coef,
+    sigma: Coef,
+    *,
+    prediction_type: str = "epsilon",
+    scale: Coef = 1.0,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Moves a prediction by the gradient of a classifier: x_0 by ``scale sigma² / alpha gradient``.
+
+    ``epsilon``: m - scale sigma g; ``sample``: m + scale sigma² / alpha g; ``v_prediction``:
+    m - scale sigma / alpha g; ``flow_prediction`` (alpha + sigma = 1): m - scale sigma / alpha g.
+    Where alpha = 0, x_t holds nothing of x_0, the gradient is 0, and m is returned.
+
+    ``diffcore.sample(cond_fn=)`` does this in every row of a solver.
+
+    Args:
+        model_output: m, ``[B, ...]``.
+        gradient: g, the gradient of log p(y | x_t) by x_t, ``[B, ...]``.
+        alpha: Signal coefficient of x_t. A number, 0-dim or ``[B]``.
+        sigma: Noise coefficient of x_t. A number, 0-dim or ``[B]``.
+        prediction_type: "epsilon", "sample", "v_prediction" or "flow_prediction".
+        scale: Strength of the guidance. A number, 0-dim or ``[B]``.
+        out: Tensor to write to. Not where a gradient is needed.
+
+    Returns:
+        The guided prediction ``[B, ...]``.
+
+    Source:
+        Dhariwal & Nichol 2021, algorithm 2.
+    """
+    levels = (in_float64("alpha", alpha), in_float64("sigma", sigma))
+    factor = formulas.classifier_coefficient(*levels, prediction_type, in_float64("scale", scale))
+    coefs = (1.0, as_coef("alpha, sigma and scale", factor, None))
+    return run(_GUIDED, (model_output, gradient), coefs, None, False, out)

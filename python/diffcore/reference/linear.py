@@ -12,6 +12,7 @@ from diffcore.reference.common import elementwise
 
 __all__ = [
     "add_noise",
+    "classifier_guidance",
     "linear_combination",
     "linear_pair",
     "predict_epsilon",
@@ -71,6 +72,13 @@ _EPSILON: dict[str, Callable[..., Tensor]] = {
     "flow_prediction": lambda m, x, a, s: x + (1 - s) * m,
 }
 
+_CLASSIFIER: dict[str, Callable[..., Tensor]] = {
+    "epsilon": lambda m, g, a, s: m - s * g,
+    "sample": lambda m, g, a, s: m + s * s / a * g,
+    "v_prediction": lambda m, g, a, s: m - s * (a * a + s * s) / a * g,
+    "flow_prediction": lambda m, g, a, s: m - s * (a + s) / a * g,
+}
+
 
 def predict_x0(
     model_output: Tensor, x_t: Tensor, alpha: Coef, sigma: Coef, *, prediction_type: str = "epsilon"
@@ -84,3 +92,15 @@ def predict_epsilon(
 ) -> Tensor:
     """The noise that a prediction implies."""
     return elementwise(_EPSILON[prediction_type], (model_output, x_t), (alpha, sigma))
+
+
+def classifier_guidance(
+    model_output: Tensor,
+    gradient: Tensor,
+    alpha: Coef,
+    sigma: Coef,
+    *,
+    prediction_type: str = "epsilon",
+) -> Tensor:
+    """The prediction, moved by the gradient of a classifier."""
+    return elementwise(_CLASSIFIER[prediction_type], (model_output, gradient), (alpha, sigma))

@@ -12,9 +12,10 @@ from torch import Tensor
 from diffcore import ops
 from diffcore._checks import as_device, as_shape, check_dense, check_memory, check_not_compiling
 from diffcore._engine import messages, native
-from diffcore._types import Model
+from diffcore._types import CondFn, Model
 from diffcore.guidance import Guidance, Weighted
 from diffcore.noise import PhiloxNoise
+from diffcore.sampling.classifier import Classifier
 from diffcore.sampling.loop import run_table
 from diffcore.sampling.model import check_model_kwargs, model_device
 from diffcore.sampling.sample import guidance_rule
@@ -31,6 +32,7 @@ def capture(
     guidance: Guidance | None = None,
     model_kwargs: Mapping[str, Any] | None = None,
     uncond_kwargs: Mapping[str, Any] | None = None,
+    cond_fn: CondFn | None = None,
     dynamic_thresholding_ratio: float | None = None,
     sample_max_value: float = math.inf,
     dtype: torch.dtype | None = None,
@@ -41,8 +43,9 @@ def capture(
     The returned object samples with a single launch, under ``torch.no_grad()``. The kernels
     generate the noise from a seed in device memory, so another seed, other sample ids and other
     tensors in ``model_kwargs`` need no new recording; another shape, table or number among the
-    arguments does. The loop runs once before it is recorded. On devices without graphs, such as
-    the CPU, the same loop runs without recording.
+    arguments does. The loop runs once before it is recorded. It takes neither ``before_model`` nor
+    ``callback``, which a replay would not call. On devices without graphs, such as the CPU, the
+    same loop runs without recording.
 
     Args:
         model: As for ``sample``. It must be capturable, so it must not wait for the device.
@@ -52,6 +55,7 @@ def capture(
         guidance: As for ``sample``.
         model_kwargs: As for ``sample``. Tensors are copied; a call may replace them.
         uncond_kwargs: As for ``sample``. Tensors are copied; a call may replace them.
+        cond_fn: As for ``sample``. It must be capturable too.
         dynamic_thresholding_ratio: As for ``sample``.
         sample_max_value: As for ``sample``.
         dtype: Dtype of the samples; ``None`` for torch's default.
@@ -85,6 +89,7 @@ def capture(
         "model_kwargs": _copied(model_kwargs),
         "uncond_kwargs": _copied(uncond_kwargs),
         "threshold": threshold_rule(dynamic_thresholding_ratio, sample_max_value),
+        "classifier": None if cond_fn is None else Classifier(cond_fn),
     }
     return CapturedSampler(model, table, x, options, guidance_scale)
 

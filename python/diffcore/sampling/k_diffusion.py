@@ -10,9 +10,10 @@ write a loop on ``SolverTable.step``. They take
   They are read on the host: where they are on a GPU, the call waits for it once. The solver table
   is made when the sigmas or the options are new, and cached.
 - extra_args: More arguments for the model.
-- callback: Called once a step, after its model call, with a read-only dict of ``x``, ``i``,
-  ``sigma`` (``sigmas[i]``), ``sigma_hat`` (where the model is called; above ``sigma`` under churn)
-  and ``denoised``. Its tensors are not to be changed in place either.
+- callback: Called once a step, after its model call and before x changes (``diffcore.sample`` calls
+  its callback after the step), with a read-only dict of ``x``, ``i``, ``sigma`` (``sigmas[i]``),
+  ``sigma_hat`` (where the model is called; above ``sigma`` under churn) and ``denoised``. Its
+  tensors are not to be changed in place either. What it returns is not read; a tensor is refused.
 - disable: ``None`` for a bar on terminals only, ``True`` for none.
 - eta, s_noise: Strength of the noise, and a factor of it.
 - noise_sampler: ``(sigma, sigma_next) -> noise``, called whenever noise is added, with the ends of
@@ -38,16 +39,17 @@ from torch import Tensor
 from diffcore import solvers
 from diffcore._checks import check_not_compiling
 from diffcore._engine.kept import made_plainly
-from diffcore._types import Callback, Model
+from diffcore._types import Model
 from diffcore.noise import PhiloxNoise
 from diffcore.sampling.loop import run_table
 from diffcore.sampling.model import check_samples
 from diffcore.sampling.noise import noise_or_default
-from diffcore.sampling.step import CallbackState
+from diffcore.sampling.step import StateBeforeStep
 from diffcore.solvers import SolverTable
 from diffcore.solvers.paths import level_vector
 
 Sigmas = Tensor | Sequence[float]
+Callback = Callable[[dict[str, Any]], object]
 ExtraArgs = Mapping[str, Any] | None
 NoiseSampler = Callable[[Tensor, Tensor], Tensor | PhiloxNoise] | PhiloxNoise
 
@@ -296,7 +298,11 @@ def _run(
         hat = levels.new_full((), state["sigma"], device=x.device)  # a fill: nothing waits
         given = {"sigma": sigmas[state["i"]], "sigma_hat": hat}
         named = {name: state[name] for name in ("x", "i", "denoised")}
-        callback(CallbackState(named, **given))
+        if isinstance(callback(StateBeforeStep(named, **given)), Tensor):
+            raise TypeError(
+                "callback must return None in a sampler of k-diffusion, got a torch.Tensor; the "
+                "callback of diffcore.sample may return another x"
+            )
 
     return run_table(
         model,
@@ -305,6 +311,7 @@ def _run(
         noise_of_interval if callable(noise_sampler) else noise_or_default(noise_sampler, x),
         model_kwargs=extra_args,
         callback=None if callback is None else report,
+        callback_first=True,
         progress=None if disable is None else not disable,
     )
 

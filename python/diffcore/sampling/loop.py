@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,10 +15,11 @@ from diffcore._checks import as_flag
 from diffcore._types import BeforeModel, Callback, Model, Tensors
 from diffcore.guidance import Guidance, Weighted
 from diffcore.noise import StepNoise
+from diffcore.sampling.classifier import Classifier, gradient_of
 from diffcore.sampling.model import Prediction, check_model_kwargs, predict
 from diffcore.sampling.noise import check_noise_rows, noise_of_row
 from diffcore.sampling.progress import progress_bar
-from diffcore.sampling.step import ModelState, callback_state, timestep_inputs, x_before_model
+from diffcore.sampling.step import CallbackState, answer, callback_state, timestep_inputs
 from diffcore.sampling.threshold import Threshold
 from diffcore.solvers import SolverTable
 
@@ -38,8 +39,10 @@ def run_table(
     progress: bool | None = False,
     differentiable: bool = False,
     checkpoint: bool = False,
+    classifier: Classifier | None = None,
     noise_name: str = "step_noise",
     learned: bool = False,
+    callback_first: bool = False,
 ) -> Tensor:
     """Run a solver table from its first row to its last.
 
@@ -57,14 +60,17 @@ def run_table(
         uncond_kwargs: The same for its unconditional call.
         threshold: Function that gives the bound of x_0.
         before_model: Called once a step, before its model call.
-        callback: Called once a step, after its model call and before the step.
+        callback: Called once a step, after it.
         progress: Show a bar; ``None`` for one on terminals only.
         differentiable: Whether autograd records the loop.
         checkpoint: Whether it keeps only the samples between the rows, and runs each row again in
             the backward pass.
+        classifier: Guidance by the gradient of a classifier.
         noise_name: What the caller calls ``step_noise``, for errors.
         learned: Whether the model predicts its variance although the table does not read it. A
             table that reads it needs no such hint.
+        callback_first: Whether the callback is called between the first model call of a step and
+            the change of x, with the x before it, as in k-diffusion. Its answer is not read then.
 
     Returns:
         The samples.
@@ -94,8 +100,10 @@ def run_table(
         threshold,
         before_model,
         callback,
+        classifier,
         noise_name,
         learned or table.variance is not None,
+        callback_first,
     )
     if differentiable:
         return loop.run(x, progress, checkpoint)
@@ -116,8 +124,12 @@ class _Loop:
     threshold: Threshold | None
     before_model: BeforeModel | None
     callback: Callback | None
+    classifier: Classifier | None
     noise_name: str
     learned: bool
+    callback_first: bool
+    state: dict[str, Any] = field(default_factory=dict)
+    """Of the step that is taken, for the callback after it."""
 
     def run(self, x: Tensor, progress: bool | None, checkpoint: bool) -> Tensor:
         table = self.table
@@ -130,13 +142,19 @@ class _Loop:
         for i, row in enumerate(progress_bar(table.rows, table.name, progress)):
             t = timesteps[i]
             if self.before_model is not None and row.begins:
-                state = ModelState(x=x, i=row.step, t=t, alpha=row.alpha, sigma=row.sigma)
-                x = x_before_model(self.before_model, state)
+                state = CallbackState(x=x, i=row.step, t=t, alpha=row.alpha, sigma=row.sigma)
+                x = answer("before_model", self.before_model, state)
             if checkpoint:
                 x, history = self._again(i, x, t, history, rule)
             else:
                 x, history = self._row(i, x, t, history, rule, self._call)
+            if self.callback is not None and not self.callback_first and self._ends(i):
+                x = answer("callback", self.callback, CallbackState(self.state, x=x))
         return x
+
+    def _ends(self, i: int) -> bool:
+        """Whether row i is the last of its step."""
+        return i + 1 == len(self.table) or self.table.rows[i + 1].begins
 
     def _row(
         self,
@@ -147,12 +165,13 @@ class _Loop:
         rule: Guidance | None,
         call: Callable[..., None] | None,
     ) -> tuple[Tensor, Tensors]:
-        """One row: the model, the callback by ``call``, and the step."""
+        """One row: the model, the state of the step by ``call``, and the step."""
         table, row = self.table, self.table.rows[i]
         here = None if rule is None else table._launcher.rule_at(i, rule)
+        scaled = x if row.input_scale == 1 else row.input_scale * x
         prediction = predict(
             self.model,
-            x if row.input_scale == 1 else row.input_scale * x,
+            scaled,
             t,
             self.model_kwargs,
             None if here is None else self.uncond_kwargs,
@@ -161,11 +180,15 @@ class _Loop:
             self.learned,
         )
         prediction, here = _guided(prediction, here)
+        classifier, gradient = self.classifier, None
+        if classifier is not None:
+            gradient = gradient_of(classifier.cond_fn, scaled, t, self.model_kwargs)
+            prediction, here = classifier.of_prediction(row, gradient, prediction, here)
         bound = None if self.threshold is None else self.threshold(row, x, prediction, here)
         if call is not None and self.callback is not None and row.begins:
             call(table, i, x, t, prediction, here, bound)
         output, uncond, variance = prediction
-        return table.step(
+        x, history = table.step(
             i,
             x,
             output,
@@ -176,16 +199,21 @@ class _Loop:
             threshold=bound,
             variance_output=variance if table.variance is not None else None,
         )
+        if classifier is not None and gradient is not None:
+            x = classifier.of_result(i, x, gradient, variance)
+        return x, history
 
-    def _call(self, *state: Any) -> None:
-        """The callback; see ``callback_state``."""
-        assert self.callback is not None
-        self.callback(callback_state(*state))
+    def _call(self, *known: Any) -> None:
+        """Keeps the state of a step for the callback after it; see ``callback_state``."""
+        self.state = callback_state(*known)
+        if self.callback_first:
+            assert self.callback is not None
+            self.callback(self.state)
 
     def _again(
         self, i: int, x: Tensor, t: Tensor, history: Tensors, rule: Guidance | None
     ) -> tuple[Tensor, Tensors]:
-        """A row that is run again in the backward pass, then without the callback."""
+        """A row that is run again in the backward pass, then without ``call``."""
         # Without gradients, else the callback would save tensors the first time only.
         calls = [] if self.callback is None else [torch.no_grad()(self._call)]
 

@@ -8,10 +8,11 @@ from typing import Any
 
 from torch import Tensor
 
-from diffcore._types import BeforeModel, Callback, Model
+from diffcore._types import BeforeModel, Callback, CondFn, Model
 from diffcore.guidance import Guidance, Weighted
 from diffcore.noise import StepNoise
 from diffcore.ops._arguments import as_coef
+from diffcore.sampling.classifier import Classifier
 from diffcore.sampling.loop import run_table
 from diffcore.sampling.model import check_samples
 from diffcore.sampling.noise import check_step_noise, noise_or_default
@@ -28,6 +29,7 @@ def sample(
     guidance: Guidance | None = None,
     model_kwargs: Mapping[str, Any] | None = None,
     uncond_kwargs: Mapping[str, Any] | None = None,
+    cond_fn: CondFn | None = None,
     noise: StepNoise | None = None,
     dynamic_thresholding_ratio: float | None = None,
     sample_max_value: float = math.inf,
@@ -39,10 +41,10 @@ def sample(
 ) -> Tensor:
     """Sample with any solver: one launch for each model call, and no wait for the device.
 
-    The loop runs under ``torch.no_grad()``, unless it is ``differentiable``; a model that needs
-    gradients of its own enters ``torch.enable_grad()``. The loop keeps no state between calls and
-    changes nothing in the table, so any number of threads may sample from one table at once. To
-    write your own loop, call ``SolverTable.step``.
+    The loop runs under ``torch.no_grad()``, unless it is ``differentiable``; a model or a
+    ``cond_fn`` that needs gradients of its own enters ``torch.enable_grad()``. The loop keeps no
+    state between calls and changes nothing in the table, so any number of threads may sample from
+    one table at once. To write your own loop, call ``SolverTable.step``.
 
     Args:
         model: ``model(x, t, **model_kwargs)`` with ``t`` ``[B]``, the table's timesteps (int64 or
@@ -58,6 +60,11 @@ def sample(
         guidance: Another rule of ``diffcore.guidance``, instead of ``guidance_scale``.
         model_kwargs: More arguments for the model.
         uncond_kwargs: The same for a second, unconditional call of the model.
+        cond_fn: Classifier guidance: ``cond_fn(x, t, **model_kwargs)`` gets what the model gets and
+            returns the gradient of log p(y | x) by that x, like it, in one call for each call of
+            the model. It moves the prediction, under guidance the guided one, as
+            ``ops.classifier_guidance`` does: x_0 by sigma² / alpha times the gradient, before it is
+            clipped. In a row with alpha = 0, where x holds nothing of x_0, it moves nothing.
         noise: The noise of the steps: a noise key, of which row r takes the stream 1 + r after its
             own (so the key may also have generated ``x``); a tensor ``[S, B, ...]`` with an entry
             for each of the S = ``len(table)`` rows, and ``[S + 1, B, ...]`` for a table with churn,
@@ -71,10 +78,10 @@ def sample(
             ``x``, ``i`` (the step), ``t`` (the timestep input), ``alpha`` and ``sigma`` (the noise
             level of x). It returns another x, for example with the known part of an image put in,
             or ``None``. The tensors are not to be changed in place.
-        callback: Called once a step, after its first model call and before x changes, with a
-            read-only dict of ``x``, ``i`` (the step), ``t`` (the timestep input), ``sigma`` and
-            ``denoised`` (the predicted x_0; one more launch). The tensors are not to be changed in
-            place.
+        callback: Called once a step, after it, with a read-only dict of ``x`` (after the step),
+            ``i`` (the step), ``t`` (the timestep input), ``sigma`` and ``denoised`` (the predicted
+            x_0; one more launch), the last three of the first model call of the step. It returns
+            another x to continue with, or ``None``. The tensors are not to be changed in place.
         progress: Show a bar (tqdm); ``None`` for one on terminals only.
         differentiable: Record the loop for autograd: gradients by ``x``, by the parameters of the
             model and by tensors in its arguments.
@@ -86,7 +93,7 @@ def sample(
         The samples, like ``x``.
 
     Raises:
-        TypeError: An argument, or the output of the model, has the wrong type.
+        TypeError: An argument, or the output of the model or of a hook, has the wrong type.
         ValueError: Shapes do not match, or guidance_scale or the second prediction is missing.
     """
     if not isinstance(table, SolverTable):
@@ -113,6 +120,7 @@ def sample(
         progress=progress,
         differentiable=differentiable,
         checkpoint=checkpoint,
+        classifier=None if cond_fn is None else Classifier(cond_fn),
         noise_name="noise",
     )
 

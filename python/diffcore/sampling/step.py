@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NoReturn, SupportsIndex
 
 import torch
 from torch import Tensor
 
 from diffcore._engine.dtensor import is_dtensor, per_sample
-from diffcore._types import BeforeModel
 from diffcore.guidance import Guidance
 from diffcore.sampling.model import Prediction
 from diffcore.solvers import SolverTable
@@ -40,8 +40,8 @@ def callback_state(
     prediction: Prediction,
     guidance: Guidance | None,
     threshold: Tensor | None,
-) -> dict[str, Any]:
-    """What a callback gets before a step; the predicted x_0 takes one launch.
+) -> CallbackState:
+    """What is known of a step before it; the predicted x_0 takes one launch.
 
     Args:
         table: The solver.
@@ -69,15 +69,9 @@ def callback_state(
 
 
 class CallbackState(dict[str, Any]):
-    """The state that a callback gets: a dict that refuses to be written.
+    """The state that a hook of a loop gets, which answers with another x; a read-only dict."""
 
-    The model has been called already, so another x would be combined with the output for this one.
-    """
-
-    _instead = (
-        "because the model has been called already; to change x before the model call, for "
-        "example to inpaint, return it from before_model"
-    )
+    _instead = "because it is only read; return another x instead"
 
     def _refuse(self, *_: object, **__: object) -> NoReturn:
         raise TypeError(f"state must not be changed, {self._instead}")
@@ -90,17 +84,26 @@ class CallbackState(dict[str, Any]):
     update = setdefault = pop = popitem = clear = _refuse
 
 
-class ModelState(CallbackState):
-    """The state that ``before_model`` gets, which answers with another x."""
+class StateBeforeStep(CallbackState):
+    """The state that the callback of a sampler of k-diffusion gets.
 
-    _instead = "because it is only read; return another x instead"
+    The model has been called already, so another x would be combined with the output for this one.
+    """
+
+    _instead = (
+        "because the model has been called already; to change x between the steps return another "
+        "one from the callback of diffcore.sample"
+    )
 
 
-def x_before_model(before_model: BeforeModel, state: ModelState) -> Tensor:
-    """The x that a model gets.
+def answer(
+    name: str, hook: Callable[[dict[str, Any]], Tensor | None], state: CallbackState
+) -> Tensor:
+    """The x that a loop continues with.
 
     Args:
-        before_model: See ``diffcore.sample``.
+        name: What the caller calls ``hook``, for errors.
+        hook: ``before_model`` or ``callback``, see ``diffcore.sample``.
         state: What it gets.
 
     Returns:
@@ -111,19 +114,17 @@ def x_before_model(before_model: BeforeModel, state: ModelState) -> Tensor:
         ValueError: It returned another shape, or a tensor on another device.
     """
     x: Tensor = state["x"]
-    found = before_model(state)
+    found = hook(state)
     if found is None:
         return x
     if not isinstance(found, Tensor):
-        raise TypeError(
-            f"before_model must return a torch.Tensor or None, got {type(found).__name__}"
-        )
+        raise TypeError(f"{name} must return a torch.Tensor or None, got {type(found).__name__}")
     if found.dtype != x.dtype:
-        raise TypeError(f"before_model must return the dtype of x, {x.dtype}, got {found.dtype}")
+        raise TypeError(f"{name} must return the dtype of x, {x.dtype}, got {found.dtype}")
     for what in ("shape", "device"):
         if getattr(found, what) != getattr(x, what):
             wanted, came = (getattr(y, what) for y in (x, found))
             if what == "shape":
                 wanted, came = tuple(wanted), tuple(came)
-            raise ValueError(f"before_model must return the {what} of x, {wanted}, got {came}")
+            raise ValueError(f"{name} must return the {what} of x, {wanted}, got {came}")
     return found

@@ -25,6 +25,7 @@ from diffcore.solvers.named import (
     flow_euler_table,
     flow_heun_table,
 )
+from diffcore.solvers.repaint import repaint_table
 from diffcore.solvers.singlestep import dpmpp_singlestep_table
 from diffcore.solvers.table import COLUMNS, SolverTable
 from diffcore.solvers.unipc import unipc_table
@@ -55,5 +56,6 @@ __all__ = [
     "flow_sde_table",
     "heun_table",
     "lms_table",
+    "repaint_table",
     "unipc_table",
 ]

@@ -15,7 +15,8 @@ from support.routes.case import Case
 KEY = PhiloxNoise(2**40 + 5, sample_ids=100, stream=7)
 
 KINDS = {
-    "linear": "add_noise q_sample velocity linear_combination predict_x0 predict_epsilon",
+    "linear": "add_noise q_sample velocity linear_combination predict_x0 predict_epsilon"
+    " classifier_guidance",
     "step": "reverse_step _with_history step_log_prob ddpm_step ddim_step",
     "gaussian": "normal_kl standard_normal_kl gaussian_nll reparameterize reparameterize_kl"
     " discretized_gaussian_log_likelihood",
