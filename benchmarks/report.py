@@ -305,6 +305,7 @@ TABLES: dict[str, Callable[[Sequence[Row]], Table]] = {
     "noise": noise_table,
     "threshold": ops_table,
     "guidance": ops_table,
+    "groups": ops_table,
     "bound": ops_table,
     "call": call_table,
     "likelihood": whole_table,

@@ -300,6 +300,8 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "rederive_epsilon": (False, True),
     "return_history": (False, True),
     "return_log_prob": (False, False, True),
+    "group_dim": (None, 1, 1, 2, -1, 0, -3),
+    "denoising_loss.reduction": ("sample", "sample", "group"),
     "generator": (None,),
     "device": (None, "cpu"),
     "dtype": (None, *FLOATS, torch.int64),
@@ -332,6 +334,8 @@ def arguments_of(name: str, maker: Maker) -> dict[str, Any]:
         found[parameter.name] = _argument(name, parameter.name, maker, by_step)
     if by_step or (name == "q_sample"):
         found["t"] = maker.step()
+    if found.get("group_dim") is not None:
+        _give_groups_levels(found, maker)
     if "guidance" in found and maker.chance(0.9):
         found.pop("guidance_scale", None)
     if name == "vlb_term" and ("x_t" in found) == ("noise" in found):
@@ -346,6 +350,20 @@ def arguments_of(name: str, maker: Maker) -> dict[str, Any]:
     return found
 
 
+def _give_groups_levels(found: dict[str, Any], maker: Maker) -> None:
+    """Some of what is one number for each sample becomes one for each group."""
+    dim = found["group_dim"]
+    if not -len(maker.shape) <= dim < len(maker.shape):
+        return
+    for name in (*COEFFICIENTS, "t"):
+        value = found.get(name)
+        if value is None:
+            continue
+        of_samples = type(value) is Tensor and not value.is_nested and value.shape == (maker.rows,)
+        if of_samples and maker.chance(0.7):
+            found[name] = value.unsqueeze(1).repeat(1, maker.shape[dim])
+
+
 def _bound_table(table: Tensor, maker: Maker) -> Tensor:
     """A table of bound terms: a row of the decoder has the factor 1 and the offset 0."""
     decoder, table = maker.chance(0.3), table.clone()
@@ -358,7 +376,8 @@ def _bound_table(table: Tensor, maker: Maker) -> Tensor:
 
 def _argument(op: str, name: str, maker: Maker, by_step: bool) -> Any:
     if name in CHOICES:
-        return maker.random.choice(CHOICES[name])
+        of_op = CHOICES.get(f"{op}.{name}", CHOICES[name])
+        return maker.random.choice(of_op)
     if name in SAMPLES:
         return maker.samples()
     if name in COEFFICIENTS:

@@ -39,6 +39,7 @@ BENCHMARKS = (
     "bound",
     "threshold",
     "guidance",
+    "groups",
     "likelihood",
     "ops",
     "training",

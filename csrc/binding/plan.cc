@@ -136,13 +136,27 @@ class Planner {
     if (Reason reason = read_seed(views_.noise[kSeedPart], &source)) return reason;
     if (Reason reason = read_ids(views_.noise[kIdsPart], &source)) return reason;
     if (Reason reason = read_stream(views_.noise[kStreamPart], &source)) return reason;
-    if (views_.first_element < 0 || views_.first_element % 4) return {Code::kNoiseElement};
-    source.first_block = views_.first_element / 4;
-    if (rows_ &&
-        (source.first_block > kNoiseBlocks || (row_ + 3) / 4 > kNoiseBlocks - source.first_block))
-      return {Code::kNoiseRange, Argument::kNone, 0,
-              int64_t(uint64_t(views_.first_element) + uint64_t(row_))};
+    if (Reason reason = read_first_element(views_.noise[kElementPart], &source)) return reason;
     by_row_ = true;
+    return {};
+  }
+
+  // The first element of every row, or a tensor with one for each, which the caller has checked.
+  Reason read_first_element(const IntView& view, NoiseSource* source) {
+    if (view.is_tensor) {
+      const TensorView& x = view.tensor;
+      if (Reason reason = check_noise_tensor(x, Argument::kFirstElement)) return reason;
+      if (x.ndim != 1 || x.shape[0] != rows_) return {Code::kLength, Argument::kFirstElement};
+      source->first_element = static_cast<const int64_t*>(x.data);
+      source->first_element_stride = x.strides[0];
+      return {};
+    }
+    if (view.value < 0 || view.value % 4) return {Code::kNoiseElement};
+    source->first_block = view.value / 4;
+    if (rows_ &&
+        (source->first_block > kNoiseBlocks || (row_ + 3) / 4 > kNoiseBlocks - source->first_block))
+      return {Code::kNoiseRange, Argument::kNone, 0,
+              int64_t(uint64_t(view.value) + uint64_t(row_))};
     return {};
   }
 
@@ -261,7 +275,8 @@ class Planner {
         return {Code::kOverlap, Argument::kCoef, i, o};
     if (views_.has_step && views_.step.is_tensor && read(views_.step.tensor))
       return {Code::kOverlap, Argument::kStep, 0, o};
-    constexpr Argument kParts[] = {Argument::kSeed, Argument::kSampleIds, Argument::kStream};
+    constexpr Argument kParts[] = {Argument::kSeed, Argument::kSampleIds, Argument::kStream,
+                                   Argument::kFirstElement};
     for (int k = 0; views_.has_noise && k < kNoiseParts; ++k)
       if (views_.noise[k].is_tensor && read(views_.noise[k].tensor))
         return {Code::kOverlap, kParts[k], 0, o};

@@ -63,13 +63,14 @@ Reason read_step(py::handle step, CallViews* views) {
   return {};
 }
 
-// (seed, sample ids, stream, first element): ints modulo 2^64; the first three may be tensors.
+// (seed, sample ids, stream, first element): ints modulo 2^64, or tensors.
 Reason read_noise(py::handle noise, CallViews* views) {
   views->has_noise = !noise.is_none();
   if (!views->has_noise) return {};
-  if (!PyTuple_CheckExact(noise.ptr()) || PyTuple_GET_SIZE(noise.ptr()) != kNoiseParts + 1)
+  if (!PyTuple_CheckExact(noise.ptr()) || PyTuple_GET_SIZE(noise.ptr()) != kNoiseParts)
     return {Code::kNoise};
-  constexpr Argument kParts[] = {Argument::kSeed, Argument::kSampleIds, Argument::kStream};
+  constexpr Argument kParts[] = {Argument::kSeed, Argument::kSampleIds, Argument::kStream,
+                                 Argument::kFirstElement};
   for (int k = 0; k < kNoiseParts; ++k) {
     IntView& view = views->noise[k];
     PyObject* part = PyTuple_GET_ITEM(noise.ptr(), k);
@@ -79,9 +80,6 @@ Reason read_noise(py::handle noise, CallViews* views) {
     else if (Reason reason = borrow(part, &view.tensor, kParts[k]))
       return reason;
   }
-  PyObject* element = PyTuple_GET_ITEM(noise.ptr(), kNoiseParts);
-  if (!PyLong_CheckExact(element)) return {Code::kNoise};
-  views->first_element = int64_t(PyLong_AsUnsignedLongLongMask(element));
   return {};
 }
 

@@ -50,11 +50,12 @@ enum class Argument : int {
   kStep,
   kSeed,
   kSampleIds,
-  kStream
+  kStream,
+  kFirstElement
 };
-constexpr const char* kArgumentNames[] = {"none", "input", "output",     "sum",   "coef",
-                                          "step", "seed",  "sample_ids", "stream"};
-static_assert(sizeof(kArgumentNames) / sizeof(*kArgumentNames) == int(Argument::kStream) + 1);
+constexpr const char* kArgumentNames[] = {"none", "input", "output",     "sum",    "coef",
+                                          "step", "seed",  "sample_ids", "stream", "first_element"};
+static_assert(sizeof(kArgumentNames) / sizeof(*kArgumentNames) == int(Argument::kFirstElement) + 1);
 
 struct Reason {
   Code code = Code::kDone;

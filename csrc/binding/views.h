@@ -22,8 +22,8 @@ struct IntView {
   TensorView tensor;
 };
 
-// The three parts of a noise key that may be tensors.
-enum NoisePart : int { kSeedPart, kIdsPart, kStreamPart, kNoiseParts };
+// The parts of a noise key, each a number or a tensor.
+enum NoisePart : int { kSeedPart, kIdsPart, kStreamPart, kElementPart, kNoiseParts };
 
 // Not initialized: only the first n entries of an array are valid.
 struct CallViews {
@@ -34,8 +34,7 @@ struct CallViews {
   bool has_step, has_noise;
   IntView step;
   IntView noise[kNoiseParts];
-  int64_t first_element;  // of each sample's noise
-  bool reduce_all;        // one sum over all elements instead of one for each sample
+  bool reduce_all;  // one sum over all elements instead of one for each sample
 };
 
 }  // namespace diffcore

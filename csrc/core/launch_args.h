@@ -32,6 +32,8 @@ struct NoiseSource {
   int64_t id_stride = 0;
   bool ids_count_up = true;  // the id of a row is the first id + row
   int64_t first_block = 0;
+  const int64_t* first_element = nullptr;  // of each row, a multiple of 4; null: 4 `first_block`
+  int64_t first_element_stride = 0;
   bool seed_has_offset = false;  // seed[1] is added to the stream
   // Neighbors in memory belong to `inner` separate runs of the logical order (channels_last: the
   // channels). 1 where both orders agree.

@@ -101,10 +101,13 @@ DC_HD NoiseKey noise_key(const NoiseSource& noise, int64_t row) {
                       (noise.ids_count_up ? uint64_t(row) : 0);
   uint64_t stream = uint64_t(noise.stream ? *noise.stream : noise.stream_value);
   if (noise.seed_has_offset) stream += uint64_t(noise.seed[1]);
+  const int64_t block = noise.first_element
+                            ? noise.first_element[row * noise.first_element_stride] / 4
+                            : noise.first_block;
   return {{uint32_t(seed), uint32_t(seed >> 32)},
           {uint32_t(id), uint32_t(id >> 32)},
           uint32_t(stream),
-          uint32_t(noise.first_block)};
+          uint32_t(block)};
 }
 
 DC_KERNEL_NAMESPACE_END

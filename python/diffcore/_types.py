@@ -64,7 +64,10 @@ class VlbColumns(NamedTuple):
 
 
 NoiseParts: TypeAlias = tuple[int | Tensor, int | Tensor, int | Tensor, int]
-"""What a kernel generates noise from: seed, sample ids, stream, first element."""
+"""What a kernel generates noise from: seed, sample ids, stream, first element.
+
+For rows of groups (``ops._groups``) the first element is a tensor, one for each row.
+"""
 
 Row: TypeAlias = Tensor | tuple[float, ...]
 """The coefficients of a step: a table, or the numbers of one row."""

@@ -325,6 +325,19 @@ def test_bench_guidance_runs(tmp_path: Path) -> None:
         assert row["error_over_bound"]["diffcore"] <= 1
 
 
+def test_bench_groups_runs(tmp_path: Path) -> None:
+    out = tmp_path / "result.json"
+    run("bench_groups", *TINY, "--shape", "2x2x3x4x4", "--out", str(out))
+    section = json.loads(out.read_text())["groups"]
+    assert section["refused"] == []
+    named = [
+        f"{op}, {by}" for by in ("frames", "samples") for op in ("add_noise", "denoising_loss")
+    ]
+    assert [r["op"] for r in section["rows"]] == named * 2
+    for row in section["rows"]:
+        assert row["error_over_bound"]["diffcore"] <= 1
+
+
 def test_bench_call_runs(tmp_path: Path) -> None:
     out = tmp_path / "result.json"
     run("bench_call", "--quick", "--device", "cpu", "--out", str(out))

@@ -93,7 +93,8 @@ struct TestCall {
     views.step = {step_is_tensor, step_number, step.view()};
     views.has_noise = has_noise;
     for (int k = 0; k < kNoiseParts; ++k) views.noise[k] = {noise_is_tensor[k], k, noise[k].view()};
-    views.first_element = first_element;
+    views.noise[kElementPart] = {noise_is_tensor[kElementPart], first_element,
+                                 noise[kElementPart].view()};
     views.reduce_all = reduce_all;
     return plan_call(*op, views, plan);
   }

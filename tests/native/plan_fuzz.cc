@@ -36,7 +36,7 @@ class Fuzzer {
     call.has_noise = call.op->generates_noise != rarely(50);
     for (int k = 0; k < kNoiseParts; ++k) {
       call.noise_is_tensor[k] = rarely(3);
-      call.noise[k] = small(k == kIdsPart ? Dims{rows()} : Dims{}, kInt64);
+      call.noise[k] = small(k == kIdsPart || k == kElementPart ? Dims{rows()} : Dims{}, kInt64);
     }
     call.first_element = rarely(20) ? int64_t(random_()) : 4 * below(100);
 

@@ -226,7 +226,8 @@ void test_reasons() {
   for (int k = 0; k < kNoiseParts; ++k)
     CHECK(is(generated([&](TestCall& c) {
                c.noise_is_tensor[k] = true;
-               c.noise[k] = over(c, Tensor({k == kIdsPart ? 4 : 1}, 0, kInt64));
+               c.noise[k] =
+                   over(c, Tensor({k == kIdsPart || k == kElementPart ? 4 : 1}, 0, kInt64));
              }),
              Code::kOverlap, Argument(int(A::kSeed) + k)));
   CHECK(

@@ -94,8 +94,9 @@ def _coef_count(count: int, kernel: Kernel) -> Exception:
 
 
 def _step_shape(name: str, step: Tensor, rows: int) -> Exception:
+    fix = "; for a step of each frame pass [B, F] with group_dim" if step.ndim > 1 else ""
     return ValueError(
-        f"{name} must be one step, or [{rows}], one per sample, got shape {tuple(step.shape)}"
+        f"{name} must be one step, or [{rows}], one per sample, got shape {tuple(step.shape)}{fix}"
     )
 
 
@@ -381,6 +382,8 @@ def check_noise(noise: tuple[Any, ...], rows: int, first: Tensor) -> None:
         if name == "sample_ids" and part.ndim and part.shape[0] != rows:
             raise _length(name, part, str(rows))
         check_memory(name, part)
+    if isinstance(noise[3], Tensor):  # of rows of groups, which are within their samples
+        return
     end = noise[3] + first.numel() // max(rows, 1)
     if end > 2**34:
         raise _noise_range(end)

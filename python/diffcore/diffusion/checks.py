@@ -290,7 +290,7 @@ def _refuse_dtype(t: Tensor, num_timesteps: int) -> NoReturn:
 
 def _refuse_shape(t: Tensor, x: Tensor) -> NoReturn:
     frames = t.ndim > 1 and t.numel() != x.shape[0]
-    fix = "; for a timestep of each frame fold the frames into the batch" if frames else ""
+    fix = "; for a timestep of each frame pass [B, F] with group_dim" if frames else ""
     raise ValueError(f"t must have shape {tuple(x.shape[:1])}, got {tuple(t.shape)}{fix}")
 
 

@@ -23,7 +23,7 @@ from diffcore._engine.kept import made_plainly
 from diffcore._types import CondFn, Model
 from diffcore.coefficients.bound import DECODERS, LEARNED, VARIANCE_TYPES
 from diffcore.coefficients.step import PREDICTION_TYPES
-from diffcore.diffusion import conditional, jumps, reverse, training
+from diffcore.diffusion import conditional, groups, jumps, reverse, training
 from diffcore.diffusion.checks import (
     check_batch,
     check_timestep_values,
@@ -210,7 +210,14 @@ class GaussianDiffusion(VariationalBound, Inversion):
         log_variance = extract("log_one_minus_alphas_cumprod", t, x_start)
         return (scale * x_start).to(x_start.dtype), variance, log_variance
 
-    def q_sample(self, x_start: Tensor, t: Tensor | int, noise: Noise | None = None) -> Tensor:
+    def q_sample(
+        self,
+        x_start: Tensor,
+        t: Tensor | int,
+        noise: Noise | None = None,
+        *,
+        group_dim: int | None = None,
+    ) -> Tensor:
         """A sample of q(x_t | x_0): sqrt(alphas_cumprod_t) x_0 + sqrt(1 - alphas_cumprod_t) noise.
 
         Args:
@@ -218,10 +225,14 @@ class GaussianDiffusion(VariationalBound, Inversion):
             t: Timesteps, integers ``[B]``, or one int.
             noise: Standard normal, like ``x_start``, or a noise key; ``None`` for a key seeded by
                 torch's generator.
+            group_dim: A dimension whose entries have a timestep each, such as 2 for the frames of
+                ``[B, C, F, H, W]``: t may then be ``[B, G]``.
 
         Returns:
             x_t, like ``x_start``.
         """
+        if group_dim is not None:
+            return groups.noised(self.tables, x_start, t, noise, group_dim)
         t = check_timesteps(t, x_start, self.num_timesteps)
         if noise is None:
             noise = default_key(x_start)
@@ -288,6 +299,8 @@ class GaussianDiffusion(VariationalBound, Inversion):
         *,
         weights: Tensor | None = None,
         decoder: str = "discretized",
+        group_dim: int | None = None,
+        reduction: str = "sample",
     ) -> dict[str, Tensor]:
         """The loss of each sample, by ``loss_type`` of the constructor.
 
@@ -317,10 +330,13 @@ class GaussianDiffusion(VariationalBound, Inversion):
             decoder: L_0 for pixels k/127.5 - 1 ("discretized": the mass of their bin) or for other
                 data such as latents ("gaussian": the density). Pixel values are not validated while
                 training: the bin of another x_0 is x_0 ± 1/255.
+            group_dim: A dimension of the samples whose entries have a timestep each, such as 2 for
+                the frames of ``[B, C, F, H, W]``: t may then be ``[B, G]``, also for the model.
+            reduction: "sample", or, with ``group_dim``, "group" for the loss of each group.
 
         Returns:
-            ``loss``, and its parts ``mse`` and ``vb`` as far as the loss has them, each ``[B]``;
-            average them over the batch.
+            ``loss``, and its parts ``mse`` and ``vb`` as far as the loss has them, each ``[B]``, or
+            ``[B, G]`` by group; average them over the batch.
 
         Raises:
             TypeError: An argument, or the model's output, of the wrong type.
@@ -331,7 +347,14 @@ class GaussianDiffusion(VariationalBound, Inversion):
             eq. 16.
         """
         check_choice("decoder", decoder, DECODERS)
-        t = check_timesteps(t, x_start, self.num_timesteps)
+        if group_dim is None:
+            t = check_timesteps(t, x_start, self.num_timesteps)
+        else:
+            t = groups.timesteps(x_start, t, group_dim, self.num_timesteps)
+        if reduction != "sample":
+            check_choice("reduction", reduction, ("sample", "group"))
+            if group_dim is None:
+                raise ValueError("group_dim must be given with reduction='group', got None")
         if weights is not None:
             if self.loss_type not in ("mse", "rescaled_mse"):
                 raise ValueError(
@@ -342,6 +365,20 @@ class GaussianDiffusion(VariationalBound, Inversion):
             self._images_checked = warn_of_images("x_start", x_start)
         if noise is None:
             noise = default_key(x_start)
+        if group_dim is not None:
+            found = groups.losses(
+                self.tables,
+                self.loss_type,
+                model,
+                x_start,
+                t,
+                model_kwargs,
+                noise,
+                group_dim,
+                weights=weights,
+                decoder=decoder,
+            )
+            return found if reduction == "group" else {k: x.mean(1) for k, x in found.items()}
         x_t = training.noised(self.tables, x_start, t, noise)
         output, variance_output = reverse.predict(self.tables, model, x_t, t, model_kwargs)
         return training.losses(

@@ -1,6 +1,7 @@
 """Noise keys: noise as a function of (seed, sample id, stream, element)."""
 
 from diffcore.noise.collate import register
+from diffcore.noise.key import GroupNoise as GroupNoise
 from diffcore.noise.key import Noise as Noise
 from diffcore.noise.key import PhiloxNoise as PhiloxNoise
 from diffcore.noise.key import ShardNoise as ShardNoise

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data._utils.collate import default_collate_fn_map
 
-from diffcore.noise.key import PhiloxNoise, ShardNoise
+from diffcore.noise.key import GroupNoise, PhiloxNoise, ShardNoise
 
 
 def collate(
@@ -49,4 +49,4 @@ def collate(
 def register() -> None:
     """Tell torch's collate function and its ``weights_only`` loader about noise keys."""
     default_collate_fn_map[PhiloxNoise] = collate
-    torch.serialization.add_safe_globals([PhiloxNoise, ShardNoise])
+    torch.serialization.add_safe_globals([PhiloxNoise, ShardNoise, GroupNoise])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor
@@ -18,12 +18,11 @@ from diffcore._types import NoiseParts
 from diffcore.noise import parts as p
 from diffcore.reference import philox
 
-__all__ = ["Noise", "PhiloxNoise", "ShardNoise", "StepNoise", "draw"]
+__all__ = ["GroupNoise", "Noise", "PhiloxNoise", "ShardNoise", "StepNoise", "draw"]
 
 Device = torch.device | str | None
 
 _MAX_TIMESTEPS = 2**31
-_MAX_UNIFORM = 2**33  # elements of a sample: each takes two of its 2^34 words
 
 
 class PhiloxNoise:
@@ -174,7 +173,7 @@ class PhiloxNoise:
             TypeError: An argument is no sequence of ints.
             ValueError: Their lengths differ, or the box is not inside the tensor.
         """
-        full, local, at = _box(shape, local_shape, offset)
+        full, local, at = p.box(shape, local_shape, offset)
         window = self._window(Window(full[1:], at[1:], local[1:]))
         seed, ids, stream, first = self._parts
         if isinstance(ids, Tensor) and ids.ndim:
@@ -190,6 +189,34 @@ class PhiloxNoise:
         if window.is_run and (first + window.start) % 4 == 0:
             return PhiloxNoise(seed, ids, stream, first + window.start)
         return ShardNoise(seed, ids, stream, first, *window)
+
+    def for_groups(self, group_ids: Tensor | Sequence[Sequence[int]], dim: int) -> PhiloxNoise:
+        """The same key for samples whose groups have ids: the frames of a video, for example.
+
+        The noise of a group is that of a sample with the group's id and shape, whatever its place:
+        a window that moves over a video gets the same noise for the same frames. The sample ids of
+        this key do not count.
+
+        Args:
+            group_ids: An id of each group of each sample, ``[B, G]`` ints. Groups with the same id
+                get the same noise, also in different samples.
+            dim: The dimension of the groups in ``[B, ...]``, such as 2 for the frames of
+                ``[B, C, F, H, W]``.
+
+        Returns:
+            A key for tensors with B samples and G entries along ``dim``. An op that is called with
+            the same ``group_dim`` generates its noise in the kernel, where groups begin at
+            multiples of 4 elements; any other op reads it from a tensor. Its ``timesteps`` are
+            ``[B, G]``.
+
+        Raises:
+            TypeError: ``group_ids`` are no integers.
+            ValueError: They are not ``[B, G]``, or ``dim`` is less than 1.
+        """
+        ids = p.group_ids_part(group_ids)
+        seed, _, stream, first = self._parts
+        parts = (seed, ids.reshape(-1), stream, first)
+        return GroupNoise(*parts, as_int("dim", dim, 1), ids.shape[1])
 
     def tensor(
         self,
@@ -327,7 +354,7 @@ class PhiloxNoise:
     def _uniform_words(self, batch: int, shape: tuple[int, ...], device: Device) -> philox.Pair:
         """The words of the uniform numbers of ``[B, *shape]``, ``[B, n]``."""
         count, first = math.prod(shape), self._parts[3]
-        _check_uniform_end(first + count)
+        p.check_uniform_end(first + count)
         return pairs(self._parts, first, count, batch, philox.UNIFORM_SALT, device)
 
     def _normals(self, shape: tuple[int, ...], dtype: torch.dtype | None, device: Device) -> Tensor:
@@ -402,7 +429,7 @@ class ShardNoise(PhiloxNoise):
     def _uniform_words(self, batch: int, shape: tuple[int, ...], device: Device) -> philox.Pair:
         self._check_shape(shape)
         first = self._parts[3]
-        _check_uniform_end(first + self._box.end)
+        p.check_uniform_end(first + self._box.end)
         elements = self._box.elements(device) + first
         return philox.pairs(self._parts, elements, batch, philox.UNIFORM_SALT)
 
@@ -434,6 +461,104 @@ class ShardNoise(PhiloxNoise):
         return f"{plain}.for_shard({shapes}, {(0, *offset)})"
 
 
+class GroupNoise(PhiloxNoise):
+    """The key of samples whose groups have ids: see ``PhiloxNoise.for_groups``.
+
+    Args:
+        parts: Seed, ids int64 ``[B G]``, stream and first element, as for ``PhiloxNoise``; the
+            dimension of the groups in ``[B, ...]``; and G.
+    """
+
+    __module__ = "diffcore.noise"
+    __slots__ = ("_place",)
+    _place: tuple[int, int]
+
+    def __init__(self, *parts: Any) -> None:
+        super().__init__(*parts[:-2])
+        object.__setattr__(self, "_place", parts[-2:])
+
+    @property
+    def dim(self) -> int:
+        """The dimension of the groups in ``[B, ...]``."""
+        return self._place[0]
+
+    @property
+    def group_ids(self) -> Tensor:
+        """The id of each group, int64 ``[B, G]``."""
+        return cast(Tensor, self._parts[1]).view(-1, self._place[1])
+
+    @property
+    def groups_as_samples(self) -> PhiloxNoise:
+        """The key of the groups as samples: for ``[B G, ...]``."""
+        return PhiloxNoise(*self._parts)
+
+    def for_samples(self, sample_ids: int | Tensor | Sequence[int] | None) -> PhiloxNoise:
+        """The key of samples without groups."""
+        return self.groups_as_samples.for_samples(sample_ids)
+
+    def timesteps(
+        self, num_timesteps: int, batch: int, *, device: torch.device | str | None = None
+    ) -> Tensor:
+        """A timestep of each group, int64 ``[B, G]``: see ``PhiloxNoise.timesteps``."""
+        batch = as_int("batch", batch, 0)
+        flat = self.groups_as_samples.timesteps(
+            num_timesteps, batch * self._place[1], device=device
+        )
+        return flat.view(batch, self._place[1])
+
+    def _window(self, box: Window) -> Window:
+        del box
+        raise ValueError(
+            "a key with group_ids has no shards; make the key of the groups that this process holds"
+        )
+
+    def _with(self, parts: NoiseParts) -> PhiloxNoise:
+        return GroupNoise(*parts, *self._place)
+
+    def _of_group(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of a group of samples of this shape, checked."""
+        dim, ids = self.dim, self.group_ids
+        if len(shape) <= dim or (shape[0], shape[dim]) != tuple(ids.shape):
+            raise ValueError(
+                f"shape must have {len(ids)} samples with {self._place[1]} groups in dimension "
+                f"{dim}, as group_ids has, got {shape}"
+            )
+        return shape[1:dim] + shape[dim + 1 :]
+
+    def _check_batch(self, batch: int) -> None:
+        if len(self.group_ids) != batch:
+            raise ValueError(
+                f"group_ids must have {batch} rows, one for each sample, got {len(self.group_ids)}"
+            )
+
+    def _uniform_words(self, batch: int, shape: tuple[int, ...], device: Device) -> philox.Pair:
+        group = self._of_group((batch, *shape))
+        words = self.groups_as_samples._uniform_words(batch * self._place[1], group, device)
+        high, low = (self._in_place(w.reshape(-1, *group)).reshape(batch, -1) for w in words)
+        return high, low
+
+    def _normals(self, shape: tuple[int, ...], dtype: torch.dtype | None, device: Device) -> Tensor:
+        group = self._of_group(shape)
+        z = torch.empty(shape[0] * self._place[1], *group, dtype=dtype, device=device)
+        return self._in_place(draw(self.groups_as_samples, z)).contiguous()
+
+    def _in_place(self, groups: Tensor) -> Tensor:
+        """``[B G, ...]`` as ``[B, ..., G, ...]``."""
+        return groups.view(-1, self._place[1], *groups.shape[1:]).movedim(1, self.dim)
+
+    def __eq__(self, other: object) -> bool:
+        return super().__eq__(other) and self._place == other._place  # type: ignore[attr-defined]
+
+    __hash__ = PhiloxNoise.__hash__
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return GroupNoise, (*self._parts, *self._place)
+
+    def __repr__(self) -> str:
+        plain = PhiloxNoise.__repr__(self.for_samples(None))
+        return f"{plain}.for_groups({self.group_ids}, {self.dim})"
+
+
 Noise: TypeAlias = Tensor | PhiloxNoise
 """Noise as a tensor, or as the key that a kernel generates it from."""
 
@@ -444,36 +569,10 @@ StepNoise: TypeAlias = Tensor | PhiloxNoise | Callable[[int, Tensor], Tensor | P
 def draw(noise: PhiloxNoise, out: Tensor) -> Tensor:
     """The noise in shape, dtype and layout of ``out``; in ``out`` itself unless compiled."""
     into = out if plain_eager() else None
-    if isinstance(noise, ShardNoise):
+    if type(noise) is not PhiloxNoise:
         found = noise._normals(tuple(out.shape), out.dtype, out.device)
         return found if into is None else into.copy_(found)
     return run(RANDN, (out,), (), None, False, into, noise._parts)
-
-
-def _box(
-    shape: Sequence[int], local_shape: Sequence[int], offset: Sequence[int]
-) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-    """Checks a box inside a tensor."""
-    full = as_shape("shape", shape)
-    local, at = as_shape("local_shape", local_shape), as_shape("offset", offset)
-    if not full:
-        raise ValueError("shape must be [B, ...], got ()")
-    for name, given in (("local_shape", local), ("offset", at)):
-        if len(given) != len(full):
-            raise ValueError(
-                f"{name} must have the {len(full)} dimensions of shape, {full}, got {given}"
-            )
-    for size, part, begin in zip(full, local, at, strict=True):
-        if begin + part > size:
-            raise ValueError(
-                f"offset plus local_shape must be at most shape, {full}, got {at} plus {local}"
-            )
-    return full, local, at
-
-
-def _check_uniform_end(end: int) -> None:
-    if end > _MAX_UNIFORM:
-        raise ValueError(f"shape must end before element 2^33 of a sample, got {end}")
 
 
 def _rebuilt(*parts: Any) -> PhiloxNoise:

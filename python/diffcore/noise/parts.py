@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffcore._checks import check_dense
+from diffcore._checks import as_shape, check_dense
 
 _WORDS = 2**32
 _MAX_FIRST = 4 * _WORDS
+_MAX_UNIFORM = 2 * _WORDS  # elements of a sample: each takes two of its 2^34 words
 
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
@@ -46,6 +47,17 @@ def ids_part(sample_ids: Any) -> Any:
     if sample_ids.dtype in _INTEGERS:
         sample_ids = sample_ids.long()
     return _checked("sample_ids", sample_ids, 0)
+
+
+def group_ids_part(group_ids: Any) -> Tensor:
+    """An int64 tensor ``[B, G]``."""
+    ids = group_ids if isinstance(group_ids, Tensor) else torch.as_tensor(group_ids)
+    if ids.dtype not in _INTEGERS:
+        raise TypeError(f"group_ids must be integers, got {ids.dtype}")
+    check_dense("group_ids", ids)
+    if ids.ndim != 2:
+        raise ValueError(f"group_ids must have shape [B, G], got {tuple(ids.shape)}")
+    return ids.long()
 
 
 def stream_part(stream: Any) -> Any:
@@ -124,3 +136,30 @@ def _integer(name: str, value: Any, low: int, high: int) -> Any:
 
 def _wrong(name: str, came: str) -> TypeError:
     return TypeError(f"{name} must be {_ALLOWED[name]}, got {came}")
+
+
+def box(
+    shape: Sequence[int], local_shape: Sequence[int], offset: Sequence[int]
+) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    """Checks a box inside a tensor."""
+    full = as_shape("shape", shape)
+    local, at = as_shape("local_shape", local_shape), as_shape("offset", offset)
+    if not full:
+        raise ValueError("shape must be [B, ...], got ()")
+    for name, given in (("local_shape", local), ("offset", at)):
+        if len(given) != len(full):
+            raise ValueError(
+                f"{name} must have the {len(full)} dimensions of shape, {full}, got {given}"
+            )
+    for size, part, begin in zip(full, local, at, strict=True):
+        if begin + part > size:
+            raise ValueError(
+                f"offset plus local_shape must be at most shape, {full}, got {at} plus {local}"
+            )
+    return full, local, at
+
+
+def check_uniform_end(end: int) -> None:
+    """Refuses uniform numbers beyond the last element of a sample that has them."""
+    if end > _MAX_UNIFORM:
+        raise ValueError(f"shape must end before element 2^33 of a sample, got {end}")

@@ -51,7 +51,7 @@ def _flat(name: str, value: Tensor) -> Tensor:
     if value.numel() != len(value):
         raise ValueError(
             f"{name} must have one number per sample, got shape {tuple(value.shape)}; for a level "
-            "of each frame fold the frames into the batch"
+            "of each frame pass [B, F] with group_dim, the dimension of the frames"
         )
     return value.reshape(-1)
 

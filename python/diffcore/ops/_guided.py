@@ -12,7 +12,7 @@ from diffcore._checks import check_dense
 from diffcore._engine import messages
 from diffcore._kernels.step import UNGUIDED
 from diffcore._types import Coef, Coefs, Tensors
-from diffcore.guidance import CFGPlusPlus, Guidance
+from diffcore.guidance import CFGPlusPlus, Guidance, Weighted
 from diffcore.ops._arguments import as_coef
 
 
@@ -99,6 +99,25 @@ def guided_by(
     if remember:
         guidance.remember(model_output, uncond)
     return model_output, Guided(uncond, as_coef("scale", w, None), as_coef("g", g, None))
+
+
+def known_guidance(
+    x: Tensor,
+    model_output: Tensor,
+    model_output_uncond: Tensor | None,
+    guidance_scale: Coef | None,
+    guidance: Guidance | None,
+) -> tuple[Tensor, Tensor | None, Guidance | None]:
+    """m_c, m_u and the guidance as numbers, before samples are viewed in another shape."""
+    if guidance is None and guidance_scale is not None:
+        if model_output_uncond is None:
+            model_output, model_output_uncond = halves(x, model_output)
+        return model_output, model_output_uncond, Weighted(guidance_scale, 0.0)
+    given = (model_output, model_output_uncond, guidance_scale, guidance)
+    model_output, guided = guided_by(x, *given)
+    if guided is None:
+        return model_output, None, None
+    return model_output, guided.uncond, Weighted(guided.w, guided.g)
 
 
 def _check_rule(guidance: object, plus_plus: bool) -> None:

@@ -30,6 +30,7 @@ from diffcore.coefficients.step import HISTORY_READ, HISTORY_WRITTEN, STEP_COLUM
 from diffcore.guidance import CFGPlusPlus, Guidance, Weighted
 from diffcore.noise import Noise
 from diffcore.ops._arguments import as_table, columns_of, converted
+from diffcore.ops._groups import in_groups
 from diffcore.ops._guided import Guided, bound_of, guided_by, halves
 from diffcore.ops._noise import run_noisy
 
@@ -239,6 +240,48 @@ class RowLauncher:
         # A row that writes no h returns x in its place, which no later row reads.
         x_next, left = found if how.keeps else (found, x)
         return x_next, (left,) if self._history == 1 else (left, *history)[: self._history]
+
+    def step_in_groups(
+        self,
+        group_dim: int,
+        i: int | Tensor,
+        x: Tensor,
+        model_output: Tensor,
+        history: Sequence[Tensor],
+        noise: Noise | None,
+        model_output_uncond: Tensor | None,
+        guidance_scale: Coef | None,
+        threshold: Coef | None,
+        variance_output: Tensor | None,
+        guidance: Guidance | None,
+    ) -> tuple[Tensor, Tensors]:
+        """``step`` with a row for each group of a sample."""
+        if guidance_scale is None:
+            given = (model_output_uncond, None, guidance)
+            model_output, guided = self.guided(i, x, model_output, *given)
+            model_output_uncond = None if guided is None else guided.uncond
+            guidance = None if guided is None else Weighted(guided.w, guided.g)
+        elif model_output_uncond is None:
+            model_output, model_output_uncond = halves(x, model_output)
+        found = in_groups(
+            self.step,
+            group_dim,
+            {
+                "x": x,
+                "model_output": model_output,
+                "history": history_of(history),
+                "noise": noise,
+                "model_output_uncond": model_output_uncond,
+                "variance_output": variance_output,
+            },
+            {
+                "i": i,
+                "guidance_scale": guidance_scale,
+                "threshold": threshold,
+                "guidance": guidance,
+            },
+        )
+        return found  # type: ignore[no-any-return]
 
     def guided(
         self,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal, overload
+from collections.abc import Callable
+from typing import Any, Literal, overload
 
 from torch import Tensor
 
@@ -20,6 +21,7 @@ from diffcore.ops._arguments import (
     in_float64,
     negated,
 )
+from diffcore.ops._groups import in_groups
 from diffcore.ops._noise import run_noisy
 
 __all__ = [
@@ -64,6 +66,22 @@ def _target(name: str, alpha: Coef, sigma: Coef) -> tuple[Coef, Coef]:
     return (0.0 if name == "epsilon" else -1.0), 1.0
 
 
+def _in_groups(
+    op: Callable[..., Any],
+    group_dim: int,
+    samples: dict[str, Any],
+    alpha: Coef,
+    sigma: Coef,
+    t: Step,
+    **rest: Any,
+) -> Any:
+    """``in_groups`` for alpha and sigma, which are tables where there is a t."""
+    levels: dict[str, Any] = {"alpha": alpha, "sigma": sigma}
+    if t is None:
+        return in_groups(op, group_dim, samples, levels, **rest)
+    return in_groups(op, group_dim, samples, {"t": t}, **levels, **rest)
+
+
 def _refuse_out(out: Tensor | None) -> None:
     if out is not None:
         raise ValueError("out must be None where return_target is given, got both")
@@ -78,11 +96,19 @@ def add_noise(
     *,
     t: Step = None,
     return_target: None = None,
+    group_dim: int | None = None,
     out: Tensor | None = None,
 ) -> Tensor: ...
 @overload
 def add_noise(
-    x0: Tensor, noise: Noise, alpha: Coef, sigma: Coef, *, t: Step = None, return_target: Target
+    x0: Tensor,
+    noise: Noise,
+    alpha: Coef,
+    sigma: Coef,
+    *,
+    t: Step = None,
+    return_target: Target,
+    group_dim: int | None = None,
 ) -> tuple[Tensor, Tensor]: ...
 def add_noise(
     x0: Tensor,
@@ -92,6 +118,7 @@ def add_noise(
     *,
     t: Step = None,
     return_target: Target | None = None,
+    group_dim: int | None = None,
     out: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Adds noise to clean samples: ``x_t = alpha x_0 + sigma noise``.
@@ -107,6 +134,8 @@ def add_noise(
         t: The step at which the tables are read: an int, ``[B]`` or a one-element counter.
         return_target: A target to return as well, computed in the same launch: "epsilon" (the
             noise), "v_prediction" (alpha noise - sigma x_0) or "flow_prediction" (noise - x_0).
+        group_dim: A dimension of the samples whose entries have a level each, such as 2 for the
+            frames of ``[B, C, F, H, W]``: alpha, sigma and t may then be ``[B, G]``.
         out: Tensor to write to. Not with ``return_target``, nor where a gradient is needed.
 
     Returns:
@@ -115,6 +144,11 @@ def add_noise(
     Source:
         Ho et al. 2020, eq. 4; Song et al. 2021 for the families.
     """
+    if group_dim is not None:
+        of_samples = {"x0": x0, "noise": noise}
+        return _in_groups(  # type: ignore[no-any-return]
+            add_noise, group_dim, of_samples, alpha, sigma, t, return_target=return_target, out=out
+        )
     coefs = (as_coef("alpha", alpha, t), as_coef("sigma", sigma, t))
     if return_target is None:
         x_t: Tensor = run_noisy(_ADD_NOISE, (x0,), noise, coefs, t, out)
@@ -134,11 +168,18 @@ def q_sample(
     table: Tensor,
     *,
     return_target: None = None,
+    group_dim: int | None = None,
     out: Tensor | None = None,
 ) -> Tensor: ...
 @overload
 def q_sample(
-    x0: Tensor, t: int | Tensor, noise: Noise, table: Tensor, *, return_target: Target
+    x0: Tensor,
+    t: int | Tensor,
+    noise: Noise,
+    table: Tensor,
+    *,
+    return_target: Target,
+    group_dim: int | None = None,
 ) -> tuple[Tensor, Tensor]: ...
 def q_sample(
     x0: Tensor,
@@ -147,6 +188,7 @@ def q_sample(
     table: Tensor,
     *,
     return_target: Target | None = None,
+    group_dim: int | None = None,
     out: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Adds the noise of step ``t`` of a schedule: ``x_t = alpha_t x_0 + sigma_t noise``.
@@ -160,6 +202,8 @@ def q_sample(
         noise: Standard normal noise ``[B, ...]``, or a noise key.
         table: ``[T, 2]``, float64 or float32: the columns alpha and sigma.
         return_target: A target to return as well, as in :func:`add_noise`.
+        group_dim: A dimension of the samples whose entries have a level each, such as 2 for the
+            frames of ``[B, C, F, H, W]``: t may then be ``[B, G]``.
         out: Tensor to write to. Not with ``return_target``, nor where a gradient is needed.
 
     Returns:
@@ -170,6 +214,17 @@ def q_sample(
     """
     if t is None:
         raise TypeError("t must be an int or an int64 or int32 tensor, got NoneType")
+    if group_dim is not None:
+        of_samples = {"x0": x0, "noise": noise}
+        return in_groups(  # type: ignore[no-any-return]
+            q_sample,
+            group_dim,
+            of_samples,
+            {"t": t},
+            table=table,
+            return_target=return_target,
+            out=out,
+        )
     table = as_table("table", table, 2)
     if return_target is None:
         x_t: Tensor = run_noisy(_Q_SAMPLE, (x0,), noise, (table,), t, out)
@@ -229,6 +284,7 @@ def velocity(
     sigma: Coef,
     *,
     t: Step = None,
+    group_dim: int | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     """The v target: ``v = alpha noise - sigma x_0``.
@@ -239,6 +295,8 @@ def velocity(
         alpha: Signal coefficient. A number, 0-dim, ``[B]``, or a table ``[T]`` with ``t``.
         sigma: Noise coefficient. A number, 0-dim, ``[B]``, or a table ``[T]`` with ``t``.
         t: The step at which the tables are read: an int, ``[B]`` or a one-element counter.
+        group_dim: A dimension of the samples whose entries have a level each, such as 2 for the
+            frames of ``[B, C, F, H, W]``: alpha, sigma and t may then be ``[B, G]``.
         out: Tensor to write to. Not where a gradient is needed.
 
     Returns:
@@ -247,6 +305,9 @@ def velocity(
     Source:
         Salimans & Ho 2022, appendix D.
     """
+    if group_dim is not None:
+        of_samples = {"x0": x0, "noise": noise}
+        return _in_groups(velocity, group_dim, of_samples, alpha, sigma, t, out=out)  # type: ignore[no-any-return]
     coefs = (as_coef("sigma", negated("sigma", sigma), t), as_coef("alpha", alpha, t))
     v: Tensor = run_noisy(_VELOCITY, (x0,), noise, coefs, t, out)
     return v
@@ -259,6 +320,7 @@ def predict_x0(
     sigma: Coef,
     *,
     prediction_type: str = "epsilon",
+    group_dim: int | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     """Converts a prediction to the clean sample x_0.
@@ -272,6 +334,8 @@ def predict_x0(
         alpha: Signal coefficient. A number, 0-dim or ``[B]``.
         sigma: Noise coefficient. A number, 0-dim or ``[B]``.
         prediction_type: "epsilon", "sample", "v_prediction" or "flow_prediction".
+        group_dim: A dimension of the samples whose entries have a level each, such as 2 for the
+            frames of ``[B, C, F, H, W]``: alpha and sigma may then be ``[B, G]``.
         out: Tensor to write to. Not where a gradient is needed.
 
     Returns:
@@ -280,6 +344,10 @@ def predict_x0(
     Source:
         Ho et al. 2020, eq. 15; Salimans & Ho 2022; Lipman et al. 2023.
     """
+    if group_dim is not None:
+        of_samples = {"model_output": model_output, "x_t": x_t}
+        how = {"prediction_type": prediction_type, "out": out}
+        return _in_groups(predict_x0, group_dim, of_samples, alpha, sigma, None, **how)  # type: ignore[no-any-return]
     pair = formulas.x0_coefficients(
         in_float64("alpha", alpha), in_float64("sigma", sigma), prediction_type
     )
@@ -294,6 +362,7 @@ def predict_epsilon(
     sigma: Coef,
     *,
     prediction_type: str = "epsilon",
+    group_dim: int | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     """Converts a prediction to the noise epsilon.
@@ -307,6 +376,8 @@ def predict_epsilon(
         alpha: Signal coefficient. A number, 0-dim or ``[B]``.
         sigma: Noise coefficient. A number, 0-dim or ``[B]``.
         prediction_type: "epsilon", "sample", "v_prediction" or "flow_prediction".
+        group_dim: A dimension of the samples whose entries have a level each, such as 2 for the
+            frames of ``[B, C, F, H, W]``: alpha and sigma may then be ``[B, G]``.
         out: Tensor to write to. Not where a gradient is needed.
 
     Returns:
@@ -315,6 +386,10 @@ def predict_epsilon(
     Source:
         Salimans & Ho 2022; Lipman et al. 2023.
     """
+    if group_dim is not None:
+        of_samples = {"model_output": model_output, "x_t": x_t}
+        how = {"prediction_type": prediction_type, "out": out}
+        return _in_groups(predict_epsilon, group_dim, of_samples, alpha, sigma, None, **how)  # type: ignore[no-any-return]
     pair = formulas.epsilon_coefficients(
         in_float64("alpha", alpha), in_float64("sigma", sigma), prediction_type
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -12,6 +14,7 @@ from diffcore._types import Coef, Step
 from diffcore.coefficients.step import PREDICTION_TYPES
 from diffcore.noise import Noise, PhiloxNoise
 from diffcore.ops._arguments import as_coef, negated
+from diffcore.ops._groups import Groups, in_groups
 from diffcore.ops._noise import promoted, run_noisy
 
 __all__ = [
@@ -35,6 +38,8 @@ def denoising_loss(
     sigma: Coef | None = None,
     weight: Coef | None = None,
     t: Step = None,
+    group_dim: int | None = None,
+    reduction: str = "sample",
 ) -> Tensor:
     """The weighted squared error, per sample: ``weight · mean_i (m_i - target_i)²``.
 
@@ -56,14 +61,30 @@ def denoising_loss(
         weight: Weight of each sample; ``None`` for 1. A number, 0-dim, ``[B]``, or a table ``[T]``
             with ``t``.
         t: The step at which the tables are read: an int, ``[B]`` or a one-element counter.
+        group_dim: A dimension of the samples whose entries have a level each, such as 2 for the
+            frames of ``[B, C, F, H, W]``: alpha, sigma, weight and t may then be ``[B, G]``.
+        reduction: "sample" for the loss of each sample, or, with ``group_dim``, "group" for that of
+            each group.
 
     Returns:
-        The loss of each sample, ``[B]`` (float32 for 16-bit inputs).
+        The loss of each sample, ``[B]``, or of each group, ``[B, G]`` (float32 for 16-bit inputs).
 
     Source:
         Ho et al. 2020, eq. 14 and Algorithm 1; weights: Hang et al. 2023.
     """
     check_choice("prediction_type", prediction_type, PREDICTION_TYPES)
+    if group_dim is not None:
+        check_choice("reduction", reduction, ("sample", "group"))
+        of_groups = _loss_of_groups(
+            group_dim,
+            {"model_output": model_output, "x0": x0, "noise": noise},
+            {"alpha": alpha, "sigma": sigma, "weight": weight, "t": t},
+            prediction_type,
+        )
+        return of_groups if reduction == "group" else of_groups.mean(1)
+    if reduction != "sample":
+        check_choice("reduction", reduction, ("sample", "group"))
+        raise ValueError("group_dim must be given with reduction='group', got None")
     if not isinstance(model_output, Tensor):
         raise TypeError(f"model_output must be a torch.Tensor, got {type(model_output).__name__}")
     # Beside a tensor of noise the call path promotes what the kernel reads.
@@ -100,6 +121,18 @@ def denoising_loss(
     return _loss(
         _V_LOSS, (model_output, x0), noise, w, inverse_n, (a, as_coef("alpha", alpha, t)), t
     )
+
+
+def _loss_of_groups(
+    group_dim: int, samples: dict[str, Any], levels: dict[str, Any], prediction_type: str
+) -> Tensor:
+    """The loss of each group, ``[B, G]``: the mean over the runs of the group in memory."""
+    rest: dict[str, Any] = {"prediction_type": prediction_type}
+    if levels["t"] is not None:  # the others are tables
+        levels, rest = {"t": levels.pop("t")}, rest | levels
+    of_groups: Tensor = in_groups(denoising_loss, group_dim, samples, levels, **rest)
+    runs = Groups.of("model_output", samples["model_output"], group_dim).counts[1]
+    return of_groups if runs <= 1 else of_groups / runs
 
 
 def _check_unread(name: str, x: Tensor, model_output: Tensor) -> None:

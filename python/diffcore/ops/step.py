@@ -15,7 +15,8 @@ from diffcore.coefficients import step as formulas
 from diffcore.guidance import Guidance
 from diffcore.noise import Noise
 from diffcore.ops._arguments import as_table, converted, in_float64
-from diffcore.ops._guided import Guided, guided_by, predictions
+from diffcore.ops._groups import in_groups
+from diffcore.ops._guided import Guided, guided_by, known_guidance, predictions
 from diffcore.ops._launch import (
     history_of,
     launch,
@@ -44,6 +45,7 @@ def reverse_step(
     guidance_scale: Coef | None = None,
     guidance: Guidance | None = None,
     threshold: Coef | None = None,
+    group_dim: int | None = None,
     history: Sequence[Tensor] = (),
     return_history: Literal[False] = False,
     variance_output: Tensor | None = None,
@@ -63,6 +65,7 @@ def reverse_step(
     guidance_scale: Coef | None = None,
     guidance: Guidance | None = None,
     threshold: Coef | None = None,
+    group_dim: int | None = None,
     history: Sequence[Tensor] = (),
     return_history: Literal[True],
     variance_output: Tensor | None = None,
@@ -82,6 +85,7 @@ def reverse_step(
     guidance_scale: Coef | None = None,
     guidance: Guidance | None = None,
     threshold: Coef | None = None,
+    group_dim: int | None = None,
     history: Sequence[Tensor] = (),
     return_history: Literal[False] = False,
     variance_output: Tensor | None = None,
@@ -101,6 +105,7 @@ def reverse_step(
     guidance_scale: Coef | None = None,
     guidance: Guidance | None = None,
     threshold: Coef | None = None,
+    group_dim: int | None = None,
     history: Sequence[Tensor] = (),
     return_history: bool = False,
     variance_output: Tensor | None = None,
@@ -119,6 +124,7 @@ def reverse_step(
     guidance_scale: Coef | None = None,
     guidance: Guidance | None = None,
     threshold: Coef | None = None,
+    group_dim: int | None = None,
     history: Sequence[Tensor] = (),
     return_history: bool = False,
     variance_output: Tensor | None = None,
@@ -150,6 +156,9 @@ def reverse_step(
         model_output_uncond: m_u ``[B, ...]``, for guidance.
         guidance_scale: w of classifier-free guidance, a number or ``[B]``.
         guidance: Another rule of ``diffcore.guidance``, instead of ``guidance_scale``.
+        group_dim: A dimension of the samples whose entries have a level each, such as 2 for the
+            frames of ``[B, C, F, H, W]``: t, guidance_scale and threshold may then be ``[B, G]``,
+            coefficients without ``t`` ``[B, G, 8 or 14]``, and the log-probability is ``[B, G]``.
         threshold: s, a number or ``[B]``: x0 is clipped to [-s, s] instead, and divided by s
             (:func:`dynamic_threshold`); 0 for the row's own clip_min and clip_max.
         history: h_1, h_2, h_3 or the first of them, ``[B, ...]``: the h' that earlier steps
@@ -171,6 +180,29 @@ def reverse_step(
         2207.12598); threshold: Saharia et al. 2022 (arXiv 2205.11487).
     """
     earlier = history_of(history)
+    if group_dim is not None:
+        given = (model_output, model_output_uncond, guidance_scale, guidance)
+        model_output, uncond, rule = known_guidance(x, *given)
+        return in_groups(  # type: ignore[no-any-return]
+            reverse_step,
+            group_dim,
+            {
+                "x": x,
+                "model_output": model_output,
+                "model_output_uncond": uncond,
+                "noise": noise,
+                "history": earlier,
+                "variance_output": variance_output,
+            },
+            {"t": t, "guidance": rule, "threshold": threshold},
+            **_tables(
+                t,
+                {"coefficients": coefficients, "variance_coefficients": variance_coefficients},
+            ),
+            return_history=return_history,
+            return_log_prob=return_log_prob,
+            out=out,
+        )
     if return_history is not False or return_log_prob is not False:
         return_history = as_flag("return_history", return_history)
         return_log_prob = as_flag("return_log_prob", return_log_prob)
@@ -218,6 +250,7 @@ def step_log_prob(
     guidance_scale: Coef | None = None,
     guidance: Guidance | None = None,
     threshold: Coef | None = None,
+    group_dim: int | None = None,
 ) -> Tensor:
     """The log p(x' | x) of a step: a Gaussian around the noise-free :func:`reverse_step`.
 
@@ -238,9 +271,11 @@ def step_log_prob(
         guidance_scale: As for :func:`reverse_step`.
         guidance: As for :func:`reverse_step`.
         threshold: As for :func:`reverse_step`.
+        group_dim: As for :func:`reverse_step`.
 
     Returns:
-        ``[B]``, float32 (float64 for float64 samples): the sum over each sample, in nats.
+        ``[B]``, float32 (float64 for float64 samples): the sum over each sample, in nats. With
+        ``group_dim`` ``[B, G]``, the sum over each group.
 
     Source:
         Black et al. 2023 (arXiv 2305.13301), section 4.
@@ -250,8 +285,28 @@ def step_log_prob(
             f"guidance must not remember earlier rows here, got {type(guidance).__name__}, which a "
             "step moves on; keep the log-probability of the step: return_log_prob=True"
         )
+    if group_dim is not None:
+        given = (model_output, model_output_uncond, guidance_scale, guidance)
+        model_output, uncond, rule = known_guidance(x, *given)
+        return in_groups(  # type: ignore[no-any-return]
+            step_log_prob,
+            group_dim,
+            {
+                "x": x,
+                "model_output": model_output,
+                "x_next": x_next,
+                "model_output_uncond": uncond,
+            },
+            {"t": t, "guidance": rule, "threshold": threshold},
+            **_tables(t, {"coefficients": coefficients}),
+        )
     model_output, guided = guided_by(x, model_output, model_output_uncond, guidance_scale, guidance)
     return _log_prob(x, model_output, x_next, coefficients, t, guided, threshold)
+
+
+def _tables(t: Step, coefficients: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of ``in_groups``: a row for each group, or with a step tables as they are."""
+    return {"tables": coefficients} if t is None else coefficients
 
 
 def _log_prob(

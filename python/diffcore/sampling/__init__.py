@@ -15,10 +15,12 @@ from diffcore.sampling.k_diffusion import (
     sample_lms,
 )
 from diffcore.sampling.sample import sample
+from diffcore.sampling.scheduled import pyramid_schedule
 
 __all__ = [
     "CapturedSampler",
     "capture",
+    "pyramid_schedule",
     "sample",
     "sample_dpm_2",
     "sample_dpm_2_ancestral",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -16,6 +16,7 @@ from diffcore.sampling.classifier import Classifier
 from diffcore.sampling.loop import run_table
 from diffcore.sampling.model import check_samples
 from diffcore.sampling.noise import check_step_noise, noise_or_default
+from diffcore.sampling.scheduled import run_schedule
 from diffcore.sampling.threshold import threshold_rule
 from diffcore.solvers import SolverTable
 
@@ -38,6 +39,8 @@ def sample(
     progress: bool | None = False,
     differentiable: bool = False,
     checkpoint: bool = False,
+    schedule: Tensor | Sequence[Any] | None = None,
+    group_dim: int | None = None,
 ) -> Tensor:
     """Sample with any solver: one launch for each model call, and no wait for the device.
 
@@ -88,6 +91,14 @@ def sample(
         checkpoint: With ``differentiable``: keep only the samples between the rows, and call the
             model again in the backward pass. The noise of a key is generated again; a function
             for ``noise`` is called again, and must return the same.
+        schedule: The row that each group of a sample takes in each model call, ``[M, B, G]`` or
+            ``[M, 1, G]`` ints (``sampling.pyramid_schedule``): -1 for a group that
+            waits. A group takes its rows one after the other, from any first to any last one, so
+            windows can roll. The model then gets ``t`` ``[B, G]``: for a group that waits that of
+            the level at which it is, and 0 after the last row of the table. The noise of model call
+            m takes the stream 1 + m. Not with thresholding, ``before_model``, ``callback`` or
+            ``checkpoint``. Its values are read before the first call.
+        group_dim: The dimension of the groups, such as 2 for the frames of ``[B, C, F, H, W]``.
 
     Returns:
         The samples, like ``x``.
@@ -106,6 +117,30 @@ def sample(
         noise = noise_or_default(None, x)
     check_step_noise("noise", noise)
     rule = guidance_rule(guidance_scale, guidance, uncond_kwargs)
+    if schedule is not None or group_dim is not None:
+        _check_scheduled(
+            schedule=schedule,
+            group_dim=group_dim,
+            dynamic_thresholding_ratio=dynamic_thresholding_ratio,
+            before_model=before_model,
+            callback=callback,
+            checkpoint=checkpoint or None,
+        )
+        assert schedule is not None
+        assert group_dim is not None
+        return run_schedule(
+            model,
+            x,
+            table,
+            schedule,
+            group_dim,
+            noise,
+            guidance=rule,
+            model_kwargs=model_kwargs,
+            uncond_kwargs=uncond_kwargs,
+            progress=progress,
+            differentiable=differentiable,
+        )
     return run_table(
         model,
         x,
@@ -123,6 +158,17 @@ def sample(
         classifier=None if cond_fn is None else Classifier(cond_fn),
         noise_name="noise",
     )
+
+
+def _check_scheduled(**arguments: Any) -> None:
+    """Refuses a schedule without groups, groups without one, and what takes one level a sample."""
+    for name in ("schedule", "group_dim"):
+        if arguments.pop(name) is None:
+            other = "group_dim" if name == "schedule" else "schedule"
+            raise ValueError(f"{name} must be given with {other}, got None")
+    for name, value in arguments.items():
+        if value is not None:
+            raise ValueError(f"{name} must not be given with schedule, got {value!r}")
 
 
 def guidance_rule(

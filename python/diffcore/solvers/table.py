@@ -268,6 +268,7 @@ class SolverTable:
         guidance: Guidance | None = None,
         threshold: Coef | None = None,
         variance_output: Tensor | None = None,
+        group_dim: int | None = None,
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Row i in one launch: from x and the model's output to the next x.
 
@@ -290,6 +291,9 @@ class SolverTable:
             threshold: Bound of x_0, a number or ``[B]``.
             variance_output: v, ``[B, ...]``: required for a table with a ``variance``, and refused
                 for others. Not read by a row without noise.
+            group_dim: A dimension of the samples whose entries have a level each, such as 2 for the
+                frames of ``[B, C, F, H, W]``: i, guidance_scale and threshold may then be
+                ``[B, G]``.
 
         Returns:
             x' ``[B, ...]``, and the history: a tuple of as many tensors as later rows read at most.
@@ -298,6 +302,20 @@ class SolverTable:
             ValueError: No such row, no noise for a row that adds some, too short a history, a
                 missing or superfluous v, or as ``ops.reverse_step``.
         """
+        if group_dim is not None:
+            return self._launcher.step_in_groups(
+                group_dim,
+                i,
+                x,
+                model_output,
+                history,
+                noise,
+                model_output_uncond,
+                guidance_scale,
+                threshold,
+                variance_output,
+                guidance,
+            )
         return self._launcher.step(
             i,
             x,
