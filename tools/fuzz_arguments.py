@@ -291,6 +291,10 @@ WIDTHS = {"table": 2, "vlb_term": 12, "linear_combination": 2, "variance_coeffic
 CHOICES: dict[str, tuple[Any, ...]] = {
     "prediction_type": ("epsilon", "sample", "v_prediction", "flow_prediction"),
     "reduction": ("none", "sample", "batchmean", "mean", "sum"),
+    **{
+        f"reduction of {op}": ("sum", "mean", "none")
+        for op in ("reverse_step", "step_log_prob", "step_kl")
+    },
     "return_target": (None, "epsilon", "v_prediction", "flow_prediction", "sample"),
     "variance_type": ("fixed_small", "fixed_large", "learned"),
     "clip_range": (None, 1.0, (-0.5, 2.0), -1.0),
@@ -301,7 +305,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "return_history": (False, True),
     "return_log_prob": (False, False, True),
     "group_dim": (None, 1, 1, 2, -1, 0, -3),
-    "denoising_loss.reduction": ("sample", "sample", "group"),
+    "reduction of denoising_loss": ("sample", "sample", "group"),
     "generator": (None,),
     "device": (None, "cpu"),
     "dtype": (None, *FLOATS, torch.int64),
@@ -314,7 +318,8 @@ ODD_CHOICES: dict[str, tuple[Any, ...]] = {
 }
 SAMPLES = (
     *("x0", "x", "y", "x_t", "x_next", "model_output", "model_output_uncond", "variance_output"),
-    *("gradient", "mean", "logvar", "mean1", "logvar1", "mean2", "logvar2", "means", "log_scales"),
+    *("gradient", "reference_output", "reference_output_uncond"),
+    *("mean", "logvar", "mean1", "logvar1", "mean2", "logvar2", "means", "log_scales"),
 )
 COEFFICIENTS = (
     *("alpha", "sigma", "alpha_prev", "sigma_prev", "weight", "scale"),
@@ -376,8 +381,7 @@ def _bound_table(table: Tensor, maker: Maker) -> Tensor:
 
 def _argument(op: str, name: str, maker: Maker, by_step: bool) -> Any:
     if name in CHOICES:
-        of_op = CHOICES.get(f"{op}.{name}", CHOICES[name])
-        return maker.random.choice(of_op)
+        return maker.random.choice(CHOICES.get(f"{name} of {op}", CHOICES[name]))
     if name in SAMPLES:
         return maker.samples()
     if name in COEFFICIENTS:

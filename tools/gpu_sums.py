@@ -26,13 +26,15 @@ ROOT = Path(__file__).resolve().parents[1]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # Around 1, 8 and 64 rounds of a block, of 512 to 4,096 elements each.
 LENGTHS = (513, 8191, 16_385, 49_152, 65_537, 131_072, 196_608, 262_145)
+ROW = (0.4, 0.2, -0.3, 0.5, 1.0, -0.5, -3.0, 3.0)
 
 Sum = Callable[[Tensor, Tensor], Tensor]
 SUMS: dict[str, Sum] = {
     "normal_kl": lambda x, y: ops.normal_kl(x, 0.5 * y, y, 0.5 * x, reduction="sample"),
     "standard_normal_kl": lambda x, y: ops.standard_normal_kl(x, 0.5 * y, reduction="sample"),
     "denoising_loss": lambda x, y: ops.denoising_loss(x, y, y),
-    "step_log_prob": lambda x, y: ops.step_log_prob(x, y, y, (0.4, 0.2, -0.3, 0.5, 1, -0.5, -3, 3)),
+    "step_log_prob": lambda x, y: ops.step_log_prob(x, y, y, ROW),
+    "step_kl": lambda x, y: ops.step_kl(x, y, x, ROW),
 }
 
 

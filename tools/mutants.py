@@ -53,6 +53,30 @@ MUTANTS = [
         "tests/ops/test_forward.py::test_reference_is_within_the_bound[float32-normal_kl]",
     ),
     Mutant(
+        "reference: KL of a step",
+        "apart = m - other",
+        "apart = m + other",
+        "tests/ops/test_forward.py::test_reference_is_within_the_bound[float32-step_kl]",
+    ),
+    Mutant(
+        "density: learned variance",
+        "parts, one = (2.0 * (log_c_z + s_0), 2.0 * s_v)",
+        "parts, one = (2.0 * (log_c_z - s_0), 2.0 * s_v)",
+        "tests/ops/test_density.py::test_a_learned_variance",
+    ),
+    Mutant(
+        "density: under CFG++",
+        "coefs = (*leading[:2], *of_uncond, leading[4], *columns)",
+        "coefs = (*leading, *columns)",
+        "tests/ops/test_density.py::test_the_density_under_cfg_plus_plus",
+    ),
+    Mutant(
+        "density: the value of a policy's ratio",
+        "found = _Valued.apply(value, found)",
+        "found = _Valued.apply(found, found)",
+        "tests/sampling/test_trajectory.py::test_the_ratio_of_a_policy_to_itself_is_1",
+    ),
+    Mutant(
         "reference: bound, learned variance",
         "d = k.d_0 - k.d_v * variance_output.double() + k.d_low",
         "d = k.d_0 + k.d_v * variance_output.double() + k.d_low",

@@ -54,7 +54,7 @@ using Steps = Joined<
 // clang-format off
 using AllOps = Joined<
     // step.h
-    Steps<false>, Steps<true>,
+    Steps<false>, Steps<true>, OpList<StepKl, StepKlBackward>,
     // linear.h
     OpList<Scale, ScaleTwice, LinearCombination, LinearPair,
            Generated<Randn>, Generated<LinearCombination>, Generated<LinearPair>>,

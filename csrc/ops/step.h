@@ -272,4 +272,57 @@ struct StepLogProbBackward : StepBase {
   }
 };
 
+// KL(N(mean_1, c_z² I) || N(mean_2, c_z² I)) = Σ (mean_1 - mean_2)² / (2 c_z²) of one step that two
+// models take from the same x; 0 if the step is deterministic. Inputs: x, m_1, m_2. The means are
+// never subtracted: c_x x and, where no x0 is clipped, a_x x drop out before anything is rounded.
+struct StepKl : StepBase {
+  using P = Prediction<false>;
+  static constexpr const char* name = "step_kl";
+  static constexpr int n_in = 3, n_sum = 1, n_coef = kStepCoefs;
+  static constexpr unsigned hooks = kPrepare | kFinalizeSum;
+  template <class R>
+  DC_HD static void prepare(R* c) {
+    set_threshold<n_coef>(c);
+  }
+  template <class R>
+  DC_HD static R difference(const R* c, const R* x) {
+    const StepRow row(c);
+    const R apart = x[1] - x[2];
+    const R first = P::predicted_x0(c, x[0], x[1]), second = P::predicted_x0(c, x[0], x[2]);
+    const R low = row.clip_min(), high = row.clip_max();
+    // An infinite or NaN x0 is not inside, so that it is not hidden.
+    const bool inside = first > low && first < high && second > low && second < high;
+    const R x0 = inside ? row.a_m() * apart : clamp(first, low, high) - clamp(second, low, high);
+    return row.c_m() == R(0) ? row.c_0() * x0 : mul_add(row.c_m(), apart, row.c_0() * x0);
+  }
+  template <class R>
+  DC_HD static void apply(const R* c, const R* x, R* y) {
+    const R z = difference(c, x) / StepRow(c).c_z();
+    y[0] = z * z;
+  }
+  template <class R>
+  DC_HD static double finalize_sum(const R* c, double total, double) {
+    return StepRow(c).c_z() == R(0) ? 0 : 0.5 * total;
+  }
+};
+
+// The same inputs. Coefficients: those of the step, then g of each sample. Output: dm_1; dm_2 is that
+// of the inputs x, m_2, m_1, since the KL of equal deviations is symmetric.
+struct StepKlBackward : StepBase {
+  using P = Prediction<false>;
+  static constexpr const char* name = "step_kl_backward";
+  static constexpr int n_in = 3, n_out = 1, n_coef = kStepCoefs + 1;
+  template <class R>
+  DC_HD static void prepare(R* c) {
+    set_threshold<n_coef>(c);
+  }
+  template <class R>
+  DC_HD static void apply(const R* c, const R* x, R* y) {
+    const R c_z = StepRow(c).c_z();
+    const R z = StepKl::difference(c, x) / c_z;
+    const R dmean = c_z == R(0) ? R(0) : c[kStepCoefs] * z / c_z;
+    y[0] = dmean * P::template Slope<R>::of_mean(c, x).m;
+  }
+};
+
 DC_KERNEL_NAMESPACE_END

@@ -122,6 +122,9 @@ def test_tensors_without_memory(case: OpCase, make: Callable[[Tensor], Tensor]) 
         assert outcome(name).startswith(f"{name} must have memory"), outcome(name)
 
 
+SEVERAL_LAUNCHES = ("step_log_prob_h2", "step_log_prob_learned", "step_kl_guided")
+
+
 @each_case
 def test_a_fake_tensor_among_real_ones_is_torchs_error(case: OpCase) -> None:
     names = read_by(case)
@@ -130,7 +133,7 @@ def test_a_fake_tensor_among_real_ones_is_torchs_error(case: OpCase) -> None:
         args.tensors[name] = fake(args.tensors[name])
         if names == [name]:
             assert all(isinstance(y, FakeTensor) for y in as_tuple(case.native(args)))
-        else:
+        elif case.name not in SEVERAL_LAUNCHES:  # whose first may run: tests/ops/test_density.py
             refused(AssertionError, "convert all Tensors to FakeTensors", case.native, args)
 
 

@@ -274,9 +274,18 @@ def test_what_does_not_go_together() -> None:
     learned: dict[str, Any] = {"variance_output": h, "variance_coefficients": (0.0, 1.0)}
     refused(ValueError, "None without noise", step, x, m, table, t=0, **learned)
     refused(ValueError, "or with history", step, x, m, table, t=0, noise=z, history=[h], **learned)
-    for option in ({"out": h}, {"history": [h]}, {"return_history": True}, {**learned, "noise": z}):
-        wanted = "return_log_prob must be False"
-        refused(ValueError, wanted, step, x, m, table, t=0, return_log_prob=True, **option)
+    refused(
+        ValueError,
+        "^out must be None",
+        step,
+        x,
+        m,
+        table,
+        t=0,
+        return_log_prob=True,
+        out=z,
+        noise=h,
+    )
     refused(ValueError, "^out must be None", step, x, m, table, t=0, return_history=True, out=z)
     refused(
         ValueError,

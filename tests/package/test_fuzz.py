@@ -32,8 +32,12 @@ def test_calls_are_the_same_for_a_seed() -> None:
         fuzz_calls.one(7, index, lambda name, args: seen.extend((name, describe(args))))
         return seen
 
-    def describe(args: dict[str, Any]) -> str:
-        return repr({k: list(map(fuzz_calls.describe, [v])) for k, v in args.items() if k != "out"})
+    def describe(value: Any) -> str:
+        if isinstance(value, dict):
+            return repr({k: describe(v) for k, v in value.items() if k != "out"})
+        if isinstance(value, (tuple, list)):  # outputs in it hold what the memory held before
+            return repr([describe(v) for v in value])
+        return fuzz_calls.describe(value)
 
     for index in range(40):
         first, second = shown(index), shown(index)

@@ -224,6 +224,30 @@ def _sample_loops_of_a_diffusion(world: int) -> None:
             compare("loop", loop(network, SHAPE, noise=there, **options), wanted)
 
 
+def _densities_of_a_table(world: int) -> None:
+    """Log-probabilities with history and guidance, KLs, and those that a loop returns."""
+    table, mesh = _TABLES["dpmpp 3m sde"], mesh_of(world)
+    x, m, u, *h = torch.randn(5, *SHAPE)
+    guided = {"guidance_scale": 2.0}
+
+    def densities(x: Tensor, m: Tensor, u: Tensor, *h: Tensor) -> tuple[Tensor, ...]:
+        uncond = {"model_output_uncond": u, **guided}
+        loop = diffcore.sample(network, x, table, noise=KEY, return_log_prob=True)
+        return (
+            table.log_prob(4, x, m, u, h, reduction="mean"),
+            table.log_prob(4, x, m, u, h, **uncond),
+            table.step_kl(4, x, m, u),
+            table.step_kl(4, x, m, u, reference_output_uncond=m, **uncond),
+            loop.log_probs[:-1],
+        )
+
+    wanted = densities(x, m, u, *h)
+    for placements in PLACEMENTS[world]:
+        found = densities(*(distribute(y, mesh, placements) for y in (x, m, u, *h)))
+        for y, w in zip(found, wanted, strict=True):
+            expect_close("density", y.full_tensor(), w)
+
+
 def _rows_of_a_table(world: int) -> None:
     """`SolverTable.step` at an int, at a counter and at a row for each sample."""
     table, mesh = _TABLES["dpmpp 3m sde"], mesh_of(world)
@@ -333,7 +357,8 @@ def cells(world: int) -> Cells:
     """The checks for this many ranks, by name."""
     checks: tuple[Callable[[int], None], ...] = (
         *(_calc_bpd_loop, _loops, _guided_in_one_call, _sample_loops_of_a_diffusion),
-        *(_rows_of_a_table, _weights, _vdm_own_times, _wrong_values, _samplers_and_bits),
+        *(_rows_of_a_table, _densities_of_a_table, _weights, _vdm_own_times, _wrong_values),
+        _samplers_and_bits,
     )
     return {
         **{name: _cell(call) for name, call in _DIFFUSION.items()},

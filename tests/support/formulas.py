@@ -200,11 +200,46 @@ def step_log_prob(
     t: Any = None,
     model_output_uncond: Any = None,
     guidance_scale: Any = None,
+    history_1: Any = None,
+    history_2: Any = None,
+    variance_output: Any = None,
+    variance_coefficients: Any = (0.0, 0.0),
 ) -> Any:
     c, m, x0 = _prediction(x, model_output, coefficients, t, model_output_uncond, guidance_scale)
-    z = (x_next - (c[0] * x + c[1] * m + c[2] * x0)) / c[3]
-    terms = -(z * z) / 2 - xp.log(c[3]) - math.log(2 * math.pi) / 2
+    mean = c[0] * x + c[1] * m + c[2] * x0
+    for factor, h in zip(c[11:], (history_1, history_2), strict=False):
+        mean = mean if h is None else mean + factor * h
+    log_deviation = xp.log(c[3])
+    if variance_output is not None:
+        s_0, s_v = variance_coefficients
+        log_deviation = log_deviation + s_0 + s_v * variance_output
+    z = (x_next - mean) * xp.exp(-log_deviation)
+    terms = -(z * z) / 2 - log_deviation - math.log(2 * math.pi) / 2
+    return _over_samples(terms, x)
+
+
+def _over_samples(terms: Any, x: Any) -> Any:
     return terms.reshape(len(x), math.prod(x.shape[1:])).sum(1) if x.ndim > 1 else terms
+
+
+def step_kl(
+    xp: Any,
+    x: Any,
+    model_output: Any,
+    reference_output: Any,
+    coefficients: Any,
+    t: Any = None,
+    model_output_uncond: Any = None,
+    reference_output_uncond: Any = None,
+    guidance_scale: Any = None,
+) -> Any:
+    del xp
+    c, m, x0 = _prediction(x, model_output, coefficients, t, model_output_uncond, guidance_scale)
+    _, other, other_x0 = _prediction(
+        x, reference_output, coefficients, t, reference_output_uncond, guidance_scale
+    )
+    z = (c[1] * (m - other) + c[2] * (x0 - other_x0)) / c[3]
+    return _over_samples(z * z / 2, x)
 
 
 def vlb_term(

@@ -1,4 +1,4 @@
-"""The cases of one reverse step and its log-probability."""
+"""The cases of one reverse step, its log-probability and its KL."""
 
 from __future__ import annotations
 
@@ -84,15 +84,26 @@ def _multistep(
     )
 
 
-def _log_prob(name: str, options: Options, tensors: tuple[str, ...]) -> OpCase:
-    outputs = tuple(t for t in tensors if "output" in t)
+def _log_prob_with_history(*, history_1: Any, history_2: Any, **given: Any) -> Any:
+    """`step_log_prob`, h by h."""
+    return ops.step_log_prob(**given, history=(history_1, history_2))
+
+
+def _density(
+    name: str,
+    options: Options,
+    tensors: tuple[str, ...],
+    differentiable: tuple[str, ...] = (),
+    op: Callable[..., Any] = ops.step_log_prob,
+) -> OpCase:
+    kl = op is ops.step_kl
     return OpCase(
         name,
-        ops.step_log_prob,
+        op,
         tensors,
-        formulas.step_log_prob,
+        formulas.step_kl if kl else formulas.step_log_prob,
         lambda b: {"coefficients": history_table(), "t": steps_of(b), **options(b)},
-        tensors if len(outputs) == 1 else outputs,
+        differentiable or tensors,
     )
 
 
@@ -149,11 +160,40 @@ STEP_CASES: list[OpCase] = [
         ("x", "model_output", "variance_output", "noise"),
         ("x", "model_output"),
     ),
-    _log_prob("step_log_prob", lambda b: {}, ("x", "model_output", "x_next")),
-    _log_prob(
+    _density("step_log_prob", lambda b: {}, ("x", "model_output", "x_next")),
+    _density(
         "step_log_prob_guided",
         lambda b: {"guidance_scale": ramp(1.5, 7.5, b)},
         ("x", "model_output", "x_next", "model_output_uncond"),
+        ("model_output", "model_output_uncond"),
+    ),
+    _density(
+        "step_log_prob_h2",
+        lambda b: {},
+        ("x", "model_output", "x_next", "history_1", "history_2"),
+        op=_log_prob_with_history,
+    ),
+    _density(
+        "step_log_prob_learned",
+        lambda b: {"variance_coefficients": (-0.7, 0.2)},
+        ("x", "model_output", "x_next", "variance_output"),
+        ("model_output", "variance_output"),
+    ),
+    _density(
+        "step_kl",
+        lambda b: {},
+        ("x", "model_output", "reference_output"),
+        ("model_output", "reference_output"),
+        ops.step_kl,
+    ),
+    _density(
+        "step_kl_guided",
+        lambda b: {"guidance_scale": ramp(1.5, 7.5, b)},
+        (
+            *("x", "model_output", "reference_output"),
+            *("model_output_uncond", "reference_output_uncond"),
+        ),
+        op=ops.step_kl,
     ),
     _step(
         "ddpm_step",

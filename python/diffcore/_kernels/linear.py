@@ -15,6 +15,11 @@ from diffcore._types import Coef, Step, Tensors
 from diffcore.reference import linear as formulas
 
 
+def step_for(step: Step, *coefs: Coef) -> Step:
+    """The step, if there is a table among the coefficients to read at it."""
+    return step if any(isinstance(c, Tensor) and c.ndim == 2 for c in coefs) else None
+
+
 def _linear_backward(inputs: Tensors, call: Call, grads: Grads, needs: Needs) -> Grads:
     _, coefs, step, _, _ = call
     (g,) = grads
@@ -22,7 +27,10 @@ def _linear_backward(inputs: Tensors, call: Call, grads: Grads, needs: Needs) ->
     if len(needs) == 2 and all(needs):
         return run_tuple(SCALE_TWICE, (g,), coefs, step)
     each = split_coefs(coefs)
-    return [run(SCALE, (g,), (c,), step) if n else None for c, n in zip(each, needs, strict=False)]
+    return [
+        run(SCALE, (g,), (c,), step_for(step, c)) if n else None
+        for c, n in zip(each, needs, strict=False)
+    ]
 
 
 def _scale_twice_backward(inputs: Tensors, call: Call, grads: Grads, needs: Needs) -> Grads:
@@ -40,8 +48,7 @@ def _combined(grads: Grads, coefs: Sequence[Coef], step: Step) -> Tensor:
     there = [(g, c) for g, c in zip(grads, coefs, strict=True) if g is not None]
     kernel = LINEAR_COMBINATION.reading if len(there) == 2 else SCALE
     tables = tuple(c for _, c in there)
-    at = step if any(isinstance(c, Tensor) and c.ndim == 2 for c in tables) else None
-    return run(kernel, tuple(g for g, _ in there), tables, at)
+    return run(kernel, tuple(g for g, _ in there), tables, step_for(step, *tables))
 
 
 SCALE = define(

@@ -11,9 +11,9 @@ from diffcore._engine.dispatch import run, run_tuple
 from diffcore._engine.execute import split_coefs
 from diffcore._engine.kernel import Call, Grads, Kernel, NoisyKernel
 from diffcore._engine.library import define, define_noisy
-from diffcore._kernels.linear import SCALE
+from diffcore._kernels.linear import SCALE, step_for
 from diffcore._kernels.noise import Needs
-from diffcore._types import Coef, Coefs, Step, StepColumns, Tensors
+from diffcore._types import Coefs, Step, StepColumns, Tensors
 from diffcore.coefficients.step import STEP_COLUMNS
 from diffcore.reference import step as formulas
 
@@ -72,7 +72,7 @@ def _reverse_step(guided: bool, history: int, keeps: bool, noise: int) -> Kernel
             factors = [*(c.c_1, c.c_2, c.c_3)[:history], *[c.c_z] * (noise == NOISY)]
             for k, factor in enumerate(factors, first):
                 if k < len(needs) and needs[k] and found[k] is None:
-                    found[k] = run(SCALE, (g,), (factor,), _at(step, factor))
+                    found[k] = run(SCALE, (g,), (factor,), step_for(step, factor))
         return found
 
     names = [
@@ -115,12 +115,7 @@ def _of_step(
     upstream = (g,) if left is None else (g, left)
     coefs = (*leading, *columns[: KEPT if keeps else PLAIN])
     kernel = STEP_BACKWARD[guided, keeps, of_noise]
-    return run_tuple(kernel, (*upstream, *inputs[: 2 + guided]), coefs, _at(step, *coefs))
-
-
-def _at(step: Step, *coefs: Coef) -> Step:
-    """The step, if there is a table to read at it."""
-    return step if any(isinstance(c, Tensor) and c.ndim == 2 for c in coefs) else None
+    return run_tuple(kernel, (*upstream, *inputs[: 2 + guided]), coefs, step_for(step, *coefs))
 
 
 def _log_prob(guided: bool) -> Kernel:
@@ -159,6 +154,29 @@ def _log_prob(guided: bool) -> Kernel:
             backward=backward,
         )
     )
+
+
+def _kl_plain(*args: Any, reduce_all: bool) -> Tensor:
+    x, m, other, *coefs = args
+    return formulas.step_kl(x, m, other, coefs[_FIRST:], leading=coefs[:_FIRST])
+
+
+def _kl_backward(inputs: Tensors, call: Call, grads: Grads, needs: Needs) -> Grads | None:
+    _, coefs, step, _, _ = call
+    (g,) = grads
+    assert g is not None
+    if needs[0]:
+        return None  # rare: through the reference
+    x, m, other = inputs
+    # The deviations are equal, so the KL is symmetric.
+    pairs = ((x, m, other), (x, other, m))
+    return [
+        None,
+        *(
+            run(STEP_KL_BACKWARD, pair, (*coefs, g), step) if needed else None
+            for pair, needed in zip(pairs, needs[1:], strict=True)
+        ),
+    ]
 
 
 def _inputs(kernel: Kernel | NoisyKernel) -> tuple[str, ...]:
@@ -206,6 +224,23 @@ LOG_PROB_BACKWARD = {
     for guided in _GUIDANCE
     for of_samples in (False, True)
 }
+_COMPARED = ("x", "model_output", "reference_output")
+STEP_KL = define(
+    Kernel(
+        "step_kl",
+        _COMPARED,
+        LEADING + STEP_COLUMNS[:PLAIN],
+        outputs=0,
+        sums=1,
+        reference=_kl_plain,
+        backward=_kl_backward,
+    )
+)
+TABLE_LOG_PROB = {guided: kernel.selected_by("i") for guided, kernel in STEP_LOG_PROB.items()}
+TABLE_KL = STEP_KL.selected_by("i")
+STEP_KL_BACKWARD = define(
+    Kernel("step_kl_backward", _COMPARED, (*LEADING, *STEP_COLUMNS[:PLAIN], "grad"))
+)
 
 
 class Plan(NamedTuple):

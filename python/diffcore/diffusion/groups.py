@@ -113,7 +113,5 @@ def losses(
         "variance_output": variance_output,
         "noise": noise,
     }
-    found = in_groups(losses_of_rows, group_dim, samples, {"t": t})
-    runs = Groups.of("x_start", x_start, group_dim).counts[1]
-    each = found if runs <= 1 else [x / runs for x in found]
-    return dict(zip(names, each, strict=True))
+    found = in_groups(losses_of_rows, group_dim, samples, {"t": t}, mean=True)
+    return dict(zip(names, found, strict=True))

@@ -142,12 +142,13 @@ class Groups(NamedTuple):
             value = value.repeat(1, times, *(1,) * (value.ndim - 2))
         return value.flatten(0, 1)
 
-    def restored(self, rows: Any) -> Any:
-        """Rows as samples, and a sum of each row as one of each group."""
+    def restored(self, rows: Any, mean: bool = False) -> Any:
+        """Rows as samples, and a sum or mean of each row as one of each group."""
         if isinstance(rows, tuple):
-            return tuple([self.restored(x) for x in rows])
+            return tuple([self.restored(x, mean) for x in rows])
         if rows.ndim == 1:
-            return rows.view(self.counts).sum(1)
+            of_runs = rows.view(self.counts)
+            return of_runs.mean(1) if mean else of_runs.sum(1)
         order = self.order
         if order is None:
             return rows.view(self.sample_shape)
@@ -225,6 +226,7 @@ def in_groups(
     samples: dict[str, Any],
     levels: dict[str, Any],
     tables: dict[str, Any] | None = None,
+    mean: bool = False,
     **rest: Any,
 ) -> Any:
     """Calls an op with a level for each group.
@@ -235,10 +237,11 @@ def in_groups(
         samples: Its arguments like the samples, which come first: tensors, a noise key, ``None``.
         levels: Its arguments of one number for each group.
         tables: Its arguments of a row of numbers for each group.
+        mean: Whether its results ``[B]`` are means over the elements of a sample, not sums.
         rest: Its other arguments.
 
     Returns:
-        What the op returns: results like the samples, and sums ``[B, G]``.
+        What the op returns: results like the samples, and sums or means ``[B, G]``.
     """
     name, like = next(iter(samples.items()))
     groups = Groups.of(name, like, group_dim)
@@ -251,7 +254,7 @@ def in_groups(
     if "out" in rest:
         rest["out"] = groups.written_rows(rest["out"])
     found = op(**rows, **at, **rest)
-    return groups.restored(found)
+    return groups.restored(found, mean)
 
 
 def _memory_order(x: Tensor) -> tuple[int, ...] | None:

@@ -93,7 +93,8 @@ def guided_by(
         model_output, uncond = halves(x, model_output)
     assert guidance is not None
     if guidance.reads_predictions:
-        model_output, uncond = _alike(x, model_output, uncond)
+        given = {"x": x, "model_output": model_output, "model_output_uncond": uncond}
+        _, model_output, uncond = alike(given)
         uncond = guidance.moved(model_output, uncond)
     w, g = guidance.numbers(model_output, uncond)
     if remember:
@@ -137,19 +138,30 @@ def _check_rule(guidance: object, plus_plus: bool) -> None:
         )
 
 
-def _alike(x: Tensor, *predictions: Tensor) -> Tensors:
-    """Predictions that a rule may read before the step does: checked, in the dtype of the step."""
-    named = dict(zip(("x", "model_output", "model_output_uncond"), (x, *predictions), strict=True))
+def alike(named: dict[str, Tensor]) -> Tensors:
+    """Tensors that are read before a kernel checks them: checked, in the widest of their dtypes.
+
+    Args:
+        named: The tensors by the names of the caller's arguments; x states shape and device.
+
+    Raises:
+        TypeError: Something else, or a dtype that kernels do not take.
+        ValueError: A tensor without memory, or of another shape or device.
+    """
+    if not all(isinstance(value, Tensor) for value in named.values()):
+        messages.refuse_non_tensor(tuple(named), tuple(named.values()))
     for name, value in named.items():
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
         messages.check_tensor(name, value)
+    x = named["x"]
+    for name, value in named.items():
         if value.shape != x.shape:
             raise ValueError(
                 f"{name} must have the shape of x, {tuple(x.shape)}, got {tuple(value.shape)}"
             )
+        if value.device != x.device:
+            raise ValueError(f"{name} must have the device of x, {x.device}, got {value.device}")
     widest = functools.reduce(torch.promote_types, [value.dtype for value in named.values()])
-    return tuple([m if m.dtype == widest else m.to(widest) for m in predictions])
+    return tuple([y if y.dtype == widest else y.to(widest) for y in named.values()])
 
 
 def halves(x: Tensor, model_output: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -30,12 +30,13 @@ from diffcore.coefficients.step import HISTORY_READ, HISTORY_WRITTEN, STEP_COLUM
 from diffcore.guidance import CFGPlusPlus, Guidance, Weighted
 from diffcore.noise import Noise
 from diffcore.ops._arguments import as_table, columns_of, converted
-from diffcore.ops._groups import in_groups
-from diffcore.ops._guided import Guided, bound_of, guided_by, halves
+from diffcore.ops._guided import Guided, bound_of, guided_by, halves, known_guidance
 from diffcore.ops._noise import run_noisy
 
 _compiling = torch.compiler.is_dynamo_compiling
 
+GivenGuidance = tuple[Tensor | None, Coef | None, Guidance | None]
+"""``model_output_uncond``, ``guidance_scale`` and ``guidance`` of a call."""
 _ALL = len(STEP_COLUMNS)
 _Tensors = tuple[Tensor, Tensor | None, Tensor | None]
 _NOISE = STEP_COLUMNS.index("c_z")
@@ -230,58 +231,13 @@ class RowLauncher:
         elif guidance_scale is not None or model_output_uncond is not None:
             model_output, guided = guided_by(x, model_output, model_output_uncond, guidance_scale)
         if self._uncond and guided is None:
-            raise ValueError(
-                f"guidance must be given for {self._name}, which reads the unconditional "
-                "prediction, got None"
-            )
+            self._refuse_no_guidance()
         found = launch(how, x, model_output, earlier, t, noise, guided, threshold)
         if not self._history:
             return found, ()
         # A row that writes no h returns x in its place, which no later row reads.
         x_next, left = found if how.keeps else (found, x)
         return x_next, (left,) if self._history == 1 else (left, *history)[: self._history]
-
-    def step_in_groups(
-        self,
-        group_dim: int,
-        i: int | Tensor,
-        x: Tensor,
-        model_output: Tensor,
-        history: Sequence[Tensor],
-        noise: Noise | None,
-        model_output_uncond: Tensor | None,
-        guidance_scale: Coef | None,
-        threshold: Coef | None,
-        variance_output: Tensor | None,
-        guidance: Guidance | None,
-    ) -> tuple[Tensor, Tensors]:
-        """``step`` with a row for each group of a sample."""
-        if guidance_scale is None:
-            given = (model_output_uncond, None, guidance)
-            model_output, guided = self.guided(i, x, model_output, *given)
-            model_output_uncond = None if guided is None else guided.uncond
-            guidance = None if guided is None else Weighted(guided.w, guided.g)
-        elif model_output_uncond is None:
-            model_output, model_output_uncond = halves(x, model_output)
-        found = in_groups(
-            self.step,
-            group_dim,
-            {
-                "x": x,
-                "model_output": model_output,
-                "history": history_of(history),
-                "noise": noise,
-                "model_output_uncond": model_output_uncond,
-                "variance_output": variance_output,
-            },
-            {
-                "i": i,
-                "guidance_scale": guidance_scale,
-                "threshold": threshold,
-                "guidance": guidance,
-            },
-        )
-        return found  # type: ignore[no-any-return]
 
     def guided(
         self,
@@ -310,6 +266,47 @@ class RowLauncher:
                 return model_output, None
         return guided_by(
             x, model_output, model_output_uncond, guidance_scale, guidance, True, remember
+        )
+
+    def plan_at(self, i: int | Tensor, x: Tensor) -> tuple[Plan, Tensor | None]:
+        """The plan of row i, and i if it is a tensor."""
+        return self._traced_plan(i, x) if _compiling() else self._plan(i, x)
+
+    def planned(
+        self, i: int | Tensor, x: Tensor, history: Sequence[Tensor], variance_output: Tensor | None
+    ) -> tuple[Plan, Tensors, Tensor | None]:
+        """The plan of row i, what it reads beside the predictions, and i if it is a tensor."""
+        how, t = self.plan_at(i, x)
+        if self._learned or variance_output is not None:
+            return how, self._variance_inputs(how, variance_output), t
+        return how, self._filled(i, how, x, history_of(history)), t
+
+    def guided_or_refused(
+        self,
+        i: int | Tensor,
+        x: Tensor,
+        model_output: Tensor,
+        given: GivenGuidance,
+        remember: bool,
+    ) -> tuple[Tensor, Guided | None]:
+        """``guided``, and an error without guidance where a row reads m_u itself."""
+        output, guided = self.guided(i, x, model_output, *given, remember)
+        if self._uncond and guided is None:
+            self._refuse_no_guidance()
+        return output, guided
+
+    def check_fixed_variance(self, name: str) -> None:
+        """Refuses a table of learned variance for a method that takes none."""
+        if self._learned:
+            raise ValueError(
+                f"{name} must be called on a table of fixed variance, got {self._name}, whose "
+                "variance is learned; normal_kl takes two variances"
+            )
+
+    def _refuse_no_guidance(self) -> NoReturn:
+        raise ValueError(
+            f"guidance must be given for {self._name}, which reads the unconditional prediction, "
+            "got None"
         )
 
     def rule_at(self, i: int, guidance: Guidance) -> Guidance | None:
@@ -413,6 +410,25 @@ class RowLauncher:
             )
         history = history[: how.reads]
         return (*history, *(x,) * (how.reads + how.padding - len(history)))
+
+
+def guidance_of_row(
+    launcher: RowLauncher,
+    i: int | Tensor,
+    x: Tensor,
+    model_output: Tensor,
+    model_output_uncond: Tensor | None,
+    guidance_scale: Coef | None,
+    guidance: Guidance | None,
+) -> tuple[Tensor, Tensor | None, Guidance | None]:
+    """m_c, m_u and the guidance at row i as numbers, before samples are viewed in another shape."""
+    given = (model_output_uncond, guidance_scale, guidance)
+    if guidance is None:
+        return known_guidance(x, model_output, *given)
+    model_output, guided = launcher.guided(i, x, model_output, *given)
+    if guided is None:
+        return model_output, None, None
+    return model_output, guided.uncond, Weighted(guided.w, guided.g)
 
 
 def digest(*numbers: Any) -> str:

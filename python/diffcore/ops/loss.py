@@ -14,7 +14,7 @@ from diffcore._types import Coef, Step
 from diffcore.coefficients.step import PREDICTION_TYPES
 from diffcore.noise import Noise, PhiloxNoise
 from diffcore.ops._arguments import as_coef, negated
-from diffcore.ops._groups import Groups, in_groups
+from diffcore.ops._groups import in_groups
 from diffcore.ops._noise import promoted, run_noisy
 
 __all__ = [
@@ -130,9 +130,8 @@ def _loss_of_groups(
     rest: dict[str, Any] = {"prediction_type": prediction_type}
     if levels["t"] is not None:  # the others are tables
         levels, rest = {"t": levels.pop("t")}, rest | levels
-    of_groups: Tensor = in_groups(denoising_loss, group_dim, samples, levels, **rest)
-    runs = Groups.of("model_output", samples["model_output"], group_dim).counts[1]
-    return of_groups if runs <= 1 else of_groups / runs
+    of_groups: Tensor = in_groups(denoising_loss, group_dim, samples, levels, mean=True, **rest)
+    return of_groups
 
 
 def _check_unread(name: str, x: Tensor, model_output: Tensor) -> None:

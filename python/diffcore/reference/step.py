@@ -1,4 +1,4 @@
-"""One reverse step of any solver, and its log-probability."""
+"""One reverse step of any solver, its log-probability, and the KL between two of them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from diffcore._types import Coef, StepColumns
 from diffcore.reference.common import compute_dtype, per_sample, row_sum, sample_size
 
-__all__ = ["reverse_step", "step_log_prob"]
+__all__ = ["reverse_step", "step_kl", "step_log_prob"]
 
 # w, g, c_u, e_u and the threshold of a step without guidance and threshold.
 UNGUIDED = (1.0, 0.0, 0.0, 0.0, 0.0)
@@ -87,6 +87,33 @@ def step_log_prob(
     return torch.where(none, torch.zeros_like(log_prob), log_prob)
 
 
+def step_kl(
+    x: Tensor,
+    model_output: Tensor,
+    reference_output: Tensor,
+    coefs: Sequence[Coef],
+    *,
+    leading: Sequence[Coef] = UNGUIDED,
+) -> Tensor:
+    """``‖mean_1 - mean_2‖² / (2 c_z²)`` of each sample, nats; 0 where c_z is 0."""
+    row = StepColumns(*coefs)
+    k = StepColumns(*(per_sample(c, x) for c in coefs))
+    (s, m, first), (_, other, second) = (
+        predicted_x0(x, y, None, k, leading) for y in (model_output, reference_output)
+    )
+    low, high, bound = _bounds(k, leading, s)
+    # An infinite or NaN x0 is not inside, so that it is not hidden.
+    inside = (first > low) & (first < high) & (second > low) & (second < high)
+    apart = m - other
+    x0 = torch.where(inside, k.a_m * apart, _clip(first, low, high) - _clip(second, low, high))
+    distance = _mix(0.0, k.c_m, k.c_0, torch.zeros_like(s), apart, x0 / bound)
+    c_z = torch.as_tensor(row.c_z, dtype=s.dtype, device=s.device)
+    none = c_z == 0
+    z = distance / per_sample(torch.where(none, torch.ones_like(c_z), c_z), x)
+    kl = row_sum(z * z, 0.5, reduce_all=False)
+    return torch.where(none, torch.zeros_like(kl), kl)
+
+
 def _prediction(
     x: Tensor,
     model_output: Tensor,
@@ -96,15 +123,24 @@ def _prediction(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(x, m, x0) in the compute type; k as in ``reverse_step``, beside the samples."""
     s, m, x0 = predicted_x0(x, model_output, model_output_uncond, k, leading)
-    bound = torch.as_tensor(per_sample(leading[4], x), dtype=s.dtype, device=x.device)
+    low, high, bound = _bounds(k, leading, s)
+    return s, m, _clip(x0, low, high) / bound
+
+
+def _bounds(k: StepColumns, leading: Sequence[Coef], s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Where x0 is clipped, and what divides it then; s are the samples in the compute type."""
+    bound = torch.as_tensor(per_sample(leading[4], s), dtype=s.dtype, device=s.device)
     low, high = (
         torch.where(bound == 0, b, sign * bound) for b, sign in ((k.clip_min, -1), (k.clip_max, 1))
     )
+    return low, high, torch.where(bound == 0, 1.0, bound)
+
+
+def _clip(x0: Tensor, low: Tensor, high: Tensor) -> Tensor:
     # where, not clamp: clamp's gradient at a bound and its handling of two tensor bounds differ
     # between versions
     x0 = torch.where(x0 < low, torch.zeros_like(x0) + low, x0)
-    x0 = torch.where(x0 > high, torch.zeros_like(x0) + high, x0)
-    return s, m, x0 / torch.where(bound == 0, 1.0, bound)
+    return torch.where(x0 > high, torch.zeros_like(x0) + high, x0)
 
 
 def predicted_x0(

@@ -16,9 +16,11 @@ from diffcore.sampling.k_diffusion import (
 )
 from diffcore.sampling.sample import sample
 from diffcore.sampling.scheduled import pyramid_schedule
+from diffcore.sampling.trajectory import Trajectory
 
 __all__ = [
     "CapturedSampler",
+    "Trajectory",
     "capture",
     "pyramid_schedule",
     "sample",

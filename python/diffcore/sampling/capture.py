@@ -43,9 +43,9 @@ def capture(
     The returned object samples with a single launch, under ``torch.no_grad()``. The kernels
     generate the noise from a seed in device memory, so another seed, other sample ids and other
     tensors in ``model_kwargs`` need no new recording; another shape, table or number among the
-    arguments does. The loop runs once before it is recorded. It takes neither ``before_model`` nor
-    ``callback``, which a replay would not call. On devices without graphs, such as the CPU, the
-    same loop runs without recording.
+    arguments does. It returns no trajectory; ``sample`` does. The loop runs once before it is
+    recorded. It takes neither ``before_model`` nor ``callback``, which a replay would not call. On
+    devices without graphs, such as the CPU, the same loop runs without recording.
 
     Args:
         model: As for ``sample``. It must be capturable, so it must not wait for the device.

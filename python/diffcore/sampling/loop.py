@@ -21,6 +21,7 @@ from diffcore.sampling.noise import check_noise_rows, noise_of_row
 from diffcore.sampling.progress import progress_bar
 from diffcore.sampling.step import CallbackState, answer, callback_state, timestep_inputs
 from diffcore.sampling.threshold import Threshold
+from diffcore.sampling.trajectory import Recorder
 from diffcore.solvers import SolverTable
 
 
@@ -43,6 +44,7 @@ def run_table(
     noise_name: str = "step_noise",
     learned: bool = False,
     callback_first: bool = False,
+    recorder: Recorder | None = None,
 ) -> Tensor:
     """Run a solver table from its first row to its last.
 
@@ -71,6 +73,7 @@ def run_table(
             table that reads it needs no such hint.
         callback_first: Whether the callback is called between the first model call of a step and
             the change of x, with the x before it, as in k-diffusion. Its answer is not read then.
+        recorder: Keeps states and log-probabilities; ``None`` for neither.
 
     Returns:
         The samples.
@@ -104,6 +107,7 @@ def run_table(
         noise_name,
         learned or table.variance is not None,
         callback_first,
+        recorder,
     )
     if differentiable:
         return loop.run(x, progress, checkpoint)
@@ -128,6 +132,7 @@ class _Loop:
     noise_name: str
     learned: bool
     callback_first: bool
+    recorder: Recorder | None
     state: dict[str, Any] = field(default_factory=dict)
     """Of the step that is taken, for the callback after it."""
 
@@ -136,6 +141,8 @@ class _Loop:
         if table.start_noise:
             churn = noise_of_row(self.step_noise, len(table), x, self.noise_name)
             x = ops.add_noise(x, churn, table.start_scale, table.start_noise)
+        if self.recorder is not None:
+            self.recorder.keep(x)
         timesteps = timestep_inputs(table, x)
         history: Tensors = ()
         rule = None if self.guidance is None else self.guidance.begin()
@@ -145,9 +152,11 @@ class _Loop:
                 state = CallbackState(x=x, i=row.step, t=t, alpha=row.alpha, sigma=row.sigma)
                 x = answer("before_model", self.before_model, state)
             if checkpoint:
-                x, history = self._again(i, x, t, history, rule)
+                x, history, *scored = self._again(i, x, t, history, rule)
             else:
-                x, history = self._row(i, x, t, history, rule, self._call)
+                x, history, *scored = self._row(i, x, t, history, rule, self._call)
+            if self.recorder is not None:
+                self.recorder.keep(x, scored)
             if self.callback is not None and not self.callback_first and self._ends(i):
                 x = answer("callback", self.callback, CallbackState(self.state, x=x))
         return x
@@ -164,8 +173,8 @@ class _Loop:
         history: Tensors,
         rule: Guidance | None,
         call: Callable[..., None] | None,
-    ) -> tuple[Tensor, Tensors]:
-        """One row: the model, the state of the step by ``call``, and the step."""
+    ) -> tuple[Any, ...]:
+        """One row: the model, the state of the step by ``call``, and what the step returns."""
         table, row = self.table, self.table.rows[i]
         here = None if rule is None else table._launcher.rule_at(i, rule)
         scaled = x if row.input_scale == 1 else row.input_scale * x
@@ -198,6 +207,7 @@ class _Loop:
             guidance=here,
             threshold=bound,
             variance_output=variance if table.variance is not None else None,
+            **({} if self.recorder is None else self.recorder.options),
         )
         if classifier is not None and gradient is not None:
             x = classifier.of_result(i, x, gradient, variance)
@@ -212,7 +222,7 @@ class _Loop:
 
     def _again(
         self, i: int, x: Tensor, t: Tensor, history: Tensors, rule: Guidance | None
-    ) -> tuple[Tensor, Tensors]:
+    ) -> tuple[Any, ...]:
         """A row that is run again in the backward pass, then without ``call``."""
         # Without gradients, else the callback would save tensors the first time only.
         calls = [] if self.callback is None else [torch.no_grad()(self._call)]
@@ -220,11 +230,12 @@ class _Loop:
         def row(x: Tensor, *history: Tensor) -> tuple[Tensor, ...]:
             # A compiler takes no change of a list from outside: none without a callback.
             call = calls.pop() if self.callback is not None and calls else None
-            x, history = self._row(i, x, t, history, rule, call)
-            return (x, *history)
+            x, history, *scored = self._row(i, x, t, history, rule, call)
+            return (x, *scored, *history)
 
-        x, *history = torch.utils.checkpoint.checkpoint(row, x, *history, use_reentrant=False)
-        return x, tuple(history)
+        x, *rest = torch.utils.checkpoint.checkpoint(row, x, *history, use_reentrant=False)
+        scored = 0 if self.recorder is None or not self.recorder.options else 1
+        return x, tuple(rest[scored:]), *rest[:scored]
 
 
 def _guided(prediction: Prediction, rule: Guidance | None) -> tuple[Prediction, Guidance | None]:

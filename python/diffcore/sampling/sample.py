@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal, overload
 
 from torch import Tensor
 
@@ -18,9 +18,11 @@ from diffcore.sampling.model import check_samples
 from diffcore.sampling.noise import check_step_noise, noise_or_default
 from diffcore.sampling.scheduled import run_schedule
 from diffcore.sampling.threshold import threshold_rule
+from diffcore.sampling.trajectory import Trajectory, recorder
 from diffcore.solvers import SolverTable
 
 
+@overload
 def sample(
     model: Model,
     x: Tensor,
@@ -30,18 +32,95 @@ def sample(
     guidance: Guidance | None = None,
     model_kwargs: Mapping[str, Any] | None = None,
     uncond_kwargs: Mapping[str, Any] | None = None,
-    cond_fn: CondFn | None = None,
     noise: StepNoise | None = None,
     dynamic_thresholding_ratio: float | None = None,
     sample_max_value: float = math.inf,
     before_model: BeforeModel | None = None,
+    cond_fn: CondFn | None = None,
     callback: Callback | None = None,
     progress: bool | None = False,
     differentiable: bool = False,
     checkpoint: bool = False,
+    return_trajectory: Literal[False] = False,
+    return_log_prob: Literal[False] = False,
+    reduction: str = "sum",
     schedule: Tensor | Sequence[Any] | None = None,
     group_dim: int | None = None,
-) -> Tensor:
+) -> Tensor: ...
+@overload
+def sample(
+    model: Model,
+    x: Tensor,
+    table: SolverTable,
+    *,
+    guidance_scale: float | Tensor | None = None,
+    guidance: Guidance | None = None,
+    model_kwargs: Mapping[str, Any] | None = None,
+    uncond_kwargs: Mapping[str, Any] | None = None,
+    noise: StepNoise | None = None,
+    dynamic_thresholding_ratio: float | None = None,
+    sample_max_value: float = math.inf,
+    before_model: BeforeModel | None = None,
+    cond_fn: CondFn | None = None,
+    callback: Callback | None = None,
+    progress: bool | None = False,
+    differentiable: bool = False,
+    checkpoint: bool = False,
+    return_trajectory: Literal[True],
+    return_log_prob: bool = False,
+    reduction: str = "sum",
+    schedule: Tensor | Sequence[Any] | None = None,
+    group_dim: int | None = None,
+) -> Trajectory: ...
+@overload
+def sample(
+    model: Model,
+    x: Tensor,
+    table: SolverTable,
+    *,
+    guidance_scale: float | Tensor | None = None,
+    guidance: Guidance | None = None,
+    model_kwargs: Mapping[str, Any] | None = None,
+    uncond_kwargs: Mapping[str, Any] | None = None,
+    noise: StepNoise | None = None,
+    dynamic_thresholding_ratio: float | None = None,
+    sample_max_value: float = math.inf,
+    before_model: BeforeModel | None = None,
+    cond_fn: CondFn | None = None,
+    callback: Callback | None = None,
+    progress: bool | None = False,
+    differentiable: bool = False,
+    checkpoint: bool = False,
+    return_trajectory: Literal[False] = False,
+    return_log_prob: Literal[True],
+    reduction: str = "sum",
+    schedule: Tensor | Sequence[Any] | None = None,
+    group_dim: int | None = None,
+) -> Trajectory: ...
+def sample(
+    model: Model,
+    x: Tensor,
+    table: SolverTable,
+    *,
+    guidance_scale: float | Tensor | None = None,
+    guidance: Guidance | None = None,
+    model_kwargs: Mapping[str, Any] | None = None,
+    uncond_kwargs: Mapping[str, Any] | None = None,
+    noise: StepNoise | None = None,
+    dynamic_thresholding_ratio: float | None = None,
+    sample_max_value: float = math.inf,
+    before_model: BeforeModel | None = None,
+    cond_fn: CondFn | None = None,
+    callback: Callback | None = None,
+    progress: bool | None = False,
+    differentiable: bool = False,
+    checkpoint: bool = False,
+    return_trajectory: bool = False,
+    return_log_prob: bool = False,
+    reduction: str = "sum",
+    schedule: Tensor | Sequence[Any] | None = None,
+    group_dim: int | None = None,
+) -> Tensor | Trajectory:
     """Sample with any solver: one launch for each model call, and no wait for the device.
 
     The loop runs under ``torch.no_grad()``, unless it is ``differentiable``; a model or a
@@ -91,17 +170,26 @@ def sample(
         checkpoint: With ``differentiable``: keep only the samples between the rows, and call the
             model again in the backward pass. The noise of a key is generated again; a function
             for ``noise`` is called again, and must return the same.
+        return_trajectory: Return the states between the rows as well: a ``Trajectory``. They stay
+            in memory, S + 1 times the samples; nothing is copied. A state is what a row returned,
+            before ``callback`` or ``before_model`` changed it for the next.
+        return_log_prob: Return the log-probability of every row's x' as well: a ``Trajectory``. It
+            takes a launch a row (``SolverTable.step``), and counts x' as a constant. In a
+            ``differentiable`` loop it has gradients by x and the predictions; those of a policy
+            come from ``SolverTable.log_prob`` of the states.
+        reduction: Of the log-probabilities, "sum" or "mean" over the elements of a sample.
         schedule: The row that each group of a sample takes in each model call, ``[M, B, G]`` or
             ``[M, 1, G]`` ints (``sampling.pyramid_schedule``): -1 for a group that
             waits. A group takes its rows one after the other, from any first to any last one, so
             windows can roll. The model then gets ``t`` ``[B, G]``: for a group that waits that of
             the level at which it is, and 0 after the last row of the table. The noise of model call
-            m takes the stream 1 + m. Not with thresholding, ``before_model``, ``callback`` or
-            ``checkpoint``. Its values are read before the first call.
+            m takes the stream 1 + m. Its values are read before the first call. Not with
+            ``cond_fn``, thresholding, hooks, ``checkpoint`` or a ``Trajectory``.
         group_dim: The dimension of the groups, such as 2 for the frames of ``[B, C, F, H, W]``.
 
     Returns:
-        The samples, like ``x``.
+        The samples, like ``x``; with ``return_trajectory`` or ``return_log_prob`` a ``Trajectory``
+        of ``samples``, ``states`` and ``log_probs``.
 
     Raises:
         TypeError: An argument, or the output of the model or of a hook, has the wrong type.
@@ -117,14 +205,18 @@ def sample(
         noise = noise_or_default(None, x)
     check_step_noise("noise", noise)
     rule = guidance_rule(guidance_scale, guidance, uncond_kwargs)
+    record = recorder(return_trajectory, return_log_prob, reduction)
     if schedule is not None or group_dim is not None:
         _check_scheduled(
             schedule=schedule,
             group_dim=group_dim,
+            cond_fn=cond_fn,
             dynamic_thresholding_ratio=dynamic_thresholding_ratio,
             before_model=before_model,
             callback=callback,
             checkpoint=checkpoint or None,
+            return_trajectory=return_trajectory or None,
+            return_log_prob=return_log_prob or None,
         )
         assert schedule is not None
         assert group_dim is not None
@@ -141,7 +233,7 @@ def sample(
             progress=progress,
             differentiable=differentiable,
         )
-    return run_table(
+    samples = run_table(
         model,
         x,
         table,
@@ -157,7 +249,9 @@ def sample(
         checkpoint=checkpoint,
         classifier=None if cond_fn is None else Classifier(cond_fn),
         noise_name="noise",
+        recorder=record,
     )
+    return samples if record is None else record.trajectory(samples)
 
 
 def _check_scheduled(**arguments: Any) -> None:

@@ -37,7 +37,7 @@ def flow_sde_table(
     The first two keep the marginals of the flow to first order in dt, and add noise in the last
     step too. "cps" replaces the same part of the noise in every step, so with many steps it is
     further from the flow. With eta = 0 the steps are those of ``flow_euler_table``. The
-    log-probability of a step is ``ops.step_log_prob`` with the row's coefficients.
+    log-probability of a step is ``SolverTable.log_prob``, the KL of two models' ``step_kl``.
 
     Args:
         sigmas: As for ``flow_euler_table``.

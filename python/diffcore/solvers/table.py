@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -17,7 +17,9 @@ from diffcore.coefficients.step import STEP_COLUMNS
 from diffcore.guidance import Guidance, Weighted
 from diffcore.noise import Noise
 from diffcore.ops import reverse_step
-from diffcore.ops._launch import RowLauncher
+from diffcore.ops._density import kl_of_row, log_prob_of_row, step_of_row, wants_log_prob
+from diffcore.ops._groups import in_groups
+from diffcore.ops._launch import RowLauncher, guidance_of_row, history_of
 
 COLUMNS = STEP_COLUMNS
 TO_X0 = (0.0, 0.0, 1.0, 0.0)  # c_x, c_m, c_0, c_z of a step that stops at the predicted x_0
@@ -255,6 +257,7 @@ class SolverTable:
         """Whether any row adds noise, or the start does."""
         return self.start_noise != 0 or any(row.noisy for row in self.rows)
 
+    @overload
     def step(
         self,
         i: int | Tensor,
@@ -268,8 +271,45 @@ class SolverTable:
         guidance: Guidance | None = None,
         threshold: Coef | None = None,
         variance_output: Tensor | None = None,
+        return_log_prob: Literal[False] = False,
+        reduction: str = "sum",
         group_dim: int | None = None,
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+    ) -> tuple[Tensor, tuple[Tensor, ...]]: ...
+    @overload
+    def step(
+        self,
+        i: int | Tensor,
+        x: Tensor,
+        model_output: Tensor,
+        history: Sequence[Tensor] = (),
+        *,
+        noise: Noise | None = None,
+        model_output_uncond: Tensor | None = None,
+        guidance_scale: Coef | None = None,
+        guidance: Guidance | None = None,
+        threshold: Coef | None = None,
+        variance_output: Tensor | None = None,
+        return_log_prob: Literal[True],
+        reduction: str = "sum",
+        group_dim: int | None = None,
+    ) -> tuple[Tensor, tuple[Tensor, ...], Tensor]: ...
+    def step(
+        self,
+        i: int | Tensor,
+        x: Tensor,
+        model_output: Tensor,
+        history: Sequence[Tensor] = (),
+        *,
+        noise: Noise | None = None,
+        model_output_uncond: Tensor | None = None,
+        guidance_scale: Coef | None = None,
+        guidance: Guidance | None = None,
+        threshold: Coef | None = None,
+        variance_output: Tensor | None = None,
+        return_log_prob: bool = False,
+        reduction: str = "sum",
+        group_dim: int | None = None,
+    ) -> tuple[Tensor, tuple[Tensor, ...]] | tuple[Tensor, tuple[Tensor, ...], Tensor]:
         """Row i in one launch: from x and the model's output to the next x.
 
         The table keeps no state: what later steps read of this one is returned, for the caller to
@@ -291,30 +331,54 @@ class SolverTable:
             threshold: Bound of x_0, a number or ``[B]``.
             variance_output: v, ``[B, ...]``: required for a table with a ``variance``, and refused
                 for others. Not read by a row without noise.
+            return_log_prob: Return the log-probability of x' as well (``log_prob``), of x' as it is
+                stored and as a constant.
+            reduction: Of the log-probability, "sum" or "mean" over the elements of a sample.
             group_dim: A dimension of the samples whose entries have a level each, such as 2 for the
                 frames of ``[B, C, F, H, W]``: i, guidance_scale and threshold may then be
                 ``[B, G]``.
 
         Returns:
-            x' ``[B, ...]``, and the history: a tuple of as many tensors as later rows read at most.
+            x' ``[B, ...]``, and the history: a tuple of as many tensors as later rows read at most;
+            with ``return_log_prob`` also the log-probability ``[B]``.
 
         Raises:
             ValueError: No such row, no noise for a row that adds some, too short a history, a
                 missing or superfluous v, or as ``ops.reverse_step``.
         """
         if group_dim is not None:
-            return self._launcher.step_in_groups(
+            given = (model_output_uncond, guidance_scale, guidance)
+            model_output, uncond, rule = guidance_of_row(self._launcher, i, x, model_output, *given)
+            return in_groups(  # type: ignore[no-any-return]
+                self.step,
                 group_dim,
+                {
+                    "x": x,
+                    "model_output": model_output,
+                    "history": history_of(history),
+                    "noise": noise,
+                    "model_output_uncond": uncond,
+                    "variance_output": variance_output,
+                },
+                {"i": i, "guidance": rule, "threshold": threshold},
+                return_log_prob=return_log_prob,
+                reduction=reduction,
+                mean=reduction == "mean",
+            )
+        asked = return_log_prob is not False or reduction != "sum"
+        if asked and wants_log_prob(return_log_prob, reduction):
+            given = (model_output_uncond, guidance_scale, guidance)
+            return step_of_row(
+                self._launcher,
                 i,
                 x,
                 model_output,
                 history,
                 noise,
-                model_output_uncond,
-                guidance_scale,
+                given,
                 threshold,
                 variance_output,
-                guidance,
+                reduction,
             )
         return self._launcher.step(
             i,
@@ -327,6 +391,107 @@ class SolverTable:
             threshold,
             variance_output,
             guidance,
+        )
+
+    def log_prob(
+        self,
+        i: int | Tensor,
+        x: Tensor,
+        model_output: Tensor,
+        x_next: Tensor,
+        history: Sequence[Tensor] = (),
+        *,
+        model_output_uncond: Tensor | None = None,
+        guidance_scale: Coef | None = None,
+        guidance: Guidance | None = None,
+        threshold: Coef | None = None,
+        variance_output: Tensor | None = None,
+        reduction: str = "sum",
+    ) -> Tensor:
+        """The log p(x' | x) of a step that row i took before, differentiable.
+
+        See ``ops.step_log_prob``. With the predictions of ``step(return_log_prob=True)`` it has the
+        same bits. A row without noise gives 0.
+
+        Args:
+            i: As for ``step``.
+            x: The samples before the step ``[B, ...]``.
+            model_output: m, ``[B, ...]``.
+            x_next: x', the samples after it ``[B, ...]``.
+            history: What the step read.
+            model_output_uncond: As for ``step``.
+            guidance_scale: As for ``step``.
+            guidance: As for ``step``; not a rule with momentum.
+            threshold: As for ``step``.
+            variance_output: As for ``step``.
+            reduction: "sum" or "mean" over the elements of a sample.
+
+        Returns:
+            ``[B]``, float32 (float64 for float64 samples), in nats.
+
+        Raises:
+            ValueError: As ``step``, or a rule with momentum.
+        """
+        given = (model_output_uncond, guidance_scale, guidance)
+        return log_prob_of_row(
+            self._launcher,
+            i,
+            x,
+            model_output,
+            x_next,
+            history,
+            given,
+            threshold,
+            variance_output,
+            reduction,
+        )
+
+    def step_kl(
+        self,
+        i: int | Tensor,
+        x: Tensor,
+        model_output: Tensor,
+        reference_output: Tensor,
+        *,
+        model_output_uncond: Tensor | None = None,
+        reference_output_uncond: Tensor | None = None,
+        guidance_scale: Coef | None = None,
+        guidance: Guidance | None = None,
+        threshold: Coef | None = None,
+        reduction: str = "sum",
+    ) -> Tensor:
+        """KL(p || p_ref) of the steps that two models take at row i from the same x.
+
+        See ``ops.step_kl``. The history that both steps read cancels. A row without noise gives 0.
+
+        Args:
+            i: As for ``step``.
+            x: The samples before the step ``[B, ...]``.
+            model_output: m, ``[B, ...]``.
+            reference_output: m of the other model ``[B, ...]``.
+            model_output_uncond: m_u beside ``model_output``, for guidance.
+            reference_output_uncond: m_u beside ``reference_output``, for guidance.
+            guidance_scale: w of classifier-free guidance, for both models.
+            guidance: Another rule of ``diffcore.guidance``, for both; not one with momentum.
+            threshold: As for ``step``.
+            reduction: "sum" or "mean" over the elements of a sample.
+
+        Returns:
+            ``[B]``, float32 (float64 for float64 samples), in nats.
+
+        Raises:
+            ValueError: As ``step``, a rule with momentum, or a table of learned variance.
+        """
+        return kl_of_row(
+            self._launcher,
+            i,
+            x,
+            (model_output, reference_output),
+            (model_output_uncond, reference_output_uncond),
+            guidance_scale,
+            guidance,
+            threshold,
+            reduction,
         )
 
     def denoised(

@@ -255,7 +255,7 @@ def levels() -> NoiseLevels:
     return NoiseLevels.from_schedule(schedule, [20, 12, 5, 1])
 
 
-def _table(
+def table_case(
     name: str,
     call: Callable[[Any, Given], Any],
     tensors: str,
@@ -282,14 +282,14 @@ def each_row(batch: int) -> Given:
 
 
 SOLVER_CASES: list[Case] = [
-    _table(
+    table_case(
         "SolverTable.step",
         lambda table, g: table.step(1, g["x"], g["m"], (g["h"],)),
         "x m h",
         "x m h",
         lambda: solvers.dpmpp_2m_table(levels()),
     ),
-    _table(
+    table_case(
         "SolverTable.step",
         lambda table, g: table.step(g["i"], g["x"], g["m"], noise=KEY),
         "x m",
@@ -298,14 +298,14 @@ SOLVER_CASES: list[Case] = [
         others=each_row,
         suffix=", rows, key",
     ),
-    _table(
+    table_case(
         "SolverTable.denoised",
         lambda table, g: table.denoised(2, g["x"], g["m"]),
         "x m",
         "x m",
         lambda: solvers.euler_table(SIGMAS),
     ),
-    _table(
+    table_case(
         "sample",
         lambda table, g: sample(model(g), g["x"], table, noise=KEY),
         "x weight",
@@ -313,7 +313,7 @@ SOLVER_CASES: list[Case] = [
         lambda: solvers.ddpm_table(levels(), clip_range=1.0),
         suffix=", ddpm, key",
     ),
-    _table(
+    table_case(
         "sample",
         lambda table, g: sample(model(g), g["x"], table, guidance_scale=2.0, uncond_kwargs={}),
         "x weight",
@@ -321,7 +321,7 @@ SOLVER_CASES: list[Case] = [
         lambda: solvers.dpmpp_2m_table(levels()),
         suffix=", dpmpp_2m, guided",
     ),
-    _table(
+    table_case(
         "sample",
         lambda table, g: sample(model(g), g["x"], table, noise=KEY, dynamic_thresholding_ratio=0.9),
         "x weight",
@@ -329,13 +329,13 @@ SOLVER_CASES: list[Case] = [
         lambda: solvers.heun_table(SIGMAS, s_churn=2.0),
         suffix=", churn, threshold, key",
     ),
-    _table(
+    table_case(
         "sampling.sample_dpmpp_2m",
         lambda _, g: sampling.sample_dpmpp_2m(model(g), g["x"], LEVELS, disable=True),
         "x weight",
         "",
     ),
-    _table(
+    table_case(
         "sampling.sample_euler_ancestral",
         lambda _, g: sampling.sample_euler_ancestral(
             model(g), g["x"], LEVELS, disable=True,

@@ -17,12 +17,14 @@ KEY = PhiloxNoise(2**40 + 5, sample_ids=100, stream=7)
 KINDS = {
     "linear": "add_noise q_sample velocity linear_combination predict_x0 predict_epsilon"
     " classifier_guidance",
-    "step": "reverse_step _with_history step_log_prob ddpm_step ddim_step",
+    "step": "reverse_step _with_history step_log_prob _log_prob_with_history step_kl ddpm_step"
+    " ddim_step",
     "gaussian": "normal_kl standard_normal_kl gaussian_nll reparameterize reparameterize_kl"
     " discretized_gaussian_log_likelihood",
     "loss": "denoising_loss",
     "bound": "vlb_term prior_kl",
 }
+PUBLIC = {"_with_history": "reverse_step", "_log_prob_with_history": "step_log_prob"}
 KIND_OF = {name: kind for kind, names in KINDS.items() for name in names.split()}
 
 
@@ -38,7 +40,7 @@ def _of(case: OpCase, noise: str) -> Case:
         return case.op(**given, **constants, noise=subject)
 
     op = case.op.__name__
-    public = f"ops.{'reverse_step' if op == '_with_history' else op}"
+    public = f"ops.{PUBLIC.get(op, op)}"
     name = case.name if noise == "tensor" else f"{case.name}, {noise}"
     left = () if noise == "tensor" else ("noise",)
     found = Case(
