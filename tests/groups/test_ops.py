@@ -281,3 +281,56 @@ def test_rows_of_coefficients() -> None:
         assert torch.equal(found[:, :, g], alone)
     with pytest.raises(ValueError, match=r"coefficients must have shape \[B, G, n\], B = 2 and G"):
         ops.reverse_step(x, m, by_group[:, :3], group_dim=2, **plain)
+
+
+@pytest.mark.parametrize("step", [ops.ddpm_step, ops.ddim_step], ids=["ddpm", "ddim"])
+def test_named_steps(step: Callable[..., Tensor]) -> None:
+    layout = LAYOUTS["video"]
+    f = layout.folded
+    x, m, u = (layout.samples() for _ in range(3))
+    sigma = torch.rand(layout.levels, dtype=torch.float64) * 0.5 + 0.4
+    before = sigma * 0.7
+    levels = [(1 - sigma**2).sqrt(), sigma, (1 - before**2).sqrt(), before]
+    options: dict[str, object] = {"clip_range": 1.0, "prediction_type": "v_prediction"}
+    if step is ops.ddim_step:
+        options["eta"] = 0.5
+    scale = torch.rand(layout.levels) + 1
+    found = step(
+        m,
+        x,
+        *levels,
+        noise=KEY,
+        model_output_uncond=u,
+        guidance_scale=scale,
+        group_dim=2,
+        **options,
+    )
+    wanted = step(
+        f(m),
+        f(x),
+        *(y.flatten() for y in levels),
+        noise=f(KEY.tensor(x.shape)),
+        model_output_uncond=f(u),
+        guidance_scale=scale.flatten(),
+        **options,
+    )
+    assert torch.equal(found, layout.unfolded(wanted))
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+def test_densities_of_table_rows(reduction: str) -> None:
+    layout = LAYOUTS["video"]
+    f, table = layout.folded, TABLES["sde"]
+    x, m = layout.samples(), layout.samples()
+    i = torch.randint(1, len(table) - 1, layout.levels)
+    found, _, score = table.step(
+        i, x, m, noise=KEY, group_dim=2, return_log_prob=True, reduction=reduction
+    )
+    z = f(KEY.tensor(x.shape))
+    _, _, wanted = table.step(
+        i.flatten(), f(x), f(m), noise=z, return_log_prob=True, reduction=reduction
+    )
+    torch.testing.assert_close(score, wanted.view(layout.levels))
+    columns = table.coefficients[:, :8].contiguous()
+    again = ops.step_log_prob(x, m, found, columns, t=i, group_dim=2, reduction=reduction)
+    torch.testing.assert_close(again, score)

@@ -24,13 +24,24 @@ from __future__ import annotations
 
 from diffcore.coefficients.step import PREDICTION_TYPES
 from diffcore.noise import PhiloxNoise
-from diffcore.ops import _noise, bound, gaussian, likelihood, linear, loss, step, threshold
+from diffcore.ops import (
+    _noise,
+    bound,
+    gaussian,
+    likelihood,
+    linear,
+    loss,
+    named_steps,
+    step,
+    threshold,
+)
 from diffcore.ops._noise import *
 from diffcore.ops.bound import *
 from diffcore.ops.gaussian import *
 from diffcore.ops.likelihood import *
 from diffcore.ops.linear import *
 from diffcore.ops.loss import *
+from diffcore.ops.named_steps import *
 from diffcore.ops.step import *
 from diffcore.ops.threshold import *
 
@@ -41,5 +52,6 @@ __all__ += gaussian.__all__
 __all__ += likelihood.__all__
 __all__ += linear.__all__
 __all__ += loss.__all__
+__all__ += named_steps.__all__
 __all__ += step.__all__
 __all__ += threshold.__all__

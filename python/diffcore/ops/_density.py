@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from diffcore._checks import as_flag, as_real, check_choice
+from diffcore._checks import as_flag, as_real, check_choice, check_dense
 from diffcore._engine.dispatch import plain_eager, run
 from diffcore._engine.dtensor import is_dtensor
 from diffcore._engine.execute import split_coefs
@@ -350,7 +350,11 @@ def _split(columns: Coefs) -> Coefs:
 def _numbers(step: Scored, *which: int) -> Coefs:
     """Some columns, s_0 and s_v being the last two of a learned variance."""
     columns = _split(step.plan.coefs[_FIRST:])
-    return tuple(columns[i] for i in which)
+    found = tuple(columns[i] for i in which)
+    for c in found:  # torch computes with them
+        if isinstance(c, Tensor):
+            check_dense("coefficients" if step.named == "t" else "table", c)
+    return found
 
 
 def run_converted(kernel: Kernel, inputs: Tensors, coefs: Coefs, t: Step) -> Tensor:

@@ -92,6 +92,8 @@ class Groups(NamedTuple):
 
     def written_rows(self, out: Tensor | None) -> Tensor | None:
         """``out`` as rows, which must be a view."""
+        if out is not None and not isinstance(out, Tensor):
+            raise TypeError(f"out must be a torch.Tensor, got {type(out).__name__}")
         found: Tensor | None = self.rows("out", out)
         if found is None or out is None or found.numel() == 0:
             return found
@@ -106,7 +108,7 @@ class Groups(NamedTuple):
         """Levels ``[B, G]`` or ``[B]`` as one for each row; what is one for all, as it is."""
         if isinstance(value, Weighted):
             return Weighted(self.levels("guidance_scale", value.w), self.levels("g", value.g))
-        if not isinstance(value, Tensor) and getattr(value, "__len__", None):
+        if isinstance(value, (list, tuple)) or getattr(value, "__array__", None):
             value = as_tensor(name, value)
         if not isinstance(value, Tensor) or value.ndim == 0:
             return value

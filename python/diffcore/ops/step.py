@@ -1,4 +1,4 @@
-"""One reverse step of any solver, its log-probability, its KL, and the DDPM and DDIM steps."""
+"""One reverse step of any solver, its log-probability, and the KL of two models' steps."""
 
 from __future__ import annotations
 
@@ -8,13 +8,10 @@ from typing import Any, Literal, overload
 from torch import Tensor
 
 from diffcore._checks import as_flag, check_choice
-from diffcore._engine.dispatch import plain_eager
 from diffcore._kernels import step as k
-from diffcore._types import ClipRange, Coef, Coefs, Row, Step, Tensors
-from diffcore.coefficients import step as formulas
+from diffcore._types import Coef, Row, Step, Tensors
 from diffcore.guidance import Guidance
 from diffcore.noise import Noise
-from diffcore.ops._arguments import as_table, in_float64
 from diffcore.ops._density import (
     REDUCTIONS,
     Scored,
@@ -39,8 +36,6 @@ from diffcore.ops._launch import (
 )
 
 __all__ = [
-    "ddim_step",
-    "ddpm_step",
     "reverse_step",
     "step_kl",
     "step_log_prob",
@@ -464,154 +459,3 @@ def step_kl(
     )
     outputs = (model_output, reference_output)
     return kl(Scored(plan, (), t), x, outputs, (guided, of_reference), threshold, reduction)
-
-
-# ---- the DDPM and DDIM steps ---------------------------------------------------------------------
-
-
-def _row(table: Tensor, like: Tensor) -> Coefs:
-    """Coefficients just computed, as numbers where possible, so that none is sent to a device."""
-    if table.ndim == 1 and table.device.type == "cpu" and not table.requires_grad and plain_eager():
-        return tuple(table.tolist())
-    if isinstance(like, Tensor) and table.device != like.device:
-        table = table.to(like.device, non_blocking=True)
-    return (as_table("coefficients", table, 8),)
-
-
-def ddpm_step(
-    model_output: Tensor,
-    x_t: Tensor,
-    alpha: Coef,
-    sigma: Coef,
-    alpha_prev: Coef,
-    sigma_prev: Coef,
-    *,
-    noise: Noise | None = None,
-    prediction_type: str = "epsilon",
-    variance_type: str = "fixed_small",
-    clip_range: ClipRange = None,
-    model_output_uncond: Tensor | None = None,
-    guidance_scale: Coef | None = None,
-    guidance: Guidance | None = None,
-    out: Tensor | None = None,
-) -> Tensor:
-    """One ancestral step: ``x_{t-1} = A_t x0 + B_t x_t + s_t noise``, x0 the (clipped) prediction.
-
-    With beta = sigma² - (alpha/alpha_prev)² sigma_prev²: A = alpha_prev beta / sigma², B =
-    (alpha/alpha_prev) sigma_prev² / sigma², s² = beta sigma_prev² / sigma² ("fixed_small") or
-    beta ("fixed_large"). The coefficients are computed in float64. In a loop, compute a table
-    once and use :func:`reverse_step`.
-
-    Args:
-        model_output: The model's prediction at ``x_t``, ``[B, ...]``.
-        x_t: The current samples ``[B, ...]``.
-        alpha: Signal coefficient before the step. A number, 0-dim or ``[B]``.
-        sigma: Noise coefficient before the step. A number, 0-dim or ``[B]``.
-        alpha_prev: Signal coefficient after the step (1 at the end). A number, 0-dim or ``[B]``.
-        sigma_prev: Noise coefficient after the step (0 at the end). A number, 0-dim or ``[B]``.
-        noise: z ``[B, ...]``, or a noise key; ``None`` for the last step.
-        prediction_type: "epsilon", "sample", "v_prediction" or "flow_prediction".
-        variance_type: "fixed_small" or "fixed_large".
-        clip_range: None, c for [-c, c], or (low, high): where x0 is clipped.
-        model_output_uncond: The unconditional prediction ``[B, ...]``, for classifier-free
-            guidance.
-        guidance_scale: w in m_u + w (m_c - m_u).
-        guidance: Another rule of ``diffcore.guidance``, instead of ``guidance_scale``.
-        out: Tensor to write to, such as ``x_t`` itself. Not where a gradient is needed.
-
-    Returns:
-        ``x_{t-1}`` ``[B, ...]``.
-
-    Source:
-        Ho et al. 2020, eqs. 6-7 and Algorithm 2.
-    """
-    table = formulas.ddpm_coefficients(
-        in_float64("alpha", alpha),
-        in_float64("sigma", sigma),
-        in_float64("alpha_prev", alpha_prev),
-        in_float64("sigma_prev", sigma_prev),
-        prediction_type=prediction_type,
-        variance_type=variance_type,
-        clip_range=clip_range,
-    )
-    row = _row(table, x_t)
-    plan = k.plan(row, 0, False, noise is not None, k.SOLVER_STEP)
-    model_output, guided = guided_by(
-        x_t, model_output, model_output_uncond, guidance_scale, guidance
-    )
-    x_prev: Tensor = launch(plan, x_t, model_output, (), None, noise, guided, None, out)
-    return x_prev
-
-
-def ddim_step(
-    model_output: Tensor,
-    x_t: Tensor,
-    alpha: Coef,
-    sigma: Coef,
-    alpha_prev: Coef,
-    sigma_prev: Coef,
-    *,
-    eta: float = 0.0,
-    noise: Noise | None = None,
-    prediction_type: str = "epsilon",
-    rederive_epsilon: bool = True,
-    clip_range: ClipRange = None,
-    model_output_uncond: Tensor | None = None,
-    guidance_scale: Coef | None = None,
-    guidance: Guidance | None = None,
-    out: Tensor | None = None,
-) -> Tensor:
-    """One DDIM step: ``x' = alpha_prev x0 + sqrt(sigma_prev² - s²) epsilon + s noise``.
-
-    s is eta times the deviation of :func:`ddpm_step` ("fixed_small").
-
-    Args:
-        model_output: The model's prediction at ``x_t``, ``[B, ...]``.
-        x_t: The current samples ``[B, ...]``.
-        alpha: Signal coefficient before the step. A number, 0-dim or ``[B]``.
-        sigma: Noise coefficient before the step. A number, 0-dim or ``[B]``.
-        alpha_prev: Signal coefficient after the step (1 at the end). A number, 0-dim or ``[B]``.
-        sigma_prev: Noise coefficient after the step (0 at the end). A number, 0-dim or ``[B]``.
-        eta: 0 is deterministic, 1 has DDPM's ("fixed_small") variance.
-        noise: z ``[B, ...]``, or a noise key; required where eta > 0.
-        prediction_type: "epsilon", "sample", "v_prediction" or "flow_prediction".
-        rederive_epsilon: After the clip, take epsilon from the clipped x0 (guided-diffusion's
-            rule) or keep the model's (diffusers' default).
-        clip_range: None, c for [-c, c], or (low, high): where x0 is clipped.
-        model_output_uncond: The unconditional prediction ``[B, ...]``, for classifier-free
-            guidance.
-        guidance_scale: w in m_u + w (m_c - m_u).
-        guidance: Another rule of ``diffcore.guidance``, instead of ``guidance_scale``.
-        out: Tensor to write to, such as ``x_t`` itself. Not where a gradient is needed.
-
-    Returns:
-        The samples of the next step ``[B, ...]``.
-
-    Raises:
-        ValueError: ``eta`` is above 0 and ``noise`` is ``None``.
-
-    Source:
-        Song et al. 2021, eqs. 12 and 16.
-    """
-    if noise is None and isinstance(eta, (int, float)) and eta != 0:
-        raise ValueError(
-            f"noise must be given where eta is not 0, got None with eta={eta}; pass a tensor or a "
-            "PhiloxNoise"
-        )
-    table = formulas.ddim_coefficients(
-        in_float64("alpha", alpha),
-        in_float64("sigma", sigma),
-        in_float64("alpha_prev", alpha_prev),
-        in_float64("sigma_prev", sigma_prev),
-        eta=eta,
-        prediction_type=prediction_type,
-        rederive_epsilon=rederive_epsilon,
-        clip_range=clip_range,
-    )
-    row = _row(table, x_t)
-    plan = k.plan(row, 0, False, noise is not None, k.SOLVER_STEP)
-    model_output, guided = guided_by(
-        x_t, model_output, model_output_uncond, guidance_scale, guidance
-    )
-    x_prev: Tensor = launch(plan, x_t, model_output, (), None, noise, guided, None, out)
-    return x_prev

@@ -197,7 +197,7 @@ class _Loop:
         if call is not None and self.callback is not None and row.begins:
             call(table, i, x, t, prediction, here, bound)
         output, uncond, variance = prediction
-        x, history = table.step(
+        x, history, *scored = table.step(
             i,
             x,
             output,
@@ -211,7 +211,7 @@ class _Loop:
         )
         if classifier is not None and gradient is not None:
             x = classifier.of_result(i, x, gradient, variance)
-        return x, history
+        return x, history, *scored
 
     def _call(self, *known: Any) -> None:
         """Keeps the state of a step for the callback after it; see ``callback_state``."""
