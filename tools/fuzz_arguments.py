@@ -244,6 +244,18 @@ class Maker:
         """Noise as a tensor or a key."""
         return self.key() if self.chance(0.5) else self.samples()
 
+    def mask(self) -> Any:
+        """A mask that most often can be expanded to the samples, and has values in [0, 1]."""
+        kind = self.random.random()
+        if kind < 0.02:
+            return self.odd()
+        sizes = [1 if self.chance(0.3) else size for size in self.shape]
+        sizes = sizes[self.random.choice([0, 0, 1, 2]) :] if kind < 0.97 else list(self._shape())
+        if kind < 0.2:
+            return self.tensor(sizes, torch.bool)
+        x = self.tensor(sizes, self.random.choice(FLOATS))
+        return x if kind < 0.22 else x > 0 if kind < 0.6 else x.sigmoid()
+
     def guidance(self) -> Any:
         """A rule of guidance, seldom one that needs the row."""
         scale = self.random.choice([2.5, 0, 1, -3.0, self.coefficient(None)])
@@ -295,6 +307,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
         f"reduction of {op}": ("sum", "mean", "none")
         for op in ("reverse_step", "step_log_prob", "step_kl")
     },
+    "mask_reduction": ("mask", "all", "mean"),
     "return_target": (None, "epsilon", "v_prediction", "flow_prediction", "sample"),
     "variance_type": ("fixed_small", "fixed_large", "learned"),
     "clip_range": (None, 1.0, (-0.5, 2.0), -1.0),
@@ -318,7 +331,7 @@ ODD_CHOICES: dict[str, tuple[Any, ...]] = {
 }
 SAMPLES = (
     *("x0", "x", "y", "x_t", "x_next", "model_output", "model_output_uncond", "variance_output"),
-    *("gradient", "reference_output", "reference_output_uncond"),
+    *("gradient", "known", "reference_output", "reference_output_uncond"),
     *("mean", "logvar", "mean1", "logvar1", "mean2", "logvar2", "means", "log_scales"),
 )
 COEFFICIENTS = (
@@ -361,12 +374,9 @@ def _give_groups_levels(found: dict[str, Any], maker: Maker) -> None:
     if not -len(maker.shape) <= dim < len(maker.shape):
         return
     for name in (*COEFFICIENTS, "t"):
-        value = found.get(name)
-        if value is None:
-            continue
-        of_samples = type(value) is Tensor and not value.is_nested and value.shape == (maker.rows,)
-        if of_samples and maker.chance(0.7):
-            found[name] = value.unsqueeze(1).repeat(1, maker.shape[dim])
+        x = found.get(name)
+        if type(x) is Tensor and not x.is_nested and x.shape == (maker.rows,) and maker.chance(0.7):
+            found[name] = x.unsqueeze(1).repeat(1, maker.shape[dim])
 
 
 def _bound_table(table: Tensor, maker: Maker) -> Tensor:
@@ -391,10 +401,10 @@ def _argument(op: str, name: str, maker: Maker, by_step: bool) -> Any:
         whole |= op == "classifier_guidance"
         leading = name in ("guidance_scale", "threshold", "scale")
         return maker.coefficient(maker.steps if by_step and not whole and not leading else None)
-    if name == "noise":
+    if name in ("noise", "known_noise"):
         return maker.key() if op == "randn" else maker.noise()
-    if name == "guidance":
-        return maker.guidance()
+    if name in ("mask", "guidance"):
+        return getattr(maker, name)()
     if name == "history":
         return tuple(maker.samples() for _ in range(maker.random.choice([0, 1, 2, 3, 4])))
     if name == "shape":

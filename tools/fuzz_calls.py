@@ -273,7 +273,7 @@ def raw_call(random: Random, show: Callable[..., None]) -> str | None:
     outs: list[Any] = [maker.samples() for _ in range(n_out)]
     for _ in range(n_sum):
         shape = () if maker.chance(0.2) else (maker.rows,)
-        outs.append(torch.empty(shape, dtype=torch.float64 if maker.dtype == FLOATS[2] else None))
+        outs.append(torch.zeros(shape, dtype=torch.float64 if maker.dtype == FLOATS[2] else None))
     if outs and ins and maker.chance(0.3):
         outs[0] = maker.out([*ins, *outs]) if maker.chance(0.5) else random.choice(ins)
     coefs: list[Any] = []

@@ -56,7 +56,7 @@ using AllOps = Joined<
     // step.h
     Steps<false>, Steps<true>, OpList<StepKl, StepKlBackward>,
     // linear.h
-    OpList<Scale, ScaleTwice, LinearCombination, LinearPair,
+    OpList<Scale, ScaleTwice, LinearCombination, LinearPair, Blend,
            Generated<Randn>, Generated<LinearCombination>, Generated<LinearPair>>,
     // gaussian.h
     Family<NormalKl, NormalKlGradient<Sides::kBoth>, NormalKlGradient<Sides::kFirst>,
@@ -71,7 +71,7 @@ using AllOps = Joined<
            Generated<ReparameterizeKl>, Generated<ReparameterizeKlBackward>>,
     // loss.h
     OpList<TargetLoss, WithGradient<TargetLoss>, MixedTargetLoss, WithGradient<MixedTargetLoss>,
-           Rescale,
+           MaskedLoss, WithGradient<MaskedLoss>, Rescale,
            Generated<TargetLoss>, Generated<WithGradient<TargetLoss>>,
            Generated<MixedTargetLoss>, Generated<WithGradient<MixedTargetLoss>>>,
     // guidance.h

@@ -45,6 +45,22 @@ struct LinearPair : OpBase {
   }
 };
 
+// x where the mask q is 1, the known samples at the level (alpha, sigma) where it is 0, and both by
+// their shares between: y = q x + (1 - q) (alpha known + sigma z). At 0 and 1 the other side is
+// dropped, so an infinite or NaN value of it has no effect there.
+struct Blend : OpBase {
+  static constexpr const char* name = "blend";
+  static constexpr int n_in = 4, n_out = 1, n_coef = 2;  // x, q, known, z; alpha, sigma
+  template <class R>
+  DC_HD static void apply(const R* c, const R* x, R* y) {
+    R noised;
+    LinearCombination::apply(c, x + 2, &noised);
+    const R q = x[1];
+    const R mixed = mul_add(q, x[0], (R(1) - q) * noised);
+    y[0] = blend(q == R(1), x[0], blend(q == R(0), noised, mixed));
+  }
+};
+
 struct Randn : OpBase {  // the noise itself
   static constexpr const char* name = "randn";
   static constexpr int n_in = 1, n_out = 1;

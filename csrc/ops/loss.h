@@ -16,6 +16,11 @@ struct SquaredError : OpBase {  // weight · Σ (m - target)² / n
   DC_HD static R error(const R* c, const R* x) {
     return x[0] - Target::target(c, x);
   }
+  // Times the mask, where there is one.
+  template <class R>
+  DC_HD static R masked(const R*, R error) {
+    return error;
+  }
   template <class R>
   DC_HD static void apply(const R* c, const R* x, R* y) {
     y[0] = error(c, x) * error(c, x);
@@ -44,6 +49,29 @@ struct MixedTargetLoss : SquaredError<MixedTargetLoss> {  // the target is a x_0
   }
 };
 
+// weight · Σ q (m - target)² · scale, with 1/n or 1/Σq for the scale. Where the mask q is 0 nothing
+// else is used, so an infinite or NaN value there has no effect.
+struct MaskedLoss : SquaredError<MaskedLoss> {
+  static constexpr const char* name = "masked_loss";
+  static constexpr int n_in = 4, n_sum = 1, n_coef = 4;  // m, x_0, ε, q; weight, scale, a, b
+  template <class R>
+  DC_HD static R error(const R* c, const R* x) {
+    // With a = 0 (the target is one tensor, given twice) an infinite one must not give NaN.
+    const R noise = c[3] * x[2];
+    const R target = c[2] == R(0) ? noise : mul_add(c[2], x[1], noise);
+    return blend(x[3] == R(0), R(0), x[0] - target);
+  }
+  template <class R>
+  DC_HD static R masked(const R* x, R error) {
+    return x[3] * error;
+  }
+  template <class R>
+  DC_HD static void apply(const R* c, const R* x, R* y) {
+    const R e = error(c, x);
+    y[0] = masked(x, e) * e;
+  }
+};
+
 template <class Loss>
 struct WithGradient : OpBase {  // also 2 weight slope (m - target), slope = expected gradient / n
   static constexpr KernelName kName{Loss::name, "_gradient"};
@@ -52,10 +80,10 @@ struct WithGradient : OpBase {  // also 2 weight slope (m - target), slope = exp
   static constexpr unsigned hooks = kFinalizeSum;
   template <class R>
   DC_HD static void apply(const R* c, const R* x, R* y) {
-    const R error = Loss::error(c, x);
+    const R error = Loss::error(c, x), masked = Loss::masked(x, error);
     const R slope = c[n_coef - 1];
-    y[0] = slope == R(0) ? error : R(2) * c[0] * slope * error;
-    y[1] = error * error;
+    y[0] = slope == R(0) ? masked : R(2) * c[0] * slope * masked;
+    y[1] = masked * error;
   }
   template <class R>
   DC_HD static double finalize_sum(const R* c, double total, double n) {

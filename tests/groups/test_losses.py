@@ -116,6 +116,82 @@ def test_training_losses(options: dict[str, str], name: str) -> None:
         torch.testing.assert_close(means[part], loss.mean(1))
 
 
+@pytest.mark.parametrize("mask_reduction", ["mask", "all"])
+@pytest.mark.parametrize("name", ["video", "video, channels last", "tokens"])
+def test_masks(name: str, mask_reduction: str) -> None:
+    """Of elements, of groups, and a group of which nothing counts."""
+    layout = LAYOUTS[name]
+    f = layout.folded
+    x, m, w = layout.samples(), layout.samples(), torch.rand(layout.levels)
+    of_elements = torch.rand(layout.shape[-1])
+    of_groups = torch.ones(layout.levels)
+    of_groups[0, 1] = 0
+    shape = [n if d in (0, layout.dim) else 1 for d, n in enumerate(layout.shape)]
+    mask = of_groups.view(shape) * of_elements
+    options = {"prediction_type": "flow_prediction", "mask_reduction": mask_reduction}
+
+    def loss(output: Tensor, reduction: str) -> Tensor:
+        return ops.denoising_loss(
+            output,
+            x,
+            KEY,
+            weight=w,
+            mask=mask,
+            group_dim=layout.dim,
+            reduction=reduction,
+            **options,
+        )
+
+    q = mask.expand(layout.shape)
+    error = f(q) * (f(m) - (f(KEY.tensor(x.shape)) - f(x))) ** 2
+    sums = (w.flatten() * error.flatten(1).sum(1)).view(layout.levels)
+    counts = f(q if mask_reduction == "mask" else torch.ones_like(q)).flatten(1).sum(1)
+    counts = counts.view(layout.levels)
+    by_group = torch.where(counts > 0, sums / counts, 0.0)
+    torch.testing.assert_close(loss(m, "group"), by_group)
+    of_samples = sums.sum(1) / counts.sum(1)
+    torch.testing.assert_close(loss(m, "sample"), of_samples)
+    torch.testing.assert_close(loss(m, "mean"), of_samples.mean())
+    torch.testing.assert_close(loss(m, "sum"), of_samples.sum())
+    elementwise = layout.folded(loss(m, "none"))
+    torch.testing.assert_close(elementwise, error * w.flatten().view(-1, *[1] * (error.ndim - 1)))
+    wide = m.double().requires_grad_()
+    for reduction in ("group", "sample", "mean"):
+        found = torch.autograd.grad(loss(wide, reduction).sum(), wide)[0]
+        truth = wide.detach().requires_grad_()
+        terms = f(q.double()) * (f(truth) - f((KEY.tensor(x.shape) - x).double())) ** 2
+        rows = (w.flatten() * terms.flatten(1).sum(1)).view(layout.levels)
+        each = {
+            "group": (rows / counts.clamp(min=1e-30)).sum(),
+            "sample": (rows.sum(1) / counts.sum(1)).sum(),
+            "mean": (rows.sum(1) / counts.sum(1)).mean(),
+        }
+        torch.testing.assert_close(found, torch.autograd.grad(each[reduction], truth)[0])
+
+
+def test_a_mask_of_frames_in_training_losses() -> None:
+    layout = LAYOUTS["video"]
+    diffusion = diffcore.GaussianDiffusion(BETAS, variance_type="learned_range")
+    x, t = layout.samples().clamp(-1, 1), torch.randint(0, 100, layout.levels)
+    output = torch.randn(2, 6, 5, 4, 6)
+    options = {"noise": KEY, "decoder": "gaussian", "group_dim": 2}
+
+    def model(x_t: Tensor, t: Tensor) -> Tensor:
+        return output
+
+    full = diffusion.training_losses(model, x, t, reduction="group", **options)
+    frames = torch.tensor([[1.0, 1, 0, 1, 0], [0, 1, 1, 1, 1]])
+    masked = diffusion.training_losses(
+        model, x, t, mask=frames[:, None, :, None, None], reduction="group", **options
+    )
+    of_samples = diffusion.training_losses(
+        model, x, t, mask=frames[:, None, :, None, None], **options
+    )
+    for part, each in full.items():
+        torch.testing.assert_close(masked[part], each * frames)
+        torch.testing.assert_close(of_samples[part], (each * frames).sum(1) / frames.sum(1))
+
+
 def test_errors() -> None:
     layout = LAYOUTS["video"]
     x = layout.samples()

@@ -334,3 +334,32 @@ def test_densities_of_table_rows(reduction: str) -> None:
     columns = table.coefficients[:, :8].contiguous()
     again = ops.step_log_prob(x, m, found, columns, t=i, group_dim=2, reduction=reduction)
     torch.testing.assert_close(again, score)
+
+
+@pytest.mark.parametrize("name", ["video", "video, channels last", "tokens"])
+def test_a_known_part_at_the_level_of_each_group(name: str) -> None:
+    layout, table = LAYOUTS[name], TABLES["sde"]
+    f = layout.folded
+    x, m, known, z = (layout.samples() for _ in range(4))
+    i = torch.randint(0, len(table), layout.levels)
+    mask = (torch.rand(layout.shape[-1]) < 0.5).float() * 0.75
+    found, _ = table.step(
+        i, x, m, noise=KEY, mask=mask, known=known, known_noise=z, group_dim=layout.dim
+    )
+    wanted, _ = table.step(
+        i.flatten(),
+        f(x),
+        f(m),
+        noise=f(KEY.tensor(x.shape)),
+        mask=f(mask.expand(layout.shape)),
+        known=f(known),
+        known_noise=f(z),
+    )
+    assert torch.equal(found, layout.unfolded(wanted))
+
+
+def test_a_known_part_has_no_density() -> None:
+    table, x = TABLES["sde"], torch.randn(2, 8)
+    part = {"mask": torch.ones(8), "known": x, "known_noise": x}
+    with pytest.raises(ValueError, match="mask must be None with return_log_prob"):
+        table.step(1, x, x, noise=KEY, return_log_prob=True, **part)

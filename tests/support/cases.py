@@ -11,6 +11,7 @@ from torch import Tensor
 from diffcore import ops
 from support import formulas
 from support.bound_cases import BOUND_CASES
+from support.mask_cases import MASK_CASES, masked_denoising_loss
 from support.op_case import ALPHAS_CUMPROD as ALPHAS_CUMPROD
 from support.op_case import BETAS as BETAS
 from support.op_case import NOISE_TABLE as NOISE_TABLE
@@ -190,10 +191,11 @@ CASES: list[OpCase] = [
         benchmarked=True,
     ),
     _loss("flow_prediction", lambda b: {"weight": 1.5}),
+    *MASK_CASES,
     *BOUND_CASES,
 ]
 
 BY_NAME: dict[str, OpCase] = {case.name: case for case in CASES}
-LOSSES = [case for case in CASES if case.op is ops.denoising_loss]
+LOSSES = [case for case in CASES if case.op in (ops.denoising_loss, masked_denoising_loss)]
 NOISED = [case for case in CASES if "noise" in case.tensors]
 """What takes a noise key in place of the noise."""

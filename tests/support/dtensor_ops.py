@@ -13,8 +13,18 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor.debug import CommDebugMode
 
 from diffcore import PhiloxNoise, ops
+from support.bound_cases import vlb_table
 from support.bounds import with_noise
-from support.cases import BY_NAME, CASES, NOISED, Arguments, OpCase, as_tuple
+from support.cases import (
+    BY_NAME,
+    CASES,
+    NOISED,
+    STEPS,
+    Arguments,
+    OpCase,
+    as_tuple,
+    steps_of,
+)
 from support.dtensors import (
     PLACEMENTS,
     SHAPE,
@@ -220,6 +230,32 @@ def _coefficient_gradients(world: int) -> None:
                 torch.testing.assert_close(grad, sigma.grad, rtol=1e-13, atol=1e-13)
 
 
+def _masks(world: int) -> None:
+    """Masks, replicated or sharded like the samples, also where plain torch computes."""
+    mesh = mesh_of(world)
+    m, x0, z = torch.randn(3, *SHAPE)
+    mask = (torch.rand(SHAPE) > 0.4).float()
+    numbers: dict[str, Any] = {"weight": torch.rand(STEPS), "t": steps_of(SHAPE[0])}
+    bound = {"t": numbers["t"], "coefficients": vlb_table(given="noise")}
+
+    def results(m: Tensor, x0: Tensor, z: Tensor, q: Tensor) -> list[Tensor]:
+        return [
+            ops.denoising_loss(m, x0, z, mask=q, **numbers),
+            ops.denoising_loss(m, x0, PhiloxNoise(3), mask=q, reduction="mean"),
+            ops.denoising_loss(m, x0, z, mask=q, reduction="none", **numbers),
+            ops.vlb_term(x0, m, noise=z, mask=q, scale=torch.ones(SHAPE[0]), **bound),
+            ops.blend_known(m, q, x0, PhiloxNoise(3), 0.8, 0.6),
+        ]
+
+    wanted = results(m, x0, z, mask)
+    for placements in PLACEMENTS[world]:
+        there = [distribute(y, mesh, placements) for y in (m, x0, z)]
+        for q in (mask, distribute(mask, mesh, placements)):
+            for found, expected in zip(results(*there, q), wanted, strict=True):
+                assert isinstance(found, DTensor)
+                torch.testing.assert_close(found.full_tensor(), expected)
+
+
 def _outputs_given(world: int) -> None:
     """``out=``, placed like the inputs or not, and inputs that are placed differently."""
     mesh = mesh_of(world)
@@ -311,7 +347,7 @@ def cells(world: int) -> Cells:
     """The checks for this many ranks, by name."""
     checks: tuple[Callable[[int], None], ...] = (
         *(_noise_parts, _default_noise, _reductions, _mean_of_losses, _number_as_gradient),
-        *(_coefficient_gradients, _outputs_given, _partial_inputs, _second_derivatives),
+        *(_coefficient_gradients, _masks, _outputs_given, _partial_inputs, _second_derivatives),
         *(_layouts, _promotion, _wrong_arguments),
     )
     every = 1 if world == 2 else 3  # a second dimension of the mesh is the same for all ops

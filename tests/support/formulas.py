@@ -13,6 +13,28 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from support.gaussian_formulas import (
+    discretized_gaussian_log_likelihood as discretized_gaussian_log_likelihood,
+)
+from support.gaussian_formulas import (
+    gaussian_nll as gaussian_nll,
+)
+from support.gaussian_formulas import (
+    normal_kl as normal_kl,
+)
+from support.gaussian_formulas import (
+    per_sample as per_sample,
+)
+from support.gaussian_formulas import (
+    reparameterize as reparameterize,
+)
+from support.gaussian_formulas import (
+    reparameterize_kl as reparameterize_kl,
+)
+from support.gaussian_formulas import (
+    standard_normal_kl as standard_normal_kl,
+)
+
 
 def extended(x: Tensor) -> np.ndarray:
     """The values of a tensor in `longdouble`, exactly."""
@@ -26,22 +48,6 @@ def _column(c: Any, like: Any) -> Any:
         return c
     c = c.reshape((-1,) + (1,) * (like.ndim - 1))
     return c.to(like.dtype) if isinstance(c, Tensor) else c
-
-
-def _per_sample(terms: Any) -> Any:
-    return terms.sum(tuple(range(1, terms.ndim))) if terms.ndim > 1 else terms
-
-
-def _reduced(terms: Any, reduction: str) -> Any:
-    if reduction == "none":
-        return terms
-    if reduction == "sample":
-        return _per_sample(terms)
-    return {
-        "sum": terms.sum,
-        "mean": terms.mean,
-        "batchmean": lambda: terms.sum() / (terms.shape[0] if terms.ndim else 1),
-    }[reduction]()
 
 
 def _at(c: Any, t: Any) -> Any:
@@ -73,6 +79,14 @@ def add_noise(
     if return_target is None:
         return x_t
     return x_t, target(xp, return_target, x0, noise, alpha, sigma, t)
+
+
+def blend_known(
+    xp: Any, x: Any, mask: Any, known: Any, known_noise: Any, alpha: Any, sigma: Any
+) -> Any:
+    noised = add_noise(xp, known, known_noise, alpha, sigma)
+    mixed = mask * x + (1 - mask) * noised
+    return xp.where(mask == 1, x, xp.where(mask == 0, noised, mixed))
 
 
 def q_sample(
@@ -264,13 +278,13 @@ def vlb_term(
         d = c[11] + c[12] - c[13] * variance_output
         spread = xp.where(c[14] != 0, xp.expm1(d) - d, -d) / 2
         terms = spread + c[9] * error**2 * xp.exp(d) + c[10]
-    found = _per_sample(terms)
+    found = per_sample(terms)
     return found * (scale.to(found.dtype) if isinstance(scale, Tensor) else scale)
 
 
 def prior_kl(xp: Any, x0: Any, alpha: float, sigma: float) -> Any:
     variance = sigma * sigma
-    return _per_sample((alpha**2 * x0**2 + variance - 1 - math.log(variance)) / 2)
+    return per_sample((alpha**2 * x0**2 + variance - 1 - math.log(variance)) / 2)
 
 
 def _prediction(
@@ -349,70 +363,6 @@ def ddim_step(
     return mean if noise is None else mean + _column(s, x_t) * noise
 
 
-def normal_kl(
-    xp: Any, mean1: Any, logvar1: Any, mean2: Any, logvar2: Any, reduction: str = "none"
-) -> Any:
-    terms = 0.5 * (
-        -1 + logvar2 - logvar1 + xp.exp(logvar1 - logvar2) + (mean1 - mean2) ** 2 * xp.exp(-logvar2)
-    )
-    return _reduced(terms, reduction)
-
-
-def standard_normal_kl(xp: Any, mean: Any, logvar: Any, reduction: str = "none") -> Any:
-    return _reduced(0.5 * (mean**2 + xp.exp(logvar) - 1 - logvar), reduction)
-
-
-def gaussian_nll(xp: Any, x: Any, mean: Any, logvar: Any, reduction: str = "none") -> Any:
-    log_two_pi = math.log(2 * math.pi) if xp is torch else np.log(8 * np.arctan(np.longdouble(1)))
-    return _reduced(0.5 * (log_two_pi + logvar + (x - mean) ** 2 * xp.exp(-logvar)), reduction)
-
-
-def discretized_gaussian_log_likelihood(
-    xp: Any, x: Any, means: Any, log_scales: Any, reduction: str = "none"
-) -> Any:
-    half_bin = 1 / (255 if xp is torch else np.longdouble(255))
-    delta, inverse, is_open = x - means, xp.exp(-log_scales), abs(x) > 0.999
-    away = xp.where(x < -0.999, -delta, xp.where(is_open, delta, abs(delta)))
-    beyond, past = (_log_tail(xp, (away + s * half_bin) * inverse) for s in (-1, 1))
-    ratio = xp.where(is_open | (beyond == -math.inf), -math.inf, past - beyond)
-    terms = beyond + xp.log1p(-xp.exp(ratio))
-    # Where that says nothing any more, the density times the width.
-    density = -gaussian_nll(xp, x, means, 2 * log_scales) + math.log(2 / 255)
-    return _reduced(xp.where(ratio > -1e-8, density, terms), reduction)
-
-
-def _log_tail(xp: Any, t: Any) -> Any:
-    """log P(Z > t) of a standard normal Z."""
-    if xp is torch:
-        wide = t if t.dtype == torch.float64 else t.float()
-        return torch.special.log_ndtr(-wide).to(t.dtype)
-    t = np.asarray(t, np.longdouble)
-    size = np.abs(t)
-    near, far = np.minimum(size, 3), np.maximum(size, 2)
-    root = np.sqrt(8 * np.arctan(np.longdouble(1)))
-    series, fraction = np.ones_like(t), far
-    for k in range(61, 1, -2):  # 1 + t²/3 (1 + t²/5 (1 + ...
-        series = 1 + near * near / k * series
-    for k in range(120, 0, -1):  # Laplace: far + 1 / (far + 2 / (far + 3 / ...
-        fraction = far + k / fraction
-    small = np.where(
-        size < 2.5,
-        0.5 - np.exp(-near * near / 2) / root * near * series,
-        np.exp(-far * far / 2) / root / fraction,
-    )
-    log_small = np.where(size < 2.5, np.log(small), -far * far / 2 - np.log(root * fraction))
-    return np.where(t > 0, log_small, np.log1p(-small))
-
-
-def reparameterize(xp: Any, mean: Any, logvar: Any, noise: Any) -> Any:
-    return mean + xp.exp(0.5 * logvar) * noise
-
-
-def reparameterize_kl(xp: Any, mean: Any, logvar: Any, noise: Any) -> Any:
-    kl = standard_normal_kl(xp, mean, logvar, reduction="sample")
-    return reparameterize(xp, mean, logvar, noise), kl
-
-
 def denoising_loss(
     xp: Any,
     model_output: Any,
@@ -423,9 +373,17 @@ def denoising_loss(
     sigma: Any = None,
     weight: Any = None,
     t: Any = None,
+    mask: Any = None,
+    mask_reduction: str = "all",
 ) -> Any:
     error = model_output - target(xp, prediction_type, x0, noise, alpha, sigma, t)
-    loss = _per_sample(error**2) / max(math.prod(model_output.shape[1:]), 1)
+    n = max(math.prod(model_output.shape[1:]), 1)
+    if mask is None:
+        loss = per_sample(error**2) / n
+    else:
+        counted = per_sample(mask + xp.zeros_like(error))
+        loss = per_sample(xp.where(mask == 0, xp.zeros_like(error), mask * error**2))
+        loss = loss / (counted + (counted == 0) if mask_reduction == "mask" else n)
     if weight is None:
         return loss
     weight = _at(weight, t)

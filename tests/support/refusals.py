@@ -51,7 +51,8 @@ def pair(device: str = "cpu", **kwargs: Any) -> tuple[Tensor, Tensor]:
 
 def read_by(case: OpCase) -> list[str]:
     """The elementwise arguments an op reads; a loss may leave one of its three alone."""
-    unused = {"denoising_loss_epsilon": "x0", "denoising_loss_sample": "noise"}.get(case.name)
+    name = case.name.removeprefix("masked_")
+    unused = {"denoising_loss_epsilon": "x0", "denoising_loss_sample": "noise"}.get(name)
     return [name for name in case.tensors if name != unused]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from diffcore._engine.dispatch import run, run_tuple
@@ -51,6 +52,26 @@ def _combined(grads: Grads, coefs: Sequence[Coef], step: Step) -> Tensor:
     return run(kernel, tuple(g for g, _ in there), tables, step_for(step, *tables))
 
 
+def _blend_backward(inputs: Tensors, call: Call, grads: Grads, needs: Needs) -> Grads | None:
+    if needs[1]:
+        return None  # no public function passes a mask that requires grad
+    (g,), (_, mask, *_) = grads, inputs
+    assert g is not None
+    none = torch.zeros_like(g)
+
+    def part(x: Tensor, known: Tensor, coef: Coef) -> Tensor:
+        at = call[2] if isinstance(coef, Tensor) and coef.ndim == 2 else None
+        return run(BLEND, (x, mask, known, none), (coef, 0.0), at)
+
+    alpha, sigma = split_coefs(call[1])
+    return [
+        part(g, none, 0.0) if needs[0] else None,
+        None,
+        part(none, g, alpha) if needs[2] else None,
+        part(none, g, sigma) if needs[3] else None,
+    ]
+
+
 SCALE = define(
     Kernel(
         "scale",
@@ -91,5 +112,14 @@ LINEAR_PAIR = define_noisy(
         reference=formulas.linear_pair,
         backward=_linear_pair_backward,
         saves_inputs=False,
+    )
+)
+BLEND = define(
+    Kernel(
+        "blend",
+        ("x", "mask", "known", "known_noise"),
+        ("alpha", "sigma"),
+        reference=formulas.blend,
+        backward=_blend_backward,
     )
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -17,13 +18,13 @@ from diffcore._types import Coef, Tensors
 from diffcore.reference import loss as formulas
 
 
-def expected_gradient(model_output: Tensor) -> float:
+def expected_gradient(model_output: Tensor, summed: bool = False) -> float:
     """The upstream gradient of each sample's loss for which its gradient is made beforehand.
 
-    That of the mean over the batch; in float16 none (0), because it would leave few digits of a
-    small gradient before the loss scale comes.
+    That of the mean over the batch, or of the sum; in float16 none (0), because it would leave few
+    digits of a small gradient before the loss scale comes.
     """
-    batch = model_output.shape[0] if model_output.ndim else 1
+    batch = model_output.shape[0] if model_output.ndim and not summed else 1
     return 0.0 if model_output.dtype == torch.float16 else 1.0 / max(batch, 1)
 
 
@@ -58,17 +59,54 @@ def _without_backward(*_: Any) -> None:
     return None  # the reference's: the kernel of a gradient is with_gradient
 
 
+def _made_loss(plain: Kernel, formula: Callable[..., tuple[Tensor, Tensor]]) -> Kernel:
+    """The kernel that also makes the gradient of the model output."""
+    return replace(
+        plain,
+        name=f"{plain.name}_gradient",
+        coefs=(*plain.coefs, "slope"),
+        outputs=1,
+        reference=formula,
+        backward=_loss_backward,
+        makes_gradient=True,
+    )
+
+
+MASKED_LOSS = define(
+    Kernel(
+        "masked_loss",
+        ("model_output", "x0", "noise", "mask"),
+        ("weight", "inverse_n", "a", "b"),
+        outputs=0,
+        sums=1,
+        reference=lambda *args, reduce_all: formulas.masked_loss(*args)[1],
+        backward=_without_backward,
+    )
+)
+MASKED_LOSS_GRADIENT = define(_made_loss(MASKED_LOSS, formulas.masked_loss))
+
+
 class Loss(NamedTuple):
-    """A loss, and the kernels that also make the gradient of the model output in the same pass."""
+    """A loss, and the kernels that also make the gradient of the model output in the same pass.
+
+    Those with a mask read a target of one tensor as two that are the same.
+    """
 
     plain: NoisyKernel
     with_gradient: NoisyKernel
+    masked: Kernel = MASKED_LOSS
+    masked_with_gradient: Kernel = MASKED_LOSS_GRADIENT
 
     def renamed(self, inputs: tuple[str, ...], coefs: tuple[str, ...]) -> Loss:
         """The same loss under the argument names of a public function, for its errors."""
+        target = inputs[1:] if len(inputs) == 3 else inputs[1:] * 2
+        of_mask = (inputs[0], *target, "mask")
+        columns = (*coefs, "a", "b")[:4]
         return Loss(
             self.plain.renamed(inputs, coefs),
             self.with_gradient.renamed(inputs, (*coefs, "slope")),
+            self.masked.renamed(of_mask, columns),
+            self.masked_with_gradient.renamed(of_mask, (*columns, "slope")),
         )
 
 
@@ -88,17 +126,7 @@ def _loss(
         backward=_without_backward,
         samples=len(inputs) - 2,
     )
-    with_gradient = Kernel(
-        f"{name}_gradient",
-        inputs,
-        (*coefs, "slope"),
-        sums=1,
-        reference=formula,
-        backward=_loss_backward,
-        makes_gradient=True,
-        samples=len(inputs) - 2,
-    )
-    return Loss(define_noisy(plain), define_noisy(with_gradient))
+    return Loss(define_noisy(plain), define_noisy(_made_loss(plain, formula)))
 
 
 RESCALE = define(Kernel("rescale", ("grad",), ("weight", "inverse_n", "g", "expected")))

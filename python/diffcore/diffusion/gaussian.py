@@ -38,6 +38,7 @@ from diffcore.diffusion.tables import DiffusionTables
 from diffcore.diffusion.vlb import VariationalBound
 from diffcore.guidance import Guidance
 from diffcore.noise import Noise, StepNoise
+from diffcore.ops._masks import MASK_REDUCTIONS, checked_mask
 from diffcore.ops._noise import default_key
 from diffcore.sampling.loop import run_table
 from diffcore.sampling.noise import initial_sample
@@ -301,6 +302,8 @@ class GaussianDiffusion(VariationalBound, Inversion):
         decoder: str = "discretized",
         group_dim: int | None = None,
         reduction: str = "sample",
+        mask: Tensor | None = None,
+        mask_reduction: str = "mask",
     ) -> dict[str, Tensor]:
         """The loss of each sample, by ``loss_type`` of the constructor.
 
@@ -333,6 +336,11 @@ class GaussianDiffusion(VariationalBound, Inversion):
             group_dim: A dimension of the samples whose entries have a timestep each, such as 2 for
                 the frames of ``[B, C, F, H, W]``: t may then be ``[B, G]``, also for the model.
             reduction: "sample", or, with ``group_dim``, "group" for the loss of each group.
+            mask: What of each sample counts, with values in [0, 1]; broadcast to the shape of
+                ``x_start``, as in ``ops.denoising_loss``. The model gets all of x_t. With a mask vb
+                is computed in plain torch.
+            mask_reduction: What a sum over a sample is divided by: "mask" (the sum of its mask, 0
+                counting as loss 0) or "all" (its number of elements).
 
         Returns:
             ``loss``, and its parts ``mse`` and ``vb`` as far as the loss has them, each ``[B]``, or
@@ -361,12 +369,16 @@ class GaussianDiffusion(VariationalBound, Inversion):
                     f"weights must be None with loss_type={self.loss_type!r}, got a tensor"
                 )
             weights = check_weights(weights, self.num_timesteps, x_start.device)
+        if mask is not None:
+            checked_mask(mask, x_start, "x_start")
+        if mask_reduction != "mask":
+            check_choice("mask_reduction", mask_reduction, MASK_REDUCTIONS)
         if not compiling() and not self._images_checked:
             self._images_checked = warn_of_images("x_start", x_start)
         if noise is None:
             noise = default_key(x_start)
         if group_dim is not None:
-            found = groups.losses(
+            return groups.losses(
                 self.tables,
                 self.loss_type,
                 model,
@@ -377,8 +389,9 @@ class GaussianDiffusion(VariationalBound, Inversion):
                 group_dim,
                 weights=weights,
                 decoder=decoder,
+                counted=(mask, mask_reduction),
+                reduction=reduction,
             )
-            return found if reduction == "group" else {k: x.mean(1) for k, x in found.items()}
         x_t = training.noised(self.tables, x_start, t, noise)
         output, variance_output = reverse.predict(self.tables, model, x_t, t, model_kwargs)
         return training.losses(
@@ -391,6 +404,7 @@ class GaussianDiffusion(VariationalBound, Inversion):
             t,
             weights=weights,
             decoder=decoder,
+            counted=(mask, mask_reduction),
         )
 
     # ---- reverse process, one step -------------------------------------------------------------

@@ -13,6 +13,7 @@ from diffcore.diffusion.checks import check_timestep_values, check_timesteps
 from diffcore.diffusion.tables import DiffusionTables
 from diffcore.noise import Noise
 from diffcore.ops._groups import Groups, in_groups
+from diffcore.ops._masks import expanded_mask, of_groups
 from diffcore.ops._noise import default_key
 
 
@@ -64,6 +65,8 @@ def losses(
     *,
     weights: Tensor | None,
     decoder: str,
+    counted: training.Counted,
+    reduction: str,
 ) -> dict[str, Tensor]:
     """The losses of each group: ``GaussianDiffusion.training_losses``.
 
@@ -78,9 +81,11 @@ def losses(
         group_dim: The dimension of the groups.
         weights: ``[T]``, or ``None`` for 1.
         decoder: "discretized" or "gaussian".
+        counted: The mask, or ``None``, and its reduction.
+        reduction: "sample" or "group".
 
     Returns:
-        ``loss`` and its parts, each ``[B, G]``.
+        ``loss`` and its parts, each ``[B]``, or ``[B, G]`` by group.
     """
     x_t = noised(tables, x_start, t, noise, group_dim)
     output, variance_output = reverse.predict(tables, model, x_t, t, model_kwargs)
@@ -92,6 +97,7 @@ def losses(
         variance_output: Tensor | None,
         noise: Noise,
         t: Tensor,
+        mask: Tensor | None,
     ) -> tuple[Tensor, ...]:
         found = training.losses(
             tables,
@@ -103,15 +109,22 @@ def losses(
             t,
             weights=weights,
             decoder=decoder,
+            counted=(mask, "all" if mask is not None else "mask"),
         )
         names.extend(found)
         return tuple(found.values())
 
+    mask = counted[0]
+    if mask is not None:
+        mask = expanded_mask(mask, x_start, "x_start")
     samples = {
         "x_start": x_start,
         "output": output,
         "variance_output": variance_output,
         "noise": noise,
+        "mask": mask,
     }
     found = in_groups(losses_of_rows, group_dim, samples, {"t": t}, mean=True)
-    return dict(zip(names, found, strict=True))
+    divides = mask if counted[1] == "mask" else None
+    each = [of_groups(x, divides, group_dim, reduction) for x in found]
+    return dict(zip(names, each, strict=True))

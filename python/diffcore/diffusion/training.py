@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -14,6 +15,9 @@ from diffcore.noise import Noise
 from diffcore.ops._noise import run_noisy
 
 LOSS_TYPES = ("mse", "rescaled_mse", "kl", "rescaled_kl")
+
+Counted: TypeAlias = tuple[Tensor | None, str]
+"""A mask and its reduction."""
 
 
 # The kernel of ops.q_sample, with the names of GaussianDiffusion.
@@ -37,6 +41,7 @@ def losses(
     *,
     weights: Tensor | None,
     decoder: str,
+    counted: Counted,
 ) -> dict[str, Tensor]:
     """The losses of a model's output: see ``GaussianDiffusion.training_losses``.
 
@@ -50,20 +55,23 @@ def losses(
         t: Timesteps, integer ``[B]``.
         weights: ``[T]``, or ``None`` for 1.
         decoder: "discretized" or "gaussian".
+        counted: The mask, or ``None``, and its reduction.
 
     Returns:
         ``loss`` and its parts, each ``[B]``.
     """
     if loss_type in ("kl", "rescaled_kl"):
         factor = len(tables) if loss_type == "rescaled_kl" else 1.0
-        vb = _bound_term(tables, x_start, output, variance_output, noise, t, decoder, factor)
+        vb = _bound_term(
+            tables, x_start, output, variance_output, noise, t, decoder, factor, counted
+        )
         return {"loss": vb, "vb": vb}
-    mse = _squared_error(tables, x_start, output, noise, t, weights)
+    mse = _squared_error(tables, x_start, output, noise, t, weights, counted)
     if variance_output is None:
         return {"loss": mse, "mse": mse}
     factor = len(tables) / 1000 if loss_type == "rescaled_mse" else 1.0
     mean = output.detach()  # the bound trains the variance only
-    vb = _bound_term(tables, x_start, mean, variance_output, noise, t, decoder, factor)
+    vb = _bound_term(tables, x_start, mean, variance_output, noise, t, decoder, factor, counted)
     return {"loss": mse + vb, "mse": mse, "vb": vb}
 
 
@@ -74,6 +82,7 @@ def _squared_error(
     noise: Noise,
     t: Tensor,
     weights: Tensor | None,
+    counted: Counted,
 ) -> Tensor:
     """w_t mean (output - target)^2 of each sample."""
     device = x_start.device
@@ -92,6 +101,8 @@ def _squared_error(
         sigma=sigma,
         weight=weights,
         t=t,
+        mask=counted[0],
+        mask_reduction=counted[1],
     )
 
 
@@ -104,6 +115,7 @@ def _bound_term(
     t: Tensor,
     decoder: str,
     factor: float,
+    counted: Counted,
 ) -> Tensor:
     """``factor`` times the term of the bound, in bits per dimension."""
     n = max(x_start.shape[1:].numel(), 1)
@@ -115,4 +127,6 @@ def _bound_term(
         noise=noise,
         variance_output=variance_output,
         scale=factor / (n * math.log(2)),
+        mask=counted[0],
+        mask_reduction=counted[1],
     )

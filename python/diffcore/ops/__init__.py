@@ -31,6 +31,7 @@ from diffcore.ops import (
     likelihood,
     linear,
     loss,
+    mask,
     named_steps,
     step,
     threshold,
@@ -41,6 +42,7 @@ from diffcore.ops.gaussian import *
 from diffcore.ops.likelihood import *
 from diffcore.ops.linear import *
 from diffcore.ops.loss import *
+from diffcore.ops.mask import *
 from diffcore.ops.named_steps import *
 from diffcore.ops.step import *
 from diffcore.ops.threshold import *
@@ -52,6 +54,7 @@ __all__ += gaussian.__all__
 __all__ += likelihood.__all__
 __all__ += linear.__all__
 __all__ += loss.__all__
+__all__ += mask.__all__
 __all__ += named_steps.__all__
 __all__ += step.__all__
 __all__ += threshold.__all__

@@ -3,17 +3,32 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from torch import Tensor
 
+from diffcore._checks import check_choice
+from diffcore._engine import messages
 from diffcore._engine.dispatch import plain_eager, run
 from diffcore._engine.kept import made_plainly
+from diffcore._engine.kernel import Kernel
 from diffcore._kernels import bound as k
 from diffcore._types import Coef, Coefs, Step
 from diffcore.coefficients.bound import FIXED, VLB_COLUMNS, prior_coefficients
-from diffcore.noise import Noise
-from diffcore.ops._arguments import as_coef, as_table, converted, float_of
+from diffcore.noise import Noise, PhiloxNoise
+from diffcore.ops._arguments import as_coef, as_step, as_table, converted, float_of
+from diffcore.ops._masks import (
+    MASK_REDUCTIONS,
+    beside,
+    checked_mask,
+    coefs_beside,
+    counts,
+    expanded,
+    in_one_dtype,
+    noise_like,
+)
 from diffcore.ops._noise import run_noisy
+from diffcore.reference import bound as formulas
 
 __all__ = [
     "prior_kl",
@@ -37,6 +52,8 @@ def vlb_term(
     noise: Noise | None = None,
     variance_output: Tensor | None = None,
     scale: Coef = 1.0,
+    mask: Tensor | None = None,
+    mask_reduction: str = "mask",
 ) -> Tensor:
     """A term of the variational bound for each sample: L_t at t > 0, the decoder's L_0 at t = 0.
 
@@ -64,13 +81,19 @@ def vlb_term(
             cancels where x_t holds little signal.
         variance_output: v ``[B, ...]``, where the model predicts the variance of its step.
         scale: Factor of the result, a number or ``[B]``: 1 / (n ln 2) for bits per dimension.
+        mask: q, what counts: broadcast to the shape of x_0, with values in [0, 1], as in
+            :func:`blend_known`. Where it is 0 no other value is used. The term is then computed in
+            plain torch, in double.
+        mask_reduction: With "all" the term is the sum of q times the terms of the elements; with
+            "mask" it is n times their mean over the mask, Σ q L / Σ q (0 where Σ q is 0), so that
+            the scale for bits per dimension gives the bits of a dimension that counts.
 
     Returns:
         ``[B]``, float32 (float64 for float64 samples): nats, the sum over each sample.
 
     Raises:
         TypeError: Neither ``x_t`` nor ``noise``.
-        ValueError: Both; a table of the wrong width.
+        ValueError: Both; a table of the wrong width; a mask as :func:`blend_known` refuses.
 
     Source:
         Ho et al. 2020 (arXiv 2006.11239) eq. 5, 8 and 13; learned variance: Nichol & Dhariwal
@@ -86,6 +109,12 @@ def vlb_term(
     inputs: tuple[Tensor, ...] = (x0, model_output)
     if variance_output is not None:
         inputs = (*inputs, variance_output)
+    if mask is not None or mask_reduction != "mask":
+        check_choice("mask_reduction", mask_reduction, MASK_REDUCTIONS)
+    if mask is not None:
+        given: Any = x_t if noise is None else noise
+        pair = k.VLB_TERM[learned] if noise is None else _OF_NOISE[learned]
+        return _masked(pair.reading, (*inputs, given), coefs, t, mask, mask_reduction == "mask")
     found: Tensor
     if x_t is not None:
         kernel = k.VLB_TERM[learned].reading
@@ -98,6 +127,26 @@ def vlb_term(
         assert noise is not None
         found = run_noisy(_OF_NOISE[learned], inputs, noise, coefs, t)
     return found
+
+
+def _masked(
+    kernel: Kernel, inputs: tuple[Any, ...], coefs: Coefs, t: Step, mask: Tensor, mean: bool
+) -> Tensor:
+    """The reference of the kernel, with a mask; the last input is x_t or noise."""
+    if isinstance(inputs[-1], PhiloxNoise):
+        inputs = (*inputs[:-1], noise_like("noise", inputs[-1], "x0", inputs[0]))
+    tensors = in_one_dtype(kernel.inputs, inputs)
+    x0, model_output, *rest = tensors
+    t = t if t is None or isinstance(t, Tensor) else as_step(t, x0.device)
+    messages.explain(messages.Arguments(kernel, tensors, coefs, t))
+    q = checked_mask(mask, x0, "x0").to(x0.dtype)
+    scale, *columns = coefs_beside(coefs, t, x0)
+    if mean:
+        scale = scale * (x0.shape[1:].numel() / beside(counts(q, x0), x0))
+    variance = rest[0] if len(rest) > 1 else None
+    return formulas.vlb_term(
+        x0, rest[-1], model_output, columns, scale, variance_output=variance, mask=expanded(q, x0)
+    )
 
 
 def prior_kl(x0: Tensor, alpha: float, sigma: float) -> Tensor:

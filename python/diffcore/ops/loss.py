@@ -2,25 +2,43 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from diffcore._checks import check_choice, check_dense
 from diffcore._engine import messages
+from diffcore._engine.dispatch import run, run_tuple
 from diffcore._kernels import loss as k
-from diffcore._types import Coef, Step
+from diffcore._types import Coef, Coefs, Step, Tensors
 from diffcore.coefficients.step import PREDICTION_TYPES
 from diffcore.noise import Noise, PhiloxNoise
-from diffcore.ops._arguments import as_coef, negated
+from diffcore.ops._arguments import as_coef, as_step, converted, negated
 from diffcore.ops._groups import in_groups
+from diffcore.ops._masks import (
+    MASK_REDUCTIONS,
+    checked_mask,
+    coefs_beside,
+    counts,
+    expanded,
+    expanded_mask,
+    in_one_dtype,
+    noise_like,
+    of_groups,
+    widest,
+)
 from diffcore.ops._noise import promoted, run_noisy
+from diffcore.reference.loss import squared_error
 
 __all__ = [
     "denoising_loss",
 ]
 
+_REDUCTIONS = ("none", "sample", "mean", "sum")
+
+_Numbers: TypeAlias = tuple[Coef, Coef, tuple[Coef, ...], Step]
+"""Weight, what the sum is multiplied with, the target's a and b if it has them, the step."""
 
 _COMMON = ("weight", "inverse_n")
 _NOISE_LOSS = k.TARGET_LOSS.renamed(("model_output", "noise"), _COMMON)
@@ -39,6 +57,8 @@ def denoising_loss(
     weight: Coef | None = None,
     t: Step = None,
     group_dim: int | None = None,
+    mask: Tensor | None = None,
+    mask_reduction: str = "mask",
     reduction: str = "sample",
 ) -> Tensor:
     """The weighted squared error, per sample: ``weight · mean_i (m_i - target_i)²``.
@@ -48,6 +68,11 @@ def denoising_loss(
     a key, which the kernel generates again. Where ``model_output`` needs a gradient, the same pass
     computes it for the mean over the batch, and the backward pass rescales it for any other
     function of the losses.
+
+    With a mask q the loss of a sample is ``weight · Σ q_i (m_i - target_i)² / Σ q_i``, or the same
+    over the n elements of the sample. A sample of which nothing counts has loss 0 and gradient 0.
+    Where q is 0 no other value is used: an infinite or NaN one reaches neither loss nor gradient.
+    Noise of a key is written to memory for a mask.
 
     Args:
         model_output: m, ``[B, ...]``.
@@ -63,28 +88,37 @@ def denoising_loss(
         t: The step at which the tables are read: an int, ``[B]`` or a one-element counter.
         group_dim: A dimension of the samples whose entries have a level each, such as 2 for the
             frames of ``[B, C, F, H, W]``: alpha, sigma, weight and t may then be ``[B, G]``.
-        reduction: "sample" for the loss of each sample, or, with ``group_dim``, "group" for that of
-            each group.
+        mask: q, what counts: broadcast to the shape of m, with values in [0, 1], as in
+            :func:`blend_known`.
+        mask_reduction: What the sum of a masked sample is divided by: "mask" (the sum of q) or
+            "all" (the number of elements n).
+        reduction: "none" (``weight q_i (m_i - target_i)²``, ``[B, ...]``, in plain torch), "sample"
+            (the loss of each sample, ``[B]``), "mean" or "sum" (that of the batch, 0-dim), or, with
+            ``group_dim``, "group" (the loss of each group, ``[B, G]``). "mean"
+            weighs samples equally, however much of them counts.
 
     Returns:
-        The loss of each sample, ``[B]``, or of each group, ``[B, G]`` (float32 for 16-bit inputs).
+        The loss of each sample, ``[B]``, or as ``reduction`` says (float32 for 16-bit inputs; with
+        "none" in their dtype).
+
+    Raises:
+        TypeError: An argument of the wrong type.
+        ValueError: An unknown ``prediction_type``, ``mask_reduction`` or ``reduction``; a
+            coefficient that is missing; another shape, or a mask as :func:`blend_known` refuses.
 
     Source:
         Ho et al. 2020, eq. 14 and Algorithm 1; weights: Hang et al. 2023.
     """
     check_choice("prediction_type", prediction_type, PREDICTION_TYPES)
-    if group_dim is not None:
-        check_choice("reduction", reduction, ("sample", "group"))
-        of_groups = _loss_of_groups(
+    if group_dim is not None or reduction == "group":
+        return _loss_of_groups(
             group_dim,
             {"model_output": model_output, "x0": x0, "noise": noise},
             {"alpha": alpha, "sigma": sigma, "weight": weight, "t": t},
             prediction_type,
+            (mask, mask_reduction),
+            reduction,
         )
-        return of_groups if reduction == "group" else of_groups.mean(1)
-    if reduction != "sample":
-        check_choice("reduction", reduction, ("sample", "group"))
-        raise ValueError("group_dim must be given with reduction='group', got None")
     if not isinstance(model_output, Tensor):
         raise TypeError(f"model_output must be a torch.Tensor, got {type(model_output).__name__}")
     # Beside a tensor of noise the call path promotes what the kernel reads.
@@ -98,40 +132,94 @@ def denoising_loss(
         raise
     w = 1.0 if weight is None else as_coef("weight", weight, t)
     step = t if isinstance(w, Tensor) and w.ndim == 2 else None
+    inputs: tuple[Tensor, ...] = (model_output,)
+    target: tuple[Coef, ...] = ()
+    last: Noise = noise
     if prediction_type == "epsilon":
         _check_unread("x0", x0, model_output)
-        return _loss(_NOISE_LOSS, (model_output,), noise, w, inverse_n, (), step)
-    if prediction_type == "sample":
-        if isinstance(noise, PhiloxNoise):
-            batch = model_output.shape[0] if model_output.ndim else 1
-            messages.check_noise(noise._parts, batch, model_output)
-        else:
-            _check_unread("noise", noise, model_output)
+        loss = _NOISE_LOSS
+    elif prediction_type == "sample":
+        _check_unread_noise(noise, model_output)
         if not isinstance(x0, Tensor):
             raise TypeError(f"x0 must be a torch.Tensor, got {type(x0).__name__}")
-        return _loss(_X0_LOSS, (model_output,), x0, w, inverse_n, (), step)
-    if prediction_type == "flow_prediction":
-        return _loss(
-            k.MIXED_TARGET_LOSS, (model_output, x0), noise, w, inverse_n, (-1.0, 1.0), step
-        )
-    if alpha is None or sigma is None:
+        loss, last = _X0_LOSS, x0
+    elif prediction_type == "flow_prediction":
+        loss, inputs, target = k.MIXED_TARGET_LOSS, (model_output, x0), (-1.0, 1.0)
+    elif alpha is None or sigma is None:
         missing = "alpha" if alpha is None else "sigma"
         raise ValueError(f"{missing} must be given with prediction_type='v_prediction', got None")
-    a = as_coef("sigma", negated("sigma", sigma), t)
-    return _loss(
-        _V_LOSS, (model_output, x0), noise, w, inverse_n, (a, as_coef("alpha", alpha, t)), t
-    )
+    else:
+        loss, inputs, step = _V_LOSS, (model_output, x0), t
+        a = as_coef("sigma", negated("sigma", sigma), t)
+        target = (a, as_coef("alpha", alpha, t))
+    if mask is None and reduction == "sample" and mask_reduction == "mask":
+        return _loss(loss, inputs, last, w, inverse_n, target, step)
+    check_choice("mask_reduction", mask_reduction, MASK_REDUCTIONS)
+    check_choice("reduction", reduction, _REDUCTIONS)
+    share: Coef = inverse_n
+    if mask is not None:
+        mask = checked_mask(mask, model_output, "model_output").to(widest((*inputs, last)))
+        share = 1.0 / counts(mask, model_output) if mask_reduction == "mask" else inverse_n
+    return _reduced(loss, inputs, last, (w, share, target, step), mask, reduction)
+
+
+def _reduced(
+    loss: k.Loss,
+    inputs: tuple[Tensor, ...],
+    last: Noise,
+    numbers: _Numbers,
+    mask: Tensor | None,
+    reduction: str,
+) -> Tensor:
+    """The loss with a mask, or of another reduction than "sample"."""
+    if reduction == "none":
+        return _elementwise(loss, inputs, last, numbers, mask)
+    summed = reduction == "sum"
+    if mask is None:
+        found = _loss(loss, inputs, last, *numbers, summed)
+    else:
+        found = _masked(loss, inputs, last, numbers, summed, mask)
+    if reduction == "sample":
+        return found
+    return found.sum() if summed else found.mean()
+
+
+def _check_unread_noise(noise: Noise, model_output: Tensor) -> None:
+    if isinstance(noise, PhiloxNoise):
+        batch = model_output.shape[0] if model_output.ndim else 1
+        messages.check_noise(noise._parts, batch, model_output)
+    else:
+        _check_unread("noise", noise, model_output)
 
 
 def _loss_of_groups(
-    group_dim: int, samples: dict[str, Any], levels: dict[str, Any], prediction_type: str
+    group_dim: int | None,
+    samples: dict[str, Any],
+    levels: dict[str, Any],
+    prediction_type: str,
+    counted: tuple[Tensor | None, str],
+    reduction: str,
 ) -> Tensor:
-    """The loss of each group, ``[B, G]``: the mean over the runs of the group in memory."""
+    """The loss with a level for each group, which is a mean over the runs of it in memory."""
+    if group_dim is None:
+        raise ValueError("group_dim must be given with reduction='group', got None")
+    check_choice("reduction", reduction, (*_REDUCTIONS, "group"))
+    check_choice("mask_reduction", counted[1], MASK_REDUCTIONS)
     rest: dict[str, Any] = {"prediction_type": prediction_type}
     if levels["t"] is not None:  # the others are tables
         levels, rest = {"t": levels.pop("t")}, rest | levels
-    of_groups: Tensor = in_groups(denoising_loss, group_dim, samples, levels, mean=True, **rest)
-    return of_groups
+    mask, model_output = counted[0], samples["model_output"]
+    if mask is not None:
+        mask = samples["mask"] = expanded_mask(mask, model_output, "model_output")
+        rest["mask_reduction"] = "all"
+    if reduction == "none":
+        elementwise: Tensor = in_groups(
+            denoising_loss, group_dim, samples, levels, reduction="none", **rest
+        )
+        return elementwise
+    found: Tensor = in_groups(denoising_loss, group_dim, samples, levels, mean=True, **rest)
+    found = of_groups(found, mask if counted[1] == "mask" else None, group_dim, reduction)
+    return found.mean() if reduction == "mean" else found.sum() if reduction == "sum" else found
 
 
 def _check_unread(name: str, x: Tensor, model_output: Tensor) -> None:
@@ -149,9 +237,10 @@ def _loss(
     inputs: tuple[Tensor, ...],
     last: Noise,
     weight: Coef,
-    inverse_n: float,
+    inverse_n: Coef,
     target: tuple[Coef, ...],
     step: Step,
+    summed: bool = False,
 ) -> Tensor:
     """``last``: the last input of the functor, noise or x_0; ``target``: its coefficients a, b."""
     model_output, others = inputs[0], inputs[1:]
@@ -161,8 +250,67 @@ def _loss(
     found: Tensor
     needed = torch.is_grad_enabled() and model_output.requires_grad
     if needed and not any(isinstance(x, Tensor) and x.requires_grad for x in others):
-        slope = k.expected_gradient(model_output) * inverse_n
+        slope = k.expected_gradient(model_output, summed) * inverse_n
         _, found = run_noisy(loss.with_gradient, inputs, last, (*coefs, slope), step)
     else:
         found = run_noisy(loss.plain, inputs, last, coefs, step)
     return found
+
+
+def _masked(
+    loss: k.Loss,
+    inputs: tuple[Tensor, ...],
+    last: Noise,
+    numbers: _Numbers,
+    summed: bool,
+    mask: Tensor,
+) -> Tensor:
+    """As ``_loss``, with a mask."""
+    weight, share, target, step = numbers
+    model_output, *others = in_one_dtype(loss.plain.reading.inputs, _read(inputs, last))
+    if len(others) == 1:  # the target itself, which counts once: 0 x + 1 x
+        others, target = others * 2, (0.0, 1.0)
+    coefs: Coefs = (weight, share, *target)
+    needed = torch.is_grad_enabled() and model_output.requires_grad
+    tensors = (model_output, *others, expanded(mask, model_output))
+    if needed and not any(isinstance(x, Tensor) and x.requires_grad for x in others):
+        slope = k.expected_gradient(model_output, summed) * share
+        kernel = loss.masked_with_gradient
+        try:
+            return run_tuple(kernel, tensors, (*coefs, slope), step)[1]
+        except TypeError as error:
+            coefs, step = converted(error, coefs, step, model_output)
+        return run_tuple(kernel, tensors, (*coefs, slope), step)[1]
+    try:
+        return run(loss.masked, tensors, coefs, step)
+    except TypeError as error:
+        coefs, step = converted(error, coefs, step, model_output)
+    return run(loss.masked, tensors, coefs, step)
+
+
+def _elementwise(
+    loss: k.Loss,
+    inputs: tuple[Tensor, ...],
+    last: Noise,
+    numbers: _Numbers,
+    mask: Tensor | None,
+) -> Tensor:
+    """The weighted squares, in plain torch."""
+    weight, _, target, step = numbers
+    kernel = loss.plain.reading
+    tensors = in_one_dtype(kernel.inputs, _read(inputs, last))
+    model_output = tensors[0]
+    step = step if step is None or isinstance(step, Tensor) else as_step(step, model_output.device)
+    coefs = (weight, 1.0, *target)
+    messages.explain(messages.Arguments(kernel, tensors, coefs, step))
+    w, _, *ab = coefs_beside(coefs, step, model_output)
+    q = None if mask is None else expanded(mask, model_output)
+    return squared_error(tensors, w, ab, q)
+
+
+def _read(inputs: Tensors, last: Noise) -> tuple[Any, ...]:
+    """The tensors of a loss, a key's noise written out."""
+    if isinstance(last, PhiloxNoise):
+        beside = "x0" if len(inputs) > 1 else "model_output"
+        last = noise_like("noise", last, beside, inputs[-1])
+    return (*inputs, last)

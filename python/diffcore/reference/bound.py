@@ -23,14 +23,21 @@ def vlb_term(
     scale: Coef = 1.0,
     *,
     variance_output: Tensor | None = None,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """A term of the bound for each sample; coefs as in ``VlbColumns``.
 
     With e = b_0 x_0 + b_g given + b_m m, the error of the predicted x_0, after the clip: scale
     times the sum of ``factor e² + offset``; with a learned variance, d = d_0 + d_low - d_v v, of
     ``(expm1(d) - d) / 2`` (``-d / 2`` where kl is 0) ``+ factor e² exp(d) + offset``; and where
-    decoder is not 0, of minus the discretized log-likelihood under N(x_0 - e, exp(-d)).
+    decoder is not 0, of minus the discretized log-likelihood under N(x_0 - e, exp(-d)). With a
+    mask, of these times the mask; where it is 0, of nothing.
     """
+    dropped = None if mask is None else mask == 0
+    if dropped is not None:  # here too, because 0 times an infinite number would reach a gradient
+        x0, given, model_output = (y.masked_fill(dropped, 0) for y in (x0, given, model_output))
+        if variance_output is not None:
+            variance_output = variance_output.masked_fill(dropped, 0)
     # Coefficients as the kernels read them, rounded to the compute type; then double throughout.
     compute = compute_dtype(x0.dtype)
     k = VlbColumns(
@@ -60,6 +67,8 @@ def vlb_term(
         terms = 0.5 * ratio + square_times_exp(k.factor * error**2, safe) + k.offset
     discretized = -discretized_term(x, x - error, -0.5 * d)
     terms = torch.where(has_density, terms, discretized)
+    if mask is not None and dropped is not None:
+        terms = (mask.double() * terms).masked_fill(dropped, 0)
     if isinstance(scale, Tensor):
         scale = scale.to(compute).double()
     return row_sum(terms, scale, reduce_all=False).to(compute)

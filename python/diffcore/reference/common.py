@@ -47,4 +47,5 @@ def row_sum(terms: Tensor, scale: Coef, reduce_all: bool) -> Tensor:
         scale = scale.reshape(()) if terms.ndim == 0 else scale
     if reduce_all or terms.ndim == 0:
         return terms.sum() * scale
-    return terms.flatten(1).sum(1) * scale if terms.ndim > 1 else terms * scale
+    # By dimensions: a DTensor with uneven shards cannot be flattened.
+    return terms.sum(tuple(range(1, terms.ndim))) * scale if terms.ndim > 1 else terms * scale

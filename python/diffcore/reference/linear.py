@@ -12,6 +12,7 @@ from diffcore.reference.common import elementwise
 
 __all__ = [
     "add_noise",
+    "blend",
     "classifier_guidance",
     "linear_combination",
     "linear_pair",
@@ -46,6 +47,22 @@ def linear_pair(x: Tensor, y: Tensor, a: Coef, b: Coef, c: Coef, d: Coef) -> tup
         return torch.where(absent, torch.zeros_like(x), c * x) + d * y
 
     return linear_combination(x, y, a, b), elementwise(second, (x, y), (c, d))
+
+
+def blend(
+    x: Tensor, mask: Tensor, known: Tensor, noise: Tensor, alpha: Coef, sigma: Coef
+) -> Tensor:
+    """``q x + (1 - q) (alpha known + sigma noise)`` with the mask q; its 0 and 1 select."""
+
+    def formula(x: Tensor, q: Tensor, known: Tensor, z: Tensor, a: Coef, s: Coef) -> Tensor:
+        # What is dropped must not reach a gradient either, as 0 times an infinite number.
+        ours, theirs = q == 1, q == 0
+        known, z = (y.masked_fill(ours, 0.0) for y in (known, z))
+        noised = a * known + s * z
+        mixed = q * x.masked_fill(theirs, 0.0) + (1 - q) * noised
+        return torch.where(ours, x, torch.where(theirs, noised, mixed))
+
+    return elementwise(formula, (x, mask, known, noise), (alpha, sigma))
 
 
 def add_noise(x0: Tensor, noise: Tensor, alpha: Coef, sigma: Coef) -> Tensor:

@@ -14,8 +14,10 @@ from diffcore._checks import as_device, as_shape, check_dense, check_memory, che
 from diffcore._engine import messages, native
 from diffcore._types import CondFn, Model
 from diffcore.guidance import Guidance, Weighted
-from diffcore.noise import PhiloxNoise
+from diffcore.noise import Noise, PhiloxNoise
+from diffcore.ops._masks import check_mask_values
 from diffcore.sampling.classifier import Classifier
+from diffcore.sampling.known import BlendAt, known_part
 from diffcore.sampling.loop import run_table
 from diffcore.sampling.model import check_model_kwargs, model_device
 from diffcore.sampling.sample import guidance_rule
@@ -35,6 +37,10 @@ def capture(
     cond_fn: CondFn | None = None,
     dynamic_thresholding_ratio: float | None = None,
     sample_max_value: float = math.inf,
+    mask: Tensor | None = None,
+    known: Tensor | None = None,
+    known_noise: Noise | None = None,
+    blend_at: BlendAt = "after_step",
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
 ) -> CapturedSampler:
@@ -58,6 +64,11 @@ def capture(
         cond_fn: As for ``sample``. It must be capturable too.
         dynamic_thresholding_ratio: As for ``sample``.
         sample_max_value: As for ``sample``.
+        mask: As for ``sample``. Copied; a call may replace it.
+        known: As for ``sample``. Copied; a call may replace it.
+        known_noise: As for ``sample``: ``None`` for the noise of each call. A tensor is copied, and
+            a call may replace it.
+        blend_at: As for ``sample``.
         dtype: Dtype of the samples; ``None`` for torch's default.
         device: Where to sample; ``None`` for that of the model's parameters, else torch's default.
 
@@ -90,6 +101,7 @@ def capture(
         "uncond_kwargs": _copied(uncond_kwargs),
         "threshold": threshold_rule(dynamic_thresholding_ratio, sample_max_value),
         "classifier": None if cond_fn is None else Classifier(cond_fn),
+        "known": known_part(_copy(mask), _copy(known), _copy(known_noise), blend_at),
     }
     return CapturedSampler(model, table, x, options, guidance_scale)
 
@@ -129,6 +141,9 @@ class CapturedSampler:
         guidance_scale: float | Tensor | None = None,
         model_kwargs: Mapping[str, Any] | None = None,
         uncond_kwargs: Mapping[str, Any] | None = None,
+        mask: Tensor | None = None,
+        known: Tensor | None = None,
+        known_noise: Tensor | None = None,
     ) -> Tensor:
         """Sample once more; the same as ``sample`` with the same arguments, bit for bit.
 
@@ -140,6 +155,9 @@ class CapturedSampler:
             guidance_scale: Another one, of the shape of the recorded one, a number or ``[B]``.
             model_kwargs: Tensors to replace those recorded under the same names.
             uncond_kwargs: The same for the unconditional call.
+            mask: Another one, of the shape and dtype of the recorded one.
+            known: Other known samples.
+            known_noise: Other noise, where a tensor was recorded.
 
         Returns:
             The samples, in newly allocated memory.
@@ -167,6 +185,13 @@ class CapturedSampler:
             check_model_kwargs(new, name)
             for key, value in (new or {}).items():
                 _replace(f"{name}[{key!r}]", (self._options[name] or {}).get(key), value)
+        part = self._options["known"]
+        if isinstance(mask, Tensor):
+            check_mask_values(mask)
+        tensors = {"mask": mask, "known": known, "known_noise": known_noise}
+        for name, value in tensors.items():
+            if value is not None:
+                _replace(name, getattr(part, name, None), value)
         return self._replay()
 
     def _set_noise(self, noise: PhiloxNoise) -> None:
@@ -190,7 +215,11 @@ class CapturedSampler:
 def _copied(kwargs: Mapping[str, Any] | None) -> dict[str, Any] | None:
     if kwargs is None:
         return None
-    return {k: v.clone() if isinstance(v, Tensor) else v for k, v in kwargs.items()}
+    return {k: _copy(v) for k, v in kwargs.items()}
+
+
+def _copy(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else value
 
 
 def _replace(name: str, old: Any, new: Any) -> None:

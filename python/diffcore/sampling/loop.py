@@ -16,6 +16,7 @@ from diffcore._types import BeforeModel, Callback, Model, Tensors
 from diffcore.guidance import Guidance, Weighted
 from diffcore.noise import StepNoise
 from diffcore.sampling.classifier import Classifier, gradient_of
+from diffcore.sampling.known import Known, KnownPart
 from diffcore.sampling.model import Prediction, check_model_kwargs, predict
 from diffcore.sampling.noise import check_noise_rows, noise_of_row
 from diffcore.sampling.progress import progress_bar
@@ -41,6 +42,7 @@ def run_table(
     differentiable: bool = False,
     checkpoint: bool = False,
     classifier: Classifier | None = None,
+    known: KnownPart | None = None,
     noise_name: str = "step_noise",
     learned: bool = False,
     callback_first: bool = False,
@@ -68,6 +70,7 @@ def run_table(
         checkpoint: Whether it keeps only the samples between the rows, and runs each row again in
             the backward pass.
         classifier: Guidance by the gradient of a classifier.
+        known: The known part of the samples.
         noise_name: What the caller calls ``step_noise``, for errors.
         learned: Whether the model predicts its variance although the table does not read it. A
             table that reads it needs no such hint.
@@ -104,6 +107,7 @@ def run_table(
         before_model,
         callback,
         classifier,
+        known,
         noise_name,
         learned or table.variance is not None,
         callback_first,
@@ -129,6 +133,7 @@ class _Loop:
     before_model: BeforeModel | None
     callback: Callback | None
     classifier: Classifier | None
+    known: KnownPart | None
     noise_name: str
     learned: bool
     callback_first: bool
@@ -143,6 +148,7 @@ class _Loop:
             x = ops.add_noise(x, churn, table.start_scale, table.start_noise)
         if self.recorder is not None:
             self.recorder.keep(x)
+        known = None if self.known is None else self.known.beside(x, self.step_noise)
         timesteps = timestep_inputs(table, x)
         history: Tensors = ()
         rule = None if self.guidance is None else self.guidance.begin()
@@ -152,9 +158,9 @@ class _Loop:
                 state = CallbackState(x=x, i=row.step, t=t, alpha=row.alpha, sigma=row.sigma)
                 x = answer("before_model", self.before_model, state)
             if checkpoint:
-                x, history, *scored = self._again(i, x, t, history, rule)
+                x, history, *scored = self._again(i, x, t, history, rule, known)
             else:
-                x, history, *scored = self._row(i, x, t, history, rule, self._call)
+                x, history, *scored = self._row(i, x, t, history, rule, known, self._call)
             if self.recorder is not None:
                 self.recorder.keep(x, scored)
             if self.callback is not None and not self.callback_first and self._ends(i):
@@ -172,10 +178,13 @@ class _Loop:
         t: Tensor,
         history: Tensors,
         rule: Guidance | None,
+        known: Known | None,
         call: Callable[..., None] | None,
     ) -> tuple[Any, ...]:
         """One row: the model, the state of the step by ``call``, and what the step returns."""
         table, row = self.table, self.table.rows[i]
+        if known is not None:
+            x = known.before(x, row.alpha, row.sigma)
         here = None if rule is None else table._launcher.rule_at(i, rule)
         scaled = x if row.input_scale == 1 else row.input_scale * x
         prediction = predict(
@@ -211,6 +220,8 @@ class _Loop:
         )
         if classifier is not None and gradient is not None:
             x = classifier.of_result(i, x, gradient, variance)
+        if known is not None:
+            x = known.after(x, row.next_alpha, row.next_sigma, i + 1 == len(table))
         return x, history, *scored
 
     def _call(self, *known: Any) -> None:
@@ -221,7 +232,13 @@ class _Loop:
             self.callback(self.state)
 
     def _again(
-        self, i: int, x: Tensor, t: Tensor, history: Tensors, rule: Guidance | None
+        self,
+        i: int,
+        x: Tensor,
+        t: Tensor,
+        history: Tensors,
+        rule: Guidance | None,
+        known: Known | None,
     ) -> tuple[Any, ...]:
         """A row that is run again in the backward pass, then without ``call``."""
         # Without gradients, else the callback would save tensors the first time only.
@@ -230,7 +247,7 @@ class _Loop:
         def row(x: Tensor, *history: Tensor) -> tuple[Tensor, ...]:
             # A compiler takes no change of a list from outside: none without a callback.
             call = calls.pop() if self.callback is not None and calls else None
-            x, history, *scored = self._row(i, x, t, history, rule, call)
+            x, history, *scored = self._row(i, x, t, history, rule, known, call)
             return (x, *scored, *history)
 
         x, *rest = torch.utils.checkpoint.checkpoint(row, x, *history, use_reentrant=False)

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from diffcore._types import BeforeModel, Callback, CondFn, Model
 from diffcore.guidance import Guidance, Weighted
-from diffcore.noise import StepNoise
+from diffcore.noise import Noise, StepNoise
 from diffcore.ops._arguments import as_coef
 from diffcore.sampling.classifier import Classifier
+from diffcore.sampling.known import BlendAt, known_part
 from diffcore.sampling.loop import run_table
 from diffcore.sampling.model import check_samples
 from diffcore.sampling.noise import check_step_noise, noise_or_default
@@ -35,6 +36,10 @@ def sample(
     noise: StepNoise | None = None,
     dynamic_thresholding_ratio: float | None = None,
     sample_max_value: float = math.inf,
+    mask: Tensor | None = None,
+    known: Tensor | None = None,
+    known_noise: Noise | None = None,
+    blend_at: BlendAt = "after_step",
     before_model: BeforeModel | None = None,
     cond_fn: CondFn | None = None,
     callback: Callback | None = None,
@@ -60,6 +65,10 @@ def sample(
     noise: StepNoise | None = None,
     dynamic_thresholding_ratio: float | None = None,
     sample_max_value: float = math.inf,
+    mask: Tensor | None = None,
+    known: Tensor | None = None,
+    known_noise: Noise | None = None,
+    blend_at: BlendAt = "after_step",
     before_model: BeforeModel | None = None,
     cond_fn: CondFn | None = None,
     callback: Callback | None = None,
@@ -85,6 +94,10 @@ def sample(
     noise: StepNoise | None = None,
     dynamic_thresholding_ratio: float | None = None,
     sample_max_value: float = math.inf,
+    mask: Tensor | None = None,
+    known: Tensor | None = None,
+    known_noise: Noise | None = None,
+    blend_at: BlendAt = "after_step",
     before_model: BeforeModel | None = None,
     cond_fn: CondFn | None = None,
     callback: Callback | None = None,
@@ -109,6 +122,10 @@ def sample(
     noise: StepNoise | None = None,
     dynamic_thresholding_ratio: float | None = None,
     sample_max_value: float = math.inf,
+    mask: Tensor | None = None,
+    known: Tensor | None = None,
+    known_noise: Noise | None = None,
+    blend_at: BlendAt = "after_step",
     before_model: BeforeModel | None = None,
     cond_fn: CondFn | None = None,
     callback: Callback | None = None,
@@ -156,6 +173,17 @@ def sample(
         dynamic_thresholding_ratio: Clip the predicted x_0 of each sample to [-s, s] and divide it
             by s, the quantile at this ratio of its absolute values, at least 1 (Imagen).
         sample_max_value: The largest s.
+        mask: For inpainting: 1 or True where samples are made, 0 or False where ``known`` is kept;
+            broadcast to the shape of ``x``. A soft mask has values between. See
+            ``ops.blend_known``.
+        known: The known clean samples, like ``x``; with ``mask``.
+        known_noise: The noise that they get, the same at every level: like ``x``, or a noise key.
+            ``None`` for the key ``noise`` itself, in its own stream, from which ``x`` may have been
+            generated too; where that is no key, for one seeded by torch's generator.
+        blend_at: Where they are put in, in one more launch a row: "after_step", at the level that
+            a row reaches; or "before_model", at the level of each model call (after the function
+            ``before_model``), and after the last row. With "after_step" the first model call sees
+            ``x`` as it is given. The history of multistep solvers has no known part in it.
         before_model: Called once a step, before its first model call, with a read-only dict of
             ``x``, ``i`` (the step), ``t`` (the timestep input), ``alpha`` and ``sigma`` (the noise
             level of x). It returns another x, for example with the known part of an image put in,
@@ -184,7 +212,7 @@ def sample(
             windows can roll. The model then gets ``t`` ``[B, G]``: for a group that waits that of
             the level at which it is, and 0 after the last row of the table. The noise of model call
             m takes the stream 1 + m. Its values are read before the first call. Not with
-            ``cond_fn``, thresholding, hooks, ``checkpoint`` or a ``Trajectory``.
+            ``cond_fn``, ``mask``, thresholding, hooks, ``checkpoint`` or a ``Trajectory``.
         group_dim: The dimension of the groups, such as 2 for the frames of ``[B, C, F, H, W]``.
 
     Returns:
@@ -193,7 +221,8 @@ def sample(
 
     Raises:
         TypeError: An argument, or the output of the model or of a hook, has the wrong type.
-        ValueError: Shapes do not match, or guidance_scale or the second prediction is missing.
+        ValueError: Shapes do not match, or guidance_scale, the second prediction, ``mask`` or
+            ``known`` is missing.
     """
     if not isinstance(table, SolverTable):
         raise TypeError(
@@ -211,6 +240,7 @@ def sample(
             schedule=schedule,
             group_dim=group_dim,
             cond_fn=cond_fn,
+            mask=mask,
             dynamic_thresholding_ratio=dynamic_thresholding_ratio,
             before_model=before_model,
             callback=callback,
@@ -242,6 +272,7 @@ def sample(
         model_kwargs=model_kwargs,
         uncond_kwargs=uncond_kwargs,
         threshold=threshold_rule(dynamic_thresholding_ratio, sample_max_value),
+        known=known_part(mask, known, known_noise, blend_at),
         before_model=before_model,
         callback=callback,
         progress=progress,

@@ -136,6 +136,8 @@ class Rows:
             uncond=uncond,
             start_scale=start[0],
             start_noise=start[1],
+            final_alpha=float(self._levels.alpha[-1]),
+            final_sigma=float(self._levels.sigma[-1]),
             variance=variance,
         )
 
@@ -209,6 +211,8 @@ def one_call_table(
         history=0,
         order=1,
         init_noise_sigma=levels.init_noise_sigma,
+        final_alpha=float(levels.alpha[-1]),
+        final_sigma=float(levels.sigma[-1]),
         variance=variance,
     )
 

@@ -17,9 +17,9 @@ from diffcore.coefficients.step import STEP_COLUMNS
 from diffcore.guidance import Guidance, Weighted
 from diffcore.noise import Noise
 from diffcore.ops import reverse_step
-from diffcore.ops._density import kl_of_row, log_prob_of_row, step_of_row, wants_log_prob
-from diffcore.ops._groups import in_groups
-from diffcore.ops._launch import RowLauncher, guidance_of_row, history_of
+from diffcore.ops._density import kl_of_row, log_prob_of_row
+from diffcore.ops._launch import RowLauncher
+from diffcore.solvers.stepping import step_with_more
 
 COLUMNS = STEP_COLUMNS
 TO_X0 = (0.0, 0.0, 1.0, 0.0)  # c_x, c_m, c_0, c_z of a step that stops at the predicted x_0
@@ -37,6 +37,7 @@ _TENSORS: dict[str, tuple[int, ...]] = {
     "uncond": (2,),
 }
 _OPTIONAL = ("variance", "uncond")
+_NUMBERS = ("init_noise_sigma", "start_scale", "start_noise", "final_alpha", "final_sigma")
 _DERIVED = ("rows", "_launcher", "_copies", "_traced")
 
 
@@ -51,6 +52,8 @@ class Row(NamedTuple):
         alpha: Signal in the x that the model is called with.
         sigma: Noise in it.
         input_scale: The model is called with x times this.
+        next_alpha: Signal in x'.
+        next_sigma: Noise in it.
         step: Index of the step that the row belongs to.
         begins: Whether it is the first row of that step.
     """
@@ -61,6 +64,8 @@ class Row(NamedTuple):
     alpha: float
     sigma: float
     input_scale: float
+    next_alpha: float
+    next_sigma: float
     step: int
     begins: bool
 
@@ -111,6 +116,8 @@ class SolverTable:
             the end.
         start_scale: See above; 1 unless churn raises the start.
         start_noise: See above; 0 unless churn raises the start.
+        final_alpha: Signal coefficient of what the last row returns; 1 for clean samples.
+        final_sigma: Noise coefficient of it; 0 for clean samples.
         variance: float64 ``[S, 2]``: s_0 and s_v, where the model predicts its own variance and
             returns twice the channels, m and then v; else ``None``. Not with history.
         uncond: float64 ``[S, 2]``: c_u and e_u, in a table that needs guidance; else ``None``. Not
@@ -136,6 +143,8 @@ class SolverTable:
     init_noise_sigma: float
     start_scale: float = 1.0
     start_noise: float = 0.0
+    final_alpha: float = 1.0
+    final_sigma: float = 0.0
     variance: Tensor | None = None
     uncond: Tensor | None = None
     rows: tuple[Row, ...] = field(default=(), repr=False)
@@ -172,7 +181,7 @@ class SolverTable:
                 shape = f"[S, {len(COLUMNS)}]" if name == "coefficients" else (rows, *wanted)
                 raise ValueError(f"{name} must have shape {shape}, got {tuple(value.shape)}")
         as_int("order", self.order, 1)
-        for name in ("init_noise_sigma", "start_scale", "start_noise"):
+        for name in _NUMBERS:
             as_real(name, getattr(self, name))
         if not isinstance(self.name, str):
             raise TypeError(f"name must be a string, got {type(self.name).__name__}")
@@ -196,6 +205,8 @@ class SolverTable:
             self.alpha.tolist(),
             self.sigma.tolist(),
             self.input_scale.tolist(),
+            [*self.alpha.tolist()[1:], self.final_alpha],
+            [*self.sigma.tolist()[1:], self.final_sigma],
             steps,
             [None, *steps],
             strict=False,
@@ -208,10 +219,12 @@ class SolverTable:
                 alpha,
                 sigma,
                 scale,
+                next_alpha,
+                next_sigma,
                 step,
                 step != before,
             )
-            for c, v, u, alpha, sigma, scale, step, before in columns
+            for c, v, u, alpha, sigma, scale, next_alpha, next_sigma, step, before in columns
         )
 
     def __getstate__(self) -> dict[str, Any]:
@@ -273,6 +286,9 @@ class SolverTable:
         variance_output: Tensor | None = None,
         return_log_prob: Literal[False] = False,
         reduction: str = "sum",
+        mask: Tensor | None = None,
+        known: Tensor | None = None,
+        known_noise: Noise | None = None,
         group_dim: int | None = None,
     ) -> tuple[Tensor, tuple[Tensor, ...]]: ...
     @overload
@@ -291,6 +307,9 @@ class SolverTable:
         variance_output: Tensor | None = None,
         return_log_prob: Literal[True],
         reduction: str = "sum",
+        mask: Tensor | None = None,
+        known: Tensor | None = None,
+        known_noise: Noise | None = None,
         group_dim: int | None = None,
     ) -> tuple[Tensor, tuple[Tensor, ...], Tensor]: ...
     def step(
@@ -308,6 +327,9 @@ class SolverTable:
         variance_output: Tensor | None = None,
         return_log_prob: bool = False,
         reduction: str = "sum",
+        mask: Tensor | None = None,
+        known: Tensor | None = None,
+        known_noise: Noise | None = None,
         group_dim: int | None = None,
     ) -> tuple[Tensor, tuple[Tensor, ...]] | tuple[Tensor, tuple[Tensor, ...], Tensor]:
         """Row i in one launch: from x and the model's output to the next x.
@@ -334,6 +356,11 @@ class SolverTable:
             return_log_prob: Return the log-probability of x' as well (``log_prob``), of x' as it is
                 stored and as a constant.
             reduction: Of the log-probability, "sum" or "mean" over the elements of a sample.
+            mask: 1 where x' is the step's, 0 where it is the known samples at the level that the
+                row reaches: a second launch, see ``ops.blend_known``. The history is that of the
+                model's outputs, with no known part.
+            known: The known clean samples, ``[B, ...]``, in the dtype of x; with ``mask``.
+            known_noise: Their noise ``[B, ...]``, or its noise key; with ``mask``.
             group_dim: A dimension of the samples whose entries have a level each, such as 2 for the
                 frames of ``[B, C, F, H, W]``: i, guidance_scale and threshold may then be
                 ``[B, G]``.
@@ -344,41 +371,23 @@ class SolverTable:
 
         Raises:
             ValueError: No such row, no noise for a row that adds some, too short a history, a
-                missing or superfluous v, or as ``ops.reverse_step``.
+                missing or superfluous v, or as ``ops.reverse_step`` and ``ops.blend_known``.
         """
-        if group_dim is not None:
-            given = (model_output_uncond, guidance_scale, guidance)
-            model_output, uncond, rule = guidance_of_row(self._launcher, i, x, model_output, *given)
-            return in_groups(  # type: ignore[no-any-return]
-                self.step,
-                group_dim,
-                {
-                    "x": x,
-                    "model_output": model_output,
-                    "history": history_of(history),
-                    "noise": noise,
-                    "model_output_uncond": uncond,
-                    "variance_output": variance_output,
-                },
-                {"i": i, "guidance": rule, "threshold": threshold},
-                return_log_prob=return_log_prob,
-                reduction=reduction,
-                mean=reduction == "mean",
-            )
-        asked = return_log_prob is not False or reduction != "sum"
-        if asked and wants_log_prob(return_log_prob, reduction):
-            given = (model_output_uncond, guidance_scale, guidance)
-            return step_of_row(
-                self._launcher,
+        plain = group_dim is None and mask is None and known is None and known_noise is None
+        if not plain or return_log_prob is not False or reduction != "sum":
+            return step_with_more(
+                self,
                 i,
                 x,
                 model_output,
                 history,
-                noise,
-                given,
-                threshold,
-                variance_output,
-                reduction,
+                noise=noise,
+                given=(model_output_uncond, guidance_scale, guidance),
+                threshold=threshold,
+                variance_output=variance_output,
+                scored=(return_log_prob, reduction),
+                blend=(mask, known, known_noise),
+                group_dim=group_dim,
             )
         return self._launcher.step(
             i,

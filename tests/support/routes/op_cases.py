@@ -21,7 +21,8 @@ KINDS = {
     " ddim_step",
     "gaussian": "normal_kl standard_normal_kl gaussian_nll reparameterize reparameterize_kl"
     " discretized_gaussian_log_likelihood",
-    "loss": "denoising_loss",
+    "mask": "blend_known",
+    "loss": "denoising_loss masked_denoising_loss",
     "bound": "vlb_term prior_kl",
 }
 PUBLIC = {"_with_history": "reverse_step", "_log_prob_with_history": "step_log_prob"}
@@ -40,7 +41,7 @@ def _of(case: OpCase, noise: str) -> Case:
         return case.op(**given, **constants, noise=subject)
 
     op = case.op.__name__
-    public = f"ops.{PUBLIC.get(op, op)}"
+    public = f"ops.{PUBLIC.get(op, op.removeprefix('masked_'))}"
     name = case.name if noise == "tensor" else f"{case.name}, {noise}"
     left = () if noise == "tensor" else ("noise",)
     found = Case(
