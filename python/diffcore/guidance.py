@@ -3,7 +3,8 @@
 Every rule here is two numbers of a sample, w and g, with which the step kernel computes
 ``m = m_u + g m_u + w (m_c - m_u)`` while it takes the step: no guided prediction is written to
 memory. Rules that depend on the predictions get both numbers from sums over a sample, in one more
-launch that reads m_c and m_u once, without waiting for the device.
+launch that reads m_c and m_u once, without waiting for the device. Numbers of each channel or token
+combine m_c and m_u in one more launch before the step.
 
 Pass a rule as ``guidance=`` to ``diffcore.sample``, ``SolverTable.step``, ``ops.reverse_step``,
 ``sampling.capture`` and the loops of ``GaussianDiffusion``; ``guidance_scale=w`` is short for
@@ -136,8 +137,7 @@ class Guidance:
             x if isinstance(x, Tensor) else as_real("weights", x)
             for x in self.numbers(model_output, uncond)
         )
-        predictions = (model_output, model_output, uncond)  # the first as x, unread
-        return run(_STEP, predictions, (w, g, *_TO_M))
+        return combined(model_output, uncond, w, g)
 
     def at(self, i: int, rows: int) -> Guidance | None:
         """The rule at a row of a table.
@@ -220,7 +220,7 @@ class CFG(Guidance):
     """Classifier-free guidance: ``m = m_u + w (m_c - m_u)``.
 
     Args:
-        scale: w, a number or ``[B]``.
+        scale: w, a number, ``[B]``, or ``[B, C]`` for the channels, which takes one more launch.
         interval: See ``Guidance``.
 
     Source:
@@ -234,7 +234,7 @@ class CFG(Guidance):
     def __post_init__(self) -> None:
         """Checks the arguments."""
         super().__post_init__()
-        _number(self, "scale")
+        _number(self, "scale", dims=2)
 
     def weights(self, model_output: Tensor, model_output_uncond: Tensor) -> _Weights:
         """See ``Guidance``."""
@@ -443,20 +443,69 @@ class NormPreservingCFG(_BySums):
 
     Args:
         scale: w, a number or ``[B]``.
+        dim: -1 for the norm of each vector along the last dimension, such as the tokens of
+            ``[B, N, D]``, in one more launch; ``None`` for that of a sample.
         interval: See ``Guidance``.
 
     Source:
-        The guidance of Qwen-Image's pipeline, which takes the norm of each token; here that of a
-        sample.
+        The guidance of Qwen-Image's pipeline, with dim = -1.
     """
 
     scale: Coef
+    dim: int | None = None
     _kind = "norm_preserving"
 
     def __post_init__(self) -> None:
         """Checks the arguments."""
         super().__post_init__()
         _number(self, "scale")
+        if self.dim is not None and as_int("dim", self.dim) != -1:
+            raise ValueError(f"dim must be -1 or None, got {self.dim}")
+
+    def weights(self, model_output: Tensor, model_output_uncond: Tensor) -> _Weights:
+        """See ``Guidance``; with ``dim`` tensors of the shape of the predictions but for it."""
+        if self.dim is None or model_output.ndim < 3:
+            return super().weights(model_output, model_output_uncond)
+        entries = tuple(model_output.shape[:-1])
+        rule = replace(self, dim=None, scale=_of_entries(self.scale, entries))
+        rows = [m.reshape(-1, m.shape[-1]) for m in (model_output, model_output_uncond)]
+        w, g = (x.view(entries) for x in rule.weights(*rows))  # type: ignore[union-attr]
+        return w, g
+
+
+def by_entry(w: Any, model_output: Tensor) -> bool:
+    """Whether w is a number of each entry of several leading dimensions of the prediction."""
+    return isinstance(w, Tensor) and w.ndim > 1 and w.shape == model_output.shape[: w.ndim]
+
+
+def combined(model_output: Tensor, model_output_uncond: Tensor, w: Coef, g: Coef) -> Tensor:
+    """The guided prediction, in one launch.
+
+    Args:
+        model_output: m_c ``[B, ...]``.
+        model_output_uncond: m_u ``[B, ...]``.
+        w: A number, ``[B]``, or one of each entry of several leading dimensions, ``[B, C]``.
+        g: The same.
+
+    Returns:
+        ``m_u + g m_u + w (m_c - m_u)``.
+    """
+    dims = w.ndim if by_entry(w, model_output) else 1  # type: ignore[union-attr]
+    if dims == 1:
+        predictions = (model_output, model_output, model_output_uncond)  # the first as x, unread
+        return run(_STEP, predictions, (w, g, *_TO_M))
+    entries = tuple(model_output.shape[:dims])
+    rows = [m.flatten(0, dims - 1) for m in (model_output, model_output_uncond)]
+    w, g = [_of_entries(c, entries) for c in (w, g)]
+    m: Tensor = run(_STEP, (rows[0], *rows), (w, g, *_TO_M)).unflatten(0, entries)
+    return m
+
+
+def _of_entries(c: Coef, entries: tuple[int, ...]) -> Coef:
+    """A number of each entry, flat; one of each sample is that of all its entries."""
+    if not isinstance(c, Tensor) or c.ndim == 0:
+        return c
+    return c.reshape(*c.shape, *(1,) * (len(entries) - c.ndim)).expand(entries).reshape(-1)
 
 
 def _changed(rule: _Rule, **fields: Any) -> _Rule:
@@ -467,14 +516,17 @@ def _changed(rule: _Rule, **fields: Any) -> _Rule:
     return found
 
 
-def _number(rule: Any, name: str, least: float = -math.inf, most: float = math.inf) -> None:
+def _number(
+    rule: Any, name: str, least: float = -math.inf, most: float = math.inf, dims: int = 1
+) -> None:
     """Checks a field that is a number, or, as the scale, ``[B]``; stores it as a float."""
     value = getattr(rule, name)
     if name == "scale" and isinstance(value, Tensor):
-        if value.dtype not in (torch.float32, torch.float64) or value.ndim > 1:
+        if value.dtype not in (torch.float32, torch.float64) or value.ndim > dims:
+            shapes = "[B]" if dims == 1 else "[B] or [B, C]"
             raise TypeError(
-                f"scale must be a number or a float32 or float64 tensor [B], got {value.dtype} "
-                f"{tuple(value.shape)}"
+                f"scale must be a number or a float32 or float64 tensor {shapes}, got "
+                f"{value.dtype} {tuple(value.shape)}"
             )
         return
     number = as_real(name, value)

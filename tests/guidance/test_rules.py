@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from diffcore import ops
+from diffcore import ops, sample, solvers
 from diffcore.guidance import (
     APG,
     CFG,
@@ -255,7 +255,11 @@ def test_diffusers_has_the_same(name: str) -> None:
     ("make", "error", "message"),
     [
         (lambda: CFG("2"), TypeError, "scale must be a number, got str"),
-        (lambda: CFG(torch.ones(2, 3)), TypeError, r"scale must be .* \[B\], got torch.float32"),
+        (
+            lambda: CFG(torch.ones(2, 3, 4)),
+            TypeError,
+            r"scale must be .* \[B, C\], got",
+        ),
         (lambda: RescaledCFG(2, 1.5), ValueError, r"rescale must be in \[0, 1\], got 1.5"),
         (lambda: CFGZeroStar(2, -1), ValueError, "zero_init_steps must be at least 0, got -1"),
         (lambda: APG(2, norm_threshold=-1), ValueError, "norm_threshold must be at least 0"),
@@ -302,3 +306,59 @@ def test_a_rule_without_an_unconditional_prediction() -> None:
         ops.reverse_step(c, c, ROW, model_output_uncond=u[:1], guidance=TCFG(2))
     with pytest.raises(ValueError, match="guidance_scale must be given with model_output_uncond"):
         ops.reverse_step(c, c, ROW, model_output_uncond=u)
+
+
+# ---- numbers of channels and tokens --------------------------------------------------------------
+
+
+def test_a_scale_of_each_channel() -> None:
+    c, u = predictions((3, 4, 9, 5))
+    x = torch.randn_like(c)
+    scale = torch.rand(3, 4, dtype=torch.float64) * 5
+    m = u + scale[:, :, None, None] * (c - u)
+    torch.testing.assert_close(CFG(scale).combine(c, u), m, rtol=1e-12, atol=1e-12)
+    wanted = ops.reverse_step(x, m, ROW)
+    for given in ({"guidance_scale": scale}, {"guidance": CFG(scale)}):
+        found = ops.reverse_step(x, c, ROW, model_output_uncond=u, **given)
+        torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+        both = ops.reverse_step(x, torch.cat((u, c)), ROW, **given)
+        assert torch.equal(both, found)
+    with pytest.raises(ValueError, match="must have one number per sample, got shape"):
+        ops.reverse_step(x, c, ROW, model_output_uncond=u, guidance_scale=scale[:, :3])
+    with pytest.raises(TypeError, match=r"scale must be a number or a .* tensor \[B\], got"):
+        RescaledCFG(scale)
+
+
+def test_a_scale_of_each_channel_in_a_loop() -> None:
+    table = solvers.euler_table([3.0, 1.0, 0.4, 0.0])
+    x = torch.randn(2, 3, 4, dtype=torch.float64)
+    scale = torch.tensor([[1.0, 2.0, 3.0], [0.0, 1.5, 5.0]], dtype=torch.float64)
+
+    def model(x: Tensor, t: Tensor, shift: float) -> Tensor:
+        return torch.tanh(x) + shift
+
+    kwargs = {"model_kwargs": {"shift": 0.5}, "uncond_kwargs": {"shift": -0.5}}
+    found = sample(model, x, table, guidance_scale=scale, **kwargs)
+    for k in range(3):
+        alone = sample(model, x[:, k], table, guidance_scale=scale[:, k], **kwargs)
+        torch.testing.assert_close(found[:, k], alone, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("shape", [(2, 6, 8), (2, 3, 4, 8)], ids=str)
+def test_the_norm_of_each_token(shape: tuple[int, ...]) -> None:
+    c, u = predictions(shape)
+    scale = torch.tensor([2.0, 5.0], dtype=torch.float64)
+    m = u + scale.view(-1, *[1] * (c.ndim - 1)) * (c - u)
+    m = m * c.norm(dim=-1, keepdim=True) / m.norm(dim=-1, keepdim=True)
+    rule = NormPreservingCFG(scale, dim=-1)
+    torch.testing.assert_close(rule.combine(c, u), m, rtol=1e-12, atol=1e-12)
+    x = torch.randn_like(c)
+    found = ops.reverse_step(x, c, ROW, model_output_uncond=u, guidance=rule)
+    wanted = ops.reverse_step(x, m, ROW)
+    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+    c.requires_grad_()
+    assert torch.autograd.gradcheck(
+        lambda c: ops.reverse_step(x, c, ROW, model_output_uncond=u, guidance=rule), (c,)
+    )
+    with pytest.raises(ValueError, match="dim must be -1 or None, got 1"):
+        NormPreservingCFG(2.0, dim=1)

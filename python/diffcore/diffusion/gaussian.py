@@ -560,13 +560,14 @@ class GaussianDiffusion(VariationalBound, Inversion):
         guidance_scale: float | Tensor | None = None,
         guidance: Guidance | None = None,
         uncond_kwargs: Mapping[str, Any] | None = None,
+        differentiable: bool = False,
+        checkpoint: bool = False,
     ) -> Tensor:
         """Ancestral sampling (Algorithm 2), from x_T down to x_0, without waiting for the device.
 
-        Runs under ``torch.no_grad()``; a model or a ``cond_fn`` that needs gradients of its own
-        enters ``torch.enable_grad()``. For gradients write a loop on ``p_sample``, or on
-        ``SolverTable.step``, both of which are differentiable; for thresholds or a callback use
-        ``diffcore.sample`` with a table of ``diffcore.solvers``.
+        Runs under ``torch.no_grad()``, unless it is ``differentiable``; a model or a ``cond_fn``
+        that needs gradients of its own enters ``torch.enable_grad()``. For thresholds or a callback
+        use ``diffcore.sample`` with a table of ``diffcore.solvers``.
 
         Args:
             model: ``model(x, t, **model_kwargs)``.
@@ -588,6 +589,8 @@ class GaussianDiffusion(VariationalBound, Inversion):
             guidance_scale: As for ``diffcore.sample``.
             guidance: As for ``diffcore.sample``.
             uncond_kwargs: As for ``diffcore.sample``.
+            differentiable: As for ``diffcore.sample``: record the loop for autograd.
+            checkpoint: As for ``diffcore.sample``: call the model again in the backward pass.
 
         Returns:
             x_0, of the given shape.
@@ -599,6 +602,7 @@ class GaussianDiffusion(VariationalBound, Inversion):
         learned = self.variance_type in LEARNED
         calls = {"model_kwargs": model_kwargs, "uncond_kwargs": uncond_kwargs, "guidance": rule}
         options: dict[str, Any] = {**calls, "learned": learned, "progress": progress}
+        options |= {"differentiable": differentiable, "checkpoint": checkpoint}
         options |= conditional.in_loop(cond_fn, self.tables, rows, None)
         return run_table(model, x, solver, step_noise, **options)
 
@@ -623,14 +627,15 @@ class GaussianDiffusion(VariationalBound, Inversion):
         guidance_scale: float | Tensor | None = None,
         guidance: Guidance | None = None,
         uncond_kwargs: Mapping[str, Any] | None = None,
+        differentiable: bool = False,
+        checkpoint: bool = False,
     ) -> Tensor:
         """DDIM sampling. The last step goes to x_0 itself: alpha_prev = 1, and no noise.
 
-        Runs under ``torch.no_grad()``; a model or a ``cond_fn`` that needs gradients of its own
-        enters ``torch.enable_grad()``. For gradients write a loop on ``ddim_sample``, or on
-        ``SolverTable.step``, both of which are differentiable; for thresholds or a callback use
-        ``diffcore.sample`` with a table of ``diffcore.solvers``. A predicted variance
-        is not read.
+        Runs under ``torch.no_grad()``, unless it is ``differentiable``; a model or a ``cond_fn``
+        that needs gradients of its own enters ``torch.enable_grad()``. For thresholds or a callback
+        use ``diffcore.sample`` with a table of ``diffcore.solvers``. A predicted variance is not
+        read.
 
         Args:
             model: ``model(x, t, **model_kwargs)``.
@@ -653,6 +658,8 @@ class GaussianDiffusion(VariationalBound, Inversion):
             guidance_scale: As for ``diffcore.sample``.
             guidance: As for ``diffcore.sample``.
             uncond_kwargs: As for ``diffcore.sample``.
+            differentiable: As for ``diffcore.sample``: record the loop for autograd.
+            checkpoint: As for ``diffcore.sample``: call the model again in the backward pass.
 
         Returns:
             x_0, of the given shape.
@@ -667,5 +674,6 @@ class GaussianDiffusion(VariationalBound, Inversion):
         learned = self.variance_type in LEARNED
         calls = {"model_kwargs": model_kwargs, "uncond_kwargs": uncond_kwargs, "guidance": rule}
         options: dict[str, Any] = {**calls, "learned": learned, "progress": progress}
+        options |= {"differentiable": differentiable, "checkpoint": checkpoint}
         options |= conditional.in_loop(cond_fn, self.tables, rows, eta)
         return run_table(model, x, solver, step_noise, **options)

@@ -12,7 +12,7 @@ from diffcore._checks import check_dense
 from diffcore._engine import messages
 from diffcore._kernels.step import UNGUIDED
 from diffcore._types import Coef, Coefs, Tensors
-from diffcore.guidance import CFGPlusPlus, Guidance, Weighted
+from diffcore.guidance import CFGPlusPlus, Guidance, Weighted, by_entry, combined
 from diffcore.ops._arguments import as_coef
 
 
@@ -77,6 +77,8 @@ def guided_by(
         uncond = model_output_uncond
         if uncond is None:
             model_output, uncond = halves(x, model_output)
+        if by_entry(guidance_scale, model_output):
+            return _combined(x, model_output, uncond, guidance_scale, 0.0), None
         return model_output, Guided(uncond, as_coef("guidance_scale", guidance_scale, None), 0.0)
     if guidance_scale is None:
         if guidance is None:
@@ -99,7 +101,16 @@ def guided_by(
     w, g = guidance.numbers(model_output, uncond)
     if remember:
         guidance.remember(model_output, uncond)
+    if by_entry(w, model_output):
+        return _combined(x, model_output, uncond, w, g), None
     return model_output, Guided(uncond, as_coef("scale", w, None), as_coef("g", g, None))
+
+
+def _combined(x: Tensor, model_output: Tensor, uncond: Tensor, w: Coef, g: Coef) -> Tensor:
+    """The guided prediction, where w has a number of each channel or token."""
+    given = {"x": x, "model_output": model_output, "model_output_uncond": uncond}
+    _, model_output, uncond = alike(given)
+    return combined(model_output, uncond, w, g)
 
 
 def known_guidance(

@@ -155,7 +155,8 @@ def sample(
         x: The samples to start from, ``[B, ...]``: standard normal noise times
             ``table.init_noise_sigma``, or for a table of levels that rise the samples to invert.
         table: The solver (``diffcore.solvers``).
-        guidance_scale: w of classifier-free guidance, m_u + w (m_c - m_u): a number or ``[B]``.
+        guidance_scale: w of classifier-free guidance, m_u + w (m_c - m_u): a number, ``[B]``, or
+            ``[B, C]`` for the channels.
         guidance: Another rule of ``diffcore.guidance``, instead of ``guidance_scale``.
         model_kwargs: More arguments for the model.
         uncond_kwargs: The same for a second, unconditional call of the model.
@@ -325,7 +326,9 @@ def guidance_rule(
     if guidance_scale is not None:
         if guidance is not None:
             raise ValueError("guidance_scale must be None with guidance, got both")
-        as_coef("guidance_scale", guidance_scale, None)
+        of_channels = isinstance(guidance_scale, Tensor) and guidance_scale.ndim == 2
+        if not of_channels:  # those are checked beside the predictions
+            as_coef("guidance_scale", guidance_scale, None)
         return Weighted(guidance_scale, 0.0)
     if uncond_kwargs is not None and guidance is None:
         raise ValueError(
