@@ -33,6 +33,7 @@ from diffcore.ops.likelihood import *
 from diffcore.ops.linear import *
 from diffcore.ops.loss import *
 from diffcore.ops.mask import *
+from diffcore.ops.named_steps import *
 from diffcore.ops.step import *
 from diffcore.ops.threshold import *
 from diffcore.sampling import sample as sample

@@ -175,7 +175,7 @@ def test_a_table_beside_samples_says_how_to_read_it() -> None:
     schedule = NoiseSchedule.from_betas(BETAS)
     with pytest.raises(ValueError, match=r"alpha must have 1 or 2 entries.*20; .* alpha\[t\]"):
         ops.add_noise(FLOATS, FLOATS, schedule.alpha, schedule.sigma)
-    with pytest.raises(ValueError, match=r"one number per sample.*fold the frames into the batch"):
+    with pytest.raises(ValueError, match=r"one number per sample.*pass \[B, F\] with group_dim"):
         ops.add_noise(FLOATS, FLOATS, torch.rand(2, 1, 4, 1, 1), 0.5)
 
 

@@ -104,7 +104,7 @@ def test_the_model_gets_one_timestep_for_each_sample() -> None:
 def test_messages_say_what_to_write_instead() -> None:
     with pytest.raises(TypeError, match=r"got torch.float32; timesteps are the integers 0 .. 19"):
         D.q_sample(X, torch.rand(2))
-    with pytest.raises(ValueError, match=r"got \(2, 5\); .* fold the frames into the batch"):
+    with pytest.raises(ValueError, match=r"got \(2, 5\); .* pass \[B, F\] with group_dim"):
         D.q_sample(X, torch.zeros(2, 5, dtype=torch.int64))
     with pytest.raises(ValueError, match=r"t must be on cpu, .* got meta; t.to\(x_start.device\)"):
         D.q_sample(X, torch.zeros(2, dtype=torch.int64, device="meta"))
