@@ -245,13 +245,15 @@ def in_groups(
     Returns:
         What the op returns: results like the samples, and sums or means ``[B, G]``.
     """
-    name, like = next(iter(samples.items()))
-    groups = Groups.of(name, like, group_dim)
+    name, first = next(iter(samples.items()))
+    groups = Groups.of(name, first, group_dim)
     at = {k: groups.levels(k, v) for k, v in levels.items()}
     at |= {k: groups.table(k, v) for k, v in (tables or {}).items()}
     rows = {k: v if isinstance(v, PhiloxNoise) else groups.rows(k, v) for k, v in samples.items()}
     for k, v in rows.items():
         if isinstance(v, PhiloxNoise):
+            # A loss may have its prediction in another dtype than x_0, to which noise was added.
+            like = samples["x0"] if isinstance(samples.get("x0"), Tensor) else first
             rows[k] = groups.noise(v, like, _flat(samples), (*_flat(at), *_flat(rest)))
     if "out" in rest:
         rest["out"] = groups.written_rows(rest["out"])

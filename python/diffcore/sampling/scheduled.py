@@ -11,6 +11,7 @@ from torch import Tensor
 
 from diffcore._checks import as_int
 from diffcore._engine.dispatch import run
+from diffcore._engine.kept import made_plainly
 from diffcore._kernels.linear import SCALE
 from diffcore._types import Model, Tensors
 from diffcore.guidance import Guidance
@@ -47,8 +48,12 @@ def pyramid_schedule(rows: int, groups: int, delay: int = 1) -> Tensor:
     """
     rows, groups = as_int("rows", rows, 1), as_int("groups", groups, 1)
     delay = as_int("delay", delay, 0)
-    call = torch.arange(rows + (groups - 1) * delay).view(-1, 1, 1)
-    row = call - delay * torch.arange(groups)
+    return made_plainly(lambda: _pyramid(rows, groups, delay))
+
+
+def _pyramid(rows: int, groups: int, delay: int) -> Tensor:
+    call = torch.arange(rows + (groups - 1) * delay, device="cpu").view(-1, 1, 1)
+    row = call - delay * torch.arange(groups, device="cpu")
     return torch.where((row >= 0) & (row < rows), row, -1)
 
 
@@ -61,6 +66,7 @@ class _Schedule(NamedTuple):
 
     rows: Tensor
     labels: Tensor
+    numbers: list[list[int]]  # the rows that each model call takes
 
 
 def _checked(schedule: Any, table: SolverTable, groups: Groups) -> _Schedule:
@@ -71,7 +77,7 @@ def _checked(schedule: Any, table: SolverTable, groups: Groups) -> _Schedule:
         raise TypeError(f"schedule must be a tensor of ints [M, B, G], got {kind}") from None
     if given.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"schedule must be an int64 or int32 tensor, got {given.dtype}")
-    batch, _, count = groups.counts
+    batch, _, count = (int(n) for n in groups.counts)
     wanted = (batch, count)
     if given.ndim != 3 or tuple(given.shape[1:]) not in (wanted, (1, count)) or not len(given):
         raise ValueError(
@@ -86,7 +92,7 @@ def _checked(schedule: Any, table: SolverTable, groups: Groups) -> _Schedule:
             f"waits, got values from {int(rows.min())} to {int(rows.max())}"
         )
     labels = torch.full_like(rows, last)
-    upcoming = torch.full(wanted, -1)  # the row after this call, -1 for none
+    upcoming = torch.full(wanted, -1, device="cpu")  # the row after this call, -1 for none
     paused = False
     for m in range(len(rows) - 1, -1, -1):
         here = rows[m]
@@ -108,16 +114,17 @@ def _checked(schedule: Any, table: SolverTable, groups: Groups) -> _Schedule:
             "earlier ones"
         )
     # After its last row a group is at the level that this row reached.
-    reached = torch.full(wanted, last)
+    reached = torch.full(wanted, last, device="cpu")
     for m in range(len(rows)):
         labels[m] = torch.where(labels[m] < 0, reached, labels[m])
         reached = torch.where(rows[m] >= 0, rows[m] + 1, reached)
-    return _Schedule(torch.where(rows < 0, last, rows), labels)
+    rows = torch.where(rows < 0, last, rows)
+    return _Schedule(rows, labels, rows.flatten(1).tolist())
 
 
 def _with_clean_row(table: SolverTable) -> SolverTable:
     """The table with a last row that changes nothing, at the clean level and timestep 0."""
-    still = torch.zeros(len(COLUMNS), dtype=torch.float64)
+    still = torch.zeros(len(COLUMNS), dtype=torch.float64, device="cpu")
     still[COLUMNS.index("c_x")] = 1
     still[COLUMNS.index("clip_min")], still[COLUMNS.index("clip_max")] = -torch.inf, torch.inf
     last: dict[str, Any] = {
@@ -172,13 +179,14 @@ def run_schedule(
     table._launcher.check_guidance(guidance)
     if table.start_noise:
         raise ValueError(f"schedule must be None with churn at the start of {table.name}")
-    known = _checked(schedule, table, Groups.of("x", x, group_dim))
-    noisy = torch.tensor([row.noisy for row in table.rows] + [False])
-    adds_noise = noisy[known.rows].flatten(1).any(1).tolist()
+    groups = Groups.of("x", x, group_dim)
+    known = made_plainly(lambda: _checked(schedule, table, groups))
+    noisy = [*(row.noisy for row in table.rows), False]
+    adds_noise = [any(noisy[r] for r in set(call)) for call in known.numbers]
     scaled = any(row.input_scale != 1 for row in table.rows)
-    table = _with_clean_row(table)
+    table = made_plainly(lambda: _with_clean_row(table))
     on_device = table.to(x.device)
-    rows, labels = (y.to(x.device) for y in known)
+    rows, labels = (y.to(x.device) for y in known[:2])
     timesteps = on_device.timesteps
     if timesteps.is_floating_point() and x.dtype != torch.float64:
         timesteps = timesteps.float()

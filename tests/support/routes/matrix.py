@@ -11,13 +11,20 @@ from support.routes.case import Case
 from support.routes.compiled_routes import COMPILED_ROUTES
 from support.routes.density_cases import DENSITY_CASES
 from support.routes.eager_routes import EAGER_ROUTES
+from support.routes.group_cases import GROUP_CASES
 from support.routes.guided_cases import GUIDED_CASES
 from support.routes.method_cases import METHOD_CASES
 from support.routes.op_cases import OP_CASES
 from support.routes.refusals import is_open, refused
 from support.routes.route import Route
 
-CASES: list[Case] = [*OP_CASES, *METHOD_CASES, *GUIDED_CASES, *DENSITY_CASES]
+CASES: list[Case] = [
+    *OP_CASES,
+    *METHOD_CASES,
+    *GUIDED_CASES,
+    *DENSITY_CASES,
+    *GROUP_CASES,
+]
 ROUTES: list[Route] = [*EAGER_ROUTES, *COMPILED_ROUTES]
 KINDS = tuple(dict.fromkeys(case.kind for case in CASES))
 _BITS, _ROUNDING = "the same bits", "equal up to rounding, in float64"
