@@ -108,9 +108,11 @@ class Groups(NamedTuple):
         """Levels ``[B, G]`` or ``[B]`` as one for each row; what is one for all, as it is."""
         if isinstance(value, Weighted):
             return Weighted(self.levels("guidance_scale", value.w), self.levels("g", value.g))
-        if isinstance(value, (list, tuple)) or getattr(value, "__array__", None):
+        if not isinstance(value, Tensor):
+            if not isinstance(value, (list, tuple)) and not hasattr(value, "__array__"):
+                return value
             value = as_tensor(name, value)
-        if not isinstance(value, Tensor) or value.ndim == 0:
+        if value.ndim == 0:
             return value
         check_dense(name, value)
         if value.numel() == 1 == len(value):

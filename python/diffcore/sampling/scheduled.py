@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from diffcore._checks import as_int
+from diffcore._checks import as_int, check_not_compiling
 from diffcore._engine.dispatch import run
 from diffcore._engine.kept import made_plainly
 from diffcore._kernels.linear import SCALE
@@ -174,6 +174,8 @@ def run_schedule(
     Returns:
         The samples.
     """
+    instead = "compile the model, or write the loop with SolverTable.step(group_dim=)"
+    check_not_compiling("sample with a schedule", instead)
     check_model_kwargs(model_kwargs)
     check_model_kwargs(uncond_kwargs, "uncond_kwargs")
     table._launcher.check_guidance(guidance)

@@ -56,6 +56,14 @@ REFUSALS: tuple[Refusal, ...] = (
     ),
     Refusal(
         ("compile", "compile*", "export*", "AOTInductor"),
+        ("sample, schedule",),
+        RuntimeError,
+        "must be called outside of torch.compile and torch.export",
+        "A `schedule` is read as numbers. Compile the model, or a loop of your own on "
+        "`SolverTable.step(group_dim=)`",
+    ),
+    Refusal(
+        ("compile", "compile*", "export*", "AOTInductor"),
         ("GaussianDiffusion.respace, key",),
         RuntimeError,
         "respace must be called outside of torch.compile and torch.export",
