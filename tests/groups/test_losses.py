@@ -207,3 +207,12 @@ def test_errors() -> None:
             torch.full((2, 5), 100),
             group_dim=2,
         )
+
+
+def test_the_noise_of_a_key_has_the_dtype_of_x0() -> None:
+    """As without groups: beside a prediction in bfloat16 the noise is not rounded to it."""
+    x, m = torch.randn(2, 4, 8), torch.randn(2, 4, 8).bfloat16()
+    for prediction_type in ("epsilon", "flow_prediction"):
+        found = ops.denoising_loss(m, x, KEY, prediction_type=prediction_type, group_dim=1)
+        wanted = ops.denoising_loss(m, x, KEY, prediction_type=prediction_type)
+        torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-6)
