@@ -88,7 +88,8 @@ class Groups(NamedTuple):
             )
         if self.order is not None:
             x = x.permute(self.order)
-        return x.reshape(math.prod(self.counts), self.run)
+        batch, runs, groups = self.counts
+        return x.reshape(batch * runs * groups, self.run)
 
     def written_rows(self, out: Tensor | None) -> Tensor | None:
         """``out`` as rows, which must be a view."""
@@ -115,6 +116,9 @@ class Groups(NamedTuple):
         if value.ndim == 0:
             return value
         check_dense(name, value)
+        batch, runs, groups = self.counts
+        if value.shape == (batch, groups):
+            return (value if runs == 1 else value.repeat(1, runs)).reshape(-1)
         if value.numel() == 1 == len(value):
             return value.reshape(1)
         if value.ndim == 1:
@@ -250,8 +254,9 @@ def in_groups(
     name, first = next(iter(samples.items()))
     groups = Groups.of(name, first, group_dim)
     at = {k: groups.levels(k, v) for k, v in levels.items()}
-    at |= {k: groups.table(k, v) for k, v in (tables or {}).items()}
-    rows = {k: v if isinstance(v, PhiloxNoise) else groups.rows(k, v) for k, v in samples.items()}
+    if tables:
+        at |= {k: groups.table(k, v) for k, v in tables.items()}
+    rows = {k: groups.rows(k, v) for k, v in samples.items()}
     for k, v in rows.items():
         if isinstance(v, PhiloxNoise):
             # A loss may have its prediction in another dtype than x_0, to which noise was added.
