@@ -373,33 +373,34 @@ class SolverTable:
             ValueError: No such row, no noise for a row that adds some, too short a history, a
                 missing or superfluous v, or as ``ops.reverse_step`` and ``ops.blend_known``.
         """
-        plain = group_dim is None and mask is None and known is None and known_noise is None
-        if not plain or return_log_prob is not False or reduction != "sum":
-            return step_with_more(
-                self,
+        # One chain of comparisons: the call of almost every step.
+        plain = mask is known is known_noise is group_dim is None
+        if plain and return_log_prob is False and reduction == "sum":
+            return self._launcher.step(
                 i,
                 x,
                 model_output,
                 history,
-                noise=noise,
-                given=(model_output_uncond, guidance_scale, guidance),
-                threshold=threshold,
-                variance_output=variance_output,
-                scored=(return_log_prob, reduction),
-                blend=(mask, known, known_noise),
-                group_dim=group_dim,
+                noise,
+                model_output_uncond,
+                guidance_scale,
+                threshold,
+                variance_output,
+                guidance,
             )
-        return self._launcher.step(
+        return step_with_more(
+            self,
             i,
             x,
             model_output,
             history,
-            noise,
-            model_output_uncond,
-            guidance_scale,
-            threshold,
-            variance_output,
-            guidance,
+            noise=noise,
+            given=(model_output_uncond, guidance_scale, guidance),
+            threshold=threshold,
+            variance_output=variance_output,
+            scored=(return_log_prob, reduction),
+            blend=(mask, known, known_noise),
+            group_dim=group_dim,
         )
 
     def log_prob(
