@@ -373,8 +373,7 @@ class SolverTable:
             ValueError: No such row, no noise for a row that adds some, too short a history, a
                 missing or superfluous v, or as ``ops.reverse_step`` and ``ops.blend_known``.
         """
-        # One chain of comparisons: the call of almost every step.
-        plain = mask is known is known_noise is group_dim is None
+        plain = group_dim is None and mask is known is known_noise is None
         if plain and return_log_prob is False and reduction == "sum":
             return self._launcher.step(
                 i,
