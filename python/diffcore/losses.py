@@ -2,13 +2,30 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
-from diffcore._checks import as_positive, as_tensor, check_choice, check_float_tensor
+from diffcore._checks import (
+    as_positive,
+    as_real,
+    as_tensor,
+    check_choice,
+    check_float_tensor,
+)
 from diffcore.coefficients.step import PREDICTION_TYPES
 
-__all__ = ["edm_weights", "min_snr_weights"]
+__all__ = [
+    "debiased_weights",
+    "edm_weights",
+    "flow_weights",
+    "min_snr_weights",
+    "p2_weights",
+    "soft_min_snr_weights",
+]
+
+FLOW_WEIGHTINGS = ("none", "sigma_sqrt", "cosmap")
 
 
 def min_snr_weights(snr: Tensor, *, gamma: float = 5.0, prediction_type: str = "epsilon") -> Tensor:
@@ -83,6 +100,137 @@ def edm_weights(
     power, root = (1, snr) if prediction_type == "v_prediction" else (2, snr.sqrt())
     # root / (root + 1) in a form that is 1, not nan, at infinite snr
     return (1 / (1 + 1 / root)) ** power + 1 / (sigma_data * sigma_data * (root + 1) ** power)
+
+
+def soft_min_snr_weights(
+    snr: Tensor, *, gamma: float = 5.0, prediction_type: str = "epsilon"
+) -> Tensor:
+    """Soft min-SNR: the weight gamma snr / (snr + gamma) on the error of x_0.
+
+    A smooth form of ``min_snr_weights``. The weight on the squared error of the prediction is, for
+    sample: the same; epsilon: gamma / (snr + gamma); v_prediction and flow_prediction: as there.
+
+    Args:
+        snr: alpha^2 / sigma^2 at each timestep, ``[T]``: a tensor, an array or a list.
+        gamma: Where it bends; above 0.
+        prediction_type: What the model predicts, one of ``PREDICTION_TYPES``.
+
+    Returns:
+        float64 ``[T]``.
+
+    Raises:
+        TypeError: ``snr`` is not made of floating-point numbers.
+        ValueError: Unknown ``prediction_type``, or gamma is not positive.
+
+    Source:
+        Crowson et al. 2024 (Hourglass Diffusion Transformers, arXiv 2401.11605) section 4.
+    """
+    snr = _checked(snr, prediction_type).to(torch.float64)
+    gamma = as_positive("gamma", gamma, finite=True)
+    return _on_prediction(gamma / (snr + gamma), snr, prediction_type)
+
+
+def p2_weights(
+    snr: Tensor, *, k: float = 1.0, gamma: float = 1.0, prediction_type: str = "epsilon"
+) -> Tensor:
+    """P2: the weight 1 / (k + snr)^gamma on the error of epsilon.
+
+    Args:
+        snr: alpha^2 / sigma^2 at each timestep, ``[T]``: a tensor, an array or a list.
+        k: Above 0.
+        gamma: At least 0; 0 for no weights.
+        prediction_type: What the model predicts, one of ``PREDICTION_TYPES``.
+
+    Returns:
+        float64 ``[T]``; for another prediction than epsilon multiplied as the squared errors are:
+        by snr for sample, snr / (snr + 1) for v_prediction, snr / (sqrt(snr) + 1)^2 for
+        flow_prediction.
+
+    Raises:
+        TypeError: ``snr`` is not made of floating-point numbers.
+        ValueError: Unknown ``prediction_type``, or a parameter out of its range.
+
+    Source:
+        Choi et al. 2022 (arXiv 2204.00227) eq. 8.
+    """
+    snr = _checked(snr, prediction_type).to(torch.float64)
+    k, gamma = as_positive("k", k, finite=True), as_real("gamma", gamma)
+    if not 0 <= gamma < float("inf"):
+        raise ValueError(f"gamma must be at least 0 and finite, got {gamma}")
+    return _on_prediction((k + snr) ** -gamma, snr, prediction_type)
+
+
+def debiased_weights(snr: Tensor, *, prediction_type: str = "epsilon") -> Tensor:
+    """Debiased estimation: the weight 1 / sqrt(snr) on the error of epsilon.
+
+    Args:
+        snr: alpha^2 / sigma^2 at each timestep, ``[T]``: a tensor, an array or a list.
+        prediction_type: What the model predicts, one of ``PREDICTION_TYPES``.
+
+    Returns:
+        float64 ``[T]``; for another prediction than epsilon as for ``p2_weights``. Infinite for
+        epsilon at snr = 0.
+
+    Raises:
+        TypeError: ``snr`` is not made of floating-point numbers.
+        ValueError: Unknown ``prediction_type``.
+
+    Source:
+        Yu et al. 2023 (arXiv 2310.08442) eq. 12.
+    """
+    snr = _checked(snr, prediction_type).to(torch.float64)
+    root = snr.sqrt()
+    if prediction_type == "epsilon":
+        return 1 / root
+    if prediction_type == "sample":
+        return root
+    # Divided by sqrt(snr): 0, not nan, at infinite snr.
+    return 1 / (root + 1 / root + (0 if prediction_type == "v_prediction" else 2))
+
+
+def flow_weights(sigma: Tensor, weighting: str = "none") -> Tensor:
+    """Weights of Stable Diffusion 3 on the squared error of a flow's prediction.
+
+    "none": 1; "sigma_sqrt": 1 / sigma^2; "cosmap": 2 / (pi (1 - 2 sigma + 2 sigma^2)).
+
+    Args:
+        sigma: Noise levels in (0, 1), of any shape.
+        weighting: One of the three.
+
+    Returns:
+        float64, the shape of ``sigma``.
+
+    Raises:
+        TypeError: ``sigma`` is not made of floating-point numbers.
+        ValueError: An unknown ``weighting``.
+
+    Source:
+        Esser et al. 2024 (arXiv 2403.03206) section 3.1; the names are diffusers'.
+    """
+    check_choice("weighting", weighting, FLOW_WEIGHTINGS)
+    sigma = as_tensor("sigma", sigma, "a floating-point tensor")
+    check_float_tensor("sigma", sigma)
+    sigma = sigma.to(torch.float64)
+    if weighting == "none":
+        return torch.ones_like(sigma)
+    if weighting == "sigma_sqrt":
+        return sigma**-2
+    return 2 / (math.pi * (1 - 2 * sigma + 2 * sigma**2))
+
+
+def _on_prediction(on_epsilon: Tensor, snr: Tensor, prediction_type: str) -> Tensor:
+    """The weight on the error of a prediction, from that on the error of epsilon.
+
+    The error of x_0 is that of epsilon / sqrt(snr), of v / (snr + 1)^1/2 and of a flow's u /
+    (sqrt(snr) + 1).
+    """
+    if prediction_type == "epsilon":
+        return on_epsilon
+    if prediction_type == "sample":
+        return on_epsilon * snr
+    power, root = (1, snr) if prediction_type == "v_prediction" else (2, snr.sqrt())
+    # root / (root + 1) in a form that is 1, not nan, at infinite snr
+    return on_epsilon * (1 / (1 + 1 / root)) ** power
 
 
 def _checked(snr: Tensor, prediction_type: str) -> Tensor:

@@ -35,6 +35,7 @@ MODULES = (
     "diffcore.sigmas",
     "diffcore.solvers",
     "diffcore.spacings",
+    "diffcore.timesteps",
     "diffcore.testing",
     "diffcore.vae",
 )

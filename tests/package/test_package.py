@@ -30,7 +30,7 @@ ORDER = [
     "_C", "_types", "_checks", "_files", "_usage", "reference", "coefficients", "_engine",
     "_kernels", "noise", "guidance", "ops", "schedules", "solvers",
     "sampling", "diffusion", "likelihood", "vae",
-    "losses", "testing", "sigmas", "spacings", "demo",
+    "losses", "timesteps", "testing", "sigmas", "spacings", "demo",
     "cli", "__main__",
 ]
 # fmt: on

@@ -1,0 +1,244 @@
+"""Densities of the noise level of a training step, for flows: from uniform numbers to sigma.
+
+Each density is a function of u, uniform in (0, 1), whose result has it: by the inverse of its
+distribution function, so evenly spaced u cover it evenly, and a u from a noise key makes a training
+step that can be replayed. sigma is the weight of the noise, x_t = (1 - sigma) x_0 + sigma noise.
+``spacings.shift_sigmas`` shifts it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from diffcore._checks import as_device, as_flag, as_int, as_positive, as_real, as_tensor
+from diffcore._engine import messages
+from diffcore.noise import PhiloxNoise
+from diffcore.schedules import shift_sigmas
+
+__all__ = ["DENSITIES", "beta", "cosmap", "draw", "logit_normal", "mode", "stratified", "uniform"]
+
+Density: TypeAlias = str | Callable[[Tensor], Tensor]
+
+# Half the spacing of a uniform number in float64: it moves 0 and leaves every u inside (0, 1).
+_HALF = 2.0**-54
+
+
+def uniform(u: Tensor) -> Tensor:
+    """Sigma = u.
+
+    Args:
+        u: Uniform numbers in (0, 1), of any shape.
+
+    Returns:
+        float64, the shape of ``u``.
+
+    Raises:
+        TypeError: ``u`` is not made of floating-point numbers.
+    """
+    return _float64(u)
+
+
+def logit_normal(u: Tensor, *, mean: float = 0.0, std: float = 1.0) -> Tensor:
+    """Its logarithm of odds is normal: sigma = sigmoid(mean + std z), z the normal quantile of u.
+
+    Args:
+        u: Uniform numbers in (0, 1), of any shape.
+        mean: Above 0 for more noise.
+        std: Above 0.
+
+    Returns:
+        float64, the shape of ``u``.
+
+    Raises:
+        TypeError: ``u`` is not made of floating-point numbers, or a parameter is no number.
+        ValueError: ``std`` is not positive.
+
+    Source:
+        Esser et al. 2024 (Stable Diffusion 3, arXiv 2403.03206) eq. 19.
+    """
+    mean, std = as_real("mean", mean), as_positive("std", std, finite=True)
+    return torch.sigmoid(mean + std * torch.special.ndtri(_float64(u)))
+
+
+def mode(u: Tensor, *, scale: float = 1.29) -> Tensor:
+    """More weight in the middle, and some at both ends: 1 - u - scale (cos²(πu/2) - 1 + u).
+
+    Args:
+        u: Uniform numbers in (0, 1), of any shape.
+        scale: From -1 to 2 / (π - 2), where sigma is a falling function of u; 0 is uniform.
+
+    Returns:
+        float64, the shape of ``u``.
+
+    Raises:
+        TypeError: ``u`` is not made of floating-point numbers, or ``scale`` is no number.
+        ValueError: ``scale`` is outside its range.
+
+    Source:
+        Esser et al. 2024 (arXiv 2403.03206) eq. 20.
+    """
+    scale = as_real("scale", scale)
+    if not -1 <= scale <= 2 / (math.pi - 2):
+        raise ValueError(f"scale must be in [-1, 2 / (pi - 2)], got {scale}")
+    u = _float64(u)
+    return 1 - u - scale * (torch.cos(0.5 * math.pi * u) ** 2 - 1 + u)
+
+
+def cosmap(u: Tensor) -> Tensor:
+    """The noise levels that the cosine schedule visits evenly: 1 - 1 / (tan(πu/2) + 1).
+
+    Its density is 2 / (π (1 - 2 sigma + 2 sigma²)).
+
+    Args:
+        u: Uniform numbers in (0, 1), of any shape.
+
+    Returns:
+        float64, the shape of ``u``.
+
+    Raises:
+        TypeError: ``u`` is not made of floating-point numbers.
+
+    Source:
+        Esser et al. 2024 (arXiv 2403.03206) eq. 21.
+    """
+    angle = 0.5 * math.pi * _float64(u)
+    sine, cosine = torch.sin(angle), torch.cos(angle)
+    return sine / (sine + cosine)
+
+
+def beta(
+    u: Tensor, *, a: float = 1.5, b: float = 1.0, low: float = 0.001, high: float = 1.0
+) -> Tensor:
+    """A Beta(a, b) between two levels: low + (high - low) times its quantile of u.
+
+    The defaults are those of openpi: 0.999 Beta(1.5, 1) + 0.001.
+
+    Args:
+        u: Uniform numbers in (0, 1), of any shape.
+        a: Above 0.
+        b: Above 0. One of both must be 1: then the quantile is u^(1/a), or 1 - (1 - u)^(1/b).
+        low: The least sigma, at least 0.
+        high: The largest, at most 1.
+
+    Returns:
+        float64, the shape of ``u``.
+
+    Raises:
+        TypeError: ``u`` is not made of floating-point numbers, or a parameter is no number.
+        ValueError: A parameter is outside its range, or neither a nor b is 1.
+
+    Source:
+        Black et al. 2024 (π0, arXiv 2410.24164), appendix B.
+    """
+    a, b = as_positive("a", a, finite=True), as_positive("b", b, finite=True)
+    low, high = as_real("low", low), as_real("high", high)
+    if not 0 <= low < high <= 1:
+        raise ValueError(f"low must be at least 0 and below high, at most 1, got {low} and {high}")
+    if 1 not in (a, b):
+        raise ValueError(
+            f"b must be 1 where a is not, got a={a} and b={b}; for another Beta pass sigma from "
+            "torch.distributions.Beta"
+        )
+    u = _float64(u)
+    quantile = u ** (1 / a) if b == 1 else -torch.expm1(torch.log1p(-u) / b)
+    return low + (high - low) * quantile
+
+
+DENSITIES: dict[str, Callable[..., Tensor]] = {
+    "uniform": uniform,
+    "logit_normal": logit_normal,
+    "mode": mode,
+    "cosmap": cosmap,
+    "beta": beta,
+}
+"""The densities by name."""
+
+
+def stratified(u: Tensor) -> Tensor:
+    """Uniform numbers spread over a batch: (i + u_i) / B, one in each of B equal parts.
+
+    Each of them alone is uniform, if the batch is shuffled; their mean varies less.
+
+    Args:
+        u: Uniform numbers in (0, 1), ``[B]``.
+
+    Returns:
+        float64 ``[B]``.
+
+    Raises:
+        TypeError: ``u`` is not made of floating-point numbers.
+        ValueError: ``u`` is not ``[B]``.
+    """
+    u = _float64(u)
+    if u.ndim != 1:
+        raise ValueError(f"u must have shape [B], got {tuple(u.shape)}")
+    return (torch.arange(len(u), dtype=u.dtype, device=u.device) + u) / max(len(u), 1)
+
+
+def draw(
+    density: Density,
+    batch: int,
+    noise: PhiloxNoise | None = None,
+    *,
+    shift: float = 1.0,
+    spread: bool = False,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str | None = None,
+    **parameters: Any,
+) -> Tensor:
+    """The noise level of each sample of a training step.
+
+    From a noise key it is a function of (seed, sample id, stream), independent of the key's noise,
+    so one key gives a training step its levels and its noise, and the step can be replayed.
+
+    Args:
+        density: The name of a density (``DENSITIES``), or a function of u in (0, 1), float64
+            ``[B]``.
+        batch: B.
+        noise: A noise key; ``None`` for one seeded by torch's generator.
+        shift: ``spacings.shift_sigmas`` after the density; 3 for Stable Diffusion 3.
+        spread: ``stratified`` before it. A level then depends on the place in the batch.
+        dtype: Of the result, to which the float64 level is rounded.
+        device: ``None`` for that of the key's tensors, else torch's default.
+        parameters: Of the density.
+
+    Returns:
+        ``[B]``.
+
+    Raises:
+        TypeError: An argument of the wrong type.
+        ValueError: An unknown density, parameters of a function, or a parameter out of its range.
+    """
+    batch, spread = as_int("batch", batch, 0), as_flag("spread", spread)
+    messages.check_dtype(dtype)
+    device = None if device is None else as_device("device", device)
+    if noise is None:
+        noise = PhiloxNoise.from_generator(device=device)
+    if not isinstance(noise, PhiloxNoise):
+        raise TypeError(f"noise must be a PhiloxNoise, got {type(noise).__name__}")
+    u = noise.uniform((batch,), dtype=torch.float64, device=device) + _HALF
+    if spread:
+        u = stratified(u)
+    if callable(density):
+        if parameters:
+            given = ", ".join(parameters)
+            raise ValueError(f"density must be a name with {given}, got a function")
+        sigma = density(u)
+    elif density in DENSITIES:
+        sigma = DENSITIES[density](u, **parameters)
+    else:
+        names = ", ".join(map(repr, DENSITIES))
+        raise ValueError(f"density must be one of {names} or a function, got {density!r}")
+    return (sigma if shift == 1 else shift_sigmas(sigma, shift)).to(dtype)
+
+
+def _float64(u: Tensor) -> Tensor:
+    u = as_tensor("u", u, "a tensor of floating-point numbers")
+    if not u.is_floating_point():
+        raise TypeError(f"u must be a tensor of floating-point numbers, got {u.dtype}")
+    return u.double()
