@@ -475,7 +475,9 @@ class NormPreservingCFG(_BySums):
 
 def by_entry(w: Any, model_output: Tensor) -> bool:
     """Whether w is a number of each entry of several leading dimensions of the prediction."""
-    return isinstance(w, Tensor) and w.ndim > 1 and w.shape == model_output.shape[: w.ndim]
+    if not isinstance(w, Tensor) or w.ndim < 2 or w.is_nested or model_output.is_nested:
+        return False
+    return w.shape == model_output.shape[: w.ndim]
 
 
 def combined(model_output: Tensor, model_output_uncond: Tensor, w: Coef, g: Coef) -> Tensor:

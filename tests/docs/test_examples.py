@@ -114,7 +114,9 @@ def test_bits_per_dim_are_the_entropy() -> None:
 
 def test_many_gpus_is_one_gpu() -> None:
     script = str(EXAMPLES / "many_gpus.py")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", script]
+    # Standalone: at a free port, as another test may have the default one.
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    torchrun += ["--nproc-per-node", "2", script]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     printed = subprocess.run(torchrun, capture_output=True, text=True, env=env, check=True).stdout
     assert "processes: 2" in printed

@@ -567,7 +567,8 @@ class GaussianDiffusion(VariationalBound, Inversion):
 
         Runs under ``torch.no_grad()``, unless it is ``differentiable``; a model or a ``cond_fn``
         that needs gradients of its own enters ``torch.enable_grad()``. For thresholds or a callback
-        use ``diffcore.sample`` with a table of ``diffcore.solvers``.
+        use ``diffcore.sample`` with a table of ``diffcore.solvers``, for a loop of your own
+        ``SolverTable.step``.
 
         Args:
             model: ``model(x, t, **model_kwargs)``.
@@ -634,8 +635,8 @@ class GaussianDiffusion(VariationalBound, Inversion):
 
         Runs under ``torch.no_grad()``, unless it is ``differentiable``; a model or a ``cond_fn``
         that needs gradients of its own enters ``torch.enable_grad()``. For thresholds or a callback
-        use ``diffcore.sample`` with a table of ``diffcore.solvers``. A predicted variance is not
-        read.
+        use ``diffcore.sample`` with a table of ``diffcore.solvers``, for a loop of your own
+        ``SolverTable.step``. A predicted variance is not read.
 
         Args:
             model: ``model(x, t, **model_kwargs)``.
