@@ -81,6 +81,12 @@ def test_noise_beyond_2_to_34_is_refused() -> None:
         ops.add_noise(torch.zeros(1, 4, 4), key, torch.rand(1, 4), 1.0, group_dim=1)
 
 
+@pytest.mark.parametrize("shape", [(0, 3, 5, 8), (2, 3, 0, 8), (2, 0, 5, 8), (2, 3, 5, 0)], ids=str)
+def test_no_samples_groups_or_elements(shape: tuple[int, ...]) -> None:
+    x, a = torch.zeros(shape), torch.rand(shape[0], shape[2])
+    assert ops.add_noise(x, KEY, a, 1.0, group_dim=2).shape == shape
+
+
 def test_the_key_as_a_value() -> None:
     key = KEY.for_groups(IDS, 2)
     assert isinstance(key, GroupNoise)

@@ -196,7 +196,8 @@ class Groups(NamedTuple):
             aligned = type(key) is PhiloxNoise and self.run % 4 == 0
         if not (aligned and self.order is None and native._C is not None and plain_eager()):
             return False
-        if key.first_element + batch * runs * groups * self.run > _MAX_ELEMENTS:
+        elements = batch * runs * groups * self.run
+        if not elements or key.first_element + elements > _MAX_ELEMENTS:
             return False
         tensors = [x for x in samples if isinstance(x, Tensor)]
         others = [x for x in (*levels, *key._parts) if isinstance(x, Tensor)]
