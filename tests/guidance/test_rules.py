@@ -362,3 +362,17 @@ def test_the_norm_of_each_token(shape: tuple[int, ...]) -> None:
     )
     with pytest.raises(ValueError, match="dim must be -1 or None, got 1"):
         NormPreservingCFG(2.0, dim=1)
+
+
+def test_a_kl_of_several_dtypes_is_that_of_the_widest() -> None:
+    """The numbers of both models' guidance too, though one model's tensors are narrower."""
+    c, u = predictions((2, 3, 4))
+    x, m = torch.randn(2, 3, 4), c.float()
+    row = (*ROW[:3], 0.5, *ROW[4:])
+    unconds = {"model_output_uncond": u, "reference_output_uncond": u.float()}
+    found = ops.step_kl(x, m, m * 0.9, row, guidance=TCFG(2.5), **unconds)
+    wide = {name: value.double() for name, value in unconds.items()}
+    wanted = ops.step_kl(
+        x.double(), m.double(), (m * 0.9).double(), row, guidance=TCFG(2.5), **wide
+    )
+    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=0)

@@ -8,6 +8,7 @@ deviation.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from diffcore._checks import as_flag, as_real, check_choice, check_dense
+from diffcore._engine import messages
 from diffcore._engine.dispatch import plain_eager, run
 from diffcore._engine.dtensor import is_dtensor
 from diffcore._engine.execute import split_coefs
@@ -63,6 +65,14 @@ def check_memory_of(guidance: Guidance | None) -> None:
             f"guidance must not remember earlier rows here, got {type(guidance).__name__}, which a "
             "step moves on; keep the log-probability of the step: return_log_prob=True"
         )
+
+
+def in_widest(x: Tensor, *predictions: Tensor | None) -> Tensor:
+    """The samples in the widest dtype of a call, for rules that read one model at a time."""
+    given = [y for y in (x, *predictions) if isinstance(y, Tensor)]
+    if len({y.dtype for y in given}) == 1 or any(y.dtype not in messages.DTYPES for y in given):
+        return x
+    return x.to(functools.reduce(torch.promote_types, [y.dtype for y in given]))
 
 
 def check_unconds(first: Tensor | None, second: Tensor | None) -> None:
@@ -222,6 +232,8 @@ def kl_of_row(
     check_unconds(*unconds)
     plan, t = rows.plan_at(i, x)
     rows.check_fixed_variance("step_kl")
+    if guidance is not None:
+        x = in_widest(x, *model_outputs, *unconds)
     step = Scored(plan, (), t, "i")
     first, second = [
         rows.guided_or_refused(i, x, m, (u, guidance_scale, guidance), False)

@@ -18,6 +18,7 @@ from diffcore.ops._density import (
     by_sums,
     check_memory_of,
     check_unconds,
+    in_widest,
     kl,
     log_prob,
     reduced,
@@ -453,6 +454,9 @@ def step_kl(
     check_memory_of(guidance)
     check_unconds(model_output_uncond, reference_output_uncond)
     plan = k.plan(step_columns(coefficients, k.PLAIN), 0, False, False)
+    if guidance is not None:
+        unconds = (model_output_uncond, reference_output_uncond)
+        x = in_widest(x, model_output, reference_output, *unconds)
     model_output, guided = guided_by(x, model_output, model_output_uncond, guidance_scale, guidance)
     reference_output, of_reference = guided_by(
         x, reference_output, reference_output_uncond, guidance_scale, guidance
