@@ -475,7 +475,9 @@ class NormPreservingCFG(_BySums):
 
 def by_entry(w: Any, model_output: Tensor) -> bool:
     """Whether w is a number of each entry of several leading dimensions of the prediction."""
-    if not isinstance(w, Tensor) or w.ndim < 2 or w.is_nested or model_output.is_nested:
+    if not isinstance(w, Tensor) or w.ndim < 2 or not isinstance(model_output, Tensor):
+        return False
+    if w.is_nested or model_output.is_nested:
         return False
     return w.shape == model_output.shape[: w.ndim]
 
@@ -528,7 +530,7 @@ def _number(
             shapes = "[B]" if dims == 1 else "[B] or [B, C]"
             raise TypeError(
                 f"scale must be a number or a float32 or float64 tensor {shapes}, got "
-                f"{value.dtype} {tuple(value.shape)}"
+                f"{value.dtype} {'nested' if value.is_nested else tuple(value.shape)}"
             )
         return
     number = as_real(name, value)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -363,3 +364,12 @@ def test_a_known_part_has_no_density() -> None:
     part = {"mask": torch.ones(8), "known": x, "known_noise": x}
     with pytest.raises(ValueError, match="mask must be None with return_log_prob"):
         table.step(1, x, x, noise=KEY, return_log_prob=True, **part)
+
+
+def test_levels_as_lists_and_numpy_numbers() -> None:
+    x, a = torch.randn(2, 3, 5, 4), torch.rand(2, 5)
+    wanted = ops.add_noise(x, x, a, 0.5, group_dim=2)
+    for given in (a.tolist(), a.numpy()):
+        assert torch.equal(ops.add_noise(x, x, given, np.float64(0.5), group_dim=2), wanted)
+    meta = ops.add_noise(x.to("meta"), x.to("meta"), a.to("meta"), np.float64(0.5), group_dim=2)
+    assert meta.shape == x.shape

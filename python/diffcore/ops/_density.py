@@ -276,6 +276,12 @@ def _composed(
 def _of_learned(step: Scored, mean: Tensor, x_next: Tensor, variance_output: Tensor) -> Tensor:
     """The same where the deviation is ``c_z exp(s_0 + s_v v)``; 0 where c_z is 0."""
     c_z, s_0, s_v = _numbers(step, _C_Z, -2, -1)
+    lengths = {len(c) for c in (c_z, s_0, s_v) if isinstance(c, Tensor) and c.ndim and len(c) != 1}
+    if len(lengths) > 1:
+        raise ValueError(
+            "variance_coefficients must have as many rows as coefficients, got lengths "
+            f"{sorted(lengths)}"
+        )
     noisy: Coef
     if isinstance(c_z, Tensor):
         still = c_z == 0

@@ -110,7 +110,8 @@ class Groups(NamedTuple):
         if isinstance(value, Weighted):
             return Weighted(self.levels("guidance_scale", value.w), self.levels("g", value.g))
         if not isinstance(value, Tensor):
-            if not isinstance(value, (list, tuple)) and not hasattr(value, "__array__"):
+            is_array = hasattr(value, "__array__") and value.ndim > 0
+            if not isinstance(value, (list, tuple)) and not is_array:
                 return value
             value = as_tensor(name, value)
         if value.ndim == 0:
