@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,45 +46,57 @@ def _beside(x: Any, alpha: Any, by_frame: bool) -> Any:
     return alpha.reshape([n if d in (0, dim) else 1 for d, n in enumerate(x.shape)])
 
 
-def _ops(by_frame: bool) -> dict[str, tuple[Any, tuple[str, ...], Any]]:
-    """Name: the call, its tensors, and the formula."""
+def _add_noise(x0: Any, noise: Any, alpha: Any, by_frame: bool) -> Any:
+    alpha, dim = _of(x0, alpha, by_frame)
+    return ops.add_noise(x0, noise, alpha, 1 - alpha, group_dim=dim)
 
-    def add_noise(x0: Any, noise: Any, alpha: Any) -> Any:
-        alpha, dim = _of(x0, alpha, by_frame)
-        return ops.add_noise(x0, noise, alpha, 1 - alpha, group_dim=dim)
 
-    def loss(model_output: Any, x0: Any, noise: Any, alpha: Any) -> Any:
-        alpha, dim = _of(x0, alpha, by_frame)
-        return ops.denoising_loss(
-            model_output,
-            x0,
-            noise,
-            prediction_type="flow_prediction",
-            weight=alpha,
-            group_dim=dim,
-        )
+def _folded(x0: Any, noise: Any, alpha: Any) -> Any:
+    """The frames as samples, by copies there and back."""
+    alpha, dim = _of(x0, alpha, True)
+    assert dim is not None
+    frames = [y.movedim(dim, 1).flatten(0, 1).contiguous() for y in (x0, noise)]
+    alpha = alpha.flatten()
+    x_t = ops.add_noise(*frames, alpha, 1 - alpha)
+    return x_t.unflatten(0, (len(x0), -1)).movedim(1, dim).contiguous()
 
-    def add_noise_formula(xp: Any, x0: Any, noise: Any, alpha: Any) -> Any:
-        a = _beside(x0, alpha, by_frame)
-        return a * x0 + (1 - a) * noise
 
-    def loss_formula(xp: Any, model_output: Any, x0: Any, noise: Any, alpha: Any) -> Any:
-        error = (model_output - (noise - x0)) ** 2 * _beside(x0, alpha, by_frame)
-        return error.reshape(len(error), -1).mean(1)
+def _loss(model_output: Any, x0: Any, noise: Any, alpha: Any, by_frame: bool) -> Any:
+    weight, dim = _of(x0, alpha, by_frame)
+    kind = "flow_prediction"
+    given = (model_output, x0, noise)
+    return ops.denoising_loss(*given, prediction_type=kind, weight=weight, group_dim=dim)
 
-    return {
-        "add_noise": (add_noise, ("x0", "noise"), add_noise_formula),
-        "denoising_loss": (loss, ("model_output", "x0", "noise"), loss_formula),
-    }
+
+def _add_noise_formula(xp: Any, x0: Any, noise: Any, alpha: Any, by_frame: bool) -> Any:
+    a = _beside(x0, alpha, by_frame)
+    return a * x0 + (1 - a) * noise
+
+
+def _loss_formula(
+    xp: Any,
+    model_output: Any,
+    x0: Any,
+    noise: Any,
+    alpha: Any,
+    by_frame: bool,
+) -> Any:
+    error = (model_output - (noise - x0)) ** 2 * _beside(x0, alpha, by_frame)
+    return error.reshape(len(error), -1).mean(1)
 
 
 def cases() -> list[OpCase]:
-    """Each op by frame, and by sample."""
-    return [
-        OpCase(f"{name}, {'frames' if by_frame else 'samples'}", op, tensors, formula, _levels, ())
-        for by_frame in (True, False)
-        for name, (op, tensors, formula) in _ops(by_frame).items()
-    ]
+    """Each op by frame and by sample, and frames that are folded into the batch by copies."""
+    pair = ("x0", "noise")
+    of_loss = ("model_output", *pair)
+    rows: list[tuple[str, Any, tuple[str, ...], Any]] = []
+    for by_frame, named in ((True, "frames"), (False, "samples")):
+        add, formula = (partial(f, by_frame=by_frame) for f in (_add_noise, _add_noise_formula))
+        rows.append((f"add_noise, {named}", add, pair, formula))
+        loss, formula = (partial(f, by_frame=by_frame) for f in (_loss, _loss_formula))
+        rows.append((f"denoising_loss, {named}", loss, of_loss, formula))
+    rows.append(("add_noise, folded", _folded, pair, partial(_add_noise_formula, by_frame=True)))
+    return [OpCase(name, op, named, formula, _levels, ()) for name, op, named, formula in rows]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

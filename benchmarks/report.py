@@ -306,6 +306,7 @@ TABLES: dict[str, Callable[[Sequence[Row]], Table]] = {
     "threshold": ops_table,
     "guidance": ops_table,
     "groups": ops_table,
+    "masks": ops_table,
     "bound": ops_table,
     "call": call_table,
     "likelihood": whole_table,

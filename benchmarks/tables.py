@@ -62,6 +62,7 @@ HEADINGS = {
     "call": "Where the time of a small call goes, on the host",
     "guidance": "Guided step of DPM-Solver++ (2M), nanoseconds per element",
     "groups": "A level for each frame, nanoseconds per element",
+    "masks": "Known parts and masked losses, nanoseconds per element",
     "bound": "Terms of the variational bound, nanoseconds per element",
     "likelihood": "Discretized likelihood: exact, and the usual approximation (eager, compile)",
     "overhead": "Cost of a call on 64 elements",

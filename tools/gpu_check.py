@@ -40,6 +40,7 @@ BENCHMARKS = (
     "threshold",
     "guidance",
     "groups",
+    "masks",
     "likelihood",
     "ops",
     "training",

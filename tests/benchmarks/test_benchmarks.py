@@ -315,25 +315,26 @@ def test_bench_threshold_runs(tmp_path: Path) -> None:
         assert row["error_over_bound"]["diffcore"] <= 1
 
 
-def test_bench_guidance_runs(tmp_path: Path) -> None:
-    out = tmp_path / "result.json"
-    run("bench_guidance", *TINY, "--out", str(out))
-    section = json.loads(out.read_text())["guidance"]
-    assert section["refused"] == []
-    assert [r["op"] for r in section["rows"]] == ["2M, cfg", "2M, rescaled", "2M, apg"]
-    for row in section["rows"]:
-        assert row["error_over_bound"]["diffcore"] <= 1
+OF_CASES = {
+    "guidance": ("2M, cfg|2M, rescaled|2M, apg", "2x1x8x8"),
+    "masks": ("step|step, known part|masked loss", "2x1x8x8"),
+    "groups": (
+        "add_noise, frames|denoising_loss, frames|add_noise, samples|denoising_loss, samples|"
+        "add_noise, folded",
+        "2x2x3x4x4",
+    ),
+}
 
 
-def test_bench_groups_runs(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", OF_CASES)
+def test_benchmarks_of_a_few_cases_run(name: str, tmp_path: Path) -> None:
+    named, shape = OF_CASES[name]
     out = tmp_path / "result.json"
-    run("bench_groups", *TINY, "--shape", "2x2x3x4x4", "--out", str(out))
-    section = json.loads(out.read_text())["groups"]
+    once = ["--device", "cpu", "--quick", "--shape", shape, "--seconds", "0.01"]
+    run(f"bench_{name}", *once, "--out", str(out))
+    section = json.loads(out.read_text())[name]
     assert section["refused"] == []
-    named = [
-        f"{op}, {by}" for by in ("frames", "samples") for op in ("add_noise", "denoising_loss")
-    ]
-    assert [r["op"] for r in section["rows"]] == named * 2
+    assert [r["op"] for r in section["rows"]] == named.split("|")
     for row in section["rows"]:
         assert row["error_over_bound"]["diffcore"] <= 1
 

@@ -10,8 +10,9 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from diffcore._checks import SURE, as_int, as_real, as_tensor, check_dense, check_memory
-from diffcore._engine.dispatch import plain_eager
-from diffcore._types import Coef, Coefs, Step
+from diffcore._engine.dispatch import plain_eager, run
+from diffcore._engine.kernel import Kernel
+from diffcore._types import Coef, Coefs, Step, Tensors
 
 _SYMBOLS = (torch.SymInt, torch.SymFloat)
 
@@ -141,6 +142,17 @@ def converted(error: TypeError, coefs: Coefs, step: Step, like: Any) -> tuple[Co
     if same_step and all(map(operator.is_, numbers, coefs)):
         raise error
     return numbers, found
+
+
+def run_converted(
+    kernel: Kernel, inputs: Tensors, coefs: Coefs, t: Step, out: Tensor | None = None
+) -> Tensor:
+    """Runs a kernel, with the coefficients and the step converted if it refuses them."""
+    try:
+        return run(kernel, inputs, coefs, t, False, out)
+    except TypeError as error:
+        coefs, t = converted(error, coefs, t, inputs[0])
+    return run(kernel, inputs, coefs, t, False, out)
 
 
 def _as_float(coef: Any) -> Any:

@@ -18,17 +18,16 @@ from torch import Tensor
 
 from diffcore._checks import as_flag, as_real, check_choice, check_dense
 from diffcore._engine import messages
-from diffcore._engine.dispatch import plain_eager, run
+from diffcore._engine.dispatch import plain_eager
 from diffcore._engine.dtensor import is_dtensor
 from diffcore._engine.execute import split_coefs
-from diffcore._engine.kernel import Kernel
 from diffcore._kernels import step as k
 from diffcore._kernels.gaussian import GAUSSIAN_NLL
 from diffcore._kernels.linear import LINEAR_COMBINATION, step_for
 from diffcore._types import Coef, Coefs, Step, Tensors
 from diffcore.guidance import Guidance, Weighted
 from diffcore.noise import Noise
-from diffcore.ops._arguments import converted
+from diffcore.ops._arguments import run_converted
 from diffcore.ops._guided import Guided, alike, predictions
 from diffcore.ops._launch import GivenGuidance, RowLauncher, launch
 
@@ -373,15 +372,6 @@ def _numbers(step: Scored, *which: int) -> Coefs:
         if isinstance(c, Tensor):
             check_dense("coefficients" if step.named == "t" else "table", c)
     return found
-
-
-def run_converted(kernel: Kernel, inputs: Tensors, coefs: Coefs, t: Step) -> Tensor:
-    """Runs a kernel, with the coefficients and the step converted if it refuses them."""
-    try:
-        return run(kernel, inputs, coefs, t)
-    except TypeError as error:
-        coefs, t = converted(error, coefs, t, inputs[0])
-    return run(kernel, inputs, coefs, t)
 
 
 def reduced(found: Tensor, x: Tensor, reduction: str) -> Tensor:

@@ -10,13 +10,13 @@ from torch import Tensor
 
 from diffcore._checks import check_dense, check_memory
 from diffcore._engine import messages
-from diffcore._engine.dispatch import plain_eager, run
+from diffcore._engine.dispatch import plain_eager
 from diffcore._engine.dtensor import all_of, is_dtensor, per_sample, replicated, shard_of
 from diffcore._engine.execute import expand_coefs
 from diffcore._kernels import linear as k
 from diffcore._types import Coef, Coefs, Step, Tensors
 from diffcore.noise import Noise, PhiloxNoise, draw
-from diffcore.ops._arguments import as_coef, converted
+from diffcore.ops._arguments import as_coef, run_converted
 from diffcore.ops._groups import in_groups
 
 MASK_REDUCTIONS = ("mask", "all")
@@ -38,11 +38,7 @@ def blend(
     """``ops.blend_known``, which describes the arguments."""
     q = expanded_mask(mask, x, "x")
     z = noise_like("known_noise", known_noise, "known", known)
-    coefs: Coefs = (as_coef("alpha", alpha, t), as_coef("sigma", sigma, t))
-    try:
-        return blended(x, q, known, z, coefs, t, out)
-    except TypeError as error:
-        coefs, t = converted(error, coefs, t, x)
+    coefs = (as_coef("alpha", alpha, t), as_coef("sigma", sigma, t))
     return blended(x, q, known, z, coefs, t, out)
 
 
@@ -56,7 +52,7 @@ def blended(
     out: Tensor | None = None,
 ) -> Tensor:
     """The kernel: all tensors in the shape of x; alpha and sigma."""
-    return run(k.BLEND, (x, mask, known, noise), coefs, t, False, out)
+    return run_converted(k.BLEND, (x, mask, known, noise), coefs, t, out)
 
 
 def step_blended(

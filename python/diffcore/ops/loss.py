@@ -9,12 +9,11 @@ from torch import Tensor
 
 from diffcore._checks import check_choice, check_dense
 from diffcore._engine import messages
-from diffcore._engine.dispatch import run, run_tuple
 from diffcore._kernels import loss as k
 from diffcore._types import Coef, Coefs, Step, Tensors
 from diffcore.coefficients.step import PREDICTION_TYPES
 from diffcore.noise import Noise, PhiloxNoise
-from diffcore.ops._arguments import as_coef, as_step, converted, negated
+from diffcore.ops._arguments import as_coef, as_step, negated, run_converted
 from diffcore.ops._groups import in_groups
 from diffcore.ops._masks import (
     MASK_REDUCTIONS,
@@ -275,17 +274,9 @@ def _masked(
     tensors = (model_output, *others, expanded(mask, model_output))
     if needed and not any(isinstance(x, Tensor) and x.requires_grad for x in others):
         slope = k.expected_gradient(model_output, summed) * share
-        kernel = loss.masked_with_gradient
-        try:
-            return run_tuple(kernel, tensors, (*coefs, slope), step)[1]
-        except TypeError as error:
-            coefs, step = converted(error, coefs, step, model_output)
-        return run_tuple(kernel, tensors, (*coefs, slope), step)[1]
-    try:
-        return run(loss.masked, tensors, coefs, step)
-    except TypeError as error:
-        coefs, step = converted(error, coefs, step, model_output)
-    return run(loss.masked, tensors, coefs, step)
+        kernel, coefs = loss.masked_with_gradient, (*coefs, slope)
+        return run_converted(kernel, tensors, coefs, step)[1]
+    return run_converted(loss.masked, tensors, coefs, step)
 
 
 def _elementwise(

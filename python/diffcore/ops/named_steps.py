@@ -24,6 +24,10 @@ __all__ = [
 ]
 
 
+_Given = tuple[Tensor, Tensor | None, Coef | None, Guidance | None]
+"""m or m_c, m_u, the guidance scale and the rule, as they came."""
+
+
 def _row(table: Tensor, like: Tensor) -> Coefs:
     """Coefficients just computed, as numbers where possible, so that none is sent to a device."""
     if table.ndim == 1 and table.device.type == "cpu" and not table.requires_grad and plain_eager():
@@ -33,11 +37,21 @@ def _row(table: Tensor, like: Tensor) -> Coefs:
     return (as_table("coefficients", table, 8),)
 
 
+def _launched(
+    table: Tensor, x_t: Tensor, noise: Noise | None, given: _Given, out: Tensor | None
+) -> Tensor:
+    """The step of these coefficients."""
+    plan = k.plan(_row(table, x_t), 0, False, noise is not None, k.SOLVER_STEP)
+    model_output, guided = guided_by(x_t, *given)
+    x_prev: Tensor = launch(plan, x_t, model_output, (), None, noise, guided, None, out)
+    return x_prev
+
+
 def _in_groups(
     op: Callable[..., Tensor],
     group_dim: int,
     x_t: Tensor,
-    given: tuple[Tensor, Tensor | None, Coef | None, Guidance | None],
+    given: _Given,
     noise: Noise | None,
     levels: tuple[Coef, ...],
     **rest: Any,
@@ -112,8 +126,8 @@ def ddpm_step(
     Source:
         Ho et al. 2020, eqs. 6-7 and Algorithm 2.
     """
+    given = (model_output, model_output_uncond, guidance_scale, guidance)
     if group_dim is not None:
-        given = (model_output, model_output_uncond, guidance_scale, guidance)
         options = {
             "prediction_type": prediction_type,
             "variance_type": variance_type,
@@ -138,13 +152,7 @@ def ddpm_step(
         variance_type=variance_type,
         clip_range=clip_range,
     )
-    row = _row(table, x_t)
-    plan = k.plan(row, 0, False, noise is not None, k.SOLVER_STEP)
-    model_output, guided = guided_by(
-        x_t, model_output, model_output_uncond, guidance_scale, guidance
-    )
-    x_prev: Tensor = launch(plan, x_t, model_output, (), None, noise, guided, None, out)
-    return x_prev
+    return _launched(table, x_t, noise, given, out)
 
 
 def ddim_step(
@@ -205,8 +213,8 @@ def ddim_step(
             f"noise must be given where eta is not 0, got None with eta={eta}; pass a tensor or a "
             "PhiloxNoise"
         )
+    given = (model_output, model_output_uncond, guidance_scale, guidance)
     if group_dim is not None:
-        given = (model_output, model_output_uncond, guidance_scale, guidance)
         options = {
             "prediction_type": prediction_type,
             "eta": eta,
@@ -233,10 +241,4 @@ def ddim_step(
         rederive_epsilon=rederive_epsilon,
         clip_range=clip_range,
     )
-    row = _row(table, x_t)
-    plan = k.plan(row, 0, False, noise is not None, k.SOLVER_STEP)
-    model_output, guided = guided_by(
-        x_t, model_output, model_output_uncond, guidance_scale, guidance
-    )
-    x_prev: Tensor = launch(plan, x_t, model_output, (), None, noise, guided, None, out)
-    return x_prev
+    return _launched(table, x_t, noise, given, out)

@@ -12,6 +12,7 @@ from diffcore._kernels import step as k
 from diffcore._types import Coef, Row, Step, Tensors
 from diffcore.guidance import Guidance
 from diffcore.noise import Noise
+from diffcore.ops._arguments import run_converted
 from diffcore.ops._density import (
     REDUCTIONS,
     Scored,
@@ -22,7 +23,6 @@ from diffcore.ops._density import (
     kl,
     log_prob,
     reduced,
-    run_converted,
     wants_log_prob,
 )
 from diffcore.ops._groups import in_groups

@@ -1,0 +1,87 @@
+"""Times a step with a known part, and a masked loss, against eager PyTorch and ``torch.compile``.
+
+    python -m benchmarks.bench_masks [--device auto|cpu|cuda] [--out FOLDER-OR-FILE] [--quick]
+
+The step is a row of DDIM's table; the plain one stands beside it. A mask is 0 or 1.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+if __package__ in (None, ""):  # run as a file
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.case_command import measure_cases
+from benchmarks.contest import OpCase
+from diffcore import ops, solvers
+
+SHAPES = ("8x4x64x64", "64x3x128x128")
+TABLE = solvers.euler_table([9.0, 3.0, 1.0, 0.3, 0.0])
+C_X, C_0 = (TABLE.rows[1].coefficients[i] for i in (0, 2))
+A_X, A_M = TABLE.rows[1].coefficients[4:6]
+ALPHA, SIGMA = TABLE.rows[1].next_alpha, TABLE.rows[1].next_sigma
+
+
+def _mask(x: Any) -> Any:
+    """1 in the right half of the last dimension, of the shape of one row."""
+    n = x.shape[-1]
+    if isinstance(x, Tensor):
+        return (torch.arange(n, device=x.device) >= n // 2).to(x.dtype)
+    return (np.arange(n) >= n // 2).astype(x.dtype)
+
+
+def _plain(x: Any, model_output: Any) -> Any:
+    return TABLE.step(1, x, model_output)[0]
+
+
+def _masked(x: Any, model_output: Any, known: Any, known_noise: Any) -> Any:
+    given = {"mask": _mask(x), "known": known, "known_noise": known_noise}
+    return TABLE.step(1, x, model_output, **given)[0]
+
+
+def _loss(model_output: Any, x0: Any, noise: Any) -> Any:
+    return ops.denoising_loss(model_output, x0, noise, mask=_mask(x0))
+
+
+def _plain_formula(xp: Any, x: Any, model_output: Any) -> Any:
+    return C_X * x + C_0 * (A_X * x + A_M * model_output)
+
+
+def _masked_formula(xp: Any, x: Any, model_output: Any, known: Any, known_noise: Any) -> Any:
+    q = _mask(x)
+    stepped = _plain_formula(xp, x, model_output)
+    return q * stepped + (1 - q) * (ALPHA * known + SIGMA * known_noise)
+
+
+def _loss_formula(xp: Any, model_output: Any, x0: Any, noise: Any) -> Any:
+    q = _mask(x0) + 0 * x0
+    terms = (q * (model_output - noise) ** 2).reshape(len(x0), -1)
+    return terms.sum(1) / q.reshape(len(x0), -1).sum(1)
+
+
+def cases() -> list[OpCase]:
+    """The plain step, the step with a known part, and a masked loss."""
+    of_step = ("x", "model_output")
+    rows: list[tuple[str, Any, tuple[str, ...], Any]] = [
+        ("step", _plain, of_step, _plain_formula),
+        ("step, known part", _masked, (*of_step, "known", "known_noise"), _masked_formula),
+        ("masked loss", _loss, ("model_output", "x0", "noise"), _loss_formula),
+    ]
+    return [OpCase(name, op, named, formula, lambda _: {}, ()) for name, op, named, formula in rows]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measures, prints and writes; 1 if a result was refused."""
+    return measure_cases("masks", __doc__, cases, SHAPES, argv)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
