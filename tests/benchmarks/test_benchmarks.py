@@ -330,8 +330,7 @@ OF_CASES = {
 def test_benchmarks_of_a_few_cases_run(name: str, tmp_path: Path) -> None:
     named, shape = OF_CASES[name]
     out = tmp_path / "result.json"
-    once = ["--device", "cpu", "--quick", "--shape", shape, "--seconds", "0.01"]
-    run(f"bench_{name}", *once, "--out", str(out))
+    run(f"bench_{name}", *TINY[:3], "--shape", shape, *TINY[5:], "--out", str(out))
     section = json.loads(out.read_text())[name]
     assert section["refused"] == []
     assert [r["op"] for r in section["rows"]] == named.split("|")
