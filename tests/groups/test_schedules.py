@@ -128,6 +128,7 @@ BAD: dict[str, tuple[Any, type[Exception], str]] = {
     "floats": (torch.zeros(3, 1, 5), TypeError, "schedule must be an int64 or int32 tensor"),
     "shape": (torch.zeros(3, 5).long(), ValueError, r"\[M, B, G\], \(M, 2, 5\), or \(M, 1, 5\)"),
     "pause": ([[[0] * 5], [[-1] * 5], [[1] * 5]], ValueError, "must not pause a group"),
+    "amid history": ([[[2] * 5]], ValueError, "must start each group of .* at a row that reads no"),
     "no ints": ("rows", TypeError, r"schedule must be a tensor of ints \[M, B, G\], got str"),
 }
 
@@ -136,6 +137,12 @@ BAD: dict[str, tuple[Any, type[Exception], str]] = {
 def test_schedules_that_are_refused(schedule: Any, kind: type[Exception], message: str) -> None:
     with pytest.raises(kind, match=message):
         sample(model, SAMPLES, TABLES["dpm++ 2m"], schedule=schedule, group_dim=2)
+
+
+def test_no_samples() -> None:
+    x, table = torch.zeros(0, 3, 5, 4, 6), TABLES["euler"]
+    schedule = pyramid_schedule(len(table), 5)
+    assert sample(model, x, table, schedule=schedule, group_dim=2).shape == x.shape
 
 
 def test_arguments_that_do_not_go_together() -> None:

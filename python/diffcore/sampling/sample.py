@@ -208,12 +208,12 @@ def sample(
             come from ``SolverTable.log_prob`` of the states.
         reduction: Of the log-probabilities, "sum" or "mean" over the elements of a sample.
         schedule: The row that each group of a sample takes in each model call, ``[M, B, G]`` or
-            ``[M, 1, G]`` ints (``sampling.pyramid_schedule``): -1 for a group that
-            waits. A group takes its rows one after the other, from any first to any last one, so
-            windows can roll. The model then gets ``t`` ``[B, G]``: for a group that waits that of
-            the level at which it is, and 0 after the last row of the table. The noise of model call
-            m takes the stream 1 + m. Its values are read before the first call. Not with
-            ``cond_fn``, ``mask``, thresholding, hooks, ``checkpoint`` or a ``Trajectory``.
+            ``[M, 1, G]`` ints (``sampling.pyramid_schedule``): -1 for a group that waits. A group
+            takes its rows one after the other, from any first to any last one, so windows can roll;
+            the first must read no history. The model then gets ``t`` ``[B, G]``: for a group that
+            waits that of the level at which it is, and 0 after the last row of the table. The noise
+            of model call m takes the stream 1 + m. Its values are read before the first call. Not
+            with ``cond_fn``, ``mask``, thresholding, hooks, ``checkpoint`` or a ``Trajectory``.
         group_dim: The dimension of the groups, such as 2 for the frames of ``[B, C, F, H, W]``.
 
     Returns:

@@ -14,6 +14,7 @@ from diffcore._engine.dispatch import run
 from diffcore._engine.kept import made_plainly
 from diffcore._kernels.linear import SCALE
 from diffcore._types import Model, Tensors
+from diffcore.coefficients.step import HISTORY_READ
 from diffcore.guidance import Guidance
 from diffcore.noise import Noise, StepNoise
 from diffcore.ops._groups import Groups, in_groups
@@ -86,7 +87,7 @@ def _checked(schedule: Any, table: SolverTable, groups: Groups) -> _Schedule:
         )
     rows = given.to("cpu", torch.int64).expand(-1, batch, -1)
     last = len(table)
-    if int(rows.min()) < -1 or int(rows.max()) >= last:
+    if rows.numel() and (int(rows.min()) < -1 or int(rows.max()) >= last):
         raise ValueError(
             f"schedule must hold rows 0 .. {last - 1} of {table.name}, or -1 for a group that "
             f"waits, got values from {int(rows.min())} to {int(rows.max())}"
@@ -112,6 +113,13 @@ def _checked(schedule: Any, table: SolverTable, groups: Groups) -> _Schedule:
         raise ValueError(
             f"schedule must not pause a group between two rows of {table.name}, whose rows read "
             "earlier ones"
+        )
+    firsts = {int(r) for r in upcoming.flatten() if r >= 0}
+    reads = [r for r in firsts if any(table.rows[r].coefficients[HISTORY_READ])]
+    if reads:
+        raise ValueError(
+            f"schedule must start each group of {table.name} at a row that reads no earlier one, "
+            f"such as 0, got {min(reads)}"
         )
     # After its last row a group is at the level that this row reached.
     reached = torch.full(wanted, last, device="cpu")
