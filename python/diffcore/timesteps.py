@@ -160,7 +160,7 @@ DENSITIES: dict[str, Callable[..., Tensor]] = {
 
 
 def stratified(u: Tensor) -> Tensor:
-    """Uniform numbers spread over a batch: (i + u_i) / B, one in each of B equal parts.
+    """Uniform numbers, one in each of B equal parts of (0, 1): (i + u_i) / B.
 
     Each of them alone is uniform, if the batch is shuffled; their mean varies less.
 
@@ -180,13 +180,16 @@ def stratified(u: Tensor) -> Tensor:
     return (torch.arange(len(u), dtype=u.dtype, device=u.device) + u) / max(len(u), 1)
 
 
+_stratified = stratified  # where a parameter has its name
+
+
 def draw(
     density: Density,
     batch: int,
     noise: PhiloxNoise | None = None,
     *,
     shift: float = 1.0,
-    spread: bool = False,
+    stratified: bool = False,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str | None = None,
     **parameters: Any,
@@ -202,7 +205,8 @@ def draw(
         batch: B.
         noise: A noise key; ``None`` for one seeded by torch's generator.
         shift: ``spacings.shift_sigmas`` after the density; 3 for Stable Diffusion 3.
-        spread: ``stratified`` before it. A level then depends on the place in the batch.
+        stratified: Apply the function of that name to u first. A level then
+            depends on the place in the batch.
         dtype: Of the result, to which the float64 level is rounded.
         device: ``None`` for that of the key's tensors, else torch's default.
         parameters: Of the density.
@@ -214,7 +218,7 @@ def draw(
         TypeError: An argument of the wrong type.
         ValueError: An unknown density, parameters of a function, or a parameter out of its range.
     """
-    batch, spread = as_int("batch", batch, 0), as_flag("spread", spread)
+    batch, by_strata = as_int("batch", batch, 0), as_flag("stratified", stratified)
     messages.check_dtype(dtype)
     device = None if device is None else as_device("device", device)
     if noise is None:
@@ -222,8 +226,8 @@ def draw(
     if not isinstance(noise, PhiloxNoise):
         raise TypeError(f"noise must be a PhiloxNoise, got {type(noise).__name__}")
     u = noise.uniform((batch,), dtype=torch.float64, device=device) + _HALF
-    if spread:
-        u = stratified(u)
+    if by_strata:
+        u = _stratified(u)
     if callable(density):
         if parameters:
             given = ", ".join(parameters)

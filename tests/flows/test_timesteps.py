@@ -115,14 +115,14 @@ def test_a_level_is_a_function_of_the_key() -> None:
     assert torch.equal(timesteps.draw("uniform", 8), first)
 
 
-def test_shift_spread_and_functions() -> None:
+def test_shift_strata_and_functions() -> None:
     plain = timesteps.draw("mode", 64, KEY, dtype=torch.float64)
     shifted = timesteps.draw("mode", 64, KEY, shift=3.0, dtype=torch.float64)
     assert torch.equal(shifted, shift_sigmas(plain, 3.0))
-    spread = timesteps.draw("uniform", 64, KEY, spread=True, dtype=torch.float64)
-    assert torch.equal((64 * spread).floor(), torch.arange(64, dtype=torch.float64))
+    strata = timesteps.draw("uniform", 64, KEY, stratified=True, dtype=torch.float64)
+    assert torch.equal((64 * strata).floor(), torch.arange(64, dtype=torch.float64))
     u = timesteps.draw("uniform", 64, KEY, dtype=torch.float64)
-    torch.testing.assert_close((64 * spread) % 1, u, rtol=0, atol=1e-12)
+    torch.testing.assert_close((64 * strata) % 1, u, rtol=0, atol=1e-12)
     own = timesteps.draw(lambda u: u**2, 64, KEY, dtype=torch.float64)
     assert torch.equal(own, u**2)
     assert timesteps.draw("uniform", 0).shape == (0,)

@@ -185,8 +185,8 @@ class Groups(NamedTuple):
     ) -> bool:
         """Whether the kernel of a plain call can generate the noise of rows.
 
-        Beside a gradient of a level, a mode, or a device without kernels a call takes another
-        route, which knows keys of samples only.
+        Beside a gradient of a level, under a mode, or on a device without kernels a call takes
+        another route, where the first element of a key is one number.
         """
         batch, runs, groups = self.counts
         if isinstance(key, GroupNoise):
@@ -273,8 +273,8 @@ def in_groups(
 def _memory_order(x: Tensor) -> tuple[int, ...] | None:
     """The dimensions of samples from the outermost in memory to the innermost, the samples first.
 
-    ``None`` for row-major samples. A trace, whose strides may be symbols, knows these and
-    channels-last samples.
+    ``None`` for row-major samples. In a trace, where strides may be symbols, only row-major and
+    channels-last samples are recognized; others are copied.
     """
     dims = tuple(range(x.ndim))
     if torch.compiler.is_dynamo_compiling():
