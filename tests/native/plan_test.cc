@@ -175,6 +175,11 @@ void test_reasons() {
   CHECK(is(part(kIdsPart, Tensor({5}, 0, kInt64)), Code::kLength, A::kSampleIds));
   CHECK(is(part(kIdsPart, Tensor({4, 1}, 0, kInt64)), Code::kDimensions, A::kSampleIds));
   CHECK(is(part(kStreamPart, Tensor({2}, 0, kInt64)), Code::kLength, A::kStream));
+  CHECK(is(part(kElementPart, Tensor({4}, 0, kInt64)), Code::kDone));
+  CHECK(is(part(kElementPart, Tensor({5}, 0, kInt64)), Code::kLength, A::kFirstElement));
+  CHECK(is(part(kElementPart, Tensor({}, 0, kInt64)), Code::kLength, A::kFirstElement));
+  CHECK(is(part(kElementPart, Tensor({4, 1}, 0, kInt64)), Code::kDimensions, A::kFirstElement));
+  CHECK(is(part(kElementPart, Tensor({4}, 0, kInt32)), Code::kDtype, A::kFirstElement));
 
   CHECK(is(sum([](TestCall& c) { c.reduce_all = true; }), Code::kShape, A::kSum));
   CHECK(is(sum([](TestCall& c) {
