@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from tools.fuzz_choices import CHOICES, COEFFICIENTS, FLOATS, ODD_CHOICES, SAMPLES, WIDTHS
 from torch import Tensor
 
 from diffcore import PhiloxNoise, ops
@@ -24,7 +25,6 @@ from diffcore.guidance import (
     RescaledCFG,
 )
 
-FLOATS = (torch.float32, torch.float32, torch.float64, torch.bfloat16, torch.float16)
 COEF_FLOATS = (torch.float32, torch.float64)
 OTHER_DTYPES = (
     *(torch.int64, torch.int32, torch.uint8, torch.bool, torch.complex64, torch.int8),
@@ -299,47 +299,6 @@ class Maker:
         return torch.empty(0, dtype=self.dtype).set_(storage, at, self.shape, strides)
 
 
-WIDTHS = {"table": 2, "vlb_term": 12, "linear_combination": 2, "variance_coefficients": 2}
-CHOICES: dict[str, tuple[Any, ...]] = {
-    "prediction_type": ("epsilon", "sample", "v_prediction", "flow_prediction"),
-    "reduction": ("none", "sample", "batchmean", "mean", "sum"),
-    **{
-        f"reduction of {op}": ("sum", "mean", "none")
-        for op in ("reverse_step", "step_log_prob", "step_kl")
-    },
-    "mask_reduction": ("mask", "all", "mean"),
-    "return_target": (None, "epsilon", "v_prediction", "flow_prediction", "sample"),
-    "variance_type": ("fixed_small", "fixed_large", "learned"),
-    "clip_range": (None, 1.0, (-0.5, 2.0), -1.0),
-    "eta": (0.0, 0.5, 1.0, 2.0),
-    "ratio": (0.0, 0.5, 0.995, 1.0, 2.0),
-    "sample_max_value": (1.0, 2.0, math.inf, 0.5),
-    "rederive_epsilon": (False, True),
-    "return_history": (False, True),
-    "return_log_prob": (False, False, True),
-    "group_dim": (None, 1, 1, 2, -1, 0, -3),
-    "reduction of denoising_loss": ("sample", "sample", "group"),
-    "generator": (None,),
-    "device": (None, "cpu"),
-    "dtype": (None, *FLOATS, torch.int64),
-}
-# What is odd for arguments of their kind only.
-ODD_CHOICES: dict[str, tuple[Any, ...]] = {
-    "shape": (2, -1, (2, -1), (2.0,), ((2,), 3), (True,), "23", (2**40, 2**40), torch.tensor(2)),
-    "device": ("gpu", "cuda:x", -1, 1.5, 2**70),
-    **dict.fromkeys(("rederive_epsilon", "return_history", "return_log_prob"), (2, "False", 1.0)),
-}
-SAMPLES = (
-    *("x0", "x", "y", "x_t", "x_next", "model_output", "model_output_uncond", "variance_output"),
-    *("gradient", "known", "reference_output", "reference_output_uncond"),
-    *("mean", "logvar", "mean1", "logvar1", "mean2", "logvar2", "means", "log_scales"),
-)
-COEFFICIENTS = (
-    *("alpha", "sigma", "alpha_prev", "sigma_prev", "weight", "scale"),
-    *("guidance_scale", "threshold"),
-)
-
-
 def arguments_of(name: str, maker: Maker) -> dict[str, Any]:
     """Random arguments of a public op, by the names of its parameters."""
     parameters = inspect.signature(getattr(ops, name)).parameters
@@ -356,6 +315,8 @@ def arguments_of(name: str, maker: Maker) -> dict[str, Any]:
         _give_groups_levels(found, maker)
     if "guidance" in found and maker.chance(0.9):
         found.pop("guidance_scale", None)
+    if "target" in found and maker.chance(0.9):
+        found.pop("prediction_type", None)
     if name == "vlb_term" and ("x_t" in found) == ("noise" in found):
         found.pop("x_t", None)
         found["noise"] = maker.noise()
@@ -405,10 +366,16 @@ def _argument(op: str, name: str, maker: Maker, by_step: bool) -> Any:
         return maker.key() if op == "randn" else maker.noise()
     if name in ("mask", "guidance"):
         return getattr(maker, name)()
+    if name == "target":
+        return tuple([maker.coefficient(maker.steps if by_step else None) for _ in range(2)])
     if name == "history":
         return tuple(maker.samples() for _ in range(maker.random.choice([0, 1, 2, 3, 4])))
     if name == "shape":
         return maker.shape
+    return _coefficients(op, name, maker, by_step)
+
+
+def _coefficients(op: str, name: str, maker: Maker, by_step: bool) -> Any:
     assert name in ("coefficients", "variance_coefficients", "table"), f"{op} has a new {name}"
     width = WIDTHS.get(name) or WIDTHS.get(op) or maker.random.choice([8, 14])
     if op == "vlb_term" and maker.chance(0.3):

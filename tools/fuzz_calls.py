@@ -38,7 +38,8 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
-from tools.fuzz_arguments import FLOATS, Maker, arguments_of
+from tools.fuzz_arguments import Maker, arguments_of
+from tools.fuzz_choices import FLOATS
 
 from diffcore import PhiloxNoise, ops
 from diffcore._engine import native

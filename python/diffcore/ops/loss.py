@@ -41,6 +41,8 @@ _Numbers: TypeAlias = tuple[Coef, Coef, tuple[Coef, ...], Step]
 
 _COMMON = ("weight", "inverse_n")
 _NOISE_LOSS = k.TARGET_LOSS.renamed(("model_output", "noise"), _COMMON)
+_PAIR = ("target[0]", "target[1]")
+_PAIR_LOSS = k.MIXED_TARGET_LOSS.renamed(("model_output", "x0", "noise"), (*_COMMON, *_PAIR))
 _X0_LOSS = k.TARGET_LOSS.renamed(("model_output", "x0"), _COMMON)
 _V_LOSS = k.MIXED_TARGET_LOSS.renamed(("model_output", "x0", "noise"), (*_COMMON, "sigma", "alpha"))
 
@@ -53,6 +55,7 @@ def denoising_loss(
     prediction_type: str = "epsilon",
     alpha: Coef | None = None,
     sigma: Coef | None = None,
+    target: tuple[Coef, Coef] | None = None,
     weight: Coef | None = None,
     t: Step = None,
     group_dim: int | None = None,
@@ -63,10 +66,10 @@ def denoising_loss(
     """The weighted squared error, per sample: ``weight · mean_i (m_i - target_i)²``.
 
     The target is noise ("epsilon"), x_0 ("sample"), alpha noise - sigma x_0 ("v_prediction") or
-    noise - x_0 ("flow_prediction"). The target is never written to memory; neither is the noise of
-    a key, which the kernel generates again. Where ``model_output`` needs a gradient, the same pass
-    computes it for the mean over the batch, and the backward pass rescales it for any other
-    function of the losses.
+    noise - x_0 ("flow_prediction"), or with ``target=(a, b)`` any a x_0 + b noise. The target is
+    never written to memory; neither is the noise of a key, which the kernel generates again.
+    Where ``model_output`` needs a gradient, the same pass computes it for the mean over the batch,
+    and the backward pass rescales it for any other function of the losses.
 
     With a mask q the loss of a sample is ``weight · Σ q_i (m_i - target_i)² / Σ q_i``, or the same
     over the n elements of the sample. A sample of which nothing counts has loss 0 and gradient 0.
@@ -82,11 +85,14 @@ def denoising_loss(
             ``[T]`` with ``t``.
         sigma: Noise coefficient, for "v_prediction" only. A number, 0-dim, ``[B]``, or a table
             ``[T]`` with ``t``.
+        target: (a, b) of the target a x_0 + b noise, instead of ``prediction_type``: (1, -1) for
+            x_0 - noise. Each a number, 0-dim, ``[B]``, or a table ``[T]`` with ``t``.
         weight: Weight of each sample; ``None`` for 1. A number, 0-dim, ``[B]``, or a table ``[T]``
             with ``t``.
         t: The step at which the tables are read: an int, ``[B]`` or a one-element counter.
         group_dim: A dimension of the samples whose entries have a level each, such as 2 for the
-            frames of ``[B, C, F, H, W]``: alpha, sigma, weight and t may then be ``[B, G]``.
+            frames of ``[B, C, F, H, W]``: alpha, sigma, target, weight and t may then be
+            ``[B, G]``.
         mask: q, what counts: broadcast to the shape of m, with values in [0, 1], as in
             :func:`blend_known`.
         mask_reduction: What the sum of a masked sample is divided by: "mask" (the sum of q) or
@@ -103,17 +109,25 @@ def denoising_loss(
     Raises:
         TypeError: An argument of the wrong type.
         ValueError: An unknown ``prediction_type``, ``mask_reduction`` or ``reduction``; a
-            coefficient that is missing; another shape, or a mask as :func:`blend_known` refuses.
+            ``prediction_type`` beside ``target``; a coefficient that is missing; another shape, or
+            a mask as :func:`blend_known` refuses.
 
     Source:
         Ho et al. 2020, eq. 14 and Algorithm 1; weights: Hang et al. 2023.
     """
     check_choice("prediction_type", prediction_type, PREDICTION_TYPES)
+    kind: str | None = prediction_type
+    pair: Any = (sigma, alpha)
+    if target is not None:
+        kind, pair = None, _pair(target, prediction_type)
     if group_dim is not None or reduction == "group":
+        levels = {"alpha": alpha, "sigma": sigma, "weight": weight, "t": t}
+        if kind is None:
+            levels |= zip(_PAIR, pair, strict=True)
         return _loss_of_groups(
             group_dim,
             {"model_output": model_output, "x0": x0, "noise": noise},
-            {"alpha": alpha, "sigma": sigma, "weight": weight, "t": t},
+            levels,
             prediction_type,
             (mask, mask_reduction),
             reduction,
@@ -130,36 +144,72 @@ def denoising_loss(
         check_dense("model_output", model_output)
         raise
     w = 1.0 if weight is None else as_coef("weight", weight, t)
-    step = t if isinstance(w, Tensor) and w.ndim == 2 else None
-    inputs: tuple[Tensor, ...] = (model_output,)
-    target: tuple[Coef, ...] = ()
-    last: Noise = noise
-    if prediction_type == "epsilon":
-        _check_unread("x0", x0, model_output)
-        loss = _NOISE_LOSS
-    elif prediction_type == "sample":
-        _check_unread_noise(noise, model_output)
-        if not isinstance(x0, Tensor):
-            raise TypeError(f"x0 must be a torch.Tensor, got {type(x0).__name__}")
-        loss, last = _X0_LOSS, x0
-    elif prediction_type == "flow_prediction":
-        loss, inputs, target = k.MIXED_TARGET_LOSS, (model_output, x0), (-1.0, 1.0)
-    elif alpha is None or sigma is None:
-        missing = "alpha" if alpha is None else "sigma"
-        raise ValueError(f"{missing} must be given with prediction_type='v_prediction', got None")
-    else:
-        loss, inputs, step = _V_LOSS, (model_output, x0), t
-        a = as_coef("sigma", negated("sigma", sigma), t)
-        target = (a, as_coef("alpha", alpha, t))
+    loss, inputs, last, mixed = _form(model_output, x0, noise, kind, pair, t)
+    by_step = loss is _V_LOSS or loss is _PAIR_LOSS or (isinstance(w, Tensor) and w.ndim == 2)
+    step = t if by_step else None
     if mask is None and reduction == "sample" and mask_reduction == "mask":
-        return _loss(loss, inputs, last, w, inverse_n, target, step)
+        return _loss(loss, inputs, last, w, inverse_n, mixed, step)
     check_choice("mask_reduction", mask_reduction, MASK_REDUCTIONS)
     check_choice("reduction", reduction, _REDUCTIONS)
     share: Coef = inverse_n
     if mask is not None:
         mask = checked_mask(mask, model_output, "model_output").to(widest((*inputs, last)))
         share = 1.0 / counts(mask, model_output) if mask_reduction == "mask" else inverse_n
-    return _reduced(loss, inputs, last, (w, share, target, step), mask, reduction)
+    return _reduced(loss, inputs, last, (w, share, mixed, step), mask, reduction)
+
+
+def _form(
+    model_output: Tensor,
+    x0: Tensor,
+    noise: Noise,
+    prediction_type: str | None,
+    pair: Any,
+    t: Step,
+) -> tuple[k.Loss, tuple[Tensor, ...], Noise, tuple[Coef, ...]]:
+    """The kernels of a target, what they read, its last (noise or x_0), and its coefficients.
+
+    With prediction_type ``None`` those of the target are ``pair``, otherwise it is (sigma, alpha).
+    """
+    if prediction_type == "epsilon":
+        _check_unread("x0", x0, model_output)
+        return _NOISE_LOSS, (model_output,), noise, ()
+    if prediction_type == "sample":
+        _check_unread_noise(noise, model_output)
+        if not isinstance(x0, Tensor):
+            raise TypeError(f"x0 must be a torch.Tensor, got {type(x0).__name__}")
+        return _X0_LOSS, (model_output,), x0, ()
+    inputs = (model_output, x0)
+    if prediction_type == "flow_prediction":
+        return k.MIXED_TARGET_LOSS, inputs, noise, (-1.0, 1.0)
+    a, b = pair
+    if prediction_type is None:
+        return _PAIR_LOSS, inputs, noise, (as_coef(_PAIR[0], a, t), as_coef(_PAIR[1], b, t))
+    sigma, alpha = a, b
+    if alpha is None or sigma is None:
+        missing = "alpha" if alpha is None else "sigma"
+        raise ValueError(f"{missing} must be given with prediction_type='v_prediction', got None")
+    minus_sigma = as_coef("sigma", negated("sigma", sigma), t)
+    return _V_LOSS, inputs, noise, (minus_sigma, as_coef("alpha", alpha, t))
+
+
+def _pair(target: Any, prediction_type: str) -> tuple[Coef, Coef]:
+    if prediction_type != "epsilon":
+        raise ValueError(
+            f"prediction_type must be left out with target, got {prediction_type!r}: each names a "
+            "target of its own"
+        )
+    if not isinstance(target, (tuple, list)) or len(target) != 2:
+        came = f"{len(target)} entries" if isinstance(target, (tuple, list)) else None
+        kind = ValueError if came else TypeError
+        raise kind(f"target must be a pair (a, b), got {came or type(target).__name__}")
+    a, b = target
+    return a, b
+
+
+def _of_pair(**arguments: Any) -> Tensor:
+    """``denoising_loss`` with a and b as arguments of their own, which groups convert."""
+    pair = (arguments.pop(_PAIR[0]), arguments.pop(_PAIR[1]))
+    return denoising_loss(target=pair, **arguments)
 
 
 def _reduced(
@@ -211,12 +261,11 @@ def _loss_of_groups(
     if mask is not None:
         mask = samples["mask"] = expanded_mask(mask, model_output, "model_output")
         rest["mask_reduction"] = "all"
+    loss = denoising_loss if _PAIR[0] not in levels | rest else _of_pair
     if reduction == "none":
-        elementwise: Tensor = in_groups(
-            denoising_loss, group_dim, samples, levels, reduction="none", **rest
-        )
+        elementwise: Tensor = in_groups(loss, group_dim, samples, levels, reduction="none", **rest)
         return elementwise
-    found: Tensor = in_groups(denoising_loss, group_dim, samples, levels, mean=True, **rest)
+    found: Tensor = in_groups(loss, group_dim, samples, levels, mean=True, **rest)
     found = of_groups(found, mask if counted[1] == "mask" else None, group_dim, reduction)
     return found.mean() if reduction == "mean" else found.sum() if reduction == "sum" else found
 
