@@ -1,4 +1,4 @@
-"""Times a step with a known part, and a masked loss, against eager PyTorch and ``torch.compile``.
+"""Times a step with a known part, masked and robust losses, against eager and ``torch.compile``.
 
     python -m benchmarks.bench_masks [--device auto|cpu|cuda] [--out FOLDER-OR-FILE] [--quick]
 
@@ -27,6 +27,7 @@ SHAPES = ("8x4x64x64", "64x3x128x128")
 TABLE = solvers.euler_table([9.0, 3.0, 1.0, 0.3, 0.0])
 C_X, C_0 = (TABLE.rows[1].coefficients[i] for i in (0, 2))
 A_X, A_M = TABLE.rows[1].coefficients[4:6]
+DELTA = 0.1
 ALPHA, SIGMA = TABLE.rows[1].next_alpha, TABLE.rows[1].next_sigma
 
 
@@ -51,6 +52,10 @@ def _loss(model_output: Any, x0: Any, noise: Any) -> Any:
     return ops.denoising_loss(model_output, x0, noise, mask=_mask(x0))
 
 
+def _huber(model_output: Any, x0: Any, noise: Any) -> Any:
+    return ops.denoising_loss(model_output, x0, noise, loss="pseudo_huber", delta=DELTA)
+
+
 def _plain_formula(xp: Any, x: Any, model_output: Any) -> Any:
     return C_X * x + C_0 * (A_X * x + A_M * model_output)
 
@@ -67,15 +72,27 @@ def _loss_formula(xp: Any, model_output: Any, x0: Any, noise: Any) -> Any:
     return terms.sum(1) / q.reshape(len(x0), -1).sum(1)
 
 
+def _huber_formula(xp: Any, model_output: Any, x0: Any, noise: Any) -> Any:
+    error = model_output - noise
+    terms = 2 * DELTA * ((error**2 + DELTA**2) ** 0.5 - DELTA)
+    return terms.reshape(len(x0), -1).mean(1)
+
+
 def cases() -> list[OpCase]:
-    """The plain step, the step with a known part, and a masked loss."""
+    """The plain step, the step with a known part, a masked loss, and pseudo-Huber."""
+    of_loss = ("model_output", "x0", "noise")
     of_step = ("x", "model_output")
     rows: list[tuple[str, Any, tuple[str, ...], Any]] = [
         ("step", _plain, of_step, _plain_formula),
         ("step, known part", _masked, (*of_step, "known", "known_noise"), _masked_formula),
-        ("masked loss", _loss, ("model_output", "x0", "noise"), _loss_formula),
+        ("masked loss", _loss, of_loss, _loss_formula),
+        ("pseudo-Huber loss", _huber, of_loss, _huber_formula),
     ]
-    return [OpCase(name, op, named, formula, lambda _: {}, ()) for name, op, named, formula in rows]
+    trained = {"pseudo-Huber loss": ("model_output",)}  # forward and backward
+    return [
+        OpCase(name, op, named, formula, lambda _: {}, trained.get(name, ()))
+        for name, op, named, formula in rows
+    ]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

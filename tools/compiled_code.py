@@ -178,7 +178,9 @@ def flags() -> list[str]:
     standard = re.search(r"set\(CMAKE_CUDA_STANDARD (\d+)\)", cmake)
     if not own or not standard:
         raise ValueError("CMakeLists.txt has no flags for CUDA where they were")
-    return ["-O3", "-DNDEBUG", f"-std=c++{standard[1]}", f"-I{ROOT / 'csrc'}", *own[1].split()]
+    # What CMake passes on to the host compiler, in quotes, is not about kernels.
+    options = [option for option in own[1].split() if not option.startswith('"')]
+    return ["-O3", "-DNDEBUG", f"-std=c++{standard[1]}", f"-I{ROOT / 'csrc'}", *options]
 
 
 def output(*command: str, stdin: str | None = None) -> str:

@@ -95,8 +95,30 @@ __attribute__((noinline)) void map_columns(const R* coefs, const R* const* from,
 #pragma GCC ivdep
       for (int lane = 0; lane < kLanes; ++lane) element(i + lane, lane);
     }
+#pragma GCC ivdep
     for (int lane = 0; i + lane < n; ++lane) element(i + lane, lane);
   }
+}
+
+// The sum of the lanes, by a fixed tree. Not inlined, so that all kernels share it.
+template <class R>
+__attribute__((noinline)) R folded(R* lanes) {
+  for (int width = kLanes / 2; width > 0; width /= 2) {
+#pragma GCC ivdep
+    for (int lane = 0; lane < width; ++lane) lanes[lane] += lanes[lane + width];
+  }
+  return lanes[0];
+}
+
+// The many coefficients of a row. Not inlined, so that kernels with as many share it: inlined into
+// each of them, four dtypes and three instruction sets, it is a large part of the wheel. Up to the 13
+// of a plain step it is inlined: rows may be short, and a call costs 2 ns for each.
+constexpr int kInlinedCoefs = 13;
+template <int kCount, class R>
+__attribute__((noinline)) void load_row(const LaunchArgs& args, int64_t row, R* c) {
+  const int64_t step = args.steps ? step_of(args, row) : 0;
+  DC_UNROLL
+  for (int k = 0; k < kCount; ++k) c[k] = load_coef<R>(args.coef[k], row, step);
 }
 
 // map_columns with the formula of the row: Op, or Op::Other.
@@ -171,7 +193,7 @@ struct CpuLoop {
     for (int64_t unit = begin; unit < end; ++unit) {
       int64_t row = unit / args.chunks, first = (unit - row * args.chunks) * args.chunk;
       int64_t left = args.cols - first;
-      if (row != loaded) load_coefs<Op>(args, row, c);
+      if (row != loaded) load(args, row, c);
       loaded = row;
       if (Op::idle(c) && args.in[0] == args.out[0]) continue;
       R acc[kSum + 1][kLanes];
@@ -181,9 +203,7 @@ struct CpuLoop {
       if constexpr (kSum > 0) {
         double totals[kSum];
         for (int k = 0; k < kSum; ++k) {
-          for (int width = kLanes / 2; width > 0; width /= 2)
-            for (int lane = 0; lane < width; ++lane) acc[k][lane] += acc[k][lane + width];
-          totals[k] = acc[k][0];
+          totals[k] = folded(acc[k]);
           if (args.chunks > 1)
             args.partials[(k * args.rows + row) * args.chunks + unit % args.chunks] = totals[k];
         }
@@ -203,13 +223,22 @@ struct CpuLoop {
           for (int64_t j = 0; j < args.chunks; ++j) totals[k] += chunk[j];
         }
         R c[Op::n_coef + 1] = {};
-        load_coefs<Op>(args, row, c);
+        load(args, row, c);
         store(args, row, c, totals);
       }
     }
   }
 
  private:
+  static void load(const LaunchArgs& args, int64_t row, R* c) {
+    if constexpr (Op::n_coef <= kInlinedCoefs) {
+      load_coefs<Op>(args, row, c);
+    } else {
+      load_row<Op::n_coef>(args, row, c);
+      Op::prepare(c);
+    }
+  }
+
   static void store(const LaunchArgs& args, int64_t row, const R* c, const double* totals) {
     double stored[kStored<Op> + 1];
     finalize<Op>(c, totals, double(args.cols), stored);

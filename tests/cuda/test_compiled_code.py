@@ -224,7 +224,9 @@ def test_a_kernel_that_nothing_calls_is_found() -> None:
 
 
 def test_the_flags_are_those_of_the_build() -> None:
-    assert {"-O3", "-std=c++17", "--expt-relaxed-constexpr"} <= set(compiled_code.flags())
+    flags = compiled_code.flags()
+    assert {"-O3", "-std=c++17", "--expt-relaxed-constexpr"} <= set(flags)
+    assert all(flag.startswith("-") and "$" not in flag for flag in flags)  # none of CMake's own
 
 
 # ---- The committed tables ------------------------------------------------------------------------

@@ -83,10 +83,12 @@ def _reduced(
     return [term, sums]
 
 
-def _loss(kind: str, options: Options, *, benchmarked: bool = False) -> OpCase:
+def _loss(
+    kind: str, options: Options, *, name: str | None = None, benchmarked: bool = False
+) -> OpCase:
     # Backward: the gradient, which is written with the loss; that of .mean() leaves it as it is.
     return OpCase(
-        f"denoising_loss_{kind}",
+        f"denoising_loss_{name or kind}",
         ops.denoising_loss,
         ("model_output", "x0", "noise"),
         formulas.denoising_loss,
@@ -191,6 +193,16 @@ CASES: list[OpCase] = [
         benchmarked=True,
     ),
     _loss("flow_prediction", lambda b: {"weight": 1.5}),
+    _loss(
+        "v_prediction",
+        lambda b: {**_levels(b), "loss": "pseudo_huber", "delta": ramp(0.2, 3, b).float()},
+        name="pseudo_huber",
+    ),
+    _loss(
+        "epsilon",
+        lambda b: {"loss": "smooth_l1", "delta": ramp(0.5, 2, STEPS), "t": steps_of(b)},
+        name="smooth_l1",
+    ),
     *MASK_CASES,
     *BOUND_CASES,
 ]

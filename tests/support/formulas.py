@@ -363,6 +363,16 @@ def ddim_step(
     return mean if noise is None else mean + _column(s, x_t) * noise
 
 
+def error_loss(xp: Any, error: Any, loss: str, delta: Any) -> Any:
+    """The naive loss of each error: one root, which cancels and overflows."""
+    if loss == "pseudo_huber":
+        return 2 * delta * ((error**2 + delta**2) ** 0.5 - delta)
+    if loss == "smooth_l1":
+        size = abs(error)
+        return xp.where(size < delta, 0.5 * error**2 / delta, size - 0.5 * delta)
+    return error**2
+
+
 def denoising_loss(
     xp: Any,
     model_output: Any,
@@ -375,16 +385,19 @@ def denoising_loss(
     t: Any = None,
     mask: Any = None,
     mask_reduction: str = "all",
+    loss: str = "mse",
+    delta: Any = None,
 ) -> Any:
     error = model_output - target(xp, prediction_type, x0, noise, alpha, sigma, t)
+    terms = error_loss(xp, error, loss, None if delta is None else _column(_at(delta, t), error))
     n = max(math.prod(model_output.shape[1:]), 1)
     if mask is None:
-        loss = per_sample(error**2) / n
+        found = per_sample(terms) / n
     else:
         counted = per_sample(mask + xp.zeros_like(error))
-        loss = per_sample(xp.where(mask == 0, xp.zeros_like(error), mask * error**2))
-        loss = loss / (counted + (counted == 0) if mask_reduction == "mask" else n)
+        found = per_sample(xp.where(mask == 0, xp.zeros_like(error), mask * terms))
+        found = found / (counted + (counted == 0) if mask_reduction == "mask" else n)
     if weight is None:
-        return loss
+        return found
     weight = _at(weight, t)
-    return loss * (weight.to(loss.dtype) if isinstance(weight, Tensor) else weight)
+    return found * (weight.to(found.dtype) if isinstance(weight, Tensor) else weight)

@@ -86,16 +86,32 @@ MASKED_LOSS = define(
 MASKED_LOSS_GRADIENT = define(_made_loss(MASKED_LOSS, formulas.masked_loss))
 
 
+# Of any target and either kind; without a kernel of its own for a call that needs no gradient.
+ROBUST_LOSS = define(
+    Kernel(
+        "robust_loss_gradient",
+        ("model_output", "x0", "noise"),
+        ("weight", "inverse_n", "a", "b", "delta", "smooth", "slope"),
+        outputs=1,
+        sums=1,
+        reference=formulas.robust_loss_gradient,
+        backward=_loss_backward,
+        makes_gradient=True,
+    )
+)
+
+
 class Loss(NamedTuple):
     """A loss, and the kernels that also make the gradient of the model output in the same pass.
 
-    Those with a mask read a target of one tensor as two that are the same.
+    The masked and the robust ones read a target of one tensor as two that are the same.
     """
 
     plain: NoisyKernel
     with_gradient: NoisyKernel
     masked: Kernel = MASKED_LOSS
     masked_with_gradient: Kernel = MASKED_LOSS_GRADIENT
+    robust: Kernel = ROBUST_LOSS
 
     def renamed(self, inputs: tuple[str, ...], coefs: tuple[str, ...]) -> Loss:
         """The same loss under the argument names of a public function, for its errors."""
@@ -107,6 +123,7 @@ class Loss(NamedTuple):
             self.with_gradient.renamed(inputs, (*coefs, "slope")),
             self.masked.renamed(of_mask, columns),
             self.masked_with_gradient.renamed(of_mask, (*columns, "slope")),
+            self.robust.renamed((inputs[0], *target), (*columns, "delta", "smooth", "slope")),
         )
 
 

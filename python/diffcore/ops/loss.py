@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,6 +28,7 @@ from diffcore.ops._masks import (
     widest,
 )
 from diffcore.ops._noise import promoted, run_noisy
+from diffcore.ops._robust import Numbers, Robust, robust_loss, robust_of
 from diffcore.reference.loss import squared_error
 
 __all__ = [
@@ -35,9 +36,6 @@ __all__ = [
 ]
 
 _REDUCTIONS = ("none", "sample", "mean", "sum")
-
-_Numbers: TypeAlias = tuple[Coef, Coef, tuple[Coef, ...], Step]
-"""Weight, what the sum is multiplied with, the target's a and b if it has them, the step."""
 
 _COMMON = ("weight", "inverse_n")
 _NOISE_LOSS = k.TARGET_LOSS.renamed(("model_output", "noise"), _COMMON)
@@ -62,6 +60,8 @@ def denoising_loss(
     mask: Tensor | None = None,
     mask_reduction: str = "mask",
     reduction: str = "sample",
+    loss: str = "mse",
+    delta: Coef | None = None,
 ) -> Tensor:
     """The weighted squared error, per sample: ``weight · mean_i (m_i - target_i)²``.
 
@@ -75,6 +75,20 @@ def denoising_loss(
     over the n elements of the sample. A sample of which nothing counts has loss 0 and gradient 0.
     Where q is 0 no other value is used: an infinite or NaN one reaches neither loss nor gradient.
     Noise of a key is written to memory for a mask.
+
+    ``loss`` is another function of each error e = m_i - target_i instead of its square, of which
+    large errors count less; its gradient comes from the same pass::
+
+        mse           e²
+        pseudo_huber  2 delta (sqrt(e² + delta²) - delta)       e² for |e| << delta
+        smooth_l1     e² / (2 delta) where |e| <= delta, else |e| - delta / 2
+
+    The second is "huber" of diffusers' scripts and of sd-scripts (``huber_c`` is delta), computed
+    without their cancellation; consistency training's sqrt(e² + c²) - c is its part 1 / (2 delta).
+    The third is ``torch.nn.functional.smooth_l1_loss(beta=delta)``. "smooth_l1" of those scripts,
+    2 (sqrt(e² + c²) - c), is pseudo_huber with ``weight=1 / delta``, and
+    ``torch.nn.functional.huber_loss`` is smooth_l1 with ``weight=delta``. Noise of a key is written
+    to memory for these, and with a mask they are computed in plain torch.
 
     Args:
         model_output: m, ``[B, ...]``.
@@ -101,6 +115,10 @@ def denoising_loss(
             (the loss of each sample, ``[B]``), "mean" or "sum" (that of the batch, 0-dim), or, with
             ``group_dim``, "group" (the loss of each group, ``[B, G]``). "mean"
             weighs samples equally, however much of them counts.
+        loss: "mse", "pseudo_huber" or "smooth_l1".
+        delta: Error at which the loss becomes linear, positive; required with "pseudo_huber" and
+            "smooth_l1". A number, 0-dim, ``[B]``, a table ``[T]`` with ``t``, or ``[B, G]`` with
+            ``group_dim``.
 
     Returns:
         The loss of each sample, ``[B]``, or as ``reduction`` says (float32 for 16-bit inputs; with
@@ -108,12 +126,13 @@ def denoising_loss(
 
     Raises:
         TypeError: An argument of the wrong type.
-        ValueError: An unknown ``prediction_type``, ``mask_reduction`` or ``reduction``; a
-            ``prediction_type`` beside ``target``; a coefficient that is missing; another shape, or
-            a mask as :func:`blend_known` refuses.
+        ValueError: An unknown ``prediction_type``, ``mask_reduction``, ``reduction`` or ``loss``; a
+            ``prediction_type`` beside ``target``; ``delta`` beside "mse" or not positive; a
+            coefficient that is missing; another shape, or a mask as :func:`blend_known` refuses.
 
     Source:
-        Ho et al. 2020, eq. 14 and Algorithm 1; weights: Hang et al. 2023.
+        Ho et al. 2020, eq. 14 and Algorithm 1; weights: Hang et al. 2023; pseudo-Huber: Song and
+        Dhariwal 2024 (arXiv 2310.14189), delta by timestep: Khrapov et al. 2024 (arXiv 2403.16728).
     """
     check_choice("prediction_type", prediction_type, PREDICTION_TYPES)
     kind: str | None = prediction_type
@@ -124,6 +143,8 @@ def denoising_loss(
         levels = {"alpha": alpha, "sigma": sigma, "weight": weight, "t": t}
         if kind is None:
             levels |= zip(_PAIR, pair, strict=True)
+        if delta is not None:
+            levels["delta"] = delta
         return _loss_of_groups(
             group_dim,
             {"model_output": model_output, "x0": x0, "noise": noise},
@@ -131,6 +152,7 @@ def denoising_loss(
             prediction_type,
             (mask, mask_reduction),
             reduction,
+            loss,
         )
     if not isinstance(model_output, Tensor):
         raise TypeError(f"model_output must be a torch.Tensor, got {type(model_output).__name__}")
@@ -144,18 +166,22 @@ def denoising_loss(
         check_dense("model_output", model_output)
         raise
     w = 1.0 if weight is None else as_coef("weight", weight, t)
-    loss, inputs, last, mixed = _form(model_output, x0, noise, kind, pair, t)
-    by_step = loss is _V_LOSS or loss is _PAIR_LOSS or (isinstance(w, Tensor) and w.ndim == 2)
+    kernels, inputs, last, mixed = _form(model_output, x0, noise, kind, pair, t)
+    by_step = kernels is _V_LOSS or kernels is _PAIR_LOSS or (isinstance(w, Tensor) and w.ndim == 2)
     step = t if by_step else None
-    if mask is None and reduction == "sample" and mask_reduction == "mask":
-        return _loss(loss, inputs, last, w, inverse_n, mixed, step)
+    robust = None
+    if loss != "mse" or delta is not None:
+        robust = robust_of(loss, delta, t)
+        step = t if isinstance(robust[0], Tensor) and robust[0].ndim == 2 else step
+    elif mask is None and reduction == "sample" and mask_reduction == "mask":
+        return _loss(kernels, inputs, last, w, inverse_n, mixed, step)
     check_choice("mask_reduction", mask_reduction, MASK_REDUCTIONS)
     check_choice("reduction", reduction, _REDUCTIONS)
     share: Coef = inverse_n
     if mask is not None:
         mask = checked_mask(mask, model_output, "model_output").to(widest((*inputs, last)))
         share = 1.0 / counts(mask, model_output) if mask_reduction == "mask" else inverse_n
-    return _reduced(loss, inputs, last, (w, share, mixed, step), mask, reduction)
+    return _reduced(kernels, inputs, last, (w, share, mixed, step), mask, reduction, robust)
 
 
 def _form(
@@ -216,19 +242,23 @@ def _reduced(
     loss: k.Loss,
     inputs: tuple[Tensor, ...],
     last: Noise,
-    numbers: _Numbers,
+    numbers: Numbers,
     mask: Tensor | None,
     reduction: str,
+    robust: Robust | None,
 ) -> Tensor:
-    """The loss with a mask, or of another reduction than "sample"."""
-    if reduction == "none":
-        return _elementwise(loss, inputs, last, numbers, mask)
-    summed = reduction == "sum"
-    if mask is None:
+    """The loss with a mask, of another reduction than "sample", or of another error."""
+    summed, each = reduction == "sum", reduction == "none"
+    if robust is not None:
+        read = _read(inputs, last)
+        found = robust_loss(loss.robust, read, numbers, robust, mask, each, summed)
+    elif each:
+        found = _elementwise(loss, inputs, last, numbers, mask)
+    elif mask is None:
         found = _loss(loss, inputs, last, *numbers, summed)
     else:
         found = _masked(loss, inputs, last, numbers, summed, mask)
-    if reduction == "sample":
+    if reduction == "sample" or each:
         return found
     return found.sum() if summed else found.mean()
 
@@ -248,13 +278,14 @@ def _loss_of_groups(
     prediction_type: str,
     counted: tuple[Tensor | None, str],
     reduction: str,
+    kind: str,
 ) -> Tensor:
     """The loss with a level for each group, which is a mean over the runs of it in memory."""
     if group_dim is None:
         raise ValueError("group_dim must be given with reduction='group', got None")
     check_choice("reduction", reduction, (*_REDUCTIONS, "group"))
     check_choice("mask_reduction", counted[1], MASK_REDUCTIONS)
-    rest: dict[str, Any] = {"prediction_type": prediction_type}
+    rest: dict[str, Any] = {"prediction_type": prediction_type, "loss": kind}
     if levels["t"] is not None:  # the others are tables
         levels, rest = {"t": levels.pop("t")}, rest | levels
     mask, model_output = counted[0], samples["model_output"]
@@ -309,7 +340,7 @@ def _masked(
     loss: k.Loss,
     inputs: tuple[Tensor, ...],
     last: Noise,
-    numbers: _Numbers,
+    numbers: Numbers,
     summed: bool,
     mask: Tensor,
 ) -> Tensor:
@@ -332,7 +363,7 @@ def _elementwise(
     loss: k.Loss,
     inputs: tuple[Tensor, ...],
     last: Noise,
-    numbers: _Numbers,
+    numbers: Numbers,
     mask: Tensor | None,
 ) -> Tensor:
     """The weighted squares, in plain torch."""

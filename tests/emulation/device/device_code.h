@@ -22,6 +22,7 @@ inline float emulated_rounded(float x) {
 inline float __fmul_rn(float a, float b) { return emulated_rounded(a * b); }
 inline float __fadd_rn(float a, float b) { return emulated_rounded(a + b); }
 inline float __fmaf_rn(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
+inline float __fdividef(float a, float b) { return a / b; }
 inline float __int2float_rn(int i) { return float(i); }
 
 namespace diffcore {
