@@ -15,6 +15,7 @@ from torch import Tensor
 
 import diffcore
 from diffcore import PhiloxNoise, ops
+from diffcore.noise import parts
 from support.bounds import assert_same_bits
 from support.cases import NOISE_TABLE, NOISED, OpCase
 from support.refusals import no_kernel_runs, pair, read_by, refused  # noqa: F401
@@ -214,6 +215,35 @@ def test_from_a_generator_where_it_is_wanted() -> None:
     refused(
         TypeError, "^generator must be a torch.Generator, got int", PhiloxNoise.from_generator, 3
     )
+
+
+# ---- from torch's keys --------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("drawing")
+def test_from_a_key_of_torch() -> None:
+    keys = pytest.importorskip("torch.func._random", reason="this torch has no keys")
+    noise = PhiloxNoise.from_key(keys.key(2**63 + 11), sample_ids=5)
+    plain = PhiloxNoise(2**63 + 11, sample_ids=5)
+    assert torch.equal(noise.tensor((3, 9)), plain.tensor((3, 9)))
+    assert torch.equal(noise.uniform((3, 9)), plain.uniform((3, 9)))
+    assert torch.equal(noise.timesteps(1000, 3), plain.timesteps(1000, 3))
+    # split and fold_in run on CUDA only: what they return is a seed and an offset.
+    derived = PhiloxNoise.from_key(torch.tensor([7, 2], dtype=torch.uint64))
+    assert torch.equal(derived.tensor((3, 9)), PhiloxNoise(7, stream=2).tensor((3, 9)))
+    assert torch.equal(derived.timesteps(9, 3), PhiloxNoise(7, stream=2).timesteps(9, 3))
+
+
+def test_from_another_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    refused(TypeError, "^key must be a key of torch.func._random, got int", PhiloxNoise.from_key, 3)
+    signed = torch.tensor([3, 0])
+    refused(TypeError, "^key must be .*, uint64, got torch.int64", PhiloxNoise.from_key, signed)
+    batch = torch.zeros(4, 2, dtype=torch.uint64)
+    refused(
+        ValueError, r"^key must have shape \(2,\), got \(4, 2\); one", PhiloxNoise.from_key, batch
+    )
+    monkeypatch.setattr(parts, "_torch_has_keys", lambda: False)
+    refused(RuntimeError, "^from_key needs torch.func._random", PhiloxNoise.from_key, batch[0])
 
 
 # ---- wrong keys ------------------------------------------------------------------------------

@@ -6,15 +6,20 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.fx import traceback
 from torch.utils.checkpoint import CheckpointPolicy
 
 from diffcore._engine import native
 from diffcore._engine.dispatch import plain_eager, run
+from diffcore._engine.dtensor import is_dtensor
 from diffcore._engine.kernel import Call, Kernel, NoisyKernel
-from diffcore._engine.library import LIBRARY, define
+from diffcore._engine.library import LIBRARY, define, pack_noise, unpack_noise
 from diffcore._types import Coefs, NoiseParts, Step, Tensors
 from diffcore.reference import philox
+
+# The one tracer that activates no mode.
+_compiling = torch.compiler.is_dynamo_compiling
 
 Needs = Any
 Device = torch.device | str | None
@@ -75,7 +80,46 @@ def pairs(
         key = (*noise[:3], 2 * first)
         if device.type == "cpu" and native._C.fill_words(words, key, salt) is None:
             return words[:, : 2 * count : 2], words[:, 1 : 2 * count : 2]
+    if _compiling() and _traces_operator(noise):
+        device = torch.empty(0, device=device).device
+        packed = pack_noise((*noise[:3], 0))[:-1]
+        signed = salt - 2**64 if salt >= 2**63 else salt
+        words = torch.ops.diffcore.words(*packed, first, count, batch, signed, device=device)
+        return words[..., 0], words[..., 1]
     return philox.pairs(noise, torch.arange(count, device=device) + first, batch, salt)
+
+
+def _traces_operator(noise: NoiseParts) -> bool:
+    """Whether a compiler gets the words as one operator.
+
+    Of the formula, ten rounds of which each reads the one before twice, Inductor makes expressions
+    that take it seconds, and minutes where something is fused to them.
+    """
+    transformed = forward_ad._current_level >= 0 or native.transform_traced()
+    return not transformed and not any(map(is_dtensor, noise))
+
+
+def _words(*args: Any, device: torch.device) -> Tensor:
+    """``pairs`` as one new tensor, ``[B, count, 2]``; a key, then its other arguments."""
+    *packed, first, count, batch, salt = args
+    noise = unpack_noise((*packed, 0))
+    assert noise is not None
+    return torch.stack(pairs(noise, first, count, batch, salt % 2**64, device), -1)
+
+
+def _fake_words(*args: Any, device: torch.device) -> Tensor:
+    count, batch = args[7:9]
+    return torch.empty(batch, count, 2, dtype=torch.int64, device=device)
+
+
+LIBRARY.define(
+    "words(Tensor? seed, SymInt seed_number, Tensor? sample_ids, SymInt first_id, Tensor? stream, "
+    "SymInt stream_number, SymInt first, SymInt count, SymInt batch, int salt, *, Device device)"
+    " -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+LIBRARY.impl("words", _words, "CompositeExplicitAutograd")
+torch.library.register_fake("diffcore::words", _fake_words, lib=LIBRARY)
 
 
 def _is_subclass(part: int | Tensor) -> bool:

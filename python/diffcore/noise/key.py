@@ -120,21 +120,30 @@ class PhiloxNoise:
         Returns:
             Stream 0 of samples 0 .. B-1.
         """
-        if generator is not None and not isinstance(generator, torch.Generator):
-            kind = type(generator).__name__
-            each = isinstance(generator, (list, tuple))
-            fix = "; for a seed of each sample pass a PhiloxNoise with sample_ids" if each else ""
-            raise TypeError(f"generator must be a torch.Generator, got {kind}{fix}")
-        source = torch.device("cpu") if generator is None else generator.device
-        at = source if device is None else as_device("device", device)
-        seeded_on = at if generator is None else source
-        eager = plain_eager()
-        if generator is None and not eager:
-            return cls(torch.ops.diffcore.draw_seed(device=seeded_on))
-        seed = torch.randint(-(2**63), 2**63 - 1, (1,), generator=generator, device=seeded_on)
-        if seeded_on.type == "cpu" and eager:
-            return cls(int(seed))
-        return cls(seed.to(at))
+        return cls(p.seed_of(generator, device))
+
+    @classmethod
+    def from_key(
+        cls, key: Tensor, sample_ids: int | Tensor | Sequence[int] | None = None
+    ) -> PhiloxNoise:
+        """The noise key of a key of ``torch.func._random``: its seed, and its offset as stream.
+
+        Keys that ``torch.func._random.split`` and ``fold_in`` derive give other noise. The numbers
+        are those of ``PhiloxNoise``, not those of ``torch.func._random.normal``.
+
+        Args:
+            key: A key, uint64 ``[2]``. It is read by the kernel, on its device.
+            sample_ids: As for the constructor.
+
+        Returns:
+            ``PhiloxNoise(key, sample_ids)``.
+
+        Raises:
+            RuntimeError: This torch has no ``torch.func._random``.
+            TypeError: Another type or dtype.
+            ValueError: Another shape, such as a batch of keys.
+        """
+        return cls(p.torch_key(key), sample_ids)
 
     def at(self, stream: int | Tensor) -> PhiloxNoise:
         """The same key at another stream: independent noise of the same samples."""

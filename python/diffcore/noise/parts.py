@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from diffcore._checks import as_shape, check_dense
+from diffcore._checks import as_device, as_shape, check_dense
+from diffcore._engine.dispatch import plain_eager
 
 _WORDS = 2**32
 _MAX_FIRST = 4 * _WORDS
@@ -32,6 +35,48 @@ def seed_part(seed: Any) -> Any:
     words = seed.view(torch.int64) if seed.dtype == torch.uint64 else seed
     key = _checked("seed", words, 2)
     return key.contiguous() if key.ndim else key
+
+
+def seed_of(generator: Any, device: Any) -> int | Tensor:
+    """A seed from a generator: see ``PhiloxNoise.from_generator``."""
+    if generator is not None and not isinstance(generator, torch.Generator):
+        kind = type(generator).__name__
+        each = isinstance(generator, (list, tuple))
+        fix = "; for a seed of each sample pass a PhiloxNoise with sample_ids" if each else ""
+        raise TypeError(f"generator must be a torch.Generator, got {kind}{fix}")
+    source = torch.device("cpu") if generator is None else generator.device
+    at = source if device is None else as_device("device", device)
+    seeded_on = at if generator is None else source
+    eager = plain_eager()
+    if generator is None and not eager:
+        drawn: Tensor = torch.ops.diffcore.draw_seed(device=seeded_on)
+        return drawn
+    seed = torch.randint(-(2**63), 2**63 - 1, (1,), generator=generator, device=seeded_on)
+    return int(seed) if seeded_on.type == "cpu" and eager else seed.to(at)
+
+
+def torch_key(key: Any) -> Tensor:
+    """A key of ``torch.func._random``, checked: uint64 ``[2]``."""
+    if not torch.compiler.is_compiling() and not _torch_has_keys():
+        raise RuntimeError(
+            f"from_key needs torch.func._random, which torch {torch.__version__} lacks; pass an "
+            "int seed to PhiloxNoise"
+        )
+    if not isinstance(key, Tensor):
+        raise TypeError(f"key must be a key of torch.func._random, got {type(key).__name__}")
+    if key.dtype != torch.uint64:
+        raise TypeError(f"key must be a key of torch.func._random, uint64, got {key.dtype}")
+    check_dense("key", key)
+    if key.shape != (2,):
+        batch = key.ndim > 1 and key.shape[-1] == 2
+        fix = "; one key gives every sample noise, by its sample id" if batch else ""
+        raise ValueError(f"key must have shape (2,), got {tuple(key.shape)}{fix}")
+    return key
+
+
+@functools.cache
+def _torch_has_keys() -> bool:
+    return importlib.util.find_spec("torch.func._random") is not None
 
 
 def ids_part(sample_ids: Any) -> Any:
