@@ -14,6 +14,7 @@ from diffcore._checks import (
     check_choice,
     check_float_tensor,
 )
+from diffcore._engine.dispatch import plain_eager
 from diffcore.coefficients.step import PREDICTION_TYPES
 
 __all__ = [
@@ -194,7 +195,8 @@ def flow_weights(sigma: Tensor, weighting: str = "none") -> Tensor:
     "none": 1; "sigma_sqrt": 1 / sigma^2; "cosmap": 2 / (pi (1 - 2 sigma + 2 sigma^2)).
 
     Args:
-        sigma: Noise levels in (0, 1), of any shape.
+        sigma: Noise levels in (0, 1), of any shape. Values on the CPU are checked, where 0 and 1
+            pass as far as their weight is finite.
         weighting: One of the three.
 
     Returns:
@@ -202,7 +204,7 @@ def flow_weights(sigma: Tensor, weighting: str = "none") -> Tensor:
 
     Raises:
         TypeError: ``sigma`` is not made of floating-point numbers.
-        ValueError: An unknown ``weighting``.
+        ValueError: An unknown ``weighting``, or a sigma outside (0, 1).
 
     Source:
         Esser et al. 2024 (arXiv 2403.03206) section 3.1; the names are diffusers'.
@@ -210,6 +212,13 @@ def flow_weights(sigma: Tensor, weighting: str = "none") -> Tensor:
     check_choice("weighting", weighting, FLOW_WEIGHTINGS)
     sigma = as_tensor("sigma", sigma, "a floating-point tensor")
     check_float_tensor("sigma", sigma)
+    if sigma.device.type == "cpu" and sigma.numel() and plain_eager():
+        low, high = (float(end) for end in torch.aminmax(sigma.detach()))
+        if not (low >= 0 and high <= 1) or (low == 0 and weighting == "sigma_sqrt"):
+            raise ValueError(
+                f"sigma must be in (0, 1), got values from {low:g} to {high:g}; divide timesteps "
+                "by their number"
+            )
     sigma = sigma.to(torch.float64)
     if weighting == "none":
         return torch.ones_like(sigma)

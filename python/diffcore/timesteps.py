@@ -17,8 +17,8 @@ from torch import Tensor
 
 from diffcore._checks import as_device, as_flag, as_int, as_positive, as_real, as_tensor
 from diffcore._engine import messages
-from diffcore.noise import PhiloxNoise
-from diffcore.schedules import shift_sigmas
+from diffcore._engine.dispatch import plain_eager
+from diffcore.noise import GroupNoise, PhiloxNoise, ShardNoise
 
 __all__ = ["DENSITIES", "beta", "cosmap", "draw", "logit_normal", "mode", "stratified", "uniform"]
 
@@ -102,6 +102,7 @@ def cosmap(u: Tensor) -> Tensor:
 
     Raises:
         TypeError: ``u`` is not made of floating-point numbers.
+        ValueError: A u outside [0, 1] (checked on the CPU).
 
     Source:
         Esser et al. 2024 (arXiv 2403.03206) eq. 21.
@@ -172,7 +173,7 @@ def stratified(u: Tensor) -> Tensor:
 
     Raises:
         TypeError: ``u`` is not made of floating-point numbers.
-        ValueError: ``u`` is not ``[B]``.
+        ValueError: ``u`` is not ``[B]``, or outside [0, 1].
     """
     u = _float64(u)
     if u.ndim != 1:
@@ -190,6 +191,7 @@ def draw(
     *,
     shift: float = 1.0,
     stratified: bool = False,
+    groups: int | None = None,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str | None = None,
     **parameters: Any,
@@ -197,7 +199,8 @@ def draw(
     """The noise level of each sample of a training step.
 
     From a noise key it is a function of (seed, sample id, stream), independent of the key's noise,
-    so one key gives a training step its levels and its noise, and the step can be replayed.
+    so one key gives a training step its levels and its noise, and the step can be replayed. Shards
+    of a sample have one level.
 
     Args:
         density: The name of a density (``DENSITIES``), or a function of u in (0, 1), float64
@@ -207,42 +210,99 @@ def draw(
         shift: ``spacings.shift_sigmas`` after the density; 3 for Stable Diffusion 3.
         stratified: Apply the function of that name to u first. A level then
             depends on the place in the batch.
+        groups: G, for a level of each group of a sample (a frame, a token).
         dtype: Of the result, to which the float64 level is rounded.
         device: ``None`` for that of the key's tensors, else torch's default.
         parameters: Of the density.
 
     Returns:
-        ``[B]``.
+        ``[B]``, or ``[B, G]``.
 
     Raises:
-        TypeError: An argument of the wrong type.
-        ValueError: An unknown density, parameters of a function, or a parameter out of its range.
+        TypeError: An argument of the wrong type, or a function that returns no floating-point
+            tensor.
+        ValueError: An unknown density, parameters of a function, a parameter out of its range, or a
+            function that returns another shape or levels outside [0, 1] (checked on the CPU).
     """
-    batch, by_strata = as_int("batch", batch, 0), as_flag("stratified", stratified)
+    if not isinstance(batch, torch.SymInt):
+        batch = as_int("batch", batch, 0)
+    by_strata = as_flag("stratified", stratified)
     messages.check_dtype(dtype)
     device = None if device is None else as_device("device", device)
     if noise is None:
         noise = PhiloxNoise.from_generator(device=device)
     if not isinstance(noise, PhiloxNoise):
         raise TypeError(f"noise must be a PhiloxNoise, got {type(noise).__name__}")
-    u = noise.uniform((batch,), dtype=torch.float64, device=device) + _HALF
+    u = _uniform(noise, batch, groups, device)
     if by_strata:
-        u = _stratified(u)
+        u = _stratified(u.reshape(-1)).view(u.shape)
     if callable(density):
         if parameters:
             given = ", ".join(parameters)
             raise ValueError(f"density must be a name with {given}, got a function")
-        sigma = density(u)
+        sigma = _of_function(density, u)
     elif density in DENSITIES:
         sigma = DENSITIES[density](u, **parameters)
     else:
         names = ", ".join(map(repr, DENSITIES))
         raise ValueError(f"density must be one of {names} or a function, got {density!r}")
-    return (sigma if shift == 1 else shift_sigmas(sigma, shift)).to(dtype)
+    if shift != 1:
+        shift = as_positive("shift", shift, finite=True)
+        sigma = shift * sigma / (1 + (shift - 1) * sigma)  # shift_sigmas, of meta tensors too
+    return sigma.to(dtype)
+
+
+def _uniform(
+    noise: PhiloxNoise, batch: int, groups: int | None, device: torch.device | None
+) -> Tensor:
+    """Uniform numbers in (0, 1) from a noise key, float64 ``[B]`` or ``[B, G]``."""
+    if groups is None:
+        return _of_samples(noise, (batch,), device)
+    if not isinstance(groups, torch.SymInt):
+        groups = as_int("groups", groups, 1)
+    if not isinstance(noise, GroupNoise):
+        return _of_samples(noise, (batch, groups), device)
+    if noise.group_ids.shape != (batch, groups):
+        raise ValueError(
+            f"group_ids must have shape {(batch, groups)}, one for each group, got "
+            f"{tuple(noise.group_ids.shape)}"
+        )
+    flat = _of_samples(noise.groups_as_samples, (batch * groups,), device)
+    return flat.view(batch, groups)
+
+
+def _of_samples(noise: PhiloxNoise, shape: tuple[int, ...], device: torch.device | None) -> Tensor:
+    """Uniform numbers of samples, the same for every shard of them."""
+    if noise.first_element or type(noise) is ShardNoise:
+        noise = PhiloxNoise(noise.seed, noise.sample_ids, noise.stream)
+    return noise.uniform(shape, dtype=torch.float64, device=device) + _HALF
+
+
+def _of_function(density: Callable[[Tensor], Tensor], u: Tensor) -> Tensor:
+    """What a density function returns, checked."""
+    sigma = density(u)
+    if not isinstance(sigma, Tensor) or not sigma.is_floating_point():
+        came = sigma.dtype if isinstance(sigma, Tensor) else type(sigma).__name__
+        raise TypeError(f"density must return a floating-point tensor, got {came}")
+    if sigma.shape != u.shape:
+        raise ValueError(
+            f"density must return the shape of u, {tuple(u.shape)}, got {tuple(sigma.shape)}"
+        )
+    if sigma.device.type == "cpu" and sigma.numel() and plain_eager():
+        low, high = (float(end) for end in torch.aminmax(sigma.detach()))
+        if not (low >= 0 and high <= 1):
+            raise ValueError(
+                f"density must return levels in [0, 1], got values from {low:g} to {high:g}"
+            )
+    return sigma
 
 
 def _float64(u: Tensor) -> Tensor:
     u = as_tensor("u", u, "a tensor of floating-point numbers")
     if not u.is_floating_point():
         raise TypeError(f"u must be a tensor of floating-point numbers, got {u.dtype}")
+    if u.device.type == "cpu" and u.numel() and plain_eager():
+        low, high = (float(end) for end in torch.aminmax(u.detach()))
+        if not (low >= 0 and high <= 1):
+            raise ValueError(f"u must be in (0, 1), got values from {low:g} to {high:g}")
     return u.double()

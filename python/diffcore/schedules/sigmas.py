@@ -7,10 +7,20 @@ import math
 import torch
 from torch import Tensor
 
-from diffcore._checks import as_int, as_positive, as_real
+from diffcore._checks import as_int, as_positive, as_real, check_choice
 from diffcore.schedules.shift import shift_sigmas
 
 Device = torch.device | str
+
+AYS_SIGMAS: dict[str, tuple[float, ...]] = {
+    "sd15": (14.615, 6.475, 3.861, 2.697, 1.886, 1.396, 0.963, 0.652, 0.399, 0.152, 0.029),
+    "sdxl": (14.615, 6.315, 3.771, 2.181, 1.342, 0.862, 0.555, 0.380, 0.234, 0.113, 0.029),
+    "svd": (700.0, 54.5, 15.886, 7.977, 4.248, 1.789, 0.981, 0.403, 0.173, 0.034, 0.002),
+    "deepfloyd": (160.41, 8.081, 3.315, 1.885, 1.207, 0.785, 0.553, 0.293, 0.186, 0.030, 0.006),
+}
+"""The published noise levels of Align Your Steps for ten steps, by model."""
+
+_LAPLACE_SHIFT = 1e-5  # keeps the logarithm finite at both ends
 
 
 def get_sigmas_karras(
@@ -207,6 +217,161 @@ def get_sigmas_flow(n: int, *, shift: float = 1.0, sigma_min: float | None = Non
         raise ValueError(f"sigma_min must lie in (0, 1], got {last}")
     sigmas = shift_sigmas(1 + _ramp(n) * (last - 1), shift)
     return torch.cat([sigmas, sigmas.new_zeros(1)])
+
+
+def get_sigmas_laplace(
+    n: int,
+    sigma_min: float,
+    sigma_max: float,
+    mu: float = 0.0,
+    beta: float = 0.5,
+    device: Device = "cpu",
+) -> Tensor:
+    """Quantiles of a Laplace distribution of log(sigma), clamped to the range, and a 0.
+
+    ``log sigma = mu - beta sign(1/2 - u) log(1 - 2 |1/2 - u| + 1e-5)`` for u from 0 to 1. ComfyUI
+    returns these levels without the 0.
+
+    Args:
+        n: Number of levels, without the appended 0.
+        sigma_min: The lowest level before the 0, above 0.
+        sigma_max: The highest level.
+        mu: Mean of log(sigma).
+        beta: Scale of the distribution. Where it leads out of the range, several levels are
+            ``sigma_min`` or ``sigma_max``, which no solver takes.
+        device: Device of the result.
+
+    Returns:
+        float64 ``[n + 1]``.
+
+    Raises:
+        ValueError: n < 1, not 0 < sigma_min <= sigma_max, or beta not above 0.
+
+    Source:
+        Hang et al. 2024 (arXiv 2407.03297); the 1e-5 is ComfyUI's.
+    """
+    n, sigma_min, sigma_max = _range(n, sigma_min, sigma_max)
+    mu, beta = as_real("mu", mu), as_positive("beta", beta, finite=True)
+    left = 0.5 - _ramp(n)
+    # 1 - 2 |1/2 - u|, without a difference of numbers near 1.
+    tail = 2 * torch.minimum(_ramp(n), _ramp(n).flip(0) if n > 1 else 1 - _ramp(n))
+    sigmas = torch.exp(mu - beta * left.sign() * torch.log(tail + _LAPLACE_SHIFT))
+    sigmas = sigmas.clamp(sigma_min, sigma_max)
+    return torch.cat([sigmas, sigmas.new_zeros(1)]).to(device)
+
+
+def get_sigmas_kl_optimal(
+    n: int, sigma_min: float, sigma_max: float, device: Device = "cpu"
+) -> Tensor:
+    """arctan(sigma) linear from sigma_max to sigma_min, and a 0.
+
+    Args:
+        n: Number of levels, without the appended 0.
+        sigma_min: Last level before the 0, above 0.
+        sigma_max: First level.
+        device: Device of the result.
+
+    Returns:
+        float64 ``[n + 1]``.
+
+    Raises:
+        ValueError: n < 1, or not 0 < sigma_min <= sigma_max.
+
+    Source:
+        Sabour et al. 2024 (Align Your Steps, arXiv 2404.14507), the optimum for Gaussian data.
+    """
+    n, sigma_min, sigma_max = _range(n, sigma_min, sigma_max)
+    # Near pi / 2 a tangent loses what the arctangent of 1 / sigma keeps.
+    high = math.atan(1 / sigma_max)
+    fall = _ramp(n) * (math.atan(1 / sigma_min) - high)
+    sigmas = 1 / torch.tan(high + fall)
+    return _with_ends(sigmas, sigma_min, sigma_max).to(device)
+
+
+def get_sigmas_linear_quadratic(
+    n: int,
+    *,
+    sigma_max: float = 1.0,
+    threshold_noise: float = 0.025,
+    linear_steps: int | None = None,
+) -> Tensor:
+    """Equal short steps down from sigma_max, then steps that grow linearly, to 0.
+
+    ``1 - sigma / sigma_max`` is ``threshold_noise i / linear_steps`` at first, and from i =
+    ``linear_steps`` on the parabola through the same value and slope that is 1 at i = n.
+
+    Args:
+        n: Number of steps.
+        sigma_max: First level; 1 for a rectified flow.
+        threshold_noise: By how much the first ``linear_steps`` steps go down, as a fraction.
+        linear_steps: Number of steps of the first part; n // 2 by default.
+
+    Returns:
+        float64 ``[n + 1]``.
+
+    Raises:
+        ValueError: n < 1, sigma_max not above 0, threshold_noise outside (0, 1), linear_steps
+            outside 1 .. n - 1, or levels that do not fall.
+
+    Source:
+        Genmo's Mochi 1 (``linear_quadratic_schedule``); ComfyUI's scheduler "linear_quadratic".
+    """
+    n = as_int("n", n, 1)
+    sigma_max = as_positive("sigma_max", sigma_max, finite=True)
+    threshold_noise = as_real("threshold_noise", threshold_noise)
+    if not 0 < threshold_noise < 1:
+        raise ValueError(f"threshold_noise must lie in (0, 1), got {threshold_noise}")
+    if n == 1:
+        return torch.tensor([sigma_max, 0.0], dtype=torch.float64, device="cpu")
+    first = n // 2 if linear_steps is None else as_int("linear_steps", linear_steps)
+    if not 1 <= first < n:
+        raise ValueError(f"linear_steps must be in 1 .. n - 1 = {n - 1}, got {first}")
+    slope, left = threshold_noise / first, n - first
+    curve = (1 - threshold_noise - slope * left) / left**2
+    after = torch.arange(n + 1, dtype=torch.float64, device="cpu") - first
+    done = threshold_noise + slope * after + curve * after.clamp(min=0) ** 2
+    sigmas = sigma_max * (1 - done)
+    sigmas[0], sigmas[-1] = sigma_max, 0.0
+    if bool((sigmas[1:] >= sigmas[:-1]).any()):
+        raise ValueError(
+            f"threshold_noise must leave levels that fall, got {threshold_noise} in {first} of {n} "
+            "steps"
+        )
+    return sigmas
+
+
+def get_sigmas_ays(n: int, model: str = "sd15", device: Device = "cpu") -> Tensor:
+    """The published levels of Align Your Steps, interpolated to n steps, and a 0.
+
+    log(sigma) is interpolated linearly at n + 1 evenly spaced places of ``AYS_SIGMAS[model]``,
+    and the last of them is replaced by the 0, as in ComfyUI and diffusers. For n = 10 the others
+    are the published numbers.
+
+    Args:
+        n: Number of levels, without the 0 at the end.
+        model: A key of ``AYS_SIGMAS``: "sd15" (Stable Diffusion 1.5), "sdxl", "svd" (Stable Video
+            Diffusion) or "deepfloyd" (stage 1).
+        device: Device of the result.
+
+    Returns:
+        float64 ``[n + 1]``.
+
+    Raises:
+        ValueError: n < 1, or an unknown model.
+
+    Source:
+        Sabour et al. 2024 (Align Your Steps, arXiv 2404.14507) table 3, and the authors' how-to for
+        the interpolation.
+    """
+    n = as_int("n", n, 1)
+    check_choice("model", model, tuple(AYS_SIGMAS))
+    known = AYS_SIGMAS[model]
+    found = []
+    for i in range(n):
+        place, rest = divmod(i * (len(known) - 1), n)
+        share, low = rest / n, known[place]
+        found.append(low if rest == 0 else low * (known[place + 1] / low) ** share)
+    return torch.tensor([*found, 0.0], dtype=torch.float64, device="cpu").to(device)
 
 
 def _ramp(n: int) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -84,6 +86,39 @@ def respaced_timesteps(
     """
     timesteps = _spaced(num_timesteps, num_steps, spacing, steps_offset, False, None, exact=True)
     return [round(t) for t in timesteps]
+
+
+def lcm_timesteps(num_timesteps: int, num_steps: int, *, original_steps: int = 50) -> list[int]:
+    """The timesteps that LCM and TCD models are called at, from noisy to clean.
+
+    A distilled model was trained at k - 1, 2k - 1, ..., with k = T // ``original_steps``. Of these,
+    from the noisiest, ``num_steps`` with indices floor(i ``original_steps`` / ``num_steps``).
+
+    Args:
+        num_timesteps: T, the length of the training schedule.
+        num_steps: At most ``original_steps``.
+        original_steps: How many timesteps the model was distilled at, at most T.
+
+    Returns:
+        ``num_steps`` timesteps, falling; the first is 999 for T = 1000.
+
+    Raises:
+        TypeError: A count is not an int.
+        ValueError: A count below 1, or above its maximum.
+
+    Source:
+        Luo et al. 2023 (LCM, arXiv 2310.04378); the schedule of diffusers' ``LCMScheduler``.
+    """
+    num_timesteps = as_int("num_timesteps", num_timesteps, 1)
+    original_steps = as_int("original_steps", original_steps, 1)
+    num_steps = as_int("num_steps", num_steps, 1)
+    if original_steps > num_timesteps:
+        raise ValueError(f"original_steps must be at most {num_timesteps}, got {original_steps}")
+    if num_steps > original_steps:
+        raise ValueError(f"num_steps must be at most {original_steps}, got {num_steps}")
+    gap = num_timesteps // original_steps
+    places = [math.floor(i * (original_steps / num_steps)) for i in range(num_steps)]
+    return [(original_steps - place) * gap - 1 for place in places]
 
 
 def _spaced(
