@@ -96,8 +96,8 @@ MUTANTS = [
     ),
     Mutant(
         "solvers: UniPC's predictor",
-        "return [first_order_weight(h) - slope, slope]",
-        "return [first_order_weight(h) + slope, slope]",
+        "return [first_order_weight(self._sign * h) - slope, slope]",
+        "return [first_order_weight(self._sign * h) + slope, slope]",
         "tests/solvers/test_parts.py",
     ),
     Mutant(
@@ -127,8 +127,8 @@ MUTANTS = [
     ),
     Mutant(
         "solvers: the first row of a step",
-        "                step != before,",
-        "                step == before,",
+        "next_sigma, step, step != before),",
+        "next_sigma, step, step == before),",
         "tests/solvers/test_rows.py",
     ),
     Mutant(

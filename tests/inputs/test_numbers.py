@@ -41,6 +41,13 @@ CALLS: dict[str, Call] = {
     "beta": lambda i, r: schedules.get_sigmas_beta(i(5), r(0.125), r(9.0), r(0.5), r(0.75)),
     "vp": lambda i, r: schedules.get_sigmas_vp(i(5), r(19.0), r(0.125), r(0.5)),
     "flow": lambda i, r: schedules.get_sigmas_flow(i(5), shift=r(3.0), sigma_min=r(0.125)),
+    "laplace": lambda i, r: schedules.get_sigmas_laplace(i(5), r(0.125), r(9.0), r(0.5), r(0.25)),
+    "kl_optimal": lambda i, r: schedules.get_sigmas_kl_optimal(i(5), r(0.125), r(9.0)),
+    "linear_quadratic": lambda i, r: schedules.get_sigmas_linear_quadratic(
+        i(5), sigma_max=r(2.0), threshold_noise=r(0.125), linear_steps=i(3)
+    ),
+    "ays": lambda i, r: schedules.get_sigmas_ays(i(5)),
+    "sgm_uniform": lambda i, r: schedules.get_sigmas_sgm_uniform(SCHEDULE, i(2)),
     "shift": lambda i, r: schedules.shift_sigmas([0.5, 0.25], r(3.0)),
     "time_shift": lambda i, r: schedules.time_shift([0.5, 0.25], r(0.5)),
     "mu": lambda i, r: torch.tensor(schedules.dynamic_shift_mu(i(512), i(256), i(4096), r(0.5))),
@@ -66,6 +73,18 @@ CALLS: dict[str, Call] = {
     "dpmpp_sde": lambda i, r: solvers.dpmpp_sde_table(SIGMAS, eta=r(0.5), r=r(0.75)),
     "singlestep": lambda i, r: solvers.dpmpp_singlestep_table(SIGMAS, order=i(3)),
     "unipc": lambda i, r: solvers.unipc_table(SIGMAS, order=i(2), disable_corrector=[i(1)]),
+    "ipndm": lambda i, r: solvers.ipndm_table(SIGMAS, order=i(3)),
+    "deis": lambda i, r: solvers.deis_table(SIGMAS, order=i(3)),
+    "dpm_fast": lambda i, r: solvers.dpm_fast_table([5.0, 1.0], i(4), eta=r(0.5), s_noise=r(1.5)),
+    "sa_solver": lambda i, r: solvers.sa_solver_table(
+        SIGMAS, predictor_order=i(2), corrector_order=i(3), tau=r(0.5), s_noise=r(1.5)
+    ),
+    "gradient_estimation": lambda i, r: solvers.gradient_estimation_table(SIGMAS, gamma=r(1.5)),
+    "er_sde": lambda i, r: solvers.er_sde_table(SIGMAS, order=i(3), num_integration_points=i(9)),
+    "seeds_3": lambda i, r: solvers.seeds_3_table(SIGMAS, eta=r(0.5), r_1=r(0.25), r_2=r(0.5)),
+    "restart": lambda i, r: solvers.restart_table(
+        [5.0, 3.0, 1.0, 0.5], restarts=[(r(1.0), r(5.0), i(2), i(3))], s_noise=r(1.5), rho=r(3.0)
+    ),
     "flow_table": lambda i, r: solvers.flow_euler_table(
         [1.0, 0.5, 0.0], num_train_timesteps=r(500.0)
     ),

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from diffcore import coefficients, schedules, solvers
+from diffcore import coefficients, consistency, schedules, solvers
 from diffcore.schedules import NoiseSchedule
 from diffcore.solvers import NoiseLevels, SolverTable
 from support.solver_list import ALL, CHURNED
@@ -75,6 +75,20 @@ def test_numbers(name: str) -> None:
 @pytest.mark.parametrize("name", {**ALL, **CHURNED})
 def test_solvers(name: str) -> None:
     assert_same_on_the_cpu(lambda: {**ALL, **CHURNED}[name](SIGMAS))
+
+
+def test_tables_that_take_other_levels() -> None:
+    for make in (
+        lambda: solvers.consistency_table([80.0, 3.0, 0.002]),
+        lambda: solvers.trigflow_table([1.5708, 1.0, 0.0]),
+        lambda: solvers.trigflow_table([1.0, 0.0], timesteps=[0.5]),
+        lambda: solvers.flow_map_table([1.0, 0.5, 0.0]),
+        lambda: solvers.flow_map_table([1.0, 0.5, 0.1], target_timesteps=[0.5, 0.1]),
+        lambda: solvers.tcd_table(NoiseLevels.from_schedule(SCHEDULE, [17, 9, 2])),
+        lambda: consistency.ladder(5),
+        lambda: consistency.level_weights(consistency.ladder(5)),
+    ):
+        assert_same_on_the_cpu(make)
 
 
 @pytest.mark.parametrize("name", LEVELS)

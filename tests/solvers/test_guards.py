@@ -22,7 +22,8 @@ LINEAR = NoiseSchedule.from_betas(make_betas("linear", 1000))
 # Solvers that need a level between two, or lambda at the start: sigma / alpha must be finite there.
 NEED_SIGNAL = ("dpm2", "dpm2_ancestral-0", "dpm2_ancestral", "dpmpp-2s", "dpmpp-sde-0")
 NEED_SIGNAL += ("dpmpp-2s-midpoint", "dpmpp-2s-heun", "dpmpp-3s-midpoint", "dpmpp-3s-heun")
-NEED_SIGNAL += ("dpmpp-2s-ancestral", "dpmpp-sde", "dpmpp-sde-r")
+NEED_SIGNAL += ("dpmpp-2s-ancestral", "dpmpp-sde", "dpmpp-sde-r", "seeds_3-0", "seeds_3")
+NEED_SIGNAL += ("dpm-3s-heun", "dpm-sde-2m")
 
 
 def bent(x, t):
@@ -144,19 +145,19 @@ def test_levels_without_their_first_steps():
 
 
 @pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", [name for name in ALL if name != "lcm"])  # x is in its result
 def test_the_last_step_to_a_clean_sample_returns_x0(name, path):
     table = ALL[name](levels_on(path, geometric(4, 0.1, 9.0, to_zero=True)))
     last = dict(zip(COLUMNS, table.coefficients[-1].tolist(), strict=True))
     direct = {"c_x": 0.0, "c_m": 0.0, "c_0": 1.0, "c_z": 0.0, "c_1": 0.0, "c_2": 0.0, "c_3": 0.0}
-    if name.startswith("lms") and not name.endswith("1"):
+    if name in ("lms-2", "lms-3", "lms-4", "pndm", "unipc-2-noise"):
         assert last["c_1"] != 0  # Adams-Bashforth is of full order to the end, as in k-diffusion
         return
     for column, value in direct.items():
         assert abs(last[column] - value) <= 1e-15
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", [name for name in ALL if name != "lcm"])
 @pytest.mark.parametrize("sigmas", [[5.0, 0.0], [5.0, 1.0], [5.0, 5.0], [5.0, 2.0, 0.0]])
 def test_few_steps(name, sigmas):
     table = ALL[name](sigmas, prediction_type="sample")
@@ -166,7 +167,7 @@ def test_few_steps(name, sigmas):
     if sigmas == [5.0, 0.0]:
         assert torch.equal(out, bent(x, 0.0))
         assert len(table) == 1
-    if sigmas == [5.0, 5.0]:  # nowhere to go
+    if sigmas == [5.0, 5.0] and name not in ("renoise", "tcd"):  # nowhere to go
         assert torch.allclose(out, x, rtol=1e-15)
 
 
@@ -178,7 +179,7 @@ def test_solvers_from_pure_noise(name):
     preserving = NoiseLevels.from_schedule(terminal, times)
     assert flow.alpha[0] == preserving.alpha[0] == 0
     for levels in (flow, preserving):
-        straight = name.startswith(("heun", "lms")) and levels.path == "vp"
+        straight = name.startswith(("heun", "lms", "ipndm", "pndm")) and levels.path == "vp"
         if name in NEED_SIGNAL or straight:
             with pytest.raises(ValueError, match="levels must start at alpha > 0"):
                 ALL[name](levels, prediction_type="v_prediction")
@@ -297,7 +298,7 @@ REFUSED = {
         "solver_type must be one of 'bh1', 'bh2'",
     ),
     "algorithm": (
-        lambda: solvers.dpmpp_table(SIGMAS, algorithm_type="dpmsolver"),
+        lambda: solvers.dpmpp_table(SIGMAS, algorithm_type="ode-dpmsolver"),
         ValueError,
         "algorithm_type must be one of",
     ),

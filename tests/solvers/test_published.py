@@ -85,6 +85,10 @@ def singlestep(levels: NoiseLevels, prediction_type: str) -> solvers.SolverTable
     return solvers.dpmpp_singlestep_table(levels, prediction_type=prediction_type)
 
 
+def deis(levels: NoiseLevels, prediction_type: str) -> solvers.SolverTable:
+    return solvers.deis_table(levels, order=2, prediction_type=prediction_type)
+
+
 def unipc(levels: NoiseLevels, prediction_type: str) -> solvers.SolverTable:
     return solvers.unipc_table(levels, prediction_type=prediction_type)
 
@@ -127,6 +131,8 @@ PUBLISHED = {
     "unipc-v": (lambda: multistep(unipc, V), None, 0.1014, False),
     "unipc-karras": (lambda: multistep(unipc, sigmas=get_sigmas_karras), None, 0.2925, False),
     "unipc-karras-v": (lambda: multistep(unipc, V, get_sigmas_karras), None, 0.1966, False),
+    "deis": (lambda: multistep(deis), None, 0.23916, False),
+    "deis-v": (lambda: multistep(deis, V), None, 0.091, False),
     "euler": (lambda: solvers.euler_table(euler_levels()), 10.0807, None, True),
     "euler-v": (
         lambda: solvers.euler_table(euler_levels(), prediction_type=V),
@@ -196,6 +202,19 @@ def test_published_sums_of_ddpm(prediction_type: str, total: float, walker: str)
     levels = NoiseLevels.from_schedule(schedule(1000), torch.arange(999, -1, -1))
     table = solvers.ddpm_table(levels, prediction_type=prediction_type, clip_range=1.0)
     draws = ancestral_noise(999)
+    out = run(walker, table, dummy(), lambda row: draws[row], False)
+    assert abs(out.abs().sum() - total) < OWN_TOLERANCE
+
+
+@each_walker
+@pytest.mark.parametrize(("prediction_type", "total"), [("epsilon", 337.394287), (V, 193.146774)])
+def test_published_sums_of_sa_solver(prediction_type: str, total: float, walker: str) -> None:
+    levels = NoiseLevels.from_schedule(schedule(1100), told(1100), final_sigmas_type="sigma_min")
+    tau = ((levels.timesteps >= 200) & (levels.timesteps <= 800)).double()
+    table = solvers.sa_solver_table(
+        levels, tau=tau, simple_order_2=True, prediction_type=prediction_type
+    )
+    draws = ancestral_noise(len(table))  # it draws where tau = 0, too
     out = run(walker, table, dummy(), lambda row: draws[row], False)
     assert abs(out.abs().sum() - total) < OWN_TOLERANCE
 

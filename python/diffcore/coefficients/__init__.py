@@ -7,6 +7,7 @@ from diffcore.coefficients.bound import (
     prior_coefficients,
     vlb_coefficients,
 )
+from diffcore.coefficients.consistency import consistency_coefficients, lcm_coefficients
 from diffcore.coefficients.step import (
     PREDICTION_TYPES,
     STEP_COLUMNS,
@@ -26,9 +27,11 @@ __all__ = [
     "STEP_COLUMNS",
     "VARIANCE_TYPES",
     "VLB_COLUMNS",
+    "consistency_coefficients",
     "ddim_coefficients",
     "ddpm_coefficients",
     "epsilon_coefficients",
+    "lcm_coefficients",
     "log_variances",
     "parse_clip_range",
     "posterior_coefficients",

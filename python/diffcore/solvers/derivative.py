@@ -1,27 +1,22 @@
-"""Solvers that step along the derivative (x - x0) / sigma: Euler, Heun, DPM-Solver-2, LMS.
+"""Solvers that step along the derivative (x - x0) / sigma: Euler, Heun, DPM-Solver-2.
 
-The derivative is taken in coordinates where it is constant on a straight path: of x by sigma with
-alpha = 1 (x / alpha by sigma / alpha for a variance preserving process), and of x by sigma in a
-rectified flow, where it is the velocity noise - x0.
+The coordinates are those of ``diffcore.solvers.straight``.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
 
 from diffcore._checks import as_real
-from diffcore._kernels.step import MOST_HISTORY
 from diffcore._types import ClipRange
 from diffcore.solvers.levels import Level, Levels, NoiseLevels, as_levels
-from diffcore.solvers.rows import Rows, ancestral, at_least_zero, check_order, move, toward
+from diffcore.solvers.rows import Rows, ancestral, at_least_zero, move, toward
+from diffcore.solvers.straight import Straight, straight_of
 from diffcore.solvers.table import SolverTable
 
 # The most by which EDM raises a noise level, as a fraction of it.
 _MAX_CHURN = math.sqrt(2) - 1
-# Gauss's rule of two points is exact up to degree 3, the highest degree used here.
-_GAUSS_NODE = math.sqrt(1 / 3)
 
 
 def euler_table(
@@ -108,7 +103,7 @@ def heun_table(
     levels = as_levels(levels, prediction_type)
     churn = _Churn(levels, s_churn, s_tmin, s_tmax, s_noise)
     rows = Rows("heun", levels, prediction_type, clip_range)
-    straight = _straight(levels, "heun_table")
+    straight = straight_of(levels, "heun_table")
     for i, after in enumerate(levels.levels()[1:]):
         here, c_z = churn.level(i), churn.noise(i + 1)
         columns = move(here, after.alpha, after.sigma)
@@ -226,61 +221,74 @@ def dpm2_ancestral_table(
     return rows.table(2 if eta == 0 else 1)
 
 
-def lms_table(
+def heunpp2_table(
     levels: Levels,
     *,
-    order: int = 4,
+    s_churn: float = 0.0,
+    s_tmin: float = 0.0,
+    s_tmax: float = math.inf,
+    s_noise: float = 1.0,
     prediction_type: str = "epsilon",
     clip_range: ClipRange = None,
 ) -> SolverTable:
-    """Adams-Bashforth for steps of any length (linear multistep).
+    """Heun++: a mean of the derivatives at three levels, weighted by sigma. Order 1.
 
-    x' = x + integral from sigma to sigma' of the polynomial through the last ``order`` derivatives.
-    The first steps have fewer derivatives: the first is Euler's, and its second-order error
-    remains. The stated order holds where the first steps are short or their error decays. Levels
-    may rise.
+    With d at (x, sigma), and d_1 and d_2 at the next two levels, reached by Euler's steps: x' = x +
+    (sigma_1 - sigma) (w d + w_1 d_1 + w_2 d_2), w_k = sigma_k / (3 sigma_max), w = 1 - w_1 - w_2.
+    The step before the last has d and d_1 alone, with w_1 = sigma_1 / (2 sigma_max), and the last
+    step is Euler's. These are not the weights of a method of order 2. sigma_max is the noisiest
+    level's. Churn as in ``euler_table``. Levels may rise.
 
     Args:
         levels: Noise levels to visit, or sigmas ``[N + 1]`` with alpha = 1.
-        order: 1 to 4.
+        s_churn: How much noise is renewed over all steps; 0 for none.
+        s_tmin: Lowest sigma that churn raises.
+        s_tmax: Highest sigma that churn raises.
+        s_noise: Factor of the added noise.
         prediction_type: What the model predicts, one of ``PREDICTION_TYPES``.
         clip_range: Bounds of the predicted x_0: ``c`` for [-c, c], (lowest, highest), or ``None``.
 
     Returns:
-        N rows.
+        3N - 3 rows, one if N = 1.
 
     Raises:
-        ValueError: order outside 1 .. 4, or as ``heun_table``.
+        ValueError: As ``heun_table``.
 
     Source:
-        Liu et al. 2022 (arXiv 2202.09778) eq. 12 for equal steps; k-diffusion's ``sample_lms``.
+        ComfyUI's ``sample_heunpp2``.
     """
-    order = check_order(order, MOST_HISTORY + 1)
     levels = as_levels(levels, prediction_type)
-    straight = _straight(levels, "lms_table")
-    rows = Rows("lms", levels, prediction_type, clip_range)
+    churn = _Churn(levels, s_churn, s_tmin, s_tmax, s_noise)
+    rows = Rows("heunpp2", levels, prediction_type, clip_range)
+    straight = straight_of(levels, "heunpp2_table")
     points = levels.levels()
-    places = [straight(level) for level in points]
-    for i, here in enumerate(points[:-1]):
-        (scale, s), (scale_after, s_after) = places[i], places[i + 1]
-        known = [places[i - k][1] for k in range(min(order, i + 1))]
-        weights = [w * scale_after for w in _adams_weights(known, s_after)]
-        history = {f"c_{k}": w for k, w in enumerate(weights[1:], 1)}
-        if here.sigma == 0:
-            lost = straight.lost
-            c_0 = scale_after / scale * here.alpha - lost * weights[0]
-            rows.add(i, here, c_0=c_0, c_eps=weights[0], e_0=-lost, e_eps=1.0)
-            continue
-        rows.add(
-            i,
-            here,
-            c_x=scale_after / scale + weights[0] / (scale * s),
-            c_0=-weights[0] / s,
-            e_x=1 / (scale * s),
-            e_0=-1 / s,
-            **history,
-        )
-    return rows.table(order)
+    places = [straight(level)[1] for level in points]
+    for i, after in enumerate(points[1:]):
+        # Derivatives at this level, and at one or two more but not at the last.
+        count = min(3, len(levels) - i)
+        visited = [churn.level(i), *points[i + 1 : i + count]]
+        s = [straight(visited[0])[1], *places[i + 1 : i + count]]
+        weights = [place / (count * max(places)) for place in s[1:]]
+        weights = [1 - sum(weights), *weights]
+        # What Euler's steps through the levels have added of each derivative, to be taken off.
+        added = [b - a for a, b in itertools.pairwise(s)]
+        *known, own = [(places[i + 1] - s[0]) * w for w in weights]
+        *kept, last = visited
+        for level, target in itertools.pairwise(visited):
+            history = _derivative(level, straight)
+            rows.add(i, level, **move(level, target.alpha, target.sigma), **history)
+        if not kept:
+            columns = move(last, after.alpha, after.sigma)
+        else:
+            scale, scale_after = straight(last)[0], straight(after)[0]
+            columns = {
+                "c_x": scale_after / scale * (1 + own / s[-1]),
+                "c_0": -scale_after * own / s[-1],
+            }
+            for k, (wanted, part) in enumerate(zip(known, added, strict=True)):
+                columns[f"c_{len(kept) - k}"] = scale_after * (wanted - part)
+        rows.add(i, last, churn.interval(i + 1), **columns, c_z=churn.noise(i + 1))
+    return rows.table(1, start=(1.0, churn.noise(0)))
 
 
 class _Churn:
@@ -323,26 +331,6 @@ class _Churn:
         return self._before[i].ratio, self._hat[i].ratio
 
 
-class _Straight:
-    """(scale, s) of a level, such that d(x / scale) / ds is constant on a straight path.
-
-    The derivative is epsilon - lost x_0: in a flow the signal falls while the noise rises.
-    """
-
-    def __init__(self, path: str) -> None:
-        self._vp = path == "vp"
-        self.lost = 1.0 if path == "flow" else 0.0
-
-    def __call__(self, level: Level) -> tuple[float, float]:
-        return (level.alpha, level.ratio) if self._vp else (1.0, level.sigma)
-
-
-def _straight(levels: NoiseLevels, name: str) -> _Straight:
-    if levels.path == "vp":
-        levels.check_signal(name)
-    return _Straight(levels.path)
-
-
 def _dpm2_step(
     rows: Rows,
     levels: NoiseLevels,
@@ -359,7 +347,7 @@ def _dpm2_step(
         return
     levels.check_signal("dpm2_table")
     middle = levels.at(math.sqrt(here.ratio) * math.sqrt(sigma / alpha))
-    straight = _Straight(levels.path)
+    straight = Straight(levels.path)
     (scale, s), (_, s_middle) = straight(here), straight(middle)
     # (alpha, sigma_down) is off the path: step to the level with the same ratio, and rescale.
     end = levels.at(sigma / alpha)
@@ -374,19 +362,13 @@ def _dpm2_step(
     )
 
 
+def _derivative(level: Level, straight: Straight) -> dict[str, float]:
+    """The columns of h' = d(x / scale) / ds."""
+    if level.sigma == 0:
+        return {"e_0": -straight.lost, "e_eps": 1.0}
+    scale, s = straight(level)
+    return {"e_x": 1 / (scale * s), "e_0": -1 / s}
+
+
 def _end(levels: NoiseLevels, i: int) -> float:
     return float(levels.sigma[i + 1] / levels.alpha[i + 1])
-
-
-def _adams_weights(known: Sequence[float], end: float) -> list[float]:
-    """Integrals from known[0] to end of the Lagrange polynomials with the nodes ``known``."""
-    middle, half = (known[0] + end) / 2, (end - known[0]) / 2
-    total = [0.0] * len(known)
-    for at in (middle - half * _GAUSS_NODE, middle + half * _GAUSS_NODE):
-        for j, own in enumerate(known):
-            value = half
-            for k, other in enumerate(known):
-                if k != j:
-                    value *= (at - other) / (own - other)
-            total[j] += value
-    return total

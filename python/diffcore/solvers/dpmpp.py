@@ -1,4 +1,4 @@
-"""DPM-Solver++: multistep (2M, 3M, SDE), and with two model calls a step (2S, SDE)."""
+"""DPM-Solver and DPM-Solver++: multistep, and DPM-Solver++ with two model calls a step."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from diffcore._checks import as_real, check_choice
 from diffcore._types import ClipRange
 from diffcore.solvers.exponential import first_order_weight, interpolating_weights, last_finite, phi
 from diffcore.solvers.levels import Levels, as_levels
+from diffcore.solvers.noise_form import added_noise, combination, first_order, history
 from diffcore.solvers.rows import Rows, ancestral, at_least_zero, check_order, move, toward
 from diffcore.solvers.table import SolverTable
 
-ALGORITHM_TYPES = ("dpmsolver++", "sde-dpmsolver++")
+ALGORITHM_TYPES = ("dpmsolver++", "sde-dpmsolver++", "dpmsolver", "sde-dpmsolver")
 SOLVER_TYPES = ("midpoint", "heun")
 
 # With at least this many steps, diffusers keeps the order to the end.
@@ -34,7 +35,7 @@ def dpmpp_table(
     prediction_type: str = "epsilon",
     clip_range: ClipRange = None,
 ) -> SolverTable:
-    """DPM-Solver++, multistep: x0 as a polynomial through the last predictions. Order 1, 2, 2 (3).
+    """DPM-Solver++ and DPM-Solver, multistep: a polynomial through the last x0. Order 1, 2, 2 (3).
 
     With h = lambda' - lambda, H = h ("dpmsolver++") or (1 + eta) h ("sde-dpmsolver++"), and
     differences D1, D2 of x0 in units of h: x' = (sigma' / sigma) exp(h - H) x + alpha' (H phi_1 x0
@@ -43,6 +44,10 @@ def dpmpp_table(
     most 2. A step to sigma = 0 has order 1 and no noise; a step whose history begins at alpha = 0
     has order 1. Levels may rise where no noise is added: a step from sigma = 0 or to alpha = 0, and
     one whose history begins at sigma = 0, has order 1.
+
+    "dpmsolver" and "sde-dpmsolver" take the predicted noise as the polynomial: x' = (alpha' /
+    alpha) x - (1 + eta) sigma' (h phi_1 epsilon + h phi_2 D1 + h phi_3 D2) + sigma' sqrt(eta (exp(2
+    h) - 1)) z, the phi at h, and "midpoint" with h phi_1 / 2. eta is 0 without "sde".
 
     As published, the third-order step has half of the second difference (D2 above is the divided
     difference, not the second derivative), so it converges with order 2, with a small constant.
@@ -57,7 +62,7 @@ def dpmpp_table(
             most 2.
         euler_at_final: The last step has order 1 with any number of steps.
         exact_third_order: Use the full second difference in steps of order 3.
-        eta: Strength of the noise with "sde-dpmsolver++" (1 is the diffusion SDE); else not read.
+        eta: Strength of the noise with "sde-..." (1 is the diffusion SDE); else not read.
         s_noise: Factor of the added noise.
         prediction_type: What the model predicts, one of ``PREDICTION_TYPES``.
         clip_range: Bounds of the predicted x_0: ``c`` for [-c, c], (lowest, highest), or ``None``.
@@ -67,19 +72,23 @@ def dpmpp_table(
 
     Raises:
         ValueError: Order outside 1 .. 3, unknown algorithm_type or solver_type, eta below 0, noise
-            with levels that rise, or as ``NoiseLevels``.
+            with levels that rise, "sde-dpmsolver" from alpha = 0, or as ``NoiseLevels``.
 
     Source:
         Lu et al. 2022 (arXiv 2211.01095) algorithm 2 and appendix; eta as in k-diffusion.
+        "dpmsolver": Lu et al. 2022 (arXiv 2206.00927), with history as in diffusers.
     """
     order = check_order(order, 3)
     check_choice("algorithm_type", algorithm_type, ALGORITHM_TYPES)
     check_choice("solver_type", solver_type, SOLVER_TYPES)
     eta, s_noise = at_least_zero("eta", eta), at_least_zero("s_noise", s_noise)
     levels = as_levels(levels, prediction_type)
-    eta = eta if algorithm_type == "sde-dpmsolver++" else 0.0
+    eta = eta if algorithm_type.startswith("sde-") else 0.0
+    of_noise = not algorithm_type.endswith("++")
     if eta > 0:
-        levels.check_falls("'sde-dpmsolver++' with eta > 0")
+        levels.check_falls(f"{algorithm_type!r} with eta > 0")
+        if of_noise:
+            levels.check_signal(f"{algorithm_type!r} with eta > 0")
     rows = Rows(f"{algorithm_type}-{order}m", levels, prediction_type, clip_range)
     points, steps = levels.levels(), len(levels)
     lambdas = [level.lam for level in points]
@@ -94,13 +103,22 @@ def dpmpp_table(
         if after.sigma == 0 or lambdas[i] == lambdas[i + 1] or (euler_at_final and left == 1):
             limit = 1
         used = last_finite(lambdas, i, limit) if math.isfinite(lambdas[i]) else 1
-        keep = here.alpha * after.sigma / (after.alpha * here.sigma)  # exp(-h), h may be infinite
-        if used == 1:
-            weights = [1 - keep ** (1 + eta)]
-        else:
+        weights = []
+        if used > 1:
             h = lambdas[i + 1] - lambdas[i]
             nodes = [(lambdas[i - k] - lambdas[i]) / h for k in range(used)]
-            weights = _multistep_weights(nodes, (1 + eta) * h, solver_type, exact_third_order)
+            big_h = -h if of_noise else (1 + eta) * h
+            weights = multistep_weights(nodes, big_h, solver_type, exact_third_order)
+        if of_noise:
+            columns = first_order(here, after, eta)
+            if weights:
+                weights = [(1 + eta) * after.sigma * w for w in weights]
+                columns = combination(here, after.alpha / here.alpha, weights)
+            c_z = s_noise * added_noise(here, after, eta)
+            rows.add(i, here, c_z=c_z, **columns, **history(here))
+            continue
+        keep = here.alpha * after.sigma / (after.alpha * here.sigma)  # exp(-h), h may be infinite
+        weights = weights or [1 - keep ** (1 + eta)]
         rows.add(
             i,
             here,
@@ -228,10 +246,20 @@ def dpmpp_sde_table(
     return rows.table(1 if eta else 2)
 
 
-def _multistep_weights(
+def multistep_weights(
     nodes: Sequence[float], big_h: float, solver_type: str, exact: bool
 ) -> list[float]:
-    """Weights of x0 at two or three ``nodes``, the current one first, without alpha'."""
+    """Weights of x0 at two or three ``nodes``, the current one first, without alpha'.
+
+    Args:
+        nodes: v of the values, see ``interpolating_weights``.
+        big_h: H.
+        solver_type: "midpoint" or "heun", where there are two.
+        exact: Use the full second difference, where there are three.
+
+    Returns:
+        One weight for each node.
+    """
     if len(nodes) == 2 and solver_type == "midpoint":
         slope = first_order_weight(big_h) / 2 / -nodes[1]
         return [first_order_weight(big_h) + slope, -slope]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, TypedDict
 
 from diffcore._types import ClipRange
 from diffcore.solvers.derivative import euler_table, heun_table
 from diffcore.solvers.dpmpp import dpmpp_table
+from diffcore.solvers.heun_steps import churned_levels, heun_rows, renoise
 from diffcore.solvers.levels import Levels, NoiseLevels
+from diffcore.solvers.rows import Rows, at_least_zero
 from diffcore.solvers.table import SolverTable
 
 if TYPE_CHECKING:
@@ -140,22 +143,51 @@ def flow_heun_table(
     sigmas: Levels,
     *,
     num_train_timesteps: float = 1000.0,
+    s_churn: float = 0.0,
+    s_tmin: float = 0.0,
+    s_tmax: float = math.inf,
+    s_noise: float = 1.0,
     prediction_type: str = "flow_prediction",
     clip_range: ClipRange = None,
 ) -> SolverTable:
     """Heun's method in a rectified flow: the mean of the velocities at both ends. Order 2.
 
+    Churn raises sigma / alpha by the factor 1 + gamma before the model is called, gamma =
+    min(s_churn / N, sqrt(2) - 1) where s_tmin <= sigma <= s_tmax and sigma < 1: x is scaled to the
+    signal of the raised level and gets the noise that is missing there, so the marginals stay.
+
     Args:
         sigmas: As for ``flow_euler_table``.
         num_train_timesteps: As for ``flow_euler_table``.
+        s_churn: How much noise is renewed over all steps; 0 for none.
+        s_tmin: Lowest sigma that churn raises.
+        s_tmax: Highest sigma that churn raises.
+        s_noise: Factor of the added noise.
         prediction_type: As for ``heun_table``, but "flow_prediction" by default.
         clip_range: As for ``heun_table``.
 
     Returns:
-        2N rows, 2N - 1 if the last sigma is 0: ``heun_table`` of ``NoiseLevels.from_flow``.
+        2N rows, 2N - 1 if the last sigma is 0: without churn ``heun_table`` of
+        ``NoiseLevels.from_flow``.
+
+    Raises:
+        ValueError: A number below 0, s_tmin above s_tmax, churn with sigmas that rise, or as
+            ``flow_euler_table``.
     """
     levels = flow_levels(sigmas, num_train_timesteps)
-    return heun_table(levels, prediction_type=prediction_type, clip_range=clip_range)
+    churn = churned_levels(levels, s_churn, s_tmin, s_tmax)
+    s_noise = at_least_zero("s_noise", s_noise)
+    if churn is None:
+        return heun_table(levels, prediction_type=prediction_type, clip_range=clip_range)
+    rows = Rows("flow_heun", levels, prediction_type, clip_range)
+    points = levels.levels()
+    for i, after in enumerate(points[1:]):
+        up = churn[i + 1] if i + 1 < len(churn) and churn[i + 1].ratio > after.ratio else None
+        heun_rows(rows, levels.path, i, churn[i], after, up, s_noise)
+    if churn[0].ratio == points[0].ratio:
+        return rows.table(2)
+    scale, noise = renoise(points[0], churn[0])
+    return rows.table(2, start=(scale, s_noise * noise))
 
 
 class ChurnOptions(TypedDict, total=False):
@@ -187,7 +219,7 @@ def edm_euler_table(
     Source:
         Karras et al. 2022 (arXiv 2206.00364).
     """
-    return euler_table(_edm_levels(sigmas, sigma_data), **options)
+    return euler_table(edm_levels(sigmas, sigma_data), **options)
 
 
 def edm_heun_table(
@@ -208,7 +240,7 @@ def edm_heun_table(
     Source:
         Karras et al. 2022 (arXiv 2206.00364) algorithm 2.
     """
-    return heun_table(_edm_levels(sigmas, sigma_data), **options)
+    return heun_table(edm_levels(sigmas, sigma_data), **options)
 
 
 # The defaults of num_train_timesteps and sigma_data above.
@@ -235,11 +267,23 @@ def flow_levels(sigmas: Levels, num_train_timesteps: float) -> NoiseLevels:
             f"sigmas must be on the path 'flow', got NoiseLevels on {sigmas.path!r}; pass "
             "NoiseLevels.from_flow(...), or use euler_table or heun_table"
         )
-    _refuse_second("num_train_timesteps", num_train_timesteps, _TRAIN_TIMESTEPS)
+    refuse_second("num_train_timesteps", num_train_timesteps, _TRAIN_TIMESTEPS)
     return sigmas
 
 
-def _edm_levels(sigmas: Levels, sigma_data: float) -> NoiseLevels:
+def edm_levels(sigmas: Levels, sigma_data: float) -> NoiseLevels:
+    """The noise levels of a network with EDM's preconditioning.
+
+    Args:
+        sigmas: See ``edm_euler_table``.
+        sigma_data: See ``edm_euler_table``.
+
+    Returns:
+        The levels.
+
+    Raises:
+        ValueError: ``NoiseLevels`` that are not preconditioned, or with a second ``sigma_data``.
+    """
     if not isinstance(sigmas, NoiseLevels):
         return NoiseLevels.from_edm(sigmas, sigma_data=sigma_data)
     if not sigmas.preconditioned:
@@ -247,11 +291,20 @@ def _edm_levels(sigmas: Levels, sigma_data: float) -> NoiseLevels:
             "sigmas must be preconditioned, got NoiseLevels that are not; pass "
             "NoiseLevels.from_edm(...), or use euler_table or heun_table"
         )
-    _refuse_second("sigma_data", sigma_data, _SIGMA_DATA)
+    refuse_second("sigma_data", sigma_data, _SIGMA_DATA)
     return sigmas
 
 
-def _refuse_second(name: str, value: float, default: float) -> None:
-    """Refuses a setting that noise levels have already."""
+def refuse_second(name: str, value: float, default: float) -> None:
+    """Refuse a setting that noise levels have already.
+
+    Args:
+        name: Name of the setting.
+        value: The argument.
+        default: Its default.
+
+    Raises:
+        ValueError: ``value`` is not the default.
+    """
     if value != default:
         raise ValueError(f"{name} must be left out with NoiseLevels, which have it, got {value}")

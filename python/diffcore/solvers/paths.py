@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -46,6 +47,35 @@ class TimeOf:
         share = (above - log) / (above - below)
         return times[high] - share * (times[high] - times[high - 1])
 
+    def ratio(self, time: float) -> float:
+        """The other way: sigma / alpha at a timestep.
+
+        Args:
+            time: The timestep.
+
+        Returns:
+            sigma / alpha.
+
+        Raises:
+            ValueError: The timestep is outside of those known, or they do not rise.
+        """
+        logs, times = self._logs, self._times
+        if any(after <= before for before, after in pairwise(times)):
+            raise ValueError(
+                "timesteps must rise with the noise level, to find the level of one, got others"
+            )
+        if not times[0] <= time <= times[-1]:
+            raise ValueError(
+                f"levels must include timestep {time:g}, got those from {times[0]:g} to "
+                f"{times[-1]:g}; levels of NoiseLevels.from_schedule without with_timesteps have "
+                "all of their schedule"
+            )
+        high = bisect_left(times, time)
+        if times[high] == time:
+            return math.exp(logs[high])
+        share = (times[high] - time) / (times[high] - times[high - 1])
+        return math.exp(logs[high] - share * (logs[high] - logs[high - 1]))
+
 
 class FlowTime:
     """The timestep of a rectified flow: a factor times sigma, from sigma / alpha.
@@ -61,10 +91,37 @@ class FlowTime:
         """The timestep; the factor itself at an infinite sigma / alpha."""
         return self._scale * (ratio / (1 + ratio) if math.isfinite(ratio) else 1.0)
 
+    def ratio(self, time: float) -> float:
+        """The other way: sigma / alpha at a timestep below the factor."""
+        return time / (self._scale - time)
+
 
 def quarter_log(ratio: float) -> float:
     """EDM's timestep input, log(sigma) / 4, from sigma / alpha with alpha = 1; minus inf at 0."""
     return math.log(ratio) / 4 if ratio > 0 else -math.inf
+
+
+def ratio_at(time_of: Callable[[float], float], time: float) -> float:
+    """The sigma / alpha whose timestep is given.
+
+    Args:
+        time_of: ``NoiseLevels.time_of``: one of this module, or ``float``.
+        time: The timestep.
+
+    Returns:
+        sigma / alpha.
+
+    Raises:
+        ValueError: ``time_of`` is another function, or does not know the timestep.
+    """
+    if isinstance(time_of, (TimeOf, FlowTime)):
+        return time_of.ratio(time)
+    if time_of is float:
+        return time
+    raise ValueError(
+        "time_of must be that of NoiseLevels.from_schedule, from_flow or from_sigmas to find a "
+        f"level by its timestep, got {getattr(time_of, '__name__', type(time_of).__name__)}"
+    )
 
 
 def on_path(path: str, ratio: float) -> tuple[float, float]:

@@ -9,7 +9,7 @@ from diffcore._checks import as_int, check_choice
 from diffcore._types import ClipRange
 from diffcore.coefficients.step import FIXED_VARIANCE_TYPES, LEARNED, posterior_coefficients
 from diffcore.solvers.levels import Level, Levels, as_levels
-from diffcore.solvers.rows import Rows
+from diffcore.solvers.rows import Rows, jump
 from diffcore.solvers.table import SolverTable
 
 
@@ -95,7 +95,5 @@ def _row(here: Level, below: Level, end: Level, variance_type: str) -> dict[str,
     variance = 0.0 if below.sigma == 0 else small if variance_type == "fixed_small" else large
     if end is below:
         return {"c_x": c_x, "c_0": c_0, "c_z": math.sqrt(variance)}
-    r = end.alpha / below.alpha
-    kept = r * below.sigma / end.sigma  # of the deviation at the end, the part that is there below
-    jump = end.sigma**2 * (1 - kept) * (1 + kept)
-    return {"c_x": r * c_x, "c_0": r * c_0, "c_z": math.sqrt(r * r * variance + jump)}
+    r, added = jump(below, end)
+    return {"c_x": r * c_x, "c_0": r * c_0, "c_z": math.sqrt(r * r * variance + added)}

@@ -72,7 +72,7 @@ class Rows:
         """
         if self._by_epsilon and "c_u" not in columns:
             columns = _by_epsilon(level, columns)
-        if "c_eps" in columns:
+        if "c_eps" in columns or "e_eps" in columns:
             e_x, e_m = self._levels.epsilon(level, self._prediction_type)
             columns = _of_output(e_x, e_m, columns)
         a_x, a_m = self._levels.x0(level, self._prediction_type)
@@ -185,7 +185,13 @@ def one_call_coefficients(
 
 
 def one_call_table(
-    name: str, levels: NoiseLevels, coefficients: Tensor, *, variance: Tensor | None = None
+    name: str,
+    levels: NoiseLevels,
+    coefficients: Tensor,
+    *,
+    variance: Tensor | None = None,
+    target_timesteps: Tensor | None = None,
+    target_name: str = "r",
 ) -> SolverTable:
     """The table of a solver of order 1 that calls the model once at every level but the last.
 
@@ -194,6 +200,8 @@ def one_call_table(
         levels: The noise levels it visits.
         coefficients: See ``one_call_coefficients``.
         variance: s_0 and s_v of each row, where the model predicts its variance.
+        target_timesteps: See ``SolverTable``.
+        target_name: See ``SolverTable``.
 
     Returns:
         The table.
@@ -214,6 +222,8 @@ def one_call_table(
         final_alpha=float(levels.alpha[-1]),
         final_sigma=float(levels.sigma[-1]),
         variance=variance,
+        target_timesteps=target_timesteps,
+        target_name=target_name,
     )
 
 
@@ -284,6 +294,24 @@ def toward(level: Level, alpha: float, sigma: float) -> tuple[float, float]:
     return keep, alpha - level.alpha * keep
 
 
+def jump(level: Level, end: Level) -> tuple[float, float]:
+    """(r, variance) of the jump to a noisier level: x' = r x + sqrt(variance) z.
+
+    r = alpha' / alpha, and variance = sigma'^2 - r^2 sigma^2, written as a product so that nothing
+    cancels where the two levels are close.
+
+    Args:
+        level: The level of x.
+        end: The level to jump to, at least as noisy, with sigma > 0.
+
+    Returns:
+        The factor of x, and the variance of the noise to add.
+    """
+    r = end.alpha / level.alpha
+    kept = r * level.sigma / end.sigma  # of the deviation at the end, the part that is there before
+    return r, end.sigma**2 * (1 - kept) * (1 + kept)
+
+
 def ancestral(level: Level, after: Level, eta: float) -> tuple[float, float]:
     """(sigma_down, sigma_up) with sigma_down^2 + sigma_up^2 = after.sigma^2.
 
@@ -327,12 +355,13 @@ def at_least_zero(name: str, value: float) -> float:
     return value
 
 
-def check_order(order: int, highest: int) -> int:
+def check_order(order: int, highest: int, name: str = "order") -> int:
     """The order of a solver, checked.
 
     Args:
         order: The argument to check.
         highest: The largest order of the solver.
+        name: Name of the argument.
 
     Returns:
         ``order``.
@@ -341,7 +370,7 @@ def check_order(order: int, highest: int) -> int:
         TypeError: Not an int.
         ValueError: Outside 1 .. ``highest``.
     """
-    order = as_int("order", order)
+    order = as_int(name, order)
     if not 1 <= order <= highest:
-        raise ValueError(f"order must be in 1 .. {highest}, got {order}")
+        raise ValueError(f"{name} must be in 1 .. {highest}, got {order}")
     return order

@@ -1,4 +1,4 @@
-"""DPM-Solver++ in blocks: p steps form a block, which is one step of order p."""
+"""DPM-Solver and DPM-Solver++ in blocks: p steps form a block, which is one step of order p."""
 
 from __future__ import annotations
 
@@ -10,27 +10,33 @@ from diffcore._types import ClipRange
 from diffcore.solvers.dpmpp import SOLVER_TYPES
 from diffcore.solvers.exponential import first_order_weight, interpolating_weights, phi
 from diffcore.solvers.levels import Levels, as_levels
+from diffcore.solvers.noise_form import combination, first_order, history
 from diffcore.solvers.rows import Rows, check_order, move
 from diffcore.solvers.table import SolverTable
+
+BLOCK_TYPES = ("dpmsolver++", "dpmsolver")
 
 
 def dpmpp_singlestep_table(
     levels: Levels,
     *,
     order: int = 2,
+    algorithm_type: str = "dpmsolver++",
     solver_type: str = "midpoint",
     lower_order_final: bool = False,
     prediction_type: str = "epsilon",
     clip_range: ClipRange = None,
 ) -> SolverTable:
-    """DPM-Solver++, singlestep: every block of ``order`` steps starts from its first sample.
+    """DPM-Solver++ or DPM-Solver, singlestep: blocks of ``order`` steps from their first sample.
 
     Within a block, step j goes from the block's first sample x_0 to the next level with the j
     values of x0 predicted since: x' = (sigma' / sigma_0) x_0 + alpha' sum of w_k x0_k. The w are
     the weights of the polynomial through these in lambda ("heun"), or of 1 and half the slope, as
     in ``dpmpp_table`` ("midpoint", order 2), or of the slope to the last one alone ("midpoint",
     order 3; exact where the last one lies at 2/3 of the step). A row recovers the block's first
-    sample from the current one, by subtracting what the block has added.
+    sample from the current one, by subtracting what the block has added. With "dpmsolver" the
+    polynomial is that of the predicted noise: x' = (alpha' / alpha_0) x_0 + sigma' sum of w_k
+    epsilon_k, with the weights for -h.
 
     Blocks are shorter where the number of steps requires it, at a step to sigma = 0 or from there,
     and with ``lower_order_final``, so that the last step has order 1. Levels may rise.
@@ -38,6 +44,7 @@ def dpmpp_singlestep_table(
     Args:
         levels: Noise levels to visit, or sigmas ``[N + 1]`` with alpha = 1.
         order: 1, 2 or 3.
+        algorithm_type: "dpmsolver++" or "dpmsolver".
         solver_type: "midpoint" or "heun".
         lower_order_final: End with a step of order 1.
         prediction_type: What the model predicts, one of ``PREDICTION_TYPES``.
@@ -47,18 +54,25 @@ def dpmpp_singlestep_table(
         N rows.
 
     Raises:
-        ValueError: Order outside 1 .. 3, unknown solver_type, levels that start or end at
-            alpha = 0, or as ``NoiseLevels``.
+        ValueError: Order outside 1 .. 3, unknown algorithm_type or solver_type, levels that start
+            or end at alpha = 0, or as ``NoiseLevels``.
 
     Source:
         Lu et al. 2022 (arXiv 2211.01095) algorithm 1; Lu et al. 2022 (arXiv 2206.00927) appendix
         D.3 for the division into blocks, as in diffusers.
     """
     order = check_order(order, 3)
+    check_choice("algorithm_type", algorithm_type, BLOCK_TYPES)
     check_choice("solver_type", solver_type, SOLVER_TYPES)
+    of_noise = algorithm_type == "dpmsolver"
     levels = as_levels(levels, prediction_type)
     levels.check_signal("dpmpp_singlestep_table")
-    rows = Rows(f"dpmpp-{order}s-blocks", levels, prediction_type, clip_range)
+    rows = Rows(
+        f"{algorithm_type}-{order}s-blocks" if of_noise else f"dpmpp-{order}s-blocks",
+        levels,
+        prediction_type,
+        clip_range,
+    )
     points, steps = levels.levels(), len(levels)
     lambdas = [level.lam for level in points]
     to_clean = points[-1].sigma == 0
@@ -69,7 +83,7 @@ def dpmpp_singlestep_table(
     places = [*from_clean, *_places(left, order, lower)]
     if points[-1].ratio == points[-2].ratio or to_clean:
         places[-1] = 1
-    added: list[float] = []  # alpha times the weights of the last step, latest x0 first
+    added: list[float] = []  # what the block has added of x0 or the noise, latest first
     for i, (here, after) in enumerate(pairwise(points)):
         place = places[i]
         first = i - place + 1
@@ -82,7 +96,18 @@ def dpmpp_singlestep_table(
         else:
             h = lambdas[i + 1] - lambdas[first]
             nodes = [(lambdas[i - k] - lambdas[first]) / h for k in range(place)]
-            weights = _block_weights(nodes, h, solver_type)
+            weights = _block_weights(nodes, -h if of_noise else h, solver_type)
+        if of_noise:
+            keep = after.alpha / here.alpha
+            if place == 1:  # no logarithm: the step may end at sigma = 0
+                added = [after.sigma - keep * here.sigma]
+                moved = first_order(here, after, 0.0)
+            else:
+                new = [after.sigma * weight for weight in weights]
+                weights = [w - keep * old for w, old in zip(new, [0.0, *added], strict=True)]
+                added, moved = new, combination(here, keep, weights)
+            rows.add(i, here, **moved, **history(here))
+            continue
         keep = after.sigma / here.sigma
         new = [after.alpha * weight for weight in weights]
         columns = [w - keep * old for w, old in zip(new, [0.0, *added], strict=True)]

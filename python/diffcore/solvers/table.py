@@ -35,8 +35,9 @@ _TENSORS: dict[str, tuple[int, ...]] = {
     "noise_levels": (2,),
     "variance": (2,),
     "uncond": (2,),
+    "target_timesteps": (),
 }
-_OPTIONAL = ("variance", "uncond")
+_OPTIONAL = ("variance", "uncond", "target_timesteps")
 _NUMBERS = ("init_noise_sigma", "start_scale", "start_noise", "final_alpha", "final_sigma")
 _DERIVED = ("rows", "_launcher", "_copies", "_traced")
 
@@ -122,6 +123,9 @@ class SolverTable:
             returns twice the channels, m and then v; else ``None``. Not with history.
         uncond: float64 ``[S, 2]``: c_u and e_u, in a table that needs guidance; else ``None``. Not
             with ``variance``.
+        target_timesteps: ``[S]``, int64 or float64: a second timestep input of the model, by the
+            name ``target_name``, for the level that the row reaches (flow maps); else ``None``.
+        target_name: The keyword argument of the model that gets it.
         rows: The same rows as numbers; derived from the tensors if not given.
 
     Raises:
@@ -147,6 +151,8 @@ class SolverTable:
     final_sigma: float = 0.0
     variance: Tensor | None = None
     uncond: Tensor | None = None
+    target_timesteps: Tensor | None = None
+    target_name: str = "r"
     rows: tuple[Row, ...] = field(default=(), repr=False)
     # Plans, and copies on other devices: not part of the data, and never pickled.
     _launcher: RowLauncher = field(init=False, repr=False)
@@ -183,8 +189,9 @@ class SolverTable:
         as_int("order", self.order, 1)
         for name in _NUMBERS:
             as_real(name, getattr(self, name))
-        if not isinstance(self.name, str):
-            raise TypeError(f"name must be a string, got {type(self.name).__name__}")
+        for name in ("name", "target_name"):
+            if not isinstance(value := getattr(self, name), str):
+                raise TypeError(f"{name} must be a string, got {type(value).__name__}")
         if not 0 <= as_int("history", self.history) <= MOST_HISTORY:
             raise ValueError(f"history must be in 0 .. {MOST_HISTORY}, got {self.history}")
         if self.variance is not None and self.history:
@@ -216,13 +223,7 @@ class SolverTable:
                 tuple(c),
                 None if v is None else tuple(v),
                 None if u is None else tuple(u),
-                alpha,
-                sigma,
-                scale,
-                next_alpha,
-                next_sigma,
-                step,
-                step != before,
+                *(alpha, sigma, scale, next_alpha, next_sigma, step, step != before),
             )
             for c, v, u, alpha, sigma, scale, next_alpha, next_sigma, step, before in columns
         )
@@ -253,6 +254,7 @@ class SolverTable:
             (self.stochastic, "stochastic"),
             (self.variance is not None, "learned variance"),
             (self.uncond is not None, "needs guidance"),
+            (self.target_timesteps is not None, f"target timestep {self.target_name!r}"),
             (self.history > 0, f"history={self.history}"),
         )
         return (
