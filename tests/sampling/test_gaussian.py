@@ -85,7 +85,8 @@ def test_calls_recover_the_affine_map(name: str, path: str) -> None:
             math.hypot(slope * Fraction(std), *gains),
         )
         for one, other in zip(ours, moments(table, mean, std), strict=True):
-            assert abs(one - other) <= EXACT * 10 * max(1.0, abs(mean) + std)
+            # Each row rounds once or twice.
+            assert abs(one - other) <= EXACT * 2 * len(table) * max(1.0, abs(mean) + std)
 
 
 @pytest.mark.parametrize("path", PATHS)

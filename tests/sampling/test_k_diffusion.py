@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from diffcore import PhiloxNoise, sampling, solvers
-from diffcore.sampling import k_diffusion
+from diffcore.sampling import comfy, k_diffusion
 from support.sigma_cases import CASES, PROMISE, WALKS, denoiser
 
 CHURNED = "s_churn=0.0, s_tmin=0.0, s_tmax=inf, s_noise=1.0"
@@ -48,6 +48,8 @@ def test_signatures_are_those_of_k_diffusion(name: str) -> None:
 
 def test_every_sampler_is_tried() -> None:
     there_are = {n.removeprefix("sample_") for n in vars(sampling) if n.startswith("sample_")}
+    there_are -= {"dpm_adaptive"}  # that chooses its levels: see test_adaptive.py
+    there_are -= {n.removeprefix("sample_") for n in vars(comfy) if n.startswith("sample_")}
     assert there_are == SIGNATURES.keys() == {kd_name for kd_name, *_ in CASES.values()}
 
 
@@ -200,7 +202,7 @@ def test_a_table_is_made_once_for_the_same_sigmas_and_options() -> None:
         return solvers.euler_ancestral_table(sigmas, **options)
 
     def run(sigmas: Tensor, eta: float) -> Tensor:
-        return k_diffusion._run(
+        return k_diffusion.run_sigmas(
             make, {"eta": eta}, denoiser, torch.ones(1, 2), sigmas, None, None, True
         )
 

@@ -140,7 +140,11 @@ def test_low_precision_stays_close(name: str, dtype: torch.dtype, bound: float) 
     x, noise = case(table)
     out = sample(bent, x.to(dtype), table, noise=noise.to(dtype))
     assert out.dtype == dtype
-    assert_close(out.double(), sample(bent, x, table, noise=noise), bound)
+    exact = sample(bent, x, table, noise=noise)
+    # Some solvers divide by alpha, and multiply the error of 16 bits: eager's own tells how much.
+    eager = walk(table, bent, x.to(dtype), lambda row: noise[row].to(dtype))
+    bound = max(bound, 2 * (eager.double() - exact).abs().max().item())
+    assert_close(out.double(), exact, bound)
 
 
 # ---- one step -----------------------------------------------------------------------------------

@@ -75,3 +75,49 @@ class Traced:
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickles and copies nothing: the values are made again."""
         return Traced, ()
+
+
+# A few objects in use at once, not one for every combination of arguments ever used.
+_MOST_KEPT = 64
+
+
+class KeepsByArguments:
+    """Base of a class with methods whose results are made once for their arguments and kept.
+
+    ``self._kept("_method", *args)`` is ``self._method(*args)``. The arguments are hashable, and
+    constants in a trace. A subclass calls ``super().__init__()``.
+    """
+
+    def __init__(self) -> None:
+        self._built: dict[Hashable, Any] = {}
+        self._traced = Traced()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Pickles and copies nothing of it: a key may be a function that cannot be pickled."""
+        return {**self.__dict__, "_built": {}}
+
+    def _kept(self, make: str, *args: Any) -> Any:
+        """What the method ``make`` returns for these arguments, made once."""
+        if torch.compiler.is_dynamo_compiling():
+            return getattr(self._traced, self._name(make, *args))
+        key = (make, args)
+        found = self._built.get(key)
+        if found is None:
+            if len(self._built) >= _MOST_KEPT:
+                self._built.clear()
+            found = self._built[key] = made_plainly(lambda: getattr(self, make)(*args))
+        return found
+
+    @constant_in_traces
+    def _name(self, make: str, *args: Any) -> str:
+        return self._traced.name((make, args), lambda: self._kept(make, *args))
+
+
+class FixedSettings(KeepsByArguments):
+    """The same for a class whose public attributes are set once, for the results come of them."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not name.startswith("_") and name in self.__dict__:
+            kind = type(self).__name__
+            raise AttributeError(f"{name} of this {kind} cannot be changed; make another {kind}")
+        super().__setattr__(name, value)

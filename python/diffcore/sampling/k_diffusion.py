@@ -23,6 +23,7 @@ write a loop on ``SolverTable.step``. They take
 
 Without a ``noise_sampler``, and always for churn, the kernels generate the noise from a seed that
 torch's generator gives: independent normals, where k-diffusion's SDE samplers use a Brownian tree.
+``BrownianNoise(key).sampler(x)`` is a ``noise_sampler`` of one path.
 
 Source: https://github.com/crowsonkb/k-diffusion (``k_diffusion/sampling.py``), 4601bf0.
 """
@@ -73,7 +74,7 @@ def sample_euler(
     Source: Karras et al. 2022 (arXiv 2206.00364) algorithm 2, Euler steps.
     """
     churn = {"s_churn": s_churn, "s_tmin": s_tmin, "s_tmax": s_tmax, "s_noise": s_noise}
-    return _run(solvers.euler_table, churn, model, x, sigmas, extra_args, callback, disable)
+    return run_sigmas(solvers.euler_table, churn, model, x, sigmas, extra_args, callback, disable)
 
 
 def sample_euler_ancestral(
@@ -92,7 +93,7 @@ def sample_euler_ancestral(
     Source: k-diffusion; with eta <= 1 DDIM, Song et al. 2021 (arXiv 2010.02502) eq. 12.
     """
     make, options = solvers.euler_ancestral_table, {"eta": eta, "s_noise": s_noise}
-    return _run(make, options, model, x, sigmas, extra_args, callback, disable, noise_sampler)
+    return run_sigmas(make, options, model, x, sigmas, extra_args, callback, disable, noise_sampler)
 
 
 def sample_heun(
@@ -112,7 +113,7 @@ def sample_heun(
     Source: Karras et al. 2022 (arXiv 2206.00364) algorithm 2.
     """
     churn = {"s_churn": s_churn, "s_tmin": s_tmin, "s_tmax": s_tmax, "s_noise": s_noise}
-    return _run(solvers.heun_table, churn, model, x, sigmas, extra_args, callback, disable)
+    return run_sigmas(solvers.heun_table, churn, model, x, sigmas, extra_args, callback, disable)
 
 
 def sample_dpm_2(
@@ -132,7 +133,7 @@ def sample_dpm_2(
     Source: Lu et al. 2022 (arXiv 2206.00927) algorithm 1.
     """
     churn = {"s_churn": s_churn, "s_tmin": s_tmin, "s_tmax": s_tmax, "s_noise": s_noise}
-    return _run(solvers.dpm2_table, churn, model, x, sigmas, extra_args, callback, disable)
+    return run_sigmas(solvers.dpm2_table, churn, model, x, sigmas, extra_args, callback, disable)
 
 
 def sample_dpm_2_ancestral(
@@ -151,7 +152,7 @@ def sample_dpm_2_ancestral(
     Source: k-diffusion; Lu et al. 2022 (arXiv 2206.00927) algorithm 1 for the step.
     """
     make, options = solvers.dpm2_ancestral_table, {"eta": eta, "s_noise": s_noise}
-    return _run(make, options, model, x, sigmas, extra_args, callback, disable, noise_sampler)
+    return run_sigmas(make, options, model, x, sigmas, extra_args, callback, disable, noise_sampler)
 
 
 def sample_lms(
@@ -168,7 +169,7 @@ def sample_lms(
     Source: Liu et al. 2022 (arXiv 2202.09778) eq. 12, for steps of any length.
     """
     make, options = solvers.lms_table, {"order": order}
-    return _run(make, options, model, x, sigmas, extra_args, callback, disable)
+    return run_sigmas(make, options, model, x, sigmas, extra_args, callback, disable)
 
 
 def sample_dpmpp_2s_ancestral(
@@ -187,7 +188,7 @@ def sample_dpmpp_2s_ancestral(
     Source: Lu et al. 2022 (arXiv 2211.01095) algorithm 1; k-diffusion for the noise.
     """
     make, options = solvers.dpmpp_2s_table, {"eta": eta, "s_noise": s_noise}
-    return _run(make, options, model, x, sigmas, extra_args, callback, disable, noise_sampler)
+    return run_sigmas(make, options, model, x, sigmas, extra_args, callback, disable, noise_sampler)
 
 
 def sample_dpmpp_sde(
@@ -207,7 +208,7 @@ def sample_dpmpp_sde(
     Source: k-diffusion; Lu et al. 2022 (arXiv 2211.01095).
     """
     make, options = solvers.dpmpp_sde_table, {"eta": eta, "s_noise": s_noise, "r": r}
-    return _run(make, options, model, x, sigmas, extra_args, callback, disable, noise_sampler)
+    return run_sigmas(make, options, model, x, sigmas, extra_args, callback, disable, noise_sampler)
 
 
 def sample_dpmpp_2m(
@@ -222,7 +223,7 @@ def sample_dpmpp_2m(
 
     Source: Lu et al. 2022 (arXiv 2211.01095) algorithm 2.
     """
-    return _run(solvers.dpmpp_2m_table, {}, model, x, sigmas, extra_args, callback, disable)
+    return run_sigmas(solvers.dpmpp_2m_table, {}, model, x, sigmas, extra_args, callback, disable)
 
 
 def sample_dpmpp_2m_sde(
@@ -243,7 +244,7 @@ def sample_dpmpp_2m_sde(
     """
     options = {"eta": eta, "s_noise": s_noise, "solver_type": solver_type}
     make = solvers.dpmpp_2m_sde_table
-    return _run(make, options, model, x, sigmas, extra_args, callback, disable, noise_sampler)
+    return run_sigmas(make, options, model, x, sigmas, extra_args, callback, disable, noise_sampler)
 
 
 def sample_dpmpp_3m_sde(
@@ -262,10 +263,10 @@ def sample_dpmpp_3m_sde(
     Source: Lu et al. 2022 (arXiv 2211.01095) appendix; k-diffusion for eta.
     """
     make, options = solvers.dpmpp_3m_sde_table, {"eta": eta, "s_noise": s_noise}
-    return _run(make, options, model, x, sigmas, extra_args, callback, disable, noise_sampler)
+    return run_sigmas(make, options, model, x, sigmas, extra_args, callback, disable, noise_sampler)
 
 
-def _run(
+def run_sigmas(
     make: Callable[..., SolverTable],
     options: Mapping[str, Any],
     model: Model,
@@ -276,6 +277,22 @@ def _run(
     disable: bool | None,
     noise_sampler: NoiseSampler | None = None,
 ) -> Tensor:
+    """Sample with k-diffusion's arguments.
+
+    Args:
+        make: Makes the table from the sigmas.
+        options: Its keyword arguments, which key the cache of tables.
+        model: See the module.
+        x: See the module.
+        sigmas: See the module.
+        extra_args: See the module.
+        callback: See the module.
+        disable: See the module.
+        noise_sampler: See the module.
+
+    Returns:
+        The samples.
+    """
     check_not_compiling(
         "a sampler with k-diffusion's signature",
         f"make the table there, with solvers.{make.__name__}(sigmas, ...), and compile "

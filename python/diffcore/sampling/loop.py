@@ -20,7 +20,13 @@ from diffcore.sampling.known import Known, KnownPart
 from diffcore.sampling.model import Prediction, check_model_kwargs, predict
 from diffcore.sampling.noise import check_noise_rows, noise_of_row
 from diffcore.sampling.progress import progress_bar
-from diffcore.sampling.step import CallbackState, answer, callback_state, timestep_inputs
+from diffcore.sampling.step import (
+    CallbackState,
+    answer,
+    callback_state,
+    target_inputs,
+    timestep_inputs,
+)
 from diffcore.sampling.threshold import Threshold
 from diffcore.sampling.trajectory import Recorder
 from diffcore.solvers import SolverTable
@@ -86,6 +92,7 @@ def run_table(
             raise TypeError(f"{name} must be a function, got {type(function).__name__}")
     check_model_kwargs(model_kwargs)
     check_model_kwargs(uncond_kwargs, "uncond_kwargs")
+    _check_target(table, classifier, model_kwargs, uncond_kwargs)
     check_noise_rows(step_noise, x, table, noise_name)
     table._launcher.check_guidance(guidance)
     differentiable = as_flag("differentiable", differentiable)
@@ -119,6 +126,27 @@ def run_table(
         return loop.run(x, progress, False)
 
 
+def _check_target(
+    table: SolverTable,
+    classifier: Classifier | None,
+    *model_kwargs: Mapping[str, Any] | None,
+) -> None:
+    """Refuses what a model with a second timestep input cannot be called with."""
+    if table.target_timesteps is None:
+        return
+    if classifier is not None:
+        raise ValueError(
+            f"cond_fn must be None for {table.name}, whose model predicts an average over the step "
+            "and not x_0"
+        )
+    for name, kwargs in zip(("model_kwargs", "uncond_kwargs"), model_kwargs, strict=True):
+        if table.target_name in (kwargs or {}):
+            raise ValueError(
+                f"{name} must not hold {table.target_name!r}, which {table.name} passes to the "
+                "model; see target_name of the table"
+            )
+
+
 @dataclass(slots=True)
 class _Loop:
     """The arguments of ``run_table``, checked."""
@@ -140,6 +168,8 @@ class _Loop:
     recorder: Recorder | None
     state: dict[str, Any] = field(default_factory=dict)
     """Of the step that is taken, for the callback after it."""
+    targets: Tensor | None = None
+    """The second timestep input of every row, if the table has one."""
 
     def run(self, x: Tensor, progress: bool | None, checkpoint: bool) -> Tensor:
         table = self.table
@@ -149,7 +179,7 @@ class _Loop:
         if self.recorder is not None:
             self.recorder.keep(x)
         known = None if self.known is None else self.known.beside(x, self.step_noise)
-        timesteps = timestep_inputs(table, x)
+        timesteps, self.targets = timestep_inputs(table, x), target_inputs(table, x)
         history: Tensors = ()
         rule = None if self.guidance is None else self.guidance.begin()
         for i, row in enumerate(progress_bar(table.rows, table.name, progress)):
@@ -187,12 +217,17 @@ class _Loop:
             x = known.before(x, row.alpha, row.sigma)
         here = None if rule is None else table._launcher.rule_at(i, rule)
         scaled = x if row.input_scale == 1 else row.input_scale * x
+        model_kwargs, uncond_kwargs = self.model_kwargs, self.uncond_kwargs
+        if self.targets is not None:
+            target = {table.target_name: self.targets[i]}
+            model_kwargs = {**(model_kwargs or {}), **target}
+            uncond_kwargs = None if uncond_kwargs is None else {**uncond_kwargs, **target}
         prediction = predict(
             self.model,
             scaled,
             t,
-            self.model_kwargs,
-            None if here is None else self.uncond_kwargs,
+            model_kwargs,
+            None if here is None else uncond_kwargs,
             # Without a second call the model returns both predictions in every row.
             rule is not None and (here is not None or self.uncond_kwargs is None),
             self.learned,

@@ -143,11 +143,12 @@ def check_model_kwargs(model_kwargs: Any, name: str = "model_kwargs") -> None:
         raise TypeError(f"{name} must be a mapping or None, got {kind}")
 
 
-def check_samples(x: Tensor) -> None:
+def check_samples(x: Tensor, name: str = "x") -> None:
     """Refuse anything but a batch of floating-point samples.
 
     Args:
         x: The argument to check.
+        name: Its name.
 
     Raises:
         TypeError: ``x`` is not a floating-point tensor ``[B, ...]``, or not a dense one.
@@ -156,9 +157,9 @@ def check_samples(x: Tensor) -> None:
     if not isinstance(x, Tensor) or not x.is_floating_point() or x.ndim == 0:
         came = f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
         raise TypeError(
-            f"x must be a floating-point tensor [B, ...], got {came}{to_floats('x', x)}"
+            f"{name} must be a floating-point tensor [B, ...], got {came}{to_floats(name, x)}"
         )
-    messages.check_tensor("x", x)
+    messages.check_tensor(name, x)
 
 
 def model_device(model: Model) -> torch.device | None:

@@ -151,7 +151,9 @@ def sample(
             the table was made for. Under guidance without ``uncond_kwargs`` it returns
             ``[2 B, ...]``, the unconditional half first. For a table with a learned variance it
             returns twice the channels: the prediction, then the predicted variance (under guidance
-            the conditional one is used).
+            the conditional one is used). For a table with ``target_timesteps`` (flow maps) it also
+            gets the timestep of the level that the row reaches, ``[B]``, by the keyword
+            ``table.target_name``.
         x: The samples to start from, ``[B, ...]``: standard normal noise times
             ``table.init_noise_sigma``, or for a table of levels that rise the samples to invert.
         table: The solver (``diffcore.solvers``).

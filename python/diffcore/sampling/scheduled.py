@@ -189,6 +189,8 @@ def run_schedule(
     table._launcher.check_guidance(guidance)
     if table.start_noise:
         raise ValueError(f"schedule must be None with churn at the start of {table.name}")
+    if table.target_timesteps is not None:
+        raise ValueError(f"schedule must be None with the target timesteps of {table.name}")
     groups = Groups.of("x", x, group_dim)
     known = made_plainly(lambda: _checked(schedule, table, groups))
     noisy = [*(row.noisy for row in table.rows), False]

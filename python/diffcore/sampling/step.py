@@ -25,7 +25,24 @@ def timestep_inputs(table: SolverTable, x: Tensor) -> Tensor:
         ``[S, B]``: int64 where the timesteps are integers, else float32, or float64 beside float64
         samples.
     """
-    timesteps = table.to(x.device).timesteps
+    return _for_samples(table.to(x.device).timesteps, x)
+
+
+def target_inputs(table: SolverTable, x: Tensor) -> Tensor | None:
+    """The second timestep input of every row, for models that also get the level to reach.
+
+    Args:
+        table: The solver.
+        x: Samples ``[B, ...]``.
+
+    Returns:
+        As ``timestep_inputs``; ``None`` for a table without.
+    """
+    targets = table.to(x.device).target_timesteps
+    return None if targets is None else _for_samples(targets, x)
+
+
+def _for_samples(timesteps: Tensor, x: Tensor) -> Tensor:
     if timesteps.is_floating_point() and x.dtype != torch.float64:
         timesteps = timesteps.float()
     timesteps = timesteps.unsqueeze(1).repeat(1, x.shape[0])
