@@ -13,7 +13,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
 import diffcore
-from diffcore import GaussianDiffusion, PhiloxNoise, make_betas, ops, solvers
+from diffcore import FlowMatching, GaussianDiffusion, PhiloxNoise, make_betas, ops, solvers
 from support.dtensors import distribute, distributed, expect_close, expect_same, mesh_of
 from support.networks import LEVELS
 from support.ranks import Cells
@@ -21,6 +21,7 @@ from support.ranks import Cells
 SHAPE = (5, 3, 6, 4)
 KEY = PhiloxNoise(17, stream=3)
 DIFFUSION = GaussianDiffusion(make_betas("linear", 20))
+FLOW = FlowMatching.sd3(weighting="cosmap")
 T = torch.tensor([0, 3, 19, 7, 0])
 
 
@@ -176,6 +177,9 @@ def _context_parallel(world: int) -> None:
         loss = DIFFUSION.training_losses(network, there, t, noise=KEY)["loss"]
         whole = DIFFUSION.training_losses(network, x, t, noise=KEY)["loss"]
         expect_close(f"loss, dimension {d}", loss.full_tensor(), whole)
+        loss = FLOW.training_losses(network, there, noise=KEY)["loss"]
+        whole = FLOW.training_losses(network, x, noise=KEY)["loss"]
+        expect_close(f"loss of a flow, dimension {d}", loss.full_tensor(), whole)
 
 
 def cells(world: int) -> Cells:

@@ -1,5 +1,6 @@
-"""The diffusion model of the lecture: forward process, posterior, training, sampling, bound."""
+"""Variance preserving diffusions: in T steps, as in the lecture, and in continuous time."""
 
+from diffcore.diffusion.continuous import ContinuousTimeGaussianDiffusion
 from diffcore.diffusion.gaussian import GaussianDiffusion
 
-__all__ = ["GaussianDiffusion"]
+__all__ = ["ContinuousTimeGaussianDiffusion", "GaussianDiffusion"]

@@ -13,13 +13,19 @@ from diffcore import ops
 from diffcore._engine.dtensor import replicated
 from diffcore._types import Model
 from diffcore.diffusion import reverse, training
+from diffcore.diffusion.checks import exact_pixels
 from diffcore.diffusion.tables import DiffusionTables
 from diffcore.noise import Noise
+from diffcore.ops._arguments import as_dof
 
 
-def prior(tables: DiffusionTables, x_start: Tensor) -> Tensor:
+def prior(tables: DiffusionTables, x_start: Tensor, dof: float | Tensor | None = None) -> Tensor:
     """L_T of each sample, ``[B]``: ``GaussianDiffusion.prior_bpd``."""
-    return ops.prior_kl(x_start, *tables.last_level) * bits_per_nat(x_start)
+    if dof is None:
+        return ops.prior_kl(x_start, *tables.last_level) * bits_per_nat(x_start)
+    number = as_dof(dof, x_start)
+    kl = ops.prior_kl(x_start, *tables.last_level, dof=number)
+    return (kl / (number * math.log(2))).to(kl.dtype)
 
 
 def noised_term(
@@ -36,6 +42,35 @@ def noised_term(
     x_t = training.noised(tables, x_start, t, noise)
     output, variance_output = reverse.predict(tables, model, x_t, t, model_kwargs)
     return term_of_noise(tables, x_start, noise, output, variance_output, t, clip, decoder)
+
+
+def decoder_term(
+    tables: DiffusionTables,
+    model: Model,
+    x_start: Tensor,
+    noise: Noise,
+    clip: float | None,
+    bits: int,
+    model_kwargs: Mapping[str, Any] | None,
+) -> tuple[Tensor, Tensor]:
+    """``noised_term`` at t = 0 for pixels of any depth, in float64."""
+    t = torch.zeros(len(x_start), dtype=torch.int64, device=x_start.device)
+    x_t = training.noised(tables, x_start, t, noise)
+    output, variance_output = reverse.predict(tables, model, x_t, t, model_kwargs)
+    _, mse = term_of_noise(tables, x_start, noise, output, variance_output, t, clip, "gaussian")
+    wide = exact_pixels(x_start, bits)
+    noise = noise.double() if isinstance(noise, Tensor) else noise
+    x_t = training.noised(tables, wide, t, noise)  # not rounded to the dtype of the data
+    variance_output = None if variance_output is None else variance_output.double()
+    moments = reverse.moments(tables, x_t, output.double(), variance_output, t, clip)
+    mass = ops.discretized_gaussian_log_likelihood(
+        wide,
+        means=moments["pred_xstart"],
+        log_scales=(0.5 * moments["log_variance"].double()).expand_as(wide),
+        reduction="sample",
+        bits=bits,
+    )
+    return (-mass * bits_per_nat(x_start)).to(mse.dtype), mse
 
 
 def of_terms(

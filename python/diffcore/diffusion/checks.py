@@ -8,14 +8,25 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from diffcore._checks import as_real, as_tensor, check_choice, check_dense, check_float_tensor
+from diffcore._checks import (
+    as_int,
+    as_real,
+    as_tensor,
+    check_choice,
+    check_dense,
+    check_float_tensor,
+)
 from diffcore._engine import messages, native
 from diffcore._engine.dispatch import plain_eager
 from diffcore._engine.dtensor import per_sample, shard_of
+from diffcore._types import Coef
 from diffcore.coefficients.bound import DECODERS
 from diffcore.noise import Noise, PhiloxNoise
 from diffcore.ops._arguments import as_step
+from diffcore.ops._masks import MASK_REDUCTIONS, checked_mask
 from diffcore.ops._noise import default_key
+from diffcore.ops._robust import LOSSES, robust_of
+from diffcore.ops.likelihood import MOST_BITS
 from diffcore.schedules.tensors import check_has_values
 
 # Without a search for other tracers, because every training step asks.
@@ -50,20 +61,21 @@ def check_batch(name: str, x: Tensor) -> None:
         messages.check_tensor(name, x)
 
 
-def check_decoder(decoder: str, name: str, x: Tensor) -> None:
+def check_decoder(decoder: str, name: str, x: Tensor, bits: int = 8) -> None:
     """Refuse an unknown decoder, and data for which the discretized decoder has no bins.
 
     Args:
         decoder: One of ``DECODERS``.
         name: Name of the data in the caller.
         x: The data. Their values are read in a plain eager call, which waits for their device.
+        bits: Depth of the pixels.
 
     Raises:
         ValueError: ``decoder`` is unknown, or ``x`` does not fit it.
     """
     check_choice("decoder", decoder, DECODERS)
     if decoder == "discretized" and has_values(x):
-        check_pixels(name, x)
+        check_pixels(name, x, bits)
 
 
 def check_noised(name: str, x: Tensor, clean_name: str, clean: Tensor) -> None:
@@ -106,22 +118,27 @@ def check_noise(noise: Noise | None, like: Tensor, name: str = "noise") -> Noise
     return noise
 
 
-def check_pixels(name: str, x: Tensor) -> None:
-    """Refuse values that are not k/127.5 - 1 for an integer k in 0 .. 255, to rounding.
+def check_pixels(name: str, x: Tensor, bits: int = 8) -> None:
+    """Refuse values that are not pixels, to rounding: k/127.5 - 1, k = 0 .. 255, for 8 bits.
 
-    16-bit pixels must be the value nearest to k/127.5 - 1. float64 pixels may have been rounded to
-    float32 before.
+    16-bit numbers must be the value nearest to a pixel, of 8 bits at most. float64 pixels may have
+    been rounded to float32 before.
 
     Args:
         name: Name of the data in the caller.
         x: The data. Their values are read, which waits for their device.
+        bits: Depth of the pixels: they are 2 k / (2^bits - 1) - 1, k = 0 .. 2^bits - 1.
 
     Raises:
         ValueError: Some values are not pixels.
     """
     x = shard_of(x)
+    most = 2**bits - 1
+    half = most / 2
+    if bits > 8 and x.dtype.itemsize < 4:
+        raise ValueError(f"{name} must be float32 or float64 for {bits} bits, got {x.dtype}")
     exact = x.detach().double()
-    grid = (exact * 127.5 + 127.5).round().clamp(0, 255) / 127.5 - 1
+    grid = (exact * half + half).round().clamp(0, most) / half - 1
     if x.dtype.itemsize < 4:
         good = grid.to(x.dtype) == x
     else:
@@ -129,18 +146,58 @@ def check_pixels(name: str, x: Tensor) -> None:
     if bool(good.all()):
         return
     bad, (low, high) = exact[~good], (end.item() for end in exact.aminmax())
-    fix = "use decoder='gaussian' for latents and other data that are not 8-bit pixels"
-    if low >= 0 and high > low:  # as ToTensor makes them, or in their 8 bits
-        fix = f"pass {_from_images(name, high)} for images in [0, {255 if high > 2 else 1}]; {fix}"
+    fix = f"use decoder='gaussian' for latents and other data that are not {bits}-bit pixels"
+    if low >= 0 and high > low:  # as ToTensor makes them, or in their integers
+        scaled = _from_images(name, high, half)
+        fix = f"pass {scaled} for images in [0, {most if high > 2 else 1}]; {fix}"
     raise ValueError(
-        f"{name} must be pixels k/127.5 - 1, k = 0 .. 255, with decoder='discretized', "
+        f"{name} must be pixels k/{half} - 1, k = 0 .. {most}, with decoder='discretized', "
         f"got {bad.numel()} of {x.numel()} values off this grid, such as {bad[0].item():.6g}; {fix}"
     )
 
 
-def _from_images(name: str, high: float) -> str:
+def exact_pixels(x: Tensor, bits: int) -> Tensor:
+    """Pixels as they were before they were rounded to the dtype of ``x``, float64.
+
+    Args:
+        x: Values that ``check_pixels`` accepts.
+        bits: Depth of the pixels.
+
+    Returns:
+        The nearest pixels, like ``x``.
+    """
+    half = (2**bits - 1) / 2
+    exact: Tensor = (x.double() * half + half).round() / half - 1
+    return exact
+
+
+def check_bits(bits: int, decoder: str) -> int:
+    """The depth of pixels as an int.
+
+    Args:
+        bits: The depth.
+        decoder: One of ``DECODERS``.
+
+    Returns:
+        The depth.
+
+    Raises:
+        TypeError: ``bits`` is no integer.
+        ValueError: A depth out of range, or one without "discretized".
+    """
+    if type(bits) is int and bits == 8:
+        return bits
+    bits = as_int("bits", bits, 1)
+    if bits > MOST_BITS:
+        raise ValueError(f"bits must be in 1 .. {MOST_BITS}, got {bits}")
+    if bits != 8 and decoder != "discretized":
+        raise ValueError(f"bits must be 8, its default, with decoder={decoder!r}, got {bits}")
+    return bits
+
+
+def _from_images(name: str, high: float, half: float = 127.5) -> str:
     """How to scale images whose largest value is ``high`` to [-1, 1]."""
-    return f"{name} / 127.5 - 1" if high > 2 else f"{name} * 2 - 1"
+    return f"{name} / {half} - 1" if high > 2 else f"{name} * 2 - 1"
 
 
 def warn_of_images(name: str, x: Tensor) -> bool:
@@ -262,6 +319,92 @@ def check_weights(weights: Any, num_timesteps: int, device: torch.device) -> Ten
     return found
 
 
+def check_reduction(reduction: Any, group_dim: Any) -> None:
+    """Refuses what ``training_losses`` does not reduce to.
+
+    Args:
+        reduction: The argument.
+        group_dim: The argument.
+
+    Raises:
+        ValueError: Another reduction, or "group" without groups.
+    """
+    check_choice("reduction", reduction, ("sample", "group"))
+    if reduction == "group" and group_dim is None:
+        raise ValueError("group_dim must be given with reduction='group', got None")
+
+
+def check_mask(mask: Any, mask_reduction: Any, x_start: Tensor) -> None:
+    """Refuses a mask or its reduction before the model is called.
+
+    Args:
+        mask: The argument, ``None`` for none.
+        mask_reduction: The argument.
+        x_start: The samples.
+
+    Raises:
+        TypeError: A mask of the wrong type.
+        ValueError: A mask of another shape or values, or an unknown reduction.
+    """
+    if mask is not None:
+        checked_mask(mask, x_start, "x_start")
+    check_choice("mask_reduction", mask_reduction, MASK_REDUCTIONS)
+
+
+def check_robust(
+    loss: Any, delta: Any, loss_type: str, num_timesteps: int, device: torch.device
+) -> Coef:
+    """The delta of a loss of errors other than their square.
+
+    Args:
+        loss: The argument of ``training_losses``.
+        delta: The argument.
+        loss_type: Of the constructor.
+        num_timesteps: T.
+        device: That of the samples.
+
+    Returns:
+        A number, or float64 ``[T]`` there.
+
+    Raises:
+        TypeError: An argument of the wrong type.
+        ValueError: An unknown loss; no delta or a wrong one; a loss_type without squares.
+    """
+    check_choice("loss", loss, LOSSES)
+    if loss_type not in ("mse", "rescaled_mse"):
+        raise ValueError(f"loss must be 'mse' with loss_type={loss_type!r}, got {loss!r}")
+    number, _ = robust_of(loss, delta, None)
+    if not isinstance(number, Tensor) or number.ndim == 0:
+        return number
+    if number.shape != (num_timesteps,):
+        raise ValueError(
+            f"delta must be a number or have shape ({num_timesteps},), got {tuple(number.shape)}"
+        )
+    return number.to(device=device, dtype=torch.float64)
+
+
+def check_perturbation(strength: Any, noise: Any) -> float:
+    """The strength of input perturbation, whose second noise is that of a key.
+
+    Args:
+        strength: The argument.
+        noise: The noise of the call.
+
+    Raises:
+        TypeError: Not a number.
+        ValueError: Negative or infinite, or a tensor of noise.
+    """
+    found = as_real("input_perturbation", strength)
+    if not 0 <= found < float("inf"):
+        raise ValueError(f"input_perturbation must be at least 0 and finite, got {found}")
+    if not isinstance(noise, PhiloxNoise):
+        raise ValueError(
+            "noise must be a PhiloxNoise or None with input_perturbation, whose second noise comes "
+            f"from the key, got {type(noise).__name__}"
+        )
+    return found
+
+
 def _given_timesteps(t: Any, num_timesteps: int, device: torch.device) -> int | Tensor:
     """A checked int; or a tensor, from a list or an array of ints."""
     try:
@@ -280,7 +423,7 @@ def _given_timesteps(t: Any, num_timesteps: int, device: torch.device) -> int | 
 def _refuse_dtype(t: Tensor, num_timesteps: int) -> NoReturn:
     fix = (
         f"; timesteps are the integers 0 .. {num_timesteps - 1}: for a continuous time take "
-        "ops.add_noise and ops.denoising_loss, which take alpha and sigma"
+        "ContinuousTimeGaussianDiffusion"
     )
     raise TypeError(
         f"t must be an int or an int64 or int32 tensor, got {t.dtype}"

@@ -20,12 +20,16 @@ from torch import Tensor
 
 from diffcore._checks import as_flag, as_positive, check_choice, check_not_compiling
 from diffcore._engine.kept import made_plainly
-from diffcore._types import CondFn, Model
+from diffcore._types import Coef, CondFn, Model
 from diffcore.coefficients.bound import DECODERS, LEARNED, VARIANCE_TYPES
 from diffcore.coefficients.step import PREDICTION_TYPES
 from diffcore.diffusion import conditional, groups, jumps, reverse, training
 from diffcore.diffusion.checks import (
     check_batch,
+    check_mask,
+    check_perturbation,
+    check_reduction,
+    check_robust,
     check_timestep_values,
     check_timesteps,
     check_weights,
@@ -37,8 +41,7 @@ from diffcore.diffusion.inversion import Inversion
 from diffcore.diffusion.tables import DiffusionTables
 from diffcore.diffusion.vlb import VariationalBound
 from diffcore.guidance import Guidance
-from diffcore.noise import Noise, StepNoise
-from diffcore.ops._masks import MASK_REDUCTIONS, checked_mask
+from diffcore.noise import Noise, StepNoise, perturbation_key
 from diffcore.ops._noise import default_key
 from diffcore.sampling.loop import run_table
 from diffcore.sampling.noise import initial_sample
@@ -304,6 +307,9 @@ class GaussianDiffusion(VariationalBound, Inversion):
         reduction: str = "sample",
         mask: Tensor | None = None,
         mask_reduction: str = "mask",
+        loss: str = "mse",
+        delta: Coef | None = None,
+        input_perturbation: float = 0.0,
     ) -> dict[str, Tensor]:
         """The loss of each sample, by ``loss_type`` of the constructor.
 
@@ -341,6 +347,13 @@ class GaussianDiffusion(VariationalBound, Inversion):
                 is computed in plain torch.
             mask_reduction: What a sum over a sample is divided by: "mask" (the sum of its mask, 0
                 counting as loss 0) or "all" (its number of elements).
+            loss: What the mse is of each error: "mse" (its square), "pseudo_huber" or "smooth_l1",
+                as in ``ops.denoising_loss``. Refused with "kl" and "rescaled_kl".
+            delta: Error at which that loss becomes linear: a number, or ``[T]``, one for each
+                timestep. Keep a tensor on the device of ``x_start``.
+            input_perturbation: gamma: the model's input has the noise z + gamma z' with a second
+                normal z' (``noise.perturbation_key``), its target z alone. At least 0; needs the
+                noise of a key. Source: Ning et al. 2023 (arXiv 2301.11706), who use 0.1.
 
         Returns:
             ``loss``, and its parts ``mse`` and ``vb`` as far as the loss has them, each ``[B]``, or
@@ -360,23 +373,23 @@ class GaussianDiffusion(VariationalBound, Inversion):
         else:
             t = groups.timesteps(x_start, t, group_dim, self.num_timesteps)
         if reduction != "sample":
-            check_choice("reduction", reduction, ("sample", "group"))
-            if group_dim is None:
-                raise ValueError("group_dim must be given with reduction='group', got None")
+            check_reduction(reduction, group_dim)
         if weights is not None:
             if self.loss_type not in ("mse", "rescaled_mse"):
                 raise ValueError(
                     f"weights must be None with loss_type={self.loss_type!r}, got a tensor"
                 )
             weights = check_weights(weights, self.num_timesteps, x_start.device)
-        if mask is not None:
-            checked_mask(mask, x_start, "x_start")
-        if mask_reduction != "mask":
-            check_choice("mask_reduction", mask_reduction, MASK_REDUCTIONS)
+        if loss != "mse" or delta is not None:
+            delta = check_robust(loss, delta, self.loss_type, self.num_timesteps, x_start.device)
+        if mask is not None or mask_reduction != "mask":
+            check_mask(mask, mask_reduction, x_start)
         if not compiling() and not self._images_checked:
             self._images_checked = warn_of_images("x_start", x_start)
         if noise is None:
             noise = default_key(x_start)
+        if input_perturbation:
+            input_perturbation = check_perturbation(input_perturbation, noise)
         if group_dim is not None:
             return groups.losses(
                 self.tables,
@@ -387,12 +400,17 @@ class GaussianDiffusion(VariationalBound, Inversion):
                 model_kwargs,
                 noise,
                 group_dim,
+                perturbation=input_perturbation,
                 weights=weights,
                 decoder=decoder,
                 counted=(mask, mask_reduction),
+                error=(loss, delta),
                 reduction=reduction,
             )
         x_t = training.noised(self.tables, x_start, t, noise)
+        if input_perturbation:
+            key = perturbation_key(noise)
+            x_t = training.perturbed(self.tables, x_t, t, key, input_perturbation)
         output, variance_output = reverse.predict(self.tables, model, x_t, t, model_kwargs)
         return training.losses(
             self.tables,
@@ -405,6 +423,7 @@ class GaussianDiffusion(VariationalBound, Inversion):
             weights=weights,
             decoder=decoder,
             counted=(mask, mask_reduction),
+            error=(loss, delta),
         )
 
     # ---- reverse process, one step -------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,7 +12,7 @@ from diffcore._types import Model
 from diffcore.diffusion import reverse, training
 from diffcore.diffusion.checks import check_timestep_values, check_timesteps
 from diffcore.diffusion.tables import DiffusionTables
-from diffcore.noise import Noise
+from diffcore.noise import Noise, perturbation_key
 from diffcore.ops._groups import Groups, in_groups
 from diffcore.ops._masks import expanded_mask, of_groups
 from diffcore.ops._noise import default_key
@@ -63,9 +64,11 @@ def losses(
     noise: Noise,
     group_dim: int,
     *,
+    perturbation: float,
     weights: Tensor | None,
     decoder: str,
     counted: training.Counted,
+    error: training.ErrorLoss,
     reduction: str,
 ) -> dict[str, Tensor]:
     """The losses of each group: ``GaussianDiffusion.training_losses``.
@@ -79,15 +82,25 @@ def losses(
         model_kwargs: More arguments for the model.
         noise: The noise.
         group_dim: The dimension of the groups.
+        perturbation: ``input_perturbation``, 0 for none; ``noise`` is a key otherwise.
         weights: ``[T]``, or ``None`` for 1.
         decoder: "discretized" or "gaussian".
         counted: The mask, or ``None``, and its reduction.
+        error: The loss of an error and its delta.
         reduction: "sample" or "group".
 
     Returns:
         ``loss`` and its parts, each ``[B]``, or ``[B, G]`` by group.
     """
     x_t = noised(tables, x_start, t, noise, group_dim)
+    if perturbation:
+        again = {"x_t": x_t, "noise": perturbation_key(noise)}
+        x_t = in_groups(
+            functools.partial(training.perturbed, tables, strength=perturbation),
+            group_dim,
+            again,
+            {"t": t},
+        )
     output, variance_output = reverse.predict(tables, model, x_t, t, model_kwargs)
     names: list[str] = []
 
@@ -110,6 +123,7 @@ def losses(
             weights=weights,
             decoder=decoder,
             counted=(mask, "all" if mask is not None else "mask"),
+            error=error,
         )
         names.extend(found)
         return tuple(found.values())

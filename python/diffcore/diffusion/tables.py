@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from diffcore._checks import as_int, check_choice, hint
 from diffcore._engine.dtensor import replicated
-from diffcore._engine.kept import Traced, constant_in_traces, made_plainly
+from diffcore._engine.kept import KeepsByArguments, Traced, constant_in_traces, made_plainly
 from diffcore.coefficients import step as step_formulas
 from diffcore.coefficients.bound import FIXED, LEARNED, VLB_COLUMNS, vlb_coefficients
 from diffcore.coefficients.step import (
@@ -25,9 +25,6 @@ from diffcore.schedules.timesteps import TIMESTEP_SPACINGS, respaced_timesteps
 from diffcore.solvers import NoiseLevels, SolverTable, ddim_table, ddpm_table
 from diffcore.solvers.ancestral import ddim_coefficients, ddpm_coefficients
 from diffcore.solvers.table import TO_X0
-
-# A few samplers in use at once, not every combination of arguments ever used.
-_MAX_CACHED = 64
 
 _CPU = torch.device("cpu")
 
@@ -65,7 +62,7 @@ class DeviceCopies(dict[torch.device, Tensor]):
         return DeviceCopies, (self.table,)
 
 
-class DiffusionTables:
+class DiffusionTables(KeepsByArguments):
     """The numbers of one discrete, variance preserving diffusion.
 
     Contains no formula that reads a sample. All tables are float64 on the CPU, whatever torch's
@@ -91,12 +88,11 @@ class DiffusionTables:
     """
 
     def __init__(self, betas: Tensor, prediction_type: str, variance_type: str) -> None:
+        super().__init__()
         self.betas = betas
         self.prediction_type = prediction_type
         self.variance_type = variance_type
         self.timestep_map: tuple[int, ...] | None = None
-        self._built: dict[Hashable, Any] = {}
-        self._traced = Traced()
         made_plainly(self._fill)
 
     def _fill(self) -> None:
@@ -427,22 +423,6 @@ class DiffusionTables:
     def _solver(self, make: str, *args: Any) -> SolverTable:
         found: SolverTable = self._kept(make, *args)
         return found
-
-    def _kept(self, make: str, *args: Any) -> Any:
-        """What the method ``make`` returns for these arguments, made once."""
-        if torch.compiler.is_dynamo_compiling():
-            return getattr(self._traced, self._name(make, *args))
-        key = (make, args)
-        found = self._built.get(key)
-        if found is None:
-            if len(self._built) >= _MAX_CACHED:
-                self._built.clear()
-            found = self._built[key] = made_plainly(lambda: getattr(self, make)(*args))
-        return found
-
-    @constant_in_traces
-    def _name(self, make: str, *args: Any) -> str:
-        return self._traced.name((make, args), lambda: self._kept(make, *args))
 
     def _ddpm_coefficients(self, clip: float | None) -> tuple[Tensor, Tensor | None]:
         levels = self._levels(None)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from diffcore import ops
 from diffcore._kernels.linear import LINEAR_COMBINATION
+from diffcore._types import Coef
 from diffcore.diffusion.tables import DiffusionTables
 from diffcore.noise import Noise
 from diffcore.ops._noise import run_noisy
@@ -18,6 +19,8 @@ LOSS_TYPES = ("mse", "rescaled_mse", "kl", "rescaled_kl")
 
 Counted: TypeAlias = tuple[Tensor | None, str]
 """A mask and its reduction."""
+ErrorLoss: TypeAlias = tuple[str, Coef | None]
+"""``loss`` and ``delta`` of ``ops.denoising_loss``."""
 
 
 # The kernel of ops.q_sample, with the names of GaussianDiffusion.
@@ -28,6 +31,16 @@ def noised(tables: DiffusionTables, x_start: Tensor, t: Tensor, noise: Noise) ->
     """x_t from x_0, checked timesteps and noise: ``GaussianDiffusion.q_sample``."""
     x_t: Tensor = run_noisy(_NOISED, (x_start,), noise, (tables.noise[x_start.device],), t)
     return x_t
+
+
+def perturbed(
+    tables: DiffusionTables, x_t: Tensor, t: Tensor, noise: Noise, strength: float
+) -> Tensor:
+    """``x_t + strength sigma_t noise``, at checked timesteps."""
+    sigma = tables.column("sqrt_one_minus_alphas_cumprod")[x_t.device]
+    coefs = (1.0, (strength * sigma).unsqueeze(1))
+    found: Tensor = run_noisy(LINEAR_COMBINATION, (x_t,), noise, coefs, t)
+    return found
 
 
 def losses(
@@ -42,6 +55,7 @@ def losses(
     weights: Tensor | None,
     decoder: str,
     counted: Counted,
+    error: ErrorLoss = ("mse", None),
 ) -> dict[str, Tensor]:
     """The losses of a model's output: see ``GaussianDiffusion.training_losses``.
 
@@ -56,6 +70,7 @@ def losses(
         weights: ``[T]``, or ``None`` for 1.
         decoder: "discretized" or "gaussian".
         counted: The mask, or ``None``, and its reduction.
+        error: The loss of an error and its delta.
 
     Returns:
         ``loss`` and its parts, each ``[B]``.
@@ -66,7 +81,7 @@ def losses(
             tables, x_start, output, variance_output, noise, t, decoder, factor, counted
         )
         return {"loss": vb, "vb": vb}
-    mse = _squared_error(tables, x_start, output, noise, t, weights, counted)
+    mse = _error(tables, x_start, output, noise, t, weights, counted, error)
     if variance_output is None:
         return {"loss": mse, "mse": mse}
     factor = len(tables) / 1000 if loss_type == "rescaled_mse" else 1.0
@@ -75,7 +90,7 @@ def losses(
     return {"loss": mse + vb, "mse": mse, "vb": vb}
 
 
-def _squared_error(
+def _error(
     tables: DiffusionTables,
     x_start: Tensor,
     output: Tensor,
@@ -83,8 +98,9 @@ def _squared_error(
     t: Tensor,
     weights: Tensor | None,
     counted: Counted,
+    error: ErrorLoss,
 ) -> Tensor:
-    """w_t mean (output - target)^2 of each sample."""
+    """w_t mean (output - target)^2 of each sample, or the mean of another loss."""
     device = x_start.device
     alpha = sigma = None
     if tables.prediction_type == "v_prediction":
@@ -103,6 +119,8 @@ def _squared_error(
         t=t,
         mask=counted[0],
         mask_reduction=counted[1],
+        loss=error[0],
+        delta=error[1],
     )
 
 

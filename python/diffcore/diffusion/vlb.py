@@ -30,17 +30,19 @@ from diffcore.sampling.progress import progress_bar
 class VariationalBound(Settings):
     """The methods of ``GaussianDiffusion`` that compute the bound."""
 
-    def prior_bpd(self, x_start: Tensor) -> Tensor:
+    def prior_bpd(self, x_start: Tensor, *, dof: float | Tensor | None = None) -> Tensor:
         """L_T = KL(q(x_T | x_0) || N(0, I)), the part of the bound without the model.
 
         Args:
             x_start: x_0, ``[B, ...]``.
+            dof: Number of dimensions of the subspace in which x_0 and the noise lie, a number or
+                ``[B]``; ``None`` for all (``ops.prior_kl``).
 
         Returns:
-            ``[B]``, in bits per dimension.
+            ``[B]``, in bits per dimension (of the subspace).
         """
         check_batch("x_start", x_start)
-        return bound.prior(self.tables, x_start)
+        return bound.prior(self.tables, x_start, dof)
 
     def vb_terms_bpd(
         self,
