@@ -136,6 +136,22 @@ def test_no_level_is_at_an_end() -> None:
         assert sigma.isfinite().all(), name
 
 
+def test_shards_of_a_sample_have_its_level() -> None:
+    whole = timesteps.draw("cosmap", 4, KEY)
+    boxes = [((4, 4, 8), (0, 0, 0)), ((4, 4, 8), (0, 4, 0)), ((4, 8, 3), (0, 0, 5))]
+    for local, offset in boxes:
+        shard = KEY.for_shard((4, 8, 8), local, offset)
+        assert torch.equal(timesteps.draw("cosmap", 4, shard), whole)
+    last = KEY.for_shard((4, 8, 8), (2, 8, 3), (2, 0, 5))
+    assert torch.equal(timesteps.draw("cosmap", 2, last), whole[2:])
+    frames = timesteps.draw("uniform", 4, KEY, groups=5)
+    assert frames.shape == (4, 5)
+    assert torch.equal(frames[:, 0], timesteps.draw("uniform", 4, KEY))
+    assert frames.unique().numel() == 20
+    strata = timesteps.draw("uniform", 4, KEY, groups=5, stratified=True, dtype=torch.float64)
+    assert torch.equal((20 * strata).floor(), torch.arange(20.0, dtype=torch.float64).view(4, 5))
+
+
 BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "density": (
         lambda: timesteps.draw("logistic", 4),
@@ -148,6 +164,13 @@ BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         "density must be a name with mean, got a function",
     ),
     "u": (lambda: timesteps.uniform(torch.arange(3)), TypeError, "u must be a tensor of floating"),
+    "u outside": (lambda: timesteps.mode(U + 1), ValueError, r"u must be in \(0, 1\), got values"),
+    "groups": (lambda: timesteps.draw("mode", 4, groups=0), ValueError, "groups must be at least"),
+    "group ids": (
+        lambda: timesteps.draw("mode", 2, KEY.for_groups([[1, 2, 3]], 1), groups=3),
+        ValueError,
+        r"group_ids must have shape \(2, 3\), one for each group, got \(1, 3\)",
+    ),
     "std": (lambda: timesteps.logit_normal(U, std=0.0), ValueError, "std must be"),
     "scale": (lambda: timesteps.mode(U, scale=2.0), ValueError, r"scale must be in \[-1, 2 / "),
     "beta": (lambda: timesteps.beta(U, a=2.0, b=3.0), ValueError, "b must be 1 where a is not"),
