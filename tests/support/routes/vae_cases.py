@@ -52,9 +52,14 @@ def prior(given: Given) -> DiagonalGaussianDistribution:
     return DiagonalGaussianDistribution(torch.cat([given["z"], given["logvar"] + 0.3], 1))
 
 
+def _wide(x: Tensor) -> Tensor:
+    """In float32 at least, so that what a case computes is not rounded."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def _positive(x: Tensor) -> Tensor:
-    """A number for each sample, in float32 at least."""
-    return x.to(torch.promote_types(x.dtype, torch.float32)).square().flatten(1).sum(1)
+    """A number for each sample."""
+    return _wide(x).square().flatten(1).sum(1)
 
 
 DISTRIBUTION = "vae.DiagonalGaussianDistribution"
@@ -109,6 +114,31 @@ VAE_CASES: list[Case] = [
             torch.stack([g["z"], -g["z"]]), g["mean"], g["logvar"],
         ),
         "x x_recon z mean logvar",
+    ),
+    _vae(
+        "vae.elbo_terms",
+        lambda g: elbo_terms(g["x"], g["x_recon"], _positive(g["kl"]), decoder="laplace"),
+        "x x_recon kl",
+        suffix=", laplace",
+    ),
+    _vae(
+        "vae.elbo_terms",
+        lambda g: elbo_terms(_wide(g["x"]).sigmoid(), g["x_recon"], _positive(g["kl"]),
+                             decoder="bernoulli"),
+        "x x_recon kl",
+        suffix=", bernoulli",
+    ),
+    _vae(
+        "vae.latent_bound",
+        lambda g: vae.latent_bound(g["x"], g["x_recon"], posterior(g), -_positive(g["kl"])),
+        "x x_recon mean logvar kl",
+    ),
+    _vae("vae.free_bits", lambda g: vae.free_bits(g["kl"].abs(), 0.3), "kl"),
+    _vae("vae.capacity_loss", lambda g: vae.capacity_loss(_positive(g["kl"]), 2.5, beta=3.0), "kl"),
+    _vae(
+        "vae.balanced_kl",
+        lambda g: vae.balanced_kl(g["mean"], g["logvar"], g["z"], g["logvar"], free_nats=0.5),
+        "mean logvar z",
     ),
     Case(
         "min_snr_weights",
