@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from diffcore import PhiloxNoise, ops
+from diffcore import GaussianDiffusion, PhiloxNoise, make_betas, ops
 from diffcore.coefficients.bound import (
     GIVEN,
     VARIANCE_TYPES,
@@ -129,6 +129,41 @@ def test_the_prior_is_its_closed_form(device: str) -> None:
     assert 0 < offset < 1e-9
     single = ops.prior_kl(x0.float(), float(ALPHA[-1]), float(SIGMA[-1])) / 4
     assert abs(float(single) / PRIOR - 1) < 1e-6
+
+
+def test_the_prior_on_a_subspace(device: str) -> None:
+    generator = torch.Generator().manual_seed(6)
+    square = torch.cat([torch.ones(6, 1), torch.randn(6, 5, generator=generator)], 1).double()
+    basis = torch.linalg.qr(square)[0][:, 1:]  # orthogonal to the mean
+    inside = torch.randn(3, 5, generator=generator, dtype=torch.float64)
+    x0 = (inside @ basis.T).to(device)
+    alpha, sigma = 0.3, 0.8
+    variance = torch.tensor(sigma**2, dtype=torch.float64)
+    exact = 0.5 * (alpha**2 * inside**2 + variance - 1 - variance.log()).sum(1)
+    for dof in (5, 5.0, torch.full((3,), 5, device=device)):
+        found = ops.prior_kl(x0, alpha, sigma, dof=dof)
+        torch.testing.assert_close(found.cpu(), exact, rtol=1e-13, atol=0)
+    assert torch.equal(ops.prior_kl(x0, alpha, sigma, dof=6), ops.prior_kl(x0, alpha, sigma))
+    # Samples of different sizes, the rest 0.
+    counts = torch.tensor([5, 3, 1])
+    padded = inside * (torch.arange(5) < counts.unsqueeze(1))
+    exact = 0.5 * (alpha**2 * padded**2).sum(1) + 0.5 * counts.double() * (
+        variance - 1 - variance.log()
+    )
+    found = ops.prior_kl(padded.to(device), alpha, sigma, dof=counts.to(device))
+    torch.testing.assert_close(found.cpu(), exact, rtol=1e-13, atol=0)
+    diffusion = GaussianDiffusion(make_betas("linear", 50, scale_to_1000=True))
+    level = float(diffusion.schedule.alpha[-1]), float(diffusion.schedule.sigma[-1])
+    exact = ops.prior_kl(padded, *level, dof=counts) / (counts * math.log(2))
+    torch.testing.assert_close(diffusion.prior_bpd(padded, dof=counts), exact)
+    exact = ops.prior_kl(x0, *level, dof=5) / (5 * math.log(2))
+    torch.testing.assert_close(diffusion.prior_bpd(x0, dof=5), exact)
+    for dof, message in (
+        (7, "dof must be above 0 and at most 6, got 7"),
+        (counts[:2], "a number or"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ops.prior_kl(x0, alpha, sigma, dof=dof)
 
 
 def test_with_the_best_variance_nothing_is_lost_but_the_prior() -> None:

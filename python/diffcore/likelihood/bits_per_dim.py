@@ -20,8 +20,8 @@ from diffcore._checks import as_device, as_int, check_choice, check_not_compilin
 from diffcore._types import Model
 from diffcore.coefficients.bound import DECODERS
 from diffcore.diffusion import GaussianDiffusion
-from diffcore.diffusion.bound import noised_term
-from diffcore.diffusion.checks import check_batch, check_decoder
+from diffcore.diffusion.bound import decoder_term, noised_term
+from diffcore.diffusion.checks import check_batch, check_bits, check_decoder
 from diffcore.likelihood.batches import Batches, noise_of_batch, skip_counted
 from diffcore.likelihood.checkpoint import Checkpoint, describe_model, describe_noise, digest
 from diffcore.likelihood.identity import (
@@ -52,6 +52,7 @@ def bits_per_dim(
     timesteps: int | None = None,
     draws: int = 1,
     decoder: str = "discretized",
+    bits: int = 8,
     clip_denoised: bool | None = None,
     model_kwargs: Kwargs | None = None,
     noise: Noise | None = None,
@@ -85,6 +86,9 @@ def bits_per_dim(
         draws: Timesteps and noises sampled per stratum and sample. Two or more give the variance of
             the estimator.
         decoder: "discretized" for 8-bit pixels scaled to k/127.5 - 1, "gaussian" for other data.
+        bits: Depth of the pixels, 1 to 32, with "discretized": they are 2 k / (2^bits - 1) - 1 for
+            k = 0 .. 2^bits - 1, in float32 or float64 where there are more than 8. For
+            another depth than 8, L_0 is computed in float64, in several passes.
         clip_denoised: Clip the predicted x_0; ``None`` for the ``clip_sample`` of ``diffusion``.
         model_kwargs: Keyword arguments of the model, or a function that returns them for a batch.
         noise: A noise key; its sample id is that of the first sample, or its ``[N]`` ids are those
@@ -116,9 +120,9 @@ def bits_per_dim(
 
     Raises:
         TypeError: An argument of the wrong type.
-        ValueError: Counts out of range, no data, data that are not 8-bit pixels with "discretized",
-            a checkpoint that is damaged, another file, or of other settings, parameters or data, or
-            one id for samples that differ.
+        ValueError: Counts out of range, no data, data that are not pixels of that depth with
+            "discretized", a checkpoint that is damaged, another file, or of other settings,
+            parameters or data, or one id for samples that differ.
         OSError: The checkpoint cannot be written; the old one is kept.
         KeyboardInterrupt: After Ctrl-C; with a checkpoint the message says where the sums are.
 
@@ -127,7 +131,7 @@ def bits_per_dim(
     """
     check_not_compiling("bits_per_dim", "compile the model that it gets")
     estimator = _Estimator.of(
-        diffusion, model, model_kwargs, timesteps, draws, decoder, clip_denoised
+        diffusion, model, model_kwargs, timesteps, draws, decoder, bits, clip_denoised
     )
     _check_noise(noise, data, timesteps, draws)
     ids = SampleIds.of(sample_ids, noise)
@@ -179,7 +183,8 @@ def bits_per_dim(
         tally = merged(gather(tally, process_group))
     if tally.samples == 0:
         raise ValueError("data must have at least one sample, got none")
-    return result_of(tally, timesteps, draws, decoder, shared=isinstance(noise, Tensor))
+    shared = isinstance(noise, Tensor)
+    return result_of(tally, timesteps, draws, decoder, shared, estimator.bits)
 
 
 @dataclass(frozen=True, eq=False)
@@ -191,6 +196,7 @@ class _Estimator:
         strata: One timestep of each is visited per draw.
         draws: Draws of each stratum, per sample.
         decoder: One of ``DECODERS``.
+        bits: Depth of the pixels.
         clip: Bound of the predicted x_0, or ``None``.
     """
 
@@ -200,6 +206,7 @@ class _Estimator:
     strata: Strata
     draws: int
     decoder: str
+    bits: int
     clip: float | None
 
     @classmethod
@@ -211,6 +218,7 @@ class _Estimator:
         timesteps: int | None,
         draws: int,
         decoder: str,
+        bits: int,
         clip_denoised: bool | None,
     ) -> _Estimator:
         last = diffusion.num_timesteps - 1
@@ -220,9 +228,10 @@ class _Estimator:
             if not 1 <= timesteps <= last:
                 raise ValueError(f"timesteps must be in 1 .. T - 1 = {last}, got {timesteps}")
         check_choice("decoder", decoder, DECODERS)
+        bits = check_bits(bits, decoder)
         strata = Strata.of(diffusion.schedule.log_snr, last if timesteps is None else timesteps)
         clip = diffusion._clip_range(clip_denoised)
-        return cls(diffusion, model, model_kwargs, strata, draws, decoder, clip)
+        return cls(diffusion, model, model_kwargs, strata, draws, decoder, bits, clip)
 
     @property
     def calls(self) -> int:
@@ -231,6 +240,7 @@ class _Estimator:
 
     def settings(self, timesteps: int | None) -> dict[str, Any]:
         """What two runs must have in common to give the same bits."""
+        depth = {} if self.bits == 8 else {"bits": self.bits}  # files had no depth before
         return {
             "betas": digest(self.diffusion.betas),
             "prediction_type": self.diffusion.prediction_type,
@@ -239,12 +249,13 @@ class _Estimator:
             "draws": self.draws,
             "decoder": self.decoder,
             "clip": self.clip,
+            **depth,
         }
 
     def add_batch(self, tally: Tally, part: Part, noise: Noise, bar: Any) -> None:
         """Estimate the terms of a batch and add those of its new samples to the tally."""
         x = part.x
-        check_decoder(self.decoder, "data", x)
+        check_decoder(self.decoder, "data", x, self.bits)
         kwargs = self.model_kwargs(part.batch) if callable(self.model_kwargs) else self.model_kwargs
         t = self._timesteps(x, noise)
         t_on_device = t.permute(1, 2, 0).contiguous().to(x.device)  # one copy for all calls
@@ -256,8 +267,7 @@ class _Estimator:
                 if isinstance(noise, PhiloxNoise):
                     z = noise.at(noise.stream + k + j * count)
                 bar.update()
-                now = (x, t_on_device[k, j], z, self.clip, self.decoder, kwargs)
-                pair = noised_term(self.diffusion.tables, self.model, *now)
+                pair = self._term(x, t_on_device[k, j], z, kwargs, decodes=k == 0)
                 found.append(torch.stack(pair))
         # The only wait for the device in a batch.
         values = torch.stack(found, dim=-1).double().cpu().reshape(2, len(x), count, self.draws)
@@ -268,6 +278,15 @@ class _Estimator:
         tally.ids.append(part.counted_ids)
         tally.batches += 1
         tally.calls += self.calls
+
+    def _term(
+        self, x: Tensor, t: Tensor, noise: Noise, kwargs: Mapping[str, Any] | None, decodes: bool
+    ) -> tuple[Tensor, Tensor]:
+        """The terms of a model call and their errors of x_0; L_0 where it ``decodes``."""
+        tables, model = self.diffusion.tables, self.model
+        if decodes and self.bits != 8:
+            return decoder_term(tables, model, x, noise, self.clip, self.bits, kwargs)
+        return noised_term(tables, model, x, t, noise, self.clip, self.decoder, kwargs)
 
     def _timesteps(self, x: Tensor, noise: Noise) -> Tensor:
         """The timesteps to visit, int64 ``[B, S, draws]`` on the CPU."""

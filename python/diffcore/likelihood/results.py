@@ -38,6 +38,7 @@ class BitsPerDim:
             other densities.
         sums: The exact sums that the numbers come from, and the ids of the samples, for
             ``combine``.
+        bits: Depth of the pixels, with "discretized".
     """
 
     total: float
@@ -56,6 +57,7 @@ class BitsPerDim:
     decoder: str
     sums: Tally = field(repr=False)
     shared_noise: bool = field(default=False, repr=False)
+    bits: int = 8
 
     @classmethod
     def combine(cls, results: Sequence[BitsPerDim]) -> BitsPerDim:
@@ -88,7 +90,8 @@ class BitsPerDim:
             _check_settings(first, result)
         sums = merged([result.sums for result in results])
         _check_ids(sums.ids)
-        return result_of(sums, first.timesteps, first.draws, first.decoder, first.shared_noise)
+        settings = (first.timesteps, first.draws, first.decoder, first.shared_noise, first.bits)
+        return result_of(sums, *settings)
 
     @property
     def nats_per_sample(self) -> float:
@@ -103,7 +106,12 @@ class BitsPerDim:
 
 
 def result_of(
-    tally: Tally, timesteps: int | None, draws: int, decoder: str, shared: bool
+    tally: Tally,
+    timesteps: int | None,
+    draws: int,
+    decoder: str,
+    shared: bool,
+    bits: int = 8,
 ) -> BitsPerDim:
     """The result of sums.
 
@@ -113,6 +121,7 @@ def result_of(
         draws: As for ``bits_per_dim``.
         decoder: As for ``bits_per_dim``.
         shared: All timesteps used one noise, so the terms of a sample are correlated.
+        bits: As for ``bits_per_dim``.
     """
     total, prior = tally.totals.mean.tolist()
     square = tally.totals.variance_of_mean()[0].item()
@@ -144,11 +153,12 @@ def result_of(
         decoder=decoder,
         sums=tally,
         shared_noise=shared,
+        bits=bits,
     )
 
 
 def _check_settings(first: BitsPerDim, other: BitsPerDim) -> None:
-    for name in ("timesteps", "draws", "decoder", "shared_noise"):
+    for name in ("timesteps", "draws", "decoder", "shared_noise", "bits"):
         mine, theirs = getattr(first, name), getattr(other, name)
         if mine != theirs:
             raise ValueError(f"results must have one {name}, {mine!r}, got {theirs!r}")

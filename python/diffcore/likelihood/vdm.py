@@ -18,7 +18,14 @@ from diffcore._kernels.bound import PRIOR_KL
 from diffcore._types import Model
 from diffcore.coefficients.bound import DECODERS, FIXED, VLB_COLUMNS, prior_coefficients
 from diffcore.coefficients.step import PREDICTION_TYPES, target_coefficients, x0_coefficients
-from diffcore.diffusion.checks import can_read_values, check_noise, check_pixels, has_values
+from diffcore.diffusion.checks import (
+    can_read_values,
+    check_bits,
+    check_noise,
+    check_pixels,
+    exact_pixels,
+    has_values,
+)
 from diffcore.noise import Noise, PhiloxNoise
 from diffcore.ops._noise import default_key
 from diffcore.sampling.model import call_model, check_samples
@@ -113,6 +120,7 @@ def vdm_bound(
     num_timesteps: int | None = None,
     prediction_type: str = "epsilon",
     decoder: str = "discretized",
+    bits: int = 8,
     t: Tensor | None = None,
     noise: Noise | None = None,
     generator: torch.Generator | None = None,
@@ -138,6 +146,8 @@ def vdm_bound(
         prediction_type: What the model predicts, one of ``PREDICTION_TYPES``.
         decoder: With p(x | z_0) = N(z_0 / alpha_0, sigma_0² / alpha_0²): the probability of the bin
             of a pixel k/127.5 - 1 ("discretized"), or the density ("gaussian").
+        bits: Depth of the pixels, 1 to 32, with "discretized": they are 2 k / (2^bits - 1) - 1 for
+            k = 0 .. 2^bits - 1, in float32 or float64 where there are more than 8.
         t: Times in [0, 1], ``[B]``; ``None`` for (u + i/B) mod 1 with one uniform u, which covers
             them evenly. With ``num_timesteps`` they are rounded up to a multiple of 1/T.
         noise: A tensor of the shape of ``x``, used for z_t and z_0; or a noise key, of which z_0
@@ -152,7 +162,7 @@ def vdm_bound(
         TypeError: An argument of the wrong type.
         ValueError: Neither or both of gamma and its range, a gamma that does not increase, no
             samples, t of another shape or outside [0, 1], or, with "discretized", x that is not
-            8-bit pixels (the last two on CUDA only with ``DIFFCORE_DEBUG=1``).
+            pixels of that depth (the last two on CUDA only with ``DIFFCORE_DEBUG=1``).
 
     Source:
         Kingma et al. 2021 (arXiv 2107.00630) eq. 11 to 17 and appendix I.1.
@@ -160,13 +170,14 @@ def vdm_bound(
     check_samples(x)
     check_choice("prediction_type", prediction_type, PREDICTION_TYPES)
     check_choice("decoder", decoder, DECODERS)
+    bits = check_bits(bits, decoder)
     if x.shape[0] == 0:
         raise ValueError("x must have at least one sample, got an empty batch")
     if num_timesteps is not None:
         num_timesteps = as_int("num_timesteps", num_timesteps, 1)
     schedule = _Schedule.of(gamma_min, gamma_max, gamma, gamma_prime, x.device)
     if decoder == "discretized" and can_read_values(x):
-        check_pixels("x", x)
+        check_pixels("x", x, bits)
     if generator is not None and noise is not None and t is not None:
         raise ValueError(
             "generator must be None where noise and t are both given, got a torch.Generator; "
@@ -183,7 +194,7 @@ def vdm_bound(
         diffusion_nats=_diffusion(
             model, x, t, noise, schedule, num_timesteps, prediction_type, model_kwargs
         ),
-        reconstruction_nats=_reconstruction(x, noise, schedule.ends[:1], decoder),
+        reconstruction_nats=_reconstruction(x, noise, schedule.ends[:1], decoder, bits),
         t=t,
         dimensions=x.shape[1:].numel(),
     )
@@ -263,13 +274,30 @@ def _diffusion(
     return ops.vlb_term(x, output, table, t=rows, noise=noise)
 
 
-def _reconstruction(x: Tensor, noise: Noise, gamma_0: Tensor, decoder: str) -> Tensor:
+def _reconstruction(x: Tensor, noise: Noise, gamma_0: Tensor, decoder: str, bits: int) -> Tensor:
     """-log p(x | z_0), ``[B]``, nats."""
-    table = _decoder(gamma_0.to(x.device), decoder)
     noise_0 = noise.at(noise.stream + 1) if isinstance(noise, PhiloxNoise) else noise
+    if bits != 8:
+        return _reconstruction_of_bits(x, noise_0, gamma_0.to(x.device), bits)
+    table = _decoder(gamma_0.to(x.device), decoder)
     rows = torch.zeros(x.shape[0], dtype=torch.int64, device=x.device)
     # The mean of p(x | z_0) is z_0 / alpha_0, with no model: x stands in for the model output.
     return ops.vlb_term(x, x, table, t=rows, noise=noise_0)
+
+
+def _reconstruction_of_bits(x: Tensor, noise: Noise, gamma_0: Tensor, bits: int) -> Tensor:
+    """-log p(x | z_0), ``[B]``, nats, for pixels of any depth, in float64."""
+    wide = exact_pixels(x, bits)
+    noise = noise.double() if isinstance(noise, Tensor) else noise
+    log_scale = 0.5 * gamma_0.reshape(())
+    mass = ops.discretized_gaussian_log_likelihood(
+        wide,
+        means=ops.add_noise(wide, noise, 1.0, log_scale.exp()),
+        log_scales=log_scale.expand_as(wide),
+        reduction="sample",
+        bits=bits,
+    )
+    return -mass.to(torch.promote_types(x.dtype, torch.float32))
 
 
 _FACTOR, _DECODER, _OFFSET, _D = (

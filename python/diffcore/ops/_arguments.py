@@ -57,6 +57,35 @@ def _flat(name: str, value: Tensor) -> Tensor:
     return value.reshape(-1)
 
 
+def as_dof(dof: float | Tensor, x: Tensor) -> float | Tensor:
+    """Numbers of dimensions of a subspace: a float, or float64 ``[B]`` on the device of ``x``.
+
+    Args:
+        dof: A number or ``[B]``.
+        x: Samples, ``[B, ...]``.
+
+    Returns:
+        The numbers.
+
+    Raises:
+        TypeError: No real numbers.
+        ValueError: A number that is not in 1 .. n for samples of n dimensions, or a tensor of
+            another shape; the values of a tensor are not read.
+    """
+    n = x.shape[1:].numel()
+    if not isinstance(dof, Tensor) or dof.ndim == 0:
+        number = as_real("dof", dof)
+        if not 0 < number <= n:
+            raise ValueError(f"dof must be above 0 and at most {n}, got {number}")
+        return number
+    check_dense("dof", dof)
+    if dof.is_complex() or dof.dtype == torch.bool:
+        raise TypeError(f"dof must be a number or a real tensor, got {dof.dtype}")
+    if dof.shape != x.shape[:1]:
+        raise ValueError(f"dof must be a number or {list(x.shape[:1])}, got {tuple(dof.shape)}")
+    return dof.detach().to(x.device, torch.float64)
+
+
 def as_table(name: str, table: Tensor, *columns: int) -> Tensor:
     """A table ``[T, n]``, n one of ``columns``; a row becomes a table of one."""
     if not isinstance(table, Tensor):

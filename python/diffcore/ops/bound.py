@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from diffcore._checks import check_choice
+from diffcore._checks import check_choice, check_float_tensor
 from diffcore._engine import messages
 from diffcore._engine.dispatch import plain_eager, run
 from diffcore._engine.kept import made_plainly
@@ -16,7 +16,7 @@ from diffcore._kernels import bound as k
 from diffcore._types import Coef, Coefs, Step
 from diffcore.coefficients.bound import FIXED, VLB_COLUMNS, prior_coefficients
 from diffcore.noise import Noise, PhiloxNoise
-from diffcore.ops._arguments import as_coef, as_step, as_table, converted, float_of
+from diffcore.ops._arguments import as_coef, as_dof, as_step, as_table, converted, float_of
 from diffcore.ops._masks import (
     MASK_REDUCTIONS,
     beside,
@@ -149,21 +149,28 @@ def _masked(
     )
 
 
-def prior_kl(x0: Tensor, alpha: float, sigma: float) -> Tensor:
+def prior_kl(
+    x0: Tensor, alpha: float, sigma: float, *, dof: float | Tensor | None = None
+) -> Tensor:
     """L_T = KL(q(x_T | x_0) || N(0, I)) of each sample: ``½ Σ [ alpha² x_0² + expm1(d) - d ]``.
 
-    d = log sigma². It does not depend on the model, and is small where little signal is left.
+    d = log sigma². On a subspace, such as that of points whose mean is 0, x_0 and the noise lie in
+    it, and the terms of d are counted ``dof`` times, its number of dimensions. The result does
+    not depend on the model, and is small where little signal is left.
 
     Args:
         x0: Clean samples ``[B, ...]``.
         alpha: Signal coefficient of the last step, a number.
         sigma: Noise coefficient of the last step, a number above 0.
+        dof: Number of dimensions of the subspace, a number or ``[B]``, such as 3 (N - 1) for N
+            points without their center of mass; ``None`` for all.
 
     Returns:
         ``[B]``, float32 (float64 for float64 samples): nats, the sum over each sample.
 
     Source:
-        Ho et al. 2020 (arXiv 2006.11239) eq. 5.
+        Ho et al. 2020 (arXiv 2006.11239) eq. 5; on a subspace: Hoogeboom et al. 2022 (arXiv
+        2203.17003).
     """
     a, s = float_of("alpha", alpha), float_of("sigma", sigma)
     if not s > 0:
@@ -174,4 +181,8 @@ def prior_kl(x0: Tensor, alpha: float, sigma: float) -> Tensor:
         coefs = prior_coefficients(a, s)
     else:
         coefs = made_plainly(lambda: prior_coefficients(a, s))  # it reads a tensor
+    if dof is not None:
+        check_float_tensor("x0", x0)
+        factor, offset = coefs
+        coefs = (factor, as_dof(dof, x0) * (offset / max(1, x0.shape[1:].numel())))
     return run(k.PRIOR_KL, (x0,), coefs)

@@ -78,4 +78,6 @@ def prior_kl(x0: Tensor, factor: Coef, offset: Coef) -> Tensor:
     """``factor Σ x_0² + n offset`` of each sample."""
     x = x0.to(compute_dtype(x0.dtype))
     n = sample_size(x)
+    if isinstance(offset, Tensor):  # as the kernel reads it
+        offset = offset.to(x.dtype)
     return row_sum(x * x, factor, reduce_all=False) + n * offset
