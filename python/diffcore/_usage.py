@@ -9,7 +9,7 @@ ABOUT = "Fused diffusion and VAE mathematics for PyTorch."
 
 COMMANDS = {
     "info": "Show versions, build, instruction set, threads and devices, for bug reports.",
-    "demo": "Train a small VAE and a small DDPM on real images, and save their samples.",
+    "demo": "Train a small VAE, DDPM and flow on real images, and save their samples.",
     "bench": "Run a benchmark of a repository clone; more arguments are passed on to it.",
 }
 
@@ -20,6 +20,8 @@ OPTIONS = {
         "--out": "Folder for pictures, checkpoints, report. Default: demo-output.",
         "--steps": "Optimizer steps of the DDPM. Default: 2500.",
         "--vae-steps": "Optimizer steps of the VAE. Default: 3000.",
+        "--flow-steps": "Optimizer steps of the flow. Default: 2500.",
+        "--only": "vae, ddpm or flow: this model alone.",
         "--data": "auto, mnist, fashion or digits. auto is Fashion-MNIST if Debian's "
         "dataset-fashion-mnist is installed, else MNIST. Default: auto.",
         "--seed": "Seed of all randomness, a signed int of 64 bits. Default: 0.",

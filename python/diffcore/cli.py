@@ -94,6 +94,8 @@ def demo(
     ),
     steps: Annotated[int | None, typer.Option(min=1, help=_DEMO["--steps"])] = None,
     vae_steps: Annotated[int | None, typer.Option(min=1, help=_DEMO["--vae-steps"])] = None,
+    flow_steps: Annotated[int | None, typer.Option(min=1, help=_DEMO["--flow-steps"])] = None,
+    only: Annotated[str | None, typer.Option(help=_DEMO["--only"])] = None,
     data: Annotated[str | None, typer.Option(help=_DEMO["--data"])] = None,
     seed: Annotated[int | None, typer.Option(help=_DEMO["--seed"])] = None,
     resume: Annotated[bool, typer.Option("--resume", help=_DEMO["--resume"])] = False,
@@ -114,12 +116,16 @@ def demo(
     command = f"diffcore demo --resume --out {shlex.quote(str(out))}"
     if device != "auto":
         command += f" --device {device}"
+    if only is not None:
+        command += f" --only {only}"
     try:
         run_demo(
             out,
             data=data,
             steps=steps,
             vae_steps=vae_steps,
+            flow_steps=flow_steps,
+            only=only,
             seed=seed,
             quick=quick,
             resume=resume,

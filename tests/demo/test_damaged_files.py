@@ -28,21 +28,24 @@ from diffcore.demo.run import build_trainers, choose_device, run_demo  # noqa: E
 from diffcore.demo.training import Trainer  # noqa: E402
 
 STEPS = 6
-CONFIG = quick_config("digits").replace({"steps": STEPS, "vae_steps": STEPS, "batch_size": 8})
+CONFIG = quick_config("digits").replace(
+    {"steps": STEPS, "vae_steps": STEPS, "flow_steps": STEPS, "batch_size": 8}
+)
 WEIGHT = "model.encoder.0.weight"
 MOMENT = "optimizer.encoder.0.weight/exp_avg"
 
 
 def trainer(folder: Path) -> Trainer:
     images = data.load_images("digits")
-    return build_trainers(CONFIG, images, folder, torch.device("cpu"))[1]
+    return build_trainers(CONFIG, images, folder, torch.device("cpu"))["vae"]
 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     """The training state of the VAE after all steps."""
     vae = trainer(tmp_path_factory.mktemp("saved"))
-    vae.fit(data.load_images("digits").train[:32], name="VAE", progress=False)
+    images = data.load_images("digits")
+    vae.fit(images.train[:32], images.train_labels[:32], name="VAE", progress=False)
     return vae.path.read_bytes()
 
 

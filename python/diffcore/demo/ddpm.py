@@ -46,7 +46,7 @@ def training_loss(diffusion: GaussianDiffusion) -> LossFunction:
         A loss for ``Trainer``.
     """
 
-    def loss(model: nn.Module, x: Tensor, generator: torch.Generator) -> Tensor:
+    def loss(model: nn.Module, x: Tensor, _: Tensor, generator: torch.Generator) -> Tensor:
         t = torch.randint(diffusion.num_timesteps, (len(x),), generator=generator).to(x.device)
         noise = PhiloxNoise.from_generator(generator)
         return diffusion.training_losses(model, x, t, noise=noise)["loss"].mean().reshape(1)

@@ -10,14 +10,16 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from diffcore.demo import ddpm, likelihood, pictures, vae
+from diffcore.demo import ddpm, flow, likelihood, pictures, vae
 from diffcore.demo.config import DemoConfig
 from diffcore.demo.data import ImageData
 from diffcore.demo.networks import ConvVAE
 from diffcore.demo.training import Trainer
+from diffcore.noise import PhiloxNoise
 
 _STRIP_COLUMNS = 9
 _STRIP_ROWS = 6
+_FLOW_ROWS = 8
 
 
 def _grid(images: Tensor) -> Tensor:
@@ -192,6 +194,73 @@ def draw_ddpm(
         "ddpm_sampling_seconds": round(between - started, 3),
         "ddim_steps": config.ddim_steps,
         "ddim_sampling_seconds": round(finished - between, 3),
+    }
+
+
+def draw_flow(
+    out: Path,
+    config: DemoConfig,
+    images: ImageData,
+    trainer: Trainer,
+    *,
+    sample_seed: int,
+    evaluation_seed: int,
+    progress: bool,
+) -> dict[str, Any]:
+    """Draw curve and samples of the flow, a column for each class, and measure it.
+
+    Args:
+        out: Folder for the pictures.
+        config: Settings of the run.
+        images: The data.
+        trainer: The trained flow.
+        sample_seed: Seed of the samples.
+        evaluation_seed: Seed of times and noise of the held-out loss and likelihood.
+        progress: Whether to show progress bars while sampling and measuring.
+
+    Returns:
+        The measurements.
+    """
+    model, device = trainer.averaged_model, trainer.device
+    test, labels = images.test.to(device), images.test_labels.to(device)
+    held_out = flow.held_out_loss(model, test, labels, seed=evaluation_seed)
+    started = time.perf_counter()
+    bits = flow.held_out_bits(model, test, labels, config, seed=evaluation_seed, progress=progress)
+    bits_seconds = time.perf_counter() - started
+    shape = (_FLOW_ROWS * flow.CLASSES, *images.image_shape)
+    noise = PhiloxNoise(sample_seed).tensor(shape, device=device)
+    classes = torch.arange(len(noise), device=device) % flow.CLASSES
+    started = time.perf_counter()
+    samples = flow.sample_flow(model, noise, classes, config, progress=progress).cpu()
+    seconds = time.perf_counter() - started
+    pictures.save_mosaic(
+        out / "flow_samples.png",
+        samples.reshape(_FLOW_ROWS, flow.CLASSES, *samples.shape[-2:]),
+        title=f"Flow samples of each class, {config.flow_sampling_steps} steps, "
+        f"guidance scale {config.guidance_scale:g}",
+        column_labels=[str(label) for label in range(flow.CLASSES)],
+    )
+    pictures.save_curves(
+        out / "flow_training.png",
+        [
+            pictures.Curves(
+                "Flow: |(ε − x_0) − u_θ(x_t, t, class)|², mean over pixels",
+                "loss",
+                {"training": trainer.history.cpu()[:, 0]},
+                {"held out, averaged weights": held_out},
+                log=True,
+            )
+        ],
+    )
+    return {
+        **_training_summary(trainer),
+        "held_out_loss": held_out,
+        "held_out_bits": bits,
+        "bits_seconds": round(bits_seconds, 3),
+        "samples": len(samples),
+        "sampling_steps": config.flow_sampling_steps,
+        "guidance_scale": config.guidance_scale,
+        "sampling_seconds": round(seconds, 3),
     }
 
 

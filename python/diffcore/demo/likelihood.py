@@ -103,27 +103,58 @@ def as_report(found: tuple[BitsPerDim, BitsPerDim], num_timesteps: int) -> dict[
     }
 
 
-def summary(ddpm: Mapping[str, Any], vae: Mapping[str, Any]) -> list[str]:
+def summary_of_ddpm(found: Mapping[str, Any]) -> list[str]:
     """The lines printed at the end of a run.
 
     Args:
-        ddpm: Result of ``as_report``.
-        vae: Result of ``diffcore.demo.vae.held_out_elbo``.
+        found: The report of the DDPM.
 
     Returns:
         The lines.
     """
-    exact = ddpm["exact"]
-    rest = ddpm["bits_per_dim"] - ddpm["prior"] - ddpm["decoder"]
+    bits = found["held_out_bits"]
+    exact = bits["exact"]
+    rest = bits["bits_per_dim"] - bits["prior"] - bits["decoder"]
     return [
-        f"DDPM: {ddpm['bits_per_dim']:.3f} ± {ddpm['standard_error']:.3f} bits/dim on "
-        f"{ddpm['images']} held-out images, {ddpm['calls_per_image']} model calls per image: "
-        f"L_0 {ddpm['decoder']:.3f} + L_t {rest:.3f} + L_T {ddpm['prior']:.2g}",
+        f"DDPM: {bits['bits_per_dim']:.3f} ± {bits['standard_error']:.3f} bits/dim on "
+        f"{bits['images']} held-out images, {bits['calls_per_image']} model calls per image: "
+        f"L_0 {bits['decoder']:.3f} + L_t {rest:.3f} + L_T {bits['prior']:.2g}",
         f"DDPM: {exact['bits_per_dim']:.3f} ± {exact['standard_error']:.3f} bits/dim on "
         f"{exact['images']} of them, exact: all {exact['calls_per_image']} timesteps",
-        f"VAE: ELBO {vae['elbo_nats']:.1f} nats per image = log-likelihood "
-        f"{vae['log_likelihood_nats']:.1f} - KL {vae['kl_nats']:.1f}; "
-        f"{vae['bits_per_dim']:.3f} bits/dim of the density on [-1, 1]",
-        f"VAE: importance-weighted bound {vae['importance_weighted_nats']:.1f} nats per image, "
-        f"{vae['importance_samples']} samples",
+    ]
+
+
+def summary_of_vae(found: Mapping[str, Any]) -> list[str]:
+    """The lines printed at the end of a run.
+
+    Args:
+        found: The report of the VAE.
+
+    Returns:
+        The lines.
+    """
+    bound = found["held_out"]
+    return [
+        f"VAE: ELBO {bound['elbo_nats']:.1f} nats per image = log-likelihood "
+        f"{bound['log_likelihood_nats']:.1f} - KL {bound['kl_nats']:.1f}; "
+        f"{bound['bits_per_dim']:.3f} bits/dim of the density on [-1, 1]",
+        f"VAE: importance-weighted bound {bound['importance_weighted_nats']:.1f} nats per image, "
+        f"{bound['importance_samples']} samples",
+    ]
+
+
+def summary_of_flow(found: Mapping[str, Any]) -> list[str]:
+    """The lines printed at the end of a run.
+
+    Args:
+        found: The report of the flow.
+
+    Returns:
+        The lines.
+    """
+    bits = found["held_out_bits"]
+    return [
+        f"Flow: {bits['bits_per_dim']:.3f} ± {bits['standard_error']:.3f} bits/dim on "
+        f"{bits['images']} held-out images given their class, {bits['calls_per_image']} model "
+        "calls per image"
     ]

@@ -109,7 +109,13 @@ class UNet(nn.Module):
     """
 
     def __init__(
-        self, *, channels: int = 1, width: int = 32, patch: int = 2, num_timesteps: int = 200
+        self,
+        *,
+        channels: int = 1,
+        width: int = 32,
+        patch: int = 2,
+        num_timesteps: int = 200,
+        num_classes: int = 0,
     ) -> None:
         """Build the network. Its output is zero before training.
 
@@ -118,6 +124,7 @@ class UNet(nn.Module):
             width: Channels of the upper level, a multiple of 8; the lower level has twice as many.
             patch: Block size of the ``pixel_unshuffle``; 1 for none.
             num_timesteps: T of the diffusion. Timesteps are embedded as if T were 1000.
+            num_classes: Classes that it is told; 0 for a model of all images.
         """
         super().__init__()
         self.patch = patch
@@ -125,6 +132,8 @@ class UNet(nn.Module):
         self.time_scale = 1000.0 / num_timesteps
         pixels, dim = channels * patch * patch, 3 * width
         self.time_mlp = nn.Sequential(nn.Linear(width, dim), nn.SiLU(), nn.Linear(dim, dim))
+        # One more for images of any class, with which guidance compares.
+        self.classes = nn.Embedding(num_classes + 1, dim) if num_classes else None
         self.stem = nn.Conv2d(pixels, width, 3, padding=1)
         self.down1 = ResBlock(width, width, dim)
         self.downsample = nn.Conv2d(width, 2 * width, 3, stride=2, padding=1)
@@ -138,17 +147,20 @@ class UNet(nn.Module):
         self.norm = nn.GroupNorm(8, width)
         self.out = _zeroed(nn.Conv2d(width, pixels, 3, padding=1))
 
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        """Predict the noise.
+    def forward(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Predict the noise, or the velocity of a flow.
 
         Args:
             x: Noisy images ``[B, C, H, W]``.
             t: Timesteps ``[B]``.
+            labels: Classes ``[B]``, ``num_classes`` for any; only for a model that has classes.
 
         Returns:
             ``[B, C, H, W]``.
         """
         embedding = self.time_mlp(timestep_embedding(t * self.time_scale, self.width))
+        if self.classes is not None:
+            embedding = embedding + self.classes(labels)
         embedding = functional.silu(embedding)
         h = self.stem(functional.pixel_unshuffle(x, self.patch))
         skip = self.down1(h, embedding)

@@ -1,4 +1,4 @@
-"""A complete demo run: data, two trainings, pictures, report."""
+"""A complete demo run: data, three trainings, pictures, report."""
 
 from __future__ import annotations
 
@@ -9,17 +9,27 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from diffcore._checks import check_choice
 from diffcore._engine.info import collect_info, installed_version
 from diffcore._files import replace_file
-from diffcore.demo import ddpm, likelihood, vae
+from diffcore.demo import ddpm, flow, likelihood, vae
 from diffcore.demo.checkpoint import save_checkpoint
 from diffcore.demo.config import DemoConfig, full_config, quick_config
 from diffcore.demo.data import ImageData, check_installed, load_images, resolve
-from diffcore.demo.draw import draw_ddpm, draw_vae
+from diffcore.demo.draw import draw_ddpm, draw_flow, draw_vae
 from diffcore.demo.training import Trainer, TrainingConfig
+
+TITLES = {"vae": "VAE", "ddpm": "DDPM", "flow": "Flow"}
+MODELS = tuple(TITLES)
+DRAWN: dict[str, tuple[Callable[..., dict[str, Any]], Callable[..., list[str]]]] = {
+    "vae": (draw_vae, likelihood.summary_of_vae),
+    "ddpm": (draw_ddpm, likelihood.summary_of_ddpm),
+    "flow": (draw_flow, likelihood.summary_of_flow),
+}
 
 # Offsets from the seed of the run, so that no two uses of randomness share a seed.
 _STREAM_SAMPLES, _STREAM_EVALUATION = 1_000_003, 2_000_003
@@ -61,6 +71,7 @@ def choose_config(
     data: str | None,
     steps: int | None,
     vae_steps: int | None,
+    flow_steps: int | None,
     seed: int | None,
     quick: bool,
     resume: bool,
@@ -72,6 +83,7 @@ def choose_config(
         data: Data set, or None for the default.
         steps: Steps of the DDPM, or None for the default.
         vae_steps: Steps of the VAE, or None for the default.
+        flow_steps: Steps of the flow, or None for the default.
         seed: Seed, or None for the default.
         quick: Whether to use the settings of the smoke run.
         resume: Whether to continue the run in ``out``.
@@ -84,6 +96,7 @@ def choose_config(
         ValueError: If a setting differs from the run to resume, or is invalid.
     """
     given = {"data": data, "steps": steps, "vae_steps": vae_steps, "seed": seed}
+    given["flow_steps"] = flow_steps
     changes = {
         name: value for name, value in given.items() if value is not None and value != "auto"
     }
@@ -94,7 +107,8 @@ def choose_config(
         config = quick_config(name) if name == "digits" else full_config(name)
         config = config.replace({**changes, "data": name})
         # Warmup takes at most a quarter of a short run.
-        warmup = max(1, min(config.warmup_steps, config.steps // 4, config.vae_steps // 4))
+        shortest = min(config.steps, config.vae_steps, config.flow_steps)
+        warmup = max(1, min(config.warmup_steps, shortest // 4))
         return config.replace({"warmup_steps": warmup})
     path = out / "config.json"
     if not os.path.isfile(path):  # unlike Path.is_file, also False for a name that is too long
@@ -115,6 +129,8 @@ def run_demo(
     data: str | None = None,
     steps: int | None = None,
     vae_steps: int | None = None,
+    flow_steps: int | None = None,
+    only: str | None = None,
     seed: int | None = None,
     quick: bool = False,
     resume: bool = False,
@@ -122,13 +138,15 @@ def run_demo(
     progress: bool = True,
     log: Callable[[str], object] = print,
 ) -> dict[str, object]:
-    """Train both models, draw the pictures, and write ``report.json``.
+    """Train the models, draw the pictures, and write ``report.json``.
 
     Args:
         out: Folder for all results, created if missing.
         data: ``auto``, ``mnist``, ``fashion``, ``digits``, or None for the default.
         steps: Optimizer steps of the DDPM, or None for the default.
         vae_steps: Optimizer steps of the VAE, or None for the default.
+        flow_steps: Optimizer steps of the flow, or None for the default.
+        only: "vae", "ddpm" or "flow" for this model alone, or None for all.
         seed: Seed of all randomness, or None for 0.
         quick: Whether to make the smoke run on 8x8 digits.
         resume: Whether to continue the run in ``out``.
@@ -147,12 +165,15 @@ def run_demo(
         FileNotFoundError: If there is no run to resume, or the data are not installed.
         OSError: If a result cannot be written, for example because the disk is full.
     """
+    if only is not None:
+        check_choice("only", only, MODELS)
     place = choose_device(device)
     config = choose_config(
         out,
         data=data,
         steps=steps,
         vae_steps=vae_steps,
+        flow_steps=flow_steps,
         seed=seed,
         quick=quick,
         resume=resume,
@@ -168,7 +189,7 @@ def run_demo(
     if not resume:
         _discard_old(checkpoints, log)
     config.save(out / "config.json")
-    train = images.train.to(place)
+    train, labels = images.train.to(place), images.train_labels.to(place)
     report: dict[str, object] = {
         "config": dataclasses.asdict(config),
         "device": str(place),
@@ -184,27 +205,31 @@ def run_demo(
             for name in ("torch", "numpy", "matplotlib", "safetensors", "mlxtend", "scikit-learn")
         },
     }
-    ddpm_trainer, vae_trainer = build_trainers(config, images, checkpoints, place)
-    for name, trainer in (("VAE", vae_trainer), ("DDPM", ddpm_trainer)):
+    trainers = build_trainers(config, images, checkpoints, place)
+    if only is not None:
+        trainers = {only: trainers[only]}
+    for model, trainer in trainers.items():
+        name = TITLES[model]
         if resume and trainer.path.exists():
             trainer.load()
             log(f"{name}: resumed at step {trainer.step} of {trainer.config.steps}")
-        trainer.fit(train, name=name, progress=progress)
+        trainer.fit(train, labels, name=name, progress=progress)
         per_step = 1000 * trainer.seconds / trainer.config.steps
         log(f"{name}: {trainer.step} steps in {trainer.seconds:.0f} s, {per_step:.1f} ms per step")
         scalars = {"config": dataclasses.asdict(config), "step": trainer.step}
         weights = trainer.averaged_model.state_dict()
-        save_checkpoint(checkpoints / f"{name.lower()}.safetensors", weights, scalars)
+        save_checkpoint(checkpoints / f"{model}.safetensors", weights, scalars)
     bars = progress and sys.stderr.isatty()
     streams = {
         "sample_seed": config.seed + _STREAM_SAMPLES,
         "evaluation_seed": config.seed + _STREAM_EVALUATION,
     }
-    of_vae = draw_vae(out, config, images, vae_trainer, **streams)
-    of_ddpm = draw_ddpm(out, config, images, ddpm_trainer, progress=bars, **streams)
-    for line in likelihood.summary(of_ddpm["held_out_bits"], of_vae["held_out"]):
-        log(line)
-    report["vae"], report["ddpm"] = of_vae, of_ddpm
+    for model, trainer in trainers.items():
+        draw, summary = DRAWN[model]
+        options = streams if model == "vae" else {**streams, "progress": bars}
+        found = report[model] = draw(out, config, images, trainer, **options)
+        for line in summary(found):
+            log(line)
     report["total_seconds"] = round(time.perf_counter() - started, 2)
     replace_file(out / "report.json", (json.dumps(report, indent=2) + "\n").encode())
     log(f"Pictures, checkpoints and report.json are in {out}")
@@ -213,8 +238,8 @@ def run_demo(
 
 def build_trainers(
     config: DemoConfig, images: ImageData, checkpoints: Path, device: torch.device
-) -> tuple[Trainer, Trainer]:
-    """Return the trainers of the DDPM and of the VAE.
+) -> dict[str, Trainer]:
+    """Return the trainers of the models.
 
     Args:
         config: Settings of the run.
@@ -223,40 +248,39 @@ def build_trainers(
         device: Device to train on.
 
     Returns:
-        (DDPM, VAE).
+        One for each of ``MODELS``, in that order.
     """
-    diffusion = ddpm.build_diffusion(config)
-    common = {
+    common: dict[str, Any] = {
         "batch_size": config.batch_size,
         "warmup_steps": config.warmup_steps,
         "seed": config.seed,
         "checkpoint_every": config.checkpoint_every,
+        "ema_decay": config.ema_decay,
     }
-    return Trainer(
-        lambda: ddpm.build_network(config, images.image_shape),
-        ddpm.training_loss(diffusion),
-        ddpm.METRICS,
-        TrainingConfig(
-            steps=config.steps,
-            learning_rate=config.learning_rate,
-            ema_decay=config.ema_decay,
-            **common,
-        ),
-        path=checkpoints / "ddpm.training.safetensors",
-        device=device,
-    ), Trainer(
-        lambda: vae.build_network(config, images.image_shape),
-        vae.training_loss(config.decoder_std),
-        vae.METRICS,
-        TrainingConfig(
-            steps=config.vae_steps,
-            learning_rate=config.vae_learning_rate,
-            ema_decay=config.ema_decay,
-            **common,
-        ),
-        path=checkpoints / "vae.training.safetensors",
-        device=device,
-    )
+    parts = {
+        "vae": (vae, vae.training_loss(config.decoder_std)),
+        "ddpm": (ddpm, ddpm.training_loss(ddpm.build_diffusion(config))),
+        "flow": (flow, flow.training_loss(flow.build_flow(), config.class_dropout)),
+    }
+    lengths = {
+        "vae": (config.vae_steps, config.vae_learning_rate),
+        "ddpm": (config.steps, config.learning_rate),
+        "flow": (config.flow_steps, config.flow_learning_rate),
+    }
+
+    def trainer(model: str) -> Trainer:
+        module, loss = parts[model]
+        steps, learning_rate = lengths[model]
+        return Trainer(
+            lambda: module.build_network(config, images.image_shape),
+            loss,
+            module.METRICS,
+            TrainingConfig(steps=steps, learning_rate=learning_rate, **common),
+            path=checkpoints / f"{model}.training.safetensors",
+            device=device,
+        )
+
+    return {model: trainer(model) for model in MODELS}
 
 
 def _make_folder(out: Path) -> Path:

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from diffcore.demo import checkpoint
 
-LossFunction = Callable[[nn.Module, Tensor, torch.Generator], Tensor]
+LossFunction = Callable[[nn.Module, Tensor, Tensor, torch.Generator], Tensor]
 
 
 class Interrupted(Exception):
@@ -76,8 +76,8 @@ class Trainer:
 
         Args:
             build: Builds the model. Called with torch seeded by ``config.seed``.
-            loss: Maps model, batch ``[B, ...]`` and generator to metrics ``[len(metrics)]``, the
-                first of which is minimized.
+            loss: Maps model, images ``[B, ...]``, their classes ``[B]`` and generator to metrics
+                ``[len(metrics)]``, the first of which is minimized.
             metrics: Names of the metrics.
             config: Settings of the training.
             path: File of the training state.
@@ -112,11 +112,12 @@ class Trainer:
         module: nn.Module = self.ema.module
         return module
 
-    def fit(self, images: Tensor, *, name: str, progress: bool = True) -> None:
+    def fit(self, images: Tensor, labels: Tensor, *, name: str, progress: bool = True) -> None:
         """Train until all steps are done.
 
         Args:
             images: ``[N, C, H, W]``, on the training device.
+            labels: Their classes ``[N]``, on the training device.
             name: Label of the progress bar.
             progress: Whether to show a progress bar; without a terminal none is shown.
 
@@ -133,7 +134,7 @@ class Trainer:
         with bar, _stop_on_ctrl_c() as stop:
             started = time.perf_counter()
             while not self.finished:
-                self._train_step(images)
+                self._train_step(images, labels)
                 bar.update()
                 if self.step % 25 == 0 and not bar.disable:
                     recent = self.history[self.step - 25 : self.step, 0].mean().item()
@@ -149,9 +150,10 @@ class Trainer:
                     done = f"step {self.step} of {self.config.steps}"
                     raise Interrupted(f"{name}: saved at {done} in {self.path}")
 
-    def _train_step(self, images: Tensor) -> None:
+    def _train_step(self, images: Tensor, labels: Tensor) -> None:
         index = torch.randint(len(images), (self.config.batch_size,), generator=self.generator)
-        values = self.loss(self.model, images[index.to(self.device)], self.generator)
+        index = index.to(self.device)
+        values = self.loss(self.model, images[index], labels[index], self.generator)
         self.optimizer.zero_grad()
         values[0].backward()
         for group in self.optimizer.param_groups:

@@ -41,7 +41,7 @@ def training_loss(decoder_std: float) -> LossFunction:
         A loss for ``Trainer``.
     """
 
-    def loss(model: nn.Module, x: Tensor, generator: torch.Generator) -> Tensor:
+    def loss(model: nn.Module, x: Tensor, _: Tensor, generator: torch.Generator) -> Tensor:
         assert isinstance(model, ConvVAE)
         posterior = DiagonalGaussianDistribution(model.encode(x))
         z, kl = posterior.sample_kl(generator)
