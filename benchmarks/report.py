@@ -314,6 +314,8 @@ TABLES: dict[str, Callable[[Sequence[Row]], Table]] = {
     "memory": memory_table,
     "steps": steps_table,
     "training": whole_table,
+    "flow": whole_table,
+    "edm": whole_table,
     "sampling": whole_table,
     "compile": whole_table,
 }

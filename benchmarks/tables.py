@@ -69,6 +69,8 @@ HEADINGS = {
     "memory": "Peak memory of a call, beyond its inputs",
     "steps": "One reverse step, with diffusers",
     "training": "One training step",
+    "flow": "The mathematics of a flow-matching training step",
+    "edm": "The mathematics of an EDM training step",
     "sampling": "Complete sampling loops, time per step",
     "compile": "An MLP compiled with the operators, and with the formulas",
 }

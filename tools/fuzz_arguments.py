@@ -364,6 +364,8 @@ def _argument(op: str, name: str, maker: Maker, by_step: bool) -> Any:
         return maker.coefficient(maker.steps if by_step and not whole and not leading else None)
     if name in ("noise", "known_noise"):
         return maker.key() if op == "randn" else maker.noise()
+    if name == "dof":
+        return maker.random.choice([None, 1, 0.5, 0.0, maker.coefficient(None)])
     if name in ("mask", "guidance"):
         return getattr(maker, name)()
     if name == "target":

@@ -17,6 +17,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
         for op in ("reverse_step", "step_log_prob", "step_kl")
     },
     "mask_reduction": ("mask", "all", "mean"),
+    "loss": ("mse", "mse", "pseudo_huber", "smooth_l1", "huber"),
     "return_target": (None, "epsilon", "v_prediction", "flow_prediction", "sample"),
     "variance_type": ("fixed_small", "fixed_large", "learned"),
     "clip_range": (None, 1.0, (-0.5, 2.0), -1.0),
@@ -27,6 +28,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "return_history": (False, True),
     "return_log_prob": (False, False, True),
     "group_dim": (None, 1, 1, 2, -1, 0, -3),
+    "bits": (8, 8, 1, 2, 12, 32, 0, 33),
     "reduction of denoising_loss": ("sample", "sample", "group"),
     "generator": (None,),
     "device": (None, "cpu"),
@@ -45,5 +47,5 @@ SAMPLES = (
 )
 COEFFICIENTS = (
     *("alpha", "sigma", "alpha_prev", "sigma_prev", "weight", "scale"),
-    *("guidance_scale", "threshold"),
+    *("guidance_scale", "threshold", "delta"),
 )

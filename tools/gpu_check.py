@@ -44,6 +44,8 @@ BENCHMARKS = (
     "likelihood",
     "ops",
     "training",
+    "flow",
+    "edm",
     "compile",
     "call",
 )

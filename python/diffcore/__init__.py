@@ -20,7 +20,12 @@ from diffcore._engine.native import info as info
 from diffcore._engine.native import warm_up as warm_up
 from diffcore.coefficients.bound import VARIANCE_TYPES as VARIANCE_TYPES
 from diffcore.coefficients.step import PREDICTION_TYPES as PREDICTION_TYPES
+from diffcore.diffusion import (
+    ContinuousTimeGaussianDiffusion as ContinuousTimeGaussianDiffusion,
+)
 from diffcore.diffusion import GaussianDiffusion as GaussianDiffusion
+from diffcore.edm import EDM as EDM
+from diffcore.flows import FlowMatching as FlowMatching
 from diffcore.likelihood import BitsPerDim as BitsPerDim
 from diffcore.likelihood import bits_per_dim as bits_per_dim
 from diffcore.noise import PhiloxNoise as PhiloxNoise
@@ -52,9 +57,12 @@ from diffcore.vae import importance_weighted_bound as importance_weighted_bound
 from diffcore.vae import vae_loss as vae_loss
 
 __all__ = [
+    "EDM",
     "VARIANCE_TYPES",
     "BitsPerDim",
+    "ContinuousTimeGaussianDiffusion",
     "DiagonalGaussianDistribution",
+    "FlowMatching",
     "GaussianDiffusion",
     "NoiseLevels",
     "NoiseSchedule",

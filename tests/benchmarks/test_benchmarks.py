@@ -317,7 +317,7 @@ def test_bench_threshold_runs(tmp_path: Path) -> None:
 
 OF_CASES = {
     "guidance": ("2M, cfg|2M, rescaled|2M, apg", "2x1x8x8"),
-    "masks": ("step|step, known part|masked loss", "2x1x8x8"),
+    "masks": ("step|step, known part|masked loss|pseudo-Huber loss", "2x1x8x8"),
     "groups": (
         "add_noise, frames|denoising_loss, frames|add_noise, samples|denoising_loss, samples|"
         "add_noise, folded",

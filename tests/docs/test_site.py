@@ -24,7 +24,10 @@ REFERENCE = ROOT / "docs" / "reference"
 MODULES = (
     "diffcore",
     "diffcore.coefficients",
+    "diffcore.consistency",
     "diffcore.diffusion",
+    "diffcore.flows",
+    "diffcore.edm",
     "diffcore.guidance",
     "diffcore.likelihood",
     "diffcore.losses",

@@ -28,9 +28,9 @@ MAX_LINES = 400
 # fmt: off
 ORDER = [
     "_C", "_types", "_checks", "_files", "_usage", "reference", "coefficients", "_engine",
-    "_kernels", "noise", "guidance", "ops", "schedules", "solvers",
-    "sampling", "diffusion", "likelihood", "vae",
-    "losses", "timesteps", "testing", "sigmas", "spacings", "demo",
+    "_kernels", "noise", "guidance", "ops", "schedules", "timesteps", "solvers",
+    "sampling", "diffusion", "losses", "flows", "edm", "likelihood", "vae",
+    "consistency", "testing", "sigmas", "spacings", "demo",
     "cli", "__main__",
 ]
 # fmt: on

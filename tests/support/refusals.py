@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from diffcore._engine import dispatch, execute
-from support.cases import OpCase
+from support.cases import LOSSES, OpCase
 
 Op = Callable[..., Any]
 
@@ -51,8 +51,8 @@ def pair(device: str = "cpu", **kwargs: Any) -> tuple[Tensor, Tensor]:
 
 def read_by(case: OpCase) -> list[str]:
     """The elementwise arguments an op reads; a loss may leave one of its three alone."""
-    name = case.name.removeprefix("masked_")
-    unused = {"denoising_loss_epsilon": "x0", "denoising_loss_sample": "noise"}.get(name)
+    kind = case.options(1).get("prediction_type") if case in LOSSES else None
+    unused = {"epsilon": "x0", "sample": "noise"}.get(kind or "")
     return [name for name in case.tensors if name != unused]
 
 

@@ -11,6 +11,8 @@ from support.routes.case import Case
 from support.routes.compiled_routes import COMPILED_ROUTES
 from support.routes.density_cases import DENSITY_CASES
 from support.routes.eager_routes import EAGER_ROUTES
+from support.routes.edm_cases import EDM_CASES
+from support.routes.flow_cases import FLOW_CASES
 from support.routes.group_cases import GROUP_CASES
 from support.routes.guided_cases import GUIDED_CASES
 from support.routes.method_cases import METHOD_CASES
@@ -22,8 +24,10 @@ CASES: list[Case] = [
     *OP_CASES,
     *METHOD_CASES,
     *GUIDED_CASES,
+    *FLOW_CASES,
     *DENSITY_CASES,
     *GROUP_CASES,
+    *EDM_CASES,
 ]
 ROUTES: list[Route] = [*EAGER_ROUTES, *COMPILED_ROUTES]
 KINDS = tuple(dict.fromkeys(case.kind for case in CASES))

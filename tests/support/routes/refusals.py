@@ -31,7 +31,10 @@ class Refusal:
 REFUSALS: tuple[Refusal, ...] = (
     Refusal(
         ("torch.save, weights_only",),
-        ("GaussianDiffusion.*", "SolverTable.*", "sample, *", "bits_per_dim, *"),
+        (
+            *("GaussianDiffusion.*", "SolverTable.*", "sample, *", "bits_per_dim, *"),
+            *("EDM.*", "ContinuousTimeGaussianDiffusion.*", "FlowMatching.*"),
+        ),
         pickle.UnpicklingError,
         "Weights only load failed",
         "`torch.load` with `weights_only=True` refuses classes that it has not been told of. "
