@@ -99,7 +99,7 @@ build: $(VENV)/.installed  ## the development environment, with the compiled pac
 # ---- the two commands ----------------------------------------------------------------------------------------------
 
 .PHONY: demo test
-demo: $(VENV)/.installed  ## train the VAE and the diffusion model on real digits, and draw
+demo: $(VENV)/.installed  ## train a VAE, a DDPM and a flow on real digits, and draw
 	$(PY) -m diffcore demo --out $(DEMO_OUT) $(DEMO_ARGS)
 
 test: $(VENV)/.installed  ## build, and run the tests that this machine can run

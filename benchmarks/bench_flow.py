@@ -1,9 +1,10 @@
-"""Times the mathematics of a flow-matching training step, from the times to the network's gradient.
+"""Times the mathematics of a training step of a flow and of EDM, up to the network's gradient.
 
     python -m benchmarks.bench_flow [--device auto|cpu|cuda] [--out FOLDER-OR-FILE] [--quick]
 
-A step draws logit-normal times, shifts them, adds noise, and computes the weighted loss and its
-gradient in the output of a network that costs nothing. With "noise drawn", eager PyTorch and
+A step draws its noise levels, adds noise, and computes the weighted loss and its gradient in the
+output of a network that costs nothing. The flow has logit-normal times, shifted; EDM scales the
+input of the network and predicts its preconditioned output. With "noise drawn", eager PyTorch and
 ``torch.compile`` write the noise to memory, and diffcore generates it inside its kernels.
 """
 
@@ -14,7 +15,7 @@ import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 if __package__ in (None, ""):  # run as a file
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -27,28 +28,48 @@ from benchmarks.bench_training import row
 from benchmarks.contest import check_outputs
 from benchmarks.machine import why_no_compile
 from benchmarks.timing import Budget, interleave
-from diffcore import FlowMatching, PhiloxNoise
+from diffcore import EDM, FlowMatching, PhiloxNoise
 
 SHAPES = {"cpu": [(64, 16, 64, 64), (8, 16, 32, 32)], "cuda": [(64, 16, 64, 64)]}
 SHIFT = 3.0
 FLOW = FlowMatching(timestep_density="logit_normal", shift=SHIFT, weighting="cosmap")
+EDM_ = EDM()
 
 Outputs = tuple[Tensor, Tensor]
 Step = Callable[[Tensor, Tensor, Any, Any], Outputs]
 
 
-def eager_step(m: Tensor, x0: Tensor, noise: Tensor | None, t: Tensor | None) -> Outputs:
-    """What one writes by hand; x_t goes to a network that does not wait for it.
+class Training(NamedTuple):
+    """A training step, and the same by hand.
 
     Args:
-        m: the network's output.
-        x0: clean samples.
-        noise: standard normal; None to draw it.
-        t: times `[B]`; None to draw them.
-
-    Returns:
-        x_t and the loss.
+        name: for the rows.
+        model: diffcore's class.
+        levels: ``levels(batch, key, device=)``, what it draws.
+        eager: ``eager(m, x0, noise, levels)`` with the network's output m, clean samples, noise and
+            levels `[B]`, or None to draw them. Returns the network's input, for which no network
+            waits, and the loss.
     """
+
+    name: str
+    model: Any
+    levels: Callable[..., Tensor]
+    eager: Step
+
+    def ours(self, m: Tensor, x0: Tensor, noise: Any, levels: Tensor | None) -> Outputs:
+        """The same through the class: two launches beside those of the levels."""
+        inputs = []
+
+        def network(x: Tensor, _: Tensor) -> Tensor:
+            inputs.append(x)
+            return m
+
+        loss = self.model.training_losses(network, x0, levels, noise=noise)["loss"].mean()
+        return inputs[0], loss
+
+
+def eager_flow(m: Tensor, x0: Tensor, noise: Tensor | None, t: Tensor | None) -> Outputs:
+    """x_t and the loss of a rectified flow."""
     noise = torch.randn_like(x0) if noise is None else noise
     if t is None:
         t = torch.sigmoid(torch.randn(len(x0), device=x0.device))
@@ -60,41 +81,39 @@ def eager_step(m: Tensor, x0: Tensor, noise: Tensor | None, t: Tensor | None) ->
     return x_t, (weight * error).mean()
 
 
-def diffcore_step(m: Tensor, x0: Tensor, noise: Any, t: Tensor | None) -> Outputs:
-    """The same through ``FlowMatching``: two launches beside those of the times.
-
-    Args:
-        m: the network's output.
-        x0: clean samples.
-        noise: standard normal, or a noise key; None for one seeded by torch's generator.
-        t: times `[B]`; None to draw them.
-
-    Returns:
-        x_t and the loss.
-    """
-    seen = []
-
-    def network(x_t: Tensor, told: Tensor) -> Tensor:
-        seen.append(x_t)
-        return m
-
-    loss = FLOW.training_losses(network, x0, t, noise=noise)["loss"].mean()
-    return seen[0], loss
+def eager_edm(m: Tensor, x0: Tensor, noise: Tensor | None, sigma: Tensor | None) -> Outputs:
+    """The scaled input and the loss of EDM, as its paper writes them."""
+    noise = torch.randn_like(x0) if noise is None else noise
+    if sigma is None:
+        sigma = torch.exp(1.2 * torch.randn(len(x0), device=x0.device) - 1.2)
+    at = sigma.reshape(-1, 1, 1, 1)
+    total = at**2 + 0.25
+    x = x0 + at * noise
+    denoised = 0.25 / total * x + at * 0.5 / total.sqrt() * m
+    weight = total / (at * 0.5) ** 2
+    return x / total.sqrt(), (weight * (denoised - x0) ** 2).mean()
 
 
-def gradient(step: Step, m: Tensor, x0: Tensor, noise: Any, t: Any) -> tuple[Tensor, ...]:
-    """x_t, the loss, and its gradient in the network's output."""
-    x_t, loss = step(m, x0, noise, t)
+TRAININGS = (
+    Training("flow", FLOW, FLOW.sample_timesteps, eager_flow),
+    Training("EDM", EDM_, EDM_.sample_sigmas, eager_edm),
+)
+
+
+def gradient(step: Step, m: Tensor, x0: Tensor, noise: Any, levels: Any) -> tuple[Tensor, ...]:
+    """The network's input, the loss, and its gradient in the network's output."""
+    x, loss = step(m, x0, noise, levels)
     (slope,) = torch.autograd.grad(loss, m)
-    return x_t, loss, slope
+    return x, loss, slope
 
 
 def time_shape(
-    shape: tuple[int, ...], device: torch.device, budget: Budget, compiled: bool
+    of: Training, shape: tuple[int, ...], device: torch.device, budget: Budget, compiled: bool
 ) -> list[dict[str, Any]]:
-    """Two rows: a step with its noise and times given, and drawn.
+    """Two rows: a step with its noise and levels given, and drawn.
 
     Args:
+        of: the training step.
         shape: of the samples.
         device: where.
         budget: how long, for each row.
@@ -107,20 +126,20 @@ def time_shape(
     m.requires_grad_()
     key = PhiloxNoise(2026)
     noise = key.tensor(shape, dtype=x0.dtype, device=device)
-    t = FLOW.sample_timesteps(shape[0], key, device=device)
-    steps: dict[str, Step] = {"diffcore": diffcore_step, "eager": eager_step}
+    levels = of.levels(shape[0], key, device=device)
+    steps: dict[str, Step] = {"diffcore": of.ours, "eager": of.eager}
     if compiled:
         torch.compiler.reset()
-        steps["compile"] = torch.compile(eager_step, fullgraph=True, dynamic=False)
+        steps["compile"] = torch.compile(of.eager, fullgraph=True, dynamic=False)
     wide = m.detach().double().requires_grad_()
-    truth = gradient(eager_step, wide, x0.double(), noise.double(), t.double())
-    by_hand = gradient(eager_step, m, x0, noise, t)
-    for given, times in ((noise, t), (key, None)):  # the key draws this noise and these times
-        check_outputs("diffcore", gradient(diffcore_step, m, x0, given, times), by_hand, truth)
+    truth = gradient(of.eager, wide, x0.double(), noise.double(), levels.double())
+    by_hand = gradient(of.eager, m, x0, noise, levels)
+    for given, at in ((noise, levels), (key, None)):  # the key gives this noise and these levels
+        check_outputs("diffcore", gradient(of.ours, m, x0, given, at), by_hand, truth)
     rows = []
-    for given, times, text in ((noise, t, "noise given"), (None, None, "noise drawn")):
-        calls = {n: [partial(gradient, step, m, x0, given, times)] for n, step in steps.items()}
-        what = f"flow training step, {text}, {report.times(shape)}"
+    for given, at, text in ((noise, levels, "noise given"), (None, None, "noise drawn")):
+        calls = {n: [partial(gradient, step, m, x0, given, at)] for n, step in steps.items()}
+        what = f"{of.name} training step, {text}, {report.times(shape)}"
         report.progress(what)
         rows.append(row(what, interleave(calls, device, budget)))
     return rows
@@ -134,7 +153,8 @@ def measure(device: torch.device, args: argparse.Namespace) -> dict[str, Any]:
     compiled = note is None and not args.no_compile and not args.quick
     rows = []
     for shape in [(8, 3, 16, 16)] if args.quick else SHAPES[device.type]:
-        rows += time_shape(shape, device, budget, compiled)
+        for training in TRAININGS:
+            rows += time_shape(training, shape, device, budget, compiled)
     report.progress("")
     return {"rows": rows, "notes": [note] if note else []}
 

@@ -315,7 +315,6 @@ TABLES: dict[str, Callable[[Sequence[Row]], Table]] = {
     "steps": steps_table,
     "training": whole_table,
     "flow": whole_table,
-    "edm": whole_table,
     "sampling": whole_table,
     "compile": whole_table,
 }

@@ -69,8 +69,7 @@ HEADINGS = {
     "memory": "Peak memory of a call, beyond its inputs",
     "steps": "One reverse step, with diffusers",
     "training": "One training step",
-    "flow": "The mathematics of a flow-matching training step",
-    "edm": "The mathematics of an EDM training step",
+    "flow": "The mathematics of a training step of a flow and of EDM",
     "sampling": "Complete sampling loops, time per step",
     "compile": "An MLP compiled with the operators, and with the formulas",
 }

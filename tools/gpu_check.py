@@ -45,7 +45,6 @@ BENCHMARKS = (
     "ops",
     "training",
     "flow",
-    "edm",
     "compile",
     "call",
 )
