@@ -71,7 +71,7 @@ using AllOps = Joined<
            Generated<ReparameterizeKl>, Generated<ReparameterizeKlBackward>>,
     // loss.h
     OpList<TargetLoss, WithGradient<TargetLoss>, MixedTargetLoss, WithGradient<MixedTargetLoss>,
-           MaskedLoss, WithGradient<MaskedLoss>, RobustLossGradient, Rescale,
+           WithGradient<MaskedLoss>, RobustLossGradient, Rescale,
            Generated<TargetLoss>, Generated<WithGradient<TargetLoss>>,
            Generated<MixedTargetLoss>, Generated<WithGradient<MixedTargetLoss>>>,
     // guidance.h

@@ -72,22 +72,20 @@ def _made_loss(plain: Kernel, formula: Callable[..., tuple[Tensor, Tensor]]) -> 
     )
 
 
+# These have no kernels of their own for calls that need no gradient, which write it all the same.
 MASKED_LOSS = define(
     Kernel(
-        "masked_loss",
+        "masked_loss_gradient",
         ("model_output", "x0", "noise", "mask"),
-        ("weight", "inverse_n", "a", "b"),
-        outputs=0,
+        ("weight", "inverse_n", "a", "b", "slope"),
+        outputs=1,
         sums=1,
-        reference=lambda *args, reduce_all: formulas.masked_loss(*args)[1],
-        backward=_without_backward,
+        reference=formulas.masked_loss,
+        backward=_loss_backward,
+        makes_gradient=True,
     )
 )
-MASKED_LOSS_GRADIENT = define(_made_loss(MASKED_LOSS, formulas.masked_loss))
-
-
-# Of any target and either kind; without a kernel of its own for a call that needs no gradient.
-ROBUST_LOSS = define(
+ROBUST_LOSS = define(  # of any target and either kind
     Kernel(
         "robust_loss_gradient",
         ("model_output", "x0", "noise"),
@@ -110,7 +108,6 @@ class Loss(NamedTuple):
     plain: NoisyKernel
     with_gradient: NoisyKernel
     masked: Kernel = MASKED_LOSS
-    masked_with_gradient: Kernel = MASKED_LOSS_GRADIENT
     robust: Kernel = ROBUST_LOSS
 
     def renamed(self, inputs: tuple[str, ...], coefs: tuple[str, ...]) -> Loss:
@@ -121,8 +118,7 @@ class Loss(NamedTuple):
         return Loss(
             self.plain.renamed(inputs, coefs),
             self.with_gradient.renamed(inputs, (*coefs, "slope")),
-            self.masked.renamed(of_mask, columns),
-            self.masked_with_gradient.renamed(of_mask, (*columns, "slope")),
+            self.masked.renamed(of_mask, (*columns, "slope")),
             self.robust.renamed((inputs[0], *target), (*columns, "delta", "smooth", "slope")),
         )
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from diffcore._checks import check_choice, check_dense
 from diffcore._engine import messages
 from diffcore._kernels import loss as k
-from diffcore._types import Coef, Coefs, Step, Tensors
+from diffcore._types import Coef, Step, Tensors
 from diffcore.coefficients.step import PREDICTION_TYPES
 from diffcore.noise import Noise, PhiloxNoise
 from diffcore.ops._arguments import as_coef, as_step, negated, run_converted
@@ -349,14 +349,9 @@ def _masked(
     model_output, *others = in_one_dtype(loss.plain.reading.inputs, _read(inputs, last))
     if len(others) == 1:  # the target itself, which counts once: 0 x + 1 x
         others, target = others * 2, (0.0, 1.0)
-    coefs: Coefs = (weight, share, *target)
-    needed = torch.is_grad_enabled() and model_output.requires_grad
+    slope = k.expected_gradient(model_output, summed) * share
     tensors = (model_output, *others, expanded(mask, model_output))
-    if needed and not any(isinstance(x, Tensor) and x.requires_grad for x in others):
-        slope = k.expected_gradient(model_output, summed) * share
-        kernel, coefs = loss.masked_with_gradient, (*coefs, slope)
-        return run_converted(kernel, tensors, coefs, step)[1]
-    return run_converted(loss.masked, tensors, coefs, step)
+    return run_converted(loss.masked, tensors, (weight, share, *target, slope), step)[1]
 
 
 def _elementwise(
