@@ -43,6 +43,9 @@ def build_network(config: DemoConfig, image_shape: tuple[int, int, int]) -> UNet
 def training_loss(flow: FlowMatching, class_dropout: float) -> LossFunction:
     """Return ``|(epsilon - x_0) - u_theta(x_t, t, class)|^2``, mean over pixels.
 
+    x_0 is an image with uniform noise inside the bins of 8-bit pixels, which has a density: that of
+    exact gray levels would be infinite.
+
     Args:
         flow: The flow.
         class_dropout: Share of the images whose class the network is not told.
@@ -55,10 +58,25 @@ def training_loss(flow: FlowMatching, class_dropout: float) -> LossFunction:
         dropped = torch.rand(len(x), generator=generator) < class_dropout
         labels = labels.masked_fill(dropped.to(x.device), CLASSES)
         noise = PhiloxNoise.from_generator(generator)  # gives t too
+        x = dequantized(x, noise.at(1))
         terms = flow.training_losses(model, x, model_kwargs={"labels": labels}, noise=noise)
         return terms["loss"].mean().reshape(1)
 
     return loss
+
+
+def dequantized(images: Tensor, noise: PhiloxNoise) -> Tensor:
+    """Images with uniform noise of the width of a bin, 2/255.
+
+    Args:
+        images: ``[B, C, H, W]`` in [-1, 1].
+        noise: Key of the noise.
+
+    Returns:
+        Like ``images``.
+    """
+    inside = noise.uniform(images.shape, device=images.device)
+    return images + _BIN * (inside - 0.5)
 
 
 @torch.inference_mode()
@@ -83,6 +101,7 @@ def held_out_loss(
     starts = range(0, len(images), _CHUNK)
     for start, x, classes in zip(starts, images.split(_CHUNK), labels.split(_CHUNK), strict=True):
         noise = PhiloxNoise(seed, sample_ids=start)
+        x = dequantized(x, noise.at(1))
         terms = flow.training_losses(model, x, model_kwargs={"labels": classes}, noise=noise)
         total += terms["loss"].double().sum().item()
     return total / len(images)
@@ -145,13 +164,12 @@ def held_out_bits(
     count = min(len(images), config.flow_bits_images)
     chosen = torch.linspace(0, len(images) - 1, count).round().long().to(images.device)
     pixels, classes = on_grid(images[chosen]), labels[chosen]
-    inside = PhiloxNoise(seed).uniform(pixels.shape, device=pixels.device) - 0.5
     flow = build_flow()
     levels = flow.levels(config.flow_bits_steps)
     table = flow_heun_table(levels.reversed())
     found = ode_log_likelihood(
         model,
-        pixels + _BIN * inside,
+        dequantized(pixels, PhiloxNoise(seed)),
         table,
         divergence="hutchinson",
         noise=PhiloxNoise(seed + 1),
