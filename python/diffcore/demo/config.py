@@ -90,7 +90,7 @@ class DemoConfig:
     bits_images: int = 500
     bits_strata: int = 16
     bits_exact_images: int = 50
-    flow_bits_images: int = 500
+    flow_bits_images: int = 200
     flow_bits_steps: int = 32
     checkpoint_every: int = 250
 
