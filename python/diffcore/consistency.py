@@ -17,9 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffcore import ops
+from diffcore import ops, timesteps
 from diffcore._checks import (
-    as_device,
     as_int,
     as_positive,
     as_real,
@@ -45,8 +44,6 @@ __all__ = [
 
 LOSSES = ("pseudo_huber_norm", "pseudo_huber", "mse")
 
-# Half the spacing of a uniform number in float64: it moves 0 and leaves every u inside (0, 1).
-_HALF = 2.0**-54
 # delta of improved consistency training, times the root of the number of elements.
 _DELTA = 0.00054
 
@@ -178,15 +175,9 @@ def draw_pair(
         ValueError: ``sigmas`` that do not rise, or ``weights`` that are not N - 1 numbers of at
             least 0, with one above 0.
     """
-    batch = as_int("batch", batch, 0)
     messages.check_dtype(dtype)
     levels = _ladder(sigmas)
-    device = None if device is None else as_device("device", device)
-    if noise is None:
-        noise = PhiloxNoise.from_generator(device=device)
-    if not isinstance(noise, PhiloxNoise):
-        raise TypeError(f"noise must be a PhiloxNoise, got {type(noise).__name__}")
-    u = noise.uniform((batch,), dtype=torch.float64, device=device) + _HALF
+    u = timesteps.draw("uniform", batch, noise, dtype=torch.float64, device=device)
     edges = _cumulative(weights, len(levels) - 1).to(u.device)
     i = torch.searchsorted(edges, u, right=True)
     levels = levels.to(u.device)

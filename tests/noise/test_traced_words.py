@@ -56,6 +56,14 @@ def test_a_training_step_that_draws_its_levels(model: Any) -> None:
     assert torch.equal(found, step(x, seed))
 
 
+def test_the_operator_is_one_that_compilers_can_trust() -> None:
+    words = torch.ops.diffcore.words.default
+    by_number = (None, 9, None, 2, torch.tensor([3]), 0, 2, 5, 4, -7)
+    by_tensor = (torch.tensor(5), 0, IDS, 0, None, 4, 0, 6, len(IDS), 7)
+    for arguments in (by_number, by_tensor):
+        torch.library.opcheck(words, arguments, {"device": torch.device("cpu")})
+
+
 def test_vmap_over_seeds_while_compiling() -> None:
     def drawn(seeds: Tensor) -> Tensor:
         return torch.vmap(lambda seed: PhiloxNoise(seed).uniform((5,)))(seeds)
