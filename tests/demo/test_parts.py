@@ -13,7 +13,8 @@ from torch import nn
 for _package in ("matplotlib", "PIL", "safetensors", "tqdm", "sklearn", "mlxtend"):
     pytest.importorskip(_package)
 
-from diffcore.demo import data, ddpm, likelihood, networks, pictures  # noqa: E402
+from diffcore import PhiloxNoise  # noqa: E402
+from diffcore.demo import data, ddpm, flow, likelihood, networks, pictures  # noqa: E402
 from diffcore.demo.config import full_config  # noqa: E402
 
 # ---- data ---------------------------------------------------------------------------------------
@@ -94,6 +95,15 @@ def test_pixels_go_to_the_nearest_grey_level_of_eight_bits() -> None:
 
 
 # ---- networks -----------------------------------------------------------------------------------
+
+
+def test_noise_of_a_density_stays_inside_the_gray_level() -> None:
+    gray = torch.linspace(-1, 1, 256).repeat(8, 4, 1, 1)
+    inside = (flow.dequantized(gray, PhiloxNoise(3)) - gray).double() * 127.5
+    assert inside.abs().max() <= 0.5 + 1e-4
+    assert inside.min() < -0.49
+    assert inside.max() > 0.49
+    assert abs(inside.mean()) < 5 * math.sqrt(1 / 12 / inside.numel())
 
 
 def test_timestep_embedding_is_its_formula() -> None:
