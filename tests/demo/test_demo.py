@@ -17,6 +17,7 @@ for _package in ("matplotlib", "PIL", "safetensors", "tqdm", "sklearn"):
     pytest.importorskip(_package)
 
 from diffcore.demo import checkpoint, data, ddpm, flow, likelihood, vae  # noqa: E402
+from diffcore.demo.classes import CLASSES  # noqa: E402
 from diffcore.demo.config import DemoConfig, quick_config  # noqa: E402
 from diffcore.demo.run import (  # noqa: E402
     MODELS,
@@ -198,6 +199,8 @@ def test_bad_settings_are_refused(tmp_path: Path) -> None:
         _choose(tmp_path, steps=0)
     with pytest.raises(ValueError, match="data must be digits with --quick, got mnist"):
         _choose(tmp_path, quick=True, data="mnist")
+    with pytest.raises(ValueError, match="samples must be a multiple of 10, got 36"):
+        quick_config("digits").replace({"samples": 36})
     with pytest.raises(ValueError, match="device must be auto or a torch device, got 'gpu'"):
         choose_device("gpu")
 
@@ -246,15 +249,16 @@ def test_ddpm_learns_more_than_to_rescale_its_input(smoke_run: Path) -> None:
     With second moment m of the pixels, the best c_t x_t leaves alpha^2 m / (alpha^2 m + sigma^2)
     of the noise unexplained. An untrained network predicts 0, which leaves all of it.
     """
-    images = data.load_images("digits").test
+    images = data.load_images("digits")
+    test, labels = images.test, images.test_labels
     config = quick_config("digits")
     diffusion = ddpm.build_diffusion(config)
     alpha_bar = (1 - diffusion.betas.double()).cumprod(0)
-    signal_power = alpha_bar * images.double().square().mean()
+    signal_power = alpha_bar * test.double().square().mean()
     bound = 0.5 * (signal_power / (signal_power + 1 - alpha_bar)).mean().item()
 
     untrained = ddpm.build_network(config, (1, 8, 8))
-    assert ddpm.held_out_loss(diffusion, untrained, images, seed=0) > bound
+    assert ddpm.held_out_loss(diffusion, untrained, test, labels, seed=0) > bound
     assert _report(smoke_run)["ddpm"]["held_out_loss"] < bound
 
 
@@ -285,11 +289,10 @@ def test_the_likelihoods_are_reported(smoke_run: Path) -> None:
     assert exact["images"] == report["config"]["bits_exact_images"]
     config = quick_config("digits")
     untrained = ddpm.build_network(config, (1, 8, 8))
-    images = data.load_images("digits").test[:20]
+    images = data.load_images("digits")
+    some = images.test[:20], images.test_labels[:20]
     diffusion = ddpm.build_diffusion(config)
-    worse, _ = likelihood.held_out_bits(
-        diffusion, untrained, images, config, seed=0, progress=False
-    )
+    worse, _ = likelihood.held_out_bits(diffusion, untrained, *some, config, seed=0, progress=False)
     assert bits["bits_per_dim"] < worse.total
 
     vae_bound = report["vae"]["held_out"]
@@ -302,8 +305,28 @@ def test_the_likelihoods_are_reported(smoke_run: Path) -> None:
     assert f"ELBO {elbo:.1f} nats" in likelihood.summary_of_vae(report["vae"])[0]
 
 
+def test_the_ddpm_uses_the_class(smoke_run: Path) -> None:
+    """Its loss and its bound are better with the right class than with another one."""
+    tensors, scalars = checkpoint.load_checkpoint(smoke_run / "checkpoints" / "ddpm.safetensors")
+    config = DemoConfig(**scalars["config"])
+    model = ddpm.build_network(config, (1, 8, 8))
+    model.load_state_dict(tensors)
+    diffusion = ddpm.build_diffusion(config)
+    images = data.load_images("digits")
+    test, labels = images.test, images.test_labels
+    losses, bits = [], []
+    for classes in (labels, (labels + 1) % CLASSES):
+        losses.append(ddpm.held_out_loss(diffusion, model, test, classes, seed=0))
+        found, _ = likelihood.held_out_bits(
+            diffusion, model, test, classes, config, seed=0, progress=False
+        )
+        bits.append(found.total)
+    assert losses[0] < losses[1]
+    assert bits[0] < bits[1]
+
+
 def test_the_flow_uses_the_class(smoke_run: Path) -> None:
-    """Its loss and its bits are better with the right class than with another one."""
+    """Its loss is better with the right class than with another one."""
     tensors, scalars = checkpoint.load_checkpoint(smoke_run / "checkpoints" / "flow.safetensors")
     config = DemoConfig(**scalars["config"])
     model = flow.build_network(config, (1, 8, 8))
@@ -311,7 +334,8 @@ def test_the_flow_uses_the_class(smoke_run: Path) -> None:
     images = data.load_images("digits")
     test, labels = images.test, images.test_labels
     losses = [
-        flow.held_out_loss(model, test, classes, seed=0) for classes in (labels, (labels + 1) % 10)
+        flow.held_out_loss(model, test, classes, seed=0)
+        for classes in (labels, (labels + 1) % CLASSES)
     ]
     assert losses[0] < losses[1]
     report: Any = _report(smoke_run)
@@ -343,12 +367,17 @@ def test_weights_load_into_a_new_model_and_sample(smoke_run: Path) -> None:
     model.load_state_dict(tensors)
     diffusion = ddpm.build_diffusion(config)
     x_T = ddpm.initial_noise((4, 1, 8, 8), 0, CPU)
-    samples = ddpm.sample_ddim(diffusion, model, x_T, num_steps=10, progress=False)
+
+    def sampled() -> Tensor:
+        labels = torch.arange(4)
+        return ddpm.sample_ddim(
+            diffusion, model, x_T, labels, guidance_scale=2.0, num_steps=10, progress=False
+        )
+
+    samples = sampled()
     assert samples.shape == x_T.shape
     assert samples.abs().max() <= 1  # the last step ends at the clipped x_0
-    assert torch.equal(
-        samples, ddpm.sample_ddim(diffusion, model, x_T, num_steps=10, progress=False)
-    )
+    assert torch.equal(samples, sampled())
 
 
 def test_resuming_a_finished_run_only_draws_again(smoke_run: Path) -> None:
@@ -363,25 +392,3 @@ def test_resuming_a_finished_run_only_draws_again(smoke_run: Path) -> None:
         before["vae"]["held_out"]["kl_nats"],  # type: ignore[index]
         rel=1e-4,  # the order of sums depends on the thread count
     )
-
-
-def test_pictures_of_the_strips_start_and_end_where_they_say() -> None:
-    diffusion = ddpm.build_diffusion(quick_config("digits"))
-    images = data.load_images("digits").test[:2]
-    timesteps = ddpm.strip_timesteps(diffusion.num_timesteps, 5)
-    assert timesteps[0] == diffusion.num_timesteps - 1
-    assert timesteps[-1] == 0
-    assert timesteps == sorted(set(timesteps), reverse=True)
-    strip = ddpm.forward_strip(diffusion, images, timesteps, seed=0)
-    assert strip.shape == (2, 5, 8, 8)
-    distance = (strip - images).square().mean((0, 2, 3))
-    assert torch.equal(distance.argsort(descending=True), torch.arange(5))
-
-    x_T = ddpm.initial_noise((2, 1, 8, 8), 0, CPU)
-
-    def zero(x: Tensor, t: Tensor) -> Tensor:
-        return torch.zeros_like(x)
-
-    reverse = ddpm.reverse_strip(diffusion, zero, x_T, timesteps, seed=0)
-    assert reverse.shape == (2, 6, 8, 8)
-    assert torch.equal(reverse[:, :1], x_T)

@@ -8,14 +8,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 for _package in ("matplotlib", "PIL", "safetensors", "tqdm", "sklearn", "mlxtend"):
     pytest.importorskip(_package)
 
 from diffcore import PhiloxNoise  # noqa: E402
 from diffcore.demo import data, ddpm, flow, likelihood, networks, pictures  # noqa: E402
-from diffcore.demo.config import full_config  # noqa: E402
+from diffcore.demo.classes import CLASSES  # noqa: E402
+from diffcore.demo.config import full_config, quick_config  # noqa: E402
 
 # ---- data ---------------------------------------------------------------------------------------
 
@@ -123,7 +124,7 @@ def test_unet_is_small_keeps_shape_and_starts_at_zero() -> None:
     config = full_config("mnist")
     model = ddpm.build_network(config, (1, 28, 28))
     assert 0.25e6 < sum(p.numel() for p in model.parameters()) < 0.35e6
-    output = model(torch.randn(2, 1, 28, 28), torch.tensor([0, 199]))
+    output = model(torch.randn(2, 1, 28, 28), torch.tensor([0, 199]), torch.tensor([9, CLASSES]))
     assert output.shape == (2, 1, 28, 28)
     assert output.is_contiguous()
     assert not output.any()
@@ -167,3 +168,32 @@ def test_running_mean_is_its_definition() -> None:
     values = torch.tensor([1.0, 5.0, 3.0, -1.0])
     expected = torch.tensor([1, 3, 4, 1], dtype=torch.float64)
     assert torch.equal(pictures.running_mean(values, 2), expected)
+
+
+def test_pictures_of_the_strips_start_and_end_where_they_say() -> None:
+    diffusion = ddpm.build_diffusion(quick_config("digits"))
+    images = data.load_images("digits").test[:2]
+    timesteps = ddpm.strip_timesteps(diffusion.num_timesteps, 5)
+    assert timesteps[0] == diffusion.num_timesteps - 1
+    assert timesteps[-1] == 0
+    assert timesteps == sorted(set(timesteps), reverse=True)
+    strip = ddpm.forward_strip(diffusion, images, timesteps, seed=0)
+    assert strip.shape == (2, 5, 8, 8)
+    distance = (strip - images).square().mean((0, 2, 3))
+    assert torch.equal(distance.argsort(descending=True), torch.arange(5))
+
+    x_T = ddpm.initial_noise((2, 1, 8, 8), 0, torch.device("cpu"))
+
+    def by_class(x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+        return (labels / 16).view(-1, 1, 1, 1).expand_as(x)
+
+    labels = torch.tensor([3, 8])
+    reverse = ddpm.reverse_strip(
+        diffusion, by_class, x_T, labels, timesteps, guidance_scale=2.0, seed=0
+    )
+    assert reverse.shape == (2, 6, 8, 8)
+    assert torch.equal(reverse[:, :1], x_T)
+    sample = ddpm.sample_ddpm(
+        diffusion, by_class, x_T, labels, guidance_scale=2.0, seed=0, progress=False
+    )
+    assert torch.equal(reverse[:, -1:], sample)

@@ -1,4 +1,4 @@
-"""The bundled demo: trains a small VAE and a small DDPM on real images through the public API.
+"""The bundled demo: trains a small VAE, a DDPM and a flow on real images by the public API.
 
 Run it with ``diffcore demo``. It needs the ``demo`` extra: ``pip install "diffcore[demo]"``.
 """

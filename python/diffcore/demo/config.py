@@ -13,6 +13,7 @@ from typing import Any
 from diffcore._checks import check_choice
 from diffcore._files import replace_file
 from diffcore.demo.checkpoint import DamagedFileError
+from diffcore.demo.classes import CLASSES
 from diffcore.demo.data import DATASETS
 
 # What a run has memory, time and a formula for.
@@ -48,15 +49,15 @@ class DemoConfig:
         num_timesteps: T of the diffusion, with linear betas scaled by 1000/T.
         ddim_steps: Steps of the DDIM sampler.
         flow_sampling_steps: Steps of Euler's method in the flow.
-        guidance_scale: Scale of its classifier-free guidance.
-        class_dropout: Share of the images that it is trained with without their class.
+        guidance_scale: Scale of the classifier-free guidance of the DDPM and of the flow.
+        class_dropout: Share of the images whose class the two are not told in training.
         patch: Block size of the ``pixel_unshuffle`` before the U-Net.
         width: Channels of the upper level of the U-Net; the lower level has twice as many.
         vae_width: Channels of the upper level of the VAE; the lower level has twice as many.
         latent_dim: Latent dimensions of the VAE.
         decoder_std: Standard deviation s of the Gaussian decoder N(D(z), s^2 I) of the VAE, for
             pixels in [-1, 1].
-        samples: Images in a sample grid.
+        samples: Images in a sample grid, a multiple of 10: a column for each class.
         bits_images: Largest number of held-out images for the estimate of bits per dimension.
         bits_strata: Strata of the estimate, which calls the network once more than this per image.
         bits_exact_images: Images evaluated at every timestep, for the picture.
@@ -86,7 +87,7 @@ class DemoConfig:
     vae_width: int = 32
     latent_dim: int = 16
     decoder_std: float = 1.0
-    samples: int = 64
+    samples: int = 80
     bits_images: int = 500
     bits_strata: int = 16
     bits_exact_images: int = 50
@@ -107,6 +108,8 @@ class DemoConfig:
         for name in ("width", "vae_width"):  # group norms of 8 groups
             if getattr(self, name) % 8:
                 raise ValueError(f"{name} must be a multiple of 8, got {getattr(self, name)}")
+        if self.samples % CLASSES:
+            raise ValueError(f"samples must be a multiple of {CLASSES}, got {self.samples}")
         half = 4 if self.data == "digits" else 14  # the U-Net has two levels
         if half % self.patch:
             raise ValueError(f"patch must be a divisor of {half}, got {self.patch}")
@@ -186,5 +189,5 @@ def quick_config(data: str) -> DemoConfig:
         latent_dim=8,
         ema_decay=0.98,
         decoder_std=0.25,
-        samples=36,
+        samples=40,
     )

@@ -1,4 +1,4 @@
-"""The DDPM of the demo: loss, samples and strips, each a call into diffcore."""
+"""The DDPM of the demo, told the class: loss, samples and strips, each a call into diffcore."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from diffcore.demo.classes import CLASSES, class_guidance, drop_classes
 from diffcore.demo.config import DemoConfig
 from diffcore.demo.networks import UNet
 from diffcore.demo.training import LossFunction
@@ -27,43 +28,58 @@ def build_diffusion(config: DemoConfig) -> GaussianDiffusion:
 
 
 def build_network(config: DemoConfig, image_shape: tuple[int, int, int]) -> nn.Module:
-    """Return the noise-predicting U-Net."""
+    """Return the U-Net with classes, which predicts the noise."""
     return UNet(
         channels=image_shape[0],
         width=config.width,
         patch=config.patch,
         num_timesteps=config.num_timesteps,
+        num_classes=CLASSES,
     )
 
 
-def training_loss(diffusion: GaussianDiffusion) -> LossFunction:
-    """Return Algorithm 1 of Ho et al.: ``|epsilon - epsilon_theta(x_t, t)|^2``, mean over pixels.
+def training_loss(diffusion: GaussianDiffusion, class_dropout: float) -> LossFunction:
+    """Return Algorithm 1 of Ho et al., told the class.
+
+    ``|epsilon - epsilon_theta(x_t, t, class)|^2``, mean over pixels.
 
     Args:
         diffusion: The diffusion.
+        class_dropout: Share of the images whose class the network is not told.
 
     Returns:
         A loss for ``Trainer``.
     """
 
-    def loss(model: nn.Module, x: Tensor, _: Tensor, generator: torch.Generator) -> Tensor:
+    def loss(model: nn.Module, x: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
+        told = {"labels": drop_classes(labels, class_dropout, generator)}
         t = torch.randint(diffusion.num_timesteps, (len(x),), generator=generator).to(x.device)
         noise = PhiloxNoise.from_generator(generator)
-        return diffusion.training_losses(model, x, t, noise=noise)["loss"].mean().reshape(1)
+        terms = diffusion.training_losses(model, x, t, model_kwargs=told, noise=noise)
+        return terms["loss"].mean().reshape(1)
 
     return loss
 
 
 @torch.inference_mode()
 def held_out_loss(
-    diffusion: GaussianDiffusion, model: nn.Module, images: Tensor, *, seed: int, repeats: int = 4
+    diffusion: GaussianDiffusion,
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    seed: int,
+    repeats: int = 4,
 ) -> float:
-    """Average the training loss over held-out images, with evenly spaced timesteps.
+    """Average the loss over held-out images given their class, with evenly spaced timesteps.
+
+    No class is dropped, and nothing is guided.
 
     Args:
         diffusion: The diffusion.
         model: Predicts the noise.
         images: ``[N, C, H, W]`` in [-1, 1].
+        labels: Their classes ``[N]``.
         seed: Seed of timesteps and noise.
         repeats: Timesteps per image.
 
@@ -71,15 +87,20 @@ def held_out_loss(
         The mean squared error of the predicted noise; 1 for a model that predicts 0.
     """
     generator = torch.Generator().manual_seed(seed)
-    images = images.repeat(repeats, 1, 1, 1)
+    images, labels = images.repeat(repeats, 1, 1, 1), labels.repeat(repeats)
     order = torch.randperm(len(images), generator=generator)
     timesteps = (order * diffusion.num_timesteps) // len(images)
     total = 0.0
-    starts = range(0, len(images), _CHUNK)
-    for start, x, t in zip(starts, images.split(_CHUNK), timesteps.split(_CHUNK), strict=True):
-        noise = PhiloxNoise(seed, sample_ids=start)
-        losses = diffusion.training_losses(model, x, t.to(x.device), noise=noise)["loss"]
-        total += losses.double().sum().item()
+    for start in range(0, len(images), _CHUNK):
+        part = slice(start, start + _CHUNK)
+        terms = diffusion.training_losses(
+            model,
+            images[part],
+            timesteps[part].to(images.device),
+            model_kwargs={"labels": labels[part]},
+            noise=PhiloxNoise(seed, sample_ids=start),
+        )
+        total += terms["loss"].double().sum().item()
     return total / len(images)
 
 
@@ -90,14 +111,23 @@ def initial_noise(shape: tuple[int, ...], seed: int, device: torch.device) -> Te
 
 @torch.inference_mode()
 def sample_ddpm(
-    diffusion: GaussianDiffusion, model: Denoiser, x_T: Tensor, *, seed: int, progress: bool
+    diffusion: GaussianDiffusion,
+    model: Denoiser,
+    x_T: Tensor,
+    labels: Tensor,
+    *,
+    guidance_scale: float,
+    seed: int,
+    progress: bool,
 ) -> Tensor:
-    """Sample by Algorithm 2 of Ho et al., in T steps.
+    """Sample by Algorithm 2 of Ho et al. in T steps, with classifier-free guidance.
 
     Args:
         diffusion: The diffusion.
         model: Predicts the noise.
         x_T: Standard normal, ``[B, C, H, W]``.
+        labels: The classes to sample, ``[B]``.
+        guidance_scale: Scale of the guidance; 1 for none.
         seed: Seed of the noise of the steps.
         progress: Whether to show a progress bar.
 
@@ -105,20 +135,34 @@ def sample_ddpm(
         ``[B, C, H, W]``.
     """
     return diffusion.p_sample_loop(
-        model, x_T.shape, noise=x_T, step_noise=PhiloxNoise(seed), progress=progress
+        model,
+        x_T.shape,
+        noise=x_T,
+        step_noise=PhiloxNoise(seed),
+        progress=progress,
+        **class_guidance(labels, guidance_scale),
     )
 
 
 @torch.inference_mode()
 def sample_ddim(
-    diffusion: GaussianDiffusion, model: Denoiser, x_T: Tensor, *, num_steps: int, progress: bool
+    diffusion: GaussianDiffusion,
+    model: Denoiser,
+    x_T: Tensor,
+    labels: Tensor,
+    *,
+    guidance_scale: float,
+    num_steps: int,
+    progress: bool,
 ) -> Tensor:
-    """Sample by DDIM with eta = 0, a deterministic map of x_T.
+    """Sample by DDIM with eta = 0, a deterministic map of x_T, with classifier-free guidance.
 
     Args:
         diffusion: The diffusion.
         model: Predicts the noise.
         x_T: Standard normal, ``[B, C, H, W]``.
+        labels: The classes to sample, ``[B]``.
+        guidance_scale: Scale of the guidance; 1 for none.
         num_steps: Number of steps, evenly spaced over the T timesteps.
         progress: Whether to show a progress bar.
 
@@ -126,7 +170,12 @@ def sample_ddim(
         ``[B, C, H, W]``.
     """
     return diffusion.ddim_sample_loop(
-        model, x_T.shape, noise=x_T, num_steps=num_steps, progress=progress
+        model,
+        x_T.shape,
+        noise=x_T,
+        num_steps=num_steps,
+        progress=progress,
+        **class_guidance(labels, guidance_scale),
     )
 
 
@@ -161,15 +210,24 @@ def forward_strip(
 
 @torch.inference_mode()
 def reverse_strip(
-    diffusion: GaussianDiffusion, model: Denoiser, x_T: Tensor, timesteps: list[int], *, seed: int
+    diffusion: GaussianDiffusion,
+    model: Denoiser,
+    x_T: Tensor,
+    labels: Tensor,
+    timesteps: list[int],
+    *,
+    guidance_scale: float,
+    seed: int,
 ) -> Tensor:
-    """Sample by Algorithm 2 and keep x_t at several timesteps.
+    """Sample as ``sample_ddpm`` does, and keep x_t at several timesteps.
 
     Args:
         diffusion: The diffusion.
         model: Predicts the noise.
         x_T: Standard normal, ``[B, 1, H, W]``.
+        labels: The classes to sample, ``[B]``.
         timesteps: The timesteps, decreasing.
+        guidance_scale: Scale of the guidance; 1 for none.
         seed: Seed of the noise of the steps.
 
     Returns:
@@ -177,10 +235,18 @@ def reverse_strip(
     """
     kept: dict[int, Tensor] = {}
 
-    def recording(x: Tensor, t: Tensor) -> Tensor:
-        kept[int(t[0])] = x.clone()
-        prediction: Tensor = model(x, t)
+    def recording(x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+        kept[int(t[0])] = x.clone()  # both calls of a step have the same x
+        prediction: Tensor = model(x, t, labels=labels)
         return prediction
 
-    result = sample_ddpm(diffusion, recording, x_T, seed=seed, progress=False)
+    result = sample_ddpm(
+        diffusion,
+        recording,
+        x_T,
+        labels,
+        guidance_scale=guidance_scale,
+        seed=seed,
+        progress=False,
+    )
     return torch.cat([*(kept[t] for t in timesteps), result], dim=1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from pathlib import Path
 from typing import Any, cast
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from diffcore.demo import ddpm, flow, likelihood, pictures, vae
+from diffcore.demo.classes import CLASSES
 from diffcore.demo.config import DemoConfig
 from diffcore.demo.data import ImageData
 from diffcore.demo.networks import ConvVAE
@@ -19,15 +19,22 @@ from diffcore.noise import PhiloxNoise
 
 _STRIP_COLUMNS = 9
 _STRIP_ROWS = 6
-_FLOW_ROWS = 8
 
 
 def _grid(images: Tensor) -> Tensor:
-    """Reshape ``[N, 1, H, W]`` to ``[rows, columns, H, W]``, nearly square without empty cells."""
-    columns = math.ceil(math.sqrt(len(images)))
-    while len(images) % columns:
-        columns += 1
-    return images.reshape(-1, columns, *images.shape[-2:])
+    """Reshape ``[N, 1, H, W]`` to ``[rows, 10, H, W]``."""
+    return images.reshape(-1, CLASSES, *images.shape[-2:])
+
+
+def _classes(count: int, device: torch.device) -> Tensor:
+    """The classes ``[N]`` of a grid with a column for each."""
+    return torch.arange(count, device=device) % CLASSES
+
+
+def _save_classes(path: Path, images: Tensor, title: str) -> None:
+    """Save a grid of samples of ``_classes``."""
+    labels = [str(label) for label in range(CLASSES)]
+    pictures.save_mosaic(path, _grid(images), title=title, column_labels=labels)
 
 
 def _training_summary(trainer: Trainer) -> dict[str, Any]:
@@ -127,7 +134,7 @@ def draw_ddpm(
     evaluation_seed: int,
     progress: bool,
 ) -> dict[str, Any]:
-    """Draw curve, samples and strips of the DDPM, and measure it on held-out images.
+    """Draw curve, samples of each class and strips of the DDPM, and measure it given the class.
 
     Args:
         out: Folder for the pictures.
@@ -144,39 +151,43 @@ def draw_ddpm(
     diffusion = ddpm.build_diffusion(config)
     model = trainer.averaged_model
     device = trainer.device
-    test = images.test.to(device)
-    held_out = ddpm.held_out_loss(diffusion, model, test, seed=evaluation_seed)
+    test, test_labels = images.test.to(device), images.test_labels.to(device)
+    held_out = ddpm.held_out_loss(diffusion, model, test, test_labels, seed=evaluation_seed)
     started = time.perf_counter()
     bits = likelihood.held_out_bits(
-        diffusion, model, test, config, seed=evaluation_seed, progress=progress
+        diffusion, model, test, test_labels, config, seed=evaluation_seed, progress=progress
     )
     bits_seconds = time.perf_counter() - started
     pictures.save_terms(out / "ddpm_bits.png", bits[1])
     x_T = ddpm.initial_noise((config.samples, *images.image_shape), sample_seed, device)
+    classes = _classes(config.samples, device)
+    options: dict[str, Any] = {"guidance_scale": config.guidance_scale, "progress": progress}
     started = time.perf_counter()
-    ancestral = ddpm.sample_ddpm(diffusion, model, x_T, seed=sample_seed + 1, progress=progress)
-    ancestral = ancestral.cpu()  # waits for the device
+    ancestral = ddpm.sample_ddpm(
+        diffusion, model, x_T, classes, seed=sample_seed + 1, **options
+    ).cpu()  # waits for the device
     between = time.perf_counter()
     ddim = ddpm.sample_ddim(
-        diffusion, model, x_T, num_steps=config.ddim_steps, progress=progress
+        diffusion, model, x_T, classes, num_steps=config.ddim_steps, **options
     ).cpu()
     finished = time.perf_counter()
-    pictures.save_mosaic(
+    guided = f"guidance scale {config.guidance_scale:g}"
+    _save_classes(
         out / "ddpm_samples.png",
-        _grid(ancestral),
-        title=f"DDPM samples, {config.num_timesteps} steps",
+        ancestral,
+        f"DDPM samples of each class, {config.num_timesteps} steps, {guided}",
     )
-    pictures.save_mosaic(
+    _save_classes(
         out / "ddim_samples.png",
-        _grid(ddim),
-        title=f"Same network and x_T, DDIM, {config.ddim_steps} steps, η = 0",
+        ddim,
+        f"Same network and x_T, DDIM, {config.ddim_steps} steps, η = 0, {guided}",
     )
     _draw_strips(out, config, test, trainer, x_T, sample_seed)
     pictures.save_curves(
         out / "ddpm_training.png",
         [
             pictures.Curves(
-                "DDPM: |ε − ε_θ(x_t, t)|², mean over pixels",
+                "DDPM: |ε − ε_θ(x_t, t, class)|², mean over pixels",
                 "loss (a prediction of 0 has loss 1)",
                 {"training": trainer.history.cpu()[:, 0]},
                 {"held out, averaged weights": held_out},
@@ -190,6 +201,7 @@ def draw_ddpm(
         "held_out_bits": likelihood.as_report(bits, config.num_timesteps),
         "bits_seconds": round(bits_seconds, 3),
         "samples": config.samples,
+        "guidance_scale": config.guidance_scale,
         "ddpm_steps": config.num_timesteps,
         "ddpm_sampling_seconds": round(between - started, 3),
         "ddim_steps": config.ddim_steps,
@@ -227,18 +239,17 @@ def draw_flow(
     started = time.perf_counter()
     bits = flow.held_out_bits(model, test, labels, config, seed=evaluation_seed, progress=progress)
     bits_seconds = time.perf_counter() - started
-    shape = (_FLOW_ROWS * flow.CLASSES, *images.image_shape)
+    shape = (config.samples, *images.image_shape)
     noise = PhiloxNoise(sample_seed).tensor(shape, device=device)
-    classes = torch.arange(len(noise), device=device) % flow.CLASSES
+    classes = _classes(config.samples, device)
     started = time.perf_counter()
     samples = flow.sample_flow(model, noise, classes, config, progress=progress).cpu()
     seconds = time.perf_counter() - started
-    pictures.save_mosaic(
+    _save_classes(
         out / "flow_samples.png",
-        samples.reshape(_FLOW_ROWS, flow.CLASSES, *samples.shape[-2:]),
-        title=f"Flow samples of each class, {config.flow_sampling_steps} steps, "
+        samples,
+        f"Flow samples of each class, {config.flow_sampling_steps} steps, "
         f"guidance scale {config.guidance_scale:g}",
-        column_labels=[str(label) for label in range(flow.CLASSES)],
     )
     pictures.save_curves(
         out / "flow_training.png",
@@ -257,7 +268,7 @@ def draw_flow(
         "held_out_loss": held_out,
         "held_out_bits": bits,
         "bits_seconds": round(bits_seconds, 3),
-        "samples": len(samples),
+        "samples": config.samples,
         "sampling_steps": config.flow_sampling_steps,
         "guidance_scale": config.guidance_scale,
         "sampling_seconds": round(seconds, 3),
@@ -278,12 +289,20 @@ def _draw_strips(
         title="Forward: x_t = √ᾱ_t x_0 + √(1−ᾱ_t) ε",
         column_labels=["x_0", *(f"t = {t}" for t in rising)],
     )
+    x_T = x_T[:_STRIP_ROWS]
     strip = ddpm.reverse_strip(
-        diffusion, trainer.averaged_model, x_T[:_STRIP_ROWS], falling, seed=seed + 3
+        diffusion,
+        trainer.averaged_model,
+        x_T,
+        _classes(len(x_T), x_T.device),
+        falling,
+        guidance_scale=config.guidance_scale,
+        seed=seed + 3,
     )
     pictures.save_mosaic(
         out / "reverse.png",
         strip,
-        title="Reverse: from x_T ~ N(0, I) to a sample, by Algorithm 2",
+        title=f"Reverse: from x_T ~ N(0, I) to samples of classes 0 to {len(x_T) - 1}, by "
+        f"Algorithm 2 with guidance scale {config.guidance_scale:g}",
         column_labels=[*(f"t = {t}" for t in falling), "x_0"],
     )

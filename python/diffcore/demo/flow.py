@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from diffcore.demo.classes import CLASSES, class_guidance, drop_classes
 from diffcore.demo.config import DemoConfig
 from diffcore.demo.likelihood import on_grid
 from diffcore.demo.networks import UNet
@@ -18,7 +19,6 @@ from diffcore.noise import PhiloxNoise
 from diffcore.solvers import flow_heun_table
 
 METRICS = ("loss",)
-CLASSES = 10
 
 _CHUNK = 250
 _BIN = 2 / 255
@@ -30,7 +30,7 @@ def build_flow() -> FlowMatching:
 
 
 def build_network(config: DemoConfig, image_shape: tuple[int, int, int]) -> UNet:
-    """Return the U-Net of the DDPM with classes, which predicts epsilon - x_0."""
+    """Return the U-Net of the DDPM, which here predicts epsilon - x_0."""
     return UNet(
         channels=image_shape[0],
         width=config.width,
@@ -55,11 +55,10 @@ def training_loss(flow: FlowMatching, class_dropout: float) -> LossFunction:
     """
 
     def loss(model: nn.Module, x: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
-        dropped = torch.rand(len(x), generator=generator) < class_dropout
-        labels = labels.masked_fill(dropped.to(x.device), CLASSES)
+        told = {"labels": drop_classes(labels, class_dropout, generator)}
         noise = PhiloxNoise.from_generator(generator)  # gives t too
         x = dequantized(x, noise.at(1))
-        terms = flow.training_losses(model, x, model_kwargs={"labels": labels}, noise=noise)
+        terms = flow.training_losses(model, x, model_kwargs=told, noise=noise)
         return terms["loss"].mean().reshape(1)
 
     return loss
@@ -128,10 +127,8 @@ def sample_flow(
         noise.shape,
         config.flow_sampling_steps,
         noise=noise,
-        guidance_scale=config.guidance_scale,
-        model_kwargs={"labels": labels},
-        uncond_kwargs={"labels": torch.full_like(labels, CLASSES)},
         progress=progress,
+        **class_guidance(labels, config.guidance_scale),
     )
 
 

@@ -169,11 +169,11 @@ def save_curves(path: Path, panels: Sequence[Curves]) -> None:
 
 
 def save_terms(path: Path, bits: BitsPerDim) -> None:
-    """Save the terms of the variational bound by timestep, on a logarithmic axis.
+    """Save the terms of the bound of images given their class, on a logarithmic axis.
 
     Args:
         path: File to write.
-        bits: Measured at every timestep.
+        bits: Measured at every timestep, with the class.
     """
     figure = Figure(figsize=(6.8, 3.8), dpi=_DPI, layout="constrained")
     axes = figure.subplots()
@@ -191,7 +191,7 @@ def save_terms(path: Path, bits: BitsPerDim) -> None:
         title=f"Variational bound, {bits.samples} held-out images: "
         f"{bits.total:.3f} ± {bits.standard_error:.3f} bits/dim",
         xlabel="timestep t",
-        ylabel="term of the bound (bits/dim)",
+        ylabel="term of the bound, given the class (bits/dim)",
     )
     axes.grid(alpha=0.25, linewidth=0.5)
     axes.spines[["top", "right"]].set_visible(False)

@@ -259,7 +259,7 @@ def build_trainers(
     }
     parts = {
         "vae": (vae, vae.training_loss(config.decoder_std)),
-        "ddpm": (ddpm, ddpm.training_loss(ddpm.build_diffusion(config))),
+        "ddpm": (ddpm, ddpm.training_loss(ddpm.build_diffusion(config), config.class_dropout)),
         "flow": (flow, flow.training_loss(flow.build_flow(), config.class_dropout)),
     }
     lengths = {

@@ -1,4 +1,4 @@
-"""The training loop of both models. A stopped run resumes with the same bits."""
+"""The training loop of all models. A stopped run resumes with the same bits."""
 
 from __future__ import annotations
 
