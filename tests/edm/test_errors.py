@@ -65,7 +65,7 @@ CASES: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (
         lambda: losses(torch.ones(3, 3), group_dim=1),
         ValueError,
-        r"sigma must have shape \(3, 2\), got \(3, 3\)",
+        r"sigma must have shape \(3, 2\), one for each group, got \(3, 3\)",
     ),
     (lambda: losses(reduction="mean"), ValueError, "reduction must be one of 'sample', 'group'"),
     (lambda: losses(reduction="group"), ValueError, "group_dim must be given with reduction"),

@@ -136,11 +136,11 @@ BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "below": (
         losses_of(FLOW, HALF - 1),
         ValueError,
-        r"^t must be in \[0, 1\], got values from -0.5",
+        r"^t must be in \[0, 1\], got -0.5; divide timesteps by num_train_timesteps, 1000",
     ),
     "number": (losses_of(FLOW, 1.5), ValueError, r"^t must be in \[0, 1\], got 1.5; divide"),
     "nan": (losses_of(FLOW, HALF * torch.nan), ValueError, r"^t must be in \[0, 1\]"),
-    "integers": (losses_of(FLOW, torch.arange(4)), TypeError, "^t must be a number or a floating"),
+    "integers": (losses_of(FLOW, torch.arange(4)), TypeError, "^t must be a floating.*; divide"),
     "shape": (losses_of(FLOW, HALF[:3]), ValueError, r"^t must have shape \(4,\), got \(3,\)"),
     "frames": (losses_of(FLOW, HALF.view(2, 2)), ValueError, r"pass \[B, F\] with group_dim"),
     "groups": (

@@ -57,8 +57,10 @@ def levels_beside(
     low: float,
     high: float = math.inf,
     group_dim: int | None = None,
+    dtype: torch.dtype = torch.float64,
+    fix: str = "",
 ) -> Tensor:
-    """A noise level or time of each sample, float64 ``[B]`` on the device of the samples.
+    """A noise level or time of each sample, ``[B]`` on the device of the samples.
 
     Args:
         name: Name of the argument.
@@ -69,9 +71,11 @@ def levels_beside(
             are read on the CPU only.
         high: The largest value; infinity is not allowed itself.
         group_dim: The dimension of groups that have a level each, or ``None``.
+        dtype: That of the result; float64 levels stay float64.
+        fix: What may mend integers, or values out of range.
 
     Returns:
-        float64 ``[B]``; with groups ``[B, G]``, of which the values may be ``[B]`` or one.
+        ``[B]``; with groups ``[B, G]``, of which the values may be ``[B]`` or one.
 
     Raises:
         TypeError: No numbers, or integers; ``x`` is not a floating-point tensor ``[B, ...]``.
@@ -85,16 +89,22 @@ def levels_beside(
     if not isinstance(value, (Tensor, list, tuple)) and not getattr(value, "ndim", 0):
         number = as_real(name, value)
         if not _within(number, low, high):
-            raise ValueError(f"{name} must be {_range(low, high)}, got {number:.6g}")
-        return torch.full(wanted, number, dtype=torch.float64, device=x.device)
+            raise ValueError(f"{name} must be {_range(low, high)}, got {number:.6g}{fix}")
+        return torch.full(wanted, number, dtype=dtype, device=x.device)
     levels = as_tensor(name, value, "a number or a floating-point tensor [B]")
+    if fix and not levels.is_floating_point():
+        raise TypeError(f"{name} must be a floating-point tensor, got {levels.dtype}{fix}")
     check_float_tensor(name, levels)
     if levels.shape != wanted:
         one = levels.numel() == 1 and levels.ndim < 2
         if not one and (group_dim is None or levels.shape != x.shape[:1]):
-            frames = group_dim is None and levels.ndim == 2
-            fix = "; for a level of each frame pass [B, F] with group_dim" if frames else ""
-            raise ValueError(f"{name} must have shape {wanted}, got {tuple(levels.shape)}{fix}")
+            frames = ""
+            if group_dim is None and levels.ndim == 2:
+                frames = "; for a level of each frame pass [B, F] with group_dim"
+            each = "" if group_dim is None else ", one for each group"
+            raise ValueError(
+                f"{name} must have shape {wanted}{each}, got {tuple(levels.shape)}{frames}"
+            )
         levels = levels.reshape(-1, *[1] * (len(wanted) - 1)).expand(wanted)
     if not isinstance(value, Tensor) or (value.ndim == 0 and value.device.type == "cpu"):
         levels = levels.to(x.device)  # a 0-dim CPU tensor goes with any device
@@ -108,8 +118,8 @@ def levels_beside(
         least, most = (float(end) for end in torch.aminmax(own))  # both nan if one value is
         if not (_within(least, low, high) and _within(most, low, high)):
             came = next(v for v in own.tolist() if not _within(v, low, high))
-            raise ValueError(f"{name} must be {_range(low, high)}, got {came:.6g}")
-    return levels.double()
+            raise ValueError(f"{name} must be {_range(low, high)}, got {came:.6g}{fix}")
+    return levels if levels.dtype == torch.float64 else levels.to(dtype)
 
 
 def perturbed(

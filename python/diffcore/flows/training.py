@@ -9,14 +9,11 @@ import torch
 from torch import Tensor
 
 from diffcore import ops
-from diffcore._checks import as_real, as_tensor
-from diffcore._engine import native
-from diffcore._engine.dispatch import plain_eager
-from diffcore._engine.dtensor import per_sample, shard_of
+from diffcore._engine.dtensor import per_sample
 from diffcore._types import Model
-from diffcore.diffusion.training_levels import of_level, perturbed
+from diffcore.diffusion import training_levels
+from diffcore.diffusion.training_levels import levels_beside, of_level, perturbed
 from diffcore.flows.convention import Convention
-from diffcore.flows.shifts import groups_of
 from diffcore.losses import flow_weights
 from diffcore.noise import Noise
 from diffcore.sampling.model import call_model, check_model_kwargs
@@ -48,60 +45,17 @@ def times(t: Any, x: Tensor, name: str, group_dim: int | None, scale: float) -> 
         TypeError: Integers, or no numbers.
         ValueError: Another shape or device, or a value outside [0, 1].
     """
-    batch = x.shape[:1]
-    if isinstance(t, (int, float)):
-        number = as_real("t", t)
-        if not 0 <= number <= 1:
-            raise _out_of_range(f"{number:g}", scale)
-        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-        return torch.full(batch, number, dtype=dtype, device=x.device)
-    if not isinstance(t, Tensor):
-        t = as_tensor("t", t, "a number or a floating-point tensor in [0, 1]").to(x.device)
-    if not t.is_floating_point():
-        raise TypeError(
-            f"t must be a number or a floating-point tensor in [0, 1], got {t.dtype}; divide "
-            "timesteps by num_train_timesteps"
-        )
-    if t.device != x.device:
-        raise ValueError(f"t must be on {x.device}, the device of {name}, got {t.device}")
-    if t.dtype != torch.float64:
-        t = t.double() if x.dtype == torch.float64 else t.float()
-    found = _one_each(t, x) if group_dim is None else _of_groups(t, x, group_dim)
-    if t.numel() and plain_eager() and (t.device.type == "cpu" or native.DEBUG):
-        low, high = (float(end) for end in torch.aminmax(shard_of(t).detach()))
-        if not (low >= 0 and high <= 1):
-            raise _out_of_range(f"values from {low:g} to {high:g}", scale)
-    return found
-
-
-def _one_each(t: Tensor, x: Tensor) -> Tensor:
-    """``[B]``."""
-    if t.shape == x.shape[:1]:
-        return t
-    if t.numel() == 1:
-        return t.reshape(1).repeat(x.shape[0])
-    fix = "; for a time of each frame pass [B, F] with group_dim" if t.ndim > 1 else ""
-    raise ValueError(f"t must have shape {tuple(x.shape[:1])}, got {tuple(t.shape)}{fix}")
-
-
-def _of_groups(t: Tensor, x: Tensor, group_dim: int) -> Tensor:
-    """``[B, G]``."""
-    wanted = (x.shape[0], groups_of(tuple(x.shape), group_dim))
-    if t.numel() == 1 or t.shape == x.shape[:1]:
-        return t.reshape(-1, 1).expand(wanted)
-    if t.shape != wanted:
-        raise ValueError(
-            f"t must have shape {wanted}, one for each group, or {wanted[:1]}, got {tuple(t.shape)}"
-        )
-    return t
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    fix = f"; divide timesteps by num_train_timesteps, {scale:g}" if scale != 1 else ""
+    return levels_beside("t", t, x, name, 0.0, 1.0, group_dim, dtype=dtype, fix=fix)
 
 
 def noised(
     convention: Convention, x_start: Tensor, t: Tensor, noise: Noise, group_dim: int | None
 ) -> Tensor:
     """x_t from x_0 and checked times: one launch."""
-    alpha, sigma = convention.signal(t), convention.turned(t)
-    return ops.add_noise(x_start, noise, alpha, convention.noise(sigma), group_dim=group_dim)
+    alpha, sigma = convention.signal(t), convention.noise(convention.turned(t))
+    return training_levels.noised(x_start, noise, alpha, sigma, group_dim)
 
 
 def timestep_input(convention: Convention, t: Tensor, x: Tensor) -> Tensor:
@@ -175,8 +129,3 @@ def losses(
         **options,
     )
     return {"loss": mse, "mse": mse}
-
-
-def _out_of_range(came: str, scale: float) -> ValueError:
-    fix = f"; divide timesteps by num_train_timesteps, {scale:g}" if scale != 1 else ""
-    return ValueError(f"t must be in [0, 1], got {came}{fix}")
