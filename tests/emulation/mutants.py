@@ -29,7 +29,7 @@ WORK = ROOT / "build" / "emulate" / "mutants"
 OPS = (
     "LinearCombination, Generated<LinearCombination>, SumOf<NormalKl>, "
     "Generated<WithGradient<MixedTargetLoss>>, X0Quantile<true>, VlbTerm<false>, Rescale, "
-    "Generated<Randn>"
+    "Generated<Randn>, GuidanceWeights"  # the last has several sums, one after the other
 )
 STORAGE = ("float", "double", "Bf16", "F16")
 FLAGS = ("-std=c++17", "-march=x86-64-v3", "-O1", "-g1", "-w", "-fopenmp")
