@@ -86,7 +86,7 @@ MUTANTS = [
     Mutant(
         "all blocks send the same partial sum",
         CLUSTER,
-        instead("send_to_first(&box.partials[k][blockIdx.x]", "send_to_first(&box.partials[0]"),
+        instead("send_to_first(&box.partials[k][blockIdx.x]", "send_to_first(&box.partials[k][0]"),
         SUMS,
     ),
     Mutant(

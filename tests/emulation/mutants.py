@@ -59,6 +59,10 @@ def compiler(source: Path, out: Path, csrc: Path, *options: str) -> list[str]:
     return ["g++", *FLAGS, *options, *includes, "-c", str(source), "-o", str(out)]
 
 
+class DoesNotBuild(RuntimeError):
+    """A mutant that no compiler takes."""
+
+
 def prepare() -> Path:
     """A copy of the sources with few ops, and the objects that are the same for all mutants."""
     shutil.rmtree(WORK, ignore_errors=True)
@@ -143,7 +147,7 @@ def outcome(csrc: Path, mutant: Mutant | None) -> dict[str, str]:
     found = {}
     for name in SANITIZERS:
         if error := build(folder / "csrc", name, folder):
-            raise RuntimeError(f"{mutant and mutant.name}: does not build: {error}")
+            raise DoesNotBuild(error)
         done = subprocess.run(
             [
                 "setarch",
@@ -174,7 +178,11 @@ def main() -> int:
         if words and not any(w in mutant.name for w in words):
             continue
         begin = time.monotonic()
-        found = "; ".join(f"{k}: {v}" for k, v in outcome(csrc, mutant).items() if v)
+        try:
+            found = "; ".join(f"{k}: {v}" for k, v in outcome(csrc, mutant).items() if v)
+        except DoesNotBuild as error:  # the sources have moved on from it, which is no notice
+            found = ""
+            print(f"{mutant.name}: does not build: {error}", file=sys.stderr)
         survivors += not found
         print(
             f"{mutant.name:48} {found or 'NOT NOTICED'} ({time.monotonic() - begin:.0f} s)",
