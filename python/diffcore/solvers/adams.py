@@ -19,7 +19,7 @@ from diffcore.solvers.table import SolverTable
 # Gauss's rule of two points is exact up to degree 3, the highest degree used here.
 _GAUSS_NODE = math.sqrt(1 / 3)
 # Adams-Bashforth for equal steps, the latest derivative first.
-_EQUAL = (
+EQUAL_STEPS = (
     (1.0,),
     (3 / 2, -1 / 2),
     (23 / 12, -16 / 12, 5 / 12),
@@ -119,7 +119,7 @@ def ipndm_table(
         used = 1 if after.sigma == 0 and euler_at_final else min(order, i + 1)
         lengths = [b - a for a, b in zip(along.places[:-1], along.places[1:], strict=True)]
         recent = lengths[i + 1 - used : i + 1][::-1]
-        known = _EQUAL[used - 1] if steps == "equal" else _variable_weights(recent)
+        known = EQUAL_STEPS[used - 1] if steps == "equal" else _variable_weights(recent)
         along.add(i, [lengths[i] * w for w in known])
     return rows.table(min(order, 2) if steps == "equal" or order == 4 else order)
 
@@ -169,7 +169,7 @@ def pndm_table(
         half = lengths[0] / 2
         along.correct(half)
     for i, length in enumerate(lengths[1:], 1):
-        weights = [length * w for w in _EQUAL[min(i, 3)]]
+        weights = [length * w for w in EQUAL_STEPS[min(i, 3)]]
         if i == 1:
             along.add(i, [weights[0], 0.0, weights[1]])
         elif i == 2:

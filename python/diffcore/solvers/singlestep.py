@@ -9,7 +9,7 @@ from diffcore._checks import check_choice
 from diffcore._types import ClipRange
 from diffcore.solvers.dpmpp import SOLVER_TYPES
 from diffcore.solvers.exponential import first_order_weight, interpolating_weights, phi
-from diffcore.solvers.levels import Levels, as_levels
+from diffcore.solvers.levels import Levels, NoiseLevels, as_levels
 from diffcore.solvers.noise_form import combination, first_order, history
 from diffcore.solvers.rows import Rows, check_order, move
 from diffcore.solvers.table import SolverTable
@@ -64,25 +64,62 @@ def dpmpp_singlestep_table(
     order = check_order(order, 3)
     check_choice("algorithm_type", algorithm_type, BLOCK_TYPES)
     check_choice("solver_type", solver_type, SOLVER_TYPES)
-    of_noise = algorithm_type == "dpmsolver"
     levels = as_levels(levels, prediction_type)
     levels.check_signal("dpmpp_singlestep_table")
+    steps, final = len(levels), levels.levels()[-2:]
+    to_clean = final[1].sigma == 0
+    # A step from a clean sample is a block: lambda is infinite at its start.
+    from_clean = [1] if levels.sigma[0] == 0 else []
+    left = steps - len(from_clean)
+    lower = lower_order_final or to_clean or left % order != 0
+    places = [*from_clean, *_places(left, order, lower)]
+    if final[1].ratio == final[0].ratio or to_clean:
+        places[-1] = 1
+    return block_table(
+        levels,
+        places,
+        order=order,
+        algorithm_type=algorithm_type,
+        solver_type=solver_type,
+        prediction_type=prediction_type,
+        clip_range=clip_range,
+    )
+
+
+def block_table(
+    levels: NoiseLevels,
+    places: Sequence[int],
+    *,
+    order: int,
+    algorithm_type: str,
+    solver_type: str,
+    prediction_type: str,
+    clip_range: ClipRange = None,
+) -> SolverTable:
+    """The table of ``dpmpp_singlestep_table`` with given blocks.
+
+    Args:
+        levels: Noise levels, above alpha = 0.
+        places: The position of each step in its block, counted from 1: each is 1, or one more than
+            the one before. 1 for a step to or from sigma = 0.
+        order: That of the longest block.
+        algorithm_type: "dpmsolver++" or "dpmsolver".
+        solver_type: "midpoint" or "heun".
+        prediction_type: What the model predicts, one of ``PREDICTION_TYPES``.
+        clip_range: See ``dpmpp_singlestep_table``.
+
+    Returns:
+        N rows.
+    """
+    of_noise = algorithm_type == "dpmsolver"
     rows = Rows(
         f"{algorithm_type}-{order}s-blocks" if of_noise else f"dpmpp-{order}s-blocks",
         levels,
         prediction_type,
         clip_range,
     )
-    points, steps = levels.levels(), len(levels)
+    points = levels.levels()
     lambdas = [level.lam for level in points]
-    to_clean = points[-1].sigma == 0
-    # A step from a clean sample is a block: lambda is infinite at its start.
-    from_clean = [1] if points[0].sigma == 0 else []
-    left = steps - len(from_clean)
-    lower = lower_order_final or to_clean or left % order != 0
-    places = [*from_clean, *_places(left, order, lower)]
-    if points[-1].ratio == points[-2].ratio or to_clean:
-        places[-1] = 1
     added: list[float] = []  # what the block has added of x0 or the noise, latest first
     for i, (here, after) in enumerate(pairwise(points)):
         place = places[i]
@@ -96,7 +133,7 @@ def dpmpp_singlestep_table(
         else:
             h = lambdas[i + 1] - lambdas[first]
             nodes = [(lambdas[i - k] - lambdas[first]) / h for k in range(place)]
-            weights = _block_weights(nodes, -h if of_noise else h, solver_type)
+            weights = block_weights(nodes, -h if of_noise else h, solver_type)
         if of_noise:
             keep = after.alpha / here.alpha
             if place == 1:  # no logarithm: the step may end at sigma = 0
@@ -127,8 +164,17 @@ def _places(steps: int, order: int, lower: bool) -> list[int]:
     return [place for block in blocks for place in block]
 
 
-def _block_weights(nodes: Sequence[float], h: float, solver_type: str) -> list[float]:
-    """Weights of x0 at the nodes; the last node is 0, the first sample of the block."""
+def block_weights(nodes: Sequence[float], h: float, solver_type: str) -> list[float]:
+    """Weights of x0 at the nodes.
+
+    Args:
+        nodes: v of the values, the current one first; the last is 0, the first of the block.
+        h: H from there to the end of the step.
+        solver_type: "midpoint" or "heun".
+
+    Returns:
+        One weight for each node.
+    """
     if solver_type == "heun":
         return interpolating_weights(nodes, h)
     slope = first_order_weight(h) / 2 if len(nodes) == 2 else h * phi(2, -h)
