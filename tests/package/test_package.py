@@ -30,7 +30,7 @@ ORDER = [
     "_C", "_types", "_checks", "_files", "_usage", "reference", "coefficients", "_engine",
     "_kernels", "noise", "guidance", "ops", "schedules", "timesteps", "solvers",
     "sampling", "diffusion", "losses", "flows", "edm", "likelihood", "vae",
-    "consistency", "testing", "sigmas", "spacings", "demo",
+    "consistency", "testing", "sigmas", "spacings", "diffusers", "demo",
     "cli", "__main__",
 ]
 # fmt: on

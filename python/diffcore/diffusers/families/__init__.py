@@ -1,0 +1,1 @@
+"""One module for each family of diffusers' schedulers: its table, and its ``step``."""

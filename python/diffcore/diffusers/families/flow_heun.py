@@ -1,0 +1,166 @@
+"""FlowMatchHeunDiscreteScheduler: Heun's method in a rectified flow."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from diffusers import FlowMatchHeunDiscreteScheduler
+from diffusers.schedulers.scheduling_flow_match_heun_discrete import (
+    FlowMatchHeunDiscreteSchedulerOutput,
+)
+from torch import Tensor
+
+from diffcore import ops
+from diffcore.diffusers.families.sigmas import BySigma, refuse_integer
+from diffcore.diffusers.rows import columns_table, float64, with_history
+from diffcore.diffusers.scheduler import Choice, Place
+from diffcore.diffusers.walk import Unsupported
+from diffcore.schedules.tensors import as_float64
+from diffcore.solvers import NoiseLevels, SolverTable, flow_heun_table
+
+_MAX_CHURN = math.sqrt(2) - 1
+
+
+class _Churn(NamedTuple):
+    s_churn: float = 0.0
+    s_tmin: float = 0.0
+    s_tmax: float = math.inf
+    s_noise: float = 1.0
+
+    def gamma(self, sigma: float, steps: int) -> float:
+        """By how much sigma is raised; diffusers compares it with numbers in float32."""
+        low, high = torch.tensor([self.s_tmin, self.s_tmax], dtype=torch.float32).tolist()
+        return min(self.s_churn / steps, _MAX_CHURN) if low <= sigma <= high else 0.0
+
+
+class FusedFlowMatchHeun(BySigma):
+    """x' = x + (sigma' - sigma) (m + m') / 2. Karras et al. 2022 (arXiv 2206.00364), algorithm 1.
+
+    The churn is diffusers': x^ = x + n z after the first model call, n^2 = sigma^^2 - sigma^2, and
+    then x' = x^ + (sigma' - sigma^) (m sigma / sigma^ + m') / 2. It draws noise in the second call,
+    too, where it cancels.
+    """
+
+    stock = FlowMatchHeunDiscreteScheduler
+    output_class = FlowMatchHeunDiscreteSchedulerOutput
+
+    @classmethod
+    def make_table(cls, scheduler: Any, choice: Choice) -> SolverTable:
+        """See ``FusedScheduler.make_table``; options: those of the churn."""
+        churn = _Churn(**choice.options)
+        if choice.rules == "exact":
+            return _exact(scheduler, choice.start, churn)
+        sigmas = float64(scheduler.sigmas)
+        steps = len(sigmas) - 1
+        held = sigmas.tolist()[choice.start :]
+        names = ("c_m", "c_z", "c_1", "e_m")
+        columns: dict[str, list[float]] = {name: [] for name in names}
+        for i in range(len(held) - 1):
+            first = i - i % 2
+            sigma, after = held[first], held[first + 1]
+            raised = sigma * (1 + churn.gamma(sigma, steps))
+            length = after - raised
+            move = length * sigma / raised
+            if i == first:
+                noise = churn.s_noise * math.sqrt((raised - sigma) * (raised + sigma))
+                # h takes back half of the move, which the second call makes with its m.
+                row = (move, noise, 0.0, -move / 2 if i + 2 < len(held) else 0.0)
+            else:
+                row = (length / 2, 0.0, float(move != 0), 0.0)
+            for name, value in zip(names, row, strict=True):
+                columns[name].append(value)
+        known = {name: as_float64(values) for name, values in columns.items()}
+        level = sigmas[choice.start : -1]
+        known |= {"a_x": torch.ones_like(level), "a_m": -level, "c_x": torch.ones_like(level)}
+        table = columns_table(
+            "flow_heun",
+            timesteps=scheduler.timesteps[choice.start :],
+            alpha=1 - level,
+            sigma=level,
+            end=(1 - held[-1], held[-1]),
+            columns=known,
+        )
+        return with_history(table, 1)
+
+    def _draws(self, place: Place) -> bool:
+        if self._fusion.rules == "exact":
+            return place.noisy
+        walk = self._walk()
+        assert walk.start is not None
+        first = place.row - (place.row - walk.start) % 2
+        return _Churn(**place.options).gamma(walk.sigmas[first], len(walk.sigmas) - 1) > 0
+
+    def _dtype(self, sample: Tensor, output: Tensor) -> torch.dtype:
+        return torch.promote_types(sample.dtype, output.dtype)
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: Any,
+        sample: Tensor,
+        s_churn: float = 0.0,
+        s_tmin: float = 0.0,
+        s_tmax: float = float("inf"),
+        s_noise: float = 1.0,
+        generator: Any = None,
+        return_dict: bool = True,
+    ) -> Any:
+        """See ``FlowMatchHeunDiscreteScheduler.step``."""
+        taken = None
+        if not refuse_integer(timestep):
+            # What the first call leaves for the second stays in float32, as in diffusers, and is
+            # that of the first call, whatever sample the second one gets.
+            walk = self._walk()
+            left = walk.history
+            x = left[1] if left else sample
+            if isinstance(x, Tensor) and x.is_floating_point():
+                x = x.to(torch.promote_types(x.dtype, torch.float32))
+            taken = self._take(
+                model_output,
+                timestep,
+                x,
+                generator=generator,
+                return_dict=False,
+                s_churn=s_churn,
+                s_tmin=s_tmin,
+                s_tmax=s_tmax,
+                s_noise=s_noise,
+            )
+        if taken is not None:
+            ends = left or self._step_index == len(walk)
+            walk.history = () if ends else (*walk.history, *taken)
+            return self._output(taken[0].to(model_output.dtype), return_dict=return_dict)
+        churn = s_churn, s_tmin, s_tmax, s_noise
+        return super().step(  # type: ignore[misc]
+            model_output, timestep, sample, *churn, generator, return_dict
+        )
+
+    @property
+    def state_in_first_order(self) -> bool:
+        """Whether the next call is the first of its step."""
+        return not self._walk().history
+
+    def scale_noise(self, sample: Tensor, timestep: Any, noise: Tensor) -> Tensor:
+        """X = (1 - sigma) x_0 + sigma noise, in one launch, at the sigma where the walk is."""
+        walk = self._walk()
+        if self._step_index is None:
+            self._step_index = self._row(walk, timestep)
+        sigma = walk.sigmas[self._step_index]
+        return ops.add_noise(sample, noise, 1 - sigma, sigma)
+
+
+def _exact(scheduler: Any, start: int, churn: _Churn) -> SolverTable:
+    """Heun's method with the churn of a flow, before the model call."""
+    if start % 2:
+        raise Unsupported(f"step {start}, the second call of a step, as the first of a walk")
+    sigmas = float64(scheduler.sigmas)
+    levels = NoiseLevels.from_flow(
+        torch.cat([sigmas[start:-1:2], sigmas[-1:]]),
+        timesteps=float64(scheduler.timesteps[start::2]),
+    )
+    table = flow_heun_table(levels, **churn._asdict())
+    if table.start_noise:
+        raise Unsupported("s_churn at the first step with rules='exact', before which no noise is")
+    return table
