@@ -25,7 +25,8 @@ def test_every_example_is_tested() -> None:
     tested = {
         *("train_and_sample", "vae_loss", "ops_directly"),
         *("same_images_everywhere", "sample_demo_checkpoint", "compare_solvers"),
-        *("bits_per_dim", "many_gpus"),
+        *("bits_per_dim", "many_gpus", "train_with_diffusers"),
+        "comfyui_nodes",  # by test_comfyui_nodes.py
     }
     assert {path.stem for path in EXAMPLES.glob("*.py")} == tested
 
@@ -128,6 +129,31 @@ def test_many_gpus_is_one_gpu() -> None:
     found = [float(v) for v in re.findall(r"-?\d+\.\d+", printed)]
     wanted = [bits.total, bits.standard_error, *images[0].flatten().tolist()]
     assert found == pytest.approx(wanted, abs=2e-3)
+
+
+@pytest.mark.filterwarnings("ignore")  # those of diffusers and accelerate
+def test_train_with_diffusers(tmp_path: Path) -> None:
+    for package in ("accelerate", "sklearn"):
+        pytest.importorskip(package)
+    diffusers = pytest.importorskip("diffusers")
+    losses, images = _main("train_with_diffusers")(40, tmp_path / "pipe", ema=True)
+    assert len(losses) == 40
+    assert sum(losses[-10:]) < 0.4 * sum(losses[:10])
+    from sklearn.datasets import load_digits
+
+    digits = torch.from_numpy(load_digits().images).float().flatten(1) / 16
+
+    def distance(x: torch.Tensor) -> float:
+        return float(torch.cdist(x.flatten(1).float(), digits).min(1).values.mean())
+
+    # Without training the samples are as far from the nearest digit as random pixels.
+    assert distance(images) < 0.75 * distance(torch.rand(16, 64))
+    # What was saved is a stock pipeline: the same images from the same seed, up to rounding.
+    pipe = diffusers.DDIMPipeline.from_pretrained(tmp_path / "pipe")
+    assert type(pipe.scheduler) is diffusers.DDIMScheduler
+    pipe.set_progress_bar_config(disable=True)
+    again = pipe(16, torch.Generator().manual_seed(0), num_inference_steps=20, output_type="np")
+    torch.testing.assert_close(torch.from_numpy(again.images), images, rtol=0, atol=1e-4)
 
 
 def test_sample_demo_checkpoint_draws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
