@@ -47,6 +47,7 @@ BENCHMARKS = (
     "flow",
     "compile",
     "call",
+    "schedulers",
 )
 METRICS = (
     "gpu__time_duration.sum",
@@ -288,7 +289,7 @@ def _profile_number(logs: Mapping[str, str]) -> str:
 
 
 def _without_compile(name: str) -> list[str]:
-    if name == "sampling":
+    if name in ("sampling", "schedulers"):
         return []
     return ["--compile-seconds", "0"] if name == "ops" else ["--no-compile"]
 
