@@ -19,7 +19,8 @@ from diffcore._engine import native
 Row = Mapping[str, Any]
 Table = tuple[list[str], list[list[str]]]
 SCHEMA = 1
-LEFT = {"op", "mode", "dtype", "shape", "where", "what", "contestant", "step"}  # columns of text
+LEFT = {"op", "mode", "dtype", "shape", "where", "what", "contestant", "step", "scheduler"}
+"""Columns of text."""
 
 
 # ---- shared by the scripts -------------------------------------------------------------------
@@ -300,6 +301,43 @@ def call_table(rows: Sequence[Row]) -> Table:
     return ["what", "median"], [[r["what"], duration(r["median"])] for r in rows]
 
 
+def schedulers_table(rows: Sequence[Row]) -> Table:
+    """One scheduler of diffusers a row, the time of a step."""
+    names = ("stock", "fused", "philox")
+    header = ["scheduler", "dtype", "shape", *names, "× stock", "× stock, philox"]
+    return header, [
+        [
+            r["what"],
+            r["dtype"],
+            times(r["shape"]),
+            *(duration(r["timings"].get(k, {}).get("median")) for k in names),
+            *(number(r["times_stock"].get(k), ".1f", "×") for k in names[1:]),
+        ]
+        for r in rows
+    ]
+
+
+def scheduler_errors_table(rows: Sequence[Row]) -> Table:
+    """One scheduler of diffusers a row, the errors of a step in 16 bits."""
+    dtypes = ("bf16", "f16")
+    header = ["scheduler", *(f"{d}, {k}" for d in dtypes for k in ("stock", "fused", "ratio"))]
+    return header, [
+        [
+            r["what"],
+            *(
+                cell
+                for d in dtypes
+                for cell in (
+                    f"{r[d]['stock']:.1e}",
+                    f"{r[d]['fused']:.1e}",
+                    number(r[d]["stock"] / r[d]["fused"], ".1f", "×"),
+                )
+            ),
+        ]
+        for r in rows
+    ]
+
+
 TABLES: dict[str, Callable[[Sequence[Row]], Table]] = {
     "ops": ops_table,
     "noise": noise_table,
@@ -317,6 +355,8 @@ TABLES: dict[str, Callable[[Sequence[Row]], Table]] = {
     "flow": whole_table,
     "sampling": whole_table,
     "compile": whole_table,
+    "schedulers": schedulers_table,
+    "scheduler_errors": scheduler_errors_table,
 }
 
 

@@ -3,9 +3,10 @@
     python -m benchmarks.tables [RESULT.json ...]
 
 A table goes between the markers ``<!-- bench:cpu:begin -->`` and ``<!-- bench:cpu:end -->`` of its
-page. The names are cpu, cuda (README), cpu-summary, cuda-summary (docs/benchmarks.md) and cpu-full,
-cuda-full (docs/benchmarks/tables-*.md). Without arguments it reads the newest results of each kind
-of device under ``benchmarks/results``.
+page. The names are cpu, cuda (README), cpu-summary, cuda-summary (docs/benchmarks.md), cpu-full,
+cuda-full (docs/benchmarks/tables-*.md) and cpu-schedulers, cuda-schedulers, cpu-scheduler-errors
+(docs/diffusers.md). Without arguments it reads the newest results of each kind of device under
+``benchmarks/results``.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from benchmarks.machine import RESULTS, ROOT
 PAGES = (
     ROOT / "README.md",
     ROOT / "docs" / "benchmarks.md",
+    ROOT / "docs" / "diffusers.md",
     ROOT / "docs" / "benchmarks" / "tables-cpu.md",
     ROOT / "docs" / "benchmarks" / "tables-cuda.md",
 )
@@ -72,6 +74,8 @@ HEADINGS = {
     "flow": "The mathematics of a training step of a flow and of EDM",
     "sampling": "Complete sampling loops, time per step",
     "compile": "An MLP compiled with the operators, and with the formulas",
+    "schedulers": "Steps of diffusers' schedulers, stock and fused",
+    "scheduler_errors": "Errors of a step in 16 bits, stock and fused, relative",
 }
 
 
@@ -207,17 +211,28 @@ def fill(page: str, tables: Mapping[str, str]) -> str:
     return MARKED.sub(put, page)
 
 
-def newest(paths: Sequence[Path]) -> dict[str, dict[str, Any]]:
-    """The results with the newest measurement of the ops, for "cpu" and for "cuda"."""
+def newest(paths: Sequence[Path], section: str = "ops") -> dict[str, dict[str, Any]]:
+    """The results with the newest measurement of a section, for "cpu" and for "cuda"."""
     found: dict[str, dict[str, Any]] = {}
     for path in paths:
         results = report.load(path)
-        if not results.get("ops", {}).get("rows"):
+        if not results.get(section, {}).get("rows"):
             continue
-        kind = results["ops"]["machine"]["device_type"]
-        if kind not in found or results["ops"]["date"] > found[kind]["ops"]["date"]:
+        kind = results[section]["machine"]["device_type"]
+        if kind not in found or results[section]["date"] > found[kind][section]["date"]:
             found[kind] = results
     return found
+
+
+def schedulers(paths: Sequence[Path]) -> dict[str, str]:
+    """The tables of docs/diffusers.md, by the names of their places."""
+    tables = {}
+    for name in ("schedulers", "scheduler_errors"):
+        for kind, results in newest(paths, name).items():
+            section = results[name]
+            table = report.markdown(*report.TABLES[name](section["rows"]))
+            tables[f"{kind}-{name.replace('_', '-')}"] = f"{measured_on(section)}\n\n{table}"
+    return tables
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -225,8 +240,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("results", nargs="*", type=Path, help="result files")
     args = parser.parse_args(argv)
-    tables: dict[str, str] = {}
-    for kind, results in newest(args.results or sorted(RESULTS.glob("*.json"))).items():
+    paths = args.results or sorted(RESULTS.glob("*.json"))
+    tables = schedulers(paths)
+    for kind, results in newest(paths).items():
         tables |= {kind: short(results), f"{kind}-summary": summary(results)}
         tables[f"{kind}-full"] = full(results)
     if not tables:

@@ -4,8 +4,8 @@ The contestants take turns, one sample each, and the order rotates with every ro
 disturbance of the machine affects all of them, so the ratio of medians stays valid. A sample is
 wall-clock time on the CPU, and device time between two events on CUDA. On CUDA the L2 cache is
 emptied before each sample, and the device waits while the host enqueues, so that a slow host does
-not count; :func:`call_overhead` measures the host. On the CPU freed memory is kept, see
-:func:`keep_freed_memory`.
+not count; :func:`call_overhead` measures the host, and :func:`walks` loops that have a state. On
+the CPU freed memory is kept, see :func:`keep_freed_memory`.
 """
 
 from __future__ import annotations
@@ -151,6 +151,44 @@ def call_overhead(
     found = _rounds(list(contestants), sample, budget)
     settle()
     return {name: Timing.of(x, repeats[name]) for name, x in found.items()}
+
+
+def walks(
+    contestants: Mapping[str, tuple[Call, Call]],
+    device: torch.device,
+    budget: Budget,
+    steps: int,
+) -> dict[str, Timing]:
+    """Times loops that use up a state, in turns: wall-clock seconds a step, until the work is done.
+
+    Args:
+        contestants: for each name, what makes the state, outside of the timed region; and the loop.
+        device: where they run.
+        budget: as in :func:`interleave`.
+        steps: of a loop.
+
+    Returns:
+        The timing of each contestant.
+    """
+    if device.type == "cpu":
+        keep_freed_memory()
+    settle = _settle(device)
+
+    def sample(name: str, _: int = 0) -> float:
+        prepare, loop = contestants[name]
+        prepare()
+        settle()
+        start = time.perf_counter()
+        loop()
+        settle()
+        return (time.perf_counter() - start) / steps
+
+    for name in contestants:
+        deadline = time.perf_counter() + budget.warmup_seconds
+        sample(name)
+        while time.perf_counter() < deadline:
+            sample(name)
+    return {n: Timing.of(x, steps) for n, x in _rounds(list(contestants), sample, budget).items()}
 
 
 def _rounds(

@@ -1,0 +1,106 @@
+"""The benchmark of fused schedulers runs, and refuses what it must not time."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("diffusers")
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from benchmarks import bench_schedulers, contest, report, tables, timing
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # those of diffusers
+
+CPU = torch.device("cpu")
+SHORTEST = timing.Budget(seconds=0, warmup_seconds=0, min_rounds=3)
+SHAPE = (1, 4, 8, 8)
+
+
+def row(name: str, dtype: str = "f32") -> dict[str, Any]:
+    family = bench_schedulers.families()[name]
+    return bench_schedulers.time_class(name, family, SHAPE, dtype, CPU, SHORTEST)
+
+
+def test_a_walk_is_prepared_each_time_and_outside_of_the_time() -> None:
+    states: list[str] = []
+
+    def prepare() -> None:
+        states.append("ready")
+        time.sleep(0.02)
+
+    found = timing.walks({"a": (prepare, states.pop)}, CPU, SHORTEST, 10)
+    assert states == []  # each walk had a state of its own
+    assert found["a"].samples == 3
+    assert found["a"].calls_per_sample == 10
+    assert found["a"].p80 < 0.002  # the tenth part of what it sleeps
+
+
+def test_noise_drawn_in_the_launch_takes_part_where_there_is_noise() -> None:
+    assert set(row("DDPMScheduler")["timings"]) == {"stock", "fused", "philox"}
+    found = row("DDIMScheduler", "bf16")
+    assert set(found["timings"]) == {"stock", "fused"}
+    assert 0 < found["relative_error"] < 2e-2
+    medians = {how: t["median"] for how, t in found["timings"].items()}
+    assert found["times_stock"]["fused"] == medians["stock"] / medians["fused"]
+
+
+def test_other_steps_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = bench_schedulers.Walker.step
+
+    def wrong(self: Any, *arguments: Any) -> torch.Tensor:
+        factor = 1.002 if hasattr(self.scheduler, "fallbacks") else 1.0
+        return factor * right(self, *arguments)
+
+    monkeypatch.setattr(bench_schedulers.Walker, "step", wrong)
+    with pytest.raises(contest.WrongResultError, match=r"step 0 is off by 0\.002"):
+        row("DDIMScheduler")
+
+
+def test_stock_steps_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {"variance_type": "fixed_large_log"}
+    monkeypatch.setitem(bench_schedulers.OPTIONS, "DDPMScheduler", options)
+    monkeypatch.setitem(bench_schedulers.AGREEMENT, "f32", float("inf"))
+    with pytest.raises(
+        contest.WrongResultError, match="not fused: variance_type='fixed_large_log'"
+    ):
+        row("DDPMScheduler")
+
+
+def test_both_sections_and_their_tables(tmp_path: Path) -> None:
+    out = tmp_path / "result.json"
+    chosen = "DDPMScheduler,FlowMatchEulerDiscreteScheduler"
+    arguments = ("--device", "cpu", "--quick", "--seconds", "0.01", "--classes", chosen)
+    assert bench_schedulers.main([*arguments, "--out", str(out)]) == 0
+    results = json.loads(out.read_text())
+    rows = results["schedulers"]["rows"]
+    assert [(r["what"], r["dtype"]) for r in rows] == [
+        (name, dtype) for name in chosen.split(",") for dtype in ("f32", "bf16")
+    ]
+    errors = results["scheduler_errors"]["rows"]
+    assert [r["what"] for r in errors] == chosen.split(",")
+    assert all(0 < r[d]["fused"] < r[d]["stock"] for r in errors for d in ("bf16", "f16"))
+    filled = tables.schedulers([out])
+    rows_of = {name: text.count("| DDPMScheduler |") for name, text in filled.items()}
+    assert rows_of == {"cpu-schedulers": 2, "cpu-scheduler-errors": 1}
+    for name in ("schedulers", "scheduler_errors"):
+        header, body = report.TABLES[name](results[name]["rows"])
+        assert all(len(cells) == len(header) for cells in body)
+
+
+@pytest.mark.slow
+def test_every_class_is_timed(tmp_path: Path) -> None:
+    out = tmp_path / "result.json"
+    arguments = ("--device", "cpu", "--quick", "--seconds", "0.01", "--out", str(out))
+    assert bench_schedulers.main(arguments) == 0
+    results = json.loads(out.read_text())
+    assert results["schedulers"]["refused"] == results["scheduler_errors"]["refused"] == []
+    timed = {r["what"] for r in results["schedulers"]["rows"]}
+    assert timed == set(bench_schedulers.families())
