@@ -42,6 +42,8 @@ MODULES = (
     "diffcore.testing",
     "diffcore.vae",
 )
+if importlib.util.find_spec("diffusers"):
+    MODULES += ("diffcore.diffusers", "diffcore.diffusers.training")
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +130,7 @@ def test_every_public_module_is_checked() -> None:
         p.parent.name for p in package.glob("*/__init__.py")
     }
     public = {f"diffcore.{n}" for n in files if not n.startswith("_")}
-    known = {*MODULES, "diffcore.cli", "diffcore.demo", "diffcore.reference"}
+    known = {*MODULES, "diffcore.cli", "diffcore.demo", "diffcore.diffusers", "diffcore.reference"}
     assert public - known == set()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -90,3 +91,20 @@ def test_starting_from_an_image_is_img2img(spacing: str) -> None:
     table = solvers.ddim_table(levels, rederive_epsilon=False, clip_range=1.0)
     start = diffcore.add_noise(image, noise, float(levels.alpha[0]), float(levels.sigma[0]))
     torch.testing.assert_close(diffcore.sample(bent, start, table), x, rtol=1e-4, atol=1e-4)
+
+
+def test_every_fused_scheduler_is_on_the_page() -> None:
+    from diffcore.diffusers.registry import FAMILIES
+
+    text = (ROOT / "docs" / "diffusers.md").read_text(encoding="utf-8")
+    assert [kind.__name__ for kind in FAMILIES if f"`{kind.__name__}`" not in text] == []
+
+
+def test_the_page_of_fused_schedulers_names_tables_that_exist() -> None:
+    text = (ROOT / "docs" / "diffusers.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `\w+Scheduler`.*", text, re.MULTILINE)
+    assert len(rows) > 20
+    classes = {name for row in rows for name in re.findall(r"\w+Scheduler", row)}
+    assert [name for name in classes if not hasattr(diffusers, name)] == []
+    tables = {name for row in rows for name in re.findall(r"\w+_table", row)}
+    assert [name for name in tables if not hasattr(solvers, name)] == []
