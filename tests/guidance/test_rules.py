@@ -55,8 +55,12 @@ def predictions(shape: tuple[int, ...] = (3, 4, 9, 5), near: float = 0.4) -> tup
 def test_a_rule_is_its_authors_formula(name: str, shape: tuple[int, ...]) -> None:
     rule, formula = RULES[name]
     c, u = predictions(shape)
+    atol = 1e-12
+    if name == "tcfg":  # LAPACK's singular vector of n numbers has an error of about eps sqrt(n)
+        size = float(u.flatten(1).norm(dim=1).max()) * math.sqrt(u[0].numel())
+        atol = max(atol, torch.finfo(torch.float64).eps * size)
     for found in (rule.combine(c, u), _reference(rule, c, u)):
-        torch.testing.assert_close(found, formula(c, u), rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(found, formula(c, u), rtol=1e-12, atol=atol)
 
 
 def _reference(rule: Guidance, c: Tensor, u: Tensor) -> Tensor:

@@ -125,6 +125,9 @@ def test_a_single_step_builds_no_rows_in_python(monkeypatch: pytest.MonkeyPatch)
         assert diffusion.ddim_sample(model, x, 5, eta=0.5)["sample"].isfinite().all()
 
 
+EPS = torch.finfo(torch.float64).eps
+
+
 @pytest.mark.parametrize("prediction", ["epsilon", "flow_prediction"])
 @pytest.mark.parametrize("make", ["ddpm", "ddim-half", "ddim-as-said"])
 def test_vectors_have_the_coefficients_of_single_steps(make: str, prediction: str) -> None:
@@ -145,7 +148,8 @@ def test_vectors_have_the_coefficients_of_single_steps(make: str, prediction: st
                 clip_range=1.0,
             )
         )
-        assert torch.equal(table.coefficients[i, :8], single)
+        # On some processors torch takes the square roots of a vector with an error of one ulp.
+        torch.testing.assert_close(table.coefficients[i, :8], single, rtol=2 * EPS, atol=0)
 
 
 def test_coefficients_beyond_float32_are_refused() -> None:
