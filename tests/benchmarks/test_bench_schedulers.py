@@ -89,7 +89,12 @@ def test_both_sections_and_their_tables(tmp_path: Path) -> None:
     assert all(0 < r[d]["fused"] < r[d]["stock"] for r in errors for d in ("bf16", "f16"))
     filled = tables.schedulers([out])
     rows_of = {name: text.count("| DDPMScheduler |") for name, text in filled.items()}
-    assert rows_of == {"cpu-schedulers": 2, "cpu-scheduler-errors": 1}
+    assert rows_of == {"cpu-schedulers": 1, "cpu-scheduler-errors": 1}
+    header, body = tables.speedups(rows)
+    assert header[3:] == ["f32, 1×4×8×8", "bf16, 1×4×8×8", "philox"]
+    ratios = [f"{r['times_stock']['fused']:.1f}×" for r in rows[:2]]
+    assert body[0][3:5] == ratios
+    assert body[1][-1] == "–"  # no noise
     for name in ("schedulers", "scheduler_errors"):
         header, body = report.TABLES[name](results[name]["rows"])
         assert all(len(cells) == len(header) for cells in body)
