@@ -78,3 +78,20 @@ def test_what_the_stock_scheduler_begins_it_ends() -> None:
     scheduler.set_timesteps(5)
     walk(scheduler, samples())
     assert not scheduler.fallbacks
+
+
+@pytest.mark.parametrize("steps", [2, 3, 6])
+def test_a_second_walk_goes_on_from_the_outputs_of_the_first(steps: int) -> None:
+    """Without ``set_timesteps`` diffusers keeps them, so that it begins at a higher order."""
+    found = []
+    for scheduler in (ipndm(trained_betas=BETAS)(), fuse(ipndm(trained_betas=BETAS)())):
+        scheduler.set_timesteps(6)
+        x = samples()
+        for begin in (0, 6 - steps):
+            scheduler._step_index = None
+            scheduler.set_begin_index(begin)
+            for t in scheduler.timesteps[begin : begin + steps]:
+                x = scheduler.step(torch.cos(x), t, x).prev_sample
+        found.append(x)
+    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-5)
+    assert not scheduler.fallbacks

@@ -8,7 +8,7 @@ from diffusers import IPNDMScheduler
 from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from torch import Tensor
 
-from diffcore.diffusers.rows import float64
+from diffcore.diffusers.rows import float64, with_history
 from diffcore.diffusers.scheduler import Choice, FusedScheduler
 from diffcore.diffusers.walk import Unsupported
 from diffcore.solvers import NoiseLevels, SolverTable
@@ -17,6 +17,7 @@ from diffcore.solvers.paths import TimeOf
 from diffcore.solvers.rows import Rows
 
 _LEAST_ALPHA = 1e-8
+_MOST = len(EQUAL_STEPS) - 1
 
 
 class FusedIPNDM(FusedScheduler):
@@ -28,11 +29,17 @@ class FusedIPNDM(FusedScheduler):
     has_history = True
     # Of the stock class.
     ets: list[Tensor]
+    # How many outputs of an earlier walk over the same timesteps this one goes on from.
+    _kept: int = 0
 
     @classmethod
     def make_table(cls, scheduler: Any, choice: Choice) -> SolverTable:
-        """See ``FusedScheduler.make_table``; there are no options, and the two rules agree."""
-        start = choice.start
+        """See ``FusedScheduler.make_table``; the two rules agree.
+
+        Option ``kept``: how many outputs there are already. diffusers keeps them until
+        ``set_timesteps``, also for a second walk.
+        """
+        start, kept = choice.start, choice.options.get("kept", 0)
         alpha, sigma = (float64(held)[start:] for held in (scheduler.alphas, scheduler.betas))
         times = float64(scheduler.timesteps)[start:]
         if len(sigma) != len(times) + 1:
@@ -46,7 +53,7 @@ class FusedIPNDM(FusedScheduler):
         ends = zip(alpha[1:].tolist(), sigma[1:].tolist(), strict=True)
         for i, (here, (alpha_next, sigma_next)) in enumerate(zip(points, ends, strict=True)):
             keep = alpha_next / max(here.alpha, _LEAST_ALPHA)
-            own, *earlier = EQUAL_STEPS[min(i, len(EQUAL_STEPS) - 1)]
+            own, *earlier = EQUAL_STEPS[min(i + kept, _MOST)]
             moved = sigma_next - keep * here.sigma
             rows.add(
                 i,
@@ -57,7 +64,9 @@ class FusedIPNDM(FusedScheduler):
                 e_m=here.alpha,
                 **{f"c_{k}": moved * weight for k, weight in enumerate(earlier, 1)},
             )
-        return rows.table(2)
+        table = rows.table(2)
+        written = {"e_x": levels.sigma[:-1], "e_m": levels.alpha[:-1]}
+        return with_history(table, _MOST, **written)  # the last steps too, for a second walk
 
     def step(
         self, model_output: Tensor, timestep: Any, sample: Tensor, return_dict: bool = True
@@ -67,7 +76,19 @@ class FusedIPNDM(FusedScheduler):
         if self.ets:
             self._count(Unsupported("a walk that the stock scheduler began"))
         else:
-            taken = self._take(model_output, timestep, sample, return_dict=return_dict)
+            if self._step_index is None:
+                self._kept = self._begin_again()
+            taken = self._take(
+                model_output, timestep, sample, return_dict=return_dict, kept=self._kept
+            )
         if taken is not None:
             return taken
         return super().step(model_output, timestep, sample, return_dict)  # type: ignore[misc]
+
+    def _begin_again(self) -> int:
+        """How many outputs a walk that begins has, those of the walk before it."""
+        walk = self._fusion.walk
+        if walk is None or not walk.is_of(self):
+            return 0
+        walk.start = None
+        return len(walk.history)
