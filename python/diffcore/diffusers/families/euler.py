@@ -212,7 +212,7 @@ class FusedEuler(Churned):
         )
 
     def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """V = sqrt(a) noise - sqrt(1 - a) x_0, in one launch.
+        """Return v = sqrt(a) noise - sqrt(1 - a) x_0, in one launch.
 
         By diffusers' rule a is ``alphas_cumprod`` at the index of the timestep in ``timesteps``,
         which is the level of another timestep; by the exact rule 1 / (sigma^2 + 1).

@@ -52,7 +52,7 @@ class WithVelocity(Noising):
     """One that also knows the target of v-prediction."""
 
     def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """V = sqrt(alphas_cumprod[t]) noise - sqrt(1 - alphas_cumprod[t]) x_0, in one launch."""
+        """Return sqrt(a_t) noise - sqrt(1 - a_t) x_0, a = alphas_cumprod, in one launch."""
         alpha, sigma, t = self._at(sample, timesteps)
         return ops.velocity(sample, noise, alpha, sigma, t=t)
 
