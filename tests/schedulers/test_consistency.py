@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from diffcore.solvers import NoiseLevels, consistency_table
-from support.fused_walks import closer_in_16_bits, same_from_philox, same_walk, samples
+from support.fused import check_closer, check_philox, check_walk, samples
 from support.schedulers import step_errors, walk, within_bound
 
 diffusers = pytest.importorskip("diffusers")
@@ -56,20 +56,20 @@ def test_a_start_in_the_middle(clip: bool) -> None:
 
 @pytest.mark.parametrize("clip", [False, True])
 def test_16_bits(clip: bool) -> None:
-    closer_in_16_bits(consistency(clip_denoised=clip), 10)
+    check_closer(consistency(clip_denoised=clip), 10)
 
 
 @pytest.mark.parametrize(
     "steps", [{"num_inference_steps": 8}, {"timesteps": [39, 30, 17, 3, 0]}], ids=str
 )
-@pytest.mark.parametrize("where", [{}, {"begin": 2}, {"skip": 2}], ids=str)
+@pytest.mark.parametrize("where", [{}, {"begin_index": 2, "first": 2}, {"first": 2}], ids=str)
 @pytest.mark.parametrize("clip", [False, True])
 def test_a_walk(steps: Any, where: Any, clip: bool) -> None:
-    same_walk(consistency(clip_denoised=clip), steps, generators=generator, **where)
+    check_walk(consistency(clip_denoised=clip), steps, generators=generator, **where)
 
 
 def test_one_step_draws_no_noise() -> None:
-    same_walk(consistency(), 1, generators=generator)
+    check_walk(consistency(), 1, generators=generator)
 
 
 @pytest.mark.parametrize("clip", [False, True])
@@ -88,7 +88,7 @@ def test_the_exact_rules_are_those_of_our_table(clip: bool) -> None:
 
 
 def test_noise_of_a_key() -> None:
-    same_from_philox(consistency(), 6)
+    check_philox(consistency(), 6)
 
 
 def test_before_set_timesteps() -> None:

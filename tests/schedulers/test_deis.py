@@ -6,15 +6,9 @@ import itertools
 from typing import Any
 
 import pytest
-import torch
 
-from support.multistep import (
-    check_16_bits,
-    check_add_noise,
-    check_exact,
-    check_steps,
-    check_walk,
-)
+from support.fused import check_closer, check_walk
+from support.multistep import check_add_noise, check_steps, check_table
 from support.schedulers import LINEAR
 
 diffusers = pytest.importorskip("diffusers")
@@ -67,10 +61,9 @@ def test_thresholding(order: int) -> None:
 
 
 @pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
-def test_16_bits_are_closer(order: int, dtype: torch.dtype, prediction: str) -> None:
-    check_16_bits(lambda: scheduler(solver_order=order, prediction_type=prediction), 12, dtype)
+def test_16_bits_are_closer(order: int, prediction: str) -> None:
+    check_closer(lambda: scheduler(solver_order=order, prediction_type=prediction), 12)
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -84,7 +77,7 @@ def test_walks_are_the_stock_ones(order: int, steps: int) -> None:
 @pytest.mark.parametrize("begin_index", [True, False])
 def test_a_start_in_the_middle(order: int, steps: int, begin_index: bool) -> None:
     make = lambda: scheduler(solver_order=order, prediction_type="sample")  # noqa: E731
-    check_walk(make, steps, 7, begin_index=begin_index)
+    check_walk(make, steps, first=7, begin_index=7 if begin_index else None)
 
 
 @pytest.mark.parametrize("flow", [False, True])
@@ -107,4 +100,4 @@ def test_our_rules_are_our_table(order: int) -> None:
     sigma = theirs.sigmas.double()
     alpha = (sigma * sigma + 1).rsqrt()
     levels = NoiseLevels(alpha, sigma * alpha, theirs.timesteps, "vp", float)
-    check_exact(make, 8, deis_table(levels, order=order))
+    check_table(make, 8, deis_table(levels, order=order))

@@ -8,14 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from support.multistep import (
-    SHAPE,
-    check_16_bits,
-    check_add_noise,
-    check_exact,
-    check_steps,
-    check_walk,
-)
+from support.fused import SHAPE, check_closer, check_walk
+from support.multistep import check_add_noise, check_steps, check_table
 from support.schedulers import LINEAR, walk
 
 diffusers = pytest.importorskip("diffusers")
@@ -84,11 +78,10 @@ def test_thresholding(algorithm: str, order: tuple[int, str]) -> None:
 
 
 @pytest.mark.parametrize("algorithm", ODES)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("order", ORDERS)
-def test_16_bits_are_closer(algorithm: str, dtype: torch.dtype, order: tuple[int, str]) -> None:
+def test_16_bits_are_closer(algorithm: str, order: tuple[int, str]) -> None:
     options = {"solver_order": order[0], "solver_type": order[1]}
-    check_16_bits(lambda: scheduler(algorithm, **options), 12, dtype)
+    check_closer(lambda: scheduler(algorithm, **options), 12)
 
 
 @pytest.mark.parametrize("algorithm", ODES)
@@ -101,7 +94,7 @@ def test_walks_are_the_stock_ones(algorithm: str, order: tuple[int, str]) -> Non
 @pytest.mark.parametrize("order", ORDERS)
 def test_a_start_in_the_middle(order: tuple[int, str]) -> None:
     options = {"solver_order": order[0], "solver_type": order[1]}
-    check_walk(lambda: scheduler(**options), 16, 5)
+    check_walk(lambda: scheduler(**options), 16, first=5)
 
 
 @pytest.mark.parametrize("flow", [False, True])
@@ -117,7 +110,7 @@ def test_our_rules_are_our_table(order: tuple[int, str]) -> None:
     sigma = theirs.sigmas.double()
     alpha = (sigma * sigma + 1).rsqrt()
     levels = NoiseLevels(alpha, sigma * alpha, theirs.timesteps, "vp", float)
-    check_exact(make, 8, dpmpp_table(levels, order=order[0], solver_type=order[1]))
+    check_table(make, 8, dpmpp_table(levels, order=order[0], solver_type=order[1]))
 
 
 @pytest.mark.parametrize(

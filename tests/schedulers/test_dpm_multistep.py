@@ -9,15 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from support.multistep import (
-    SHAPE,
-    check_16_bits,
-    check_add_noise,
-    check_exact,
-    check_philox,
-    check_steps,
-    check_walk,
-)
+from support.fused import SHAPE, check_closer, check_philox, check_walk
+from support.multistep import check_add_noise, check_steps, check_table
 from support.schedulers import LINEAR, walk
 
 diffusers = pytest.importorskip("diffusers")
@@ -123,11 +116,10 @@ def test_a_learned_variance_is_not_read(algorithm: str, variance: str) -> None:
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
-def test_16_bits_are_closer(algorithm: str, dtype: torch.dtype, prediction: str) -> None:
+def test_16_bits_are_closer(algorithm: str, prediction: str) -> None:
     make = lambda: scheduler(algorithm, prediction_type=prediction)  # noqa: E731
-    check_16_bits(make, 12, dtype, **NOISE)
+    check_closer(make, 12, **NOISE)
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
@@ -143,7 +135,7 @@ def test_walks_are_the_stock_ones(algorithm: str, order: int) -> None:
 @pytest.mark.parametrize("begin_index", [True, False])
 def test_a_start_in_the_middle(algorithm: str, steps: int, begin_index: bool) -> None:
     make = lambda: scheduler(algorithm, prediction_type="sample")  # noqa: E731
-    check_walk(make, steps, 9, begin_index=begin_index)
+    check_walk(make, steps, first=9, begin_index=9 if begin_index else None)
 
 
 def test_noise_may_be_given() -> None:
@@ -179,7 +171,7 @@ def test_our_rules_are_our_table(algorithm: str, order: int) -> None:
     sigma = theirs.sigmas.double()
     alpha = (sigma * sigma + 1).rsqrt()
     levels = NoiseLevels(alpha, sigma * alpha, theirs.timesteps, "vp", float)
-    check_exact(make, 8, dpmpp_table(levels, order=order, algorithm_type=algorithm))
+    check_table(make, 8, dpmpp_table(levels, order=order, algorithm_type=algorithm))
 
 
 def test_the_two_rules_differ_in_a_sign() -> None:

@@ -8,15 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from support.multistep import (
-    SHAPE,
-    check_16_bits,
-    check_add_noise,
-    check_exact,
-    check_philox,
-    check_steps,
-    check_walk,
-)
+from support.fused import SHAPE, check_closer, check_philox, check_walk
+from support.multistep import check_add_noise, check_steps, check_table
 from support.schedulers import LINEAR, walk
 
 diffusers = pytest.importorskip("diffusers")
@@ -108,10 +101,9 @@ def test_a_learned_variance_is_not_read(algorithm: str) -> None:
 
 
 @pytest.mark.parametrize(("algorithm", "order", "solver"), SOLVERS)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_16_bits_are_closer(algorithm: str, order: int, solver: str, dtype: torch.dtype) -> None:
+def test_16_bits_are_closer(algorithm: str, order: int, solver: str) -> None:
     options = {"solver_order": order, "solver_type": solver}
-    check_16_bits(lambda: scheduler(algorithm, **options), 12, dtype)
+    check_closer(lambda: scheduler(algorithm, **options), 12)
 
 
 @pytest.mark.parametrize(("algorithm", "order", "solver"), SOLVERS)
@@ -127,7 +119,12 @@ def test_a_start_in_the_middle(
     algorithm: str, order: int, solver: str, start: int, begin_index: bool
 ) -> None:
     options = {"solver_order": order, "solver_type": solver, "prediction_type": "sample"}
-    check_walk(lambda: scheduler(algorithm, **options), 12, start, begin_index=begin_index)
+    check_walk(
+        lambda: scheduler(algorithm, **options),
+        12,
+        first=start,
+        begin_index=start if begin_index else None,
+    )
 
 
 def test_noise_of_a_key() -> None:
@@ -160,7 +157,7 @@ def test_our_rules_are_our_table(algorithm: str, order: int, steps: int) -> None
     sigma = theirs.sigmas.double()
     alpha = (sigma * sigma + 1).rsqrt()
     levels = NoiseLevels(alpha, sigma * alpha, theirs.timesteps, "vp", float)
-    check_exact(make, steps, dpmpp_singlestep_table(levels, order=order, algorithm_type=algorithm))
+    check_table(make, steps, dpmpp_singlestep_table(levels, order=order, algorithm_type=algorithm))
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from diffcore.solvers import NoiseLevels, edm_euler_table
-from support.fused_walks import closer_in_16_bits, same_from_philox, same_walk, samples
+from support.fused import check_closer, check_philox, check_walk, samples
 from support.schedulers import step_errors, walk, within_bound
 
 diffusers = pytest.importorskip("diffusers")
@@ -52,16 +52,16 @@ def test_options(config: Any, churn: Any, start: int) -> None:
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 @pytest.mark.parametrize("churn", [0.0, 4.0])
 def test_16_bits(prediction: str, churn: float) -> None:
-    closer_in_16_bits(edm(prediction_type=prediction), 10, s_churn=churn)
+    check_closer(edm(prediction_type=prediction), 10, x0=False, s_churn=churn)
 
 
-@pytest.mark.parametrize("where", [{}, {"begin": 3}, {"skip": 3}], ids=str)
+@pytest.mark.parametrize("where", [{}, {"begin_index": 3, "first": 3}, {"first": 3}], ids=str)
 @pytest.mark.parametrize(
     "steps", [{"num_inference_steps": 10}, {"sigmas": RAMP}], ids=["10", "ramp"]
 )
 @pytest.mark.parametrize("churn", [0.0, 4.0])
 def test_a_walk(where: Any, steps: Any, churn: float) -> None:
-    same_walk(edm(), steps, generators=generator, s_churn=churn, **where)
+    check_walk(edm(), steps, generators=generator, s_churn=churn, **where)
 
 
 @pytest.mark.parametrize("churn", [0.0, 4.0])
@@ -121,7 +121,7 @@ def test_the_exact_rules_are_those_of_our_table(prediction: str) -> None:
 
 
 def test_noise_of_a_key() -> None:
-    same_from_philox(edm(), 6, s_churn=3.0)
+    check_philox(edm(), 6, s_churn=3.0)
 
 
 @pytest.mark.parametrize("begin", [None, 4])

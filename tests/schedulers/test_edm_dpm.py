@@ -8,15 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from support.multistep import (
-    SHAPE,
-    check_16_bits,
-    check_add_noise,
-    check_exact,
-    check_philox,
-    check_steps,
-    check_walk,
-)
+from support.fused import SHAPE, check_closer, check_philox, check_walk
+from support.multistep import check_add_noise, check_steps, check_table
 from support.schedulers import walk
 
 diffusers = pytest.importorskip("diffusers")
@@ -93,9 +86,8 @@ def test_other_data() -> None:
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_16_bits_are_closer(solver: Any, dtype: torch.dtype) -> None:
-    check_16_bits(lambda: scheduler(*solver), 12, dtype)
+def test_16_bits_are_closer(solver: Any) -> None:
+    check_closer(lambda: scheduler(*solver), 12)
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
@@ -107,7 +99,7 @@ def test_walks_are_the_stock_ones(solver: Any, steps: int) -> None:
 @pytest.mark.parametrize("solver", SOLVERS)
 @pytest.mark.parametrize("begin_index", [True, False])
 def test_a_start_in_the_middle(solver: Any, begin_index: bool) -> None:
-    check_walk(lambda: scheduler(*solver), 16, 5, begin_index=begin_index)
+    check_walk(lambda: scheduler(*solver), 16, first=5, begin_index=5 if begin_index else None)
 
 
 def test_noise_of_a_key() -> None:
@@ -139,7 +131,7 @@ def test_our_rules_are_our_table(solver: Any) -> None:
     theirs.set_timesteps(8)
     levels = NoiseLevels.from_edm(theirs.sigmas.double()).with_timesteps(theirs.timesteps)
     algorithm, order, kind = solver
-    check_exact(
+    check_table(
         make, 8, dpmpp_table(levels, order=order, algorithm_type=algorithm, solver_type=kind)
     )
     assert table_of(theirs).init_noise_sigma == theirs.init_noise_sigma

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from diffcore.solvers import NoiseLevels, euler_ancestral_table, euler_table
-from support.fused_walks import (
+from support.fused import (
     KARRAS,
-    closer_in_16_bits,
-    same_from_philox,
-    same_walk,
+    check_closer,
+    check_philox,
+    check_walk,
     samples,
 )
 from support.schedulers import LINEAR, step_errors, walk, within_bound
@@ -91,7 +91,7 @@ def test_churn(prediction: str, churn: Any) -> None:
 
 def test_the_bounds_of_churn_are_compared_in_float32() -> None:
     sigmas = {"sigmas": [2.0, 0.7, 0.3, 0.0]}  # 0.7 is rounded down, so below s_tmin in float64
-    same_walk(euler(), sigmas, generators=generator, s_churn=1.0, s_tmin=0.7)
+    check_walk(euler(), sigmas, generators=generator, s_churn=1.0, s_tmin=0.7)
 
 
 @pytest.mark.parametrize("steps", STEPS)
@@ -108,12 +108,12 @@ def test_ancestral(steps: int, spacing: str, prediction: str, zero_snr: bool) ->
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 @pytest.mark.parametrize("churn", [0.0, 4.0])
 def test_euler_in_16_bits(prediction: str, churn: float) -> None:
-    closer_in_16_bits(euler(prediction_type=prediction), 10, s_churn=churn)
+    check_closer(euler(prediction_type=prediction), 10, x0=False, s_churn=churn)
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 def test_ancestral_in_16_bits(prediction: str) -> None:
-    closer_in_16_bits(ancestral(prediction_type=prediction), 10)
+    check_closer(ancestral(prediction_type=prediction), 10, x0=False)
 
 
 CUSTOM: tuple[dict[str, Any], ...] = (
@@ -125,24 +125,24 @@ CUSTOM: tuple[dict[str, Any], ...] = (
 
 
 @pytest.mark.parametrize("steps", CUSTOM, ids=str)
-@pytest.mark.parametrize("where", [{}, {"begin": 2}, {"skip": 2}], ids=str)
+@pytest.mark.parametrize("where", [{}, {"begin_index": 2, "first": 2}, {"first": 2}], ids=str)
 @pytest.mark.parametrize("churn", [0.0, 2.0])
 def test_a_walk_of_euler(steps: Any, where: Any, churn: float) -> None:
-    same_walk(euler(), steps, generators=generator, s_churn=churn, **where)
-    same_walk(euler(prediction_type="v_prediction"), steps, generators=generator, **where)
+    check_walk(euler(), steps, generators=generator, s_churn=churn, **where)
+    check_walk(euler(prediction_type="v_prediction"), steps, generators=generator, **where)
 
 
-@pytest.mark.parametrize("where", [{}, {"begin": 3}, {"skip": 3}], ids=str)
+@pytest.mark.parametrize("where", [{}, {"begin_index": 3, "first": 3}, {"first": 3}], ids=str)
 def test_a_walk_of_ancestral(where: Any) -> None:
-    same_walk(ancestral(), 12, generators=generator, **where)
+    check_walk(ancestral(), 12, generators=generator, **where)
 
 
 def test_a_generator_for_each_sample() -> None:
     def several() -> list[torch.Generator]:
         return [torch.Generator().manual_seed(seed) for seed in (7, 8)]
 
-    same_walk(euler(), 8, generators=several, s_churn=2.0)
-    same_walk(ancestral(), 8, generators=several)
+    check_walk(euler(), 8, generators=several, s_churn=2.0)
+    check_walk(ancestral(), 8, generators=several)
 
 
 def test_a_start_in_the_middle() -> None:
@@ -153,7 +153,7 @@ def test_a_start_in_the_middle() -> None:
 def test_the_second_of_two_equal_timesteps_begins_a_walk() -> None:
     # Sigmas above all of the schedule have its last timestep.
     steps = {"sigmas": [900.0, 500.0, 300.0, 2.0, 0.0]}
-    scheduler = same_walk(euler(), steps, skip=1)
+    scheduler = check_walk(euler(), steps, first=1)
     assert scheduler.timesteps[0] == scheduler.timesteps[1]
 
 
@@ -187,8 +187,8 @@ def test_ancestral_is_our_table() -> None:
 
 
 def test_noise_of_a_key() -> None:
-    same_from_philox(euler(), 6, s_churn=3.0)
-    same_from_philox(ancestral(), 6)
+    check_philox(euler(), 6, s_churn=3.0)
+    check_philox(ancestral(), 6)
 
 
 @pytest.mark.parametrize("shift", [0, 1])
@@ -257,7 +257,7 @@ def test_what_the_stock_scheduler_refuses(make: Any) -> None:
     with pytest.raises(ValueError, match="integer indices"):
         scheduler.step(samples(), 3, samples())
     unknown = "timestep 5.5, which is not one of scheduler.timesteps"
-    assert scheduler.fallbacks == {unknown: 2, "an integer timestep": 1}
+    assert scheduler.fallbacks == {unknown: 2}
 
 
 def test_ancestral_has_no_sample_prediction() -> None:

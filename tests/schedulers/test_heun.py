@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from diffcore.solvers import NoiseLevels, heun_table
-from support.fused_walks import KARRAS, SHORT, closer_in_16_bits, made_once, same_walk, samples
+from support.fused import KARRAS, SHORT, check_closer, check_walk, made_once, samples
 from support.schedulers import bent, step_errors, walk, within_bound
 
 diffusers = pytest.importorskip("diffusers")
@@ -52,17 +52,17 @@ def test_options(prediction: str, config: Any) -> None:
 @pytest.mark.parametrize("steps", [5, 50])
 @pytest.mark.parametrize("config", [*({"prediction_type": p} for p in PREDICTIONS)], ids=str)
 def test_16_bits(steps: int, config: Any) -> None:
-    closer_in_16_bits(heun(**config), steps)
+    check_closer(heun(**config), steps)
 
 
 @pytest.mark.parametrize(
     "steps", [{"num_inference_steps": 8}, {"timesteps": [199, 120, 60, 4]}], ids=str
 )
-@pytest.mark.parametrize("where", [{}, {"begin": 4}, {"skip": 4}], ids=str)
+@pytest.mark.parametrize("where", [{}, {"begin_index": 4, "first": 4}, {"first": 4}], ids=str)
 @pytest.mark.parametrize("config", [{}, {"clip_sample": True}], ids=str)
 def test_a_walk(steps: Any, where: Any, config: Any) -> None:
     # A timestep that is there twice begins a walk at the second, an even step.
-    same_walk(heun(**config), steps, **where)
+    check_walk(heun(**config), steps, **where)
 
 
 @pytest.mark.parametrize("clip", [None, 1.0])

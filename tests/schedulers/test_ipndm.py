@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from diffcore.solvers import NoiseLevels, ipndm_table
-from support.fused_walks import closer_in_16_bits, same_walk, samples
+from support.fused import check_closer, check_walk, samples
 from support.schedulers import step_errors, walk, within_bound
 
 diffusers = pytest.importorskip("diffusers")
@@ -36,12 +36,12 @@ def test_betas_of_the_user() -> None:
 
 @pytest.mark.parametrize("steps", [5, 20])
 def test_16_bits(steps: int) -> None:
-    closer_in_16_bits(ipndm(), steps)
+    check_closer(ipndm(), steps)
 
 
-@pytest.mark.parametrize("where", [{}, {"begin": 4}, {"skip": 4}], ids=str)
+@pytest.mark.parametrize("where", [{}, {"begin_index": 4, "first": 4}, {"first": 4}], ids=str)
 def test_a_walk(where: Any) -> None:
-    same_walk(ipndm(), 12, **where)
+    check_walk(ipndm(), 12, **where)
 
 
 @pytest.mark.parametrize("rules", ["diffusers", "exact"])

@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from diffcore.solvers import NoiseLevels, dpm2_ancestral_table, dpm2_table
-from support.fused_walks import (
+from support.fused import (
     KARRAS,
     SHORT,
-    closer_in_16_bits,
+    check_closer,
+    check_philox,
+    check_walk,
     made_once,
-    same_from_philox,
-    same_walk,
     samples,
 )
 from support.schedulers import bent, step_errors, within_bound
@@ -63,22 +63,22 @@ def test_a_start_in_the_middle(make: Any, prediction: str) -> None:
 @pytest.mark.parametrize("steps", [5, 50])
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_16_bits(make: Any, steps: int, prediction: str) -> None:
-    closer_in_16_bits(make(prediction_type=prediction), steps)
+    check_closer(make(prediction_type=prediction), steps)
 
 
-@pytest.mark.parametrize("where", [{}, {"begin": 6}, {"skip": 4}], ids=str)
+@pytest.mark.parametrize("where", [{}, {"begin_index": 6, "first": 6}, {"first": 4}], ids=str)
 @pytest.mark.parametrize("config", [{}, {"beta_schedule": "scaled_linear"}], ids=str)
 def test_a_walk(where: Any, config: Any) -> None:
-    same_walk(kdpm2(**config), 8, **where)
-    same_walk(ancestral(**config), 8, generators=generator, **where)
+    check_walk(kdpm2(**config), 8, **where)
+    check_walk(ancestral(**config), 8, generators=generator, **where)
 
 
 def test_a_generator_for_each_sample() -> None:
-    same_walk(ancestral(), 6, generators=lambda: [generator(), generator()])
+    check_walk(ancestral(), 6, generators=lambda: [generator(), generator()])
 
 
 def test_noise_of_a_key() -> None:
-    same_from_philox(ancestral(), 6)
+    check_philox(ancestral(), 6)
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from diffcore.solvers import NoiseLevels, lms_table
-from support.fused_walks import KARRAS, SHORT, closer_in_16_bits, made_once, same_walk, samples
+from support.fused import KARRAS, SHORT, check_closer, check_walk, made_once, samples
 from support.schedulers import bent, step_errors, walk, within_bound
 
 diffusers = pytest.importorskip("diffusers")
@@ -44,13 +44,13 @@ def test_orders(prediction: str, order: int, start: int) -> None:
 @pytest.mark.parametrize("steps", [5, 20])
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_16_bits(steps: int, prediction: str) -> None:
-    closer_in_16_bits(lms(prediction_type=prediction), steps)
+    check_closer(lms(prediction_type=prediction), steps)
 
 
-@pytest.mark.parametrize("where", [{}, {"begin": 3}, {"skip": 3}], ids=str)
+@pytest.mark.parametrize("where", [{}, {"begin_index": 3, "first": 3}, {"first": 3}], ids=str)
 @pytest.mark.parametrize("order", [2, 4])
 def test_a_walk(where: Any, order: int) -> None:
-    same_walk(lms(), 10, order=order, **where)
+    check_walk(lms(), 10, order=order, **where)
 
 
 @pytest.mark.parametrize("order", [1, 3, 4])

@@ -6,16 +6,9 @@ import itertools
 from typing import Any
 
 import pytest
-import torch
 
-from support.multistep import (
-    check_16_bits,
-    check_add_noise,
-    check_exact,
-    check_philox,
-    check_steps,
-    check_walk,
-)
+from support.fused import check_closer, check_philox, check_walk
+from support.multistep import check_add_noise, check_steps, check_table
 from support.schedulers import LINEAR
 
 diffusers = pytest.importorskip("diffusers")
@@ -98,9 +91,8 @@ def test_a_velocity_of_another_path_in_the_noise_form() -> None:
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("orders", [(1, 1), (2, 2), (3, 4)])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_16_bits_are_closer(form: str, orders: tuple[int, int], dtype: torch.dtype) -> None:
-    check_16_bits(lambda: scheduler(form, orders), 12, dtype)
+def test_16_bits_are_closer(form: str, orders: tuple[int, int]) -> None:
+    check_closer(lambda: scheduler(form, orders), 12)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -113,7 +105,7 @@ def test_walks_are_the_stock_ones(form: str, orders: tuple[int, int]) -> None:
 @pytest.mark.parametrize("begin_index", [True, False])
 def test_a_start_in_the_middle(orders: tuple[int, int], begin_index: bool) -> None:
     make = lambda: scheduler(orders=orders, prediction_type="sample")  # noqa: E731
-    check_walk(make, 15, 4, begin_index=begin_index)
+    check_walk(make, 15, first=4, begin_index=4 if begin_index else None)
 
 
 def test_noise_of_a_key() -> None:
@@ -138,7 +130,7 @@ def test_our_rules_are_our_table(form: str, orders: tuple[int, int]) -> None:
         tau=[float(200 <= t <= 800) for t in theirs.timesteps.tolist()],
         predict_x0=form == "data_prediction",
     )  # fmt: skip
-    check_exact(make, 8, table)
+    check_table(make, 8, table)
 
 
 @pytest.mark.parametrize(

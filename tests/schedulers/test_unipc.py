@@ -9,14 +9,8 @@ import numpy
 import pytest
 import torch
 
-from support.multistep import (
-    SHAPE,
-    check_16_bits,
-    check_add_noise,
-    check_exact,
-    check_steps,
-    check_walk,
-)
+from support.fused import SHAPE, check_closer, check_walk
+from support.multistep import check_add_noise, check_steps, check_table
 from support.schedulers import LINEAR, walk
 
 diffusers = pytest.importorskip("diffusers")
@@ -152,10 +146,9 @@ def test_another_predictor_is_refused(
 
 
 @pytest.mark.parametrize(("predict_x0", "order", "solver"), FORMS)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_16_bits_are_closer(predict_x0: bool, order: int, solver: str, dtype: torch.dtype) -> None:
+def test_16_bits_are_closer(predict_x0: bool, order: int, solver: str) -> None:
     options = {"predict_x0": predict_x0, "solver_order": order, "solver_type": solver}
-    check_16_bits(lambda: scheduler(**options), 12, dtype)
+    check_closer(lambda: scheduler(**options), 12)
 
 
 @pytest.mark.parametrize(("predict_x0", "order", "solver"), FORMS)
@@ -169,7 +162,9 @@ def test_walks_are_the_stock_ones(predict_x0: bool, order: int, solver: str) -> 
 @pytest.mark.parametrize("begin_index", [True, False])
 def test_a_start_in_the_middle(order: int, start: int, begin_index: bool) -> None:
     options = {"solver_order": order, "disable_corrector": [2, 10], "prediction_type": "sample"}
-    check_walk(lambda: scheduler(**options), 15, start, begin_index=begin_index)
+    check_walk(
+        lambda: scheduler(**options), 15, first=start, begin_index=start if begin_index else None
+    )
 
 
 @pytest.mark.parametrize("flow", [False, True])
@@ -186,7 +181,7 @@ def test_our_rules_are_our_table(predict_x0: bool, order: int, solver: str) -> N
     sigma = theirs.sigmas.double()
     alpha = (sigma * sigma + 1).rsqrt()
     levels = NoiseLevels(alpha, sigma * alpha, theirs.timesteps, "vp", float)
-    check_exact(make, 8, unipc_table(levels, order=order, **options))
+    check_table(make, 8, unipc_table(levels, order=order, **options))
 
 
 @pytest.mark.parametrize(

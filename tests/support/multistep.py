@@ -1,20 +1,14 @@
-"""Checks that hold for every multistep scheduler of diffusers, stock and fused."""
+"""What multistep schedulers are asked beside the checks of ``support.fused``."""
 
 from __future__ import annotations
 
-import inspect
 import math
-from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from support.schedulers import bent, in_float64, step_errors, walk, within_bound
-
-SHAPE = (2, 3, 8, 8)
-Make = Callable[[], Any]
+from support.fused import SHAPE, Make, counts, samples
+from support.schedulers import step_errors, within_bound
 
 
 def sizes_of(table: Any) -> tuple[list[float], list[float]]:
@@ -54,101 +48,10 @@ def check_steps(
     shape = options.pop("shape", SHAPE)
     errors = step_errors(make, steps, start=start, shape=shape, **options)
     scheduler = make()
-    scheduler.set_timesteps(**_arguments(steps))
+    scheduler.set_timesteps(**counts(steps))
     table = family_of(scheduler).make_table(scheduler, Choice(start=start))
     sizes, stock_sizes = sizes_of(table)
     within_bound(errors, torch.float32, sizes, [math.inf] * len(table) if gathers else stock_sizes)
-
-
-def check_16_bits(make: Make, steps: int, dtype: torch.dtype, **options: Any) -> None:
-    """The errors of a walk in 16 bits, summed over its steps, are smaller than the stock ones.
-
-    Args:
-        make: Makes the stock scheduler.
-        steps: How many.
-        dtype: bfloat16 or float16.
-        **options: For ``step_errors``.
-    """
-    errors = [of_x for of_x, _ in step_errors(make, steps, dtype=dtype, **options)]
-    ours, stock = sum(e.ours for e in errors), sum(e.stock for e in errors)
-    assert ours < stock, (ours, stock)
-
-
-def start_of(x: Tensor, scheduler: Any) -> Tensor:
-    return x * float(getattr(scheduler, "init_noise_sigma", 1.0))
-
-
-def check_walk(
-    make: Make,
-    steps: Any,
-    start: int = 0,
-    *,
-    begin_index: bool = False,
-    drawn_in: torch.dtype = torch.float32,
-    **options: Any,
-) -> None:
-    """A walk with the same generator is the stock one, and so is the generator after it.
-
-    Where the two are not within 1e-5, because the stock walk gathers that much rounding, the stock
-    one is farther from the walk in float64.
-
-    Args:
-        make: Makes the stock scheduler.
-        steps: As for ``step_errors``.
-        start: The first step.
-        begin_index: Whether it is set; else the first timestep tells.
-        drawn_in: The dtype of the noise.
-        **options: Of ``walk`` and ``step``.
-    """
-    from diffcore.diffusers import fuse
-
-    def taken(change: Callable[[Any], Any], dtype: torch.dtype) -> tuple[list[Tensor], Tensor]:
-        scheduler, generator = change(make()), torch.Generator().manual_seed(5)
-        scheduler.set_timesteps(**_arguments(steps))
-        if begin_index:
-            scheduler.set_begin_index(start)
-        given = {**options, **_generator(scheduler, generator)}
-        given["timesteps"] = scheduler.timesteps[start:]
-        with in_float64(scheduler, drawn_in) if dtype == torch.float64 else nullcontext():
-            found = [step.x for step in walk(scheduler, _noise().to(dtype), **given)]
-        assert not getattr(scheduler, "fallbacks", None)
-        return found, generator.get_state()
-
-    same = lambda scheduler: scheduler  # noqa: E731
-    (stock, before), (ours, after) = taken(same, torch.float32), taken(fuse, torch.float32)
-    assert torch.equal(before, after)
-    if any((a - b).abs().max() > 1e-5 * b.abs().max() for a, b in zip(ours, stock, strict=True)):
-        true, _ = taken(same, torch.float64)
-        for mine, theirs, wanted in zip(ours, stock, true, strict=True):
-            assert (mine - wanted).abs().max() <= (theirs - wanted).abs().max()
-
-
-def check_philox(make: Make, steps: int) -> None:
-    """Walks with equal seeds are equal, and their noise is that of ``PhiloxNoise`` at the row.
-
-    Args:
-        make: Makes the stock scheduler, with noise in its steps.
-        steps: How many.
-    """
-    from diffcore.diffusers import fuse, table_of
-    from diffcore.noise import PhiloxNoise
-
-    found = []
-    for _ in range(2):
-        scheduler = fuse(make(), noise="philox")
-        scheduler.set_timesteps(steps)
-        generator = torch.Generator().manual_seed(7)
-        found.append([t.x for t in walk(scheduler, _noise(), generator=generator)])
-    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
-    key = PhiloxNoise.from_generator(torch.Generator().manual_seed(7))
-    scheduler = make()
-    scheduler.set_timesteps(steps)
-    table = table_of(scheduler)
-    x, history = start_of(_noise(), scheduler), ()
-    for row, t in enumerate(scheduler.timesteps):
-        output = bent(x * table.rows[row].input_scale, t)
-        x, history = table.step(row, x, output, history, noise=key.at(row))
-        assert torch.equal(x, found[0][row])
 
 
 def check_add_noise(make: Make, steps: int) -> None:
@@ -161,7 +64,7 @@ def check_add_noise(make: Make, steps: int) -> None:
     from diffcore.diffusers import fuse
 
     stock, ours = make(), fuse(make())
-    x, noise = _noise(), torch.randn(SHAPE, generator=torch.Generator().manual_seed(2))
+    x, noise = samples(), torch.randn(SHAPE, generator=torch.Generator().manual_seed(2))
     for scheduler in (stock, ours):
         scheduler.set_timesteps(steps)
     for timesteps in (stock.timesteps[2:3].expand(2), stock.timesteps[1:3]):
@@ -170,7 +73,7 @@ def check_add_noise(make: Make, steps: int) -> None:
         assert gap <= 1e-6 * wanted.abs().max()
 
 
-def check_exact(make: Make, steps: int, table: Any) -> None:
+def check_table(make: Make, steps: int, table: Any) -> None:
     """Under our rules the table is our table function's.
 
     Args:
@@ -185,16 +88,3 @@ def check_exact(make: Make, steps: int, table: Any) -> None:
     found = table_of(scheduler, rules="exact")
     assert torch.equal(found.coefficients, table.coefficients)
     assert torch.equal(found.timesteps.double(), table.timesteps.double())
-
-
-def _arguments(steps: Any) -> dict[str, Any]:
-    return steps if isinstance(steps, dict) else {"num_inference_steps": steps}
-
-
-def _noise() -> Tensor:
-    return torch.randn(SHAPE, generator=torch.Generator().manual_seed(1))
-
-
-def _generator(scheduler: Any, generator: torch.Generator) -> dict[str, Any]:
-    takes = "generator" in inspect.signature(scheduler.step).parameters
-    return {"generator": generator} if takes else {}

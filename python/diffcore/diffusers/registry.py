@@ -33,7 +33,7 @@ from diffcore.diffusers.families.scm import FusedSCM
 from diffcore.diffusers.families.singlestep import FusedDPMSolverSinglestep
 from diffcore.diffusers.families.tcd import FusedTCD
 from diffcore.diffusers.families.unipc import FusedUniPC
-from diffcore.diffusers.scheduler import FusedScheduler, Fusion, renewing
+from diffcore.diffusers.scheduler import FusedScheduler, Fusion, renewing, stepping
 
 _FAMILIES: tuple[type[FusedScheduler], ...] = (
     FusedCogVideoXDDIM,
@@ -113,6 +113,7 @@ def fused_class(stock: Any, rules: str, noise: str) -> Any:
         "__init__": _starting(stock, rules, noise),
         "__reduce__": _reduced,
         "set_timesteps": renewing(stock.set_timesteps),
+        "step": stepping(stock.step),
     }
     return type(stock.__name__, (family, stock), body)
 

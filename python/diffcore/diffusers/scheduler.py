@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, TypeAlias
 
 import torch
 from diffusers.utils.torch_utils import randn_tensor
@@ -25,6 +26,10 @@ RULES = ("diffusers", "exact")
 NOISES = ("generator", "philox")
 _MOST_TABLES = 8
 _FLOAT32_BYTES = 4
+_OPERANDS = ("model_output", "timestep", "sample")
+
+Call: TypeAlias = Mapping[str, Any]
+"""The arguments of a stock ``step`` by name, those with defaults too."""
 
 
 class Choice(NamedTuple):
@@ -81,13 +86,17 @@ class Fusion:
 class FusedScheduler:
     """Before a stock scheduler among the bases of a class: takes its steps by a table.
 
-    A family says what its table is (``make_table``) and repeats the signature of the stock
-    ``step``, which hands everything to ``_take``. What has no table goes to the stock scheduler,
-    and is counted.
+    A family says what its table is (``make_table``), on which arguments of ``step`` it depends
+    (``options``), and what else the stock scheduler has to take (``_refuse``), which is counted.
+    Its ``step``, with the signature of the stock one, is made by ``stepping``.
     """
 
     stock: ClassVar[type]
     """The class of diffusers that the family replaces."""
+    options: ClassVar[tuple[str, ...]] = ()
+    """The arguments of the stock ``step`` that the coefficients depend on."""
+    refuses_integers: ClassVar[bool] = False
+    """Whether the stock ``step`` has an error for a timestep that is an integer."""
     returns_x0: ClassVar[bool] = False
     """Whether the stock ``step`` returns ``pred_original_sample`` beside ``prev_sample``."""
     has_history: ClassVar[bool] = False
@@ -160,29 +169,34 @@ class FusedScheduler:
         """
         return place.noisy
 
-    def _take(
-        self,
-        model_output: Tensor,
-        timestep: Any,
-        sample: Tensor,
-        *,
-        generator: Any = None,
-        variance_noise: Tensor | None = None,
-        return_dict: bool = True,
-        **options: Any,
-    ) -> Any:
+    def _step(self, call: Call) -> Any:
         """One step by the table; ``None`` if the stock scheduler has to take it.
 
         Args:
-            model_output: As for the stock ``step``, and so for all.
-            timestep: See there.
-            sample: See there.
-            generator: See there.
-            variance_noise: See there.
-            return_dict: See there.
-            **options: For ``make_table``.
+            call: The arguments of the stock ``step``, by name.
         """
+        return self._take(call, {name: call[name] for name in self.options})
+
+    def _refuse(self, call: Call) -> None:
+        """Leave a call to the stock scheduler, which also has the errors and warnings for it.
+
+        Args:
+            call: As for ``_step``.
+
+        Raises:
+            Unsupported: Why.
+        """
+
+    def _take(self, call: Call, options: Mapping[str, Any]) -> Any:
+        """One step by the table of some options; ``None`` if the stock scheduler has to take it.
+
+        Args:
+            call: As for ``_step``.
+            options: For ``make_table``.
+        """
+        model_output, timestep, sample = (call[name] for name in _OPERANDS)
         try:
+            self._refuse(call)
             walk = self._walk()
             row = self._row(walk, timestep)
             start = row if walk.start is None else walk.start
@@ -197,7 +211,7 @@ class FusedScheduler:
         model_output, guided = taken_apart(model_output, apart=self._is_prediction(table))
         noise = None
         if self._draws(Place(row, walk.times[row], table.rows[row - start].noisy, options)):
-            noise = self._noise(walk, row, model_output, sample, generator, variance_noise)
+            noise = self._noise(walk, row, model_output, sample, call)
         output, spread = self._split(table, model_output, sample)
         writes_x0 = self.returns_x0 and not self.has_history
         x, history = table.step(
@@ -218,13 +232,13 @@ class FusedScheduler:
             x = x.to(dtype)
         self._done(row)
         if not self.returns_x0:
-            return self._output(x, return_dict=return_dict)
+            return self._output(x, return_dict=call["return_dict"])
         known = writes_x0 and history
         x0 = history[0] if known else table.denoised(row - start, sample, output, **guided)
         x0 = self._original(x0, table.rows[row - start], noise)
-        return self._output(x, x0, return_dict=return_dict)
+        return self._output(x, x0, return_dict=call["return_dict"])
 
-    def _original(self, x0: Tensor, row: Row, noise: Noise | None) -> Tensor:  # noqa: ARG002
+    def _original(self, x0: Tensor, row: Row, noise: Noise | None) -> Tensor:
         """``pred_original_sample`` from the x0 of a row; another one where noise enters before."""
         return x0
 
@@ -278,7 +292,7 @@ class FusedScheduler:
         """The table whose h' is what the stock ``step`` returns beside ``prev_sample``."""
         return keeping_x0(table)
 
-    def _drawn_in(self, sample: Tensor, output: Tensor) -> torch.dtype:  # noqa: ARG002
+    def _drawn_in(self, sample: Tensor, output: Tensor) -> torch.dtype:
         """The dtype that diffusers draws noise in."""
         return self.noise_dtype or output.dtype
 
@@ -288,12 +302,13 @@ class FusedScheduler:
         row: int,
         model_output: Tensor,
         sample: Tensor,
-        generator: Any,
-        variance_noise: Tensor | None,
+        call: Call,
     ) -> Noise:
         """The noise of a step: given, drawn by diffusers' own function, or a key of ours."""
-        if variance_noise is not None:
-            return variance_noise
+        given: Tensor | None = call.get("variance_noise")
+        if given is not None:
+            return given
+        generator = call.get("generator")
         if self._fusion.noise == "philox":
             if walk.noise_key is None:
                 walk.noise_key = _key(generator, model_output)
@@ -346,6 +361,51 @@ class FusedScheduler:
                 "set_timesteps first"
             ) from reason
         fusion.fallbacks[str(reason)] += 1
+
+
+def stepping(stock_step: Callable[..., Any]) -> Callable[..., Any]:
+    """``step`` of a stock class, taken by the table of a family where there is one.
+
+    Args:
+        stock_step: The method; its signature is kept, for pipelines look at it.
+
+    Returns:
+        The method of the fused class.
+    """
+    _, *parameters = inspect.signature(stock_step).parameters.values()
+    names = tuple(p.name for p in parameters)
+    known = frozenset(names)
+    defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
+
+    @functools.wraps(stock_step)
+    def step(self: FusedScheduler, *args: Any, **kwargs: Any) -> Any:
+        given = dict(zip(names, args))  # noqa: B905
+        call = {**defaults, **given, **kwargs}
+        well_formed = (
+            len(args) <= len(names) and call.keys() == known and given.keys().isdisjoint(kwargs)
+        )
+        # What is wrong with the arguments, the stock method says.
+        if well_formed and not (self.refuses_integers and is_integer(call["timestep"])):
+            taken = self._step(call)
+            if taken is not None:
+                return taken
+        return stock_step(self, *args, **kwargs)
+
+    return step
+
+
+def is_integer(timestep: Any) -> bool:
+    """Whether a timestep is an index, which many a family of diffusers refuses.
+
+    Args:
+        timestep: A number or a tensor.
+
+    Returns:
+        Whether it is.
+    """
+    if isinstance(timestep, Tensor):
+        return not timestep.is_floating_point()
+    return isinstance(timestep, int)
 
 
 def renewing(set_timesteps: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,1 +1,1 @@
-"""One module for each family of diffusers' schedulers: its table, and its ``step``."""
+"""One module for each family of diffusers' schedulers: its table, and what it leaves to them."""

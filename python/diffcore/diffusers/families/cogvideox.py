@@ -6,7 +6,6 @@ from typing import Any
 
 from diffusers import CogVideoXDDIMScheduler
 from diffusers.schedulers.scheduling_ddim_cogvideox import DDIMSchedulerOutput
-from torch import Tensor
 
 from diffcore.diffusers.families.schedule import (
     ByTimestep,
@@ -48,30 +47,4 @@ class FusedCogVideoXDDIM(ByTimestep):
             sigma=sigma,
             end=(float(alpha_after[-1]), float(sigma_after[-1])),
             columns={"a_x": a_x, "a_m": a_m, "c_x": keep, "c_0": alpha_after - alpha * keep},
-        )
-
-    def step(
-        self,
-        model_output: Tensor,
-        timestep: Any,
-        sample: Tensor,
-        eta: float = 0.0,
-        use_clipped_model_output: bool = False,
-        generator: Any = None,
-        variance_noise: Tensor | None = None,
-        return_dict: bool = True,
-    ) -> Any:
-        """See ``CogVideoXDDIMScheduler.step``, which draws no noise."""
-        taken = self._take(model_output, timestep, sample, return_dict=return_dict)
-        if taken is not None:
-            return taken
-        return super().step(  # type: ignore[misc]
-            model_output,
-            timestep,
-            sample,
-            eta,
-            use_clipped_model_output,
-            generator,
-            variance_noise,
-            return_dict,
         )

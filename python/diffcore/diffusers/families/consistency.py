@@ -10,7 +10,6 @@ from diffusers import CMStochasticIterativeScheduler
 from diffusers.schedulers.scheduling_consistency_models import (
     CMStochasticIterativeSchedulerOutput,
 )
-from torch import Tensor
 
 from diffcore.coefficients import consistency_coefficients
 from diffcore.coefficients.step import tensors
@@ -25,6 +24,7 @@ class FusedConsistency(ScaledInput):
 
     stock = CMStochasticIterativeScheduler
     output_class = CMStochasticIterativeSchedulerOutput
+    refuses_integers = True
     casts_to_model = False
 
     @classmethod
@@ -60,28 +60,8 @@ class FusedConsistency(ScaledInput):
             init_noise_sigma=float(scheduler.init_noise_sigma),
         )
 
-    def _draws(self, place: Place) -> bool:  # noqa: ARG002
+    def _draws(self, place: Place) -> bool:
         return len(self.timesteps) > 1  # also in the last step
-
-    def step(
-        self,
-        model_output: Tensor,
-        timestep: Any,
-        sample: Tensor,
-        generator: Any = None,
-        return_dict: bool = True,
-    ) -> Any:
-        """See ``CMStochasticIterativeScheduler.step``."""
-        taken = None
-        if not self._refuses(timestep):
-            taken = self._take(
-                model_output, timestep, sample, generator=generator, return_dict=return_dict
-            )
-        if taken is not None:
-            return taken
-        return super().step(  # type: ignore[misc]
-            model_output, timestep, sample, generator, return_dict
-        )
 
     def _input_std(self) -> float:
         return float(self.config.sigma_data)

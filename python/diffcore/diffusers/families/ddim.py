@@ -7,7 +7,6 @@ from typing import Any, ClassVar
 from diffusers import DDIMParallelScheduler, DDIMScheduler
 from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
 from diffusers.schedulers.scheduling_ddim_parallel import DDIMParallelSchedulerOutput
-from torch import Tensor
 
 from diffcore.coefficients.step import ddim_coefficients
 from diffcore.diffusers.families.schedule import (
@@ -18,7 +17,7 @@ from diffcore.diffusers.families.schedule import (
     signal_before,
 )
 from diffcore.diffusers.rows import columns_table
-from diffcore.diffusers.scheduler import Choice, Place
+from diffcore.diffusers.scheduler import Call, Choice, Place
 from diffcore.diffusers.walk import Unsupported
 from diffcore.solvers import SolverTable, ddim_table
 
@@ -28,6 +27,7 @@ class FusedDDIM(ByTimestep):
 
     stock: ClassVar[type] = DDIMScheduler
     output_class: ClassVar[Any] = DDIMSchedulerOutput
+    options = ("eta", "use_clipped_model_output")
     returns_x0 = True
     casts_to_model = False
 
@@ -60,45 +60,9 @@ class FusedDDIM(ByTimestep):
             clip=clip_of(config),
         )
 
-    def step(
-        self,
-        model_output: Tensor,
-        timestep: Any,
-        sample: Tensor,
-        eta: float = 0.0,
-        use_clipped_model_output: bool = False,
-        generator: Any = None,
-        variance_noise: Tensor | None = None,
-        return_dict: bool = True,
-    ) -> Any:
-        """See ``DDIMScheduler.step``."""
-        both = generator is not None and variance_noise is not None and eta > 0
-        taken = (
-            None
-            if both
-            else self._take(
-                model_output,
-                timestep,
-                sample,
-                generator=generator,
-                variance_noise=variance_noise,
-                return_dict=return_dict,
-                eta=eta,
-                use_clipped_model_output=use_clipped_model_output,
-            )
-        )
-        if taken is not None:
-            return taken
-        return super().step(  # type: ignore[misc]
-            model_output,
-            timestep,
-            sample,
-            eta,
-            use_clipped_model_output,
-            generator,
-            variance_noise,
-            return_dict,
-        )
+    def _refuse(self, call: Call) -> None:
+        if call["generator"] is not None and call["variance_noise"] is not None and call["eta"] > 0:
+            raise Unsupported("generator and variance_noise together")
 
     def _draws(self, place: Place) -> bool:
         return bool(place.options["eta"] > 0)

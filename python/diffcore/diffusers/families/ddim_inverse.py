@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from diffusers import DDIMInverseScheduler
 from diffusers.schedulers.scheduling_ddim_inverse import DDIMSchedulerOutput
-from torch import Tensor
 
 from diffcore.coefficients.step import ddim_coefficients
 from diffcore.diffusers.families.schedule import (
@@ -67,15 +66,4 @@ class FusedDDIMInverse(Uncounted):
             end=(float(after[-1].sqrt()), float((1 - after[-1]).sqrt())),
             columns=dict(zip(names, columns[:, :6].unbind(1), strict=True)),
             clip=clip_of(config),
-        )
-
-    def step(
-        self, model_output: Tensor, timestep: Any, sample: Tensor, return_dict: bool = True
-    ) -> Any:
-        """See ``DDIMInverseScheduler.step``."""
-        taken = self._take(model_output, timestep, sample, return_dict=return_dict)
-        if taken is not None:
-            return taken
-        return super().step(  # type: ignore[misc]
-            model_output, timestep, sample, return_dict
         )

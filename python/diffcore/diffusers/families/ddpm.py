@@ -8,7 +8,6 @@ import torch
 from diffusers import DDPMParallelScheduler, DDPMScheduler
 from diffusers.schedulers.scheduling_ddpm import DDPMSchedulerOutput
 from diffusers.schedulers.scheduling_ddpm_parallel import DDPMParallelSchedulerOutput
-from torch import Tensor
 
 from diffcore.coefficients.step import posterior_coefficients, tensors
 from diffcore.diffusers.families.schedule import ByTimestep, clip_of, levels_of, prediction_of
@@ -57,24 +56,6 @@ class FusedDDPM(ByTimestep):
 
     def _draws(self, place: Place) -> bool:
         return place.timestep > 0
-
-    def step(
-        self,
-        model_output: Tensor,
-        timestep: Any,
-        sample: Tensor,
-        generator: Any = None,
-        return_dict: bool = True,
-    ) -> Any:
-        """See ``DDPMScheduler.step``."""
-        taken = self._take(
-            model_output, timestep, sample, generator=generator, return_dict=return_dict
-        )
-        if taken is not None:
-            return taken
-        return super().step(  # type: ignore[misc]
-            model_output, timestep, sample, generator, return_dict
-        )
 
 
 class FusedDDPMParallel(FusedDDPM):

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from diffusers import DEISMultistepScheduler
-from torch import Tensor
 
 from diffcore.diffusers.families.multistep import (
     MANY_STEPS,
@@ -45,14 +44,3 @@ class FusedDEIS(Multistep):
             )
         table = as_diffusers_predicts(scheduler, table, levels)
         return table if config.thresholding else without_x0(table)
-
-    def step(
-        self, model_output: Tensor, timestep: Any, sample: Tensor, return_dict: bool = True
-    ) -> Any:
-        """See ``DEISMultistepScheduler.step``."""
-        taken = self._take(model_output, timestep, sample, return_dict=return_dict)
-        if taken is not None:
-            return taken
-        return super().step(  # type: ignore[misc]
-            model_output, timestep, sample, return_dict
-        )

@@ -18,15 +18,14 @@ from diffcore.diffusers.families.multistep import (
 from diffcore.diffusers.families.schedule import prediction_of
 from diffcore.diffusers.rows import with_column, without_x0
 from diffcore.diffusers.scheduler import Choice, Place
-from diffcore.diffusers.walk import Unsupported, Walk
-from diffcore.noise import Noise
+from diffcore.diffusers.walk import Unsupported
 from diffcore.solvers import NoiseLevels, SolverTable, dpmpp_table
 
 
 class OfDPMSolver(Multistep):
     """A solver with DPM-Solver's options."""
 
-    def _draws(self, place: Place) -> bool:  # noqa: ARG002
+    def _draws(self, place: Place) -> bool:
         return bool(self.config.algorithm_type.startswith("sde-"))
 
     def _kept(self, sample: Tensor, output: Tensor) -> torch.dtype:
@@ -37,20 +36,8 @@ class OfDPMSolver(Multistep):
             return output.dtype
         return torch.promote_types(sample.dtype, output.dtype)
 
-    def _noise(
-        self,
-        walk: Walk,
-        row: int,
-        model_output: Tensor,
-        sample: Tensor,
-        generator: Any,
-        variance_noise: Tensor | None,
-    ) -> Noise:
-        """Drawn in the dtype of what is kept, if not in one of its own."""
-        kept = self._kept(sample, model_output)
-        if kept != model_output.dtype:
-            model_output = model_output.new_empty(0, dtype=kept)
-        return super()._noise(walk, row, model_output, sample, generator, variance_noise)
+    def _drawn_in(self, sample: Tensor, output: Tensor) -> torch.dtype:
+        return self.noise_dtype or self._kept(sample, output)
 
 
 class FusedDPMSolverMultistep(OfDPMSolver):
@@ -82,30 +69,6 @@ class FusedDPMSolverMultistep(OfDPMSolver):
 
     def _dtype(self, sample: Tensor, output: Tensor) -> torch.dtype:
         return self._kept(sample, output)
-
-    def step(
-        self,
-        model_output: Tensor,
-        timestep: Any,
-        sample: Tensor,
-        generator: Any = None,
-        variance_noise: Tensor | None = None,
-        return_dict: bool = True,
-    ) -> Any:
-        """See ``DPMSolverMultistepScheduler.step``."""
-        taken = self._take(
-            model_output,
-            timestep,
-            sample,
-            generator=generator,
-            variance_noise=variance_noise,
-            return_dict=return_dict,
-        )
-        if taken is not None:
-            return taken
-        return super().step(  # type: ignore[misc]
-            model_output, timestep, sample, generator, variance_noise, return_dict
-        )
 
 
 def multistep_table(scheduler: Any, levels: NoiseLevels) -> SolverTable:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from diffusers import DPMSolverMultistepInverseScheduler
-from torch import Tensor
 
 from diffcore.diffusers.families.dpm import (
     OfDPMSolver,
@@ -43,27 +42,3 @@ class FusedDPMSolverMultistepInverse(OfDPMSolver):
         of_noise = not config.algorithm_type.endswith("++")
         table = as_diffusers_predicts(scheduler, table, levels, of_noise=of_noise)
         return without_x0(table) if of_noise and not config.thresholding else table
-
-    def step(
-        self,
-        model_output: Tensor,
-        timestep: Any,
-        sample: Tensor,
-        generator: Any = None,
-        variance_noise: Tensor | None = None,
-        return_dict: bool = True,
-    ) -> Any:
-        """See ``DPMSolverMultistepInverseScheduler.step``."""
-        taken = self._take(
-            model_output,
-            timestep,
-            sample,
-            generator=generator,
-            variance_noise=variance_noise,
-            return_dict=return_dict,
-        )
-        if taken is not None:
-            return taken
-        return super().step(  # type: ignore[misc]
-            model_output, timestep, sample, generator, variance_noise, return_dict
-        )

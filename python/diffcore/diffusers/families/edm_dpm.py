@@ -41,24 +41,6 @@ class FusedEDMDPMSolverMultistep(OfDPMSolver):
     def _level(self, held: float) -> tuple[float, float]:
         return 1.0, held
 
-    def step(
-        self,
-        model_output: Tensor,
-        timestep: Any,
-        sample: Tensor,
-        generator: Any = None,
-        return_dict: bool = True,
-    ) -> Any:
-        """See ``EDMDPMSolverMultistepScheduler.step``."""
-        taken = self._take(
-            model_output, timestep, sample, generator=generator, return_dict=return_dict
-        )
-        if taken is not None:
-            return taken
-        return super().step(  # type: ignore[misc]
-            model_output, timestep, sample, generator, return_dict
-        )
-
     def scale_model_input(self, sample: Tensor, timestep: Any) -> Tensor:
         """X / sqrt(sigma^2 + sigma_data^2)."""
         walk = self._walk()

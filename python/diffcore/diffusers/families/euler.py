@@ -16,12 +16,11 @@ from diffcore.diffusers.families.sigmas import (
     ScaledInput,
     ends_of,
     prediction_among,
-    refuse_integer,
     ve_levels,
     x0_columns,
 )
 from diffcore.diffusers.rows import columns_table, float64
-from diffcore.diffusers.scheduler import Choice, Place
+from diffcore.diffusers.scheduler import Call, Choice, Place, is_integer
 from diffcore.diffusers.walk import Unsupported
 from diffcore.noise import Noise
 from diffcore.solvers import SolverTable, euler_table
@@ -59,6 +58,8 @@ class Churn(NamedTuple):
 class Churned(ScaledInput):
     """Euler's method with churn by diffusers' rule: its noise comes after the model call."""
 
+    options = Churn._fields
+    refuses_integers = True
     returns_x0 = True
     # Of the stock class.
     sigmas: Tensor
@@ -77,16 +78,11 @@ class Churned(ScaledInput):
         n = c[_C_Z] / (c[_C_X] + c[_C_0] * c[_A_X])
         return ops.add_noise(x0, noise, 1.0, c[_A_X] * n)
 
-    def _refuses_churn(self, s_churn: float) -> bool:
-        """Whether the exact rule would call the model at levels that the scheduler does not have.
-
-        Args:
-            s_churn: As for ``step``.
-        """
-        if s_churn and self._fusion.rules == "exact":
-            self._count(Unsupported("s_churn with rules='exact', which only table_of can have"))
-            return True
-        return False
+    def _refuse(self, call: Call) -> None:
+        super()._refuse(call)
+        if call["s_churn"] and self._fusion.rules == "exact":
+            # It calls the model at levels that the scheduler does not have.
+            raise Unsupported("s_churn with rules='exact', which only table_of can have")
 
 
 def raised_sigmas(scheduler: Any, sigma: Tensor, churn: Churn) -> Tensor:
@@ -178,39 +174,6 @@ class FusedEuler(Churned):
             s_noise=churn.s_noise,
         )
 
-    def step(
-        self,
-        model_output: Tensor,
-        timestep: Any,
-        sample: Tensor,
-        s_churn: float = 0.0,
-        s_tmin: float = 0.0,
-        s_tmax: float = float("inf"),
-        s_noise: float = 1.0,
-        generator: Any = None,
-        return_dict: bool = True,
-    ) -> Any:
-        """See ``EulerDiscreteScheduler.step``."""
-        taken = None
-        if not self._refuses(timestep) and not self._refuses_churn(s_churn):
-            taken = self._take(
-                model_output,
-                timestep,
-                sample,
-                generator=generator,
-                return_dict=return_dict,
-                s_churn=s_churn,
-                s_tmin=s_tmin,
-                s_tmax=s_tmax,
-                s_noise=s_noise,
-            )
-        if taken is not None:
-            return taken
-        churn = s_churn, s_tmin, s_tmax, s_noise
-        return super().step(  # type: ignore[misc]
-            model_output, timestep, sample, *churn, generator, return_dict
-        )
-
     def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """Return v = sqrt(a) noise - sqrt(1 - a) x_0, in one launch.
 
@@ -218,7 +181,7 @@ class FusedEuler(Churned):
         which is the level of another timestep; by the exact rule 1 / (sigma^2 + 1).
         """
         try:
-            if refuse_integer(timesteps):
+            if is_integer(timesteps):
                 raise Unsupported("get_velocity of integer timesteps")
             rows = self._rows_with(timesteps)
         except Unsupported as reason:

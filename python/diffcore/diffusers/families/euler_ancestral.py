@@ -8,7 +8,6 @@ from diffusers import EulerAncestralDiscreteScheduler
 from diffusers.schedulers.scheduling_euler_ancestral_discrete import (
     EulerAncestralDiscreteSchedulerOutput,
 )
-from torch import Tensor
 
 from diffcore.diffusers.families.sigmas import ScaledInput, prediction_among, ve_levels
 from diffcore.diffusers.scheduler import Choice, Place
@@ -20,6 +19,7 @@ class FusedEulerAncestral(ScaledInput):
 
     stock = EulerAncestralDiscreteScheduler
     output_class = EulerAncestralDiscreteSchedulerOutput
+    refuses_integers = True
     returns_x0 = True
 
     @classmethod
@@ -29,25 +29,5 @@ class FusedEulerAncestral(ScaledInput):
         levels = ve_levels(scheduler, 1.0, choice.start)
         return euler_ancestral_table(levels, prediction_type=prediction)
 
-    def _draws(self, place: Place) -> bool:  # noqa: ARG002
+    def _draws(self, place: Place) -> bool:
         return True  # also in the last step, where the factor is 0
-
-    def step(
-        self,
-        model_output: Tensor,
-        timestep: Any,
-        sample: Tensor,
-        generator: Any = None,
-        return_dict: bool = True,
-    ) -> Any:
-        """See ``EulerAncestralDiscreteScheduler.step``."""
-        taken = None
-        if not self._refuses(timestep):
-            taken = self._take(
-                model_output, timestep, sample, generator=generator, return_dict=return_dict
-            )
-        if taken is not None:
-            return taken
-        return super().step(  # type: ignore[misc]
-            model_output, timestep, sample, generator, return_dict
-        )

@@ -14,10 +14,10 @@ from torch import Tensor
 from diffcore import ops
 from diffcore.coefficients.step import STEP_COLUMNS
 from diffcore.diffusers.families.schedule import Stateless
-from diffcore.diffusers.families.sigmas import BySigma, refuse_integer
+from diffcore.diffusers.families.sigmas import BySigma
 from diffcore.diffusers.guidance import taken_apart
 from diffcore.diffusers.rows import columns_table, float64
-from diffcore.diffusers.scheduler import Choice, Place, check_samples
+from diffcore.diffusers.scheduler import Call, Choice, Place, check_samples
 from diffcore.diffusers.walk import Unsupported
 from diffcore.solvers import SolverTable
 
@@ -43,6 +43,7 @@ class FusedFlowMatchEuler(Stateless, NoisingFlow):
     """
 
     stock = FlowMatchEulerDiscreteScheduler
+    refuses_integers = True
     output_class = FlowMatchEulerDiscreteSchedulerOutput
     noise_dtype = torch.float32
 
@@ -53,56 +54,22 @@ class FusedFlowMatchEuler(Stateless, NoisingFlow):
             return renoised_flow("flow_euler", scheduler)
         return moved_flow(scheduler, inverted=scheduler.config.invert_sigmas)
 
-    def _draws(self, place: Place) -> bool:  # noqa: ARG002
+    def _draws(self, place: Place) -> bool:
         return bool(self.config.stochastic_sampling)
 
-    def step(
-        self,
-        model_output: Tensor,
-        timestep: Any,
-        sample: Tensor,
-        s_churn: float = 0.0,
-        s_tmin: float = 0.0,
-        s_tmax: float = float("inf"),
-        s_noise: float = 1.0,
-        generator: Any = None,
-        per_token_timesteps: Tensor | None = None,
-        return_dict: bool = True,
-    ) -> Any:
-        """See ``FlowMatchEulerDiscreteScheduler.step``, which ignores its four numbers, too."""
-        taken = None
-        if not refuse_integer(timestep):
-            if per_token_timesteps is not None:
-                taken = self._take_tokens(
-                    model_output, timestep, sample, generator, per_token_timesteps, return_dict
-                )
-            else:
-                taken = self._take(
-                    model_output, timestep, sample, generator=generator, return_dict=return_dict
-                )
-        if taken is not None:
-            return taken
-        churn = s_churn, s_tmin, s_tmax, s_noise
-        return super().step(  # type: ignore[misc]
-            model_output, timestep, sample, *churn, generator, per_token_timesteps, return_dict
-        )
+    def _step(self, call: Call) -> Any:
+        return super()._step(call) if call["per_token_timesteps"] is None else self._tokens(call)
 
-    def _take_tokens(
-        self,
-        model_output: Tensor,
-        timestep: Any,
-        sample: Tensor,
-        generator: Any,
-        per_token_timesteps: Tensor,
-        return_dict: bool,
-    ) -> Any:
-        """A step of its own length for each token ``[B, L]``, in one launch; as ``_take``.
+    def _tokens(self, call: Call) -> Any:
+        """A step of its own length for each token ``[B, L]``, in one launch.
 
         A token goes to the next sigma below its own, whatever the step is, or to 0.
         """
+        model_output, sample = call["model_output"], call["sample"]
+        per_token_timesteps = call["per_token_timesteps"]
         try:
             walk = self._walk()
-            row = self._row(walk, timestep)
+            row = self._row(walk, call["timestep"])
             check_samples(model_output, sample)
             if sample.ndim != 3 or per_token_timesteps.shape != sample.shape[:2]:
                 raise Unsupported(
@@ -128,12 +95,12 @@ class FusedFlowMatchEuler(Stateless, NoisingFlow):
         sample = sample.to(torch.promote_types(torch.float32, model_output.dtype))
         noise = None
         if self.config.stochastic_sampling:
-            noise = self._noise(walk, row, model_output, sample, generator, None)
+            noise = self._noise(walk, row, model_output, sample, call)
         x = ops.reverse_step(
             sample, model_output, _rows_for(sigma, columns), noise=noise, group_dim=1
         )
         self._done(row)
-        return self._output(x, return_dict=return_dict)
+        return self._output(x, return_dict=call["return_dict"])
 
 
 def moved_flow(scheduler: Any, *, inverted: bool = False) -> SolverTable:

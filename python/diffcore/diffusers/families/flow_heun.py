@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from diffusers import FlowMatchHeunDiscreteScheduler
@@ -13,26 +13,13 @@ from diffusers.schedulers.scheduling_flow_match_heun_discrete import (
 from torch import Tensor
 
 from diffcore import ops
-from diffcore.diffusers.families.sigmas import BySigma, refuse_integer
+from diffcore.diffusers.families.euler import Churn
+from diffcore.diffusers.families.sigmas import BySigma
 from diffcore.diffusers.rows import columns_table, float64, with_history
-from diffcore.diffusers.scheduler import Choice, Place
+from diffcore.diffusers.scheduler import Call, Choice, Place
 from diffcore.diffusers.walk import Unsupported
 from diffcore.schedules.tensors import as_float64
 from diffcore.solvers import NoiseLevels, SolverTable, flow_heun_table
-
-_MAX_CHURN = math.sqrt(2) - 1
-
-
-class _Churn(NamedTuple):
-    s_churn: float = 0.0
-    s_tmin: float = 0.0
-    s_tmax: float = math.inf
-    s_noise: float = 1.0
-
-    def gamma(self, sigma: float, steps: int) -> float:
-        """By how much sigma is raised; diffusers compares it with numbers in float32."""
-        low, high = torch.tensor([self.s_tmin, self.s_tmax], dtype=torch.float32).tolist()
-        return min(self.s_churn / steps, _MAX_CHURN) if low <= sigma <= high else 0.0
 
 
 class FusedFlowMatchHeun(BySigma):
@@ -44,12 +31,14 @@ class FusedFlowMatchHeun(BySigma):
     """
 
     stock = FlowMatchHeunDiscreteScheduler
+    options = Churn._fields
+    refuses_integers = True
     output_class = FlowMatchHeunDiscreteSchedulerOutput
 
     @classmethod
     def make_table(cls, scheduler: Any, choice: Choice) -> SolverTable:
         """See ``FusedScheduler.make_table``; options: those of the churn."""
-        churn = _Churn(**choice.options)
+        churn = Churn(**choice.options)
         if choice.rules == "exact":
             return _exact(scheduler, choice.start, churn)
         sigmas = float64(scheduler.sigmas)
@@ -90,52 +79,26 @@ class FusedFlowMatchHeun(BySigma):
         walk = self._walk()
         assert walk.start is not None
         first = place.row - (place.row - walk.start) % 2
-        return _Churn(**place.options).gamma(walk.sigmas[first], len(walk.sigmas) - 1) > 0
+        return Churn(**place.options).gamma(walk.sigmas[first], len(walk.sigmas) - 1) > 0
 
     def _dtype(self, sample: Tensor, output: Tensor) -> torch.dtype:
         return torch.promote_types(sample.dtype, output.dtype)
 
-    def step(
-        self,
-        model_output: Tensor,
-        timestep: Any,
-        sample: Tensor,
-        s_churn: float = 0.0,
-        s_tmin: float = 0.0,
-        s_tmax: float = float("inf"),
-        s_noise: float = 1.0,
-        generator: Any = None,
-        return_dict: bool = True,
-    ) -> Any:
-        """See ``FlowMatchHeunDiscreteScheduler.step``."""
-        taken = None
-        if not refuse_integer(timestep):
-            # What the first call leaves for the second stays in float32, as in diffusers, and is
-            # that of the first call, whatever sample the second one gets.
-            walk = self._walk()
-            left = walk.history
-            x = left[1] if left else sample
-            if isinstance(x, Tensor) and x.is_floating_point():
-                x = x.to(torch.promote_types(x.dtype, torch.float32))
-            taken = self._take(
-                model_output,
-                timestep,
-                x,
-                generator=generator,
-                return_dict=False,
-                s_churn=s_churn,
-                s_tmin=s_tmin,
-                s_tmax=s_tmax,
-                s_noise=s_noise,
-            )
-        if taken is not None:
-            ends = left or self._step_index == len(walk)
-            walk.history = () if ends else (*walk.history, *taken)
-            return self._output(taken[0].to(model_output.dtype), return_dict=return_dict)
-        churn = s_churn, s_tmin, s_tmax, s_noise
-        return super().step(  # type: ignore[misc]
-            model_output, timestep, sample, *churn, generator, return_dict
-        )
+    def _step(self, call: Call) -> Any:
+        # What the first call leaves for the second stays in float32, as in diffusers, and is that
+        # of the first call, whatever sample the second one gets.
+        walk = self._walk()
+        left = walk.history
+        x = left[1] if left else call["sample"]
+        if isinstance(x, Tensor) and x.is_floating_point():
+            x = x.to(torch.promote_types(x.dtype, torch.float32))
+        taken = super()._step({**call, "sample": x, "return_dict": False})
+        if taken is None:
+            return None
+        ends = left or self._step_index == len(walk)
+        walk.history = () if ends else (*walk.history, *taken)
+        dtype = call["model_output"].dtype
+        return self._output(taken[0].to(dtype), return_dict=call["return_dict"])
 
     @property
     def state_in_first_order(self) -> bool:
@@ -151,7 +114,7 @@ class FusedFlowMatchHeun(BySigma):
         return ops.add_noise(sample, noise, 1 - sigma, sigma)
 
 
-def _exact(scheduler: Any, start: int, churn: _Churn) -> SolverTable:
+def _exact(scheduler: Any, start: int, churn: Churn) -> SolverTable:
     """Heun's method with the churn of a flow, before the model call."""
     if start % 2:
         raise Unsupported(f"step {start}, the second call of a step, as the first of a walk")

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from diffcore.diffusers.families.flow import NoisingFlow, renoised_flow
 from diffcore.diffusers.families.schedule import Stateless
-from diffcore.diffusers.families.sigmas import refuse_integer
 from diffcore.diffusers.scheduler import Choice, Place
 from diffcore.diffusers.walk import Unsupported
 from diffcore.solvers import SolverTable
@@ -21,6 +20,7 @@ class FusedFlowMatchLCM(Stateless, NoisingFlow):
     """x' = (1 - sigma') x0 + sigma' z with x0 = x - sigma m. Luo et al. 2023 (2310.04378)."""
 
     stock = FlowMatchLCMScheduler
+    refuses_integers = True
     output_class = FlowMatchLCMSchedulerOutput
 
     _scale_factors: Any
@@ -32,31 +32,11 @@ class FusedFlowMatchLCM(Stateless, NoisingFlow):
         _refuse_scales(scheduler)
         return renoised_flow("flow_lcm", scheduler)
 
-    def _draws(self, place: Place) -> bool:  # noqa: ARG002
+    def _draws(self, place: Place) -> bool:
         return True
 
-    def _drawn_in(self, sample: Tensor, output: Tensor) -> torch.dtype:  # noqa: ARG002
+    def _drawn_in(self, sample: Tensor, output: Tensor) -> torch.dtype:
         return torch.promote_types(torch.float32, output.dtype)
-
-    def step(
-        self,
-        model_output: Tensor,
-        timestep: Any,
-        sample: Tensor,
-        generator: Any = None,
-        return_dict: bool = True,
-    ) -> Any:
-        """See ``FlowMatchLCMScheduler.step``."""
-        taken = None
-        if not refuse_integer(timestep):
-            taken = self._take(
-                model_output, timestep, sample, generator=generator, return_dict=return_dict
-            )
-        if taken is not None:
-            return taken
-        return super().step(  # type: ignore[misc]
-            model_output, timestep, sample, generator, return_dict
-        )
 
     def _table(self, walk: Any, choice: Choice) -> SolverTable:
         _refuse_scales(self)  # which may be set after the table was made

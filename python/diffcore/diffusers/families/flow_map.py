@@ -14,7 +14,7 @@ from torch import Tensor
 from diffcore import ops
 from diffcore.diffusers.guidance import taken_apart
 from diffcore.diffusers.rows import float64
-from diffcore.diffusers.scheduler import Choice, FusedScheduler, check_samples
+from diffcore.diffusers.scheduler import Call, Choice, FusedScheduler, check_samples
 from diffcore.diffusers.walk import Unsupported, Walk
 from diffcore.solvers import NoiseLevels, SolverTable, flow_map_table
 
@@ -39,36 +39,27 @@ class FusedFlowMapEuler(FusedScheduler):
         )
         return flow_map_table(levels, target_name="r_timestep")
 
-    def step(
-        self,
-        model_output: Tensor,
-        timestep: Any,
-        sample: Tensor,
-        r_timestep: Any = None,
-        return_dict: bool = True,
-    ) -> Any:
-        """See ``FlowMapEulerDiscreteScheduler.step``."""
+    def _step(self, call: Call) -> Any:
+        model_output, sample = call["model_output"], call["sample"]
         try:
             walk = self._walk()
             check_samples(model_output, sample)
-            sigma, place = self._level(walk, timestep)
-            if r_timestep is not None:
-                target, _ = self._level(walk, r_timestep)
+            sigma, place = self._level(walk, call["timestep"])
+            if call["r_timestep"] is not None:
+                target, _ = self._level(walk, call["r_timestep"])
             elif place is not None:
                 target = walk.sigmas[place + 1]
             else:
                 raise Unsupported("r_timestep=None at a timestep that is not of the schedule")
         except Unsupported as reason:
             self._count(reason)
-            return super().step(  # type: ignore[misc]
-                model_output, timestep, sample, r_timestep, return_dict
-            )
+            return None
         model_output, _ = taken_apart(model_output, apart=False)
         x = ops.linear_combination(sample, model_output, (1.0, target - sigma))
         if self._step_index is None:
             self._step_index = self._begin_index
         self._done((place or 0) if self._step_index is None else self._step_index)
-        return self._output(x.to(model_output.dtype), return_dict=return_dict)
+        return self._output(x.to(model_output.dtype), return_dict=call["return_dict"])
 
     def _level(self, walk: Walk, timestep: Any) -> tuple[float, int | None]:
         """The sigma of a timestep, and its place in the schedule if it has one."""

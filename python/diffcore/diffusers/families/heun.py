@@ -7,7 +7,6 @@ from typing import Any
 
 from diffusers import HeunDiscreteScheduler
 from diffusers.schedulers.scheduling_heun_discrete import HeunDiscreteSchedulerOutput
-from torch import Tensor
 
 from diffcore.diffusers.families.schedule import clip_of
 from diffcore.diffusers.families.sigmas import prediction_among
@@ -42,9 +41,3 @@ class FusedHeun(TwoCalls):
             rows.add(i, after, c_1=1.0, c_eps=step / 2)
         rows.add(len(steps), last, c_0=1.0)
         return rows.table(2)
-
-    def step(
-        self, model_output: Tensor, timestep: Any, sample: Tensor, return_dict: bool = True
-    ) -> Any:
-        """See ``HeunDiscreteScheduler.step``."""
-        return self._both(super().step, model_output, timestep, sample, return_dict)  # type: ignore[misc]

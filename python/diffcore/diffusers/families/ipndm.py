@@ -9,7 +9,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from torch import Tensor
 
 from diffcore.diffusers.rows import float64, with_history
-from diffcore.diffusers.scheduler import Choice, FusedScheduler
+from diffcore.diffusers.scheduler import Call, Choice, FusedScheduler
 from diffcore.diffusers.walk import Unsupported
 from diffcore.solvers import NoiseLevels, SolverTable
 from diffcore.solvers.adams import EQUAL_STEPS
@@ -68,22 +68,14 @@ class FusedIPNDM(FusedScheduler):
         written = {"e_x": levels.sigma[:-1], "e_m": levels.alpha[:-1]}
         return with_history(table, _MOST, **written)  # the last steps too, for a second walk
 
-    def step(
-        self, model_output: Tensor, timestep: Any, sample: Tensor, return_dict: bool = True
-    ) -> Any:
-        """See ``IPNDMScheduler.step``."""
-        taken = None
+    def _refuse(self, call: Call) -> None:
         if self.ets:
-            self._count(Unsupported("a walk that the stock scheduler began"))
-        else:
-            if self._step_index is None:
-                self._kept = self._begin_again()
-            taken = self._take(
-                model_output, timestep, sample, return_dict=return_dict, kept=self._kept
-            )
-        if taken is not None:
-            return taken
-        return super().step(model_output, timestep, sample, return_dict)  # type: ignore[misc]
+            raise Unsupported("a walk that the stock scheduler began")
+
+    def _step(self, call: Call) -> Any:
+        if self._step_index is None and not self.ets:
+            self._kept = self._begin_again()
+        return self._take(call, {"kept": self._kept})
 
     def _begin_again(self) -> int:
         """How many outputs a walk that begins has, those of the walk before it."""

@@ -9,7 +9,6 @@ from diffusers.schedulers.scheduling_k_dpm_2_ancestral_discrete import (
     KDPM2AncestralDiscreteSchedulerOutput,
 )
 from diffusers.schedulers.scheduling_k_dpm_2_discrete import KDPM2DiscreteSchedulerOutput
-from torch import Tensor
 
 from diffcore.diffusers.families.sigmas import prediction_among
 from diffcore.diffusers.families.two_calls import TwoCalls, doubled_levels
@@ -40,12 +39,6 @@ class FusedKDPM2(TwoCalls):
             "dpm2", scheduler, choice.start, levels, prediction, middle, after, [0.0] * len(after)
         )
 
-    def step(
-        self, model_output: Tensor, timestep: Any, sample: Tensor, return_dict: bool = True
-    ) -> Any:
-        """See ``KDPM2DiscreteScheduler.step``."""
-        return self._both(super().step, model_output, timestep, sample, return_dict)  # type: ignore[misc]
-
 
 class FusedKDPM2Ancestral(TwoCalls):
     """DPM-Solver-2 to sigma_down, then sigma_up z, as k-diffusion has it."""
@@ -66,20 +59,6 @@ class FusedKDPM2Ancestral(TwoCalls):
 
     def _draws(self, place: Place) -> bool:
         return place.row % 2 == 1  # a walk starts at an even row
-
-    def step(
-        self,
-        model_output: Tensor,
-        timestep: Any,
-        sample: Tensor,
-        generator: Any = None,
-        return_dict: bool = True,
-    ) -> Any:
-        """See ``KDPM2AncestralDiscreteScheduler.step``."""
-        stock_step = super().step  # type: ignore[misc]
-        return self._both(
-            stock_step, model_output, timestep, sample, return_dict, generator=generator
-        )
 
 
 def _by_held_sigmas(

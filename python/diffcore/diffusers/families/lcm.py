@@ -82,24 +82,6 @@ class FusedLCM(Counted):
         c_skip, c_out = _scalings(self, table.timesteps)
         return with_history(table, 1, e_x=c_skip, e_0=c_out)
 
-    def step(
-        self,
-        model_output: Tensor,
-        timestep: Any,
-        sample: Tensor,
-        generator: Any = None,
-        return_dict: bool = True,
-    ) -> Any:
-        """See ``LCMScheduler.step``."""
-        taken = self._take(
-            model_output, timestep, sample, generator=generator, return_dict=return_dict
-        )
-        if taken is not None:
-            return taken
-        return super().step(  # type: ignore[misc]
-            model_output, timestep, sample, generator, return_dict
-        )
-
 
 def _scalings(scheduler: Any, times: Tensor) -> tuple[Tensor, Tensor]:
     """c_skip and c_out at timesteps."""

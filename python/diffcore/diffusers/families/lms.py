@@ -9,7 +9,7 @@ from diffusers.schedulers.scheduling_lms_discrete import LMSDiscreteSchedulerOut
 from torch import Tensor
 
 from diffcore.diffusers.families.sigmas import ScaledInput, prediction_among, ve_levels
-from diffcore.diffusers.scheduler import Choice
+from diffcore.diffusers.scheduler import Call, Choice
 from diffcore.diffusers.walk import Unsupported
 from diffcore.solvers import SolverTable, lms_table
 from diffcore.solvers.adams import adams_weights
@@ -22,6 +22,7 @@ class FusedLMS(ScaledInput):
     """x' = x + the integral of the polynomial through the last derivatives, as k-diffusion's."""
 
     stock = LMSDiscreteScheduler
+    options = ("order",)
     output_class = LMSDiscreteSchedulerOutput
     returns_x0 = True
     casts_to_model = False
@@ -52,22 +53,7 @@ class FusedLMS(ScaledInput):
             rows.add(i, here, c_x=1.0, c_eps=own, e_eps=1.0, **history)
         return rows.table(order if choice.start == 0 else 1)
 
-    def step(
-        self,
-        model_output: Tensor,
-        timestep: Any,
-        sample: Tensor,
-        order: int = 4,
-        return_dict: bool = True,
-    ) -> Any:
-        """See ``LMSDiscreteScheduler.step``."""
-        taken = None
+    def _refuse(self, call: Call) -> None:
+        super()._refuse(call)
         if self.derivatives:
-            self._count(Unsupported("a walk that the stock scheduler began"))
-        elif not self._refuses(timestep, integers=False):
-            taken = self._take(model_output, timestep, sample, return_dict=return_dict, order=order)
-        if taken is not None:
-            return taken
-        return super().step(  # type: ignore[misc]
-            model_output, timestep, sample, order, return_dict
-        )
+            raise Unsupported("a walk that the stock scheduler began")

@@ -12,9 +12,8 @@ from diffusers.schedulers.scheduling_ltx_euler_ancestral_rf import (
 from torch import Tensor
 
 from diffcore.diffusers.families.schedule import Stateless
-from diffcore.diffusers.families.sigmas import refuse_integer
 from diffcore.diffusers.rows import columns_table, float64
-from diffcore.diffusers.scheduler import Choice, Place
+from diffcore.diffusers.scheduler import Call, Choice, Place
 from diffcore.diffusers.walk import Unsupported
 from diffcore.solvers import NoiseLevels, SolverTable, flow_euler_ancestral_table
 
@@ -31,6 +30,7 @@ class FusedLTXEulerAncestralRF(Stateless):
     """
 
     stock = LTXEulerAncestralRFScheduler
+    refuses_integers = True
     output_class = LTXEulerAncestralRFSchedulerOutput
     noise_dtype = torch.float32
 
@@ -76,31 +76,15 @@ class FusedLTXEulerAncestralRF(Stateless):
         after = self._walk().sigmas[place.row + 1]
         return bool(self.config.eta > 0 and self.config.s_noise > 0 and abs(after) >= _CLEAN)
 
-    def _dtype(self, sample: Tensor, output: Tensor) -> torch.dtype:  # noqa: ARG002
+    def _dtype(self, sample: Tensor, output: Tensor) -> torch.dtype:
         return sample.dtype
 
     def _done(self, row: int) -> None:
         self._step_index = min(row + 1, len(self._walk().sigmas) - 1)
 
-    def step(
-        self,
-        model_output: Tensor,
-        timestep: Any,
-        sample: Tensor,
-        generator: Any = None,
-        return_dict: bool = True,
-    ) -> Any:
-        """See ``LTXEulerAncestralRFScheduler.step``."""
-        taken = None
-        if not refuse_integer(timestep):
-            sigmas: Any = self.sigmas  # type: ignore[attr-defined]
-            if self._step_index is not None and self._step_index >= len(sigmas) - 1:
-                return self._output(sample, return_dict=return_dict)  # the end, as in diffusers
-            taken = self._take(
-                model_output, timestep, sample, generator=generator, return_dict=return_dict
-            )
-        if taken is not None:
-            return taken
-        return super().step(  # type: ignore[misc]
-            model_output, timestep, sample, generator, return_dict
-        )
+    def _step(self, call: Call) -> Any:
+        sigmas: Any = self.sigmas  # type: ignore[attr-defined]
+        if self._step_index is not None and self._step_index >= len(sigmas) - 1:
+            # The end, as in diffusers.
+            return self._output(call["sample"], return_dict=call["return_dict"])
+        return super()._step(call)

@@ -7,13 +7,12 @@ from typing import Any
 import torch
 from diffusers import PNDMScheduler
 from diffusers.schedulers.scheduling_utils import SchedulerOutput
-from torch import Tensor
 
 from diffcore.coefficients.step import tensors, x0_coefficients
 from diffcore.diffusers.families.schedule import Noising, levels_of, schedule_times
 from diffcore.diffusers.guidance import taken_apart
 from diffcore.diffusers.rows import columns_table, float64, with_history
-from diffcore.diffusers.scheduler import Choice, check_samples
+from diffcore.diffusers.scheduler import Call, Choice, check_samples
 from diffcore.diffusers.walk import Unsupported, Walk
 from diffcore.schedules.tensors import as_float64
 from diffcore.solvers import SolverTable, pndm_table
@@ -58,32 +57,22 @@ class FusedPNDM(Noising):
             return _exact(scheduler, choice.start)
         return _alone(scheduler, choice.start)
 
-    def step(
-        self, model_output: Tensor, timestep: Any, sample: Tensor, return_dict: bool = True
-    ) -> Any:
-        """See ``PNDMScheduler.step``."""
-        take = self._take if self._fusion.rules == "exact" else self._take_call
-        taken = take(model_output, timestep, sample, return_dict=return_dict)
-        if taken is not None:
-            return taken
-        return super().step(  # type: ignore[misc]
-            model_output, timestep, sample, return_dict
-        )
+    def _step(self, call: Call) -> Any:
+        return super()._step(call) if self._fusion.rules == "exact" else self._take_call(call)
 
     def _row(self, walk: Walk, timestep: Any) -> int:
         return walk.places(timestep)[0] if walk.start is None else walk.start + self.counter
 
-    def _done(self, row: int) -> None:  # noqa: ARG002
+    def _done(self, row: int) -> None:
         self.counter += 1
 
-    def _take_call(
-        self, model_output: Tensor, timestep: Any, sample: Tensor, *, return_dict: bool
-    ) -> Any:
+    def _take_call(self, call: Call) -> Any:
         """As ``_take``, where h are the outputs of earlier calls and the first sample is kept."""
+        model_output, sample = call["model_output"], call["sample"]
         kind = min(self.counter, _KINDS - 1)
         try:
             walk = self._walk()
-            place = walk.places(timestep)[0]
+            place = walk.places(call["timestep"])[0]
             check_samples(model_output, sample)
             table = self._found(walk, ("calls",), lambda: _calls(walk.on_host(self)))
             if kind and not walk.history:
@@ -101,7 +90,7 @@ class FusedPNDM(Noising):
         else:
             walk.history = outputs if kind == 1 else (model_output, *outputs)[:3]
         self._done(place)
-        return self._output(found.to(self._dtype(x, model_output)), return_dict=return_dict)
+        return self._output(found.to(self._dtype(x, model_output)), return_dict=call["return_dict"])
 
 
 def _calls(scheduler: Any) -> SolverTable:

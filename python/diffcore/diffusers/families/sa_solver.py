@@ -68,29 +68,11 @@ class FusedSASolver(Multistep):
             original_samples, noise, *(x.to(device).expand(shape) for x in (alpha, sigma))
         )
 
-    def _draws(self, place: Place) -> bool:  # noqa: ARG002
+    def _draws(self, place: Place) -> bool:
         return True  # also where tau is 0
 
-    def _dtype(self, sample: Tensor, output: Tensor) -> torch.dtype:  # noqa: ARG002
+    def _dtype(self, sample: Tensor, output: Tensor) -> torch.dtype:
         return sample.dtype
-
-    def step(
-        self,
-        model_output: Tensor,
-        timestep: Any,
-        sample: Tensor,
-        generator: Any = None,
-        return_dict: bool = True,
-    ) -> Any:
-        """See ``SASolverScheduler.step``."""
-        taken = self._take(
-            model_output, timestep, sample, generator=generator, return_dict=return_dict
-        )
-        if taken is not None:
-            return taken
-        return super().step(  # type: ignore[misc]
-            model_output, timestep, sample, generator, return_dict
-        )
 
 
 def _refuse_undefined(config: Any, of_noise: bool) -> None:

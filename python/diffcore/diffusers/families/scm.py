@@ -11,7 +11,7 @@ from torch import Tensor
 
 from diffcore.diffusers.families.schedule import Stateless
 from diffcore.diffusers.rows import columns_table, float64, with_column
-from diffcore.diffusers.scheduler import Choice, Place
+from diffcore.diffusers.scheduler import Call, Choice, Place
 from diffcore.diffusers.walk import Unsupported
 from diffcore.solvers import SolverTable, trigflow_table
 
@@ -61,27 +61,17 @@ class FusedSCM(Stateless):
     def _draws(self, place: Place) -> bool:
         return place.noisy if self._fusion.rules == "exact" else True
 
-    def _drawn_in(self, sample: Tensor, output: Tensor) -> torch.dtype:  # noqa: ARG002
+    def _drawn_in(self, sample: Tensor, output: Tensor) -> torch.dtype:
         return torch.get_default_dtype()
 
     def _dtype(self, sample: Tensor, output: Tensor) -> torch.dtype:
         widest = torch.promote_types(sample.dtype, output.dtype)
         return torch.promote_types(widest, torch.get_default_dtype())
 
-    def step(
-        self,
-        model_output: Tensor,
-        timestep: Any,
-        sample: Tensor,
-        generator: Any = None,
-        return_dict: bool = True,
-    ) -> Any:
-        """See ``SCMScheduler.step``."""
-        taken = self._take(model_output, timestep, sample, generator=generator, return_dict=False)
-        if taken is not None:
-            x, x0 = taken
-            x0 = x0.to(torch.promote_types(sample.dtype, model_output.dtype))
-            return self._output(x, x0, return_dict=return_dict)
-        return super().step(  # type: ignore[misc]
-            model_output, timestep, sample, generator, return_dict
-        )
+    def _step(self, call: Call) -> Any:
+        taken = super()._step({**call, "return_dict": False})
+        if taken is None:
+            return None
+        x, x0 = taken
+        x0 = x0.to(torch.promote_types(call["sample"].dtype, call["model_output"].dtype))
+        return self._output(x, x0, return_dict=call["return_dict"])

@@ -12,7 +12,7 @@ from diffcore import ops
 from diffcore.coefficients.step import tensors, x0_coefficients
 from diffcore.diffusers.families.schedule import prediction_of
 from diffcore.diffusers.rows import float64
-from diffcore.diffusers.scheduler import FusedScheduler
+from diffcore.diffusers.scheduler import Call, FusedScheduler
 from diffcore.diffusers.walk import Unsupported, Walk
 from diffcore.solvers import NoiseLevels
 from diffcore.solvers.paths import TimeOf
@@ -90,20 +90,9 @@ class ScaledInput(BySigma):
         """The s of ``scale_model_input``."""
         return 1.0
 
-    def _refuses(self, timestep: Any, *, integers: bool = True) -> bool:
-        """Whether the stock ``step`` has an error or a warning for such a call, which it shall say.
-
-        Args:
-            timestep: As for ``step``.
-            integers: Whether it refuses integers.
-        """
-        if integers and refuse_integer(timestep):
-            self._count(Unsupported("an integer timestep"))
-            return True
+    def _refuse(self, call: Call) -> None:
         if not self.is_scale_input_called:
-            self._count(Unsupported("step before scale_model_input"))
-            return True
-        return False
+            raise Unsupported("step before scale_model_input")
 
 
 def ends_of(scheduler: Any, start: int = 0) -> tuple[Tensor, Tensor]:
@@ -203,10 +192,3 @@ def prediction_among(scheduler: Any, known: tuple[str, ...]) -> str:
     if name not in known:
         raise Unsupported(f"prediction_type={name!r}")
     return prediction_of(scheduler.config)
-
-
-def refuse_integer(timestep: Any) -> bool:
-    """Whether a timestep is an index, which diffusers refuses in this family."""
-    if isinstance(timestep, Tensor):
-        return not timestep.is_floating_point()
-    return isinstance(timestep, int)

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from diffusers import DPMSolverSinglestepScheduler
-from torch import Tensor
 
 from diffcore.diffusers.families.dpm import OfDPMSolver, refuse_undefined
 from diffcore.diffusers.families.multistep import as_diffusers_predicts, levels_from
@@ -54,24 +53,6 @@ class FusedDPMSolverSinglestep(OfDPMSolver):
             return table
         table = as_diffusers_predicts(scheduler, table, levels, of_noise=of_noise)
         return without_x0(table) if of_noise else table
-
-    def step(
-        self,
-        model_output: Tensor,
-        timestep: Any,
-        sample: Tensor,
-        generator: Any = None,
-        return_dict: bool = True,
-    ) -> Any:
-        """See ``DPMSolverSinglestepScheduler.step``."""
-        taken = self._take(
-            model_output, timestep, sample, generator=generator, return_dict=return_dict
-        )
-        if taken is not None:
-            return taken
-        return super().step(  # type: ignore[misc]
-            model_output, timestep, sample, generator, return_dict
-        )
 
 
 def _stochastic_table(

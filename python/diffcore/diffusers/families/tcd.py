@@ -24,6 +24,7 @@ class FusedTCD(Counted):
     """
 
     stock = TCDScheduler
+    options = ("eta",)
     output_class = TCDSchedulerOutput
     returns_x0 = True  # x_s in its place
     casts_to_model = False
@@ -87,22 +88,3 @@ class FusedTCD(Counted):
 
     def _threshold(self, *_: Any) -> None:
         """There is none."""
-
-    def step(
-        self,
-        model_output: Tensor,
-        timestep: Any,
-        sample: Tensor,
-        eta: float = 0.3,
-        generator: Any = None,
-        return_dict: bool = True,
-    ) -> Any:
-        """See ``TCDScheduler.step``."""
-        taken = self._take(
-            model_output, timestep, sample, generator=generator, return_dict=return_dict, eta=eta
-        )
-        if taken is not None:
-            return taken
-        return super().step(  # type: ignore[misc]
-            model_output, timestep, sample, eta, generator, return_dict
-        )

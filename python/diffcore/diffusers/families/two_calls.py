@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from diffcore.diffusers.families.sigmas import ScaledInput, levels_at
 from diffcore.diffusers.rows import float64
-from diffcore.diffusers.scheduler import Choice
+from diffcore.diffusers.scheduler import Call, Choice
 from diffcore.diffusers.walk import Unsupported, Walk
 from diffcore.solvers import NoiseLevels
 
@@ -52,23 +50,9 @@ class TwoCalls(ScaledInput):
             raise Unsupported(f"step {row} of a walk that starts at {start}")
         return table.rows[row - start].input_scale
 
-    def _both(
-        self,
-        stock_step: Callable[..., Any],
-        model_output: Tensor,
-        timestep: Any,
-        sample: Tensor,
-        return_dict: bool,
-        **generator: Any,
-    ) -> Any:
-        """A step by the table, or else by the stock scheduler."""
+    def _refuse(self, call: Call) -> None:
         if self._stock_began():
-            self._count(Unsupported(_BEGUN))
-        else:
-            taken = self._take(model_output, timestep, sample, return_dict=return_dict, **generator)
-            if taken is not None:
-                return taken
-        return stock_step(model_output, timestep, sample, return_dict=return_dict, **generator)
+            raise Unsupported(_BEGUN)
 
 
 def doubled_levels(scheduler: Any, start: int) -> NoiseLevels:

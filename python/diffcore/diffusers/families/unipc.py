@@ -71,17 +71,6 @@ class FusedUniPC(Multistep):
     def _dtype(self, sample: Tensor, output: Tensor) -> torch.dtype:
         return sample.dtype if self.solver_p is None else output.dtype
 
-    def step(
-        self, model_output: Tensor, timestep: Any, sample: Tensor, return_dict: bool = True
-    ) -> Any:
-        """See ``UniPCMultistepScheduler.step``."""
-        taken = self._take(model_output, timestep, sample, return_dict=return_dict)
-        if taken is not None:
-            return taken
-        return super().step(  # type: ignore[misc]
-            model_output, timestep, sample, return_dict
-        )
-
 
 def _check_predictor(scheduler: Any, predictor: Any, start: int) -> None:
     """Refuse a ``solver_p`` whose steps are not those of a predictor of ``unipc_table``.
