@@ -1,7 +1,7 @@
 """Runs diffusers' own scheduler tests twice: as they are, and with every scheduler fused.
 
     git -C diffusers archive v0.40.0 tests | tar -x -C checkout
-    python tools/diffusers_tests.py checkout [--only ddpm,euler] [--show]
+    python tools/diffusers_tests.py checkout [--only ddpm,euler] [--coefficients diffusers] [--show]
 
 In the second run an object of every class that has a family is fused when it is constructed; the
 tests do not know. Prints how many passed and failed in each, each test whose result differs, with
@@ -35,14 +35,15 @@ STEPS = "fused steps"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Adds --fused."""
+    """Adds --fused and --coefficients."""
     parser.addoption("--fused", help="fuse every scheduler, and write the counts into this file")
+    parser.addoption("--coefficients", help="of the schedulers that have them")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Lets the constructors fuse."""
     if config.getoption("--fused"):
-        config.stash[COUNTS] = fuse_at_construction()
+        config.stash[COUNTS] = fuse_at_construction(config.getoption("--coefficients"))
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
@@ -51,8 +52,11 @@ def pytest_unconfigure(config: pytest.Config) -> None:
         Path(config.getoption("--fused")).write_text(json.dumps(config.stash[COUNTS]))
 
 
-def fuse_at_construction() -> Counter[str]:
+def fuse_at_construction(coefficients: str) -> Counter[str]:
     """Changes the stock classes of this process so that their objects are fused.
+
+    Args:
+        coefficients: An argument of ``fuse``, for the schedulers that have them.
 
     Returns:
         The fused steps, and the calls of stock schedulers by their reasons; counted from now on.
@@ -70,7 +74,8 @@ def fuse_at_construction() -> Counter[str]:
         def construct(self: Any, *args: Any, **kwargs: Any) -> None:
             start(self, *args, **kwargs)
             if type(self) is stock:
-                fuse(self)
+                has = coefficients in FAMILIES[stock].coefficients
+                fuse(self, coefficients=coefficients if has else "float64")
 
         return construct
 
@@ -139,7 +144,7 @@ def run(checkout: Path, only: Sequence[str], *fused: str) -> dict[str, Result]:
     Args:
         checkout: The folder that has ``tests/schedulers``.
         only: Parts of the names of test files; all of them if there are none.
-        *fused: The option of the plugin, or nothing.
+        *fused: The options of the plugin, or nothing.
 
     Returns:
         The results.
@@ -181,6 +186,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("checkout", type=Path, help="a folder with diffusers' tests/")
     parser.add_argument("--only", default="", help="parts of file names, such as ddpm,euler")
+    parser.add_argument(
+        "--coefficients", default="float64", help="float64, or diffusers for those of DDPM"
+    )
     parser.add_argument("--show", action="store_true", help="what fails in both runs, too")
     args = parser.parse_args(argv)
     checkout, only = args.checkout.resolve(), [part for part in args.only.split(",") if part]
@@ -188,7 +196,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"stock: {summary(stock)}")
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "counts.json"
-        fused = run(checkout, only, f"--fused={file}")
+        options = f"--fused={file}", f"--coefficients={args.coefficients}"
+        fused = run(checkout, only, *options)
         counts = Counter(json.loads(file.read_text()))
     print(f"fused: {summary(fused)}")
     print(f"{counts.pop(STEPS, 0)} fused steps, {counts.total()} calls of stock schedulers")

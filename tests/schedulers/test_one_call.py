@@ -7,9 +7,12 @@ from typing import Any
 import pytest
 import torch
 
+from support.fused import samples
 from support.schedulers import LINEAR, step_errors, within_bound
 
 diffusers = pytest.importorskip("diffusers")
+
+from diffcore.diffusers import fuse, table_of  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # those of diffusers
 
@@ -44,3 +47,43 @@ def test_ddim(steps: int, spacing: str, prediction: str, eta: float, clipped: bo
 
     errors = step_errors(make, steps, eta=eta, use_clipped_model_output=clipped)
     within_bound(errors, torch.float32)
+
+
+@pytest.mark.parametrize("kind", ["DDPMScheduler", "DDPMParallelScheduler"])
+@pytest.mark.parametrize("variance", ["fixed_small", "fixed_large", "learned_range"])
+def test_ddpm_with_the_coefficients_of_float32(kind: str, variance: str) -> None:
+    """They are those of the stock step, whose 1 - a_t / a_s cancels; float64's are another 1e-4."""
+    x, output = samples(), samples(seed=2)
+    if variance == "learned_range":
+        output = torch.cat([output, samples(seed=3)], dim=1)
+    results: list[list[Any]] = []
+    for change in (
+        lambda scheduler: scheduler,
+        lambda scheduler: fuse(scheduler, coefficients="diffusers"),
+        fuse,
+    ):
+        scheduler = change(getattr(diffusers, kind)(variance_type=variance, **LINEAR))
+        scheduler.set_timesteps(1000)
+        found = []
+        for t in scheduler.timesteps[[0, 500, 900, 990, 998]]:
+            generator = torch.Generator().manual_seed(1)
+            found.append(scheduler.step(output, t, x, generator=generator).prev_sample)
+        results.append(found)
+        assert not getattr(scheduler, "fallbacks", None)
+    off, far = (
+        max(float((a - b).abs().max()) for a, b in zip(results[0], other, strict=True))
+        for other in results[1:]
+    )
+    assert off <= 4e-6
+    assert far > 4 * off
+
+
+def test_coefficients_that_a_scheduler_does_not_have() -> None:
+    words = "coefficients must be 'float64' for DDIMScheduler, got 'diffusers'"
+    for call in (fuse, table_of):
+        with pytest.raises(ValueError, match=words):
+            call(diffusers.DDIMScheduler(), coefficients="diffusers")
+        with pytest.raises(ValueError, match="coefficients must be 'float64' with rules='exact'"):
+            call(diffusers.DDPMScheduler(), rules="exact", coefficients="diffusers")
+        with pytest.raises(ValueError, match=r"coefficients must be .*, got 'float32'"):
+            call(diffusers.DDPMScheduler(), coefficients="float32")

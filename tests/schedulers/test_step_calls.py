@@ -20,13 +20,6 @@ from support.schedulers import configured, make_steps  # noqa: E402
 pytestmark = pytest.mark.filterwarnings("ignore")  # those of diffusers
 
 each_scheduler = pytest.mark.parametrize("stock", FAMILIES, ids=lambda stock: stock.__name__)
-# A trace takes seconds: one without noise, one with, one that counts its steps, one with history.
-COMPILED = [
-    stock
-    for stock in FAMILIES
-    if stock.__name__.removesuffix("Scheduler")
-    in {"DDIM", "DDPM", "FlowMatchEulerDiscrete", "DPMSolverMultistep"}
-]
 # What reads numbers of a tensor, which is where CUDA waits.
 READS = {"_local_scalar_dense", "is_nonzero", "equal", "nonzero"}
 COPIES = {"cpu", "to", "tolist", "item", "numpy", "__array__", "nonzero"}
@@ -117,21 +110,24 @@ def test_the_first_step_copies_no_timestep_to_the_host(stock: Any) -> None:
     assert not scheduler.fallbacks
 
 
-@pytest.mark.parametrize("stock", COMPILED, ids=lambda stock: stock.__name__)
+@each_scheduler
 def test_a_compiled_loop_around_the_step(stock: Any) -> None:
+    """With batches of several sizes, for which a trace of the step would have to be made anew."""
     scheduler = fuse(configured(stock))
 
-    def loop(x: Tensor) -> Tensor:
-        for t in scheduler.timesteps:  # not one that the trace has seen
+    def loop(x: Tensor, timesteps: Tensor) -> Tensor:
+        for t in timesteps:
             x = scheduler.step(torch.tanh(seen_by_the_model(scheduler, x, t)), t, x).prev_sample
         return x
 
-    found = []
-    for run in (loop, torch.compile(loop, backend="eager")):
-        make_steps(scheduler, 4)
-        torch.manual_seed(0)
-        found.append(run(start()))
-    torch.testing.assert_close(found[1], found[0], rtol=1e-6, atol=1e-6)
+    compiled = torch.compile(loop, backend="eager")
+    for batch in (2, 3, 5):
+        found = []
+        for run in (loop, compiled):
+            timesteps = make_steps(scheduler, 4)
+            torch.manual_seed(0)
+            found.append(run(start((batch, 4, 8, 8)), timesteps))
+        torch.testing.assert_close(found[1], found[0], rtol=1e-6, atol=1e-6)
     assert not scheduler.fallbacks
 
 

@@ -33,7 +33,7 @@ from diffcore.diffusers.families.scm import FusedSCM
 from diffcore.diffusers.families.singlestep import FusedDPMSolverSinglestep
 from diffcore.diffusers.families.tcd import FusedTCD
 from diffcore.diffusers.families.unipc import FusedUniPC
-from diffcore.diffusers.scheduler import FusedScheduler, Fusion, renewing, stepping
+from diffcore.diffusers.scheduler import FusedScheduler, Fusion, Manner, renewing, stepping
 
 _FAMILIES: tuple[type[FusedScheduler], ...] = (
     FusedCogVideoXDDIM,
@@ -94,13 +94,12 @@ def family_of(scheduler: Any) -> type[FusedScheduler]:
 
 
 @functools.cache
-def fused_class(stock: Any, rules: str, noise: str) -> Any:
+def fused_class(stock: Any, manner: Manner) -> Any:
     """A subclass of a stock class, with its name and module, whose steps are a family's.
 
     Args:
         stock: One of ``FAMILIES``.
-        rules: See ``Fusion``.
-        noise: See ``Fusion``.
+        manner: How it takes its steps.
 
     Returns:
         The class: what is saved under its name is the stock scheduler, and what its constructor
@@ -110,7 +109,7 @@ def fused_class(stock: Any, rules: str, noise: str) -> Any:
     body = {
         "__module__": stock.__module__,
         "__doc__": family.__doc__,
-        "__init__": _starting(stock, rules, noise),
+        "__init__": _starting(stock, manner),
         "__reduce__": _reduced,
         "set_timesteps": renewing(stock.set_timesteps),
         "step": stepping(stock.step),
@@ -118,12 +117,12 @@ def fused_class(stock: Any, rules: str, noise: str) -> Any:
     return type(stock.__name__, (family, stock), body)
 
 
-def _starting(stock: Any, rules: str, noise: str) -> Any:
+def _starting(stock: Any, manner: Manner) -> Any:
     """The constructor of a stock class; ``from_config`` of a fused one gives a fused one."""
 
     @functools.wraps(stock.__init__)
     def start(self: Any, *args: Any, **kwargs: Any) -> None:
-        self._fusion = Fusion(rules, noise)
+        self._fusion = Fusion(manner)
         stock.__init__(self, *args, **kwargs)
 
     return start
@@ -134,13 +133,13 @@ def _reduced(self: Any) -> tuple[Any, ...]:
     fusion = self._fusion
     state = {name: value for name, value in vars(self).items() if name != "_fusion"}
     walk = None if fusion.walk is None else fusion.walk.progress
-    return _restored, (type(self).stock, state, fusion.rules, fusion.noise, walk)
+    return _restored, (type(self).stock, state, fusion.manner, walk)
 
 
-def _restored(stock: type, state: dict[str, Any], rules: str, noise: str, walk: Any) -> Any:
-    kind: Any = fused_class(stock, rules, noise)
+def _restored(stock: type, state: dict[str, Any], manner: Manner, walk: Any) -> Any:
+    kind: Any = fused_class(stock, manner)
     scheduler = kind.__new__(kind)
-    vars(scheduler).update(state, _fusion=Fusion(rules, noise))
+    vars(scheduler).update(state, _fusion=Fusion(manner))
     if walk is not None:
         scheduler._walk().progress = walk
     return scheduler

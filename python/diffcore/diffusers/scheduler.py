@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections import Counter
+from collections import Counter, namedtuple
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -23,13 +23,15 @@ from diffcore.solvers import SolverTable
 from diffcore.solvers.table import Row
 
 RULES = ("diffusers", "exact")
+COEFFICIENTS = ("float64", "diffusers")
 NOISES = ("generator", "philox")
 _MOST_TABLES = 8
 _FLOAT32_BYTES = 4
-_OPERANDS = ("model_output", "timestep", "sample")
 
-Call: TypeAlias = Mapping[str, Any]
-"""The arguments of a stock ``step`` by name, those with defaults too."""
+Call: TypeAlias = Any
+"""The arguments of a stock ``step``: a named tuple with its names and defaults."""
+
+NO_OPTIONS: Mapping[str, Any] = MappingProxyType({})
 
 
 class Choice(NamedTuple):
@@ -39,11 +41,13 @@ class Choice(NamedTuple):
         rules: One of ``RULES``.
         start: The first row of the walk, for solvers whose order grows from there.
         options: Those of the stock ``step`` that its coefficients depend on.
+        coefficients: One of ``COEFFICIENTS``.
     """
 
     rules: str = "diffusers"
     start: int = 0
-    options: Mapping[str, Any] = MappingProxyType({})
+    options: Mapping[str, Any] = NO_OPTIONS
+    coefficients: str = "float64"
 
 
 class Place(NamedTuple):
@@ -62,21 +66,33 @@ class Place(NamedTuple):
     options: Mapping[str, Any]
 
 
+class Manner(NamedTuple):
+    """How a fused scheduler takes its steps.
+
+    Attributes:
+        rules: "diffusers", or "exact" where diffusers departs from a solver's paper.
+        noise: "generator" for diffusers' own draws, "philox" for noise drawn in the launch.
+        coefficients: "float64", or "diffusers" for the rounding of diffusers' float32.
+    """
+
+    rules: str = "diffusers"
+    noise: str = "generator"
+    coefficients: str = "float64"
+
+
 @dataclass
 class Fusion:
     """What ``fuse`` adds to a scheduler.
 
     Attributes:
-        rules: "diffusers", or "exact" where diffusers departs from a solver's paper.
-        noise: "generator" for diffusers' own draws, "philox" for noise drawn in the launch.
+        manner: How it takes its steps.
         fallbacks: How often a call went to the stock scheduler, by reason.
         guided: How many steps have combined the predictions of a guided model themselves.
         walk: Where the scheduler is.
         tables: The last ones with what they were made from, for the next image needs the same.
     """
 
-    rules: str = "diffusers"
-    noise: str = "generator"
+    manner: Manner
     fallbacks: Counter[str] = field(default_factory=Counter)
     guided: int = 0
     walk: Walk | None = None
@@ -95,6 +111,8 @@ class FusedScheduler:
     """The class of diffusers that the family replaces."""
     options: ClassVar[tuple[str, ...]] = ()
     """The arguments of the stock ``step`` that the coefficients depend on."""
+    coefficients: ClassVar[tuple[str, ...]] = ("float64",)
+    """Those of ``COEFFICIENTS`` that the family has."""
     refuses_integers: ClassVar[bool] = False
     """Whether the stock ``step`` has an error for a timestep that is an integer."""
     returns_x0: ClassVar[bool] = False
@@ -175,7 +193,9 @@ class FusedScheduler:
         Args:
             call: The arguments of the stock ``step``, by name.
         """
-        return self._take(call, {name: call[name] for name in self.options})
+        if not self.options:
+            return self._take(call, NO_OPTIONS)
+        return self._take(call, {name: getattr(call, name) for name in self.options})
 
     def _refuse(self, call: Call) -> None:
         """Leave a call to the stock scheduler, which also has the errors and warnings for it.
@@ -194,13 +214,13 @@ class FusedScheduler:
             call: As for ``_step``.
             options: For ``make_table``.
         """
-        model_output, timestep, sample = (call[name] for name in _OPERANDS)
+        model_output, timestep, sample = call[:3]
         try:
             self._refuse(call)
             walk = self._walk()
             row = self._row(walk, timestep)
             start = row if walk.start is None else walk.start
-            table = self._table(walk, Choice(self._fusion.rules, start, options))
+            table = self._table(walk, start, options)
             if not 0 <= row - start < len(table.rows):
                 raise Unsupported(f"step {row} of a walk that starts at {start}")
             check_samples(model_output, sample)
@@ -232,11 +252,11 @@ class FusedScheduler:
             x = x.to(dtype)
         self._done(row)
         if not self.returns_x0:
-            return self._output(x, return_dict=call["return_dict"])
+            return self._output(x, return_dict=call.return_dict)
         known = writes_x0 and history
         x0 = history[0] if known else table.denoised(row - start, sample, output, **guided)
         x0 = self._original(x0, table.rows[row - start], noise)
-        return self._output(x, x0, return_dict=call["return_dict"])
+        return self._output(x, x0, return_dict=call.return_dict)
 
     def _original(self, x0: Tensor, row: Row, noise: Noise | None) -> Tensor:
         """``pred_original_sample`` from the x0 of a row; another one where noise enters before."""
@@ -257,14 +277,20 @@ class FusedScheduler:
     output_class: ClassVar[Callable[..., Any]]
     """What the stock ``step`` returns with ``return_dict=True``."""
 
-    def _table(self, walk: Walk, choice: Choice) -> SolverTable:
-        """The table of the walk and the options."""
+    def _table(self, walk: Walk, start: int, options: Mapping[str, Any]) -> SolverTable:
+        """The table of a walk from a row, and of the options of ``step``."""
+        key = (start, *options.values())
+        table = walk.tables.get(key)
+        if table is not None:
+            return table
 
         def make() -> SolverTable:
-            table = self.make_table(walk.on_host(self), choice)
-            return self._returning(table) if self.returns_x0 and not self.has_history else table
+            manner = self._fusion.manner
+            choice = Choice(manner.rules, start, options, manner.coefficients)
+            made = self.make_table(walk.on_host(self), choice)
+            return self._returning(made) if self.returns_x0 and not self.has_history else made
 
-        return self._found(walk, (choice.start, *choice.options.values()), make)
+        return self._found(walk, key, make)
 
     def _found(
         self, walk: Walk, key: tuple[Any, ...], make: Callable[[], SolverTable]
@@ -305,11 +331,11 @@ class FusedScheduler:
         call: Call,
     ) -> Noise:
         """The noise of a step: given, drawn by diffusers' own function, or a key of ours."""
-        given: Tensor | None = call.get("variance_noise")
+        given: Tensor | None = getattr(call, "variance_noise", None)
         if given is not None:
             return given
-        generator = call.get("generator")
-        if self._fusion.noise == "philox":
+        generator = getattr(call, "generator", None)
+        if self._fusion.manner.noise == "philox":
             if walk.noise_key is None:
                 walk.noise_key = _key(generator, model_output)
             key: PhiloxNoise = walk.noise_key
@@ -373,24 +399,26 @@ def stepping(stock_step: Callable[..., Any]) -> Callable[..., Any]:
         The method of the fused class.
     """
     _, *parameters = inspect.signature(stock_step).parameters.values()
-    names = tuple(p.name for p in parameters)
-    known = frozenset(names)
-    defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
+    defaults = [p.default for p in parameters if p.default is not p.empty]
+    named_tuple: Any = namedtuple
+    call_of = named_tuple("Call", [p.name for p in parameters], defaults=defaults)
 
     @functools.wraps(stock_step)
     def step(self: FusedScheduler, *args: Any, **kwargs: Any) -> Any:
-        given = dict(zip(names, args))  # noqa: B905
-        call = {**defaults, **given, **kwargs}
-        well_formed = (
-            len(args) <= len(names) and call.keys() == known and given.keys().isdisjoint(kwargs)
-        )
-        # What is wrong with the arguments, the stock method says.
-        if well_formed and not (self.refuses_integers and is_integer(call["timestep"])):
+        if torch.compiler.is_dynamo_compiling():
+            return untraced(self, *args, **kwargs)
+        try:
+            call = call_of(*args, **kwargs)
+        except TypeError:
+            return stock_step(self, *args, **kwargs)  # which says what is wrong with the arguments
+        taken = None
+        if not (self.refuses_integers and is_integer(call.timestep)):
             taken = self._step(call)
-            if taken is not None:
-                return taken
-        return stock_step(self, *args, **kwargs)
+        return stock_step(self, *args, **kwargs) if taken is None else taken
 
+    # One break in the graph: a trace would hold the numbers of the table and the size of the
+    # noise, and would be made again for others.
+    untraced = torch.compiler.disable(step)
     return step
 
 

@@ -10,19 +10,30 @@ from diffcore._checks import as_flag, check_choice
 from diffcore.diffusers import guidance as predictions
 from diffcore.diffusers import guiders
 from diffcore.diffusers.registry import FAMILIES, family_of, fused_class
-from diffcore.diffusers.scheduler import NOISES, RULES, Choice, FusedScheduler, Fusion
+from diffcore.diffusers.scheduler import (
+    COEFFICIENTS,
+    NOISES,
+    RULES,
+    Choice,
+    FusedScheduler,
+    Fusion,
+    Manner,
+)
 from diffcore.diffusers.vae import fuse_vae, is_kl_autoencoder, unfuse_vae
 from diffcore.solvers import SolverTable
 
 T = TypeVar("T")
 
 
-def table_of(scheduler: Any, *, rules: str = "diffusers", **options: Any) -> SolverTable:
+def table_of(
+    scheduler: Any, *, rules: str = "diffusers", coefficients: str = "float64", **options: Any
+) -> SolverTable:
     """The solver table of a configured scheduler of diffusers, with its timesteps and sigmas set.
 
     Args:
         scheduler: A stock or fused scheduler, after ``set_timesteps``.
         rules: "diffusers" for its own rules, "exact" for the solver's where the two differ.
+        coefficients: See ``fuse``.
         **options: The options of its ``step`` that the coefficients depend on, such as ``eta``.
 
     Returns:
@@ -30,14 +41,22 @@ def table_of(scheduler: Any, *, rules: str = "diffusers", **options: Any) -> Sol
 
     Raises:
         TypeError: Not a scheduler of diffusers with a table.
-        ValueError: An option without a table, by name.
+        ValueError: An option without a table, by name; or coefficients that the scheduler does not
+            have.
     """
     check_choice("rules", rules, RULES)
-    return family_of(scheduler).make_table(scheduler, Choice(rules, 0, options))
+    family = family_of(scheduler)
+    _check_coefficients(coefficients, rules, [family])
+    return family.make_table(scheduler, Choice(rules, 0, options, coefficients))
 
 
 def fuse(
-    target: T, *, rules: str = "diffusers", noise: str = "generator", guidance: bool = False
+    target: T,
+    *,
+    rules: str = "diffusers",
+    noise: str = "generator",
+    coefficients: str = "float64",
+    guidance: bool = False,
 ) -> T:
     """Let a scheduler, or every scheduler of a pipeline, take its steps in one launch each.
 
@@ -59,6 +78,9 @@ def fuse(
         rules: "diffusers" for the results of diffusers, "exact" for the solvers' own rules where
             diffusers departs from them.
         noise: "generator" for diffusers' own draws, "philox" for noise drawn within the launch.
+        coefficients: "float64", or "diffusers" for DDPM's as diffusers computes them in float32,
+            where 1 - a_t / a_s of neighbouring timesteps keeps few digits; of the other schedulers
+            the coefficients are equal to rounding, and they have "float64" only.
         guidance: Combine the two predictions of classifier-free guidance within the step, too, in a
             pipeline that writes ``m_u + w (m_c - m_u)`` of what its ``unet`` or ``transformer``
             returns, with w a number, or whose guider has a rule of ``diffcore.guidance``;
@@ -73,7 +95,8 @@ def fuse(
     Raises:
         TypeError: Neither a scheduler with a table, nor a pipeline that has one, nor such an
             autoencoder; or guidance for what has no network.
-        ValueError: Another word for ``rules`` or ``noise``.
+        ValueError: Another word for ``rules``, ``noise`` or ``coefficients``; or coefficients that
+            a scheduler does not have.
     """
     check_choice("rules", rules, RULES)
     check_choice("noise", noise, NOISES)
@@ -82,15 +105,17 @@ def fuse(
         fuse_vae(target)
         return target
     found = _schedulers("target", target)
+    _check_coefficients(coefficients, rules, [family_of(scheduler) for scheduler in found])
     _unwatch(target)
     if guided:
         predictions.watch(target)
         guiders.watch(target)
+    manner = Manner(rules, noise, coefficients)
     for scheduler in found:
         kind: Any = type(scheduler)
         stock = kind.stock if isinstance(scheduler, FusedScheduler) else kind
-        scheduler.__class__ = fused_class(stock, rules, noise)
-        scheduler._fusion = Fusion(rules, noise)
+        scheduler.__class__ = fused_class(stock, manner)
+        scheduler._fusion = Fusion(manner)
     return target
 
 
@@ -116,6 +141,18 @@ def unfuse(target: T) -> T:
             scheduler.__class__ = type(scheduler).stock
     _unwatch(target)
     return target
+
+
+def _check_coefficients(name: str, rules: str, families: list[type[FusedScheduler]]) -> None:
+    check_choice("coefficients", name, COEFFICIENTS)
+    if name != "float64" and rules == "exact":
+        raise ValueError(f"coefficients must be 'float64' with rules='exact', got {name!r}")
+    for family in families:
+        if name not in family.coefficients:
+            raise ValueError(
+                f"coefficients must be 'float64' for {family.stock.__name__}, got {name!r}: its "
+                "coefficients in float32 are equal to rounding"
+            )
 
 
 def _unwatch(target: Any) -> None:

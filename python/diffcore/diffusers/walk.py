@@ -49,11 +49,12 @@ class Walk:
     """
 
     __slots__ = (
+        "_addresses",
         "_has_sigmas",
         "_held",
         "_host",
         "_places",
-        "_versions",
+        "_writes",
         "content",
         "history",
         "left",
@@ -70,18 +71,21 @@ class Walk:
             raise Unsupported("a step before set_timesteps")
         self._has_sigmas = "sigmas" in vars(scheduler)
         self._held: tuple[Tensor, Any] = scheduler.timesteps, self._sigmas_of(scheduler)
-        self._versions = _version(self._held[0]), _version(self._held[1])
+        self._writes = [seen for seen in map(_writes, self._held) if seen is not None]
         timesteps, sigmas = (x.cpu() if isinstance(x, Tensor) else x for x in self._held)
         self._host = timesteps, sigmas
         self.times: list[float] = timesteps.tolist()
         self.sigmas: list[float] = [] if sigmas is None else [float(s) for s in sigmas]
+        held = self._held[0]
+        between = held.stride(0) * held.element_size()
+        self._addresses = {held.data_ptr() + i * between: i for i in range(len(held))}
         self._places: dict[float, list[int]] = {}
         for i, t in enumerate(self.times):
             self._places.setdefault(t, []).append(i)
-        held = vars(scheduler)
-        self.sources = scheduler.config, held.get("alphas_cumprod")
-        numbers = held.get("num_inference_steps"), tuple(self.times), tuple(self.sigmas)
-        self.content = (*numbers, held.get("variance_type"))
+        known = vars(scheduler)
+        self.sources = scheduler.config, known.get("alphas_cumprod")
+        numbers = known.get("num_inference_steps"), tuple(self.times), tuple(self.sigmas)
+        self.content = (*numbers, known.get("variance_type"))
         self.tables: dict[Any, SolverTable] = {}
         self.history: tuple[Tensor, ...] = ()
         self.left: str | None = None
@@ -91,11 +95,12 @@ class Walk:
     def is_of(self, scheduler: Any) -> bool:
         """Whether the scheduler still holds the timesteps and sigmas that this was made from."""
         timesteps, sigmas = self._held
-        return (
-            scheduler.timesteps is timesteps
-            and self._sigmas_of(scheduler) is sigmas
-            and (_version(timesteps), _version(sigmas)) == self._versions
-        )
+        if scheduler.timesteps is not timesteps or self._sigmas_of(scheduler) is not sigmas:
+            return False
+        for x, count in self._writes:  # noqa: SIM110 (no generator in every step)
+            if x._version != count:
+                return False
+        return True
 
     def _sigmas_of(self, scheduler: Any) -> Any:
         # Asked for an attribute that it lacks, a scheduler looks through its configuration.
@@ -158,21 +163,15 @@ class Walk:
         return OnHost(scheduler, *self._host)
 
     def _place_in_memory(self, timestep: Tensor) -> int | None:
-        timesteps = self._held[0]
-        if (
-            timestep.dtype != timesteps.dtype
-            or timestep.device != timesteps.device
-            or any(s not in (0, 1) for s in timestep.stride())
-            or (timestep.numel() != 1 and any(timestep.stride()))
-        ):
+        """The row whose entry of ``timesteps`` this is, of one element or expanded from one."""
+        place = self._addresses.get(timestep.data_ptr())
+        if place is None or (timestep.ndim and timestep.numel() != 1 and any(timestep.stride())):
             return None
-        offset = timestep.data_ptr() - timesteps.data_ptr()
-        place, rest = divmod(offset, timesteps.element_size())
-        step = timesteps.stride(0)
-        inside = rest == 0 and place % step == 0 and 0 <= place // step < len(self.times)
-        return place // step if inside else None
+        held = self._held[0]
+        same = timestep.dtype == held.dtype and timestep.device == held.device
+        return place if same else None
 
 
-def _version(x: Any) -> int:
-    """What changes when a tensor is written to; an inference tensor has no count of it."""
-    return x._version if isinstance(x, Tensor) and not x.is_inference() else -1
+def _writes(x: Any) -> tuple[Tensor, int] | None:
+    """A tensor and how often it was written to; an inference tensor has no count of it."""
+    return (x, x._version) if isinstance(x, Tensor) and not x.is_inference() else None

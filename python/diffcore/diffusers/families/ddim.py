@@ -61,7 +61,7 @@ class FusedDDIM(ByTimestep):
         )
 
     def _refuse(self, call: Call) -> None:
-        if call["generator"] is not None and call["variance_noise"] is not None and call["eta"] > 0:
+        if call.generator is not None and call.variance_noise is not None and call.eta > 0:
             raise Unsupported("generator and variance_noise together")
 
     def _draws(self, place: Place) -> bool:

@@ -8,9 +8,16 @@ import torch
 from diffusers import DDPMParallelScheduler, DDPMScheduler
 from diffusers.schedulers.scheduling_ddpm import DDPMSchedulerOutput
 from diffusers.schedulers.scheduling_ddpm_parallel import DDPMParallelSchedulerOutput
+from torch import Tensor
 
 from diffcore.coefficients.step import posterior_coefficients, tensors
-from diffcore.diffusers.families.schedule import ByTimestep, clip_of, levels_of, prediction_of
+from diffcore.diffusers.families.schedule import (
+    ByTimestep,
+    clip_of,
+    levels_of,
+    prediction_of,
+    schedule_times,
+)
 from diffcore.diffusers.scheduler import Choice, Place
 from diffcore.diffusers.walk import Unsupported
 from diffcore.solvers import NoiseLevels, SolverTable, ddpm_table
@@ -35,6 +42,7 @@ class FusedDDPM(ByTimestep):
 
     stock: ClassVar[type] = DDPMScheduler
     output_class: ClassVar[Any] = DDPMSchedulerOutput
+    coefficients = ("float64", "diffusers")
     returns_x0 = True
     casts_to_model = False
 
@@ -52,7 +60,8 @@ class FusedDDPM(ByTimestep):
             return ddpm_table(
                 levels, variance_type=named, prediction_type=prediction, clip_range=clip
             )
-        return _as_diffusers(levels, named, prediction, clip)
+        posterior = _in_float32(scheduler) if choice.coefficients == "diffusers" else None
+        return _as_diffusers(levels, named, prediction, clip, posterior)
 
     def _draws(self, place: Place) -> bool:
         return place.timestep > 0
@@ -66,11 +75,17 @@ class FusedDDPMParallel(FusedDDPM):
 
 
 def _as_diffusers(
-    levels: NoiseLevels, variance_type: str, prediction_type: str, clip_range: float | None
+    levels: NoiseLevels,
+    variance_type: str,
+    prediction_type: str,
+    clip_range: float | None,
+    posterior: tuple[Tensor, ...] | None,
 ) -> SolverTable:
     """With noise in every step but that of timestep 0, even if the last one ends at sigma = 0."""
-    ends = levels.alpha[:-1], levels.sigma[:-1], levels.alpha[1:], levels.sigma[1:]
-    c_0, c_x, beta_tilde, beta = tensors(posterior_coefficients(*ends))
+    if posterior is None:
+        ends = levels.alpha[:-1], levels.sigma[:-1], levels.alpha[1:], levels.sigma[1:]
+        posterior = tensors(posterior_coefficients(*ends))
+    c_0, c_x, beta_tilde, beta = posterior
     beta_tilde = beta_tilde.clamp(min=_LEAST_VARIANCE)
     noisy = levels.timesteps > 0
     # diffusers' beta is that of the step, 1 - alpha_t^2 / alpha_s^2; in the last it is sigma^2.
@@ -86,3 +101,17 @@ def _as_diffusers(
         "ddpm", levels, prediction_type, clip_range, c_x=c_x, c_0=c_0, c_z=c_z
     )
     return one_call_table("ddpm", levels, coefficients, variance=learned)
+
+
+def _in_float32(scheduler: Any) -> tuple[Tensor, ...]:
+    """A, B, beta_tilde and beta of the steps with diffusers' operations, each rounded to float32.
+
+    1 - a_t / a_s of neighbouring timesteps has few digits there: A is off by up to 2e-4 of itself.
+    """
+    signal = scheduler.alphas_cumprod.to("cpu", torch.float32)[schedule_times(scheduler)]
+    after = torch.cat([signal[1:], signal.new_ones(1)])
+    kept, spread, spread_after = signal / after, 1 - signal, 1 - after
+    beta = 1 - kept
+    c_0 = after.sqrt() * beta / spread
+    c_x = kept.sqrt() * spread_after / spread
+    return tuple(x.double() for x in (c_0, c_x, spread_after / spread * beta, beta))

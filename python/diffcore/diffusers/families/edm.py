@@ -57,11 +57,11 @@ class FusedEDMEuler(Churned):
         return float(self.config.sigma_data)
 
     def _step(self, call: Call) -> Any:
-        options = {name: call[name] for name in self.options}
-        x0, output = call["pred_original_sample"], call["model_output"]
+        options = {name: getattr(call, name) for name in self.options}
+        x0, output = call.pred_original_sample, call.model_output
         if x0 is None:
             return self._take(call, {**options, "given_x0": False})
         if (x0.dtype, x0.shape) != (output.dtype, output.shape):  # the result has the output's
             self._count(Unsupported("pred_original_sample of another dtype or shape"))
             return None
-        return self._take({**call, "model_output": x0}, {**options, "given_x0": True})
+        return self._take(call._replace(model_output=x0), {**options, "given_x0": True})

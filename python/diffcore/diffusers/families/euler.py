@@ -80,7 +80,7 @@ class Churned(ScaledInput):
 
     def _refuse(self, call: Call) -> None:
         super()._refuse(call)
-        if call["s_churn"] and self._fusion.rules == "exact":
+        if call.s_churn and self._fusion.manner.rules == "exact":
             # It calls the model at levels that the scheduler does not have.
             raise Unsupported("s_churn with rules='exact', which only table_of can have")
 
@@ -187,7 +187,7 @@ class FusedEuler(Churned):
         except Unsupported as reason:
             self.fallbacks[str(reason)] += 1
             return super().get_velocity(sample, noise, timesteps)  # type: ignore[misc, no-any-return]
-        if self._fusion.rules == "exact":
+        if self._fusion.manner.rules == "exact":
             sigmas = self._walk().sigmas
             signal = float64([1 / (sigmas[row] ** 2 + 1) for row in rows])
         else:

@@ -17,7 +17,7 @@ from diffcore.diffusers.families.schedule import Stateless
 from diffcore.diffusers.families.sigmas import BySigma
 from diffcore.diffusers.guidance import taken_apart
 from diffcore.diffusers.rows import columns_table, float64
-from diffcore.diffusers.scheduler import Call, Choice, Place, check_samples
+from diffcore.diffusers.scheduler import NO_OPTIONS, Call, Choice, Place, check_samples
 from diffcore.diffusers.walk import Unsupported
 from diffcore.solvers import SolverTable
 
@@ -58,18 +58,20 @@ class FusedFlowMatchEuler(Stateless, NoisingFlow):
         return bool(self.config.stochastic_sampling)
 
     def _step(self, call: Call) -> Any:
-        return super()._step(call) if call["per_token_timesteps"] is None else self._tokens(call)
+        if call.per_token_timesteps is None:
+            return self._take(call, NO_OPTIONS)
+        return self._tokens(call)
 
     def _tokens(self, call: Call) -> Any:
         """A step of its own length for each token ``[B, L]``, in one launch.
 
         A token goes to the next sigma below its own, whatever the step is, or to 0.
         """
-        model_output, sample = call["model_output"], call["sample"]
-        per_token_timesteps = call["per_token_timesteps"]
+        model_output, sample = call.model_output, call.sample
+        per_token_timesteps = call.per_token_timesteps
         try:
             walk = self._walk()
-            row = self._row(walk, call["timestep"])
+            row = self._row(walk, call.timestep)
             check_samples(model_output, sample)
             if sample.ndim != 3 or per_token_timesteps.shape != sample.shape[:2]:
                 raise Unsupported(
@@ -100,7 +102,7 @@ class FusedFlowMatchEuler(Stateless, NoisingFlow):
             sample, model_output, _rows_for(sigma, columns), noise=noise, group_dim=1
         )
         self._done(row)
-        return self._output(x, return_dict=call["return_dict"])
+        return self._output(x, return_dict=call.return_dict)
 
 
 def moved_flow(scheduler: Any, *, inverted: bool = False) -> SolverTable:

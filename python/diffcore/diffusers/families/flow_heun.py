@@ -74,7 +74,7 @@ class FusedFlowMatchHeun(BySigma):
         return with_history(table, 1)
 
     def _draws(self, place: Place) -> bool:
-        if self._fusion.rules == "exact":
+        if self._fusion.manner.rules == "exact":
             return place.noisy
         walk = self._walk()
         assert walk.start is not None
@@ -89,16 +89,16 @@ class FusedFlowMatchHeun(BySigma):
         # of the first call, whatever sample the second one gets.
         walk = self._walk()
         left = walk.history
-        x = left[1] if left else call["sample"]
+        x = left[1] if left else call.sample
         if isinstance(x, Tensor) and x.is_floating_point():
             x = x.to(torch.promote_types(x.dtype, torch.float32))
-        taken = super()._step({**call, "sample": x, "return_dict": False})
+        taken = super()._step(call._replace(sample=x, return_dict=False))
         if taken is None:
             return None
         ends = left or self._step_index == len(walk)
         walk.history = () if ends else (*walk.history, *taken)
-        dtype = call["model_output"].dtype
-        return self._output(taken[0].to(dtype), return_dict=call["return_dict"])
+        dtype = call.model_output.dtype
+        return self._output(taken[0].to(dtype), return_dict=call.return_dict)
 
     @property
     def state_in_first_order(self) -> bool:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from diffcore.diffusers.families.flow import NoisingFlow, renoised_flow
 from diffcore.diffusers.families.schedule import Stateless
-from diffcore.diffusers.scheduler import Choice, Place
+from diffcore.diffusers.scheduler import Call, Choice, Place
 from diffcore.diffusers.walk import Unsupported
 from diffcore.solvers import SolverTable
 
@@ -38,9 +38,8 @@ class FusedFlowMatchLCM(Stateless, NoisingFlow):
     def _drawn_in(self, sample: Tensor, output: Tensor) -> torch.dtype:
         return torch.promote_types(torch.float32, output.dtype)
 
-    def _table(self, walk: Any, choice: Choice) -> SolverTable:
+    def _refuse(self, call: Call) -> None:
         _refuse_scales(self)  # which may be set after the table was made
-        return super()._table(walk, choice)
 
 
 def _refuse_scales(scheduler: Any) -> None:

@@ -40,13 +40,13 @@ class FusedFlowMapEuler(FusedScheduler):
         return flow_map_table(levels, target_name="r_timestep")
 
     def _step(self, call: Call) -> Any:
-        model_output, sample = call["model_output"], call["sample"]
+        model_output, sample = call.model_output, call.sample
         try:
             walk = self._walk()
             check_samples(model_output, sample)
-            sigma, place = self._level(walk, call["timestep"])
-            if call["r_timestep"] is not None:
-                target, _ = self._level(walk, call["r_timestep"])
+            sigma, place = self._level(walk, call.timestep)
+            if call.r_timestep is not None:
+                target, _ = self._level(walk, call.r_timestep)
             elif place is not None:
                 target = walk.sigmas[place + 1]
             else:
@@ -59,7 +59,7 @@ class FusedFlowMapEuler(FusedScheduler):
         if self._step_index is None:
             self._step_index = self._begin_index
         self._done((place or 0) if self._step_index is None else self._step_index)
-        return self._output(x.to(model_output.dtype), return_dict=call["return_dict"])
+        return self._output(x.to(model_output.dtype), return_dict=call.return_dict)
 
     def _level(self, walk: Walk, timestep: Any) -> tuple[float, int | None]:
         """The sigma of a timestep, and its place in the schedule if it has one."""

@@ -70,7 +70,7 @@ class FusedLCM(Counted):
         )
 
     def _draws(self, place: Place) -> bool:
-        if self._fusion.rules == "exact":
+        if self._fusion.manner.rules == "exact":
             return place.noisy
         assert self.num_inference_steps is not None
         return place.row != self.num_inference_steps - 1

@@ -71,7 +71,7 @@ class FusedLTXEulerAncestralRF(Stateless):
         )
 
     def _draws(self, place: Place) -> bool:
-        if self._fusion.rules == "exact":
+        if self._fusion.manner.rules == "exact":
             return place.noisy
         after = self._walk().sigmas[place.row + 1]
         return bool(self.config.eta > 0 and self.config.s_noise > 0 and abs(after) >= _CLEAN)
@@ -86,5 +86,5 @@ class FusedLTXEulerAncestralRF(Stateless):
         sigmas: Any = self.sigmas  # type: ignore[attr-defined]
         if self._step_index is not None and self._step_index >= len(sigmas) - 1:
             # The end, as in diffusers.
-            return self._output(call["sample"], return_dict=call["return_dict"])
+            return self._output(call.sample, return_dict=call.return_dict)
         return super()._step(call)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,7 +13,6 @@ from torch import Tensor
 from diffcore.diffusers.families.schedule import prediction_of
 from diffcore.diffusers.families.sigmas import BySigma
 from diffcore.diffusers.rows import float64, with_column
-from diffcore.diffusers.scheduler import Choice
 from diffcore.diffusers.walk import Unsupported, Walk
 from diffcore.solvers import NoiseLevels, SolverTable
 from diffcore.solvers.paths import TimeOf
@@ -60,10 +60,10 @@ class Multistep(BySigma):
         size = math.hypot(held, 1)
         return 1 / size, held / size
 
-    def _table(self, walk: Walk, choice: Choice) -> SolverTable:
+    def _table(self, walk: Walk, start: int, options: Mapping[str, Any]) -> SolverTable:
         if walk.left is not None:
             raise Unsupported(walk.left)
-        return super()._table(walk, choice)
+        return super()._table(walk, start, options)
 
     def _count(self, reason: Exception) -> None:
         """A walk that has begun with stock steps goes on with them: they keep the history."""

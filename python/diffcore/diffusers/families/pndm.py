@@ -58,7 +58,9 @@ class FusedPNDM(Noising):
         return _alone(scheduler, choice.start)
 
     def _step(self, call: Call) -> Any:
-        return super()._step(call) if self._fusion.rules == "exact" else self._take_call(call)
+        return (
+            super()._step(call) if self._fusion.manner.rules == "exact" else self._take_call(call)
+        )
 
     def _row(self, walk: Walk, timestep: Any) -> int:
         return walk.places(timestep)[0] if walk.start is None else walk.start + self.counter
@@ -68,11 +70,11 @@ class FusedPNDM(Noising):
 
     def _take_call(self, call: Call) -> Any:
         """As ``_take``, where h are the outputs of earlier calls and the first sample is kept."""
-        model_output, sample = call["model_output"], call["sample"]
+        model_output, sample = call.model_output, call.sample
         kind = min(self.counter, _KINDS - 1)
         try:
             walk = self._walk()
-            place = walk.places(call["timestep"])[0]
+            place = walk.places(call.timestep)[0]
             check_samples(model_output, sample)
             table = self._found(walk, ("calls",), lambda: _calls(walk.on_host(self)))
             if kind and not walk.history:
@@ -90,7 +92,7 @@ class FusedPNDM(Noising):
         else:
             walk.history = outputs if kind == 1 else (model_output, *outputs)[:3]
         self._done(place)
-        return self._output(found.to(self._dtype(x, model_output)), return_dict=call["return_dict"])
+        return self._output(found.to(self._dtype(x, model_output)), return_dict=call.return_dict)
 
 
 def _calls(scheduler: Any) -> SolverTable:

@@ -59,7 +59,7 @@ class FusedSCM(Stateless):
         )
 
     def _draws(self, place: Place) -> bool:
-        return place.noisy if self._fusion.rules == "exact" else True
+        return place.noisy if self._fusion.manner.rules == "exact" else True
 
     def _drawn_in(self, sample: Tensor, output: Tensor) -> torch.dtype:
         return torch.get_default_dtype()
@@ -69,9 +69,9 @@ class FusedSCM(Stateless):
         return torch.promote_types(widest, torch.get_default_dtype())
 
     def _step(self, call: Call) -> Any:
-        taken = super()._step({**call, "return_dict": False})
+        taken = super()._step(call._replace(return_dict=False))
         if taken is None:
             return None
         x, x0 = taken
-        x0 = x0.to(torch.promote_types(call["sample"].dtype, call["model_output"].dtype))
-        return self._output(x, x0, return_dict=call["return_dict"])
+        x0 = x0.to(torch.promote_types(call.sample.dtype, call.model_output.dtype))
+        return self._output(x, x0, return_dict=call.return_dict)

@@ -72,7 +72,7 @@ class FusedTCD(Counted):
         )
 
     def _draws(self, place: Place) -> bool:
-        if self._fusion.rules == "exact":
+        if self._fusion.manner.rules == "exact":
             return place.noisy
         assert self.num_inference_steps is not None
         return bool(place.options["eta"] > 0) and place.row != self.num_inference_steps - 1

@@ -8,7 +8,7 @@ import torch
 
 from diffcore.diffusers.families.sigmas import ScaledInput, levels_at
 from diffcore.diffusers.rows import float64
-from diffcore.diffusers.scheduler import Call, Choice
+from diffcore.diffusers.scheduler import Call
 from diffcore.diffusers.walk import Unsupported, Walk
 from diffcore.solvers import NoiseLevels
 
@@ -45,7 +45,7 @@ class TwoCalls(ScaledInput):
         if self._stock_began():
             raise Unsupported(_BEGUN)
         start = row if walk.start is None else walk.start
-        table = self._table(walk, Choice(self._fusion.rules, start))
+        table = self._table(walk, start, {})
         if not 0 <= row - start < len(table):
             raise Unsupported(f"step {row} of a walk that starts at {start}")
         return table.rows[row - start].input_scale
