@@ -5,7 +5,7 @@
 #                       (with a VENV for itself: TORCH=2.10.0 VENV=.venv-oldest)
 #   DIFFCORE_CUDA       AUTO | ON | OFF: build the CUDA kernels        AUTO: when nvcc is found
 #   DIFFCORE_CUDA_ARCHS architectures of the development build         this machine's GPU, else 80-real
-#   BENCH               which benchmarks: ops, training, ...           all
+#   BENCH               which benchmarks: ops, training, ..., all      the first nine
 #   SANITIZE_TESTS      the test files of `make sanitize`              ops forward, layouts, ...
 #   SANITIZE_CALLS      the random calls of `make sanitize`            100000
 #   FUZZ_ARGS           of `make fuzz`: how long, the seed             --seconds 60
@@ -31,7 +31,7 @@ PYTEST_ARGS ?=
 CUDA_CODE_ARGS ?=
 DEMO_ARGS ?=
 BENCH_ARGS ?=
-BENCH ?= $(patsubst benchmarks/bench_%.py,%,$(sort $(wildcard benchmarks/bench_*.py)))
+BENCH ?=
 STAGES ?=
 MAX_SECONDS ?= 540
 
@@ -77,7 +77,7 @@ $(VENV)/.requirements: requirements-dev.txt $(CONSTRAINTS) | $(VENV)/bin/python
 .PHONY: modules
 modules:
 $(VENV)/.modules: modules | $(VENV)/bin/python
-	@find python -name '*.py' | sort | cmp -s - $@ || find python -name '*.py' | sort > $@
+	@find python benchmarks -name '*.py' | sort | cmp -s - $@ || find python benchmarks -name '*.py' | sort > $@
 
 define CHECK_TOOLCHAIN
 command -v "$${CXX:-c++}" >/dev/null || \
@@ -138,6 +138,30 @@ emulate: $(VENV)/.installed  ## the CUDA kernels, emulated on the CPU (x86-64): 
 	$(EMULATED)/check_limits quantiles
 	$(RUN_EMULATED) $(EMULATED_TESTS) $(PYTEST_ARGS)
 
+# A program, built for aarch64 and for this processor, whose lines must be equal: a hash of each result of each kernel.
+ARM_CXX ?= aarch64-linux-gnu-g++
+ARM_QEMU ?= $(firstword $(shell command -v qemu-aarch64-static qemu-aarch64))
+ARM_LIBRARIES ?= /usr/aarch64-linux-gnu
+ARM_DIR := build/arm
+KERNEL_BITS := tests/processors/kernel_bits
+ARM_LACKS := $(if $(CAN_EMULATE),,this is not an x86-64 processor)$(if $(shell command -v $(ARM_CXX)),,$\
+  $(ARM_CXX) is missing)$(if $(ARM_QEMU),,qemu-user is missing)
+
+.PHONY: arm
+ifneq ($(ARM_LACKS),)
+arm:
+	@echo "make arm: skipped ($(ARM_LACKS)). On Debian and Ubuntu: apt-get install g++-aarch64-linux-gnu qemu-user-static"
+else
+arm: $(VENV)/.installed  ## the CPU kernels for aarch64, run by qemu-user, against those of this processor, bit by bit
+	PATH="$(abspath $(VENV))/bin:$$PATH" cmake -S . -B $(ARM_DIR) -GNinja -DDIFFCORE_MODULE=OFF -DDIFFCORE_CUDA=OFF \
+	  -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 -DCMAKE_CXX_COMPILER=$(ARM_CXX)
+	set -e; export PATH="$(abspath $(VENV))/bin:$$PATH"; \
+	  for folder in $(BUILD_DIR) $(ARM_DIR); do cmake --build $$folder --target kernel_bits; done
+	DIFFCORE_ISA=v3 $(BUILD_DIR)/$(KERNEL_BITS) > $(ARM_DIR)/v3.txt
+	$(ARM_QEMU) -L $(ARM_LIBRARIES) $(ARM_DIR)/$(KERNEL_BITS) > $(ARM_DIR)/neon.txt
+	$(PY) tools/compare_bits.py $(ARM_DIR)/v3.txt $(ARM_DIR)/neon.txt
+endif
+
 FUZZ_ARGS ?= --seconds 60
 .PHONY: fuzz
 fuzz: $(VENV)/.installed  ## random calls of every op and of the compiled module, for a minute
@@ -189,16 +213,25 @@ cuda-code: $(VENV)/.requirements  ## check the compiled CUDA kernels against the
 	$(PIP_INSTALL) nvidia-cuda-nvdisasm
 	$(PY) tools/compiled_code.py $(or $(CUDA_CODE_ARGS),--check)
 
+# Linked for manylinux_2_28 though the machine may be newer. OpenMP's runtime is not put into the wheel: torch brings it,
+# and a process must have one.
+WHEEL_BUILD := build/wheel
+WHEEL_PLATFORM := manylinux_2_28_$(shell uname -m)
 .PHONY: wheel
 wheel: $(VENV)/.requirements  ## wheel and sdist in dist/, then a smoke test of the wheel in a throw-away environment
 	@$(CHECK_TOOLCHAIN)
-	rm -rf dist
-	PIP_CONSTRAINT='$(abspath $(CONSTRAINTS))' $(PY) -m build --outdir dist .
+	rm -rf dist $(WHEEL_BUILD)
+	flags=$$($(PY) tools/old_runtimes.py build/old-runtimes); \
+	  CMAKE_ARGS="$${CMAKE_ARGS:-} '-DCMAKE_MODULE_LINKER_FLAGS=$${LDFLAGS:-} $$flags'" \
+	  PIP_CONSTRAINT='$(abspath $(CONSTRAINTS))' $(PY) -m build --outdir $(WHEEL_BUILD) .
+	PATH="$(abspath $(VENV))/bin:$$PATH" $(PY) -m auditwheel repair --exclude libgomp.so.1 --plat $(WHEEL_PLATFORM) \
+	  --only-plat --zip-compression-level 9 --wheel-dir dist $(WHEEL_BUILD)/*.whl
+	mv $(WHEEL_BUILD)/*.tar.gz dist
 	$(PY) tools/check_wheel.py dist
 
 .PHONY: bench
 bench: $(VENV)/.installed  ## time the ops against eager, torch.compile and a copy of the same bytes
-	set -e; for name in $(BENCH); do $(PY) -m benchmarks.bench_$$name $(BENCH_ARGS); done
+	$(PY) -m diffcore bench $(BENCH) --out benchmarks/results $(BENCH_ARGS)
 
 # The packages of the extra [docs], without the package itself: the reference is made from the sources as text.
 DOCS_PACKAGES := $(shell sed -n 's/^docs = \[\(.*\)\].*/\1/p' pyproject.toml | tr -d ',')

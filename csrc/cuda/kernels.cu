@@ -1,5 +1,4 @@
-// The CUDA kernels of every op for the storage type DIFFCORE_STORAGE, and for DIFFCORE_STORAGE_TOO if
-// it is defined: kernels that are alike compress to less if compiled together.
+// The CUDA kernels of every op for the storage type DIFFCORE_STORAGE, or for all if it is not defined.
 #include "cuda/map.cuh"
 #include "cuda/select.cuh"
 #include "cuda/table.cuh"
@@ -33,9 +32,13 @@ const CudaKernel* cuda_kernels() {
   return table_of<S>(AllOps{});
 }
 
+#ifdef DIFFCORE_STORAGE
 template const CudaKernel* cuda_kernels<DIFFCORE_STORAGE>();
-#ifdef DIFFCORE_STORAGE_TOO
-template const CudaKernel* cuda_kernels<DIFFCORE_STORAGE_TOO>();
+#else
+template const CudaKernel* cuda_kernels<float>();
+template const CudaKernel* cuda_kernels<double>();
+template const CudaKernel* cuda_kernels<Bf16>();
+template const CudaKernel* cuda_kernels<F16>();
 #endif
 
 }  // namespace diffcore

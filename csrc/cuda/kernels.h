@@ -19,7 +19,10 @@ constexpr bool kCudaEmulated = true;
 constexpr bool kCudaEmulated = false;
 #endif
 
+constexpr int kMinCudaDriver = 13000;  // of the static runtime, CUDA 13: R580
+
 bool cuda_built();
+bool cuda_usable();  // the driver is not too old
 const char* cuda_architectures();
 int cuda_device_count();
 int cuda_driver_version();
