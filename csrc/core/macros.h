@@ -15,6 +15,13 @@
 #define DC_UNROLL _Pragma("GCC unroll 32")
 #endif
 
+// Before a loop on the CPU whose iterations do not depend on each other through memory.
+#if defined(__clang__)
+#define DC_INDEPENDENT _Pragma("clang loop vectorize(assume_safety)")
+#else
+#define DC_INDEPENDENT _Pragma("GCC ivdep")
+#endif
+
 // CPU kernels are compiled once per instruction set, each in a separate namespace, so the linker
 // cannot pick a symbol compiled for a newer processor to run on an older one.
 #ifdef DIFFCORE_ISA_NAMESPACE

@@ -12,14 +12,14 @@ DC_KERNEL_NAMESPACE_BEGIN
 // a * b + c; fused where the hardware has it (elsewhere fma is a library call, which does not
 // vectorize).
 DC_HD float mul_add(float a, float b, float c) {
-#if defined(__CUDA_ARCH__) || defined(__FMA__)
+#if defined(__CUDA_ARCH__) || defined(__FMA__) || defined(__ARM_FEATURE_FMA)
   return __builtin_fmaf(a, b, c);
 #else
   return a * b + c;
 #endif
 }
 DC_HD double mul_add(double a, double b, double c) {
-#if defined(__CUDA_ARCH__) || defined(__FMA__)
+#if defined(__CUDA_ARCH__) || defined(__FMA__) || defined(__ARM_FEATURE_FMA)
   return __builtin_fma(a, b, c);
 #else
   return a * b + c;
@@ -169,9 +169,8 @@ DC_HD R exp(R x) {
   return normal_exp(x);
 #else
   using K = ExpConstants<R>;
-  R y = normal_exp(x);
-  R edge = x < R(0) ? R(0) : x * K::kHuge;  // infinity, or NaN for NaN
-  return x >= K::kLow && x <= K::kHigh ? y : edge;
+  R y = x < K::kLow ? R(0) : normal_exp(x);
+  return x <= K::kHigh ? y : x * K::kHuge;  // infinity, or NaN for NaN
 #endif
 }
 
@@ -185,7 +184,7 @@ DC_HD R exp_times(R x, R square) {
 // factor e^x; 0 for a factor whose square is 0 where e^x may overflow. NaN for NaN.
 template <class R>
 DC_HD R times_exp(R factor, R x) {
-  return (factor * factor == R(0)) & (x > R(0)) ? R(0) : factor * exp(x);
+  return ((factor * factor == R(0)) & (x > R(0))) ? R(0) : factor * exp(x);
 }
 
 // ½ (expm1(d) - d) and ½ expm1(d), for the Gaussian KL and its gradient. With s = 2^n / 2,
@@ -208,8 +207,10 @@ struct HalfExpm1 {
     R half = mul_add(s * r2, e.q, mul_add(s, e.r, (s - R(0.5)) + linear));
     R half_plain = mul_add(s, mul_add(r2, e.q, e.r), s - R(0.5));
     R infinity = K::kHuge * K::kHuge;
-    minus_d = d > K::kHalfHigh ? infinity : (d < kLow ? linear - R(0.5) : half);
-    plain = d > K::kHalfHigh ? infinity : (d < kLow ? R(-0.5) : half_plain);
+    R above_low = d < kLow ? linear - R(0.5) : half,
+      plain_above_low = d < kLow ? R(-0.5) : half_plain;
+    minus_d = d > K::kHalfHigh ? infinity : above_low;
+    plain = d > K::kHalfHigh ? infinity : plain_above_low;
   }
 };
 

@@ -1,6 +1,9 @@
 // Chooses the instruction set once, and splits a call into units of work for the threads of torch's
 // OpenMP runtime, so torch.set_num_threads applies.
 #include <omp.h>
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
 
 #include <cstdlib>
 #include <cstring>
@@ -10,50 +13,58 @@
 #include "cpu/kernels.h"
 
 namespace diffcore {
-#ifdef DIFFCORE_WITHOUT_v3
-constexpr bool kWithV3 = false;
-const CpuKernel* v3::cpu_kernels() { return nullptr; }
-#else
-constexpr bool kWithV3 = true;
-#endif
-#ifdef DIFFCORE_WITHOUT_v4
-constexpr bool kWithV4 = false;
-const CpuKernel* v4::cpu_kernels() { return nullptr; }
-#else
-constexpr bool kWithV4 = true;
-#endif
 namespace {
 
 struct Isa {
   const char* name;
-  const CpuKernel* kernels;
+  bool (*supported)();  // by the build and by the processor
+  const CpuKernel* (*kernels)();
 };
 
-// Whether the build has kernels of a set, and the processor every feature of -march=x86-64-v3, -v4.
-bool has_v3() {
-  return kWithV3 && __builtin_cpu_supports("avx") && __builtin_cpu_supports("avx2") &&
+#if defined(__aarch64__)
+// Every aarch64 processor has its vectors and fused multiply-add.
+constexpr Isa kIsas[] = {{"neon", [] { return true; }, neon::cpu_kernels}};
+#else
+// Features that clang's __builtin_cpu_supports does not know: these bits of ECX.
+[[maybe_unused]] bool cpuid_has(unsigned leaf, unsigned bits) {
+  unsigned eax, ebx, ecx, edx;
+  return __get_cpuid(leaf, &eax, &ebx, &ecx, &edx) && (ecx & bits) == bits;
+}
+// The processor must have every feature of -march=x86-64-v3, -v4.
+[[maybe_unused]] bool has_v3() {
+  constexpr unsigned kMovbe = 1u << 22, kF16c = 1u << 29, kLzcnt = 1u << 5;
+  return __builtin_cpu_supports("avx") && __builtin_cpu_supports("avx2") &&
          __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2") &&
-         __builtin_cpu_supports("f16c") && __builtin_cpu_supports("fma") &&
-         __builtin_cpu_supports("lzcnt") && __builtin_cpu_supports("movbe");
+         __builtin_cpu_supports("fma") && cpuid_has(1, kMovbe | kF16c) &&
+         cpuid_has(0x80000001u, kLzcnt);
 }
-bool has_v4() {
-  return kWithV4 && has_v3() && __builtin_cpu_supports("avx512f") &&
-         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512cd") &&
-         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+[[maybe_unused]] bool has_v4() {
+  return has_v3() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
+         __builtin_cpu_supports("avx512vl");
 }
+constexpr Isa kIsas[] = {
+    {"v2", [] { return true; }, v2::cpu_kernels},
+#ifndef DIFFCORE_WITHOUT_v3
+    {"v3", has_v3, v3::cpu_kernels},
+#endif
+#ifndef DIFFCORE_WITHOUT_v4
+    {"v4", has_v4, v4::cpu_kernels},
+#endif
+};
+#endif
 
-Isa choose_isa() {
-  const char* forced = std::getenv("DIFFCORE_ISA");
-  auto allowed = [&](const char* name) {
-    return !forced || !*forced || !std::strcmp(forced, name);
-  };
-  if (has_v4() && allowed("v4")) return {"v4", v4::cpu_kernels()};
-  if (has_v3() && allowed("v3")) return {"v3", v3::cpu_kernels()};
-  return {"v2", v2::cpu_kernels()};
+// The best set, or the one named; the first of the list, which all processors have, where that one
+// is unknown or not supported.
+const Isa& choose_isa(const char* named) {
+  const Isa* chosen = kIsas;
+  for (const Isa& isa : kIsas)
+    if (isa.supported() && (!named || !*named || !std::strcmp(named, isa.name))) chosen = &isa;
+  return *chosen;
 }
 
 const Isa& isa() {
-  static const Isa chosen = choose_isa();
+  static const Isa& chosen = choose_isa(std::getenv("DIFFCORE_ISA"));
   return chosen;
 }
 
@@ -63,7 +74,7 @@ constexpr int64_t kParallelFrom = 32 * 1024;
 }  // namespace
 
 const char* cpu_isa() { return isa().name; }
-const char* best_cpu_isa() { return has_v4() ? "v4" : has_v3() ? "v3" : "v2"; }
+const char* best_cpu_isa() { return choose_isa(nullptr).name; }
 int cpu_threads() { return omp_get_max_threads(); }
 
 bool cpu_steps_in_range(const LaunchArgs& args, int64_t* wrong) {
@@ -78,7 +89,7 @@ bool cpu_steps_in_range(const LaunchArgs& args, int64_t* wrong) {
 }
 
 void run_on_cpu(int op, Dtype dtype, LaunchArgs& args) {
-  const CpuKernel& kernel = isa().kernels[op * kDtypes + dtype];
+  const CpuKernel& kernel = isa().kernels()[op * kDtypes + dtype];
   args.chunk = kChunk;
   args.chunks = kernel.scratch || args.cols <= kChunk ? 1 : (args.cols + kChunk - 1) / kChunk;
   int64_t units = args.rows * args.chunks;

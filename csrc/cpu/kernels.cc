@@ -1,6 +1,7 @@
-// The kernels of one instruction set. Compiled three times, with DIFFCORE_ISA_NAMESPACE = v2, v3,
-// v4 and the matching -march. Includes core/, noise/, ops/ and cpu/ only: an inline function from a
-// shared header, compiled here for a newer processor, could be the copy that the linker keeps.
+// The kernels of one instruction set. Compiled three times on x86-64, with DIFFCORE_ISA_NAMESPACE =
+// v2, v3, v4 and the matching -march, and once on aarch64, as neon. Includes core/, noise/, ops/ and
+// cpu/ only: an inline function from a shared header, compiled here for a newer processor, could be
+// the copy that the linker keeps.
 #include "cpu/kernels.h"
 
 #include "cpu/map.h"
@@ -15,7 +16,7 @@ struct CpuEntry {
     if constexpr (kSelects<Op>)
       return {&CpuSelect<Op, S>::run, nullptr, sizeof(typename CpuSelect<Op, S>::Scratch)};
     else
-      return {&CpuLoop<Op, S>::run, &CpuLoop<Op, S>::combine, 0};
+      return {&run_loop<Op, S>, &CpuLoop<Op, Compute<S>>::combine, 0};
   }
 };
 

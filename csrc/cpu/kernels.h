@@ -14,7 +14,8 @@ struct CpuKernel {
   int64_t scratch;  // bytes per thread; if not 0, a unit of work is a complete row
 };
 
-// kernels.cc: rows in the order of AllOps, kDtypes entries a row.
+// kernels.cc: rows in the order of AllOps, kDtypes entries a row. v2, v3 and v4 are x86-64's, neon
+// is aarch64's.
 namespace v2 {
 const CpuKernel* cpu_kernels();
 }
@@ -22,6 +23,9 @@ namespace v3 {
 const CpuKernel* cpu_kernels();
 }
 namespace v4 {
+const CpuKernel* cpu_kernels();
+}
+namespace neon {
 const CpuKernel* cpu_kernels();
 }
 

@@ -1,7 +1,11 @@
 // The `Lanes` of noise/normal.h for vectors of the instruction set that this file is compiled for.
 #pragma once
 
+#if defined(__aarch64__)
+#include <arm_neon.h>
+#else
 #include <immintrin.h>
+#endif
 
 #include "noise/philox.h"
 
@@ -27,6 +31,8 @@ DC_HD VectorU64 products(VectorU64 a, VectorU64 b) {
   return VectorU64(_mm512_maskz_mul_epu32(__mmask8(-1), __m512i(a), __m512i(b)));
 #elif defined(__AVX2__)
   return VectorU64(_mm256_mul_epu32(__m256i(a), __m256i(b)));
+#elif defined(__aarch64__)
+  return VectorU64(vmull_u32(vmovn_u64(uint64x2_t(a)), vmovn_u64(uint64x2_t(b))));
 #else
   return VectorU64(_mm_mul_epu32(__m128i(a), __m128i(b)));
 #endif
@@ -37,6 +43,8 @@ DC_HD VectorF roots(VectorF x) {
   return VectorF(_mm512_maskz_sqrt_ps(__mmask16(-1), __m512(x)));
 #elif defined(__AVX2__)
   return VectorF(_mm256_sqrt_ps(__m256(x)));
+#elif defined(__aarch64__)
+  return VectorF(vsqrtq_f32(float32x4_t(x)));
 #else
   return VectorF(_mm_sqrt_ps(__m128(x)));
 #endif

@@ -16,7 +16,14 @@ DC_HD VectorF interleaved(VectorF a, VectorF b) {
   VectorI from;
   DC_UNROLL
   for (int i = 0; i < kWidth; ++i) from[i] = i - i % 4 + kFrom + i % 4 / 2 + i % 2 * kWidth;
+#if defined(__clang__)  // which makes one shuffle of it
+  VectorF y;
+  DC_UNROLL
+  for (int i = 0; i < kWidth; ++i) y[i] = from[i] < kWidth ? a[from[i]] : b[from[i] - kWidth];
+  return y;
+#else
   return __builtin_shuffle(a, b, from);
+#endif
 }
 
 // The block in each 64-bit lane. BlockGenerator::generate interleaves the lanes into block order.

@@ -40,8 +40,8 @@ struct RowKeys {
     constexpr bool kConverted = !same<S, R>;
     alignas(64) R x[Op::n_in][kConverted ? kTile : 1];
     alignas(64) R values[kTile];
-    const R* in[Op::n_in];
-    R* const out[] = {values};
+    const void* in[Op::n_in];
+    void* const out[] = {values};
     const int n = args.cols - first < kTile ? int(args.cols - first) : kTile;
     DC_UNROLL
     for (int k = 0; k < Op::n_in; ++k) {
@@ -53,7 +53,7 @@ struct RowKeys {
         in[k] = from;
       }
     }
-    map_columns<Summand<Op>, R>(c, in, out, n, nullptr);
+    map_numbers<Summand<Op>, R>(c, in, out, n, nullptr, false);
     for (int i = 0; i < n; ++i) tile[i] = key_of(values[i]);
     return n;
   }

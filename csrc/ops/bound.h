@@ -170,7 +170,7 @@ struct VlbTermBackward : BoundError<kLearned> {
     R slope = R(2) * row.factor() * e;
     if constexpr (kLearned) {
       const R d = Base::log_ratio(c, x), square = row.factor() * e * e;
-      const R ratio = (square == R(0)) & (d > R(0)) ? R(0) : exp(d);
+      const R ratio = ((square == R(0)) & (d > R(0))) ? R(0) : exp(d);
       const HalfExpm1<R> half(d);
       const R kl_part = row.kl() != R(0) ? half.plain : R(-0.5);
       y[1] = -g * row.d_v() * mul_add(square, ratio, kl_part);

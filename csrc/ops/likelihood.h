@@ -52,7 +52,7 @@ struct PixelBin {
     at = narrow ? R(-0.25) * eta * eta : at;
     const R rounded = normal_exp(at), exact = mul_add(rounded, narrow ? R(0) : more, rounded);
     root = at >= ExpConstants<R>::kLow ? exact : R(0);  // also where lo is infinite and `at` NaN
-    drop = is_open | (slope > R(30)) ? R(-1) : normal_expm1(R(-2) * slope);
+    drop = (is_open | (slope > R(30))) ? R(-1) : normal_expm1(R(-2) * slope);
     const R near = scaled_tail<R>(magnitude(lo));
     const R far = scaled_tail<R>(magnitude(z + eta)) * (R(1) + drop);
     outside = (near + far) * root * root;

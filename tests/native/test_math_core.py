@@ -191,13 +191,34 @@ def check_rounding() -> None:
         ends = torch.tensor([65504.0, 65519.996, 65520.0, 65520.004, 65535.996, 65536.0, 3.39e38])
         floats = torch.cat([ties, ends, -ends, patterns.view(torch.float32)])
         floats = torch.nn.functional.pad(floats, (0, -len(floats) % 16))
-        for columns in (1, 8, 11):  # the loop of vectors and the one behind it
+        for columns in (1, 8, 27):  # vectors of each size, and what is left of a row
             one = torch.ones(len(floats), columns, dtype=dtype)
             y = ops.linear_combination(one, torch.full_like(one, -0.0), (floats, 1.0))
             assert same(y, floats.to(dtype)[:, None].expand(-1, columns).contiguous())
 
 
-CHECKS = ("exp_float32", "exp_float64", "expm1_float32", "expm1_float64", "halves", "rounding")
+def check_in_place() -> None:
+    """What is left of a row behind the last whole vector is computed once, also over its input."""
+    for dtype in HALF_DTYPES:
+        for columns in (3, 16, 21, 600):
+            x, z = torch.randn(2, 5, columns).to(dtype)
+            wanted = ops.linear_combination(x, z, (0.5, 2.0))
+            for over in (x, z):
+                out = over.clone()
+                first, second = (out, z) if over is x else (x, out)
+                ops.linear_combination(first, second, (0.5, 2.0), out=out)
+                assert same(out, wanted)
+
+
+CHECKS = (
+    "exp_float32",
+    "exp_float64",
+    "expm1_float32",
+    "expm1_float64",
+    "halves",
+    "rounding",
+    "in_place",
+)
 
 
 @pytest.mark.parametrize("check", CHECKS)

@@ -10,7 +10,7 @@ from pathlib import Path
 from diffcore import info
 
 TESTS = Path(__file__).resolve().parents[1]
-ALL_ISAS = ("v2", "v3", "v4")
+ALL_ISAS = ("neon",) if info().get("best_instruction_set") == "neon" else ("v2", "v3", "v4")
 
 
 def instruction_sets() -> tuple[str, ...]:
