@@ -78,8 +78,8 @@ MUTANTS = [
     ),
     Mutant(
         "reference: bound, learned variance",
-        "d = k.d_0 - k.d_v * variance_output.double() + k.d_low",
-        "d = k.d_0 + k.d_v * variance_output.double() + k.d_low",
+        "d = k.d_0 - k.d_v * in_float64(variance_output) + k.d_low",
+        "d = k.d_0 + k.d_v * in_float64(variance_output) + k.d_low",
         "tests/ops/test_forward.py::test_reference_is_within_the_bound[float32-vlb_term_learned]",
     ),
     Mutant(

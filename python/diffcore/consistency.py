@@ -26,6 +26,7 @@ from diffcore._checks import (
     check_choice,
     check_float_tensor,
 )
+from diffcore._devices import to_device, wide_dtype, widened
 from diffcore._engine import messages
 from diffcore._types import Coef, Model
 from diffcore.coefficients.consistency import consistency_coefficients
@@ -177,11 +178,11 @@ def draw_pair(
     """
     messages.check_dtype(dtype)
     levels = _ladder(sigmas)
-    u = timesteps.draw("uniform", batch, noise, dtype=torch.float64, device=device)
+    u, at = timesteps.drawn("uniform", batch, noise, device=device)
     edges = _cumulative(weights, len(levels) - 1).to(u.device)
     i = torch.searchsorted(edges, u, right=True)
     levels = levels.to(u.device)
-    return levels[i].to(dtype), levels[i + 1].to(dtype)
+    return to_device(levels[i].to(dtype), at), to_device(levels[i + 1].to(dtype), at)
 
 
 @dataclass(frozen=True)
@@ -244,7 +245,8 @@ class ConsistencyModel:
         """
         if not isinstance(x, Tensor):
             raise TypeError(f"x must be a torch.Tensor, got {type(x).__name__}")
-        sigma = torch.as_tensor(sigma, dtype=torch.float64, device=x.device).expand(x.shape[:1])
+        wide = wide_dtype(x.device)
+        sigma = torch.as_tensor(sigma, dtype=wide, device=x.device).expand(x.shape[:1])
         scaled = ops.linear_combination(x, x, (1 / self._norm(sigma), 0.0))
         output = call_model(model, scaled, self._timestep(sigma, x), model_kwargs)
         return self._f(scaled, output, sigma)
@@ -362,7 +364,7 @@ class ConsistencyModel:
 
     def _norm(self, sigma: Tensor) -> Tensor:
         """1 / c_in = sqrt(sigma² + sigma_data²), in float64."""
-        sigma = sigma.double()
+        sigma = widened(sigma)
         return torch.hypot(sigma, sigma.new_full((), self.sigma_data))
 
     def _noised(self, x_start: Tensor, noise: Noise, sigma: Tensor) -> Tensor:
@@ -371,7 +373,7 @@ class ConsistencyModel:
         return x
 
     def _timestep(self, sigma: Tensor, x: Tensor) -> Tensor:
-        t = self.time_scale * sigma.double().log() / 4
+        t = self.time_scale * widened(sigma).log() / 4
         return t if x.dtype == torch.float64 else t.float()
 
     def _boundary(self, sigma: Tensor) -> tuple[Any, Any]:
@@ -392,7 +394,7 @@ def _checked_pair(pair: Any, batch: int) -> tuple[Tensor, Tensor]:
         check_float_tensor(name, sigma)
         if sigma.shape != (batch,):
             raise ValueError(f"{name} must have shape ({batch},), got {tuple(sigma.shape)}")
-    low, high = (sigma.double() for sigma in pair)
+    low, high = map(widened, pair)
     return low, high
 
 
@@ -401,7 +403,7 @@ def _ladder(sigmas: Tensor) -> Tensor:
     check_float_tensor("sigmas", sigmas)
     if sigmas.ndim != 1 or len(sigmas) < 2:
         raise ValueError(f"sigmas must have shape [N], N at least 2, got {tuple(sigmas.shape)}")
-    levels = sigmas.detach().to("cpu", torch.float64)
+    levels = sigmas.detach().cpu().double()
     if not bool((levels > 0).all()) or not bool((levels[1:] > levels[:-1]).all()):
         raise ValueError("sigmas must rise and be above 0, got others")
     return levels
@@ -418,7 +420,7 @@ def _cumulative(weights: Tensor | None, count: int) -> Tensor:
             f"weights must have one number for each of the {count} pairs, got shape "
             f"{tuple(weights.shape)}"
         )
-    known = weights.detach().to("cpu", torch.float64)
+    known = weights.detach().cpu().double()
     total = known.sum()
     if not bool((known >= 0).all()) or not 0 < float(total) < math.inf:
         raise ValueError("weights must be at least 0 and finite, with one above 0, got others")

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from diffcore import ops, timesteps
 from diffcore._checks import as_int, as_positive, as_real
+from diffcore._devices import to_device, widened
 from diffcore._engine import messages
 from diffcore._types import ClipRange, Coef, Model
 from diffcore.diffusion.checks import (
@@ -160,16 +161,11 @@ class EDM(KeepsSolvers):
             ``[B]``.
         """
         messages.check_dtype(dtype)
-        u = timesteps.draw(
-            "uniform",
-            batch,
-            noise,
-            stratified=stratified,
-            groups=groups,
-            dtype=torch.float64,
-            device=device,
+        u, at = timesteps.drawn(
+            "uniform", batch, noise, stratified=stratified, groups=groups, device=device
         )
-        return torch.exp(self.p_mean + self.p_std * torch.special.ndtri(u)).to(dtype)
+        sigma = torch.exp(self.p_mean + self.p_std * torch.special.ndtri(u))
+        return to_device(sigma.to(dtype), at)
 
     def preconditioning(self, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The factors c_skip, c_out and c_in, and the timestep input c_noise.
@@ -178,9 +174,10 @@ class EDM(KeepsSolvers):
             sigma: Noise levels above 0, of any shape.
 
         Returns:
-            Four float64 tensors of the shape of ``sigma``.
+            Four float64 tensors of the shape of ``sigma``; float32 where its device has no
+            float64.
         """
-        sigma = sigma.double()
+        sigma = widened(sigma)
         c_in = self._c_in(sigma)
         skip, out = self.sigma_data * c_in, sigma * c_in
         return skip * skip, self.sigma_data * out, c_in, sigma.log() / 4

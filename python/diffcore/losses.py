@@ -14,6 +14,7 @@ from diffcore._checks import (
     check_choice,
     check_float_tensor,
 )
+from diffcore._devices import widened
 from diffcore._engine.dispatch import plain_eager
 from diffcore.coefficients.step import PREDICTION_TYPES
 
@@ -54,7 +55,7 @@ def min_snr_weights(snr: Tensor, *, gamma: float = 5.0, prediction_type: str = "
     """
     snr = _checked(snr, prediction_type)
     gamma = as_positive("gamma", gamma)
-    snr = snr.to(torch.float64)
+    snr = widened(snr)
     if prediction_type == "epsilon":
         return torch.where(snr > gamma, gamma / snr, 1.0)
     capped = snr.clamp_max(gamma)
@@ -93,7 +94,7 @@ def edm_weights(
     """
     snr = _checked(snr, prediction_type)
     sigma_data = as_positive("sigma_data", sigma_data)
-    snr = snr.to(torch.float64)
+    snr = widened(snr)
     if prediction_type == "epsilon":
         return 1 + 1 / (snr * sigma_data**2)
     if prediction_type == "sample":
@@ -126,7 +127,7 @@ def soft_min_snr_weights(
     Source:
         Crowson et al. 2024 (Hourglass Diffusion Transformers, arXiv 2401.11605) section 4.
     """
-    snr = _checked(snr, prediction_type).to(torch.float64)
+    snr = widened(_checked(snr, prediction_type))
     gamma = as_positive("gamma", gamma, finite=True)
     return _on_prediction(gamma / (snr + gamma), snr, prediction_type)
 
@@ -154,7 +155,7 @@ def p2_weights(
     Source:
         Choi et al. 2022 (arXiv 2204.00227) eq. 8.
     """
-    snr = _checked(snr, prediction_type).to(torch.float64)
+    snr = widened(_checked(snr, prediction_type))
     k, gamma = as_positive("k", k, finite=True), as_real("gamma", gamma)
     if not 0 <= gamma < float("inf"):
         raise ValueError(f"gamma must be at least 0 and finite, got {gamma}")
@@ -179,7 +180,7 @@ def debiased_weights(snr: Tensor, *, prediction_type: str = "epsilon") -> Tensor
     Source:
         Yu et al. 2023 (arXiv 2310.08442) eq. 12.
     """
-    snr = _checked(snr, prediction_type).to(torch.float64)
+    snr = widened(_checked(snr, prediction_type))
     root = snr.sqrt()
     if prediction_type == "epsilon":
         return 1 / root
@@ -219,7 +220,7 @@ def flow_weights(sigma: Tensor, weighting: str = "none") -> Tensor:
                 f"sigma must be in (0, 1), got values from {low:g} to {high:g}; divide timesteps "
                 "by their number"
             )
-    sigma = sigma.to(torch.float64)
+    sigma = widened(sigma)
     if weighting == "none":
         return torch.ones_like(sigma)
     if weighting == "sigma_sqrt":

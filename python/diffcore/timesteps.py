@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from diffcore._checks import as_device, as_flag, as_int, as_positive, as_real, as_tensor
+from diffcore._devices import beside, has_float64, in_float64, to_device
 from diffcore._engine import messages
 from diffcore._engine.dispatch import plain_eager
 from diffcore.noise import GroupNoise, PhiloxNoise, ShardNoise
@@ -26,6 +27,7 @@ Density: TypeAlias = str | Callable[[Tensor], Tensor]
 
 # Half the spacing of a uniform number in float64: it moves 0 and leaves every u inside (0, 1).
 _HALF = 2.0**-54
+_CPU = torch.device("cpu")
 
 
 def uniform(u: Tensor) -> Tensor:
@@ -35,12 +37,12 @@ def uniform(u: Tensor) -> Tensor:
         u: Uniform numbers in (0, 1), of any shape.
 
     Returns:
-        float64, the shape of ``u``.
+        float64, the shape of ``u``; float32 where its device has no float64.
 
     Raises:
         TypeError: ``u`` is not made of floating-point numbers.
     """
-    return _float64(u)
+    return beside(_float64(u), u)
 
 
 def logit_normal(u: Tensor, *, mean: float = 0.0, std: float = 1.0) -> Tensor:
@@ -52,7 +54,7 @@ def logit_normal(u: Tensor, *, mean: float = 0.0, std: float = 1.0) -> Tensor:
         std: Above 0.
 
     Returns:
-        float64, the shape of ``u``.
+        float64, the shape of ``u``; float32 where its device has no float64.
 
     Raises:
         TypeError: ``u`` is not made of floating-point numbers, or a parameter is no number.
@@ -62,7 +64,7 @@ def logit_normal(u: Tensor, *, mean: float = 0.0, std: float = 1.0) -> Tensor:
         Esser et al. 2024 (Stable Diffusion 3, arXiv 2403.03206) eq. 19.
     """
     mean, std = as_real("mean", mean), as_positive("std", std, finite=True)
-    return torch.sigmoid(mean + std * torch.special.ndtri(_float64(u)))
+    return beside(torch.sigmoid(mean + std * torch.special.ndtri(_float64(u))), u)
 
 
 def mode(u: Tensor, *, scale: float = 1.29) -> Tensor:
@@ -73,7 +75,7 @@ def mode(u: Tensor, *, scale: float = 1.29) -> Tensor:
         scale: From -1 to 2 / (π - 2), where sigma is a falling function of u; 0 is uniform.
 
     Returns:
-        float64, the shape of ``u``.
+        float64, the shape of ``u``; float32 where its device has no float64.
 
     Raises:
         TypeError: ``u`` is not made of floating-point numbers, or ``scale`` is no number.
@@ -85,8 +87,9 @@ def mode(u: Tensor, *, scale: float = 1.29) -> Tensor:
     scale = as_real("scale", scale)
     if not -1 <= scale <= 2 / (math.pi - 2):
         raise ValueError(f"scale must be in [-1, 2 / (pi - 2)], got {scale}")
-    u = _float64(u)
-    return 1 - u - scale * (torch.cos(0.5 * math.pi * u) ** 2 - 1 + u)
+    wide = _float64(u)
+    found = 1 - wide - scale * (torch.cos(0.5 * math.pi * wide) ** 2 - 1 + wide)
+    return beside(found, u)
 
 
 def cosmap(u: Tensor) -> Tensor:
@@ -98,7 +101,7 @@ def cosmap(u: Tensor) -> Tensor:
         u: Uniform numbers in (0, 1), of any shape.
 
     Returns:
-        float64, the shape of ``u``.
+        float64, the shape of ``u``; float32 where its device has no float64.
 
     Raises:
         TypeError: ``u`` is not made of floating-point numbers.
@@ -109,7 +112,7 @@ def cosmap(u: Tensor) -> Tensor:
     """
     angle = 0.5 * math.pi * _float64(u)
     sine, cosine = torch.sin(angle), torch.cos(angle)
-    return sine / (sine + cosine)
+    return beside(sine / (sine + cosine), u)
 
 
 def beta(
@@ -127,7 +130,7 @@ def beta(
         high: The largest, at most 1.
 
     Returns:
-        float64, the shape of ``u``.
+        float64, the shape of ``u``; float32 where its device has no float64.
 
     Raises:
         TypeError: ``u`` is not made of floating-point numbers, or a parameter is no number.
@@ -145,9 +148,9 @@ def beta(
             f"b must be 1 where a is not, got a={a} and b={b}; for another Beta pass sigma from "
             "torch.distributions.Beta"
         )
-    u = _float64(u)
-    quantile = u ** (1 / a) if b == 1 else -torch.expm1(torch.log1p(-u) / b)
-    return low + (high - low) * quantile
+    wide = _float64(u)
+    quantile = wide ** (1 / a) if b == 1 else -torch.expm1(torch.log1p(-wide) / b)
+    return beside(low + (high - low) * quantile, u)
 
 
 DENSITIES: dict[str, Callable[..., Tensor]] = {
@@ -169,16 +172,17 @@ def stratified(u: Tensor) -> Tensor:
         u: Uniform numbers in (0, 1), ``[B]``.
 
     Returns:
-        float64 ``[B]``.
+        float64 ``[B]``; float32 where the device of u has no float64.
 
     Raises:
         TypeError: ``u`` is not made of floating-point numbers.
         ValueError: ``u`` is not ``[B]``, or outside [0, 1].
     """
-    u = _float64(u)
-    if u.ndim != 1:
-        raise ValueError(f"u must have shape [B], got {tuple(u.shape)}")
-    return (torch.arange(len(u), dtype=u.dtype, device=u.device) + u) / max(len(u), 1)
+    wide = _float64(u)
+    if wide.ndim != 1:
+        raise ValueError(f"u must have shape [B], got {tuple(wide.shape)}")
+    place = torch.arange(len(wide), dtype=wide.dtype, device=wide.device)
+    return beside((place + wide) / max(len(wide), 1), u)
 
 
 _stratified = stratified  # where a parameter has its name
@@ -211,7 +215,8 @@ def draw(
         stratified: Apply the function of that name to u first. A level then
             depends on the place in the batch.
         groups: G, for a level of each group of a sample (a frame, a token).
-        dtype: Of the result, to which the float64 level is rounded.
+        dtype: Of the result, to which the float64 level is rounded; float64 is float32 on a device
+            without.
         device: ``None`` for that of the key's tensors, else torch's default.
         parameters: Of the density.
 
@@ -224,16 +229,60 @@ def draw(
         ValueError: An unknown density, parameters of a function, a parameter out of its range, or a
             function that returns another shape or levels outside [0, 1] (checked on the CPU).
     """
+    messages.check_dtype(dtype)
+    sigma, at = drawn(
+        density,
+        batch,
+        noise,
+        shift=shift,
+        stratified=stratified,
+        groups=groups,
+        device=device,
+        **parameters,
+    )
+    return to_device(sigma.to(dtype), at)
+
+
+def drawn(
+    density: Density,
+    batch: int,
+    noise: PhiloxNoise | None = None,
+    *,
+    shift: float = 1.0,
+    stratified: bool = False,
+    groups: int | None = None,
+    device: torch.device | str | None = None,
+    **parameters: float,
+) -> tuple[Tensor, torch.device]:
+    """The levels of ``draw`` before they are rounded, for what is computed of them.
+
+    Args:
+        density: See ``draw``.
+        batch: See ``draw``.
+        noise: See ``draw``.
+        shift: See ``draw``.
+        stratified: See ``draw``.
+        groups: See ``draw``.
+        device: See ``draw``.
+        parameters: See ``draw``.
+
+    Returns:
+        The levels, float64; and the device that they are for, on which they are if it has float64.
+
+    Raises:
+        TypeError: See ``draw``.
+        ValueError: See ``draw``.
+    """
     if not isinstance(batch, torch.SymInt):
         batch = as_int("batch", batch, 0)
     by_strata = as_flag("stratified", stratified)
-    messages.check_dtype(dtype)
     device = None if device is None else as_device("device", device)
     if noise is None:
         noise = PhiloxNoise.from_generator(device=device)
     if not isinstance(noise, PhiloxNoise):
         raise TypeError(f"noise must be a PhiloxNoise, got {type(noise).__name__}")
-    u = _uniform(noise, batch, groups, device)
+    at = torch.empty(0, device=noise._device(device)).device
+    u = _uniform(noise, batch, groups, at if has_float64(at) else _CPU)
     if by_strata:
         u = _stratified(u.reshape(-1)).view(u.shape)
     if callable(density):
@@ -249,12 +298,10 @@ def draw(
     if shift != 1:
         shift = as_positive("shift", shift, finite=True)
         sigma = shift * sigma / (1 + (shift - 1) * sigma)  # shift_sigmas, of meta tensors too
-    return sigma.to(dtype)
+    return sigma, at
 
 
-def _uniform(
-    noise: PhiloxNoise, batch: int, groups: int | None, device: torch.device | None
-) -> Tensor:
+def _uniform(noise: PhiloxNoise, batch: int, groups: int | None, device: torch.device) -> Tensor:
     """Uniform numbers in (0, 1) from a noise key, float64 ``[B]`` or ``[B, G]``."""
     if groups is None:
         return _of_samples(noise, (batch,), device)
@@ -271,7 +318,7 @@ def _uniform(
     return flat.view(batch, groups)
 
 
-def _of_samples(noise: PhiloxNoise, shape: tuple[int, ...], device: torch.device | None) -> Tensor:
+def _of_samples(noise: PhiloxNoise, shape: tuple[int, ...], device: torch.device) -> Tensor:
     """Uniform numbers of samples, the same for every shard of them."""
     if noise.first_element or type(noise) is ShardNoise:
         noise = PhiloxNoise(noise.seed, noise.sample_ids, noise.stream)
@@ -305,4 +352,4 @@ def _float64(u: Tensor) -> Tensor:
         low, high = (float(end) for end in torch.aminmax(u.detach()))
         if not (low >= 0 and high <= 1):
             raise ValueError(f"u must be in (0, 1), got values from {low:g} to {high:g}")
-    return u.double()
+    return in_float64(u)

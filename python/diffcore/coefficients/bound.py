@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from diffcore._checks import check_choice
+from diffcore._devices import in_float64
 from diffcore._types import Coef, VlbColumns
 from diffcore.coefficients.step import LEARNED as LEARNED
 from diffcore.coefficients.step import VARIANCE_TYPES as VARIANCE_TYPES
@@ -97,7 +98,7 @@ def vlb_coefficients(
     ):
         check_choice(name, value, choices)
     low, high = parse_clip_range(clip_range)
-    alpha, sigma = alpha.double(), sigma.double()
+    alpha, sigma = in_float64(alpha), in_float64(sigma)
     shift, _, _, _ = _posterior(alpha, sigma)
     log_small, log_large = log_variances(alpha, sigma)
     errors = _errors(alpha, sigma, prediction_type, given)

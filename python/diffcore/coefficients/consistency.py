@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from diffcore._checks import as_positive, as_real, as_tensor, check_dense, check_memory
+from diffcore._devices import widened
 from diffcore._types import Coef
 
 
@@ -88,7 +89,7 @@ def _float64(name: str, value: Coef) -> Coef:
     check_memory(name, value)
     if value.is_complex() or value.dtype == torch.bool:
         raise TypeError(f"{name} must be real, got a tensor of {value.dtype}")
-    return value.to(torch.float64)
+    return widened(value)
 
 
 def _hypot(x: Coef, y: float) -> Coef:

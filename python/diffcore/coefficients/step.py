@@ -27,6 +27,7 @@ from diffcore._checks import (
     check_dense,
     check_memory,
 )
+from diffcore._devices import in_float64
 from diffcore._types import Coef
 
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction", "flow_prediction")
@@ -423,12 +424,13 @@ def _number(name: str, value: Coef) -> Coef:
 
 
 def _broadcast(values: Sequence[Coef], names: tuple[str, ...] = ()) -> Sequence[Tensor]:
-    """Float64 tensors of one shape, of the device and the type of the first tensor."""
-    first = next(value for value in values if isinstance(value, Tensor))
+    """Float64 tensors of one shape, of the device and the type of the first tensor.
+
+    On the CPU where that device has no float64.
+    """
+    first = in_float64(next(value for value in values if isinstance(value, Tensor)))
     tensors = [
-        value.to(torch.float64)
-        if isinstance(value, Tensor)
-        else first.new_full((), value, dtype=torch.float64)
+        in_float64(value) if isinstance(value, Tensor) else first.new_full((), value)
         for value in values
     ]
     at = next((x.device for x in tensors if x.ndim), first.device)

@@ -26,7 +26,7 @@ def float64(values: Tensor | Sequence[float]) -> Tensor:
         float64.
     """
     if isinstance(values, Tensor):
-        return values.detach().to(device="cpu", dtype=torch.float64)
+        return values.detach().cpu().double()  # not in one step: some devices have no float64
     return as_float64(list(values))
 
 

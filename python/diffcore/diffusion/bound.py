@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from diffcore import ops
+from diffcore._devices import in_float64
 from diffcore._engine.dtensor import replicated
 from diffcore._types import Model
 from diffcore.diffusion import reverse, training
@@ -59,18 +60,19 @@ def decoder_term(
     output, variance_output = reverse.predict(tables, model, x_t, t, model_kwargs)
     _, mse = term_of_noise(tables, x_start, noise, output, variance_output, t, clip, "gaussian")
     wide = exact_pixels(x_start, bits)
-    noise = noise.double() if isinstance(noise, Tensor) else noise
+    noise = in_float64(noise) if isinstance(noise, Tensor) else noise.to(wide.device)
+    t = t.to(wide.device)
     x_t = training.noised(tables, wide, t, noise)  # not rounded to the dtype of the data
-    variance_output = None if variance_output is None else variance_output.double()
-    moments = reverse.moments(tables, x_t, output.double(), variance_output, t, clip)
+    variance_output = None if variance_output is None else in_float64(variance_output)
+    moments = reverse.moments(tables, x_t, in_float64(output), variance_output, t, clip)
     mass = ops.discretized_gaussian_log_likelihood(
         wide,
         means=moments["pred_xstart"],
-        log_scales=(0.5 * moments["log_variance"].double()).expand_as(wide),
+        log_scales=(0.5 * in_float64(moments["log_variance"])).expand_as(wide),
         reduction="sample",
         bits=bits,
     )
-    return (-mass * bits_per_nat(x_start)).to(mse.dtype), mse
+    return (-mass * bits_per_nat(x_start)).to(mse.dtype).to(mse.device), mse
 
 
 def of_terms(

@@ -16,6 +16,7 @@ from diffcore._checks import (
     check_dense,
     check_float_tensor,
 )
+from diffcore._devices import in_float64, wide_dtype
 from diffcore._engine import messages, native
 from diffcore._engine.dispatch import plain_eager
 from diffcore._engine.dtensor import per_sample, shard_of
@@ -137,10 +138,11 @@ def check_pixels(name: str, x: Tensor, bits: int = 8) -> None:
     half = most / 2
     if bits > 8 and x.dtype.itemsize < 4:
         raise ValueError(f"{name} must be float32 or float64 for {bits} bits, got {x.dtype}")
-    exact = x.detach().double()
+    x = x.detach()
+    exact = in_float64(x)
     grid = (exact * half + half).round().clamp(0, most) / half - 1
     if x.dtype.itemsize < 4:
-        good = grid.to(x.dtype) == x
+        good = grid.to(x.dtype) == x.to(grid.device)
     else:
         good = (exact - grid).abs() <= 4 * torch.finfo(torch.float32).eps
     if bool(good.all()):
@@ -167,7 +169,7 @@ def exact_pixels(x: Tensor, bits: int) -> Tensor:
         The nearest pixels, like ``x``.
     """
     half = (2**bits - 1) / 2
-    exact: Tensor = (x.double() * half + half).round() / half - 1
+    exact: Tensor = (in_float64(x) * half + half).round() / half - 1
     return exact
 
 
@@ -364,7 +366,7 @@ def check_robust(
         device: That of the samples.
 
     Returns:
-        A number, or float64 ``[T]`` there.
+        A number, or ``[T]`` there, float64 (float32 where there is no float64).
 
     Raises:
         TypeError: An argument of the wrong type.
@@ -380,7 +382,7 @@ def check_robust(
         raise ValueError(
             f"delta must be a number or have shape ({num_timesteps},), got {tuple(number.shape)}"
         )
-    return number.to(device=device, dtype=torch.float64)
+    return number.to(device=device, dtype=wide_dtype(device))
 
 
 def check_perturbation(strength: Any, noise: Any) -> float:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from diffcore import ops, timesteps
 from diffcore._checks import as_int, check_choice
+from diffcore._devices import beside, in_float64
 from diffcore._engine.kept import made_plainly
 from diffcore._types import ClipRange, Coef, Model
 from diffcore.coefficients.step import PREDICTION_TYPES
@@ -125,14 +126,23 @@ class ContinuousTimeGaussianDiffusion(KeepsSolvers):
             t: Times in [0, 1], of any shape.
 
         Returns:
-            float64, the shape of ``t``.
+            float64, the shape of ``t``; float32 where its device has no float64.
         """
-        t = t.double()
+        return beside(self._wide_logsnr(t), t)
+
+    def _wide_logsnr(self, t: Tensor) -> Tensor:
+        t = in_float64(t)
         found = self._function(t)
         if not isinstance(found, Tensor) or found.shape != t.shape:
             came = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
             raise TypeError(f"logsnr must return a tensor of shape {tuple(t.shape)}, got {came}")
-        return found.double()
+        return in_float64(found)
+
+    def _level(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The log-SNR, alpha and sigma at times t, on their device."""
+        wide = self._wide_logsnr(t)
+        alpha, sigma = _alpha_sigma(wide)
+        return beside(wide, t), beside(alpha, t), beside(sigma, t)
 
     # ---- forward process -----------------------------------------------------------------------
 
@@ -158,7 +168,7 @@ class ContinuousTimeGaussianDiffusion(KeepsSolvers):
             x_t, like ``x_start``.
         """
         times = levels_beside("t", t, x_start, "x_start", 0.0, 1.0, group_dim)
-        return noised(x_start, noise, *_alpha_sigma(self.logsnr(times)), group_dim)
+        return noised(x_start, noise, *self._level(times)[1:], group_dim)
 
     def sample_timesteps(
         self,
@@ -258,8 +268,7 @@ class ContinuousTimeGaussianDiffusion(KeepsSolvers):
             self._images_checked = warn_of_images("x_start", x_start)
         if input_perturbation:
             input_perturbation = check_perturbation(input_perturbation, noise)
-        logsnr = self.logsnr(times)
-        alpha, sigma = _alpha_sigma(logsnr)
+        logsnr, alpha, sigma = self._level(times)
         x_t = noised(x_start, noise, alpha, sigma, group_dim)
         if input_perturbation:
             x_t = perturbed(x_t, noise, input_perturbation, sigma, group_dim)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from diffcore._checks import as_int, check_choice, hint
+from diffcore._devices import to_device
 from diffcore._engine.dtensor import replicated
 from diffcore._engine.kept import KeepsByArguments, Traced, constant_in_traces, made_plainly
 from diffcore.coefficients import step as step_formulas
@@ -50,7 +51,7 @@ class DeviceCopies(dict[torch.device, Tensor]):
         if torch.compiler.is_dynamo_compiling():
             copy: Tensor = getattr(self._traced, self._name(device))
             return copy
-        copy = made_plainly(lambda: self.table.to(device, copy=True))
+        copy = made_plainly(lambda: to_device(self.table, device, copy=True))
         return self.setdefault(device, copy)
 
     @constant_in_traces

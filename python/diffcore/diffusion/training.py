@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from typing import TypeAlias
 
-import torch
 from torch import Tensor
 
 from diffcore import ops
+from diffcore._devices import wide_dtype
 from diffcore._kernels.linear import LINEAR_COMBINATION
 from diffcore._types import Coef
 from diffcore.diffusion.tables import DiffusionTables
@@ -107,7 +107,7 @@ def _error(
         alpha = tables.column("sqrt_alphas_cumprod")[device]
         sigma = tables.column("sqrt_one_minus_alphas_cumprod")[device]
     if weights is not None:
-        weights = weights.to(device=device, dtype=torch.float64)
+        weights = weights.to(device=device, dtype=wide_dtype(device))
     return ops.denoising_loss(
         output,
         x_start,

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from diffcore import ops
 from diffcore._checks import as_real, as_tensor, check_float_tensor
+from diffcore._devices import to_device, wide_dtype
 from diffcore._engine.dtensor import per_sample, shard_of
 from diffcore._kernels.linear import LINEAR_COMBINATION
 from diffcore.diffusion.checks import can_read_values, check_batch
@@ -71,7 +72,8 @@ def levels_beside(
             are read on the CPU only.
         high: The largest value; infinity is not allowed itself.
         group_dim: The dimension of groups that have a level each, or ``None``.
-        dtype: That of the result; float64 levels stay float64.
+        dtype: That of the result; float64 levels stay float64. Where the device of the samples has
+            none, float32.
         fix: What may mend integers, or values out of range.
 
     Returns:
@@ -90,7 +92,7 @@ def levels_beside(
         number = as_real(name, value)
         if not _within(number, low, high):
             raise ValueError(f"{name} must be {_range(low, high)}, got {number:.6g}{fix}")
-        return torch.full(wanted, number, dtype=dtype, device=x.device)
+        return torch.full(wanted, number, dtype=_there(dtype, x), device=x.device)
     levels = as_tensor(name, value, "a number or a floating-point tensor [B]")
     if fix and not levels.is_floating_point():
         raise TypeError(f"{name} must be a floating-point tensor, got {levels.dtype}{fix}")
@@ -107,7 +109,7 @@ def levels_beside(
             )
         levels = levels.reshape(-1, *[1] * (len(wanted) - 1)).expand(wanted)
     if not isinstance(value, Tensor) or (value.ndim == 0 and value.device.type == "cpu"):
-        levels = levels.to(x.device)  # a 0-dim CPU tensor goes with any device
+        levels = to_device(levels, x.device)  # a 0-dim CPU tensor goes with any device
     elif levels.device != x.device:
         raise ValueError(
             f"{name} must be on {x.device}, the device of {beside}, got {levels.device}; "
@@ -119,7 +121,7 @@ def levels_beside(
         if not (_within(least, low, high) and _within(most, low, high)):
             came = next(v for v in own.tolist() if not _within(v, low, high))
             raise ValueError(f"{name} must be {_range(low, high)}, got {came:.6g}{fix}")
-    return levels if levels.dtype == torch.float64 else levels.to(dtype)
+    return levels if levels.dtype == torch.float64 else levels.to(_there(dtype, x))
 
 
 def perturbed(
@@ -231,6 +233,11 @@ def weights_beside(weights: Any, x: Tensor, group_dim: int | None) -> Any:
     if isinstance(found, Tensor) and found.ndim and len(found) not in (1, x.shape[0]):
         raise ValueError(f"weights must have shape ({x.shape[0]},), got {tuple(found.shape)}")
     return found
+
+
+def _there(dtype: torch.dtype, x: Tensor) -> torch.dtype:
+    """The dtype, or the one that the device of the samples has for it."""
+    return wide_dtype(x.device) if dtype == torch.float64 else dtype
 
 
 def _within(value: float, low: float, high: float) -> bool:

@@ -43,7 +43,6 @@ class Convention(NamedTuple):
         s = self.sigma_min
         return sigma if s == 0 else s + (1 - s) * sigma
 
-    @property
     def target(self) -> tuple[float, float]:
         """(a, b) of the target a x_0 + b noise."""
         return -self.sign, self.sign * (1 - self.sigma_min)

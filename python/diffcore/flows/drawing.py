@@ -60,7 +60,7 @@ class Law(NamedTuple):
         noise: PhiloxNoise | None,
         shift: float,
         device: torch.device | str | None,
-    ) -> Tensor:
+    ) -> tuple[Tensor, torch.device]:
         """The levels of a training step.
 
         Args:
@@ -71,16 +71,16 @@ class Law(NamedTuple):
             device: See ``timesteps.draw``.
 
         Returns:
-            float64 ``[B]``, or ``[B, G]``.
+            float64 ``[B]``, or ``[B, G]``, and the device that they are for: see
+            ``timesteps.drawn``.
         """
-        return timesteps.draw(
+        return timesteps.drawn(
             self.density,
             batch,
             noise,
             shift=shift,
             stratified=self.stratified,
             groups=groups,
-            dtype=torch.float64,
             device=device,
             **self.parameters,
         )

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from diffcore import ops
 from diffcore._checks import as_flag, as_int, as_positive, as_real, as_shape, check_choice
+from diffcore._devices import to_device
 from diffcore._engine.kept import FixedSettings, made_plainly
 from diffcore._types import Coef, Model
 from diffcore.diffusion.checks import check_mask, check_perturbation, check_reduction
@@ -279,11 +280,11 @@ class FlowMatching(FixedSettings):
             shape, count = None, batch
         groups = None if group_dim is None else shifts.groups_of(shape, group_dim)
         shift = shifts.resolved(self.shift, shape)
-        sigma = self._law.sigmas(count, groups, noise, shift, device)
+        sigma, at = self._law.sigmas(count, groups, noise, shift, device)
         if self.noise_at == 1:
-            return sigma.to(dtype)
+            return to_device(sigma.to(dtype), at)
         # 1 - sigma may round to 1, where sigma is no level of a training step.
-        return (1 - sigma).to(dtype).clamp_max(1 - torch.finfo(dtype).eps / 2)
+        return to_device((1 - sigma).to(dtype), at).clamp_max(1 - torch.finfo(dtype).eps / 2)
 
     def q_sample(
         self,
@@ -413,7 +414,7 @@ class FlowMatching(FixedSettings):
             Like ``x_start``.
         """
         training.check_samples("x_start", x_start)
-        return ops.add_noise(x_start, noise, *self._convention.target)
+        return ops.add_noise(x_start, noise, *self._convention.target())
 
     def predict_x0(self, model_output: Tensor, x_t: Tensor, t: Tensor | float) -> Tensor:
         """x_0 from the model's output at time t.

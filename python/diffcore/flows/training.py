@@ -121,7 +121,7 @@ def losses(
         output,
         x_start,
         noise,
-        target=convention.target,
+        target=convention.target(),
         weight=weights(weighting, sigma),
         group_dim=group_dim,
         loss=loss,

@@ -270,9 +270,9 @@ class _Estimator:
                 pair = self._term(x, t_on_device[k, j], z, kwargs, decodes=k == 0)
                 found.append(torch.stack(pair))
         # The only wait for the device in a batch.
-        values = torch.stack(found, dim=-1).double().cpu().reshape(2, len(x), count, self.draws)
+        values = torch.stack(found, dim=-1).cpu().double().reshape(2, len(x), count, self.draws)
         terms, errors = values[0], values[1]
-        prior = self.diffusion.prior_bpd(x).double().cpu()
+        prior = self.diffusion.prior_bpd(x).cpu().double()
         rows = (prior, t, terms, errors, errors * self.diffusion.schedule.snr[t])
         tally.add(*rows if part.new is None else [values[part.new] for values in rows])
         tally.ids.append(part.counted_ids)

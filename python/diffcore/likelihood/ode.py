@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from diffcore._checks import as_int, check_choice, check_not_compiling
+from diffcore._devices import beside, in_float64
 from diffcore._engine.dtensor import is_dtensor
 from diffcore._types import Model
 from diffcore.likelihood.flow_weights import FlowWeights
@@ -180,9 +181,9 @@ def ode_log_likelihood(
     x_T = sample(
         traced, x, table, noise=PhiloxNoise(0), model_kwargs=model_kwargs, progress=progress
     )
-    log_prior = (
+    log_prior = in_float64(
         _gaussian(x_T, table, dimensions) if prior is None else _given(prior, x_T)
-    ).double()
+    )
     sums = traced.sums
     log_det = sums.mean(0) + dimensions * weights.log_factor
     if key is None:
@@ -191,7 +192,8 @@ def ode_log_likelihood(
         variance = torch.full_like(log_det, math.nan)
     else:
         variance = sums.var(0) / count
-    return ODELogLikelihood(log_prior + log_det, log_prior, log_det, variance, dimensions)
+    found = (log_prior + log_det, log_prior, log_det, variance, dimensions)
+    return ODELogLikelihood(*(beside(y, x) for y in found))
 
 
 class _TracedModel:
@@ -210,7 +212,7 @@ class _TracedModel:
         self._key = key
         self._count = count
         self._row = 0
-        self.sums = torch.zeros(count, len(x), dtype=torch.float64, device=x.device)
+        self.sums = in_float64(torch.zeros(count, len(x), device=x.device))
 
     def __call__(self, x: Tensor, t: Tensor, **kwargs: Any) -> Tensor:
         with torch.inference_mode(False), torch.enable_grad():
@@ -238,7 +240,7 @@ class _TracedModel:
             signs = _signs(key, leaf)
             again = k + 1 < self._count
             (product,) = torch.autograd.grad(output, leaf, signs, retain_graph=again)
-            found.append((product * signs).double().flatten(1).sum(1))
+            found.append(in_float64(product * signs).flatten(1).sum(1))
         return torch.stack(found)
 
 
@@ -251,11 +253,11 @@ def _signs(key: PhiloxNoise, like: Tensor) -> Tensor:
 def _exact_trace(output: Tensor, leaf: Tensor) -> Tensor:
     """The trace of the Jacobian of each sample, float64 ``[B]``, a backward pass an element."""
     rows = output.flatten(1)
-    trace = torch.zeros(len(leaf), dtype=torch.float64, device=leaf.device)
+    trace = in_float64(torch.zeros(len(leaf), device=leaf.device))
     last = rows.shape[1] - 1
     for i in range(rows.shape[1]):
         (slope,) = torch.autograd.grad(rows[:, i].sum(), leaf, retain_graph=i < last)
-        trace += slope.flatten(1)[:, i]
+        trace += in_float64(slope.flatten(1)[:, i])
     return trace
 
 
@@ -265,14 +267,14 @@ def _dimensions(dof: float | Tensor | None, x: Tensor) -> Tensor:
         raise ValueError(f"x must have shape [B, ...] with a dimension more, got {tuple(x.shape)}")
     number = float(n) if dof is None else as_dof(dof, x)
     if isinstance(number, Tensor):
-        return number
-    return torch.full((len(x),), number, dtype=torch.float64, device=x.device)
+        return in_float64(number)
+    return in_float64(torch.ones(len(x), device=x.device)) * number
 
 
 def _gaussian(x_T: Tensor, table: SolverTable, dimensions: Tensor) -> Tensor:
     """Log N(x_T; 0, s² I) on a subspace of that many dimensions."""
     std = table.init_noise_sigma
-    square = (x_T.double() / std).flatten(1).square().sum(1)
+    square = (in_float64(x_T) / std).flatten(1).square().sum(1)
     return -0.5 * square - dimensions * (math.log(std) + 0.5 * math.log(2 * math.pi))
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from diffcore import ops
 from diffcore._checks import as_int, as_real, check_choice, check_dense, check_memory
+from diffcore._devices import beside, has_float64, in_float64, wide_dtype
 from diffcore._engine.dispatch import run
 from diffcore._engine.dtensor import all_of, of_first_rank, per_sample
 from diffcore._kernels.bound import PRIOR_KL
@@ -139,8 +140,9 @@ def vdm_bound(
         x: The data, ``[B, ...]``.
         gamma_min: gamma at t = 0, -13.3 in the paper; gamma(t) is linear.
         gamma_max: gamma at t = 1, 5 in the paper.
-        gamma: Instead of these two, an increasing function of float64 times in [0, 1]. Reading its
-            value at 1 synchronizes a CUDA device. Traced, it is not checked to increase.
+        gamma: Instead of these two, an increasing function of float64 times in [0, 1], which are
+            on the device of x, or on the CPU where that has no float64. Reading its value at 1
+            synchronizes a CUDA device. Traced, it is not checked to increase.
         gamma_prime: Derivative of ``gamma``; ``None`` for autograd.
         num_timesteps: T, or ``None`` for continuous time.
         prediction_type: What the model predicts, one of ``PREDICTION_TYPES``.
@@ -195,7 +197,7 @@ def vdm_bound(
             model, x, t, noise, schedule, num_timesteps, prediction_type, model_kwargs
         ),
         reconstruction_nats=_reconstruction(x, noise, schedule.ends[:1], decoder, bits),
-        t=t,
+        t=beside(t, x),
         dimensions=x.shape[1:].numel(),
     )
 
@@ -224,7 +226,7 @@ class _Schedule:
         device: torch.device,
     ) -> _Schedule:
         # The ends of a linear gamma are known on the CPU, so nothing waits for the device.
-        at = torch.device("cpu") if gamma is None else device
+        at = _CPU if gamma is None else _levels_device(device)
         gamma, gamma_prime = _functions(gamma_min, gamma_max, gamma, gamma_prime)
         ends = gamma(torch.tensor([0.0, 1.0], dtype=torch.float64, device=at)).detach()
         if has_values(ends):
@@ -244,8 +246,9 @@ class _Schedule:
 def _prior(x: Tensor, gamma_1: Tensor) -> Tensor:
     """KL(q(z_1 | x) || N(0, I)), ``[B]``, nats."""
     if not has_values(gamma_1):
-        coefs = prior_coefficients(*_coefficients(gamma_1.to(x.device)))
-        return run(PRIOR_KL, (x,), coefs)
+        levels = _coefficients(gamma_1.to(_levels_device(x.device)))
+        coefs = [beside(c, x) for c in prior_coefficients(*levels)]
+        return run(PRIOR_KL, (x,), tuple(coefs))
     alpha, sigma = (c.item() for c in _coefficients(gamma_1.cpu()))
     return ops.prior_kl(x, alpha, sigma)
 
@@ -264,22 +267,22 @@ def _diffusion(
     gamma_t = schedule.gamma(t).detach()
     weight = schedule.weight(t, num_timesteps).detach()
     alpha, sigma = _coefficients(gamma_t)
-    z_t = ops.add_noise(x, noise, alpha, sigma)
+    z_t = ops.add_noise(x, noise, beside(alpha, x), beside(sigma, x))
     model_input = gamma_t if x.dtype == torch.float64 else gamma_t.float()
-    output = call_model(model, z_t, per_sample(model_input, x), model_kwargs)
+    output = call_model(model, z_t, per_sample(beside(model_input, x), x), model_kwargs)
     # The error of x times alpha / sigma is the error of the noise.
     table = _errors(alpha, sigma, prediction_type)
     table[:, _FACTOR] = 0.5 * weight * torch.exp(-gamma_t)
     rows = torch.arange(x.shape[0], device=x.device)
-    return ops.vlb_term(x, output, table, t=rows, noise=noise)
+    return ops.vlb_term(x, output, beside(table, x), t=rows, noise=noise)
 
 
 def _reconstruction(x: Tensor, noise: Noise, gamma_0: Tensor, decoder: str, bits: int) -> Tensor:
     """-log p(x | z_0), ``[B]``, nats."""
     noise_0 = noise.at(noise.stream + 1) if isinstance(noise, PhiloxNoise) else noise
     if bits != 8:
-        return _reconstruction_of_bits(x, noise_0, gamma_0.to(x.device), bits)
-    table = _decoder(gamma_0.to(x.device), decoder)
+        return _reconstruction_of_bits(x, noise_0, gamma_0, bits)
+    table = beside(_decoder(gamma_0.to(_levels_device(x.device)), decoder), x)
     rows = torch.zeros(x.shape[0], dtype=torch.int64, device=x.device)
     # The mean of p(x | z_0) is z_0 / alpha_0, with no model: x stands in for the model output.
     return ops.vlb_term(x, x, table, t=rows, noise=noise_0)
@@ -288,8 +291,8 @@ def _reconstruction(x: Tensor, noise: Noise, gamma_0: Tensor, decoder: str, bits
 def _reconstruction_of_bits(x: Tensor, noise: Noise, gamma_0: Tensor, bits: int) -> Tensor:
     """-log p(x | z_0), ``[B]``, nats, for pixels of any depth, in float64."""
     wide = exact_pixels(x, bits)
-    noise = noise.double() if isinstance(noise, Tensor) else noise
-    log_scale = 0.5 * gamma_0.reshape(())
+    noise = in_float64(noise) if isinstance(noise, Tensor) else noise.to(wide.device)
+    log_scale = 0.5 * gamma_0.to(wide.device).reshape(())
     mass = ops.discretized_gaussian_log_likelihood(
         wide,
         means=ops.add_noise(wide, noise, 1.0, log_scale.exp()),
@@ -297,7 +300,15 @@ def _reconstruction_of_bits(x: Tensor, noise: Noise, gamma_0: Tensor, bits: int)
         reduction="sample",
         bits=bits,
     )
-    return -mass.to(torch.promote_types(x.dtype, torch.float32))
+    return -mass.to(torch.promote_types(x.dtype, torch.float32)).to(x.device)
+
+
+_CPU = torch.device("cpu")
+
+
+def _levels_device(device: torch.device) -> torch.device:
+    """Where times, levels and tables are computed, in float64."""
+    return device if has_float64(device) else _CPU
 
 
 _FACTOR, _DECODER, _OFFSET, _D = (
@@ -343,11 +354,13 @@ def _table(like: Tensor, *errors: Tensor) -> Tensor:
 
 
 def _times(t: Tensor | None, x: Tensor, generator: torch.Generator | None) -> Tensor:
+    there = _levels_device(x.device)
     if t is None:
-        at = x.device if generator is None else generator.device
-        u = torch.rand(1, dtype=torch.float64, generator=generator, device=at).to(x.device)
+        at = there if generator is None else generator.device
+        wide = wide_dtype(at)
+        u = torch.rand(1, dtype=wide, generator=generator, device=at).to(there).double()
         u = of_first_rank(u, x)
-        i = torch.arange(x.shape[0], dtype=torch.float64, device=x.device)
+        i = torch.arange(x.shape[0], dtype=torch.float64, device=there)
         return torch.remainder(u + i / x.shape[0], 1.0)
     if not isinstance(t, Tensor) or not t.is_floating_point():
         what = t.dtype if isinstance(t, Tensor) else type(t).__name__
@@ -359,7 +372,7 @@ def _times(t: Tensor | None, x: Tensor, generator: torch.Generator | None) -> Te
         raise ValueError(f"t must have shape {list(x.shape[:1])}, got {list(t.shape)}")
     if can_read_values(t) and not bool(((t >= 0) & (t <= 1)).all()):
         raise ValueError(f"t must lie in [0, 1], got {t.tolist()}")
-    return t.to(x.device, torch.float64)
+    return t.to(there).double()
 
 
 def _functions(

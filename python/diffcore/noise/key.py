@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from diffcore._checks import as_device, as_flag, as_int, as_real, as_shape
+from diffcore._devices import in_float64
 from diffcore._engine import messages
 from diffcore._engine.dispatch import plain_eager, run
 from diffcore._engine.window import Window
@@ -283,7 +284,7 @@ class PhiloxNoise:
         dtype = torch.get_default_dtype() if dtype is None else dtype
         u = philox.uniforms(self._uniform_words(batch, tuple(rest), self._device(device)), dtype)
         if (low, high) != (0.0, 1.0):
-            u = (low + (high - low) * u.double()).to(dtype)
+            u = (low + (high - low) * in_float64(u)).to(dtype).to(u.device)
         return u.reshape(sizes)
 
     def timesteps(

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from diffcore import _devices
 from diffcore._checks import SURE, as_int, as_real, as_tensor, check_dense, check_memory
+from diffcore._devices import wide_dtype
 from diffcore._engine.dispatch import plain_eager, run
 from diffcore._engine.kernel import Kernel
 from diffcore._types import Coef, Coefs, Step, Tensors
@@ -58,11 +60,11 @@ def _flat(name: str, value: Tensor) -> Tensor:
 
 
 def as_dof(dof: float | Tensor, x: Tensor) -> float | Tensor:
-    """Numbers of dimensions of a subspace: a float, or float64 ``[B]`` on the device of ``x``.
+    """Numbers of dimensions of a subspace: a float, or ``[B]`` in the wide dtype of a device.
 
     Args:
         dof: A number or ``[B]``.
-        x: Samples, ``[B, ...]``.
+        x: Samples, ``[B, ...]``, on that device.
 
     Returns:
         The numbers.
@@ -83,7 +85,7 @@ def as_dof(dof: float | Tensor, x: Tensor) -> float | Tensor:
         raise TypeError(f"dof must be a number or a real tensor, got {dof.dtype}")
     if dof.shape != x.shape[:1]:
         raise ValueError(f"dof must be a number or {list(x.shape[:1])}, got {tuple(dof.shape)}")
-    return dof.detach().to(x.device, torch.float64)
+    return dof.detach().to(x.device, wide_dtype(x.device))
 
 
 def as_table(name: str, table: Tensor, *columns: int) -> Tensor:
@@ -132,11 +134,15 @@ def as_number(name: str, value: Coef) -> Coef:
 
 
 def in_float64(name: str, value: Coef) -> Coef:
-    """A coefficient in float64, so that what is derived from it is rounded once only."""
+    """A coefficient in float64, so that what is derived from it is rounded once only.
+
+    A tensor is on the CPU if its device has no float64: what is derived of it goes ``beside`` the
+    samples.
+    """
     value = as_number(name, value)
     if not isinstance(value, Tensor):
         return value
-    return _flat(name, _readable(name, value)).double()
+    return _devices.in_float64(_flat(name, _readable(name, value)))
 
 
 def negated(name: str, value: Coef) -> Coef:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from diffcore._checks import as_flag, as_real, check_choice, check_dense
+from diffcore._devices import wide_dtype
 from diffcore._engine import messages
 from diffcore._engine.dispatch import plain_eager
 from diffcore._engine.dtensor import is_dtensor
@@ -45,10 +46,10 @@ class Scored(NamedTuple):
     t: Step
     named: str = "t"  # what errors call t
 
-    @property
-    def learned(self) -> bool:
-        """Whether the variance is predicted: what a step reads beside and is no history."""
-        return bool(self.others) and self.plan.reads + self.plan.padding == 0
+
+def _learned(step: Scored) -> bool:
+    """Whether the variance is predicted: what a step reads beside and is no history."""
+    return len(step.others) > 0 and step.plan.reads + step.plan.padding == 0
 
 
 def wants_log_prob(return_log_prob: bool, reduction: str) -> bool:
@@ -135,7 +136,7 @@ def _log_prob(
     threshold: Coef | None,
 ) -> Tensor:
     """The sum over the elements."""
-    if step.plan.reads or step.learned:
+    if step.plan.reads or _learned(step):
         return _composed(step, x, model_output, x_next, guided, threshold)
     kernels = k.STEP_LOG_PROB if step.named == "t" else k.TABLE_LOG_PROB
     tensors, leading = predictions(x, model_output, guided, threshold)
@@ -257,7 +258,7 @@ def _composed(
     named = {"x": x, "model_output": model_output, "x_next": x_next}
     if guided is not None:
         named["model_output_uncond"] = guided.uncond
-    if step.learned:
+    if _learned(step):
         named["variance_output"] = step.others[0]
     else:
         named |= {f"history_{j}": h for j, h in enumerate(step.others[: step.plan.reads], 1)}
@@ -265,8 +266,8 @@ def _composed(
     if guided is not None:
         guided = guided._replace(uncond=rest.pop(0))
     others = tuple(rest)
-    mean = _mean(step, x, model_output, () if step.learned else others, guided, threshold)
-    if step.learned:
+    mean = _mean(step, x, model_output, () if _learned(step) else others, guided, threshold)
+    if _learned(step):
         return _of_learned(step, mean, x_next, others[0])
     coefs, inputs = _around(step), (mean.detach(), mean, x_next)
     return run_converted(k.STEP_LOG_PROB[False], inputs, coefs, step_for(step.t, *coefs))
@@ -283,9 +284,9 @@ def _of_learned(step: Scored, mean: Tensor, x_next: Tensor, variance_output: Ten
         )
     noisy: Coef
     if isinstance(c_z, Tensor):
-        still = c_z == 0
-        log_c_z: Coef = torch.where(still, torch.ones_like(c_z), c_z).double().log()
-        noisy = torch.where(still, 0.0, 1.0).double()
+        still, wide = c_z == 0, wide_dtype(c_z.device)
+        log_c_z: Coef = torch.where(still, torch.ones_like(c_z), c_z).to(wide).log()
+        noisy = torch.where(still, 0.0, 1.0).to(wide)
     else:
         log_c_z, noisy = (math.log(c_z), 1.0) if c_z != 0 else (0.0, 0.0)
     parts, one = (2.0 * (log_c_z + s_0), 2.0 * s_v), torch.ones_like(variance_output)

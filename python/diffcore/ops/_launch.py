@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from diffcore._checks import as_int
+from diffcore._devices import to_device
 from diffcore._engine.dispatch import run
 from diffcore._engine.kept import Traced, constant_in_traces, made_plainly
 from diffcore._kernels.step import (
@@ -379,8 +380,8 @@ class RowLauncher:
 
     def _copy(self, device: torch.device) -> _Tensors:
         first, *rest = self._tensors
-        variance, uncond = [None if x is None else x.to(device) for x in rest]
-        return first.to(device), variance, uncond
+        variance, uncond = [None if x is None else to_device(x, device) for x in rest]
+        return to_device(first, device), variance, uncond
 
     @constant_in_traces
     def _traced_on(self, device: torch.device) -> str:

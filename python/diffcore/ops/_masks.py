@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from diffcore._checks import check_dense, check_memory
+from diffcore._devices import wide_dtype
 from diffcore._engine import messages
 from diffcore._engine.dispatch import plain_eager
 from diffcore._engine.dtensor import all_of, is_dtensor, per_sample, replicated, shard_of
@@ -236,11 +237,11 @@ def counts(mask: Tensor, like: Tensor) -> Tensor:
         q = q.reshape((1,) * (like.ndim - mask.ndim) + tuple(mask.shape))
     if like.ndim > 1:
         wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-        total = q.sum(tuple(range(1, q.ndim)), dtype=wide).double()
+        total = q.sum(tuple(range(1, q.ndim)), dtype=wide).to(wide_dtype(q.device))
         if q.shape[1:] != like.shape[1:]:  # an axis of size 1 counts for all of the samples' one
             total = total * (like.shape[1:].numel() / max(q.shape[1:].numel(), 1))
     else:
-        total = q.double()
+        total = q.to(wide_dtype(q.device))
     total = total.masked_fill(total == 0, 1.0)
     return total if total.shape == like.shape[:1] else total.expand(like.shape[:1])
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from diffcore._checks import as_int, check_float_tensor
+from diffcore._devices import in_float64
 from diffcore._engine import messages
 from diffcore._kernels import likelihood as k
 from diffcore._types import Tensors
@@ -80,7 +81,7 @@ def discretized_gaussian_log_likelihood(
             raise ValueError(f"{name} must be on {x.device}, the device of x, got {tensor.device}")
     found = reduced(k.DISCRETIZED, _in_bins_of_8_bits(x, means, log_scales, bits), reduction)
     dtype = torch.promote_types(torch.promote_types(x.dtype, means.dtype), log_scales.dtype)
-    return found.to(dtype if reduction == "none" else compute_dtype(dtype))
+    return found.to(dtype if reduction == "none" else compute_dtype(dtype)).to(x.device)
 
 
 def _in_bins_of_8_bits(x: Tensor, means: Tensor, log_scales: Tensor, bits: int) -> Tensors:
@@ -91,6 +92,6 @@ def _in_bins_of_8_bits(x: Tensor, means: Tensor, log_scales: Tensor, bits: int) 
     """
     most = 2**bits - 1
     ratio = most / 255
-    wide = x.double()
+    wide = in_float64(x)
     at = torch.where(wide.detach().abs() > 1 - 1 / most, wide.detach().sign(), 0.0)
-    return at, at + ratio * (means.double() - wide), log_scales.double() + math.log(ratio)
+    return at, at + ratio * (in_float64(means) - wide), in_float64(log_scales) + math.log(ratio)

@@ -8,6 +8,7 @@ from typing import Any, Literal, overload
 from torch import Tensor
 
 from diffcore._checks import check_choice, check_dense
+from diffcore._devices import beside
 from diffcore._engine.dispatch import run
 from diffcore._kernels import linear as k
 from diffcore._types import Coef, Step
@@ -351,8 +352,8 @@ def predict_x0(
     pair = formulas.x0_coefficients(
         in_float64("alpha", alpha), in_float64("sigma", sigma), prediction_type
     )
-    coefs = (as_coef("alpha", pair[0], None), as_coef("sigma", pair[1], None))
-    return run(_CONVERSION, (x_t, model_output), coefs, None, False, out)
+    a, b = (as_coef("alpha and sigma", beside(c, x_t), None) for c in pair)
+    return run(_CONVERSION, (x_t, model_output), (a, b), None, False, out)
 
 
 def predict_epsilon(
@@ -393,8 +394,8 @@ def predict_epsilon(
     pair = formulas.epsilon_coefficients(
         in_float64("alpha", alpha), in_float64("sigma", sigma), prediction_type
     )
-    coefs = (as_coef("alpha", pair[0], None), as_coef("sigma", pair[1], None))
-    return run(_CONVERSION, (x_t, model_output), coefs, None, False, out)
+    a, b = (as_coef("alpha and sigma", beside(c, x_t), None) for c in pair)
+    return run(_CONVERSION, (x_t, model_output), (a, b), None, False, out)
 
 
 def classifier_guidance(
@@ -432,5 +433,5 @@ def classifier_guidance(
     """
     levels = (in_float64("alpha", alpha), in_float64("sigma", sigma))
     factor = formulas.classifier_coefficient(*levels, prediction_type, in_float64("scale", scale))
-    coefs = (1.0, as_coef("alpha, sigma and scale", factor, None))
+    coefs = (1.0, as_coef("alpha, sigma and scale", beside(factor, model_output), None))
     return run(_GUIDED, (model_output, gradient), coefs, None, False, out)

@@ -167,7 +167,7 @@ def denoising_loss(
         raise
     w = 1.0 if weight is None else as_coef("weight", weight, t)
     kernels, inputs, last, mixed = _form(model_output, x0, noise, kind, pair, t)
-    by_step = kernels is _V_LOSS or kernels is _PAIR_LOSS or (isinstance(w, Tensor) and w.ndim == 2)
+    by_step = kind in (None, "v_prediction") or (isinstance(w, Tensor) and w.ndim == 2)
     step = t if by_step else None
     robust = None
     if loss != "mse" or delta is not None:

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from diffcore._devices import beside
 from diffcore._engine.dispatch import plain_eager
 from diffcore._kernels import step as k
 from diffcore._types import ClipRange, Coef, Coefs
@@ -33,7 +34,7 @@ def _row(table: Tensor, like: Tensor) -> Coefs:
     if table.ndim == 1 and table.device.type == "cpu" and not table.requires_grad and plain_eager():
         return tuple(table.tolist())
     if isinstance(like, Tensor) and table.device != like.device:
-        table = table.to(like.device, non_blocking=True)
+        table = beside(table, like).to(like.device, non_blocking=True)
     return (as_table("coefficients", table, 8),)
 
 

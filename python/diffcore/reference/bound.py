@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from diffcore._devices import in_float64
 from diffcore._types import Coef, VlbColumns
 from diffcore.reference.common import compute_dtype, per_sample, row_sum, sample_size
 from diffcore.reference.gaussian import expm1_minus, square_times_exp
@@ -42,13 +43,13 @@ def vlb_term(
     compute = compute_dtype(x0.dtype)
     k = VlbColumns(
         *(
-            torch.as_tensor(per_sample(c, x0), dtype=compute, device=x0.device).double()
+            in_float64(torch.as_tensor(per_sample(c, x0), dtype=compute, device=x0.device))
             for c in coefs
         )
     )
-    x = x0.double()
+    x = in_float64(x0)
     b_0, b_g, b_m = k.b_0 + k.b_0_low, k.b_g + k.b_g_low, k.b_m + k.b_m_low
-    error = b_0 * x + b_g * given.double() + b_m * model_output.double()
+    error = b_0 * x + b_g * in_float64(given) + b_m * in_float64(model_output)
     most, least = x - k.clip_min, x - k.clip_max
     # As in the steps: where, not clamp.
     error = torch.where(error > most, torch.zeros_like(error) + most, error)
@@ -59,7 +60,7 @@ def vlb_term(
         terms = k.factor * error**2 + k.offset
         d = k.d_0 + torch.zeros_like(error)
     else:
-        d = k.d_0 - k.d_v * variance_output.double() + k.d_low
+        d = k.d_0 - k.d_v * in_float64(variance_output) + k.d_low
         is_kl = torch.as_tensor(k.kl != 0, device=x.device)
         ratio = torch.where(is_kl, expm1_minus(d), -d)
         # Where the decoder is discretized this is not read, and must not overflow.
@@ -68,10 +69,10 @@ def vlb_term(
     discretized = -discretized_term(x, x - error, -0.5 * d)
     terms = torch.where(has_density, terms, discretized)
     if mask is not None and dropped is not None:
-        terms = (mask.double() * terms).masked_fill(dropped, 0)
+        terms = (in_float64(mask) * terms).masked_fill(dropped.to(terms.device), 0)
     if isinstance(scale, Tensor):
-        scale = scale.to(compute).double()
-    return row_sum(terms, scale, reduce_all=False).to(compute)
+        scale = in_float64(scale.to(compute))
+    return row_sum(terms, scale, reduce_all=False).to(compute).to(x0.device)
 
 
 def prior_kl(x0: Tensor, factor: Coef, offset: Coef) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from diffcore._devices import in_float64
 from diffcore._types import Coef
 from diffcore.reference.common import compute_dtype, row_sum
 
@@ -29,7 +30,7 @@ def guidance_weights(
     d = c - model_output_uncond.to(compute)
     n = c[0].numel() if c.ndim and c.shape[0] else 1
     cc, cd, dd, sum_c, sum_d = (
-        row_sum(y, 1.0, reduce_all=False).double() for y in (c * c, c * d, d * d, c, d)
+        in_float64(row_sum(y, 1.0, reduce_all=False)) for y in (c * c, c * d, d * d, c, d)
     )
     scale, parameter, limit = (_beside(x, cc) for x in (scale, parameter, limit))
     beyond = scale - 1
@@ -65,11 +66,13 @@ def guidance_weights(
         u, v = angle.cos(), angle.sin()
         w = scale - beyond * u * v
         gain = beyond * u * (u - v)
-    return w.to(compute), gain.to(compute)
+    return w.to(compute).to(c.device), gain.to(compute).to(c.device)
 
 
 def _beside(coef: Coef, like: Tensor) -> Tensor:
     """A coefficient as float64, one number or one for each sample."""
+    if isinstance(coef, Tensor):
+        coef = in_float64(coef)
     found = torch.as_tensor(coef, dtype=torch.float64, device=like.device)
     return found.reshape(like.shape) if found.numel() == like.numel() else found.reshape(())
 

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from diffcore._devices import in_float64
 from diffcore.reference.gaussian import reduced
 
 __all__ = ["discretized_gaussian_log_likelihood"]
@@ -30,8 +31,8 @@ def discretized_term(x: Tensor, means: Tensor, log_scales: Tensor) -> Tensor:
     - ``1 - e^{-lo²/2} [E(-lo) + E(hi) e^{-b2}]`` where lo < 0;
     - ``2 eta φ(z) [1 + Σ eta^{2n} He_{2n}(z) / (2n + 1)!]`` where the bin is narrow.
     """
-    dtype, x, scales = x.dtype, x.double(), log_scales.double()
-    delta, is_open = x - means.double(), x.abs() > OPEN
+    given, x, scales = x, in_float64(x), in_float64(log_scales)
+    delta, is_open = x - in_float64(means), x.abs() > OPEN
     # Scales of 0 and infinity are small and large ones: no 0 times infinity.
     low, high = LOG_SCALES
     limited = torch.where(scales < low, torch.full_like(scales, low), scales)
@@ -61,7 +62,11 @@ def discretized_term(x: Tensor, means: Tensor, log_scales: Tensor) -> Tensor:
     series = (b - e) / 6 + (b * b - 6 * b * e + 3 * e * e) / 120
     series = series + (b**3 - 15 * b * b * e + 45 * b * e * e - 15 * e**3) / 5040
     log_narrow = LOG_BIN_DENSITY - scales - 0.5 * z * z + torch.log1p(series)
-    return torch.where(narrow, log_narrow, torch.where(tail, log_tail, log_rest)).to(dtype)
+    return (
+        torch.where(narrow, log_narrow, torch.where(tail, log_tail, log_rest))
+        .to(given.dtype)
+        .to(given.device)
+    )
 
 
 def discretized_gaussian_log_likelihood(

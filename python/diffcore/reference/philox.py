@@ -44,6 +44,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from diffcore._devices import has_float64
 from diffcore._types import NoiseParts
 
 Words = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -95,10 +96,9 @@ def philox4x32(counter: Words, key: Key, rounds: int = 10) -> Words:
 
 
 def _horner(coefficients: Sequence[float], t: Tensor) -> Tensor:
-    *rest, highest = coefficients
-    value = t * highest + rest.pop()
-    while rest:
-        value = value * t + rest.pop()
+    value = t * coefficients[-1] + coefficients[-2]
+    for c in coefficients[-3::-1]:
+        value = value * t + c
     return value
 
 
@@ -203,7 +203,7 @@ def normals(
         dtype: Of the result, the float32 draw rounded.
         device: Of the result.
     """
-    if torch.device(device).type == "mps":  # which has no float64 for the root
+    if not has_float64(device):  # for the root
         return normals(noise, shape, dtype, "cpu").to(device)
     batch, size = (shape[0] if shape else 1), math.prod(shape[1:])
     blocks = torch.arange((size + 3) // 4, device=device) + noise[3] // 4
@@ -224,7 +224,7 @@ def pairs(noise: NoiseParts, elements: Tensor, batch: int, salt: int) -> Pair:
     Returns:
         The high and the low 32 of 64 random bits, held in int64.
     """
-    if elements.device.type == "mps":
+    if not has_float64(elements.device):  # as the root of the noise
         high, low = pairs(noise, elements.cpu(), batch, salt)
         return high.to(elements.device), low.to(elements.device)
     w = philox4x32(*_counters(noise, elements // 2, batch, salt))
@@ -243,7 +243,7 @@ def uniforms(words: Pair, dtype: torch.dtype) -> Tensor:
     """
     high, low = words
     bits, at = PRECISION[dtype], high.device
-    if at.type == "mps":  # which has no float64
+    if not has_float64(at):
         return uniforms((high.cpu(), low.cpu()), dtype).to(at)
     return ((high << 21 | low >> 11) >> 53 - bits).double().mul(2.0**-bits).to(dtype)
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from diffcore._devices import in_float64
 from diffcore._types import Coef, StepColumns
 from diffcore.reference.common import per_sample
 from diffcore.reference.step import UNGUIDED, predicted_x0
@@ -33,10 +34,11 @@ def x0_quantile(
     k = StepColumns(*(per_sample(c, x) for c in coefs))
     _, _, x0 = predicted_x0(x, model_output, model_output_uncond, k, leading)
     rows = x0.reshape(-1) if reduce_all or x0.ndim == 0 else x0.unsqueeze(-1).flatten(1)
-    ordered, n = rows.abs().sort(-1).values.double(), rows.shape[-1]
+    ordered, n = in_float64(rows.abs().sort(-1).values), rows.shape[-1]
 
     def as_double(c: Coef) -> Tensor:
-        return torch.as_tensor(c, dtype=torch.float64, device=x.device)
+        c = in_float64(c) if isinstance(c, Tensor) else c
+        return torch.as_tensor(c, dtype=torch.float64, device=ordered.device)
 
     at = (as_double(ratio) * (n - 1)).clamp(0, n - 1).expand(rows.shape[:-1])
     rank = at.floor().long()
@@ -48,4 +50,4 @@ def x0_quantile(
     quantile = torch.where(last.isnan(), last, quantile)
     threshold = torch.where(quantile < 1, torch.ones_like(quantile), quantile)
     most = as_double(sample_max_value).expand(rows.shape[:-1])
-    return torch.where(threshold > most, most, threshold).to(x0.dtype)
+    return torch.where(threshold > most, most, threshold).to(x0.dtype).to(x0.device)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from diffcore import ops
 from diffcore._checks import as_flag, as_int, as_positive, as_real, check_not_compiling
+from diffcore._devices import wide_dtype
 from diffcore._types import Model
 from diffcore.coefficients.step import STEP_COLUMNS
 from diffcore.noise import PhiloxNoise
@@ -187,7 +188,9 @@ def sample_dpm_adaptive(
             attempt = _third_order if order == 3 else _second_order
             x_low, x_high = attempt(predict, x, denoised, sigma, down)
             scale = torch.maximum(x_low.abs(), before.abs()).mul_(rtol).clamp_(min=atol)
-            error = float(((x_low - x_high) / scale).square().mean(dtype=torch.float64).sqrt())
+            error = float(
+                ((x_low - x_high) / scale).square().mean(dtype=wide_dtype(x.device)).sqrt()
+            )
             if not math.isfinite(error):
                 raise ValueError(
                     f"model must return finite numbers, got others at sigma = {sigma:.6g}"
@@ -247,7 +250,7 @@ def _noise(noise_sampler: NoiseSampler | None, x: Tensor, eta: float) -> Any:
         raise TypeError(f"noise_sampler must be a function or a PhiloxNoise, got {kind}")
     if not keyed:
         return lambda sigma, after, n: noise_sampler(  # type: ignore[operator, misc]
-            *torch.tensor([sigma, after], dtype=torch.float64, device=x.device)
+            *torch.tensor([sigma, after], dtype=wide_dtype(x.device), device=x.device)
         )
     if eta == 0:
         return None
@@ -324,7 +327,7 @@ def _report(
     info: dict[str, int],
 ) -> None:
     """Calls the callback after a step."""
-    sigma = torch.tensor(math.exp(-time), dtype=torch.float64, device=x.device)
+    sigma = torch.tensor(math.exp(-time), dtype=wide_dtype(x.device), device=x.device)
     state = StateBeforeStep(
         x=x, i=info["steps"] - 1, t=time, t_up=time, sigma=sigma, sigma_hat=sigma,
         denoised=denoised, error=error, h=h, **info,

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from diffcore import ops
 from diffcore._checks import as_device, as_shape, check_dense, check_memory, check_not_compiling
+from diffcore._devices import wide_dtype
 from diffcore._engine import messages, native
 from diffcore._types import CondFn, Model
 from diffcore.guidance import Guidance, Weighted
@@ -93,7 +94,7 @@ def capture(
     if guidance_scale is not None:
         if not isinstance(guidance_scale, Tensor):  # a number or an array, checked above
             guidance_scale = torch.tensor(guidance_scale, dtype=torch.float64, device="cpu")
-        guidance_scale = guidance_scale.to(x.device, torch.float64, copy=True)
+        guidance_scale = guidance_scale.to(x.device, wide_dtype(x.device), copy=True)
         rule = Weighted(guidance_scale, 0.0)
     options = {
         "guidance": rule,

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from diffcore import ops
 from diffcore._checks import as_int, as_positive, check_choice
+from diffcore._devices import wide_dtype
 from diffcore._types import Model
 from diffcore.noise import PhiloxNoise
 from diffcore.sampling.model import call_model, check_model_kwargs
@@ -115,5 +116,7 @@ class LangevinCorrector:
 
     def _norm(self, x: Tensor) -> Tensor:
         """The norm of each sample ``[B]``, or ``[B]`` times their mean."""
-        norm: Tensor = torch.linalg.vector_norm(x.reshape(len(x), -1), dim=1, dtype=torch.float64)
+        norm: Tensor = torch.linalg.vector_norm(
+            x.reshape(len(x), -1), dim=1, dtype=wide_dtype(x.device)
+        )
         return norm if self._norms == "sample" else norm.mean().expand(len(norm)).contiguous()

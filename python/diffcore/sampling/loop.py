@@ -30,6 +30,9 @@ from diffcore.sampling.step import (
 from diffcore.sampling.threshold import Threshold
 from diffcore.sampling.trajectory import Recorder
 from diffcore.solvers import SolverTable
+from diffcore.solvers.table import COLUMNS
+
+_C_Z = COLUMNS.index("c_z")
 
 
 def run_table(
@@ -241,12 +244,13 @@ class _Loop:
         if call is not None and self.callback is not None and row.begins:
             call(table, i, x, t, prediction, here, bound)
         output, uncond, variance = prediction
+        noisy = row.coefficients[_C_Z] != 0  # row.noisy, a property, stops torch 2.10's compiler
         x, history, *scored = table.step(
             i,
             x,
             output,
             history,
-            noise=noise_of_row(self.step_noise, i, x, self.noise_name) if row.noisy else None,
+            noise=noise_of_row(self.step_noise, i, x, self.noise_name) if noisy else None,
             model_output_uncond=uncond,
             guidance=here,
             threshold=bound,

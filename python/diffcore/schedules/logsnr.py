@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from diffcore._checks import as_positive, as_real, as_tensor
+from diffcore._devices import beside, in_float64
 
 __all__ = ["LOGSNR_SCHEDULES", "beta_linear_logsnr", "cosine_logsnr", "linear_logsnr"]
 
@@ -31,7 +32,7 @@ def cosine_logsnr(
             noise of those of 64.
 
     Returns:
-        float64, the shape of ``t``.
+        float64, the shape of ``t``; float32 where its device has no float64.
 
     Raises:
         TypeError: ``t`` is not made of floating-point numbers, or a parameter is no number.
@@ -45,7 +46,7 @@ def cosine_logsnr(
     shift = as_positive("shift", shift, finite=True)
     first, last = math.atan(math.exp(-high / 2)), math.atan(math.exp(-low / 2))
     angle = first + _times(t) * (last - first)
-    return -2 * torch.log(torch.tan(angle)) + 2 * math.log(shift)
+    return beside(-2 * torch.log(torch.tan(angle)) + 2 * math.log(shift), t)
 
 
 def linear_logsnr(t: Tensor, *, logsnr_min: float = -5.0, logsnr_max: float = 13.3) -> Tensor:
@@ -59,7 +60,7 @@ def linear_logsnr(t: Tensor, *, logsnr_min: float = -5.0, logsnr_max: float = 13
         logsnr_max: Value at t = 0.
 
     Returns:
-        float64, the shape of ``t``.
+        float64, the shape of ``t``; float32 where its device has no float64.
 
     Raises:
         TypeError: ``t`` is not made of floating-point numbers, or a parameter is no number.
@@ -69,7 +70,7 @@ def linear_logsnr(t: Tensor, *, logsnr_min: float = -5.0, logsnr_max: float = 13
         Kingma et al. 2021 (arXiv 2107.00630) appendix H.
     """
     low, high = _ends(logsnr_min, logsnr_max)
-    return high + _times(t) * (low - high)
+    return beside(high + _times(t) * (low - high), t)
 
 
 def beta_linear_logsnr(t: Tensor, *, beta_min: float = 0.1, beta_max: float = 20.0) -> Tensor:
@@ -84,7 +85,7 @@ def beta_linear_logsnr(t: Tensor, *, beta_min: float = 0.1, beta_max: float = 20
         beta_max: beta at t = 1, above 0 and at least beta_min.
 
     Returns:
-        float64, the shape of ``t``.
+        float64, the shape of ``t``; float32 where its device has no float64.
 
     Raises:
         TypeError: ``t`` is not made of floating-point numbers, or a parameter is no number.
@@ -96,8 +97,9 @@ def beta_linear_logsnr(t: Tensor, *, beta_min: float = 0.1, beta_max: float = 20
     low, high = as_real("beta_min", beta_min), as_positive("beta_max", beta_max, finite=True)
     if not 0 <= low <= high:
         raise ValueError(f"beta_min must be in [0, beta_max], here [0, {high}], got {low}")
-    t = _times(t)
-    return -torch.log(torch.expm1(low * t + 0.5 * (high - low) * t * t))
+    time = _times(t)
+    found = -torch.log(torch.expm1(low * time + 0.5 * (high - low) * time * time))
+    return beside(found, t)
 
 
 LOGSNR_SCHEDULES: dict[str, Callable[..., Tensor]] = {
@@ -119,4 +121,4 @@ def _times(t: Tensor) -> Tensor:
     t = as_tensor("t", t, "a tensor of floating-point numbers")
     if not t.is_floating_point():
         raise TypeError(f"t must be a tensor of floating-point numbers, got {t.dtype}")
-    return t.double()
+    return in_float64(t)

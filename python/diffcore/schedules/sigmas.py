@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from diffcore._checks import as_int, as_positive, as_real, check_choice
+from diffcore._devices import to_device
 from diffcore.schedules.shift import shift_sigmas
 
 Device = torch.device | str
@@ -33,7 +34,7 @@ def get_sigmas_karras(
         sigma_min: Last level before the 0, above 0.
         sigma_max: First level.
         rho: How strongly levels crowd at the low end; 1 is linear, infinity geometric.
-        device: Device of the result.
+        device: Device of the result, which is float32 where that has no float64.
 
     Returns:
         float64 ``[n + 1]``.
@@ -51,7 +52,7 @@ def get_sigmas_karras(
     # Over sigma_max, so that no power leaves the range: 1 + u ((sigma_min / sigma_max)^(1/rho) - 1)
     fall = math.expm1(math.log(sigma_min / sigma_max) / rho)
     sigmas = sigma_max * torch.exp(rho * torch.log1p(_ramp(n) * fall))
-    return _with_ends(sigmas, sigma_min, sigma_max).to(device)
+    return _with_ends(sigmas, sigma_min, sigma_max, device)
 
 
 def get_sigmas_exponential(
@@ -63,7 +64,7 @@ def get_sigmas_exponential(
         n: Number of levels, without the appended 0.
         sigma_min: Last level before the 0, above 0.
         sigma_max: First level.
-        device: Device of the result.
+        device: Device of the result, which is float32 where that has no float64.
 
     Returns:
         float64 ``[n + 1]``.
@@ -84,7 +85,7 @@ def get_sigmas_polyexponential(
         sigma_min: Last level before the 0, above 0.
         sigma_max: First level.
         rho: Power of the ramp.
-        device: Device of the result.
+        device: Device of the result, which is float32 where that has no float64.
 
     Returns:
         float64 ``[n + 1]``.
@@ -96,7 +97,7 @@ def get_sigmas_polyexponential(
     rho = as_positive("rho", rho)
     height = math.log(sigma_max) - math.log(sigma_min)
     sigmas = torch.exp((1 - _ramp(n)) ** rho * height + math.log(sigma_min))
-    return _with_ends(sigmas, sigma_min, sigma_max).to(device)
+    return _with_ends(sigmas, sigma_min, sigma_max, device)
 
 
 def get_sigmas_lu(n: int, sigma_min: float, sigma_max: float, device: Device = "cpu") -> Tensor:
@@ -109,7 +110,7 @@ def get_sigmas_lu(n: int, sigma_min: float, sigma_max: float, device: Device = "
         n: Number of levels, without the appended 0.
         sigma_min: Last level before the 0, above 0.
         sigma_max: First level.
-        device: Device of the result.
+        device: Device of the result, which is float32 where that has no float64.
 
     Returns:
         float64 ``[n + 1]``.
@@ -139,7 +140,7 @@ def get_sigmas_beta(
         sigma_max: First level.
         alpha: First parameter of the distribution; below 1 crowds the low end.
         beta: Second parameter of the distribution; below 1 crowds the high end.
-        device: Device of the result.
+        device: Device of the result, which is float32 where that has no float64.
 
     Returns:
         float64 ``[n + 1]``.
@@ -156,7 +157,7 @@ def get_sigmas_beta(
     sigmas = sigma_min + torch.tensor(quantiles, dtype=torch.float64, device="cpu") * (
         sigma_max - sigma_min
     )
-    return _with_ends(sigmas, sigma_min, sigma_max).to(device)
+    return _with_ends(sigmas, sigma_min, sigma_max, device)
 
 
 def get_sigmas_vp(
@@ -175,7 +176,7 @@ def get_sigmas_vp(
         beta_d: Slope of beta(t).
         beta_min: beta(0).
         eps_s: The last time.
-        device: Device of the result.
+        device: Device of the result, which is float32 where that has no float64.
 
     Returns:
         float64 ``[n + 1]``.
@@ -193,7 +194,7 @@ def get_sigmas_vp(
         raise ValueError(f"eps_s must lie in (0, 1], got {eps_s}")
     time = 1 + _ramp(n) * (eps_s - 1)
     sigmas = torch.expm1(beta_d * time**2 / 2 + beta_min * time).sqrt()
-    return torch.cat([sigmas, sigmas.new_zeros(1)]).to(device)
+    return to_device(torch.cat([sigmas, sigmas.new_zeros(1)]), device)
 
 
 def get_sigmas_flow(n: int, *, shift: float = 1.0, sigma_min: float | None = None) -> Tensor:
@@ -239,7 +240,7 @@ def get_sigmas_laplace(
         mu: Mean of log(sigma).
         beta: Scale of the distribution. Where it leads out of the range, several levels are
             ``sigma_min`` or ``sigma_max``, which no solver takes.
-        device: Device of the result.
+        device: Device of the result, which is float32 where that has no float64.
 
     Returns:
         float64 ``[n + 1]``.
@@ -257,7 +258,7 @@ def get_sigmas_laplace(
     tail = 2 * torch.minimum(_ramp(n), _ramp(n).flip(0) if n > 1 else 1 - _ramp(n))
     sigmas = torch.exp(mu - beta * left.sign() * torch.log(tail + _LAPLACE_SHIFT))
     sigmas = sigmas.clamp(sigma_min, sigma_max)
-    return torch.cat([sigmas, sigmas.new_zeros(1)]).to(device)
+    return to_device(torch.cat([sigmas, sigmas.new_zeros(1)]), device)
 
 
 def get_sigmas_kl_optimal(
@@ -269,7 +270,7 @@ def get_sigmas_kl_optimal(
         n: Number of levels, without the appended 0.
         sigma_min: Last level before the 0, above 0.
         sigma_max: First level.
-        device: Device of the result.
+        device: Device of the result, which is float32 where that has no float64.
 
     Returns:
         float64 ``[n + 1]``.
@@ -285,7 +286,7 @@ def get_sigmas_kl_optimal(
     high = math.atan(1 / sigma_max)
     fall = _ramp(n) * (math.atan(1 / sigma_min) - high)
     sigmas = 1 / torch.tan(high + fall)
-    return _with_ends(sigmas, sigma_min, sigma_max).to(device)
+    return _with_ends(sigmas, sigma_min, sigma_max, device)
 
 
 def get_sigmas_linear_quadratic(
@@ -351,7 +352,7 @@ def get_sigmas_ays(n: int, model: str = "sd15", device: Device = "cpu") -> Tenso
         n: Number of levels, without the 0 at the end.
         model: A key of ``AYS_SIGMAS``: "sd15" (Stable Diffusion 1.5), "sdxl", "svd" (Stable Video
             Diffusion) or "deepfloyd" (stage 1).
-        device: Device of the result.
+        device: Device of the result, which is float32 where that has no float64.
 
     Returns:
         float64 ``[n + 1]``.
@@ -371,7 +372,7 @@ def get_sigmas_ays(n: int, model: str = "sd15", device: Device = "cpu") -> Tenso
         place, rest = divmod(i * (len(known) - 1), n)
         share, low = rest / n, known[place]
         found.append(low if rest == 0 else low * (known[place + 1] / low) ** share)
-    return torch.tensor([*found, 0.0], dtype=torch.float64, device="cpu").to(device)
+    return to_device(torch.tensor([*found, 0.0], dtype=torch.float64, device="cpu"), device)
 
 
 def _ramp(n: int) -> Tensor:
@@ -379,11 +380,11 @@ def _ramp(n: int) -> Tensor:
     return torch.arange(n, dtype=torch.float64, device="cpu") / max(n - 1, 1)
 
 
-def _with_ends(sigmas: Tensor, sigma_min: float, sigma_max: float) -> Tensor:
+def _with_ends(sigmas: Tensor, sigma_min: float, sigma_max: float, device: Device) -> Tensor:
     """Set both ends to the values asked for, free of rounding, and append the 0."""
     sigmas[-1] = sigma_min
     sigmas[0] = sigma_max
-    return torch.cat([sigmas, sigmas.new_zeros(1)])
+    return to_device(torch.cat([sigmas, sigmas.new_zeros(1)]), device)
 
 
 def _range(n: int, sigma_min: float, sigma_max: float) -> tuple[int, float, float]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from diffcore._checks import as_tensor, hint
+from diffcore._devices import widened
 
 
 def as_float64(values: Tensor | Sequence[Any] | float, name: str = "values") -> Tensor:
@@ -19,7 +20,7 @@ def as_float64(values: Tensor | Sequence[Any] | float, name: str = "values") -> 
         name: Name of the argument.
 
     Returns:
-        float64, the shape of ``values``.
+        float64, the shape of ``values``; float32 on a device without float64.
 
     Raises:
         TypeError: Not real numbers.
@@ -28,7 +29,7 @@ def as_float64(values: Tensor | Sequence[Any] | float, name: str = "values") -> 
         check_has_values(name, values)
         if values.is_complex():
             raise TypeError(f"{name} must be real numbers, got {values.dtype}")
-        return values.to(torch.float64)
+        return widened(values)
     try:
         return torch.as_tensor(values, dtype=torch.float64, device="cpu")
     except (TypeError, ValueError, RuntimeError, OverflowError):
@@ -79,7 +80,7 @@ def float64_vector(
     check_has_values(name, table)
     if table.dim() != 1 or len(table) < least:
         raise ValueError(f"{name} must have the shape {shape}, got {tuple(table.shape)}{hint(fix)}")
-    table = table.to(device="cpu", dtype=torch.float64, copy=True)
+    table = table.to(device="cpu", copy=True).double()
     if not bool(table.isfinite().all()):
         raise ValueError(f"{name} must be finite, got {float(table[~table.isfinite()][0])}")
     return table

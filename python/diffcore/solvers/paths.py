@@ -284,4 +284,4 @@ def timestep_vector(values: Tensor | Sequence[float]) -> Tensor:
         )
     check_has_values("timesteps", times)
     dtype = torch.float64 if times.is_floating_point() else torch.int64
-    return times.to(device="cpu", dtype=dtype, copy=True)
+    return times.to(device="cpu", copy=True).to(dtype)

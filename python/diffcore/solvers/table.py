@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from diffcore._checks import as_device, as_int, as_real, check_choice
+from diffcore._devices import to_device
 from diffcore._engine.kept import Traced, constant_in_traces, made_plainly
 from diffcore._kernels.step import MOST_HISTORY
 from diffcore._types import Coef
@@ -586,7 +587,7 @@ class SolverTable:
 
     def _copy(self, device: torch.device) -> SolverTable:
         tensors = {name: getattr(self, name) for name in _TENSORS}
-        moved: dict[str, Any] = {n: None if x is None else x.to(device) for n, x in tensors.items()}
+        moved: Any = {n: x if x is None else to_device(x, device) for n, x in tensors.items()}
         return replace(self, **moved)
 
     @constant_in_traces

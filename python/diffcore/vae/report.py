@@ -10,6 +10,7 @@ from torch import Tensor
 
 from diffcore import ops
 from diffcore._checks import as_real
+from diffcore._devices import widened
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,9 +115,9 @@ def latent_report(mean: Tensor, logvar: Tensor) -> LatentReport:
     kl = ops.standard_normal_kl(mean, logvar)
     if kl.ndim == 0 or len(kl) == 0:
         raise ValueError(f"mean must have at least one sample, got shape {tuple(mean.shape)}")
-    mean = mean.double()
+    mean = widened(mean)
     variance, center = torch.var_mean(mean, dim=0, correction=0)
-    return LatentReport(kl.double().mean(0), center, variance, len(mean))
+    return LatentReport(widened(kl).mean(0), center, variance, len(mean))
 
 
 def _average(parts: Sequence[float], values: Sequence[Tensor]) -> Tensor:
