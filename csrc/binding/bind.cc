@@ -262,6 +262,7 @@ py::dict build_info() {
   info["cuda"] = cuda_built();
   info["cuda_architectures"] = cuda_architectures();
   info["cuda_driver"] = cuda_driver_version();
+  info["cuda_min_driver"] = kMinCudaDriver;
   info["cuda_devices"] = cuda_device_count();
   return info;
 }

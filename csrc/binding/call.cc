@@ -77,7 +77,7 @@ Reason run_plan(int op, Plan* plan) {
   if (plan->empty) return {};
   if (cpu && !kCudaEmulated)
     run_cpu(op, plan);
-  else if (cuda_built())
+  else if (cuda_usable())
     run_cuda(op, plan);
   else
     return {Code::kDeviceKind};

@@ -4,6 +4,7 @@
 namespace diffcore {
 
 bool cuda_built() { return false; }
+bool cuda_usable() { return false; }
 const char* cuda_architectures() { return ""; }
 int cuda_device_count() { return 0; }
 int cuda_driver_version() { return 0; }

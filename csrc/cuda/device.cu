@@ -69,6 +69,11 @@ bool ClusterSupport::here(const void* kernel) {
 
 bool cuda_built() { return true; }
 
+bool cuda_usable() {
+  static const bool usable = kCudaEmulated || cuda_driver_version() >= kMinCudaDriver;
+  return usable;
+}
+
 const char* cuda_architectures() { return DIFFCORE_CUDA_ARCHITECTURES; }
 
 int cuda_device_count() {

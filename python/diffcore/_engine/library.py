@@ -8,6 +8,7 @@ tensor, or None and a number, and the first element.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -248,28 +249,42 @@ def define(kernel: Kernel) -> Kernel:
     LIBRARY.impl(name, on_device, "CPU")
     LIBRARY.impl(name, on_device, "CUDA")
     torch.library.register_fake(qualified, fake, lib=LIBRARY)
-    torch.library.register_vmap(qualified, vmap, lib=LIBRARY)
-    lib: Any = _Launches(launched)
-    torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=lib)
+    batched = _AtFirstUse(torch.library.register_vmap, qualified, vmap)
+    how = {"setup_context": setup_context}
+    differentiable = _AtFirstUse(torch.library.register_autograd, qualified, backward, **how)
+
+    def call(keyset: Any, *args: Any) -> Any:
+        # Torch's way from an operator to its kernel takes several times as long as the call of a
+        # small tensor. Where nothing on the way has anything to do, the kernel is launched at once.
+        found = launched(*args)
+        return differentiable(keyset, *args) if type(found) is int else found
+
+    LIBRARY.impl(name, batched, "FuncTorchBatched", with_keyset=True)
+    LIBRARY.impl(name, call, "Autograd", with_keyset=True)
     return kernel
 
 
-class _Launches:
-    """Registers what torch makes of a backward pass, behind a launch of the kernel.
+class _AtFirstUse:
+    """An implementation that torch makes of functions, made when it is first called.
 
-    Torch's way from an operator to its kernel takes several times as long as the call of a small
-    tensor. Where nothing on the way has anything to do, the kernel is launched at once.
+    Made for all operators at the import, they would be half of its time.
+
+    Args:
+        register: Registers it with a library, which is this object: it keeps the implementation.
+        *args: Of ``register``.
+        **options: Of ``register``.
     """
 
-    def __init__(self, launched: Callable[..., Any]) -> None:
-        self._launched = launched
+    def __init__(self, register: Callable[..., Any], *args: Any, **options: Any) -> None:
+        self._make = functools.partial(register, *args, **options, lib=self)
+        self._made: Callable[..., Any] | None = None
 
-    def impl(self, name: str, differentiable: Callable[..., Any], *key: Any, **how: Any) -> None:
-        """Registers the implementation, as ``torch.library.Library.impl`` does."""
-        launched = self._launched
+    def impl(self, name: str, made: Callable[..., Any], *key: Any, **how: Any) -> None:  # noqa: ARG002
+        """What ``torch.library.Library.impl`` is for others."""
+        self._made = made
 
-        def call(keyset: Any, *args: Any) -> Any:
-            found = launched(*args)
-            return differentiable(keyset, *args) if type(found) is int else found
-
-        LIBRARY.impl(name, call, *key, **how)
+    def __call__(self, keyset: Any, *args: Any) -> Any:
+        if self._made is None:
+            self._make()
+        assert self._made is not None
+        return self._made(keyset, *args)

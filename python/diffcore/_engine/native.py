@@ -108,28 +108,38 @@ if BACKEND == "native":
 _ISA = os.environ.get("DIFFCORE_ISA", "")
 if _C is not None and _ISA and _C.build_info()["instruction_set"] != _ISA:
     best = _C.build_info()["best_instruction_set"]
-    raise ValueError(
-        f"DIFFCORE_ISA must be one of 'v2', 'v3', 'v4', and at most {best!r} here, got {_ISA!r}"
+    wanted = (
+        "'neon' or not set"
+        if best == "neon"
+        else f"one of 'v2', 'v3', 'v4', and at most {best!r} here"
     )
+    raise ValueError(f"DIFFCORE_ISA must be {wanted}, got {_ISA!r}")
+
+
+def cuda_version(number: int) -> str:
+    """The name of a version of CUDA: 12.4 for 12040."""
+    return f"{number // 1000}.{number % 1000 // 10}"
 
 
 _cuda_usable: bool | None = None
 
 
 def cuda_usable() -> bool:
-    """Whether the CUDA kernels can run here; warns, once, when the driver is too old."""
+    """Whether the CUDA kernels can run here; warns, once, when the driver is too old.
+
+    ROCm calls its devices "cuda" too; no kernel of ours is for them.
+    """
     global _cuda_usable
     if _cuda_usable is None:
         usable = False
-        if _C is not None and _C.build_info()["cuda"]:
+        if _C is not None and torch.version.hip is None and _C.build_info()["cuda"]:
             driver = _C.build_info()["cuda_driver"]
             usable = driver >= MIN_CUDA_DRIVER
             if 0 < driver < MIN_CUDA_DRIVER:
                 warnings.warn(
-                    f"diffcore's CUDA kernels need a driver for CUDA {MIN_CUDA_DRIVER // 1000} "
-                    f"(R580 or newer); this one is for CUDA {driver // 1000}."
-                    f"{driver % 1000 // 10}. "
-                    "Running CUDA tensors on plain torch.",
+                    "diffcore's CUDA kernels need driver R580, for CUDA "
+                    f"{cuda_version(MIN_CUDA_DRIVER)}; this one is for CUDA "
+                    f"{cuda_version(driver)}. CUDA tensors run in plain torch.",
                     RuntimeWarning,
                     stacklevel=3,
                 )
@@ -161,8 +171,13 @@ def info() -> dict[str, object]:
         found |= _C.build_info()
     found["torch"] = str(torch.__version__)
     found["torch_cuda"] = torch.version.cuda or "none"
-    found["devices"] = [
-        "cpu",
-        *(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())),
-    ]
+    found["torch_rocm"] = torch.version.hip or "none"
+    found["devices"] = ["cpu", *_accelerators()]
     return found
+
+
+def _accelerators() -> list[str]:
+    names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    if torch.xpu.is_available():
+        names += [torch.xpu.get_device_name(i) for i in range(torch.xpu.device_count())]
+    return [*names, "mps"] if torch.backends.mps.is_available() else names
