@@ -1,7 +1,5 @@
 """Times the terms of the variational bound against the code in common use.
 
-    python -m benchmarks.bench_bound [--device auto|cpu|cuda] [--out FOLDER-OR-FILE] [--quick]
-
 For ``vlb_term``, eager PyTorch computes the two means, the two log-variances and their KL, as
 guided-diffusion does. "whole" is all of guided-diffusion's code, which also computes the decoder's
 term of every sample and selects with ``torch.where``. No sample is at t = 0 here.
@@ -9,29 +7,24 @@ term of every sample and selects with ``torch.where``. No sample is at t = 0 her
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import math
-import sys
-from collections.abc import Sequence
+from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any
-
-if __package__ in (None, ""):  # run as a file
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks import report
-from benchmarks.bench_likelihood import approximation
-from benchmarks.bench_ops import time_cases
-from benchmarks.contest import MODES, OpCase
 from diffcore import ops
 from diffcore.coefficients.bound import log_variances, vlb_coefficients
 from diffcore.coefficients.step import posterior_coefficients
+
+from .bench_likelihood import approximation
+from .bench_ops import jobs_of
+from .contest import MODES, OpCase
+from .suite import Job, Run
 
 STEPS = 1000
 BETAS = torch.linspace(1e-4, 0.02, STEPS, dtype=torch.float64)
@@ -127,24 +120,8 @@ CASES = (
 )
 
 
-def measure(device: torch.device, args: argparse.Namespace) -> dict[str, Any]:
-    """The "bound" section."""
-    dtypes = (args.dtypes or ("f32" if args.quick else "f32,bf16")).split(",")
-    shape = (4, *SIZE) if args.quick else (64 if device.type == "cpu" else 1024, *SIZE)
-    grid = ((c, mode, d, shape) for d, mode, c in itertools.product(dtypes, MODES, CASES))
-    return time_cases(grid, device, args, 2.0 if device.type == "cpu" else 0.15)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Measures, prints and writes; 1 if a result was refused."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    report.add_common_arguments(parser)
-    parser.add_argument("--dtypes", help="among f32, bf16, f16, f64 [default: f32,bf16]")
-    parser.add_argument("--seconds", type=float, help="of timing, for each row")
-    parser.add_argument("--no-compile", action="store_true", help="without torch.compile")
-    args = parser.parse_args(argv)
-    return report.on_each_device(lambda d: {"bound": measure(d, args)}, args, argv)
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())
+def jobs(run: Run) -> Iterator[Job]:
+    """The "bound" section; the scale of its terms is that of one shape."""
+    shape = (4 if run.quick else 64 if run.device.type == "cpu" else 1024, *SIZE)
+    grid = itertools.product(run.dtypes("f32", "bf16"), MODES, CASES)
+    return jobs_of(((case, mode, dtype, shape) for dtype, mode, case in grid), run, 2.0)

@@ -1,7 +1,5 @@
 """Times what torch.compile makes of diffcore: a training step, and a sampling loop of ten steps.
 
-    python -m benchmarks.bench_compile [--device auto|cpu|cuda] [--out FOLDER-OR-FILE] [--quick]
-
 The network is an MLP on ``[B, 16, 7]``, such as a robot policy, so small that calls count. Each
 workload runs in eager, compiled with the operators ("kernel"), and compiled with the formulas
 ("formula", see ``diffcore.set_compiled_ops``), interleaved.
@@ -9,26 +7,20 @@ workload runs in eager, compiled with the operators ("kernel"), and compiled wit
 
 from __future__ import annotations
 
-import argparse
-import dataclasses
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any
-
-if __package__ in (None, ""):  # run as a file
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 from torch import Tensor
 
 import diffcore
-from benchmarks import report
-from benchmarks.timing import Budget, Call, interleave
 from diffcore import GaussianDiffusion, NoiseSchedule, make_betas, respaced_timesteps, solvers
 from diffcore._engine import compiled_ops
 from diffcore._engine.compiled_ops import KINDS
+
+from .suite import Job, Row, Run, times, timings_of
+from .timing import Call, interleave
 
 SHAPE = (16, 7)
 STEPS = 10
@@ -112,34 +104,19 @@ def contestants(
     return calls
 
 
-def measure(device: torch.device, args: argparse.Namespace) -> dict[str, Any]:
+def time_workload(what: str, make: Callable[..., Any], run: Run) -> Row:
+    """One row."""
+    try:
+        calls = contestants(make, run.device, run.compiles)
+        timings = interleave(calls, run.device, run.budget(5.0), wall=True)
+    finally:
+        diffcore.set_compiled_ops(KINDS[0])
+    return {"what": what, "timings": timings_of(timings)}
+
+
+def jobs(run: Run) -> Iterator[Job]:
     """The "compile" section."""
-    seconds = args.seconds or (0.2 if args.quick else 5.0)
-    budget = Budget(seconds, seconds / 10, min_rounds=3 if args.quick else 10)
-    compiled = not args.no_compile and not args.quick
-    rows = []
     for name, make in (("loop of ten steps", loop), ("training step", training)):
         batch = BATCHES["loop" if make is loop else "training"]
-        what = f"{name}, MLP, {report.times((batch, *SHAPE))}"
-        report.progress(what)
-        timings = interleave(contestants(make, device, compiled), device, budget, wall=True)
-        rows.append(
-            {"what": what, "timings": {k: dataclasses.asdict(t) for k, t in timings.items()}}
-        )
-    diffcore.set_compiled_ops(KINDS[0])
-    report.progress("")
-    return {"rows": rows, "notes": []}
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Measures, prints and writes."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    report.add_common_arguments(parser)
-    parser.add_argument("--seconds", type=float, help="of timing, for each row")
-    parser.add_argument("--no-compile", action="store_true", help="without torch.compile")
-    args = parser.parse_args(argv)
-    return report.on_each_device(lambda d: {"compile": measure(d, args)}, args, argv)
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())
+        what = f"{name}, MLP, {times((batch, *SHAPE))}"
+        yield Job(name, what, partial(time_workload, what, make, run))

@@ -1,7 +1,5 @@
 """Times the mathematics of a training step of a flow and of EDM, up to the network's gradient.
 
-    python -m benchmarks.bench_flow [--device auto|cpu|cuda] [--out FOLDER-OR-FILE] [--quick]
-
 A step draws its noise levels, adds noise, and computes the weighted loss and its gradient in the
 output of a network that costs nothing. The flow has logit-normal times, shifted; EDM scales the
 input of the network and predicts its preconditioned output. With "noise drawn", eager PyTorch and
@@ -10,25 +8,18 @@ input of the network and predicts its preconditioned output. With "noise drawn",
 
 from __future__ import annotations
 
-import argparse
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
-
-if __package__ in (None, ""):  # run as a file
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 from torch import Tensor
 
-from benchmarks import report
-from benchmarks.bench_training import row
-from benchmarks.contest import check_outputs
-from benchmarks.machine import why_no_compile
-from benchmarks.timing import Budget, interleave
 from diffcore import EDM, FlowMatching, PhiloxNoise
+
+from .contest import check_outputs
+from .suite import Job, Row, Run, Shape, times, timings_of
+from .timing import interleave
 
 SHAPES = {"cpu": [(64, 16, 64, 64), (8, 16, 32, 32)], "cuda": [(64, 16, 64, 64)]}
 SHIFT = 3.0
@@ -107,28 +98,25 @@ def gradient(step: Step, m: Tensor, x0: Tensor, noise: Any, levels: Any) -> tupl
     return x, loss, slope
 
 
-def time_shape(
-    of: Training, shape: tuple[int, ...], device: torch.device, budget: Budget, compiled: bool
-) -> list[dict[str, Any]]:
+def time_shape(of: Training, shape: Shape, run: Run) -> list[Row]:
     """Two rows: a step with its noise and levels given, and drawn.
 
     Args:
         of: the training step.
         shape: of the samples.
-        device: where.
-        budget: how long, for each row.
-        compiled: whether ``torch.compile`` takes part.
+        run: where and how long, for each row.
 
     Raises:
         WrongResultError: diffcore's result is wrong.
     """
+    device = run.device
     m, x0 = (torch.randn(shape, device=device) for _ in range(2))
     m.requires_grad_()
     key = PhiloxNoise(2026)
     noise = key.tensor(shape, dtype=x0.dtype, device=device)
     levels = of.levels(shape[0], key, device=device)
     steps: dict[str, Step] = {"diffcore": of.ours, "eager": of.eager}
-    if compiled:
+    if run.compiles:
         torch.compiler.reset()
         steps["compile"] = torch.compile(of.eager, fullgraph=True, dynamic=False)
     wide = m.detach().double().requires_grad_()
@@ -139,35 +127,14 @@ def time_shape(
     rows = []
     for given, at, text in ((noise, levels, "noise given"), (None, None, "noise drawn")):
         calls = {n: [partial(gradient, step, m, x0, given, at)] for n, step in steps.items()}
-        what = f"{of.name} training step, {text}, {report.times(shape)}"
-        report.progress(what)
-        rows.append(row(what, interleave(calls, device, budget)))
+        what = f"{of.name} training step, {text}, {times(shape)}"
+        timings = interleave(calls, device, run.budget(4.0))
+        rows.append({"what": what, "timings": timings_of(timings)})
     return rows
 
 
-def measure(device: torch.device, args: argparse.Namespace) -> dict[str, Any]:
+def jobs(run: Run) -> Iterator[Job]:
     """The "flow" section."""
-    seconds = args.seconds or (0.2 if args.quick else 4.0)
-    budget = Budget(seconds, seconds / 10, min_rounds=3 if args.quick else 10)
-    note = why_no_compile(device)
-    compiled = note is None and not args.no_compile and not args.quick
-    rows = []
-    for shape in [(8, 3, 16, 16)] if args.quick else SHAPES[device.type]:
-        for training in TRAININGS:
-            rows += time_shape(training, shape, device, budget, compiled)
-    report.progress("")
-    return {"rows": rows, "notes": [note] if note else []}
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Measures, prints and writes."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    report.add_common_arguments(parser)
-    parser.add_argument("--seconds", type=float, help="of timing, for each row")
-    parser.add_argument("--no-compile", action="store_true", help="without torch.compile")
-    args = parser.parse_args(argv)
-    return report.on_each_device(lambda d: {"flow": measure(d, args)}, args, argv)
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())
+    for shape in run.shapes(SHAPES[run.device.type], (8, 3, 16, 16)):
+        for of in TRAININGS:
+            yield Job(of.name, f"{of.name} {times(shape)}", partial(time_shape, of, shape, run))

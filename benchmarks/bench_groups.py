@@ -1,29 +1,22 @@
 """Times ops with a level for each frame, and for each sample, against eager and ``torch.compile``.
 
-    python -m benchmarks.bench_groups [--device auto|cpu|cuda] [--out FOLDER-OR-FILE] [--quick]
-
 Samples are [B, C, F, H, W]. Eager PyTorch broadcasts the levels of the frames.
 """
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-if __package__ in (None, ""):  # run as a file
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from benchmarks.case_command import measure_cases
-from benchmarks.contest import OpCase
 from diffcore import ops
 
-SHAPES = ("2x16x21x60x104",)
+from .bench_ops import jobs_of_cases
+from .contest import OpCase
+
+SHAPES = ((2, 16, 21, 60, 104),)
 MOST = 64  # frames
 
 
@@ -99,10 +92,4 @@ def cases() -> list[OpCase]:
     return [OpCase(name, op, named, formula, _levels, ()) for name, op, named, formula in rows]
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Measures, prints and writes; 1 if a result was refused."""
-    return measure_cases("groups", __doc__, cases, SHAPES, argv)
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())
+jobs = partial(jobs_of_cases, cases, SHAPES)

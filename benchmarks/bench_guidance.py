@@ -1,27 +1,21 @@
 """Times a guided step of DPM-Solver++ (2M) against eager PyTorch and ``torch.compile``.
 
-    python -m benchmarks.bench_guidance [--device auto|cpu|cuda] [--out FOLDER-OR-FILE] [--quick]
-
 Classifier-free guidance is part of the step. A rule that depends on the predictions reads both of
 them twice, in two launches; the copy moves the bytes of both.
 """
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Sequence
-from pathlib import Path
+from functools import partial
 from typing import Any
 
-if __package__ in (None, ""):  # run as a file
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from benchmarks.case_command import measure_cases
-from benchmarks.contest import OpCase
 from diffcore import ops
 from diffcore.guidance import APG, CFG, Guidance, RescaledCFG
 
-SHAPES = ("64x3x128x128", "16x4x64x64")
+from .bench_ops import jobs_of_cases
+from .contest import OpCase
+
+SHAPES = ((64, 3, 128, 128), (16, 4, 64, 64))
 # A row of dpmpp_2m_table in the middle of a schedule: c_x, c_0, c_1, and x0 = a_x x + a_m m.
 C_X, C_0, C_1, A_X, A_M = 0.72, 0.61, -0.14, 1.45, -1.05
 ROW = (C_X, 0.0, C_0, 0.0, A_X, A_M, -10.0, 10.0, 0.0, 0.0, 1.0, C_1, 0.0, 0.0)
@@ -80,10 +74,4 @@ def cases() -> list[OpCase]:
     ]
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Measures, prints and writes; 1 if a result was refused."""
-    return measure_cases("guidance", __doc__, cases, SHAPES, argv)
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())
+jobs = partial(jobs_of_cases, cases, SHAPES)

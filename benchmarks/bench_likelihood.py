@@ -1,7 +1,5 @@
 """Times the exact discretized likelihood against the usual approximation and the exact formula.
 
-    python -m benchmarks.bench_likelihood [--device auto|cpu|cuda] [--out FOLDER-OR-FILE] [--quick]
-
 ``eager`` and ``compile`` approximate Φ by a tanh, clamped at 1e-12, with the formula of OpenAI's
 improved-diffusion and guided-diffusion; they are not exact, and not checked. ``exact, eager`` and
 ``exact, compile`` are the exact formula in PyTorch, with ``log_ndtr``. Gradients are with respect
@@ -10,37 +8,29 @@ to mean and scale.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import itertools
 import math
-import sys
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
-
-if __package__ in (None, ""):  # run as a file
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from benchmarks import report
-from benchmarks.bench_ops import DTYPES
-from benchmarks.contest import (
+from .bench_ops import QUICK
+from .contest import (
     BY_NAME,
     MODES,
     Arguments,
-    Compiler,
     Contest,
     OpCase,
-    WrongResultError,
     check_contest,
     input_sets,
 )
-from benchmarks.timing import Budget, Call, interleave
-from diffcore._engine import native
+from .suite import DTYPES, Job, Row, Run, Shape, times, timings_of
+from .timing import Call, interleave
 
-SHAPE = "64x3x64x64"
+SHAPE = (64, 3, 64, 64)
 EXACT = dataclasses.replace(
     BY_NAME["discretized_gaussian_log_likelihood"], differentiable=("means", "log_scales")
 )
@@ -76,13 +66,7 @@ def inputs(
     return Arguments({k: v.to(device, dtype) for k, v in tensors.items()}, {})
 
 
-def contestants(
-    mode: str,
-    dtype: torch.dtype,
-    shape: tuple[int, ...],
-    device: torch.device,
-    compiler: Compiler,
-) -> dict[str, list[Call]]:
+def contestants(mode: str, dtype: torch.dtype, shape: Shape, run: Run) -> dict[str, list[Call]]:
     """What is timed, by name.
 
     Raises:
@@ -93,8 +77,8 @@ def contestants(
             case,
             mode,
             [
-                inputs(case, shape, dtype, device, seed)
-                for seed in range(input_sets(case, shape, dtype, device))
+                inputs(case, shape, dtype, run.device, seed)
+                for seed in range(input_sets(case, shape, dtype, run.device))
             ],
         )
         for case in (EXACT, APPROXIMATE)
@@ -102,53 +86,21 @@ def contestants(
     check_contest(exact, {})
     found = {"diffcore": exact.diffcore, "eager": approximate.eager, "exact, eager": exact.eager}
     for name, contest in (("compile", approximate), ("exact, compile", exact)):
-        compiled = compiler.calls(contest)
+        compiled = run.compiler.calls(contest)
         if compiled is not None:
             found[name] = compiled
     return found
 
 
-def measure(device: torch.device, args: argparse.Namespace) -> dict[str, Any]:
+def time_likelihood(what: str, mode: str, dtype: str, shape: Shape, run: Run) -> Row:
+    """One row."""
+    calls = contestants(mode, DTYPES[dtype], shape, run)
+    return {"what": what, "timings": timings_of(interleave(calls, run.device, run.budget(3, 0.15)))}
+
+
+def jobs(run: Run) -> Iterator[Job]:
     """The "likelihood" section."""
-    dtypes = (args.dtypes or ("f32" if args.quick else "f32,bf16")).split(",")
-    shapes = args.shape or (["16x3x64x64"] if args.quick else [SHAPE])
-    sizes = [tuple(int(n) for n in shape.split("x")) for shape in shapes]
-    seconds = args.seconds or (0.1 if args.quick else 3.0 if device.type == "cpu" else 0.15)
-    least = 3 if args.quick else 10
-    budget = Budget(seconds, warmup_seconds=min(0.1, seconds / 5), min_rounds=least)
-    compiler = Compiler(device, 0.0 if args.quick or args.no_compile else math.inf)
-    rows, refused = [], []
-    for shape, dtype, mode in itertools.product(sizes, dtypes, MODES):
-        what = f"{mode}, {dtype}, {report.times(shape)}"
-        report.progress(what)
-        try:
-            calls = contestants(mode, DTYPES[dtype], shape, device, compiler)
-        except WrongResultError as error:
-            refused.append(f"{what}: {error}")
-            print(f"REFUSED {refused[-1]}", file=sys.stderr)
-            continue
-        timings = interleave(calls, device, budget)
-        rows.append(
-            {"what": what, "timings": {k: dataclasses.asdict(t) for k, t in timings.items()}}
-        )
-    report.progress("")
-    notes = compiler.notes
-    if not native.has_kernels(device):
-        notes.append("diffcore has no kernels here and ran in plain PyTorch")
-    return {"rows": rows, "refused": refused, "notes": notes}
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Measures, prints and writes; 1 if a result was refused."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    report.add_common_arguments(parser)
-    parser.add_argument("--dtypes", help="among f32, bf16, f16, f64 [default: f32,bf16]")
-    parser.add_argument("--shape", action="append", help=f"such as {SHAPE}; may be repeated")
-    parser.add_argument("--seconds", type=float, help="of timing, for each row")
-    parser.add_argument("--no-compile", action="store_true", help="without torch.compile")
-    args = parser.parse_args(argv)
-    return report.on_each_device(lambda d: {"likelihood": measure(d, args)}, args, argv)
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())
+    shapes, dtypes = run.shapes([SHAPE], QUICK), run.dtypes("f32", "bf16")
+    for shape, dtype, mode in itertools.product(shapes, dtypes, MODES):
+        what = f"{mode}, {dtype}, {times(shape)}"
+        yield Job(EXACT.name, what, partial(time_likelihood, what, mode, dtype, shape, run))

@@ -1,29 +1,23 @@
 """Times a step with a known part, masked and robust losses, against eager and ``torch.compile``.
 
-    python -m benchmarks.bench_masks [--device auto|cpu|cuda] [--out FOLDER-OR-FILE] [--quick]
-
 The step is a row of DDIM's table; the plain one stands beside it. A mask is 0 or 1.
 """
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Sequence
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-if __package__ in (None, ""):  # run as a file
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from benchmarks.case_command import measure_cases
-from benchmarks.contest import OpCase
 from diffcore import ops, solvers
 
-SHAPES = ("8x4x64x64", "64x3x128x128")
+from .bench_ops import jobs_of_cases
+from .contest import OpCase
+
+SHAPES = ((8, 4, 64, 64), (64, 3, 128, 128))
 TABLE = solvers.euler_table([9.0, 3.0, 1.0, 0.3, 0.0])
 C_X, C_0 = (TABLE.rows[1].coefficients[i] for i in (0, 2))
 A_X, A_M = TABLE.rows[1].coefficients[4:6]
@@ -95,10 +89,4 @@ def cases() -> list[OpCase]:
     ]
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Measures, prints and writes; 1 if a result was refused."""
-    return measure_cases("masks", __doc__, cases, SHAPES, argv)
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())
+jobs = partial(jobs_of_cases, cases, SHAPES)

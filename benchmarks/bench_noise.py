@@ -1,7 +1,5 @@
 """Times noise generated inside the kernels against noise that PyTorch writes to memory.
 
-    python -m benchmarks.bench_noise [--device auto|cpu|cuda] [--out FOLDER-OR-FILE] [--quick]
-
 Eager PyTorch and ``torch.compile`` call ``randn_like``; diffcore generates noise from a key. In the
 losses only diffcore generates noise, again, and the others read the noise that they kept. Before a
 result is timed, it is checked against float64 with the key's noise tensor. On the CPU one core is
@@ -10,44 +8,40 @@ timed as well, with each instruction set.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import math
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+import tempfile
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
-
-if __package__ in (None, ""):  # run as a file
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 from torch import Tensor
 
-from benchmarks import report
-from benchmarks.bench_ops import DTYPES, SHAPES, derived
-from benchmarks.contest import (
+from diffcore import PhiloxNoise, ops
+from diffcore._engine import native
+from diffcore.reference import philox
+
+from .bench_ops import QUICK, SHAPES, compiled_error
+from .contest import (
     BY_NAME,
     Arguments,
-    Compiler,
     Contest,
     OpCase,
     WrongResultError,
     as_tuple,
-    check_contest,
     check_outputs,
     copy_calls,
     input_sets,
     make_inputs,
 )
-from benchmarks.machine import ROOT
-from benchmarks.timing import Budget, interleave
-from diffcore import PhiloxNoise, ops
-from diffcore._engine import native
-from diffcore.reference import philox
+from .suite import DTYPES, Job, Row, Run, Shape, derived, times
+from .timing import interleave
 
 KEY = PhiloxNoise(2026)
 SHORT_ROWS = ((65536, 2), (4096, 112))
@@ -183,25 +177,21 @@ def check(case: DrawnCase, contest: Contest) -> float:
 def time_case(
     case: DrawnCase,
     dtype: str,
-    shape: tuple[int, ...],
-    device: torch.device,
-    budget: Budget,
-    compiler: Compiler | None = None,
+    shape: Shape,
+    run: Run,
     *,
     memory_format: torch.memory_format = torch.contiguous_format,
     where: str = "",
-) -> dict[str, Any]:
+) -> Row:
     """One row: checks the op, then times it against its baselines.
 
     Args:
         case: what is called.
         dtype: of the elementwise tensors, by its short name.
         shape: of the elementwise tensors.
-        device: of the same tensors.
-        budget: how long.
-        compiler: gives the ``torch.compile`` baseline; none where it is None.
+        run: where and how long.
         memory_format: of the tensors.
-        where: what is special about this row.
+        where: what is special about this row, which then goes without ``torch.compile``.
 
     Returns:
         What the JSON holds of it.
@@ -209,6 +199,7 @@ def time_case(
     Raises:
         WrongResultError: diffcore's result is wrong.
     """
+    device = run.device
     drawn, kind = case.drawn(), DTYPES[dtype]
     count = input_sets(drawn, shape, kind, device)
     sets = []
@@ -226,19 +217,15 @@ def time_case(
     contestants = {"diffcore": contest.diffcore, "eager": contest.eager}
     if case.out:
         contestants["out="] = contest.into()
-    compiled = compiler.calls(contest) if compiler is not None else None
+    compiled = None if where else run.compiler.calls(contest)
     if compiled is not None:
         contestants["compile"] = compiled
         if case.kept:  # of what draws its own noise there is no truth
-            try:
-                errors |= check_contest(contest, {"compile": compiled[0]})
-            except WrongResultError as error:
-                errors["compile"] = math.inf
-                print(f"  kept, though outside the bound: {error}", file=sys.stderr)
+            errors |= compiled_error(contest, compiled[0])
     elements = math.prod(shape)
     nbytes = case.moves * kind.itemsize * elements
     contestants["copy"] = copy_calls(nbytes, count, device)
-    timings = interleave(contestants, device, budget)
+    timings = interleave(contestants, device, run.budget(1.0, 0.15))
     return {
         "op": case.name,
         "mode": case.mode,
@@ -256,96 +243,64 @@ def time_case(
 # ---- the section ----------------------------------------------------------------------------
 
 
-def one_core(shape: tuple[int, ...], dtypes: Sequence[str], budget: Budget) -> list[dict[str, Any]]:
-    """Rows of noising, and of the noise alone, in this process: its one thread and its kernels."""
-    torch.set_num_threads(1)
-    cpu, isa = torch.device("cpu"), native.info().get("instruction_set", "none")
-    chosen = [c for c in cases() if c.name in ("q_sample", "randn")]
-    return [
-        time_case(c, dtype, shape, cpu, budget, where=f"1 thread, {isa}")
-        for dtype in dtypes
-        for c in chosen
-    ]
+def jobs_of_one_core(run: Run) -> Iterator[Job]:
+    """The "one_core" section: noising and the noise alone, with the kernels of this process."""
+    isa = native.info().get("instruction_set", "none")
+    for dtype in run.dtypes("f32", "bf16"):
+        for case in cases():
+            if case.name in ("q_sample", "randn"):
+                shape = run.shapes(SHAPES["cpu"], QUICK)[-1]
+                how = partial(time_case, case, dtype, shape, run, where=f"1 thread, {isa}")
+                yield Job(case.name, f"{case.name} {dtype}, 1 thread, {isa}", how)
 
 
-def one_core_each(
-    shape: tuple[int, ...], dtypes: Sequence[str], budget: Budget
-) -> list[dict[str, Any]]:
-    """Rows of one core, for each instruction set that this processor has: in a process each.
+def one_core_of(isa: str, dtypes: tuple[str, ...], shape: Shape, run: Run) -> list[Row]:
+    """Rows of one core with an instruction set, which a process chooses when it starts.
+
+    Args:
+        isa: The instruction set.
+        dtypes: To measure.
+        shape: Of the tensors.
+        run: How long.
 
     Raises:
-        RuntimeError: such a process failed.
+        RuntimeError: The process failed.
     """
-    best = native.info().get("best_instruction_set")
-    known = INSTRUCTION_SETS[: INSTRUCTION_SETS.index(best) + 1] if best else ()
-    settings = json.dumps([shape, list(dtypes), dataclasses.asdict(budget)])
-    code = (
-        "import json, sys; from benchmarks import bench_noise as b; "
-        "shape, dtypes, budget = json.loads(sys.argv[1]); "
-        "print(json.dumps(b.one_core(tuple(shape), dtypes, b.Budget(**budget))))"
-    )
-    rows: list[dict[str, Any]] = []
-    for isa in reversed(known):
-        report.progress(f"one core, {isa}")
-        environment = {**os.environ, "DIFFCORE_ISA": isa, "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-c", code, settings]
-        result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    environment = {**os.environ, "DIFFCORE_ISA": isa, "OMP_NUM_THREADS": "1"}
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "rows.json"
+        command = [sys.executable, "-m", "diffcore", "bench", "one_core", "--device", "cpu"]
+        command += ["--against", "eager", "--dtype", ",".join(dtypes), "--out", str(out)]
+        command += ["--shape", "x".join(map(str, shape)), *["--quick"] * run.quick]
+        command += [] if run.seconds is None else ["--seconds", str(run.seconds)]
+        result = subprocess.run(command, env=environment, capture_output=True, text=True)
         if result.returncode:
             raise RuntimeError(f"one core, {isa}: {result.stderr}")
-        rows += json.loads(result.stdout.splitlines()[-1])
+        rows: list[Row] = json.loads(out.read_text(encoding="utf-8"))["one_core"]["rows"]
     return rows
 
 
-def measure(device: torch.device, args: argparse.Namespace) -> dict[str, Any]:
+def jobs(run: Run) -> Iterator[Job]:
     """The "noise" section."""
-    dtypes = (args.dtypes or ("f32" if args.quick else "f32,bf16")).split(",")
-    shapes = args.shape or (["16x3x64x64"] if args.quick else SHAPES[device.type])
-    sizes = [tuple(int(n) for n in shape.split("x")) for shape in shapes]
-    seconds = args.seconds or (0.1 if args.quick else 1.0 if device.type == "cpu" else 0.15)
-    least = 3 if args.quick else 10
-    budget = Budget(seconds, warmup_seconds=min(0.1, seconds / 5), min_rounds=least)
-    compiler = Compiler(device, 0.0 if args.quick or args.no_compile else math.inf)
-    rows, refused = [], []
+    dtypes = tuple(run.dtypes("f32", "bf16"))
+    shapes = run.shapes(SHAPES[run.device.type], QUICK)
 
-    def measured(case: DrawnCase, dtype: str, shape: tuple[int, ...], **how: Any) -> None:
-        report.progress(f"{case.name} {dtype} {report.times(shape)} {how.get('where', '')}")
-        try:
-            rows.append(time_case(case, dtype, shape, device, budget, **how))
-        except WrongResultError as error:
-            refused.append(f"{case.name} {case.mode} {dtype}: {error}")
-            print(f"REFUSED {refused[-1]}", file=sys.stderr)
+    def job(case: DrawnCase, dtype: str, shape: Shape, where: str = "", **how: Any) -> Job:
+        what = f"{case.name} {case.mode} {dtype} {times(shape)} {where}".rstrip()
+        row = partial(time_case, case, dtype, shape, run, where=where, **how)
+        return Job(case.name, what, row)
 
-    for shape in sizes:
+    for shape in shapes:
         for dtype in dtypes:
             for case in cases():
-                measured(case, dtype, shape, compiler=compiler)
-    noising = cases()[0]
-    last = {"memory_format": torch.channels_last, "where": "channels_last"}
-    for dtype in dtypes:
-        if len(sizes[-1]) == 4:
-            measured(noising, dtype, sizes[-1], **last)
+                yield job(case, dtype, shape)
+    noising, last = cases()[0], tuple(shapes[-1])
+    for dtype in dtypes if len(last) == 4 else ():
+        yield job(noising, dtype, last, "channels_last", memory_format=torch.channels_last)
     for shape in SHORT_ROWS:
-        measured(noising, "f32", shape, where="short rows")
-    if device.type == "cpu":
-        rows += one_core_each(sizes[-1], dtypes, budget)
-    report.progress("")
-    notes = compiler.notes
-    if not native.has_kernels(device):
-        notes.append("diffcore has no kernels here and ran in plain PyTorch")
-    return {"rows": rows, "refused": refused, "notes": notes}
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Measures, prints and writes; 1 if a result was refused."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    report.add_common_arguments(parser)
-    parser.add_argument("--dtypes", help="among f32, bf16, f16, f64 [default: f32,bf16]")
-    parser.add_argument("--shape", action="append", help="such as 64x3x128x128; may be repeated")
-    parser.add_argument("--seconds", type=float, help="of timing, for each row")
-    parser.add_argument("--no-compile", action="store_true", help="without torch.compile")
-    args = parser.parse_args(argv)
-    return report.on_each_device(lambda d: {"noise": measure(d, args)}, args, argv)
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())
+        yield job(noising, "f32", shape, "short rows")
+    best = native.info().get("best_instruction_set")
+    if run.device.type == "cpu" and best:
+        for isa in reversed(INSTRUCTION_SETS[: INSTRUCTION_SETS.index(best) + 1]):
+            row = partial(one_core_of, isa, dtypes, last, run)
+            yield Job("one core", f"one core, {isa}", row)

@@ -1,7 +1,5 @@
 """Times complete sampling loops, per step: the cost of a solver relative to its network.
 
-    python -m benchmarks.bench_sampling [--device auto|cpu|cuda] [--out FOLDER-OR-FILE] [--quick]
-
 "Solver alone" stands for an infinitely fast network: its output is an existing tensor. DDPM adds
 noise in every step: diffcore generates it inside the kernel of the step, the others write it to
 memory. With the demo's U-Net, the same loops show how much of the gain remains. The loop of
@@ -12,35 +10,27 @@ network together, as a CUDA graph each.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import itertools
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
-from typing import Any
-
-if __package__ in (None, ""):  # run as a file
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 from torch import Tensor
 
 import diffcore
-from benchmarks import report
-from benchmarks.bench_training import row
-from benchmarks.contest import WrongResultError, check_outputs
-from benchmarks.sampling_loops import (
-    NO_DIFFUSERS,
+from diffcore import PhiloxNoise, sample
+
+from .contest import WrongResultError, check_outputs
+from .sampling_loops import (
     TRAINING_STEPS,
     Model,
     Noises,
     SamplingLoop,
     has_diffusers,
 )
-from benchmarks.timing import Budget, Call, interleave
-from diffcore import PhiloxNoise, sample
+from .suite import Job, Row, Run, Shape, times, timings_of
+from .timing import Call, interleave
 
 KINDS = ("DDPM", "DPM++ 2M", "Euler")
 STEPS = 50
@@ -49,22 +39,20 @@ UNET = {"cpu": [(5, (64, 1, 28, 28))], "cuda": [(50, (1, 1, 28, 28)), (50, (64, 
 AGREEMENT = 1e-3  # relative, with the loop of diffusers, whose coefficients are float32
 
 
-def loops(
-    solver: SamplingLoop, model: Model, start: Tensor, notes: list[str]
-) -> dict[str, list[Call]]:
+def loops(solver: SamplingLoop, model: Model, start: Tensor, run: Run) -> dict[str, list[Call]]:
     """The loops of all contestants, from the same start.
 
     Args:
         solver: the solver.
         model: the network.
         start: what to start from.
-        notes: list that gets a line for each contestant that cannot take part.
+        run: who takes part; it gets a note for each contestant that cannot.
     """
     device = start.device
     plain = partial(solver.plain_torch(device), model, start)
     found: dict[str, Call] = {"diffcore": partial(sample, model, start, solver.table)}
     found["eager"] = plain
-    if has_diffusers():
+    if run.diffusers:
         found["diffusers"] = partial(solver.diffusers(device), model, start)
     if device.type == "cuda":
         for name, record in (
@@ -74,7 +62,7 @@ def loops(
             try:
                 found[name] = record()
             except (RuntimeError, AttributeError) as error:
-                notes.append(f"{name}: {error}")
+                run.note(f"{name}: {error}")
     return {name: [call] for name, call in found.items()}
 
 
@@ -130,22 +118,15 @@ def check(solver: SamplingLoop, model: Model, start: Tensor) -> None:
 
 
 @torch.no_grad()
-def time_solver(
-    solver: SamplingLoop,
-    shape: tuple[int, ...],
-    device: torch.device,
-    budget: Budget,
-    notes: list[str],
-) -> dict[str, Any]:
+def time_solver(solver: SamplingLoop, shape: Shape, run: Run) -> Row:
     """One row: the solver alone, seconds a step.
 
     Args:
         solver: the solver.
         shape: shape of the samples.
-        device: where to run.
-        budget: how long to measure.
-        notes: list that gets a line for each contestant that cannot take part.
+        run: where and how long.
     """
+    device = run.device
     start, output = (torch.randn(shape, device=device) for _ in range(2))
     start *= solver.table.init_noise_sigma
 
@@ -153,29 +134,22 @@ def time_solver(
         return output if x.dtype == output.dtype else output.to(x.dtype)
 
     check(solver, model, start)
-    what = f"{solver.kind} step, solver alone, {report.times(shape)}"
-    return _time(what, loops(solver, model, start, notes), solver, device, budget)
+    what = f"{solver.kind} step, solver alone, {times(shape)}"
+    return _time(what, loops(solver, model, start, run), solver, run)
 
 
 @torch.no_grad()
-def time_unet(
-    solver: SamplingLoop,
-    shape: tuple[int, ...],
-    device: torch.device,
-    budget: Budget,
-    notes: list[str],
-) -> dict[str, Any]:
+def time_unet(solver: SamplingLoop, shape: Shape, run: Run) -> Row:
     """One row: solver and the demo's U-Net, seconds a step.
 
     Args:
         solver: the solver.
         shape: shape of the samples.
-        device: where to run.
-        budget: how long to measure.
-        notes: list that gets a line for each contestant that cannot take part.
+        run: where and how long.
     """
     from diffcore.demo.networks import UNet
 
+    device = run.device
     net = UNet(num_timesteps=TRAINING_STEPS).to(device).eval()
     start = solver.table.init_noise_sigma * torch.randn(shape, device=device)
     timesteps = solver.table.timesteps.to(device)
@@ -184,53 +158,29 @@ def time_unet(
         for t in timesteps:
             net(start, t.expand(len(start)))
 
-    calls = {**loops(solver, net, start, notes), "network alone": [network_alone]}
-    what = f"{solver.kind} step, U-Net, {report.times(shape)}"
-    return _time(what, calls, solver, device, budget)
+    calls = {**loops(solver, net, start, run), "network alone": [network_alone]}
+    return _time(f"{solver.kind} step, U-Net, {times(shape)}", calls, solver, run)
 
 
-def _time(
-    what: str,
-    calls: dict[str, list[Call]],
-    solver: SamplingLoop,
-    device: torch.device,
-    budget: Budget,
-) -> dict[str, Any]:
-    report.progress(what)
-    timings = interleave(calls, device, budget, wall=True)
+def _time(what: str, calls: dict[str, list[Call]], solver: SamplingLoop, run: Run) -> Row:
+    timings = interleave(calls, run.device, run.budget(2.0, rounds=7), wall=True)
     n = solver.steps
     per_step = {
         name: dataclasses.replace(t, median=t.median / n, p20=t.p20 / n, p80=t.p80 / n)
         for name, t in timings.items()
     }
-    return row(what, per_step)
+    return {"what": what, "timings": timings_of(per_step)}
 
 
-def measure(device: torch.device, args: argparse.Namespace) -> dict[str, Any]:
+def jobs(run: Run) -> Iterator[Job]:
     """The "sampling" section."""
-    seconds = args.seconds or (0.2 if args.quick else 2.0)
-    budget = Budget(seconds, seconds / 10, min_rounds=3 if args.quick else 7)
-    rows: list[dict[str, Any]] = []
-    notes = [] if has_diffusers() else [NO_DIFFUSERS]
-    for kind in KINDS:
-        solver = SamplingLoop(kind, 5 if args.quick else STEPS)
-        rows += [time_solver(solver, shape, device, budget, notes) for shape in SHAPES[device.type]]
-    for steps, shape in UNET[device.type]:
-        batch = 4 if args.quick else shape[0]
-        few = SamplingLoop("DPM++ 2M", 5 if args.quick else steps)
-        rows.append(time_unet(few, (batch, *shape[1:]), device, budget, notes))
-    report.progress("")
-    return {"rows": rows, "notes": list(dict.fromkeys(notes))}
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Measures, prints and writes."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    report.add_common_arguments(parser)
-    parser.add_argument("--seconds", type=float, help="of timing, for each row")
-    args = parser.parse_args(argv)
-    return report.on_each_device(lambda d: {"sampling": measure(d, args)}, args, argv)
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())
+    shapes = run.shape or SHAPES[run.device.type]
+    for kind, shape in itertools.product(KINDS, shapes):
+        solver = SamplingLoop(kind, 5 if run.quick else STEPS)
+        what = f"{kind}, solver alone, {times(shape)}"
+        yield Job(kind, what, partial(time_solver, solver, shape, run))
+    for steps, shape in UNET[run.device.type]:
+        few = SamplingLoop("DPM++ 2M", 5 if run.quick else steps)
+        size = (4 if run.quick else shape[0], *shape[1:])
+        what = f"DPM++ 2M, U-Net, {times(size)}"
+        yield Job("U-Net", what, partial(time_unet, few, size, run))

@@ -1,8 +1,5 @@
 """Times the steps of every fused scheduler beside the stock one, and compares both with float64.
 
-    python -m benchmarks.bench_schedulers [--device auto|cpu|cuda] [--out FOLDER-OR-FILE] [--quick]
-    python -m benchmarks.bench_schedulers --device cpu --only scheduler_errors
-
 "schedulers": a walk of 20 steps, or of 5 for large samples, by ``scheduler.step`` alone, on an
 existing prediction; the time is that of a step. ``set_timesteps`` is called before each walk and is
 not timed; what a scheduler makes at the first step is. "stock" and "fused" draw the same noise with
@@ -15,35 +12,28 @@ largest error of a step in units of its largest value, on average over walks of 
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import inspect
 import math
-import sys
 import warnings
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial, wraps
 from typing import Any
-
-if __package__ in (None, ""):  # run as a file
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 from torch import Tensor
 
-from benchmarks import report
-from benchmarks.contest import WrongResultError  # which puts tests/ on the path
-from benchmarks.sampling_loops import NO_DIFFUSERS, has_diffusers
-from benchmarks.timing import Budget, Call, walks
 from support.schedulers import in_float64, step_errors
 
-DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
+from .contest import WrongResultError
+from .suite import DTYPES, Job, Row, Run, Shape, times
+from .timing import Call, walks
+
 TIMED = ("f32", "bf16")
 SIXTEEN = ("bf16", "f16")
 SHAPES = ((1, 4, 8, 8), (1, 16, 128, 128), (64, 3, 128, 128))
 STEPS, FEW_STEPS, MANY = 20, 5, 2**20  # FEW_STEPS for samples of MANY elements and more
 COUNTS = (10, 50)
-SECTIONS = ("schedulers", "scheduler_errors")
 # With float64, root mean squares, relative: that it is the same step.
 AGREEMENT = {"f32": 1e-4, "bf16": 2e-2}
 
@@ -161,9 +151,7 @@ def compare(truth: Walker, fused: Walker, m: Tensor, x: Tensor, dtype: str) -> f
     return worst
 
 
-def time_class(
-    name: str, family: Any, shape: tuple[int, ...], dtype: str, device: torch.device, budget: Budget
-) -> dict[str, Any]:
+def time_class(name: str, family: Any, shape: Shape, dtype: str, run: Run) -> Row:
     """One row: compares the steps, then times walks in turns.
 
     Args:
@@ -171,8 +159,7 @@ def time_class(
         family: its family.
         shape: of the samples.
         dtype: of the samples, by its short name.
-        device: where to run.
-        budget: how long to measure.
+        run: where and how long.
 
     Returns:
         What the JSON holds of it.
@@ -180,6 +167,7 @@ def time_class(
     Raises:
         WrongResultError: The fused steps are others, or not fused.
     """
+    device = run.device
     steps = FEW_STEPS if math.prod(shape) >= MANY else STEPS
     x, m = (torch.randn(shape, device=device).to(DTYPES[dtype]) for _ in range(2))
     stock, fused = (Walker(family, steps, device, how) for how in ("stock", "fused"))
@@ -190,7 +178,7 @@ def time_class(
     if not torch.equal(fused.generator.get_state(), before):  # it has drawn noise
         walkers["philox"] = Walker(family, steps, device, "philox")
     contest = {how: walker.contest(m, start) for how, walker in walkers.items()}
-    found = walks(contest, device, budget, len(stock.times))
+    found = walks(contest, device, run.budget(1.0, rounds=7), len(stock.times))
     for how in walkers:
         if how != "stock":
             walkers[how].check()
@@ -231,79 +219,37 @@ def errors_of(name: str, family: Any, dtype: str, counts: Sequence[int]) -> dict
     return {how: sum(values) / len(values) for how, values in found.items()}
 
 
-def each(
-    grid: Sequence[tuple[Any, ...]], row: Callable[..., dict[str, Any]], *options: Any
-) -> tuple[list[dict[str, Any]], list[str]]:
-    """The rows of a grid, and what was refused, with the reason.
+def quietly(row: Callable[..., Row]) -> Callable[..., Row]:
+    """Without gradients and without the warnings of diffusers."""
 
-    Args:
-        grid: arguments of each row; the first is a name.
-        row: makes it.
-        *options: for all rows.
-    """
-    rows, refused = [], []
-    for arguments in grid:
-        name, _, *where = arguments
-        text = " ".join(report.times(w) if isinstance(w, tuple) else str(w) for w in where)
-        report.progress(f"{name} {text}")
-        try:
-            rows.append(row(*arguments, *options))
-        except Exception as error:  # whatever one dies of, the others are measured
-            refused.append(f"{name} {text}: {type(error).__name__}: {error}".splitlines()[0])
-    report.progress("")
-    return rows, refused
+    @wraps(row)
+    def quiet(*arguments: Any) -> Row:
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")
+            return row(*arguments)
+
+    return quiet
 
 
-@torch.no_grad()
-def measure(device: torch.device, args: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """The sections that were asked for."""
-    chosen = args.only.split(",") if args.only else list(SECTIONS)
-    if not has_diffusers():
-        return {name: {"rows": [], "notes": [NO_DIFFUSERS]} for name in chosen}
-    known = {n: f for n, f in families().items() if not args.classes or n in args.classes}
-    sections = {}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # those of diffusers
-        if "schedulers" in chosen:
-            seconds = args.seconds or (0.02 if args.quick else 1.0)
-            budget = Budget(seconds, seconds / 10, min_rounds=3 if args.quick else 7)
-            shapes = SHAPES[:1] if args.quick else SHAPES
-            grid = [(*f, shape, d) for f in known.items() for shape in shapes for d in TIMED]
-            rows, refused = each(grid, time_class, device, budget)
-            sections["schedulers"] = {"rows": rows, "refused": refused}
-        if "scheduler_errors" in chosen and device.type == "cpu":
-            counts = (3,) if args.quick else COUNTS
-
-            def row(name: str, family: Any) -> dict[str, Any]:
-                return {
-                    "what": name,
-                    **{dtype: errors_of(name, family, dtype, counts) for dtype in SIXTEEN},
-                }
-
-            rows, refused = each(list(known.items()), row)
-            sections["scheduler_errors"] = {"rows": rows, "refused": refused}
-    return sections
+def jobs(run: Run) -> Iterator[Job]:
+    """The "schedulers" section."""
+    known = families() if run.diffusers else {}
+    for name, family in known.items():
+        for shape in run.shapes(SHAPES, SHAPES[0]):
+            for dtype in run.dtype or TIMED:
+                what = f"{name} {dtype} {times(shape)}"
+                row = partial(quietly(time_class), name, family, shape, dtype, run)
+                yield Job(name, what, row)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Measures, prints and writes; 1 if a result was refused."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    report.add_common_arguments(parser)
-    parser.add_argument("--seconds", type=float, help="of timing, for each row")
-    parser.add_argument("--only", help=f"sections, of {', '.join(SECTIONS)}")
-    parser.add_argument("--classes", help="stock classes, with commas between them")
-    parser.add_argument("--markdown", action="store_true", help="print the tables as Markdown, too")
-    args = parser.parse_args(argv)
-    args.classes = args.classes.split(",") if args.classes else []
-
-    def shown(device: torch.device) -> dict[str, dict[str, Any]]:
-        sections = measure(device, args)
-        for name, section in sections.items() if args.markdown else ():
-            print(report.markdown(*report.TABLES[name](section["rows"])))
-        return sections
-
-    return report.on_each_device(shown, args, argv)
+def error_row(name: str, family: Any, counts: Sequence[int]) -> Row:
+    """The errors in each of the dtypes of 16 bits."""
+    return {"what": name, **{d: errors_of(name, family, d, counts) for d in SIXTEEN}}
 
 
-if __name__ == "__main__":
-    raise SystemExit(main())
+def jobs_of_errors(run: Run) -> Iterator[Job]:
+    """The "scheduler_errors" section."""
+    known = families() if run.diffusers and run.device.type == "cpu" else {}
+    for name, family in known.items():
+        row = partial(quietly(error_row), name, family, (3,) if run.quick else COUNTS)
+        yield Job(name, f"{name}, errors", row)

@@ -1,28 +1,22 @@
 """Times the threshold of dynamic thresholding against ``torch.quantile``, which sorts.
 
-    python -m benchmarks.bench_threshold [--device auto|cpu|cuda] [--out FOLDER-OR-FILE] [--quick]
-
 Eager PyTorch first has to write x0 and its magnitudes to memory. The copy moves the bytes that are
 read once; diffcore reads them more than once.
 """
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Sequence
-from pathlib import Path
+from functools import partial
 from typing import Any
-
-if __package__ in (None, ""):  # run as a file
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from benchmarks.case_command import measure_cases
-from benchmarks.contest import OpCase
 from diffcore import ops
 
-SHAPES = ("16x3x256x256", "16x4x64x64", "4x3x1024x1024")
+from .bench_ops import jobs_of_cases
+from .contest import OpCase
+
+SHAPES = ((16, 3, 256, 256), (16, 4, 64, 64), (4, 3, 1024, 1024))
 A_X, A_M, GUIDANCE = 1.25, -0.75, 3.0
 RATIO, LARGEST = 0.995, 10.0
 
@@ -58,10 +52,4 @@ def cases() -> list[OpCase]:
     ]
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Measures, prints and writes; 1 if a result was refused."""
-    return measure_cases("threshold", __doc__, cases, SHAPES, argv)
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())
+jobs = partial(jobs_of_cases, cases, SHAPES)

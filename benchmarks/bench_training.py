@@ -1,7 +1,5 @@
 """Times a training step: its diffusion part alone, and the complete step with the demo's U-Net.
 
-    python -m benchmarks.bench_training [--device auto|cpu|cuda] [--out FOLDER-OR-FILE] [--quick]
-
 The diffusion part is what surrounds the network: noise, x_t, the loss and the gradient that the
 network receives. With "noise drawn", eager PyTorch and ``torch.compile`` write the noise to memory,
 and diffcore generates it inside its kernels. Next to the complete step is the time of the network
@@ -10,29 +8,22 @@ alone, which no library of diffusion ops can reduce.
 
 from __future__ import annotations
 
-import argparse
 import copy
-import dataclasses
-import math
-import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
-
-if __package__ in (None, ""):  # run as a file
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 from torch import Tensor
 
-from benchmarks import memory, report
-from benchmarks.contest import check_outputs
-from benchmarks.machine import why_no_compile
-from benchmarks.timing import Budget, Call, interleave
 from diffcore import PhiloxNoise, ops
 from diffcore.diffusion import GaussianDiffusion
 from diffcore.schedules import make_betas
+
+from .bench_memory import peak_bytes
+from .contest import check_outputs
+from .suite import Job, Row, Run, Shape, times, timings_of
+from .timing import Call, Timing, interleave
 
 STEPS = 1000
 PART_SHAPES = {"cpu": [(64, 3, 32, 32), (64, 3, 128, 128)], "cuda": [(256, 3, 64, 64)]}
@@ -106,21 +97,18 @@ def gradient(
     return x_t, loss, g
 
 
-def time_part(
-    shape: tuple[int, ...], kind: str, device: torch.device, budget: Budget, compiled: bool
-) -> list[dict[str, Any]]:
+def time_part(shape: Shape, kind: str, run: Run) -> list[Row]:
     """Two rows: the diffusion part with its noise given, and drawn.
 
     Args:
         shape: of the samples.
         kind: "epsilon" or "v_prediction".
-        device: where.
-        budget: how long, for each row.
-        compiled: whether ``torch.compile`` takes part.
+        run: where and how long, for each row.
 
     Raises:
         WrongResultError: diffcore's result is wrong.
     """
+    device = run.device
     diffusion = GaussianDiffusion(make_betas("linear", STEPS))
     table = diffusion.schedule.table.to(device)
     tables = [column.float().contiguous() for column in table.unbind(1)]
@@ -134,7 +122,7 @@ def time_part(
     levels = {} if kind == "epsilon" else dict(zip(("alpha", "sigma"), columns, strict=True))
     ours = partial(diffcore_part, kind, table, levels)
     parts: dict[str, Part] = {"diffcore": ours, "eager": eager}
-    if compiled:
+    if run.compiles:
         torch.compiler.reset()
         whole = torch.compile(eager_part, fullgraph=True, dynamic=False)
         parts["compile"] = partial(whole, kind, tables)
@@ -149,36 +137,36 @@ def time_part(
     rows = []
     for given, text in ((noise, "noise given"), (None, "noise drawn")):
         calls = {n: [partial(gradient, p, m, x0, given, t)] for n, p in parts.items()}
-        what = f"diffusion part, {kind}, {text}, {report.times(shape)}"
-        report.progress(what)
-        timings = interleave(calls, device, budget)
-        peaks = {n: memory.peak_bytes(c[0], device) for n, c in calls.items()}
-        rows.append(row(what, timings, peaks))
+        what = f"diffusion part, {kind}, {text}, {times(shape)}"
+        timings = interleave(calls, device, run.budget(2.0))
+        rows.append(row(what, timings, calls, device))
     return rows
 
 
 def row(
-    what: str, timings: Mapping[str, Any], peaks: Mapping[str, int | None] | None = None
-) -> dict[str, Any]:
-    """One row as JSON holds it."""
-    found = {"what": what, "timings": {k: dataclasses.asdict(t) for k, t in timings.items()}}
-    return found if peaks is None else {**found, "peak_bytes": dict(peaks)}
+    what: str,
+    timings: Mapping[str, Timing],
+    calls: Mapping[str, Sequence[Call]],
+    device: torch.device,
+) -> Row:
+    """One row as JSON holds it, with the peak memory of each call."""
+    peaks = {name: peak_bytes(some[0], device) for name, some in calls.items()}
+    return {"what": what, "timings": timings_of(dict(timings)), "peak_bytes": peaks}
 
 
-def time_unet(device: torch.device, budget: Budget, quick: bool) -> dict[str, Any]:
+def time_unet(run: Run) -> Row:
     """One row: a whole training step of the demo's U-Net, AdamW included.
 
     Args:
-        device: where.
-        budget: how long.
-        quick: a small network and batch.
+        run: where and how long; a small network and batch if quick.
 
     Raises:
         WrongResultError: diffcore's loss is wrong.
     """
     from diffcore.demo.networks import UNet
 
-    batch, width, steps = (8, 16, 200) if quick else (64, 32, 200)
+    device = run.device
+    batch, width, steps = (8, 16, 200) if run.quick else (64, 32, 200)
     diffusion = GaussianDiffusion(make_betas("linear", steps, scale_to_1000=True))
     table = diffusion.schedule.table.to(device)
     tables = [column.float().contiguous() for column in table.unbind(1)]
@@ -222,9 +210,13 @@ def time_unet(device: torch.device, budget: Budget, quick: bool) -> dict[str, An
         # No learning, or "network alone" would run off to infinity.
         calls[name] = [partial(step, loss, model, torch.optim.AdamW(model.parameters(), lr=0.0))]
     what = f"training step, U-Net, {batch}×1×28×28"
-    report.progress(what)
-    timings = interleave(calls, device, budget, wall=True)
-    return row(what, timings, {n: memory.peak_bytes(c[0], device) for n, c in calls.items()})
+    timings = interleave(calls, device, run.budget(8.0), wall=True)
+    eager, network = (timings[name].median for name in ("eager", "network alone"))
+    run.note(
+        f"U-Net step: all that is not the network is {100 * (1 - network / eager):.1f} % of the "
+        f"eager step, which bounds any gain at {eager / network:.3f}×"
+    )
+    return row(what, timings, calls, device)
 
 
 def _check_unet(
@@ -251,39 +243,10 @@ def _check_unet(
     check_outputs("diffcore's U-Net", *found, whole=True)
 
 
-def measure(device: torch.device, args: argparse.Namespace) -> dict[str, Any]:
+def jobs(run: Run) -> Iterator[Job]:
     """The "training" section."""
-    seconds = args.seconds or (0.2 if args.quick else 2.0)
-    budget = Budget(seconds, seconds / 10, min_rounds=3 if args.quick else 10)
-    note = why_no_compile(device)
-    compiled = note is None and not args.no_compile and not args.quick
-    rows, notes = [], [note] if note else []
-    shapes = [(8, 3, 16, 16)] if args.quick else PART_SHAPES[device.type]
-    for shape in shapes:
+    for shape in run.shapes(PART_SHAPES[run.device.type], (8, 3, 16, 16)):
         for kind in KINDS:
-            rows += time_part(shape, kind, device, budget, compiled)
-    slow = dataclasses.replace(budget, seconds=4 * seconds)
-    rows.append(time_unet(device, slow, args.quick))
-    report.progress("")
-    t = {name: timing["median"] for name, timing in rows[-1]["timings"].items()}
-    share = 1 - t["network alone"] / t["eager"]
-    if math.isfinite(share):
-        notes.append(
-            f"U-Net step: all that is not the network is {100 * share:.1f} % of the eager step, "
-            f"which bounds any gain at {t['eager'] / t['network alone']:.3f}×"
-        )
-    return {"rows": rows, "notes": notes}
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Measures, prints and writes."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    report.add_common_arguments(parser)
-    parser.add_argument("--seconds", type=float, help="of timing, for each row")
-    parser.add_argument("--no-compile", action="store_true", help="without torch.compile")
-    args = parser.parse_args(argv)
-    return report.on_each_device(lambda d: {"training": measure(d, args)}, args, argv)
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())
+            what = f"diffusion part, {kind}, {times(shape)}"
+            yield Job(kind, what, partial(time_part, shape, kind, run))
+    yield Job("U-Net", "training step, U-Net", partial(time_unet, run))

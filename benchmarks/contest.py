@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import math
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,12 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.machine import ROOT, last_level_cache, why_no_compile
-from benchmarks.timing import Call
 from diffcore import testing
-
-sys.path.insert(0, str(ROOT / "tests"))  # one list of cases serves tests and benchmarks
 from support.cases import BY_NAME, Arguments, OpCase, as_tuple
+
+from .machine import last_level_cache
+from .timing import Call
 
 __all__ = [
     "BY_NAME",
@@ -165,14 +163,17 @@ def _upstream(outputs: Sequence[Tensor]) -> list[Tensor]:
 
 
 class Compiler:
-    """``torch.compile`` of the eager formula, as long as a budget of seconds lasts."""
+    """``torch.compile`` of the eager formula, as long as a budget of seconds lasts.
 
-    def __init__(self, device: torch.device, seconds: float) -> None:
-        self.left = seconds
-        why_not = why_no_compile(device) if seconds > 0 else "torch.compile was left out"
-        self.notes = [why_not] if why_not else []
-        self.off = why_not is not None
-        self.skipped = 0
+    Args:
+        seconds: Of compiling; 0 for no such baseline.
+        note: Takes what the tables have to say.
+    """
+
+    def __init__(self, seconds: float, note: Callable[[str], None]) -> None:
+        self.seconds = self.left = seconds
+        self.note = note
+        self.failures = 0
 
     def calls(self, contest: Contest) -> list[Call] | None:
         """The compiled calls, compiled and called once; None when there is no such baseline.
@@ -180,8 +181,10 @@ class Compiler:
         Args:
             contest: whose formula; forward and backward are compiled for exactly its shapes.
         """
-        if self.off or self.left <= 0:
-            self.skipped += not self.off
+        if self.left <= 0 or self.failures >= _MAX_FAILURES:
+            if self.seconds > 0 >= self.left:
+                limit = f"its {self.seconds:g} s were over (--compile-seconds)"
+                self.note(f"torch.compile takes part in the first rows only: {limit}")
             return None
         torch.compiler.reset()
         case = contest.case
@@ -200,8 +203,8 @@ class Compiler:
             calls[0]()
         except Exception as error:  # whatever the compiler dies of, the others go on
             reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
-            self.notes.append(f"torch.compile failed on {case.name}, {contest.mode}: {reason}")
-            self.off = len(self.notes) >= _MAX_FAILURES
+            self.note(f"torch.compile failed on {case.name}, {contest.mode}: {reason}")
+            self.failures += 1
             return None
         finally:
             self.left -= time.perf_counter() - start

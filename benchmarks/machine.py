@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import platform
 import re
 import shutil
 import subprocess
+from importlib import metadata
 from pathlib import Path
 
 import torch
@@ -28,6 +30,7 @@ def describe(device: torch.device) -> dict[str, object]:
         Names and versions, as JSON holds them.
     """
     info = collect_info()
+    versions = {name: _version(name) for name in ("numpy", "triton", "diffusers")}
     facts: dict[str, object] = {
         "device": cpu_model() if device.type == "cpu" else torch.cuda.get_device_name(device),
         "device_type": device.type,
@@ -36,17 +39,20 @@ def describe(device: torch.device) -> dict[str, object]:
         "threads": torch.get_num_threads(),
         "instruction_set": info.get("instruction_set", "none"),
         "diffcore": info["version"],
+        "commit": commit(),
+        "clocks": clocks(device),
         "backend": info["backend"],
         "build": info.get("build_flags", "none"),
         "torch": str(torch.__version__),
         "python": platform.python_version(),
         "platform": platform.platform(),
+        **{name: version for name, version in versions.items() if version},
     }
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         facts |= {
             "cuda": torch.version.cuda or "none",
-            "driver": _driver(),
+            "driver": _nvidia_smi("driver_version").get("driver_version", "unknown"),
             "compute_capability": f"{properties.major}.{properties.minor}",
             "memory_gib": round(properties.total_memory / 2**30),
             "l2_mib": round(properties.L2_cache_size / 2**20),
@@ -56,10 +62,7 @@ def describe(device: torch.device) -> dict[str, object]:
 
 def cpu_model() -> str:
     """The processor's name as the kernel reports it."""
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        text = ""
+    text = _read(Path("/proc/cpuinfo"))
     found = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
     return found.group(1).strip() if found else platform.processor() or platform.machine()
 
@@ -94,10 +97,67 @@ def why_no_compile(device: torch.device) -> str | None:
     return None
 
 
-def _driver() -> str:
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+def commit() -> str:
+    """The commit of a clone, marked if files differ from it; or that of an installation by pip."""
+    if (ROOT / "pyproject.toml").is_file():
+        command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude", "*"]
+        found = _output(command)
+        if found:
+            return found
+    try:
+        text = metadata.distribution("diffcore").read_text("direct_url.json")
+    except metadata.PackageNotFoundError:
+        text = None
+    origin = json.loads(text or "{}").get("vcs_info", {})
+    return str(origin.get("commit_id", "unknown"))
+
+
+def clocks(device: torch.device) -> dict[str, object]:
+    """Clocks now, and how busy the CPU is: what explains a slow measurement.
+
+    Args:
+        device: the device that was measured.
+    """
+    found: dict[str, object] = {}
+    text = _read(Path("/proc/cpuinfo"))
+    mhz = [float(x) for x in re.findall(r"^cpu MHz\s*:\s*([\d.]+)$", text, re.MULTILINE)]
+    if mhz:
+        found["cpu_mhz"] = [min(mhz), max(mhz)]
+    folder = Path("/sys/devices/system/cpu/cpu0/cpufreq")
+    for name, file in (("cpu_max_khz", "cpuinfo_max_freq"), ("governor", "scaling_governor")):
+        if value := _read(folder / file).strip():
+            found[name] = value
+    if hasattr(os, "getloadavg"):
+        found["load"] = round(os.getloadavg()[0], 2)
+    if device.type == "cuda":
+        found |= _nvidia_smi("clocks.sm", "clocks.max.sm", "clocks.mem", "power.limit", "pstate")
+    return found
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError:
+        return ""
+
+
+def _output(command: list[str]) -> str:
     try:
         found = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
     except (OSError, subprocess.SubprocessError):
-        return "unknown"
-    return found.stdout.strip().splitlines()[0]
+        return ""
+    return found.stdout.strip()
+
+
+def _nvidia_smi(*fields: str) -> dict[str, str]:
+    """Fields of the first GPU that it lists; empty without it."""
+    said = _output(["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader"])
+    values = said.splitlines()[0].split(", ") if said else []
+    return dict(zip(fields, values, strict=False))
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None

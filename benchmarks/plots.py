@@ -14,13 +14,9 @@ Without file names it reads the newest results of each kind of device under ``be
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
-
-if __package__ in (None, ""):  # run as a file
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import matplotlib as mpl
 
@@ -30,10 +26,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from benchmarks import report
-from benchmarks.contest import MODES
-from benchmarks.machine import RESULTS, ROOT
-from benchmarks.tables import SHORT, SHORT_NOISE, newest
+from .contest import MODES
+from .machine import RESULTS, ROOT
+from .suite import times
+from .tables import SHORT, SHORT_NOISE, newest
 
 OURS, COMPILED, ROOF, INK = "#1f6feb", "#b8c0cc", "#d1242f", "#24292f"
 FASTER, SLOWER = ("#1f6feb", "#9a6ee0"), "#d1242f"  # over eager, over torch.compile; and a loss
@@ -64,14 +60,14 @@ def draw_speed(devices: Mapping[str, Mapping[str, Any]], path: Path) -> None:
         facts, first = section["machine"], section["rows"][0]
         threads = f", {facts['threads']} threads" if kind == "cpu" else ""
         ax.set_title(
-            f"{facts['device']}{threads}\n{first['dtype']}, {report.times(first['shape'])}",
+            f"{facts['device']}{threads}\n{first['dtype']}, {times(first['shape'])}",
             fontsize=10.5,
             loc="left",
             color=INK,
         )
         names = [name for name in ("ops", "noise", "training") if devices[kind].get(name)]
         text = f"torch {facts['torch']}, diffcore {facts['diffcore']}, {section['date'][:10]}\n"
-        text += f"python -m benchmarks.bench_{{{','.join(names)}}}"
+        text += f"diffcore bench {' '.join(names)}"
         ax.text(-0.04, -0.075, text, transform=ax.transAxes, fontsize=8.3, color=INK, va="top")
     figure.legend(
         [Patch(color=c) for c in (*FASTER, SLOWER)],
@@ -209,7 +205,7 @@ def _about(section: Mapping[str, Any]) -> str:
     """Device, dtype and shape, for a title."""
     facts, first = section["machine"], section["rows"][0]
     threads = f", {facts['threads']} threads" if facts["device_type"] == "cpu" else ""
-    return f"{facts['device']}{threads}, {first['dtype']}, {report.times(first['shape'])}"
+    return f"{facts['device']}{threads}, {first['dtype']}, {times(first['shape'])}"
 
 
 def _finish(figure: Figure, ax: Axes, title: str, path: Path) -> None:

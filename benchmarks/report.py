@@ -2,132 +2,19 @@
 
 from __future__ import annotations
 
-import argparse
-import datetime
 import json
-import shlex
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import torch
-
-from benchmarks import machine
-from diffcore._engine import native
+from .suite import times
 
 Row = Mapping[str, Any]
 Table = tuple[list[str], list[list[str]]]
 SCHEMA = 1
 LEFT = {"op", "mode", "dtype", "shape", "where", "what", "contestant", "step", "scheduler"}
+LEFT |= {"section", "row", "against"}
 """Columns of text."""
-
-
-# ---- shared by the scripts -------------------------------------------------------------------
-
-
-def add_common_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds --device, --out and --quick."""
-    parser.add_argument(
-        "--device", default="auto", help="auto (the CPU, and a GPU with kernels), cpu, cuda, cuda:1"
-    )
-    parser.add_argument(
-        "--out",
-        "--output",
-        type=Path,
-        help="folder, or a .json file; existing sections of other scripts stay "
-        "[default: benchmarks/results]",
-    )
-    parser.add_argument(
-        "--quick", action="store_true", help="small and short: a smoke test, not a measurement"
-    )
-
-
-def devices(name: str) -> list[torch.device]:
-    """The devices that --device names.
-
-    Raises:
-        SystemExit: The device is not available.
-    """
-    gpu = torch.cuda.is_available()
-    if name == "auto":
-        cuda = torch.device("cuda", 0)
-        return [torch.device("cpu"), *([cuda] if gpu and native.has_kernels(cuda) else [])]
-    device = torch.device(name)
-    if device.type != "cuda":
-        return [device]
-    if not gpu:
-        raise SystemExit(f"--device {name}: torch sees no GPU here")
-    return [torch.device("cuda", device.index or 0)]
-
-
-def on_each_device(
-    measure: Callable[[torch.device], Mapping[str, Mapping[str, Any]]],
-    args: argparse.Namespace,
-    argv: Sequence[str] | None,
-) -> int:
-    """Measures, prints and writes; 1 if a result was refused.
-
-    Args:
-        measure: gives the sections of a device, by name.
-        args: the common arguments, parsed.
-        argv: as for `finish`.
-    """
-    wrong = False
-    for device in devices(args.device):
-        native.warm_up(device)
-        sections = measure(device)
-        finish(sections, device, args.out or machine.RESULTS, argv)
-        wrong |= any(section.get("refused") for section in sections.values())
-    return int(wrong)
-
-
-def progress(text: str) -> None:
-    """Shows one line of progress in place, on a terminal only."""
-    if sys.stderr.isatty():
-        print(f"\r\x1b[K{text[:100]}", end="", file=sys.stderr, flush=True)
-
-
-def times(shape: Sequence[int]) -> str:
-    """A shape for people."""
-    return "×".join(str(n) for n in shape)
-
-
-def finish(
-    sections: Mapping[str, Mapping[str, Any]],
-    device: torch.device,
-    out: Path,
-    argv: Sequence[str] | None,
-) -> Path:
-    """Writes the sections beside those of the other scripts, and prints them.
-
-    Args:
-        sections: by name.
-        device: that was measured.
-        out: a folder, or a .json file.
-        argv: the arguments of the script; None for the process's own.
-
-    Returns:
-        The file.
-    """
-    path = out if out.suffix == ".json" else out / f"{machine.slug(device)}.json"
-    command = [f"python -m benchmarks.{Path(sys.argv[0]).stem}"]
-    command += [shlex.quote(x) for x in (sys.argv[1:] if argv is None else argv)]
-    facts = {
-        "machine": machine.describe(device),
-        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-        "command": " ".join(command),
-    }
-    existing = load(path) if path.exists() else {"schema": SCHEMA}
-    save({**existing, **{name: {**facts, **body} for name, body in sections.items()}}, path)
-    for name, body in sections.items():
-        print_table(*TABLES[name](body["rows"]), title=name)
-        for note in body.get("notes", []):
-            print(f"  {note}")
-        for refused in body.get("refused", []):
-            print(f"  REFUSED: {refused}")
-    print(f"\n{path}")
-    return path
 
 
 # ---- JSON -----------------------------------------------------------------------------------
@@ -192,10 +79,21 @@ def number(value: float | None, form: str = ".2f", unit: str = "") -> str:
     return "–" if value is None else f"{value:{form}}{unit}"
 
 
+def spread(timing: Row) -> float:
+    """Half of what lies between the 20th and the 80th percentile, over the median."""
+    half: float = (timing["p80"] - timing["p20"]) / 2 / timing["median"]
+    return half
+
+
+def spread_text(timing: Row) -> str:
+    """The spread, in percent."""
+    return f"{100 * spread(timing):.0f} %"
+
+
 def ops_table(rows: Sequence[Row]) -> Table:
     """Every op: its time; nanoseconds an element, also of the others; bandwidth and ratios."""
-    header = ["op", "mode", "dtype", "shape", "time", "ns/element", "out=", "eager", "compile"]
-    header += ["copy", "GB/s", "% of copy", "× eager", "× compile"]
+    header = ["op", "mode", "dtype", "shape", "time", "±", "ns/element", "out=", "eager"]
+    header += ["compile", "copy", "GB/s", "% of copy", "× eager", "× compile"]
     return header, [
         [
             r["op"],
@@ -203,6 +101,7 @@ def ops_table(rows: Sequence[Row]) -> Table:
             r["dtype"],
             times(r["shape"]),
             duration(r["timings"]["diffcore"]["median"]),
+            spread_text(r["timings"]["diffcore"]),
             *(
                 number(r["ns_per_element"].get(k), ".3g")
                 for k in ("diffcore", "out=", "eager", "compile", "copy")
@@ -227,11 +126,13 @@ def noise_table(rows: Sequence[Row]) -> Table:
 
 def overhead_table(rows: Sequence[Row]) -> Table:
     """What a call costs the host."""
-    return ["op", "mode", "diffcore", "eager", "× eager"], [
+    return ["op", "mode", "diffcore", "±", "eager", "× eager"], [
         [
             r["op"],
             r["mode"],
-            *(duration(r["timings"][k]["median"]) for k in ("diffcore", "eager")),
+            duration(r["timings"]["diffcore"]["median"]),
+            spread_text(r["timings"]["diffcore"]),
+            duration(r["timings"]["eager"]["median"]),
             number(r["times_eager"], unit="×"),
         ]
         for r in rows
@@ -280,13 +181,14 @@ def steps_table(rows: Sequence[Row]) -> Table:
     """One reverse step a row."""
     times_of = ("diffcore", "reverse_step", "diffusers", "eager", "compile", "copy")
     used = [k for k in times_of if any(k in r["timings"] for r in rows)]
-    header = ["step", "dtype", "shape", *used, "% of copy", "× eager", "× compile"]
+    header = ["step", "dtype", "shape", *used, "±", "% of copy", "× eager", "× compile"]
     return [*header, "× diffusers"], [
         [
             r["step"],
             r["dtype"],
             times(r["shape"]),
             *(duration(r["timings"].get(k, {}).get("median")) for k in used),
+            spread_text(r["timings"]["diffcore"]),
             number(r["percent_of_copy"], ".0f"),
             number(r["times_eager"], unit="×"),
             number(r["times_compile"], unit="×"),
@@ -304,13 +206,14 @@ def call_table(rows: Sequence[Row]) -> Table:
 def schedulers_table(rows: Sequence[Row]) -> Table:
     """One scheduler of diffusers a row, the time of a step."""
     names = ("stock", "fused", "philox")
-    header = ["scheduler", "dtype", "shape", *names, "× stock", "× stock, philox"]
+    header = ["scheduler", "dtype", "shape", *names, "±", "× stock", "× stock, philox"]
     return header, [
         [
             r["what"],
             r["dtype"],
             times(r["shape"]),
             *(duration(r["timings"].get(k, {}).get("median")) for k in names),
+            spread_text(r["timings"]["fused"]),
             *(number(r["times_stock"].get(k), ".1f", "×") for k in names[1:]),
         ]
         for r in rows
@@ -338,26 +241,145 @@ def scheduler_errors_table(rows: Sequence[Row]) -> Table:
     ]
 
 
-TABLES: dict[str, Callable[[Sequence[Row]], Table]] = {
-    "ops": ops_table,
-    "noise": noise_table,
-    "threshold": ops_table,
-    "guidance": ops_table,
-    "groups": ops_table,
-    "masks": ops_table,
-    "bound": ops_table,
-    "call": call_table,
-    "likelihood": whole_table,
-    "overhead": overhead_table,
-    "memory": memory_table,
-    "steps": steps_table,
-    "training": whole_table,
-    "flow": whole_table,
-    "sampling": whole_table,
-    "compile": whole_table,
-    "schedulers": schedulers_table,
-    "scheduler_errors": scheduler_errors_table,
+def pipelines_table(rows: Sequence[Row]) -> Table:
+    """One pipeline of diffusers a row, the time of a whole run."""
+    names = ("stock", "fused")
+    header = ["pipeline", "scheduler", "steps", *names, "±", "× stock"]
+    header += [f"share of the scheduler, {name}" for name in names]
+    return header, [
+        [
+            r["pipeline"],
+            r["scheduler"],
+            str(r["steps"]),
+            *(duration(r["timings"][name]["median"]) for name in names),
+            spread_text(r["timings"]["fused"]),
+            number(r["times_stock"], ".2f", "×"),
+            *(f"{100 * r['shares'][name]:.1f} %" for name in names),
+        ]
+        for r in rows
+    ]
+
+
+def accuracy_table(rows: Sequence[Row]) -> Table:
+    """Errors against float64, in units of epsilon."""
+    names = [n for n in ("diffcore", "eager", "compile") if any(n in r["errors"] for r in rows)]
+    header = ["op", "mode", "dtype", "shape", *names, "eager / diffcore", "of the bound"]
+    return header, [
+        [
+            r["op"],
+            r["mode"],
+            r["dtype"],
+            times(r["shape"]),
+            *(number(r["errors"].get(n), ".3g") for n in names),
+            number(_over(r["errors"]["eager"], r["errors"]["diffcore"]), ".2f", "×"),
+            number(r["error_over_bound"]),
+        ]
+        for r in rows
+    ]
+
+
+def _over(a: float | None, b: float | None) -> float | None:
+    return None if a is None or not b else a / b
+
+
+class Section(NamedTuple):
+    """How a section of the results is shown."""
+
+    heading: str
+    table: Callable[[Sequence[Row]], Table]
+
+
+_PER_ELEMENT = "nanoseconds per element"
+SECTIONS = {
+    "ops": Section(f"All ops, {_PER_ELEMENT}", ops_table),
+    "sizes": Section(f"A few ops by size, {_PER_ELEMENT}", ops_table),
+    "noise": Section(f"Noise generated by each contestant, {_PER_ELEMENT}", noise_table),
+    "one_core": Section(f"Noise on one core, {_PER_ELEMENT}", noise_table),
+    "threshold": Section(f"Dynamic threshold, {_PER_ELEMENT}", ops_table),
+    "call": Section("Where the time of a small call goes, on the host", call_table),
+    "guidance": Section(f"Guided step of DPM-Solver++ (2M), {_PER_ELEMENT}", ops_table),
+    "groups": Section(f"A level for each frame, {_PER_ELEMENT}", ops_table),
+    "masks": Section(f"Known parts and masked losses, {_PER_ELEMENT}", ops_table),
+    "bound": Section(f"Terms of the variational bound, {_PER_ELEMENT}", ops_table),
+    "likelihood": Section(
+        "Discretized likelihood: exact, and the usual approximation (eager, compile)", whole_table
+    ),
+    "overhead": Section("Cost of a call on 64 elements", overhead_table),
+    "memory": Section("Peak memory of a call, beyond its inputs", memory_table),
+    "accuracy": Section(
+        "Errors against float64: |y − y*| / |y*|, in units of the dtype's epsilon", accuracy_table
+    ),
+    "steps": Section("One reverse step, with diffusers", steps_table),
+    "training": Section("One training step", whole_table),
+    "flow": Section("The mathematics of a training step of a flow and of EDM", whole_table),
+    "sampling": Section("Complete sampling loops, time per step", whole_table),
+    "compile": Section("An MLP compiled with the operators, and with the formulas", whole_table),
+    "pipelines": Section(
+        "Whole pipelines of diffusers with tiny networks, stock and fused", pipelines_table
+    ),
+    "schedulers": Section("Steps of diffusers' schedulers, stock and fused", schedulers_table),
+    "scheduler_errors": Section(
+        "Errors of a step in 16 bits, stock and fused, relative", scheduler_errors_table
+    ),
 }
+
+
+# ---- losses ---------------------------------------------------------------------------------
+
+OURS = ("diffcore", "fused")
+BASELINES = ("eager", "compile", "diffusers", "stock", "exact, eager", "exact, compile")
+LABELS = ("op", "step", "what", "mode", "dtype", "shape", "where")
+"""What names a row: whichever of these it has."""
+
+
+def label(row: Row) -> str:
+    """A row for people."""
+    parts = [row.get(k) for k in LABELS]
+    return ", ".join(times(x) if isinstance(x, list) else str(x) for x in parts if x)
+
+
+def ours(row: Row) -> str | None:
+    """The contestant of this library; None in a row that compares nothing with it."""
+    return next((name for name in OURS if name in row.get("timings", {})), None)
+
+
+def losses(results: Mapping[str, Any]) -> Table:
+    """Where diffcore is slower than a baseline, the worst first.
+
+    Args:
+        results: sections by name.
+    """
+    found = []
+    for section, body in results.items():
+        for r in body["rows"] if isinstance(body, Mapping) else ():
+            name, t = ours(r), r.get("timings", {})
+            for baseline in BASELINES if name else ():
+                ratio = t[baseline]["median"] / t[name]["median"] if baseline in t else 1.0
+                if f"{ratio:.2f}" < "1.00":
+                    cells = [section, label(r), baseline, f"{ratio:.2f}×", spread_text(t[name])]
+                    found.append((ratio, cells))
+    found.sort(key=lambda pair: pair[0])
+    return ["section", "row", "against", "ratio", "±"], [cells for _, cells in found]
+
+
+def print_results(results: Mapping[str, Any]) -> None:
+    """Prints sections, and the losses under a heading of their own.
+
+    Args:
+        results: sections by name.
+    """
+    for name, body in results.items():
+        if body["rows"]:
+            print_table(*SECTIONS[name].table(body["rows"]), title=SECTIONS[name].heading)
+        for note in body["notes"]:
+            print(f"  {note}")
+        for refused in body["refused"]:
+            print(f"  REFUSED: {refused}")
+    header, rows = losses(results)
+    if rows:
+        print_table(header, rows, title="Where diffcore is slower")
+    elif any(ours(r) for body in results.values() for r in body["rows"]):
+        print("\nNo row in which diffcore is slower.")
 
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, title: str) -> None:

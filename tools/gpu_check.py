@@ -43,10 +43,12 @@ BENCHMARKS = (
     "masks",
     "likelihood",
     "ops",
+    "overhead",
+    "memory",
+    "accuracy",
     "training",
     "flow",
     "compile",
-    "call",
     "schedulers",
 )
 METRICS = (
@@ -87,6 +89,11 @@ class Settings:
 def python(*arguments: str) -> list[str]:
     """A command of this interpreter."""
     return [sys.executable, *arguments]
+
+
+def benchmark(*arguments: str) -> list[str]:
+    """A command that measures, by the suites of this clone: a wheel has not all of them."""
+    return python("-m", "benchmarks", *arguments)
 
 
 def tool(name: str) -> tuple[list[str] | None, str]:
@@ -200,10 +207,7 @@ def bench(s: Settings) -> Stage:
     steps = [
         Step(
             name,
-            python(
-                *("-m", f"benchmarks.bench_{name}", "--device", s.device, "--quick"),
-                *("--out", out, *_without_compile(name)),
-            ),
+            benchmark(name, "--device", s.device, "--quick", "--out", out),
             40,
         )
         for name in (*BENCHMARKS, "sampling")
@@ -214,7 +218,7 @@ def bench(s: Settings) -> Stage:
 def capture(s: Settings) -> Stage:
     """Loops of 50 steps: captured, beside diffusers' loop in eager and an eager loop captured."""
     short = ["--seconds", "0.5"] if s.gpu else ["--quick"]
-    command = python("-m", "benchmarks.bench_sampling", "--device", s.device, "--out", str(s.out))
+    command = benchmark("sampling", "--device", s.device, "--out", str(s.out))
     # A loop that cannot be captured is a note in the log, not a failure of the benchmark.
     expects = r"diffcore, captured +[\d.]+ " if s.gpu else ""
     step = Step("sampling", [*command, *short], 90, expects=expects)
@@ -237,15 +241,14 @@ def full(s: Settings) -> Stage:
     """Every benchmark in full, as time allows."""
     few = ["--seconds", "0.5"] if s.gpu else ["--quick", "--seconds", "0.01"]
     limited = {
-        "ops": ["--dtypes", "f32,bf16", "--compile-seconds", "60" if s.gpu else "0"],
-        "noise": ["--dtypes", "f32,bf16"],
+        "ops": ["--dtype", "f32,bf16", "--compile-seconds", "60"],
+        "noise": ["--dtype", "f32,bf16"],
     }
     steps = [
         Step(
             name,
-            python(
-                *("-m", f"benchmarks.bench_{name}", "--device", s.device, "--out", str(s.out)),
-                *(*few, *limited.get(name, [])),
+            benchmark(
+                *(name, "--device", s.device, "--out", str(s.out)), *few, *limited.get(name, [])
             ),
             180,
             extra=True,
@@ -286,12 +289,6 @@ def _profile_number(logs: Mapping[str, str]) -> str:
     log = logs.get("ncu", "")
     times = re.findall(rf'"{re.escape(METRICS[0])}","([^"]*)","([^"]*)"', log)
     return ", ".join(f"{value} {unit}" for unit, value in times) or _found(r"\d+ calls on \w+", log)
-
-
-def _without_compile(name: str) -> list[str]:
-    if name in ("sampling", "schedulers"):
-        return []
-    return ["--compile-seconds", "0"] if name == "ops" else ["--no-compile"]
 
 
 def _has(module: str) -> bool:

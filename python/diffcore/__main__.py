@@ -7,15 +7,15 @@ import sys
 
 
 def main() -> None:
-    """Run the command line. Without typer and rich, only ``info`` and help work."""
+    """Run the command line. Without typer and rich, ``info``, ``bench`` and help work."""
     missing = [name for name in ("typer", "rich") if importlib.util.find_spec(name) is None]
     if not missing:
         from diffcore.cli import app
 
         app()
         return
-    from diffcore._engine.info import as_text, collect_info, one_line, version
-    from diffcore._usage import COMMANDS, help_text
+    from diffcore._engine.info import as_text, collect_info, report, version
+    from diffcore._usage import COMMANDS, benchmarks, help_text
 
     arguments = sys.argv[1:]
     command = next((name for name in arguments[:1] if name in COMMANDS), "")
@@ -29,11 +29,13 @@ def main() -> None:
         facts = collect_info()
         for name, text in as_text(facts).items():
             print(f"{name}: {text}")
-        print(f"For a bug report: {one_line(facts)}")
+        print(report(facts))
         return
+    if command == "bench":
+        sys.exit(benchmarks().main(arguments[1:]))
     sys.exit(
         f"The diffcore command needs {' and '.join(missing)}, not installed here.\n"
-        'Install an extra: pip install "diffcore[demo]" ("diffcore[cli]" for info and bench only).'
+        'Install an extra: pip install "diffcore[demo]" ("diffcore[cli]" for info only).'
     )
 
 

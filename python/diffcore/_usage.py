@@ -1,16 +1,20 @@
-"""The texts of the ``diffcore`` command. They need no package: help works without the extras."""
+"""What the ``diffcore`` command needs without typer: its texts, and where its benchmarks are."""
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
+import sys
 import textwrap
 from pathlib import Path
+from types import ModuleType
 
 ABOUT = "Fused diffusion and VAE mathematics for PyTorch."
 
 COMMANDS = {
     "info": "Show versions, build, instruction set, threads and devices, for bug reports.",
     "demo": "Train a small VAE, DDPM and flow on real images, and save their samples.",
-    "bench": "Run a benchmark of a repository clone; more arguments are passed on to it.",
+    "bench": "Time the ops and what is built of them against PyTorch and diffusers, here.",
 }
 
 OPTIONS = {
@@ -29,12 +33,28 @@ OPTIONS = {
         "--device": "auto, cpu, cuda, cuda:1, ... Default: auto.",
         "--quick": "A smoke run of a few seconds on 8x8 digits.",
     },
-    "bench": {"--path": "Folder of the clone, if diffcore is not installed from it."},
+    "bench": {
+        "NAME": "Suites: ops, noise, steps, sampling, training, likelihood, memory, overhead, "
+        "accuracy; bound, compile, flow, groups, guidance, masks, one_core, pipelines, schedulers, "
+        "scheduler_errors, threshold, all. Default: the first nine.",
+        "--quick": "Small and short: a smoke test of a minute or two, not a measurement.",
+        "--device": "auto (the CPU, and a GPU with kernels), cpu, cuda, cuda:1. Default: auto.",
+        "--dtype": "Among f32, bf16, f16, f64, with commas. Default: those of the suite.",
+        "--shape": "Of the samples, such as 64x3x128x128; may be repeated.",
+        "--sweep": "ops: from 1 Ki to 256 Mi elements, as far as memory allows.",
+        "--only": "Ops, cases or classes by name, with commas.",
+        "--against": "Among eager, compile, diffusers, with commas; eager always takes part. "
+        "Default: all, with --quick all but compile.",
+        "--seconds": "Of timing, for each row. Default: 0.3 to 8, with --quick 0.05.",
+        "--compile-seconds": "After so many in a section, later rows go without torch.compile. "
+        "Default: 900, on CUDA 90.",
+        "--compare": "An earlier result file: exit status 1 if a row is slower, beyond the spread.",
+        "--html": "Write one page with pictures and all tables to this file.",
+        "--out": "Folder, or a .json file; sections of earlier runs stay. Default: diffcore-bench.",
+    },
 }
 
 _HELP = {"--help": "Show this message and exit."}
-
-REPOSITORY = "https://github.com/diffcore/diffcore"
 
 
 def help_text(command: str = "") -> str:
@@ -46,12 +66,12 @@ def help_text(command: str = "") -> str:
     Returns:
         Lines of at most 100 characters.
     """
-    usage, about, rows = "[OPTIONS] COMMAND [ARGS]...", ABOUT, {}
+    usage, about = "[OPTIONS] COMMAND [ARGS]...", ABOUT
     if command:
         usage, about = f"{command} [OPTIONS]", COMMANDS[command]
     if command == "bench":
-        usage, rows = f"{usage} [NAME] [ARGS]...", {"NAME": bench_names_text()}
-    rows |= OPTIONS[command] | _HELP
+        usage = f"{usage} [NAME]..."
+    rows = OPTIONS[command] | _HELP
     lines = [f"Usage: diffcore {usage}", "", f"  {about}", "", "Options:", *_rows(rows)]
     if not command:
         lines += ["", "Commands:", *_rows(COMMANDS)]
@@ -88,22 +108,26 @@ def clone_of(package: Path) -> Path | None:
     return folder.parent if inside else None
 
 
-def benchmarks(clone: Path | None) -> dict[str, Path]:
-    """The benchmarks of a clone.
-
-    Args:
-        clone: The folder of the clone, or ``None``.
+def benchmarks() -> ModuleType:
+    """``diffcore.benchmarks``: installed with a wheel, or of the clone that diffcore is used from.
 
     Returns:
-        Scripts by name; none if there are none.
+        The module that runs them.
+
+    Raises:
+        ModuleNotFoundError: There is neither.
     """
-    scripts = [] if clone is None else sorted((clone / "benchmarks").glob("bench_*.py"))
-    return {script.stem.removeprefix("bench_"): script for script in scripts}
-
-
-def bench_names_text() -> str:
-    """What the argument of ``diffcore bench`` can be here."""
-    names = benchmarks(clone_of(Path(__file__)))
-    if not names:
-        return "Which benchmark. None are installed here: pass --path. Default: ops."
-    return f"Which benchmark: {', '.join(names)}. Default: ops."
+    package = "diffcore.benchmarks"
+    if importlib.util.find_spec(package) is None:
+        clone = clone_of(Path(__file__))
+        folder = clone / "benchmarks" if clone else Path(__file__).parent / "benchmarks"
+        if not (folder / "runner.py").is_file():
+            raise ModuleNotFoundError(f"the benchmarks are not installed: {folder} is missing")
+        spec = importlib.util.spec_from_file_location(
+            package, folder / "__init__.py", submodule_search_locations=[str(folder)]
+        )
+        assert spec is not None
+        assert spec.loader is not None
+        sys.modules[package] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[package])
+    return importlib.import_module(f"{package}.runner")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -14,15 +13,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from diffcore._usage import (
-    ABOUT,
-    COMMANDS,
-    OPTIONS,
-    REPOSITORY,
-    bench_names_text,
-    benchmarks,
-    clone_of,
-)
+from diffcore._usage import ABOUT, COMMANDS, OPTIONS, benchmarks
 
 _DEMO = OPTIONS["demo"]
 
@@ -72,7 +63,7 @@ def info(
     """
     from rich.markup import escape
 
-    from diffcore._engine.info import as_text, collect_info, one_line
+    from diffcore._engine.info import as_text, collect_info, report
 
     facts = collect_info()
     if as_json:
@@ -84,7 +75,7 @@ def info(
     for name, text in as_text(facts).items():
         table.add_row(name, escape(text))
     Console().print(table, markup=False)
-    print(f"For a bug report: {one_line(facts)}")
+    print(report(facts))
 
 
 @app.command(help=COMMANDS["demo"])
@@ -150,29 +141,13 @@ def demo(
 
 @app.command(
     help=COMMANDS["bench"],
+    add_help_option=False,
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
 )
-def bench(
-    context: typer.Context,
-    name: Annotated[str, typer.Argument(help=bench_names_text(), show_default=False)] = "ops",
-    path: Annotated[Path | None, typer.Option(help=OPTIONS["bench"]["--path"])] = None,
-) -> None:
-    """Run a script of the clone that diffcore is installed from, or of ``path``, and no other.
+def bench(context: typer.Context) -> None:
+    """Pass the arguments on: the benchmarks read them, and work without typer too.
 
     Args:
-        context: Holds the other arguments.
-        name: The benchmark.
-        path: The folder of a clone.
+        context: Holds the arguments.
     """
-    known = benchmarks(clone_of(Path(__file__)) if path is None else path)
-    if not known and path is not None:
-        raise _fail(f"diffcore bench: path must be a clone of {REPOSITORY}, got {path}", 2)
-    if not known:
-        raise _fail(
-            "The benchmarks are in the repository, not in the wheel. Clone it and name it:\n"
-            f"  git clone {REPOSITORY}\n"
-            f"  diffcore bench {name} --path diffcore"
-        )
-    if name not in known:
-        raise _fail(f"diffcore bench: name must be one of {', '.join(known)}, got {name!r}", 2)
-    raise typer.Exit(subprocess.call([sys.executable, str(known[name]), *context.args]))
+    raise typer.Exit(benchmarks().main(context.args))

@@ -6,6 +6,7 @@ import json
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,18 +16,23 @@ pytest.importorskip("diffusers")
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from benchmarks import bench_schedulers, contest, report, tables, timing
+from benchmarks.suite import Run
+
+from benchmarks import bench_pipelines, bench_schedulers, contest, report, runner, tables, timing
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # those of diffusers
 
 CPU = torch.device("cpu")
 SHORTEST = timing.Budget(seconds=0, warmup_seconds=0, min_rounds=3)
 SHAPE = (1, 4, 8, 8)
+BOTH = ("schedulers", "scheduler_errors", "--device", "cpu", "--quick", "--seconds", "0.01")
 
 
 def row(name: str, dtype: str = "f32") -> dict[str, Any]:
     family = bench_schedulers.families()[name]
-    return bench_schedulers.time_class(name, family, SHAPE, dtype, CPU, SHORTEST)
+    run = Run(CPU, quick=True, seconds=0.0)
+    with torch.no_grad():
+        return bench_schedulers.time_class(name, family, SHAPE, dtype, run)
 
 
 def test_a_walk_is_prepared_each_time_and_outside_of_the_time() -> None:
@@ -77,8 +83,8 @@ def test_stock_steps_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_both_sections_and_their_tables(tmp_path: Path) -> None:
     out = tmp_path / "result.json"
     chosen = "DDPMScheduler,FlowMatchEulerDiscreteScheduler"
-    arguments = ("--device", "cpu", "--quick", "--seconds", "0.01", "--classes", chosen)
-    assert bench_schedulers.main([*arguments, "--out", str(out)]) == 0
+    arguments = (*BOTH, "--only", chosen, "--out", str(out))
+    assert runner.main(arguments) == 0
     results = json.loads(out.read_text())
     rows = results["schedulers"]["rows"]
     assert [(r["what"], r["dtype"]) for r in rows] == [
@@ -96,16 +102,67 @@ def test_both_sections_and_their_tables(tmp_path: Path) -> None:
     assert body[0][3:5] == ratios
     assert body[1][-1] == "–"  # no noise
     for name in ("schedulers", "scheduler_errors"):
-        header, body = report.TABLES[name](results[name]["rows"])
+        header, body = report.SECTIONS[name].table(results[name]["rows"])
         assert all(len(cells) == len(header) for cells in body)
 
 
 @pytest.mark.slow
 def test_every_class_is_timed(tmp_path: Path) -> None:
     out = tmp_path / "result.json"
-    arguments = ("--device", "cpu", "--quick", "--seconds", "0.01", "--out", str(out))
-    assert bench_schedulers.main(arguments) == 0
+    assert runner.main([*BOTH, "--out", str(out)]) == 0
     results = json.loads(out.read_text())
     assert results["schedulers"]["refused"] == results["scheduler_errors"]["refused"] == []
     timed = {r["what"] for r in results["schedulers"]["rows"]}
     assert timed == set(bench_schedulers.families())
+
+
+# ---- whole pipelines ------------------------------------------------------------------------
+
+
+def test_pipelines_and_their_table(tmp_path: Path) -> None:
+    pytest.importorskip("transformers", reason="pipelines import it")
+    out = tmp_path / "result.json"
+    options = ("--device", "cpu", "--quick", "--seconds", "0.01", "--only", "ddpm,sd3")
+    assert runner.main(["pipelines", *options, "--out", str(out)]) == 0
+    section = json.loads(out.read_text())["pipelines"]
+    assert section["refused"] == []
+    assert [(r["what"], r["scheduler"], r["steps"]) for r in section["rows"]] == [
+        ("ddpm", "DDPMScheduler", 5),
+        ("sd3", "FlowMatchEulerDiscreteScheduler", 5),
+    ]
+    for row in section["rows"]:
+        assert all(0 < share < 1 for share in row["shares"].values())
+        assert row["shares"].keys() == row["timings"].keys() == {"stock", "fused"}
+    header, body = report.SECTIONS["pipelines"].table(section["rows"])
+    assert all(len(cells) == len(header) for cells in body)
+    assert tables.schedulers([out]).keys() == {"cpu-pipelines"}
+
+
+def test_a_pipeline_with_other_images_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("transformers", reason="pipelines import it")
+    family = bench_schedulers.families()["DDPMScheduler"]
+    right = family._take
+
+    def wrong(self: Any, *args: Any) -> Any:
+        taken = right(self, *args)
+        taken.prev_sample.mul_(1.01)
+        return taken
+
+    monkeypatch.setattr(family, "_take", wrong)
+    with pytest.raises(contest.WrongResultError, match="the images are off by"):
+        bench_pipelines.time_pipeline("ddpm", Run(CPU, quick=True, seconds=0.0))
+
+
+def test_the_share_of_a_scheduler() -> None:
+    class Scheduler:
+        def step(self) -> None:
+            time.sleep(0.03)
+
+    pipe = SimpleNamespace(scheduler=Scheduler())
+
+    def run(pipe: Any) -> None:
+        pipe.scheduler.step()
+        time.sleep(0.01)
+
+    assert 0.5 < bench_pipelines.share_of(pipe, run, 3) < 0.85
+    assert vars(pipe.scheduler) == {}

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib
 import json
 import math
 import os
@@ -16,16 +15,16 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from benchmarks.machine import ROOT
+
+from benchmarks.suite import Run
 
 from benchmarks import (
-    bench_bound,
     bench_noise,
-    bench_ops,
-    bench_sampling,
     bench_steps,
     contest,
+    registry,
     report,
+    runner,
     sampling_loops,
     tables,
     timing,
@@ -36,31 +35,42 @@ from diffcore._engine import native
 TINY = ["--device", "cpu", "--quick", "--shape", "2x1x8x8", "--seconds", "0.01"]
 
 
-def run(script: str, *arguments: str) -> None:
-    """The script in this process: starting another takes longer than what it measures."""
-    assert importlib.import_module(f"benchmarks.{script}").main(arguments) == 0
+CPU = torch.device("cpu")
+SHORTEST = Run(CPU, quick=True, seconds=0.0)
 
 
-def run_as_a_user_would(script: str, *arguments: str) -> None:
-    command = [sys.executable, "-m", f"benchmarks.{script}", *arguments]
+def run(suite: str, *arguments: str) -> None:
+    """The command in this process: starting another takes longer than what it measures."""
+    assert runner.main([suite, *arguments]) == 0
+
+
+def section_of(suite: str, out: Path, *arguments: str) -> dict[str, Any]:
+    """What a run of a suite leaves, with nothing refused."""
+    run(suite, *arguments, "--out", str(out))
+    found: dict[str, Any] = json.loads(out.read_text())[suite]
+    assert found["refused"] == []
+    return found
+
+
+def run_as_a_user_would(*arguments: str) -> None:
+    command = [sys.executable, "-m", "diffcore", "bench", *arguments]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    result = subprocess.run(command, env=env, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
 
 
 def test_bench_ops_writes_every_section_with_its_machine_and_quantiles(tmp_path: Path) -> None:
     out = tmp_path / "result.json"
     operators = "q_sample,reparameterize_kl"
-    run_as_a_user_would("bench_ops", *TINY, "--ops", operators, "--out", str(out))
+    run_as_a_user_would("ops", "overhead", *TINY, "--only", operators, "--out", str(out))
     results = json.loads(out.read_text())
-    assert set(results) == {"schema", "ops", "overhead", "memory"}
-    for name in ("ops", "overhead", "memory"):
+    assert set(results) == {"schema", "ops", "sizes", "overhead"}
+    facts = {"device", "cpu", "threads", "torch", "diffcore", "commit", "clocks", "instruction_set"}
+    for name in set(results) - {"schema"}:
         section = results[name]
         assert {"machine", "date", "command", "rows", "notes"} <= set(section)
-        assert {"device", "cpu", "threads", "torch", "diffcore", "instruction_set"} <= set(
-            section["machine"]
-        )
-        assert "benchmarks.bench_ops" in section["command"]
+        assert facts <= set(section["machine"])
+        assert "diffcore bench ops overhead" in section["command"]
     rows = results["ops"]["rows"]
     found = {(r["op"], r["mode"], r["dtype"]) for r in rows}
     ops, modes = ("q_sample", "reparameterize_kl"), contest.MODES
@@ -82,8 +92,8 @@ def test_bench_ops_writes_every_section_with_its_machine_and_quantiles(tmp_path:
 def test_a_second_run_keeps_the_sections_of_other_scripts(tmp_path: Path) -> None:
     out = tmp_path / "result.json"
     report.save({"schema": report.SCHEMA, "training": {"date": "then", "rows": []}}, out)
-    run("bench_ops", *TINY, "--only", "overhead", "--ops", "add_noise", "--out", str(out))
-    assert set(report.load(out)) == {"schema", "training", "overhead"}
+    run("overhead", *TINY, "--only", "add_noise", "--out", str(out))
+    assert set(report.load(out)) == {"schema", "training", "overhead", "call"}
 
 
 @pytest.mark.parametrize("spoil", [lambda y: y * 1.0001, lambda y: y * math.nan, lambda y: y[:1]])
@@ -99,8 +109,7 @@ def test_a_wrong_result_is_refused_and_not_timed(
         contest.BY_NAME, "add_noise", dataclasses.replace(right, op=wrong, out=False)
     )
     out = tmp_path / "result.json"
-    arguments = [*TINY, "--only", "ops", "--ops", "add_noise", "--out", str(out)]
-    assert bench_ops.main(arguments) == 1
+    assert runner.main(["ops", *TINY, "--only", "add_noise", "--out", str(out)]) == 1
     section = json.loads(out.read_text())["ops"]
     assert section["rows"] == []
     assert any("add_noise forward f32" in line for line in section["refused"])
@@ -152,15 +161,11 @@ def test_the_score_counts_losses_beside_wins() -> None:
 def test_the_pages_have_the_markers_that_tables_fill() -> None:
     names = [m["name"] for page in tables.PAGES for m in tables.MARKED.finditer(page.read_text())]
     places = [f"{a}{b}" for a in ("cpu", "cuda") for b in ("", "-full", "-schedulers", "-summary")]
-    assert sorted(names) == sorted([*places, "cpu-scheduler-errors"])
-
-
-SHORTEST = timing.Budget(seconds=0, warmup_seconds=0, min_rounds=3)
+    assert sorted(names) == sorted([*places, "cpu-scheduler-errors", "cpu-pipelines"])
 
 
 def noise_row(case: bench_noise.DrawnCase, **how: Any) -> dict[str, Any]:
-    cpu, shape = torch.device("cpu"), (2, 1, 8, 8)
-    return bench_noise.time_case(case, "f32", shape, cpu, SHORTEST, **how)
+    return bench_noise.time_case(case, "f32", (2, 1, 8, 8), SHORTEST, **how)
 
 
 @pytest.mark.parametrize("case", bench_noise.cases(), ids=lambda c: c.name)
@@ -240,11 +245,7 @@ def test_the_noise_tables_and_picture_hold_what_was_measured(tmp_path: Path) -> 
 
 @pytest.mark.slow
 def test_bench_noise_runs_with_each_instruction_set(tmp_path: Path) -> None:
-    out = tmp_path / "result.json"
-    run("bench_noise", *TINY, "--out", str(out))
-    section = json.loads(out.read_text())["noise"]
-    assert section["refused"] == []
-    rows = section["rows"]
+    rows = section_of("noise", tmp_path / "result.json", *TINY)["rows"]
     assert {r["op"] for r in rows} == {c.name for c in bench_noise.cases()}
     best = native.info().get("best_instruction_set")
     known = bench_noise.INSTRUCTION_SETS
@@ -255,9 +256,7 @@ def test_bench_noise_runs_with_each_instruction_set(tmp_path: Path) -> None:
 
 
 def step_row(case: bench_steps.Case, shape: tuple[int, ...]) -> dict[str, Any]:
-    cpu = torch.device("cpu")
-    with torch.no_grad():
-        return bench_steps.time_step(case, "f32", shape, cpu, SHORTEST, compiled=False)
+    return bench_steps.time_step(case, "f32", shape, SHORTEST)
 
 
 @pytest.mark.parametrize("shape", [(2, 1, 8, 8), bench_steps.SMALL[0]])
@@ -295,20 +294,8 @@ def test_the_table_of_steps_ends_with_the_ratio_to_diffusers() -> None:
     assert len(header) == len(body[0])
 
 
-@pytest.mark.parametrize("kind", bench_sampling.KINDS)
-@pytest.mark.parametrize("steps", [5, 20])
-def test_loops_that_are_timed_agree(kind: str, steps: int) -> None:
-    walk = sampling_loops.SamplingLoop(kind, steps)
-    start = walk.table.init_noise_sigma * torch.randn(3, 2, 4)
-    with torch.no_grad():
-        bench_sampling.check(walk, lambda x, t: torch.tanh(x), start)
-
-
 def test_bench_threshold_runs(tmp_path: Path) -> None:
-    out = tmp_path / "result.json"
-    run("bench_threshold", *TINY, "--out", str(out))
-    section = json.loads(out.read_text())["threshold"]
-    assert section["refused"] == []
+    section = section_of("threshold", tmp_path / "result.json", *TINY)
     assert [r["op"] for r in section["rows"]] == ["dynamic_threshold", "dynamic_threshold_guided"]
     for row in section["rows"]:
         assert set(row["timings"]) == {"diffcore", "eager", "copy"}
@@ -329,73 +316,26 @@ OF_CASES = {
 @pytest.mark.parametrize("name", OF_CASES)
 def test_benchmarks_of_a_few_cases_run(name: str, tmp_path: Path) -> None:
     named, shape = OF_CASES[name]
-    out = tmp_path / "result.json"
-    run(f"bench_{name}", *TINY[:3], "--shape", shape, *TINY[5:], "--out", str(out))
-    section = json.loads(out.read_text())[name]
-    assert section["refused"] == []
+    small = (*TINY[:3], "--shape", shape, *TINY[5:])
+    section = section_of(name, tmp_path / "result.json", *small)
     assert [r["op"] for r in section["rows"]] == named.split("|")
     for row in section["rows"]:
         assert row["error_over_bound"]["diffcore"] <= 1
 
 
-def test_bench_call_runs(tmp_path: Path) -> None:
+def test_the_parts_of_a_call_take_less_than_the_call(tmp_path: Path) -> None:
     out = tmp_path / "result.json"
-    run("bench_call", "--quick", "--device", "cpu", "--out", str(out))
+    run("overhead", "--quick", "--device", "cpu", "--only", "add_noise", "--out", str(out))
     rows = {r["what"]: r["median"] for r in json.loads(out.read_text())["call"]["rows"]}
     assert rows["module: what torch is asked before each launch"] < rows["module: the call"]
 
 
 def test_bench_likelihood_runs(tmp_path: Path) -> None:
-    out = tmp_path / "result.json"
-    run("bench_likelihood", *TINY, "--out", str(out))
-    section = json.loads(out.read_text())["likelihood"]
-    assert section["refused"] == []
+    section = section_of("likelihood", tmp_path / "result.json", *TINY)
     assert [r["what"] for r in section["rows"]] == [f"{m}, f32, 2×1×8×8" for m in contest.MODES]
     assert set(section["rows"][0]["timings"]) == {"diffcore", "eager", "exact, eager"}
 
 
-def end_to_end(script: str, out: Path) -> list[dict[str, Any]]:
-    run(script, "--device", "cpu", "--quick", "--seconds", "0.02", "--out", str(out))
-    section = json.loads(out.read_text())[script.removeprefix("bench_")]
-    rows: list[dict[str, Any]] = section["rows"]
-    assert all({"diffcore", "eager"} <= set(r["timings"]) for r in rows)
-    assert any("U-Net" in r["what"] for r in rows)
-    return rows
-
-
-@pytest.mark.slow
-def test_bench_sampling_runs(tmp_path: Path) -> None:
-    rows = end_to_end("bench_sampling", tmp_path / "result.json")
-    assert {r["what"].partition(" step")[0] for r in rows} == set(bench_sampling.KINDS)
-
-
-@pytest.mark.slow
-def test_bench_bound_runs(tmp_path: Path) -> None:
-    out = tmp_path / "result.json"
-    run("bench_bound", "--device", "cpu", "--quick", "--seconds", "0.01", "--out", str(out))
-    section = json.loads(out.read_text())["bound"]
-    assert section["refused"] == []
-    assert len(section["rows"]) == 2 * len(bench_bound.CASES)
-
-
-@pytest.mark.slow
-def test_bench_steps_runs(tmp_path: Path) -> None:
-    out = tmp_path / "result.json"
-    run("bench_steps", "--device", "cpu", "--quick", "--seconds", "0.01", "--out", str(out))
-    section = json.loads(out.read_text())["steps"]
-    assert section["refused"] == []
-    cases = len(bench_steps.LARGE_CASES), len(bench_steps.SMALL_CASES)
-    assert len(section["rows"]) == 2 * cases[0] + 2 * cases[1]
-
-
-@pytest.mark.slow
-def test_bench_training_runs_and_drawn_noise_takes_no_memory(tmp_path: Path) -> None:
-    rows = end_to_end("bench_training", tmp_path / "result.json")
-    what = "diffusion part, epsilon, noise drawn, 8×3×16×16"
-    (peaks,) = [r["peak_bytes"] for r in rows if r["what"] == what]
-    if None in peaks.values():
-        pytest.skip("this torch does not tell how much memory a call held")
-    tensor = 4 * 8 * 3 * 16 * 16
-    # x_t, the gradient, and numbers for each of the 8 samples
-    assert 2 * tensor <= peaks["diffcore"] <= 2 * tensor + 16 * 8
-    assert peaks["eager"] >= 4 * tensor
+def test_every_section_has_a_table() -> None:
+    sections = [name for suite in registry.SUITES.values() for name in suite]
+    assert sorted(sections) == sorted(report.SECTIONS)

@@ -21,16 +21,8 @@ from typer.testing import CliRunner
 import diffcore
 from diffcore import __main__ as command_line
 from diffcore import cli
-from diffcore._engine.info import as_text, one_line
-from diffcore._usage import (
-    ABOUT,
-    COMMANDS,
-    OPTIONS,
-    REPOSITORY,
-    benchmarks,
-    clone_of,
-    help_text,
-)
+from diffcore._engine.info import as_text, report
+from diffcore._usage import ABOUT, COMMANDS, OPTIONS, benchmarks, clone_of, help_text
 from diffcore.demo import DATA_PACKAGES, DEMO_PACKAGES, MissingExtraError, check_extra
 
 runner = CliRunner()
@@ -62,9 +54,7 @@ def test_help_has_every_text_with_and_without_typer(command: str) -> None:
         assert text in with_typer
         assert text in plain
     parameters = {"--help", *OPTIONS[command]}
-    assert (
-        set(re.findall(r"--[a-z-]+", with_typer)) - {"--path"} <= parameters
-    )  # NAME's mentions it
+    assert set(re.findall(r"--[a-z-]+", with_typer)) <= parameters
     assert all(len(line) <= 100 for line in help_text(command).splitlines())
 
 
@@ -93,38 +83,24 @@ def test_info_table_shows_every_fact() -> None:
     facts = json.loads(runner.invoke(cli.app, ["info", "--json"]).output)
     result = runner.invoke(cli.app, ["info"], env={"COLUMNS": "200"})
     assert result.exit_code == 0, result.output
-    for name in facts:
-        assert name.replace("_", " ") in result.output
+    for name in as_text(facts):
+        assert name in result.output
     assert str(torch.__version__) in result.output
 
 
-def test_info_ends_with_a_line_for_a_bug_report() -> None:
+def test_info_ends_with_a_block_for_a_bug_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     facts = json.loads(runner.invoke(cli.app, ["info", "--json"]).output)
-    last = runner.invoke(cli.app, ["info"], env={"COLUMNS": "60"}).output.splitlines()[-1]
-    assert last == "For a bug report: " + one_line(facts)
+    shown = runner.invoke(cli.app, ["info"], env={"COLUMNS": "60"}).output
+    block = report(facts)
+    assert shown.endswith("\n" + block + "\n")
     for name in ("version", "torch", "python", "backend", "platform", "threads"):
-        assert str(facts[name]) in last
-
-
-@pytest.mark.parametrize(
-    ("facts", "text"),
-    [
-        ({"cuda": False}, "not built"),
-        ({}, "built, not usable here (no device)"),
-        (
-            {"cuda_devices": 1, "cuda_driver": 12040},
-            "built, not usable here (driver for CUDA 12.4, needs 13.0)",
-        ),
-        (
-            {"cuda_devices": 1, "cuda_driver": 13000},
-            "built, not usable here (this torch has no CUDA)",
-        ),
-        ({"cuda_devices": 1, "cuda_driver": 13000, "torch_cuda": "13.0"}, "built and usable"),
-    ],
-)
-def test_info_says_whether_cuda_can_be_used(facts: dict[str, object], text: str) -> None:
-    none = {"cuda": True, "cuda_devices": 0, "cuda_driver": 0, "torch_cuda": "none"}
-    assert as_text(none | facts)["cuda"] == text
+        assert str(facts[name]) in block
+    assert "environment: " in block
+    assert "OMP_NUM_THREADS=1" in block
+    assert str(Path(torch.__file__).parent) not in block
+    if facts["backend"] == "native":
+        assert "CUDA kernels: " in block
 
 
 # ---- without the extra --------------------------------------------------------------------------
@@ -309,61 +285,45 @@ def test_ctrl_c_saves_and_says_how_to_go_on(
 # ---- bench --------------------------------------------------------------------------------------
 
 
-def _clone(root: Path) -> Path:
-    """A folder with one benchmark, which leaves a file where it runs."""
-    (root / "benchmarks").mkdir(parents=True)
-    script = "import sys, pathlib; pathlib.Path('ran').write_text(' '.join(sys.argv[1:])); exit(3)"
-    (root / "benchmarks" / "bench_ops.py").write_text(script)
-    return root
-
-
-def test_bench_runs_nothing_of_the_folders_around(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_bench_passes_its_arguments_on_with_and_without_typer(
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    deeper = _clone(tmp_path) / "deeper"
-    deeper.mkdir()
-    monkeypatch.setattr(cli, "clone_of", lambda package: None)  # as in a wheel
-    for folder in (deeper, tmp_path, tmp_path / "benchmarks"):
-        monkeypatch.chdir(folder)
-        result = runner.invoke(cli.app, ["bench"])
-        assert result.exit_code == 1
-        assert f"git clone {REPOSITORY}\n  diffcore bench ops --path diffcore" in result.stderr
-        assert not (folder / "ran").exists()
+    given: list[list[str]] = []
+
+    class Runner:
+        @staticmethod
+        def main(arguments: list[str]) -> int:
+            given.append(list(arguments))
+            return 3
+
+    arguments = ["ops", "--quick", "--only", "add_noise", "noise"]
+    monkeypatch.setattr(cli, "benchmarks", Runner)
+    assert runner.invoke(cli.app, ["bench", *arguments]).exit_code == 3
+    monkeypatch.setattr("diffcore._usage.benchmarks", Runner)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(sys, "argv", ["diffcore", "bench", *arguments])
+    with pytest.raises(SystemExit) as stop:
+        command_line.main()
+    assert stop.value.code == 3
+    assert given == [arguments, arguments]
 
 
-def test_bench_runs_the_script_of_the_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    clone = _clone(tmp_path / "clone")
-    monkeypatch.chdir(tmp_path)
-    at = ["--path", str(clone)]
-    result = runner.invoke(cli.app, ["bench", "ops", "--quick", "kl", *at])
-    assert result.exit_code == 3
-    assert (tmp_path / "ran").read_text() == "--quick kl"
-    for name in ("speed", "../benchmarks/bench_ops", ""):
-        result = runner.invoke(cli.app, ["bench", name, *at])
-        assert result.exit_code == 2
-        assert f"name must be one of ops, got {name!r}" in result.stderr
-    result = runner.invoke(cli.app, ["bench", "ops", "--path", str(tmp_path)])
-    assert result.exit_code == 2
-    assert f"path must be a clone of {REPOSITORY}, got {tmp_path}" in result.stderr
-
-
-def test_the_benchmarks_of_an_editable_install_are_those_of_its_clone(tmp_path: Path) -> None:
+def test_the_clone_of_an_editable_install(tmp_path: Path) -> None:
     package = tmp_path / "python" / "diffcore" / "cli.py"
     package.parent.mkdir(parents=True)
     package.touch()
-    _clone(tmp_path)
     assert clone_of(package) is None  # python3/site-packages/diffcore of a home folder, perhaps
     (tmp_path / "pyproject.toml").touch()
     assert clone_of(package) == tmp_path
-    assert list(benchmarks(clone_of(package))) == ["ops"]
     other = tmp_path / "python" / "site-packages" / "diffcore" / "cli.py"
     assert clone_of(other) is None
 
 
-def test_bench_help_lists_what_the_clone_has() -> None:
-    root = Path(__file__).resolve().parents[2]
-    names = sorted(p.stem.removeprefix("bench_") for p in root.glob("benchmarks/bench_*.py"))
-    assert len(names) >= 8
-    assert f"Which benchmark: {', '.join(names)}." in help_text("bench").replace(
-        "\n          ", " "
-    )
+def test_bench_help_lists_every_suite() -> None:
+    registry = importlib.import_module(f"{benchmarks().__package__}.registry")
+    text = OPTIONS["bench"]["NAME"]
+    usual, more = text.removeprefix("Suites: ").partition(".")[0].split("; ")
+    assert usual.split(", ") == list(registry.USUAL)
+    assert sorted(more.split(", ")) == sorted({*registry.MORE, "all"})
+    options = {o for a in benchmarks().parser()._actions for o in a.option_strings}
+    assert options - {"-h"} == {*OPTIONS["bench"], "--help"} - {"NAME"}

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator
+from functools import partial
 
 import torch
 
-from benchmarks.contest import BY_NAME, Contest, make_inputs
-from benchmarks.timing import Call
+from .bench_ops import QUICK
+from .contest import BY_NAME, Contest, make_inputs
+from .suite import DTYPES, Job, Row, Run, Shape, times
+from .timing import Call
 
 OPS = (
     ("ddpm_step_guided", "forward"),
@@ -58,32 +60,32 @@ def _profiled_peak(call: Call) -> int | None:
     return peak
 
 
-def measure(device: torch.device, shape: Sequence[int]) -> dict[str, Any]:
-    """The "memory" section: float32, diffcore and eager.
+def measure(name: str, mode: str, dtype: str, shape: Shape, run: Run) -> list[Row]:
+    """One row: diffcore and eager; none, and a note, where torch cannot tell.
 
     Args:
-        device: where.
+        name: of the op.
+        mode: "forward" or "forward+backward".
+        dtype: of the elementwise tensors, by its short name.
         shape: of the elementwise tensors.
+        run: where.
     """
-    rows = []
-    for name, mode in OPS:
-        case = BY_NAME[name]
-        args = make_inputs(case, shape, torch.float32, device)
-        contest = Contest(case, mode, [args])
-        peaks = {
-            "diffcore": peak_bytes(contest.diffcore[0], device),
-            "eager": peak_bytes(contest.eager[0], device),
-        }
-        if None in peaks.values():
-            return {"rows": [], "notes": ["this torch does not tell how much memory a call held"]}
-        rows.append(
-            {
-                "op": name,
-                "mode": mode,
-                "dtype": "f32",
-                "shape": list(shape),
-                "input_bytes": 4 * math.prod(shape) * len(case.tensors),
-                "peak_bytes": peaks,
-            }
-        )
-    return {"rows": rows, "notes": []}
+    case, kind = BY_NAME[name], DTYPES[dtype]
+    contest = Contest(case, mode, [make_inputs(case, shape, kind, run.device)])
+    calls = {"diffcore": contest.diffcore[0], "eager": contest.eager[0]}
+    peaks = {k: peak_bytes(call, run.device) for k, call in calls.items()}
+    if None in peaks.values():
+        run.note("this torch does not tell how much memory a call held")
+        return []
+    size = kind.itemsize * math.prod(shape) * len(case.tensors)
+    what = {"op": name, "mode": mode, "dtype": dtype, "shape": list(shape)}
+    return [{**what, "input_bytes": size, "peak_bytes": peaks}]
+
+
+def jobs(run: Run) -> Iterator[Job]:
+    """The "memory" section."""
+    for shape in run.shapes([(64, 3, 128, 128)], QUICK):
+        for dtype in run.dtypes("f32"):
+            for name, mode in OPS:
+                what = f"{name} {mode} {dtype} {times(shape)}"
+                yield Job(name, what, partial(measure, name, mode, dtype, shape, run))
