@@ -204,12 +204,15 @@ def test_no_rest_is_left_in_the_reference(site: Path) -> None:
 
 def test_every_option_of_the_command_is_on_its_page() -> None:
     typer = pytest.importorskip("typer", reason="the command needs the extra [cli]")
+    from diffcore._usage import benchmarks
     from diffcore.cli import app
 
     page = (REFERENCE / "cli.md").read_text(encoding="utf-8")
     commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
     assert set(commands) == set(re.findall(r"^## `diffcore (\w+)`", page, re.MULTILINE))
-    options = {o for c in commands.values() for p in c.params for o in p.opts if o.startswith("--")}
+    named = [o for c in commands.values() for p in c.params for o in p.opts]
+    named += [o for action in benchmarks().parser()._actions for o in action.option_strings]
+    options = {o for o in named if o.startswith("--")}
     assert options | {"--help", "--version"} == set(
         re.findall(r"^\| `(--[\w-]+)", page, re.MULTILINE)
     )

@@ -27,8 +27,8 @@ MAX_LINES = 400
 # Imports only go down: each name may import from those before it.
 # fmt: off
 ORDER = [
-    "_C", "_types", "_checks", "_files", "_usage", "reference", "coefficients", "_engine",
-    "_kernels", "noise", "guidance", "ops", "schedules", "timesteps", "solvers",
+    "_C", "_types", "_devices", "_checks", "_files", "_usage", "reference", "coefficients",
+    "_engine", "_kernels", "noise", "guidance", "ops", "schedules", "timesteps", "solvers",
     "sampling", "diffusion", "losses", "flows", "edm", "likelihood", "vae",
     "consistency", "testing", "sigmas", "spacings", "diffusers", "demo",
     "cli", "__main__",
@@ -140,6 +140,7 @@ def test_the_specifications_import_only_torch(folder: str) -> None:
                 own = node.module.split(".")[:2] in (
                     ["diffcore", folder],
                     ["diffcore", "_checks"],
+                    ["diffcore", "_devices"],
                     ["diffcore", "_types"],
                 )
                 roots |= set() if own else {node.module.split(".")[0]}
@@ -175,6 +176,25 @@ def test_import_loads_no_compiler() -> None:
         "print([m for m in set(sys.modules) - before if m.startswith(heavy)])"
     )
     assert out.strip() == "[]"
+
+
+def test_import_does_little_for_each_operator() -> None:
+    """Calls, not time, which other processes change; 101,000 on Python 3.11 with torch 2.13.
+
+    What torch makes of the backward pass of an operator takes 700 calls, of which there are 105.
+    """
+    out = run_python(
+        "import sys, torch\n"
+        "calls = 0\n"
+        "def count(frame, event, argument):\n"
+        "    global calls\n"
+        "    calls += event in ('call', 'c_call')\n"
+        "sys.setprofile(count)\n"
+        "import diffcore\n"
+        "sys.setprofile(None)\n"
+        "print(calls)"
+    )
+    assert 1_000 < int(out) < 140_000
 
 
 def test_import_does_not_start_cuda() -> None:
@@ -292,8 +312,8 @@ def test_binary_needs_no_torch_and_no_cuda_library() -> None:
 
 
 def isa_objects() -> list[Path]:
-    """Objects of cpu_kernels.cc, one for each instruction set, in the development build folder."""
-    found = (ROOT / "build").rglob("*cpu_kernels*.o")
+    """Objects of csrc/cpu/kernels.cc, one for each instruction set, in the build folders."""
+    found = (ROOT / "build").rglob("cpu_kernels_*.dir/csrc/cpu/kernels.cc.o")
     return sorted(path for path in found if "sanitize" not in path.parts)
 
 
@@ -310,7 +330,7 @@ def test_instruction_set_objects_share_no_code() -> None:
         for line in out.splitlines():
             *_, kind, name = line.split()
             if kind in "TWVu":  # global, weak function, weak object, unique: what the linker merges
-                assert f"8diffcore2{isa}" in name, f"{path} defines {name}"
+                assert f"8diffcore{len(isa)}{isa}" in name, f"{path} defines {name}"
             elif kind == "U":
                 # of libm, for double; of libc, which knows the CPU
-                assert name in ("exp", "log", "memcpy", "memset"), f"{path} needs {name}"
+                assert name in ("hypot", "log", "memcpy", "memset"), f"{path} needs {name}"
