@@ -63,8 +63,9 @@ def check_wheel_contents(wheel: Path) -> None:
     for wanted in ("diffcore/__init__.py", "diffcore/py.typed", "diffcore/_C.pyi"):
         if wanted not in names:
             sys.exit(f"{wanted} is not in the wheel")
-    if not any(n.startswith("diffcore/_C.") and n.endswith(".so") for n in names):
-        sys.exit("the compiled module diffcore/_C is not in the wheel")
+    modules = [n for n in names if n.startswith("diffcore/_C.") and n.endswith(".so")]
+    if len(modules) != 1:  # a build packs what lies in python/diffcore, too
+        sys.exit(f"wanted one compiled module diffcore/_C in the wheel, found {modules}")
     metadata = next(n for n in names if n.endswith(".dist-info/METADATA"))
     text = zipfile.ZipFile(wheel).read(metadata).decode("utf-8")
     if relative := relative_links(text):

@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,16 @@ import release_notes  # noqa: E402
 )
 def test_symbols_above_the_floor_are_named(symbol: str, allowed: bool) -> None:
     assert check_wheel.too_new(["malloc@GLIBC_2.2.5", symbol]) == ([] if allowed else [symbol])
+
+
+@pytest.mark.parametrize("modules", [[], ["_C.cp311.so", "_C.cp312.so"]])
+def test_a_wheel_has_one_compiled_module(tmp_path: Path, modules: list[str]) -> None:
+    wheel = tmp_path / "diffcore-1-cp311-cp311-linux_x86_64.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        for name in ("__init__.py", "py.typed", "_C.pyi", *modules):
+            archive.writestr(f"diffcore/{name}", "")
+    with pytest.raises(SystemExit, match="wanted one compiled module diffcore/_C in the wheel"):
+        check_wheel.check_wheel_contents(wheel)
 
 
 def test_newest_versions_are_those_of_numbers() -> None:
