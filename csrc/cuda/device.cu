@@ -70,7 +70,7 @@ bool ClusterSupport::here(const void* kernel) {
 bool cuda_built() { return true; }
 
 bool cuda_usable() {
-  static const bool usable = kCudaEmulated || cuda_driver_version() >= kMinCudaDriver;
+  static const bool usable = cuda_driver_version() >= kMinCudaDriver;
   return usable;
 }
 
