@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from diffcore._engine import native
 from diffcore._usage import help_text
+from support.formulas import clipping_by
 
 from . import machine, report
 from .compare import Change, Comparison
@@ -258,7 +259,8 @@ class Session:
         found: list[Row] = []
         kept: list[Change] = []
         for _ in range(REPEATS):
-            measured = job.measure()
+            with clipping_by(torch.clamp):
+                measured = job.measure()
             rows = measured if isinstance(measured, list) else [measured]
             if self.old is None:
                 return rows
