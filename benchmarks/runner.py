@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from diffcore._engine import native
 from diffcore._usage import help_text
-from support.formulas import clipping_by
+from support.clipping import clipping_by
 
 from . import machine, report
 from .compare import Change, Comparison

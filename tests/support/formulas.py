@@ -7,14 +7,12 @@ precision as the truth. They share nothing with the package that they judge.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
+from support.clipping import clip
 from support.gaussian_formulas import (
     discretized_gaussian_log_likelihood as discretized_gaussian_log_likelihood,
 )
@@ -165,31 +163,7 @@ def _clipped(x: Any, clip_range: Any) -> Any:
     if clip_range is None:
         return x
     low, high = clip_range if isinstance(clip_range, tuple) else (-clip_range, clip_range)
-    return _clip(x, low, high)
-
-
-def by_where(x: Any, low: Any, high: Any) -> Any:
-    """As ``x.clip``, whose gradient at a bound depends on the version of torch; here it passes."""
-    where = torch.where if isinstance(x, Tensor) else np.where
-    x = where(x < low, low, x)
-    return where(x > high, high, x)
-
-
-_tensor_clips = [by_where]
-
-
-@contextmanager
-def clipping_by(clip: Callable[..., Tensor]) -> Iterator[None]:
-    """Lets the eager formulas clip another way: benchmarks as people do, by one ``torch.clamp``."""
-    _tensor_clips.append(clip)
-    try:
-        yield
-    finally:
-        _tensor_clips.pop()
-
-
-def _clip(x: Any, low: Any, high: Any) -> Any:
-    return (_tensor_clips[-1] if isinstance(x, Tensor) else by_where)(x, low, high)
+    return clip(x, low, high)
 
 
 def reverse_step(
@@ -290,7 +264,7 @@ def vlb_term(
     c = [_column(rows[..., k], x0) for k in range(rows.shape[-1])]
     given = noise if x_t is None else x_t
     error = (c[0] + c[3]) * x0 + (c[1] + c[4]) * given + (c[2] + c[5]) * model_output
-    error = x0 - _clip(x0 - error, c[6], c[7])
+    error = x0 - clip(x0 - error, c[6], c[7])
     if variance_output is None:
         terms = c[9] * error**2 + c[10]
     else:
@@ -320,9 +294,9 @@ def _prediction(
     m = _guided(model_output, model_output_uncond, guidance_scale)
     x0 = c[4] * x + c[5] * m
     if threshold is None:
-        return c, m, _clip(x0, c[6], c[7])
+        return c, m, clip(x0, c[6], c[7])
     s = _column(threshold, x)
-    return c, m, _clip(x0, -s, s) / s
+    return c, m, clip(x0, -s, s) / s
 
 
 def ddpm_step(
