@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from typing import Any
 
 import pytest
@@ -76,6 +77,22 @@ def test_ddpm_with_the_coefficients_of_float32(kind: str, variance: str) -> None
     )
     assert off <= 4e-6
     assert far > 4 * off
+
+
+def test_a_copy_has_the_same_coefficients() -> None:
+    def step(scheduler: Any) -> torch.Tensor:
+        scheduler.set_timesteps(1000)
+        generator = torch.Generator().manual_seed(1)
+        x: torch.Tensor = scheduler.step(
+            samples(seed=2), scheduler.timesteps[990], samples(), generator=generator
+        ).prev_sample
+        return x
+
+    made = fuse(diffusers.DDPMScheduler(), coefficients="diffusers")
+    wanted = step(made)
+    assert not torch.equal(step(fuse(diffusers.DDPMScheduler())), wanted)
+    for other in (pickle.loads(pickle.dumps(made)), type(made).from_config(made.config)):
+        assert torch.equal(step(other), wanted)
 
 
 def test_coefficients_that_a_scheduler_does_not_have() -> None:
