@@ -120,4 +120,7 @@ if __name__ == "__main__":
         print(f"bits: {bits}")
         print("first image:", " ".join(f"{v:.3f}" for v in images[0].flatten().tolist()))
     if dist.is_initialized():
+        # A thread of Gloo may still hold tensors of the last gather: if Python ends before it drops
+        # them, the process aborts. While this one waits, the thread gets on.
+        dist.barrier()
         dist.destroy_process_group()

@@ -119,7 +119,9 @@ def test_many_gpus_is_one_gpu() -> None:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     torchrun += ["--nproc-per-node", "2", script]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    printed = subprocess.run(torchrun, capture_output=True, text=True, env=env, check=True).stdout
+    done = subprocess.run(torchrun, capture_output=True, text=True, env=env, check=False)
+    assert done.returncode == 0, done.stderr
+    printed = done.stdout
     assert "processes: 2" in printed
     images, bits = _main("many_gpus")()
     assert images.shape == (10, 1, 8)
