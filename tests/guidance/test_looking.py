@@ -174,6 +174,8 @@ def test_gradients_are_numbers_at_the_edges(rule: Guidance) -> None:
 
 @pytest.mark.parametrize("rule", [CFGZeroStar(3.0), CFGZeroStar(3.0, 0), CFG(3.0)], ids=repr)
 def test_each_row_of_a_rule_compiles(rule: Guidance) -> None:
+    if torch.__version__.startswith("2.10.") and rule.by_row:
+        pytest.skip("torch 2.10 does not trace copy.copy")
     table = solvers.euler_table(SIGMAS, prediction_type="sample")
     x, m, u = torch.randn(3, 2, 4)
     for i in (0, 3):
