@@ -77,10 +77,8 @@ struct Store<Bf16> {
 #ifdef __CUDA_ARCH__
     return bit_cast<Bf16>(__float2bfloat16_rn(x));
 #else
-    uint32_t u = bit_cast<uint32_t>(x);
-    uint32_t rounded = rounded_to_bf16(u) >> 16;
-    uint32_t quiet_nan = (u >> 16) | 0x40u;
-    return {uint16_t((u & 0x7fffffffu) > 0x7f800000u ? quiet_nan : rounded)};
+    uint32_t u = bit_cast<uint32_t>(x), quiet_nan = u | 0x400000u;
+    return {uint16_t((x != x ? quiet_nan : rounded_to_bf16(u)) >> 16)};
 #endif
   }
 };

@@ -37,6 +37,12 @@ DC_HD const VectorAt& vector_at(const float* numbers) {
 // those of load_value and Store; but f16 becomes quiet if it is a signaling NaN.
 DC_HD void store_vector(const float* from, float* to) { vector_at(to) = vector_at(from); }
 
+// Rounded to bf16; NaN quiet. Not for AVX-512, which has an instruction for NaN.
+DC_HD VectorU bf16_in_upper_half(VectorF x) {
+  const VectorU u = VectorU(x);
+  return x != x ? u | 0x400000u : u + 0x7fffu + ((u >> 16) & 1u);
+}
+
 #if defined(__AVX512F__)
 typedef uint16_t Words __attribute__((vector_size(64)));
 DC_HD void load_vector(const Bf16* from, float* to) {
@@ -80,6 +86,12 @@ DC_HD void load_vector(const Bf16* from, float* to) {
 DC_HD void load_vector(const F16* from, float* to) {
   _mm256_storeu_ps(to, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
 }
+DC_HD void store_vector(const float* from, Bf16* to) {
+  const __m256i bits = __m256i(bf16_in_upper_half(VectorF(_mm256_loadu_ps(from))) >> 16);
+  _mm_storeu_si128(
+      reinterpret_cast<__m128i*>(to),
+      _mm_packus_epi32(_mm256_castsi256_si128(bits), _mm256_extracti128_si256(bits, 1)));
+}
 DC_HD void store_vector(const float* from, F16* to) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(to),
                    _mm256_cvtps_ph(_mm256_loadu_ps(from), _MM_FROUND_TO_NEAREST_INT));
@@ -90,6 +102,9 @@ DC_HD void load_vector(const Bf16* from, float* to) {
 }
 DC_HD void load_vector(const F16* from, float* to) {
   vst1q_f32(to, vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(&from->bits))));
+}
+DC_HD void store_vector(const float* from, Bf16* to) {
+  vst1_u16(&to->bits, vshrn_n_u32(uint32x4_t(bf16_in_upper_half(VectorF(vld1q_f32(from)))), 16));
 }
 DC_HD void store_vector(const float* from, F16* to) {
   vst1_u16(&to->bits, vreinterpret_u16_f16(vcvt_f16_f32(vld1q_f32(from))));
@@ -109,7 +124,7 @@ __attribute__((noinline)) void load_tile(const S* from, int64_t n, float* to) {
 template <class S>
 __attribute__((noinline)) void store_tile(const float* from, int64_t n, S* to) {
   int64_t i = 0;
-  if constexpr (kVectorConversion && (same<S, F16> || kVectorBytes == 64))
+  if constexpr (kVectorConversion)
     for (; i + kWidth <= n; i += kWidth) store_vector(from + i, to + i);
   for (; i < n; ++i) to[i] = Store<S>::from(from[i]);
 }

@@ -61,7 +61,9 @@ struct PixelBin {
 
   // The log-scale is clamped, which prevents 0 times infinity.
   DC_HD static R clamped(R log_scale) {
-    return sizeof(R) == 4 ? clamp(log_scale, R(-80), R(87)) : clamp(log_scale, R(-690), R(345));
+    constexpr R low = sizeof(R) == 4 ? R(-80) : R(-690), high = sizeof(R) == 4 ? R(87) : R(345);
+    const R above = blend(log_scale < low, low, log_scale);
+    return blend(above > high, high, above);
   }
 
   // Sets inverse and lo, and `at` + `more` to -lo²/4. In an open bin lo < 0 if the mean is beyond x.

@@ -156,15 +156,19 @@ struct RobustLossGradient : OpBase {
 struct Rescale : OpBase {
   static constexpr const char* name = "rescale";
   static constexpr int n_in = 1, n_out = 1, n_coef = 4;  // weight, 1/n, g, expected
-  static constexpr unsigned hooks = kIdle;
+  static constexpr unsigned hooks = kPrepare | kIdle;
   template <class R>
   DC_HD static bool idle(const R* c) {
     return c[3] != R(0) && c[2] == c[3];
   }
   template <class R>
-  DC_HD static void apply(const R* c, const R* x, R* y) {
+  DC_HD static void prepare(R* c) {  // c[0] becomes the factor
     const R factor = c[3] == R(0) ? R(2) * c[0] * c[1] * c[2] : c[2] / c[3];
-    y[0] = idle(c) ? x[0] : factor * x[0];
+    c[0] = idle(c) ? R(1) : factor;
+  }
+  template <class R>
+  DC_HD static void apply(const R* c, const R* x, R* y) {
+    y[0] = c[0] * x[0];
   }
 };
 

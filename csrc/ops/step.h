@@ -107,7 +107,7 @@ struct Prediction {
     DC_HD Slope(const R* c, const R* in, R b_x, R b_m, R b_0) {
       const StepRow row(c);
       const R x0 = predicted_x0(c, in[0], output(c, in));
-      const R through = x0 < row.clip_min() || x0 > row.clip_max() ? R(0) : b_0;
+      const R through = blend((x0 < row.clip_min()) | (x0 > row.clip_max()), R(0), b_0);
       x = mul_add(through, row.a_x(), b_x);
       m = mul_add(through, row.a_m(), b_m);
     }
@@ -262,7 +262,7 @@ struct StepLogProbBackward : StepBase {
     const auto slope = P::template Slope<R>::of_mean(c, x);
     const R c_z = StepRow(c).c_z();
     const R z = (x[n_in - 1] - P::mean(c, x)) / c_z;
-    const R dmean = c_z == R(0) ? R(0) : c[kStepCoefs] * z / c_z;
+    const R dmean = blend(c_z != R(0), c[kStepCoefs] / c_z * z, R(0));
     P::to_model_outputs(c, dmean * slope.m, y + kAll);
     P::add_uncond(StepRow(c).c_u(), dmean, y + kAll);
     if constexpr (kAll) {
@@ -320,7 +320,7 @@ struct StepKlBackward : StepBase {
   DC_HD static void apply(const R* c, const R* x, R* y) {
     const R c_z = StepRow(c).c_z();
     const R z = StepKl::difference(c, x) / c_z;
-    const R dmean = c_z == R(0) ? R(0) : c[kStepCoefs] * z / c_z;
+    const R dmean = blend(c_z != R(0), c[kStepCoefs] / c_z * z, R(0));
     y[0] = dmean * P::template Slope<R>::of_mean(c, x).m;
   }
 };
