@@ -130,11 +130,15 @@ def jobs_of(
 
 
 def jobs_of_cases(
-    cases: Callable[[], Sequence[OpCase]], shapes: Sequence[Shape], run: Run
+    cases: Callable[[], Sequence[OpCase]],
+    shapes: Sequence[Shape],
+    run: Run,
+    modes: Sequence[str] = MODES[:1],
 ) -> Iterator[Job]:
-    """A section of a few cases, forward, at shapes of its own."""
-    grid = itertools.product(run.shapes(shapes, QUICK), run.dtypes("f32", "bf16"), cases())
-    return jobs_of(((case, MODES[0], dtype, shape) for shape, dtype, case in grid), run, 3.0)
+    """A section of a few cases at shapes of its own."""
+    dtypes = run.dtypes("f32", "bf16")
+    grid = itertools.product(run.shapes(shapes, QUICK), dtypes, modes, cases())
+    return jobs_of(((case, mode, dtype, shape) for shape, dtype, mode, case in grid), run, 3.0)
 
 
 def jobs_by_size(run: Run) -> Iterator[Job]:

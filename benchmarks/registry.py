@@ -26,6 +26,7 @@ MORE = {
     "one_core": {"one_core": "bench_noise.jobs_of_one_core"},
     "bound": {"bound": "bench_bound.jobs"},
     "compile": {"compile": "bench_compile.jobs"},
+    "density": {"density": "bench_density.jobs"},
     "flow": {"flow": "bench_flow.jobs"},
     "groups": {"groups": "bench_groups.jobs"},
     "guidance": {"guidance": "bench_guidance.jobs"},

@@ -300,6 +300,7 @@ SECTIONS = {
     "guidance": Section(f"Guided step of DPM-Solver++ (2M), {_PER_ELEMENT}", ops_table),
     "groups": Section(f"A level for each frame, {_PER_ELEMENT}", ops_table),
     "masks": Section(f"Known parts and masked losses, {_PER_ELEMENT}", ops_table),
+    "density": Section(f"Log-probabilities and KLs of steps, {_PER_ELEMENT}", ops_table),
     "bound": Section(f"Terms of the variational bound, {_PER_ELEMENT}", ops_table),
     "likelihood": Section(
         "Discretized likelihood: exact, and the usual approximation (eager, compile)", whole_table

@@ -174,6 +174,16 @@ DC_HD R exp(R x) {
 #endif
 }
 
+// A power of two with |c| times it in [1, 2) for normal c: products with it are exact, and c is far
+// from the ends of R after it.
+template <class R>
+DC_HD R power_near_inverse(R c) {
+  using K = ExpConstants<R>;
+  using Bits = typename K::Bits;
+  const Bits exponent = (bit_cast<Bits>(magnitude(c)) >> K::kMantissa), most = 2 * K::kBias - 1;
+  return bit_cast<R>(Bits((most + 1 - (exponent < most ? exponent : most)) << K::kMantissa));
+}
+
 // e^x as a factor of `square`, so that a square of 0 adds 0 where e^x overflows. NaN in x may be
 // lost.
 template <class R>

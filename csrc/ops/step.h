@@ -219,6 +219,22 @@ struct ReverseStepBackward : StepBase {
   }
 };
 
+// Densities measure distances in units of c_z. In each element the unit is only a power of two, as a
+// division takes as long as the rest of the formula; the exact one comes in once a row.
+//
+// A sum of squares in units of c_z, from the sum in units of its power of two.
+template <class R>
+DC_HD double over_square(double total, R c_z) {
+  const double unit = double(c_z) * double(power_near_inverse(c_z));
+  return total / (unit * unit);
+}
+// distance · g / c_z². 0 where c_z is.
+template <class R>
+DC_HD R scaled_distance(R distance, R g, R c_z) {
+  const R near = power_near_inverse(c_z), factor = g / c_z / (c_z * near);
+  return blend(c_z != R(0), distance * near * factor, R(0));
+}
+
 // log N(x'; mean, c_z² I) of a step, summed over a sample; 0 if the step is deterministic and has
 // no density. Inputs: x, m (or m_c), [m_u], x'.
 template <bool kGuided>
@@ -233,13 +249,14 @@ struct StepLogProb : StepBase {
   }
   template <class R>
   DC_HD static void apply(const R* c, const R* x, R* y) {
-    const R z = (x[n_in - 1] - P::mean(c, x)) / StepRow(c).c_z();
+    const R z = (x[n_in - 1] - P::mean(c, x)) * power_near_inverse(StepRow(c).c_z());
     y[0] = z * z;
   }
   template <class R>
   DC_HD static double finalize_sum(const R* c, double total, double n) {
     const double deviation = StepRow(c).c_z();
-    return deviation == 0 ? 0 : 0 - (0.5 * (total + n * kLogTwoPi) + n * ::log(deviation));
+    const double squares = over_square(total, StepRow(c).c_z());
+    return deviation == 0 ? 0 : 0 - (0.5 * (squares + n * kLogTwoPi) + n * ::log(deviation));
   }
 };
 
@@ -260,9 +277,8 @@ struct StepLogProbBackward : StepBase {
   template <class R>
   DC_HD static void apply(const R* c, const R* x, R* y) {
     const auto slope = P::template Slope<R>::of_mean(c, x);
-    const R c_z = StepRow(c).c_z();
-    const R z = (x[n_in - 1] - P::mean(c, x)) / c_z;
-    const R dmean = blend(c_z != R(0), c[kStepCoefs] / c_z * z, R(0));
+    const R distance = x[n_in - 1] - P::mean(c, x);
+    const R dmean = scaled_distance(distance, c[kStepCoefs], StepRow(c).c_z());
     P::to_model_outputs(c, dmean * slope.m, y + kAll);
     P::add_uncond(StepRow(c).c_u(), dmean, y + kAll);
     if constexpr (kAll) {
@@ -291,18 +307,20 @@ struct StepKl : StepBase {
     const R first = P::predicted_x0(c, x[0], x[1]), second = P::predicted_x0(c, x[0], x[2]);
     const R low = row.clip_min(), high = row.clip_max();
     // An infinite or NaN x0 is not inside, so that it is not hidden.
-    const bool inside = first > low && first < high && second > low && second < high;
-    const R x0 = inside ? row.a_m() * apart : clamp(first, low, high) - clamp(second, low, high);
+    const bool inside = (first > low) & (first < high) & (second > low) & (second < high);
+    const R clipped = clamp(first, low, high) - clamp(second, low, high);
+    const R x0 = blend(inside, row.a_m() * apart, clipped);
     return row.c_m() == R(0) ? row.c_0() * x0 : mul_add(row.c_m(), apart, row.c_0() * x0);
   }
   template <class R>
   DC_HD static void apply(const R* c, const R* x, R* y) {
-    const R z = difference(c, x) / StepRow(c).c_z();
+    const R z = difference(c, x) * power_near_inverse(StepRow(c).c_z());
     y[0] = z * z;
   }
   template <class R>
   DC_HD static double finalize_sum(const R* c, double total, double) {
-    return StepRow(c).c_z() == R(0) ? 0 : 0.5 * total;
+    const R c_z = StepRow(c).c_z();
+    return c_z == R(0) ? 0 : 0.5 * over_square(total, c_z);
   }
 };
 
@@ -318,9 +336,8 @@ struct StepKlBackward : StepBase {
   }
   template <class R>
   DC_HD static void apply(const R* c, const R* x, R* y) {
-    const R c_z = StepRow(c).c_z();
-    const R z = StepKl::difference(c, x) / c_z;
-    const R dmean = blend(c_z != R(0), c[kStepCoefs] / c_z * z, R(0));
+    const R distance = StepKl::difference(c, x);
+    const R dmean = scaled_distance(distance, c[kStepCoefs], StepRow(c).c_z());
     y[0] = dmean * P::template Slope<R>::of_mean(c, x).m;
   }
 };

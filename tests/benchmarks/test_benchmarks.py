@@ -303,6 +303,7 @@ def test_bench_threshold_runs(tmp_path: Path) -> None:
 
 
 OF_CASES = {
+    "density": ("log-prob|log-prob, guided|KL of two steps|" * 2, "2x1x8x8"),
     "guidance": ("2M, cfg|2M, rescaled|2M, apg", "2x1x8x8"),
     "masks": ("step|step, known part|masked loss|pseudo-Huber loss", "2x1x8x8"),
     "groups": (
@@ -318,7 +319,7 @@ def test_benchmarks_of_a_few_cases_run(name: str, tmp_path: Path) -> None:
     named, shape = OF_CASES[name]
     small = (*TINY[:3], "--shape", shape, *TINY[5:])
     section = section_of(name, tmp_path / "result.json", *small)
-    assert [r["op"] for r in section["rows"]] == named.split("|")
+    assert [r["op"] for r in section["rows"]] == named.strip("|").split("|")
     for row in section["rows"]:
         assert row["error_over_bound"]["diffcore"] <= 1
 
