@@ -107,7 +107,7 @@ struct Prediction {
     DC_HD Slope(const R* c, const R* in, R b_x, R b_m, R b_0) {
       const StepRow row(c);
       const R x0 = predicted_x0(c, in[0], output(c, in));
-      const R through = blend((x0 < row.clip_min()) | (x0 > row.clip_max()), R(0), b_0);
+      const R through = x0 < row.clip_min() || x0 > row.clip_max() ? R(0) : b_0;
       x = mul_add(through, row.a_x(), b_x);
       m = mul_add(through, row.a_m(), b_m);
     }
