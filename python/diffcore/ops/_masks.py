@@ -246,6 +246,16 @@ def counts(mask: Tensor, like: Tensor) -> Tensor:
     return total if total.shape == like.shape[:1] else total.expand(like.shape[:1])
 
 
+def shares(mask: Tensor, like: Tensor) -> Coef:
+    """1 / ``counts``; a number where all samples have one mask and no device is waited for."""
+    of_all = mask.ndim < like.ndim or mask.shape[:1] == (1,)
+    plain = type(mask) is Tensor and type(like) is Tensor and mask.device.type == "cpu"
+    if not (of_all and plain and like.ndim > 1 and plain_eager()):
+        return 1.0 / counts(mask, like)
+    total = mask.sum(dtype=torch.promote_types(mask.dtype, torch.float32)).item()
+    return 1.0 / (total * (like.shape[1:].numel() / max(mask.numel(), 1)) or 1.0)
+
+
 def of_groups(means: Tensor, mask: Tensor | None, group_dim: int, reduction: str) -> Tensor:
     """Losses of groups or samples, from the mean of each group over all its elements.
 

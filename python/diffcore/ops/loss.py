@@ -19,12 +19,12 @@ from diffcore.ops._masks import (
     MASK_REDUCTIONS,
     checked_mask,
     coefs_beside,
-    counts,
     expanded,
     expanded_mask,
     in_one_dtype,
     noise_like,
     of_groups,
+    shares,
     widest,
 )
 from diffcore.ops._noise import promoted, run_noisy
@@ -180,7 +180,7 @@ def denoising_loss(
     share: Coef = inverse_n
     if mask is not None:
         mask = checked_mask(mask, model_output, "model_output").to(widest((*inputs, last)))
-        share = 1.0 / counts(mask, model_output) if mask_reduction == "mask" else inverse_n
+        share = shares(mask, model_output) if mask_reduction == "mask" else inverse_n
     return _reduced(kernels, inputs, last, (w, share, mixed, step), mask, reduction, robust)
 
 
