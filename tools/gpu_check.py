@@ -48,6 +48,7 @@ BENCHMARKS = (
     "accuracy",
     "training",
     "flow",
+    "density",
     "compile",
     "schedulers",
 )

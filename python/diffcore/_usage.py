@@ -35,8 +35,8 @@ OPTIONS = {
     },
     "bench": {
         "NAME": "Suites: ops, noise, steps, sampling, training, likelihood, memory, overhead, "
-        "accuracy; bound, compile, flow, groups, guidance, masks, one_core, pipelines, schedulers, "
-        "scheduler_errors, threshold, all. Default: the first nine.",
+        "accuracy; bound, compile, density, flow, groups, guidance, masks, one_core, pipelines, "
+        "schedulers, scheduler_errors, threshold, all. Default: the first nine.",
         "--quick": "Small and short: a smoke test of a minute or two, not a measurement.",
         "--device": "auto (the CPU, and a GPU with kernels), cpu, cuda, cuda:1. Default: auto.",
         "--dtype": "Among f32, bf16, f16, f64, with commas. Default: those of the suite.",

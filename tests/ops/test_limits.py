@@ -1,4 +1,4 @@
-"""KL and likelihood at their ends: points, flat Gaussians, log-variances where exp overflows."""
+"""Densities at their ends: points, flat Gaussians, log-variances where exp overflows."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributions import Normal
 
 from diffcore import ops
 from diffcore.coefficients.step import ddim_coefficients, epsilon_coefficients, x0_coefficients
@@ -134,6 +135,27 @@ def test_a_learned_variance_of_a_point_and_a_right_prediction() -> None:
             of_m, of_v = torch.autograd.grad(y.sum(), [m, variance])
             assert not of_m.any()
             assert (of_v < 0).all()
+
+
+@pytest.mark.parametrize("deviation", [1e-37, 1e-20, 0.3, 1e19, 1e37])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_steps_of_any_deviation(deviation: float, dtype: torch.dtype) -> None:
+    """The kernels scale by a power of two near c_z: squares of distances neither vanish nor end."""
+    eps = torch.finfo(dtype).eps
+    z = torch.randn(4, 105, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    after = (z * deviation).to(dtype)
+    x, model_output = torch.zeros_like(after), torch.zeros_like(after, requires_grad=True)
+    row = (0.0, 1.0, 0.0, deviation, 0.0, 0.0, -INF, INF)  # the mean is m
+    given = torch.tensor(deviation, dtype=dtype).double()
+    distance = after.double() / given
+    found = ops.step_log_prob(x, model_output, after, row)
+    terms = Normal(0.0, given).log_prob(after.double())
+    size = float(terms.abs().sum(1).max())
+    torch.testing.assert_close(found.double(), terms.sum(1), rtol=0, atol=2 * eps * size)
+    (slope,) = torch.autograd.grad(found.sum() * deviation, model_output)
+    torch.testing.assert_close(slope.double(), distance, rtol=4 * eps, atol=0)
+    kl = ops.step_kl(x, model_output, after, row)
+    torch.testing.assert_close(kl.double(), 0.5 * (distance**2).sum(1), rtol=4 * eps, atol=0)
 
 
 # ---- coefficients below float32 ------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""blend_known: what a mask selects, bit for bit, and what it keeps out."""
+"""What a mask selects, bit for bit, and what it keeps out."""
 
 from __future__ import annotations
 
@@ -207,3 +207,16 @@ def test_bad_arguments(change: tuple[dict[str, Any], type[Exception], str]) -> N
     given = {"mask": torch.ones(8), "known": known, "known_noise": KEY, "alpha": 0.8, "sigma": 0.6}
     with pytest.raises(kind, match=message):
         ops.blend_known(x, **{**given, **wrong})
+
+
+@each_mask
+def test_a_loss_under_one_mask_of_all_samples(shape: tuple[int, ...], device: str) -> None:
+    """The sum of such a mask is a number on the CPU, and a tensor otherwise."""
+    x, known = tensors(torch.float32, device)
+    m = draw(SHAPE, 4).to(device).requires_grad_()
+    hard = (draw(shape, 3) > 0).to(device)
+    for mask in (hard, torch.zeros_like(hard)):
+        one = ops.denoising_loss(m, x, known, mask=mask)
+        each = ops.denoising_loss(m, x, known, mask=mask.expand(SHAPE).contiguous())
+        assert_same_bits(one, each)
+        assert_same_bits(*(torch.autograd.grad(y.mean(), m)[0] for y in (one, each)))

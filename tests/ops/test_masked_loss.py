@@ -212,18 +212,6 @@ def test_samples_of_which_nothing_counts() -> None:
         assert (none == 0).all()
 
 
-@pytest.mark.parametrize("shape", [(67,), (1, 5, 1), (1, 3, 5, 67), (1, 1, 1, 1), ()])
-def test_one_mask_of_all_samples_is_that_of_each(shape: tuple[int, ...], device: str) -> None:
-    """On the CPU its sum is a number, and otherwise a tensor."""
-    hard = torch.rand(shape, generator=torch.Generator().manual_seed(3)) < 0.7
-    for mask in (hard.to(device), torch.zeros_like(hard, device=device)):
-        m, *others = tensors_of(torch.float32, device)
-        one = ops.denoising_loss(m, *others, mask=mask)
-        each = ops.denoising_loss(m, *others, mask=mask.expand(SHAPE).contiguous())
-        assert torch.equal(one, each)
-        assert torch.equal(*(torch.autograd.grad(x.mean(), m)[0] for x in (one, each)))
-
-
 # ---- the variational bound -----------------------------------------------------------------------
 
 
