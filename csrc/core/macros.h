@@ -22,6 +22,13 @@
 #define DC_INDEPENDENT _Pragma("GCC ivdep")
 #endif
 
+// Options of GCC for one function on the CPU.
+#if defined(__GNUC__) && !defined(__clang__) && !defined(__CUDACC__)
+#define DC_OPTIMIZE(...) __attribute__((optimize(__VA_ARGS__)))
+#else
+#define DC_OPTIMIZE(...)
+#endif
+
 // CPU kernels are compiled once per instruction set, each in a separate namespace, so the linker
 // cannot pick a symbol compiled for a newer processor to run on an older one.
 #ifdef DIFFCORE_ISA_NAMESPACE

@@ -85,6 +85,14 @@ struct LaneSums {
   }
 };
 
+// More accumulators would take too many registers.
+template <class Op>
+constexpr bool kSumsInRegisters = Op::n_sum > 0 && LaneSums::kCount <= 4;
+// Whether the loop is over as many vectors as there are accumulators: not of a formula of hundreds
+// of instructions.
+template <class Op>
+constexpr bool kManyAtOnce = kSumsInRegisters<Op> && !Op::in_double;
+
 // A Map of one formula, in the compute type.
 template <class Op, class R>
 __attribute__((noinline)) void map_numbers(const R* coefs, const void* const* from, void* const* to,
@@ -126,14 +134,37 @@ __attribute__((noinline)) void map_numbers(const R* coefs, const void* const* fr
   }
 }
 
-// A Map of one formula from 16-bit tensors of type S to those of Written<S>, a vector at a time.
+// Computes the vector at column i. y: the outputs, which are also stored, and the summands.
 template <class Op, class S>
-__attribute__((noinline)) void map_vectors(const float* coefs, const void* const* from,
-                                           void* const* to, int64_t n, float (*acc)[kLanes],
-                                           bool in_place) {
+DC_HD void apply_vector(const float* c, const S* const* in, Written<S>* const* out, int64_t i,
+                        float (&y)[Op::n_out + Op::n_sum][kWidth]) {
+  // The compiler vectorizes the loop over the lanes, and then keeps these arrays in registers. Not
+  // if it unrolls the loop first, which it would with eight lanes and a condition.
+  float x[Op::n_in + 1][kWidth];
+  DC_UNROLL
+  for (int k = 0; k < Op::n_in; ++k) load_vector(in[k] + i, x[k]);
+  DC_INDEPENDENT
+#if !defined(__AVX512F__)
+#pragma GCC unroll 1
+#endif
+  for (int lane = 0; lane < kWidth; ++lane) {
+    float arguments[Op::n_in + 1], results[Op::n_out + Op::n_sum];
+    DC_UNROLL
+    for (int k = 0; k < Op::n_in; ++k) arguments[k] = x[k][lane];
+    Op::template apply<float>(c, arguments, results);
+    DC_UNROLL
+    for (int k = 0; k < Op::n_out + Op::n_sum; ++k) y[k][lane] = results[k];
+  }
+  DC_UNROLL
+  for (int k = 0; k < Op::n_out; ++k) store_vector(y[k], out[k] + i);
+}
+
+// A Map of one formula from 16-bit tensors of type S to those of Written<S>, a vector at a time.
+// `self`: this Map.
+template <class Op, class S>
+DC_HD void apply_vectors(const float* coefs, const void* const* from, void* const* to, int64_t n,
+                         float (*acc)[kLanes], bool in_place, Map<float> self) {
   constexpr int kIn = Op::n_in, kOut = Op::n_out, kSum = Op::n_sum;
-  // More would take too many registers.
-  constexpr bool kSumsInRegisters = kSum > 0 && LaneSums::kCount <= 4;
   float c[Op::n_coef + 1];
   const S* in[kIn + 1];
   Written<S>* out[kOut + 1];
@@ -144,33 +175,26 @@ __attribute__((noinline)) void map_vectors(const float* coefs, const void* const
   DC_UNROLL
   for (int k = 0; k < kOut; ++k) out[k] = static_cast<Written<S>*>(to[k]);
   LaneSums sums[kSum + 1];
-  if constexpr (kSumsInRegisters)
+  if constexpr (kSumsInRegisters<Op>)
     for (int k = 0; k < kSum; ++k) sums[k].load(acc[k]);
   int64_t i = 0;
+  if constexpr (kManyAtOnce<Op>)
+    for (; i + kLanes <= n; i += kLanes) {
+      DC_UNROLL
+      for (int j = 0; j < LaneSums::kCount; ++j) {
+        float y[kOut + kSum][kWidth];
+        apply_vector<Op>(c, in, out, i + j * kWidth, y);
+        DC_UNROLL
+        for (int k = 0; k < kSum; ++k) sums[k].v[j] += vector_at(y[kOut + k]);
+      }
+    }
 whole:
   for (; i + kWidth <= n; i += kWidth) {
-    // The compiler vectorizes the loop over the lanes, and then keeps these arrays in registers.
-    // Not if it unrolls the loop first, which it would with eight lanes and a condition.
-    float x[kIn + 1][kWidth], y[kOut + kSum][kWidth];
-    DC_UNROLL
-    for (int k = 0; k < kIn; ++k) load_vector(in[k] + i, x[k]);
-    DC_INDEPENDENT
-#if !defined(__AVX512F__)
-#pragma GCC unroll 1
-#endif
-    for (int lane = 0; lane < kWidth; ++lane) {
-      float arguments[kIn + 1], results[kOut + kSum];
-      DC_UNROLL
-      for (int k = 0; k < kIn; ++k) arguments[k] = x[k][lane];
-      Op::template apply<float>(c, arguments, results);
-      DC_UNROLL
-      for (int k = 0; k < kOut + kSum; ++k) y[k][lane] = results[k];
-    }
-    DC_UNROLL
-    for (int k = 0; k < kOut; ++k) store_vector(y[k], out[k] + i);
+    float y[kOut + kSum][kWidth];
+    apply_vector<Op>(c, in, out, i, y);
     DC_UNROLL
     for (int k = 0; k < kSum; ++k) {
-      if constexpr (kSumsInRegisters)
+      if constexpr (kSumsInRegisters<Op>)
         sums[k].add(y[kOut + k]);
       else
         vector_at(acc[k] + i % kLanes) += vector_at(y[kOut + k]);
@@ -181,15 +205,31 @@ whole:
     i = n - kWidth;
     goto whole;
   }
-  if constexpr (kSumsInRegisters)
+  if constexpr (kSumsInRegisters<Op>)
     for (int k = 0; k < kSum; ++k) sums[k].store(i, acc[k]);
-  if (i < n) map_rest<S>(&map_vectors<Op, S>, {kIn, kOut, kSum}, coefs, from, to, i, n, acc);
+  if (i < n) map_rest<S>(self, {kIn, kOut, kSum}, coefs, from, to, i, n, acc);
+}
+template <class Op, class S>
+__attribute__((noinline)) void map_vectors(const float* coefs, const void* const* from,
+                                           void* const* to, int64_t n, float (*acc)[kLanes],
+                                           bool in_place) {
+  apply_vectors<Op, S>(coefs, from, to, n, acc, in_place, &map_vectors<Op, S>);
+}
+// Of several vectors at a time the compiler should compute in turn: the steps of one depend on each
+// other.
+template <class Op, class S>
+__attribute__((noinline)) DC_OPTIMIZE("schedule-insns", "sched-pressure") void sum_vectors(
+    const float* coefs, const void* const* from, void* const* to, int64_t n, float (*acc)[kLanes],
+    bool in_place) {
+  apply_vectors<Op, S>(coefs, from, to, n, acc, in_place, &sum_vectors<Op, S>);
 }
 
 template <class Op, class S>
 constexpr Map<Compute<S>> map_columns() {
   if constexpr (same<S, Compute<S>>)
     return &map_numbers<Op, S>;
+  else if constexpr (kSumsInRegisters<Op>)
+    return &sum_vectors<Op, S>;
   else
     return &map_vectors<Op, S>;
 }

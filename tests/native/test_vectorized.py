@@ -18,7 +18,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 FUNCTION = re.compile(r"^[0-9a-f]+ <(.*)>:$")
 ARITHMETIC = re.compile(r"\s+[0-9a-f]+:\s+v?(?:f\w+|mul|add|sub|div)(ps|pd|ss|sd)\b")
-LOOP = re.compile(r"::map_(?:numbers|vectors)<")
+LOOP = re.compile(r"::(?:map_numbers|map_vectors|sum_vectors)<")
 
 
 def run(*command: str | Path) -> str:
