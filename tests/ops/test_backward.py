@@ -254,6 +254,12 @@ def test_gradient_in_the_noise(name: str, device: str) -> None:
     f, tensors = functional(case, case.make((2, 3), torch.float64, device))
     tensors[2].requires_grad_()
     assert torch.autograd.gradcheck(f, tensors)
+    assert torch.autograd.gradgradcheck(f, tensors)
+    single = [x.detach().float().requires_grad_() for x in tensors]
+    grads = torch.autograd.grad(as_tuple(f(*single))[0].square().sum(), single)
+    truth = torch.autograd.grad(as_tuple(f(*tensors))[0].square().sum(), tensors)
+    for g, exact in zip(grads, truth, strict=True):
+        torch.testing.assert_close(g.double(), exact, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("case", LOSSES, ids=lambda c: c.name)

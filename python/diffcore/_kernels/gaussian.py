@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from diffcore._engine.dispatch import run_tuple
+import torch
+from torch import Tensor
+
+from diffcore._engine.dispatch import run, run_tuple
 from diffcore._engine.kernel import Call, Grads, Kernel
 from diffcore._engine.library import define_noisy
 from diffcore._kernels.noise import Needs, run_noisy, with_noise
@@ -32,10 +35,17 @@ def _reparameterize_backward(
 ) -> Grads | None:
     g = grads[0]
     (_, logvar), noise = with_noise(inputs, call)
-    if any(needs[2:]) or g is None:
-        return None  # rare: through the reference
+    if g is None:
+        return None
     g_logvar = run_noisy(REPARAMETERIZE_BACKWARD, (g, logvar), noise) if needs[1] else None
-    return [g, g_logvar, *[None] * len(needs[2:])]
+    return [g, g_logvar, *_noise_gradient(logvar, g, needs)]
+
+
+def _noise_gradient(logvar: Tensor, g: Tensor | None, needs: Needs) -> Grads:
+    """The gradient g e^{logvar / 2}: g reparameterized around 0. Nothing for noise of a key."""
+    if g is None or not any(needs[2:]):
+        return [None] * len(needs[2:])
+    return [run(REPARAMETERIZE.reading, (torch.zeros_like(logvar), logvar, g))]
 
 
 def _reparameterize_kl_backward(
@@ -43,15 +53,13 @@ def _reparameterize_kl_backward(
 ) -> Grads | None:
     g_z, g_kl = grads
     (mean, logvar), noise = with_noise(inputs, call)
-    if any(needs[2:]):
-        return None
     if g_kl is None:
         return _reparameterize_backward(inputs, call, (g_z,), needs)
     if g_z is None:
         found = run_tuple(STANDARD_NORMAL_KL.of_sum[""], (mean, logvar), (g_kl, 1.0))
     else:
         found = run_noisy(REPARAMETERIZE_KL_BACKWARD, (mean, logvar, g_z), noise, (g_kl,))
-    return [*found, *[None] * len(needs[2:])]
+    return [*found, *_noise_gradient(logvar, g_z, needs)]
 
 
 _PARAMETERS = ("mean", "logvar", "noise")
