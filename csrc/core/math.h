@@ -174,8 +174,8 @@ DC_HD R exp(R x) {
 #endif
 }
 
-// A power of two with |c| times it in [1, 2) for normal c: products with it are exact, and c is far
-// from the ends of R after it.
+// A power of two near 1 / |c|: products with it are exact, and c times it is between 1 and 4 unless c
+// is subnormal.
 template <class R>
 DC_HD R power_near_inverse(R c) {
   using K = ExpConstants<R>;

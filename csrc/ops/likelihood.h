@@ -59,7 +59,8 @@ struct PixelBin {
     part = narrow ? R(1) + series(slope * slope, eta * eta) : (tail ? near - far : R(1) - outside);
   }
 
-  // The log-scale is clamped, which prevents 0 times infinity.
+  // The log-scale is clamped, which prevents 0 times infinity. By blends: it may be the same for a
+  // row, and the conditions of clamp() would become branches then.
   DC_HD static R clamped(R log_scale) {
     constexpr R low = sizeof(R) == 4 ? R(-80) : R(-690), high = sizeof(R) == 4 ? R(87) : R(345);
     const R above = blend(log_scale < low, low, log_scale);
